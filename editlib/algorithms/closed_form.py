@@ -1,0 +1,69 @@
+"""Keys, residuals and constraints -> the update, as factors.
+
+`K [d_ff, n]` are the new keys, `R [d_model, n]` what the layer must add at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.null_space import NullSpace
+from editlib.errors import EditError
+
+
+def alphaedit(
+    keys: Tensor,
+    residual: Tensor,
+    null_space: NullSpace,
+    *,
+    l2: float,
+    constraints: Sequence[Tensor] = (),
+) -> LowRank:
+    """The update that maps `keys` to `residual` and `constraints` to zero, inside the null space.
+
+    Minimises `|Δ P K - R|^2 + |Δ P K_c|^2 + L2 |Δ|^2` over `Δ = Δ P` (AlphaEdit 2410.02355 eq. 11-14; UniErase
+    2505.15674 eq. 11 and 13), which the published code writes as the dense system
+    `(P (K K^T + K_c K_c^T) + L2 I) X = P K R^T`, `Δ = X^T`.
+
+    With `A = P [K_c, K]` (`m` columns) it is solved as an `m x m` system when `m < d_ff` and as a `d_ff x d_ff`
+    system otherwise, both by Cholesky.
+
+    Args:
+        constraints: key blocks `[d_ff, m_i]` whose output must not move (past edits, anchors times their weight's
+            square root).
+
+    Raises:
+        EditError: the system is not positive definite (L2 of zero with dependent keys) or the result not finite.
+    """
+    new = null_space.project(keys)
+    blocks = [null_space.project(block) for block in constraints if block.shape[1]]
+    kept_out = torch.cat(blocks, dim=1) if blocks else new[:, :0]
+    d_ff, n = new.shape
+    if kept_out.shape[1] + n <= d_ff:
+        both = torch.cat([kept_out, new], dim=1)
+        gram = both.T @ both
+        gram.diagonal().add_(l2)
+        select = torch.zeros(both.shape[1], n, dtype=gram.dtype, device=gram.device)
+        select[kept_out.shape[1] :] = torch.eye(n, dtype=gram.dtype, device=gram.device)
+        right = both @ torch.cholesky_solve(select, _cholesky(gram))
+    else:
+        gram = new @ new.T + kept_out @ kept_out.T
+        gram.diagonal().add_(l2)
+        right = torch.cholesky_solve(new, _cholesky(gram))
+    if not torch.isfinite(right).all():
+        raise EditError("the solve gave values that are not finite; the model is unchanged: raise `L2`")
+    return LowRank(residual.to(right.dtype), right.T.contiguous())
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info):
+        raise EditError(
+            f"the {len(gram)} x {len(gram)} system of the closed form is not positive definite; the model is "
+            "unchanged: raise `L2`, or remove repeated requests"
+        )
+    return factor

@@ -1,0 +1,109 @@
+"""Requests -> keys: the inputs of the MLP output matrices at chosen positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.prompts import TokenBatch, TokenRow, pad
+from editlib.models.resume import forward
+
+BATCH_TOKENS = 4096
+
+
+def batches(rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS) -> list[list[int]]:
+    """Indices of `rows` in batches of similar length, at most `batch_tokens` padded tokens each."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and (len(groups[-1]) + 1) * len(rows[i]) <= batch_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+class KeyStream:
+    """Hidden states of many rows, carried upwards while the weights underneath change.
+
+    An edit of layers `l1 < l2 < ...` needs the keys of each layer as they are after the layers below were written.
+    The stream holds the states that enter the next layer, so that all of it costs one pass through the layers, not
+    one pass a layer.
+    """
+
+    def __init__(self, anat: Anatomy, rows: Sequence[TokenRow], layer: int, *, batch_tokens: int = BATCH_TOKENS) -> None:
+        self.anat = anat
+        self.layer = layer
+        self._order = batches(rows, batch_tokens)
+        device = anat.embedding.weight.device
+        self._batches = [pad([rows[i] for i in group], device=device) for group in self._order]
+        with torch.no_grad():
+            self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
+
+    def _run(self, batch: TokenBatch, hidden: Tensor | None, start: int, stop: int, **kwargs) -> Tensor:
+        return forward(self.anat, batch, start=start, stop=stop, hidden=hidden, **kwargs)
+
+    def advance(self, layer: int) -> None:
+        """Carries the states up to the entry of `layer` through the weights as they are now."""
+        if layer == self.layer:
+            return
+        with torch.no_grad():
+            self._hidden = [
+                self._run(batch, hidden, self.layer, layer)
+                for batch, hidden in zip(self._batches, self._hidden, strict=True)
+            ]
+        self.layer = layer
+
+    def keys(self, starts: Sequence[int] | None = None) -> Tensor:
+        """Keys of the layer that the stream stands before: `[d_ff, n]` at the lookup positions in the order of the
+        rows, or, with `starts` (a first position a row), `[d_ff, tokens]` at every position from there on."""
+        found: list[Tensor] = []
+        with torch.no_grad():
+            for group, batch, hidden in zip(self._order, self._batches, self._hidden, strict=True):
+                seen: list[Tensor] = []
+                self._run(
+                    batch,
+                    hidden,
+                    self.layer,
+                    self.layer + 1,
+                    keys=lambda _, k, seen=seen: seen.append(k),
+                    key_layers=(self.layer,),
+                )
+                found.append(_at(seen[0], batch, None if starts is None else [starts[i] for i in group]))
+        flat = torch.cat(found)
+        return flat.T if starts is not None else flat[self._places()].T
+
+    def states(self, layer: int) -> Tensor:
+        """Hidden states that leave `layer` at the lookup positions, `[d_model, n]`, through today's weights."""
+        found = []
+        with torch.no_grad():
+            for batch, hidden in zip(self._batches, self._hidden, strict=True):
+                out = self._run(batch, hidden, self.layer, layer + 1)
+                found.append(_at(out, batch))
+        return torch.cat(found)[self._places()].T
+
+    def _places(self) -> Tensor:
+        flat = torch.tensor([i for group in self._order for i in group])
+        return torch.argsort(flat)
+
+
+def _at(values: Tensor, batch: TokenBatch, starts: Sequence[int] | None = None) -> Tensor:
+    """`[n, T, d]` -> `[n, d]` at the lookup positions, or `[tokens, d]` from `starts` on; fp32 at least."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if starts is None:
+        return values[torch.arange(len(batch), device=values.device), batch.lookup]
+    behind = batch.position_ids >= torch.tensor(starts, device=values.device)[:, None]
+    return values[batch.attention_mask.bool() & behind]
+
+
+def compute_ks(anat: Anatomy, rows: Sequence[TokenRow], layers: Sequence[int]) -> dict[int, Tensor]:
+    """Keys of every row at its lookup position, `{layer: [d_ff, n]}` (MEMIT, 2210.07229, eq. 19 without contexts)."""
+    stream = KeyStream(anat, rows, layers[0])
+    found = {}
+    for layer in layers:
+        stream.advance(layer)
+        found[layer] = stream.keys()
+    return found

@@ -1,0 +1,67 @@
+"""Which key directions an edit may use: those that ordinary text hardly ever takes (AlphaEdit, 2410.02355, sec. 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editlib.errors import HparamsError
+
+
+@dataclass(frozen=True)
+class NullSpace:
+    """The projector `P` onto the kept directions, through the thinner of two orthonormal bases.
+
+    `basis [d_ff, r]` spans the kept directions when `spans_kept`, otherwise the discarded ones (`P = I - Q Q^T`).
+    """
+
+    basis: Tensor
+    spans_kept: bool
+    dim: int  # number of kept directions
+
+    def project(self, keys: Tensor) -> Tensor:
+        """`P @ keys` for `keys [d_ff, n]`, without ever forming `P`."""
+        inside = self.basis @ (self.basis.T @ keys)
+        return inside if self.spans_kept else keys - inside
+
+
+def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in fp64 sums."""
+    values, vectors = torch.linalg.eigh(moment.to(torch.float64))
+    return values.clamp_min(0), vectors
+
+
+def kept_dimensions(eigenvalues: Tensor, threshold: float, rule: str = "absolute") -> int:
+    """How many of the smallest `eigenvalues` (ascending) an edit may use.
+
+    `rule`: "absolute" keeps eigenvalues below `threshold` (AlphaEdit); "energy" keeps the directions that together
+    hold less than that share of the trace; "dimensions" keeps that share of all directions.
+    """
+    if rule == "absolute":
+        return int((eigenvalues < threshold).sum())
+    if rule == "energy":
+        share = eigenvalues.cumsum(0) / eigenvalues.sum()
+        return int((share < threshold).sum())
+    if rule == "dimensions":
+        return int(round(threshold * len(eigenvalues)))
+    raise HparamsError(f'nullspace_rule is {rule!r}; expected "absolute", "energy" or "dimensions"')
+
+
+def null_space(moment: Tensor, threshold: float, rule: str = "absolute") -> NullSpace:
+    """The null space of a second moment `[d_ff, d_ff]`.
+
+    Raises:
+        HparamsError: no direction lies under the threshold, so that no edit is possible.
+    """
+    values, vectors = eigen(moment)
+    kept = kept_dimensions(values, threshold, rule)
+    if kept == 0:
+        raise HparamsError(
+            f"nullspace_threshold {threshold} ({rule}) leaves none of {len(values)} directions to edit; the smallest "
+            f"eigenvalue is {values[0]:.3g}: raise the threshold, or see `editlib stats show`"
+        )
+    spans_kept = kept <= len(values) // 2
+    basis = vectors[:, :kept] if spans_kept else vectors[:, kept:]
+    return NullSpace(basis.contiguous(), spans_kept, kept)

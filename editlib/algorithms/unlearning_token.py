@@ -1,0 +1,257 @@
+"""Phase I: learn one token that continues into "I don't know" after any question (UniErase, 2505.15674, eq. 8-10)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.errors import TokenError
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.files import atomic_path
+from editlib.models.freezing import frozen
+from editlib.models.generation import end_tokens
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.resume import Prefix, forward, shared_prefix
+from editlib.models.tracing import record_inputs
+from editlib.models.vocabulary import add_token, rows_in_place, write_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenHyperParams:
+    """How the token is learned. Steps are optimiser steps; a step sees `batch` questions of one prompt form."""
+
+    steps: int = 60
+    robust_steps: int = 20  # of `steps`, the last ones, with noise on the matrices that edits will change
+    batch: int = 16
+    lr: float = 0.02
+    noise: float = 0.1  # standard deviation of the noise in units of the weight's own
+    layers: tuple[int, ...] = (4, 5, 6, 7, 8)
+    guard_weight: float = 1.0
+    guard_margin: float = 6.0  # nats that the token must stay below everything else on ordinary text
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TokenHeader:
+    """Where a token comes from; stored beside its rows."""
+
+    token: str
+    model: str
+    model_sha256: str
+    seed: int
+    questions: int
+    refusals: int
+    hparams: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UnlearningToken:
+    """A learned token: `row_in [d_model]`, `row_out [d_model]` (the same row when embeddings are tied)."""
+
+    row_in: Tensor
+    row_out: Tensor
+    header: TokenHeader
+
+    def save(self, path: Path) -> None:
+        """Writes the rows and the header to one safetensors file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"row_in": self.row_in.contiguous().cpu(), "row_out": self.row_out.clone().contiguous().cpu()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"editlib": json.dumps(asdict(self.header), sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> UnlearningToken:
+        """Reads what `save` wrote.
+
+        Raises:
+            TokenError: missing, damaged, or another kind of file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                header = TokenHeader(**json.loads(file.metadata()["editlib"]))
+                return cls(file.get_tensor("row_in"), file.get_tensor("row_out"), header)
+        except (SafetensorError, KeyError, TypeError, ValueError, FileNotFoundError, OSError) as error:
+            raise TokenError(f"{path}: not an unlearning token ({error}); make one with `editlib token`") from None
+
+    def add_to(self, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> int:
+        """Puts the token into `model` and `tok` and returns its id.
+
+        Raises:
+            TokenError: the rows have another width than the model.
+        """
+        anat = anatomy(model)
+        if len(self.row_in) != anat.d_model:
+            raise TokenError(
+                f"the token was learned for width {len(self.row_in)} ({self.header.model}), this model has {anat.d_model}; "
+                "learn one for it with `editlib token`"
+            )
+        number = add_token(model, tok, self.header.token)
+        write_rows(anat, number, self.row_in, self.row_out)
+        return number
+
+
+@dataclass
+class _Form:
+    """All training questions in one prompt form, encoded once."""
+
+    format: PromptFormat
+    prefix: Prefix
+    refusals: list[tuple[int, ...]]
+
+
+def learn_token(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    refusals: Sequence[str],
+    *,
+    token: str = "[UNL]",
+    hparams: TokenHyperParams | None = None,
+    model_sha256: str = "",
+    progress: bool = True,
+) -> UnlearningToken:
+    """Learns the token's rows; adds the token to model and tokenizer and leaves it there.
+
+    Everything in front of the token is constant, so it is run once; a step costs the token and the refusal behind
+    it. With tied embeddings one row is trained as input and output, otherwise two. A guard keeps the token's logit
+    `guard_margin` nats under the log-sum of all others at the positions of the ordinary prompts.
+
+    Raises:
+        TokenError: fewer than 16 questions or 2 refusals, or a loss that is not finite.
+    """
+    hp = hparams or TokenHyperParams()
+    if len(questions) < hp.batch or len(refusals) < 2:
+        raise TokenError(
+            f"{len(questions)} questions and {len(refusals)} refusals given; at least {hp.batch} and 2 are needed"
+        )
+    generator = torch.Generator().manual_seed(hp.seed)
+    number = add_token(anat.model, tok, token)
+    with frozen(anat.model):
+        forms, states, log_sums = _encode(anat, tok, questions, refusals, number)
+        typical = anat.embedding.weight[:number].float()
+        mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
+        row_in = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
+        rows = [row_in] if anat.tied else [row_in, row_in.detach().clone().requires_grad_()]
+        optimizer = torch.optim.Adam(rows, lr=hp.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, hp.steps, eta_min=hp.lr / 20)
+        losses = []
+        for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
+            form = forms[step % len(forms)]
+            noise_layer = hp.layers[step % len(hp.layers)] if step >= hp.steps - hp.robust_steps else None
+            with _noise(anat, noise_layer, hp.noise, generator), rows_in_place(anat, number, rows[0], rows[-1]):
+                loss = _refusal_nll(anat, form, number, hp.batch, end_tokens(anat), generator)
+            guard = F.softplus(states @ rows[-1] - log_sums + hp.guard_margin).mean()
+            total = loss + hp.guard_weight * guard
+            if not torch.isfinite(total):
+                raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
+            losses.append(float(loss.detach()))
+            log.debug("step %d: refusal NLL %.3f, guard %.3f", step, losses[-1], float(guard))
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for row in rows:
+                    row.mul_((1.5 * length / row.norm()).clamp_max(1.0))
+        write_rows(anat, number, rows[0].detach(), rows[-1].detach())
+        leak = float((states @ rows[-1].detach() - log_sums).max().exp())
+    log.info("token learned: refusal NLL %.3f nats a token, largest p(token) on ordinary text %.2g", losses[-1], leak)
+    header = TokenHeader(
+        token=token,
+        model=anat.model.name_or_path,
+        model_sha256=model_sha256,
+        seed=hp.seed,
+        questions=len(questions),
+        refusals=len(refusals),
+        hparams=asdict(hp),
+        metrics={"refusal_nll": sum(losses[-5:]) / len(losses[-5:]), "largest_probability_on_ordinary_text": leak},
+    )
+    return UnlearningToken(rows[0].detach().float().cpu(), rows[-1].detach().float().cpu(), header)
+
+
+def _encode(
+    anat: Anatomy, tok: PreTrainedTokenizerBase, questions: Sequence[str], refusals: Sequence[str], number: int
+) -> tuple[list[_Form], Tensor, Tensor]:
+    """The prompt forms with their cached prefixes, each question in one form, and from the same pass the final
+    states `[m, d_model]` at ordinary positions with the log-sum of the ordinary logits `[m]` there."""
+    formats = [PromptFormat(tok, chat=False)]
+    if PromptFormat(tok).uses_chat:
+        formats.append(PromptFormat(tok, chat=True))
+    forms, states, sums = [], [], []
+    for i, form in enumerate(formats):
+        rows = [form.encode(question) for question in questions[i :: len(formats)]]
+        with torch.no_grad():
+            prefix, h, s = _ordinary(anat, rows, number)
+        forms.append(_Form(form, prefix, [form.answer_ids(text) for text in refusals]))
+        states.append(h)
+        sums.append(s)
+    return forms, torch.cat(states), torch.cat(sums)
+
+
+def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) -> tuple[Prefix, Tensor, Tensor]:
+    """The cached `rows`, and final states and log-sums at their ends and at each `every`-th position before."""
+    front, rests = shared_prefix(anat, rows)
+    batch = pad(rests, side="left", device=anat.embedding.weight.device)
+    cache = DynamicCache() if front is None else front.cache()
+    mask = batch.attention_mask if front is None else torch.cat([front.attention_mask, batch.attention_mask], dim=1)
+    columns = torch.arange(batch.input_ids.shape[1], device=batch.last.device)
+    places = (((batch.last[:, None] - columns) % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
+    seen: list[Tensor] = []
+    with record_inputs({0: anat.head}, lambda _, h: seen.append(h[places])):
+        logits = forward(
+            anat, replace(batch, attention_mask=mask), cache=cache, score=places
+        ).float()
+    logits[:, number] = -torch.inf
+    prefix = Prefix(tuple((layer[0], layer[1]) for layer in cache), mask)
+    return prefix, seen[0].float(), logits.logsumexp(1)
+
+
+def _refusal_nll(
+    anat: Anatomy, form: _Form, number: int, batch: int, ends: frozenset[int], generator: torch.Generator
+) -> Tensor:
+    """Mean NLL of a refusal and the end of the turn behind the token, over `batch` drawn questions."""
+    device = anat.embedding.weight.device
+    picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
+    texts = torch.randint(len(form.refusals), (batch,), generator=generator).tolist()
+    end = (min(ends),) if ends else ()
+    rows = [TokenRow((number, *form.refusals[i], *end), 0) for i in texts]
+    padded = pad(rows, device=device)
+    places = (padded.attention_mask[:, 1:].bool()).nonzero().T
+    logits = forward(anat, padded, prefix=form.prefix.select(picks), score=(places[0], places[1]))
+    return F.cross_entropy(logits.float(), padded.input_ids[places[0], places[1] + 1])
+
+
+class _noise:
+    """Gaussian noise on one layer's MLP output matrix, in units of its standard deviation; taken back bit for bit.
+
+    UniErase eq. 10; its published code scales by the mean of the matrix, which is nearly zero.
+    """
+
+    def __init__(self, anat: Anatomy, layer: int | None, scale: float, generator: torch.Generator) -> None:
+        self._anat, self._layer, self._scale, self._generator = anat, layer, scale, generator
+
+    def __enter__(self) -> None:
+        if self._layer is None:
+            return
+        weight = self._anat.weight(self._layer)
+        self._kept = weight.clone()
+        noise = torch.randn(weight.shape, generator=self._generator).to(weight.device)
+        weight.add_((noise * self._scale * weight.float().std()).to(weight.dtype))
+
+    def __exit__(self, *_: object) -> None:
+        if self._layer is not None:
+            self._anat.weight(self._layer).copy_(self._kept)

@@ -1,0 +1,45 @@
+"""The one family of errors that a user of editlib can cause.
+
+Every message is one line that says what was given, what was expected and what to do about it; the
+command line prints it to stderr and leaves with exit code 2.
+"""
+
+
+class EditlibError(Exception):
+    """Base of all errors raised by editlib for bad input or an impossible job."""
+
+
+class RequestError(EditlibError, ValueError):
+    """A request, retain or data file that cannot be used; names file, line and field."""
+
+
+class HparamsError(EditlibError, ValueError):
+    """A hyper-parameter that is unknown, missing, of the wrong type or out of range."""
+
+
+class ModelError(EditlibError, ValueError):
+    """A model or tokenizer that cannot be loaded or edited."""
+
+
+class StatsError(EditlibError, ValueError):
+    """Layer statistics that are missing, damaged or belong to another model."""
+
+
+class CorpusError(EditlibError, ValueError):
+    """A corpus that cannot be read or holds too little text."""
+
+
+class TokenError(EditlibError, ValueError):
+    """An unlearning token that is missing, damaged or belongs to another model."""
+
+
+class EditError(EditlibError, ValueError):
+    """An edit that could not be solved; the model is left unchanged."""
+
+
+class OutputError(EditlibError, OSError):
+    """An output folder or file that cannot be written as asked."""
+
+
+class FetchError(EditlibError, OSError):
+    """A packaged model or corpus that is neither cached nor can be downloaded."""

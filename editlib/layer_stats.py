@@ -1,0 +1,336 @@
+"""Second moments of MLP keys, `E[k k^T]`, one pass for all layers, and the `.npz` store of the ROME family."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from editlib.errors import StatsError
+from editlib.models.anatomy import Anatomy
+from editlib.models.files import atomic_path
+from editlib.models.freezing import frozen
+from editlib.models.prompts import TokenBatch, TokenRow, pad
+from editlib.models.resume import forward
+
+PRECISION = "float32"
+CONSTRUCTOR = "util.runningstats.SecondMoment()"  # what the family's own reader expects to find
+
+
+@dataclass(frozen=True)
+class StatsHeader:
+    """What a statistics file was made from; stored in it, checked before it is used."""
+
+    model: str
+    module: str
+    d_ff: int
+    tokens: int
+    documents: int
+    corpus: str
+    corpus_sha256: str
+    max_length: int
+    skip_first: int
+    seed: int = 0
+    model_sha256: str = ""
+    editlib: str = ""
+
+
+@dataclass
+class LayerStats:
+    """The un-normalised sum `[d_ff, d_ff]` of `k k^T` over `count` tokens of one layer."""
+
+    mom2: Tensor
+    count: int
+    sample_size: int
+    header: StatsHeader | None = None  # None: a file made by another tool
+    path: Path | None = field(default=None, compare=False)
+
+    def moment(self) -> Tensor:
+        """`C = E[k k^T]`, uncentred, fp64 `[d_ff, d_ff]`."""
+        return self.mom2.to(torch.float64) / self.count
+
+    def sha256(self) -> str:
+        """Hash of the sum and the count, for receipts."""
+        digest = hashlib.sha256(self.mom2.to(torch.float32).contiguous().numpy().tobytes())
+        digest.update(str(self.count).encode())
+        return digest.hexdigest()
+
+
+class MomentSums:
+    """Running sums of `k k^T` for several layers, in fp32 blocks added up in fp64.
+
+    Keys are collected until a block is full, so that the product is one large matrix multiplication a layer.
+    """
+
+    def __init__(self, layers: Sequence[int], d_ff: int, *, block: int = 4096) -> None:
+        self.sums = {layer: torch.zeros(d_ff, d_ff, dtype=torch.float64) for layer in layers}
+        self.tokens = 0
+        self._block = block
+        self._waiting: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def add(self, layer: int, keys: Tensor) -> None:
+        """Adds `keys [tokens, d_ff]` of one layer."""
+        self._waiting[layer].append(keys.to(torch.float32))
+        if sum(len(k) for k in self._waiting[layer]) >= self._block:
+            self._flush(layer)
+
+    def _flush(self, layer: int) -> None:
+        if self._waiting[layer]:
+            keys = torch.cat(self._waiting[layer])
+            self.sums[layer] += (keys.T @ keys).to(self.sums[layer])
+            self._waiting[layer] = []
+
+    def flush(self) -> None:
+        """Adds everything that still waits."""
+        for layer in self._waiting:
+            self._flush(layer)
+
+
+def token_windows(
+    tok: PreTrainedTokenizerBase, documents: Iterable[str], max_length: int
+) -> Iterator[tuple[int, list[int]]]:
+    """`(document number, token ids)` for every window of at most `max_length` tokens of every document."""
+    for number, text in enumerate(documents):
+        ids = tok(text, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        for start in range(0, len(ids), max_length):
+            if len(ids) - start > 1:
+                yield number, ids[start : start + max_length]
+
+
+def layer_stats(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    documents: Sequence[str],
+    *,
+    tokens: int,
+    header: StatsHeader,
+    checkpoint: Path | None = None,
+    max_length: int = 512,
+    batch_tokens: int = 4096,
+    skip_first: int = 1,
+    checkpoint_seconds: float = 30.0,
+    progress: bool = True,
+) -> dict[int, LayerStats]:
+    """One forward pass over `documents` for all `layers`, stopped behind the last one.
+
+    Args:
+        tokens: stop after this many counted tokens.
+        skip_first: leave out this many tokens at the start of each window; the first token of a text carries keys
+            up to 10^4 times larger than the rest and would swamp the sum. 0 counts them, as ROME and MEMIT do.
+        checkpoint: a file that keeps the sums while the pass runs; found again, it is continued.
+        max_length, batch_tokens: tokens a window and a batch may hold, whatever the model's own maximum.
+
+    Raises:
+        StatsError: a checkpoint of another job; no token to count.
+    """
+    anat.check_layers(list(layers))
+    windows = list(token_windows(tok, documents, max_length)) if tokens else []
+    sums = MomentSums(layers, anat.d_ff)
+    at, used_documents = _continue(checkpoint, header, sums)
+    saved = time.monotonic()
+    device = anat.embedding.weight.device
+    with tqdm(total=tokens, initial=sums.tokens, desc="statistics", unit="tok", disable=not progress) as bar:
+        while sums.tokens < tokens and at < len(windows):
+            group, at = _next_batch(windows, at, batch_tokens, tokens - sums.tokens, skip_first)
+            batch = pad([TokenRow(tuple(ids), 0) for _, ids in group], device=device)
+            counted = record_moments(anat, batch, layers, sums, skip_first)
+            used_documents = group[-1][0] + 1
+            bar.update(counted)
+            if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
+                _save_checkpoint(checkpoint, header, sums, at, used_documents)
+                saved = time.monotonic()
+    sums.flush()
+    if not sums.tokens:
+        raise StatsError(f"corpus {header.corpus} gave no token to count; give a longer text")
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return finish(sums, anat, header, used_documents)
+
+
+def record_moments(
+    anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums: MomentSums, skip_first: int
+) -> int:
+    """Adds the keys of every real token of `batch` behind the first `skip_first` to `sums`; how many there were."""
+    counted = batch.attention_mask.bool() & (batch.position_ids >= skip_first)
+    with frozen(anat.model), torch.no_grad():
+        forward(
+            anat,
+            batch,
+            stop=max(layers) + 1,
+            keys=lambda layer, k: sums.add(layer, k[counted]),
+            key_layers=tuple(layers),
+        )
+    sums.tokens += int(counted.sum())
+    return int(counted.sum())
+
+
+def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int) -> dict[int, LayerStats]:
+    """Turns running sums into one `LayerStats` a layer, each with its own header."""
+    done = {}
+    for layer, total in sums.sums.items():
+        own = {**asdict(header), "module": anat.mlp_output_names[layer], "tokens": sums.tokens, "documents": documents}
+        done[layer] = LayerStats(total.to(torch.float32), sums.tokens, documents, StatsHeader(**own))
+    return done
+
+
+def _next_batch(
+    windows: list[tuple[int, list[int]]], at: int, batch_tokens: int, left: int, skip_first: int
+) -> tuple[list[tuple[int, list[int]]], int]:
+    """The next windows that fit a batch; the last one is cut so that exactly `left` tokens are counted."""
+    group: list[tuple[int, list[int]]] = []
+    width = 0
+    while at < len(windows) and left > 0:
+        number, ids = windows[at]
+        width = max(width, len(ids))
+        if group and width * (len(group) + 1) > batch_tokens:
+            break
+        ids = ids[: left + skip_first]
+        group.append((number, ids))
+        left -= max(len(ids) - skip_first, 0)
+        at += 1
+    return group, at
+
+
+def _save_checkpoint(path: Path, header: StatsHeader, sums: MomentSums, at: int, documents: int) -> None:
+    sums.flush()
+    arrays = {f"sum.{layer}": total.numpy() for layer, total in sums.sums.items()}
+    state = {"header": asdict(header), "window": at, "tokens": sums.tokens, "documents": documents}
+    with atomic_path(path) as temporary, temporary.open("wb") as out:
+        np.savez(out, state=np.array(json.dumps(state)), **arrays)
+
+
+def _continue(path: Path | None, header: StatsHeader, sums: MomentSums) -> tuple[int, int]:
+    """Fills `sums` from a checkpoint of the same job; (next window, documents begun)."""
+    if path is None or not path.exists():
+        return 0, 0
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            state = json.loads(str(found["state"]))
+            same = state["header"] == asdict(header) and {f"sum.{layer}" for layer in sums.sums} | {"state"} == set(found.files)
+            if same:
+                for layer in sums.sums:
+                    sums.sums[layer].copy_(torch.from_numpy(found[f"sum.{layer}"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return 0, 0  # a damaged checkpoint costs time, never correctness
+    if not same:
+        raise StatsError(f"{path} is the checkpoint of another job (other model, corpus, layers or options); remove it")
+    sums.tokens = state["tokens"]
+    return state["window"], state["documents"]
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
+    """`<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
+    folder = Path(stats_dir) / spelling(header.model) / f"{header.corpus}_stats"
+    return folder / f"{header.module}_{PRECISION}_mom2_{header.documents}.npz"
+
+
+def spelling(model: str) -> str:
+    """The folder name of a model: its id with `/` as `_`, or the last part of a local path."""
+    return Path(model).name if Path(model).is_dir() else model.replace("/", "_")
+
+
+def save_stats(stats_dir: Path, stats: LayerStats) -> Path:
+    """Writes one layer's file, atomically; a reader of ROME, MEMIT, AlphaEdit or EasyEdit opens it."""
+    assert stats.header is not None
+    path = stats_path(stats_dir, stats.header)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as out:
+        np.savez(
+            out,
+            **{
+                "mom2.constructor": np.array(CONSTRUCTOR),
+                "mom2.count": np.array(stats.count),
+                "mom2.mom2": stats.mom2.to(torch.float32).numpy(),
+                "sample_size": np.array(stats.sample_size),
+                "editlib.header": np.array(json.dumps(asdict(stats.header))),
+            },
+        )
+    stats.path = path
+    return path
+
+
+def read_stats(path: Path) -> LayerStats:
+    """Opens one file, ours or one of the ROME family's.
+
+    Raises:
+        StatsError: not an `.npz`, truncated, or without the family's arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files if name != "mom2.constructor"}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise StatsError(f"{path}: not a readable .npz file ({error}); compute it again with `editlib stats`") from None
+    lacking = {"mom2.mom2", "mom2.count"} - arrays.keys()
+    if lacking:
+        raise StatsError(f"{path}: lacks {sorted(lacking)[0]!r}; expected a second-moment file of the ROME family")
+    header = None
+    if "editlib.header" in arrays:
+        header = StatsHeader(**json.loads(str(arrays["editlib.header"])))
+    return LayerStats(
+        torch.from_numpy(arrays["mom2.mom2"]),
+        int(arrays["mom2.count"]),
+        int(arrays.get("sample_size", 0)),
+        header,
+        Path(path),
+    )
+
+
+def find_stats(
+    stats_dir: Path, model: str, corpus: str | None, module: str, d_ff: int, *, model_sha256: str = ""
+) -> LayerStats:
+    """The file of one module, under either spelling of the model's name; the one with most tokens if there are several.
+
+    Raises:
+        StatsError: no file (says where it looked), a file of another shape, or one made from other weights.
+    """
+    names = dict.fromkeys([spelling(model), model.replace("/", "_").strip("_"), model.rstrip("/").rpartition("/")[2]])
+    pattern = f"{corpus or '*'}_stats/{module}_{PRECISION}_mom2*.npz"
+    paths = [path for name in names for path in sorted((Path(stats_dir) / name).glob(pattern))]
+    if not paths:
+        looked = " or ".join(str(Path(stats_dir) / name / pattern) for name in names)
+        raise StatsError(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
+    best = max((read_stats(path) for path in paths), key=lambda stats: stats.count)
+    check_stats(best, module, d_ff, model_sha256)
+    return best
+
+
+def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "") -> None:
+    """Raises `StatsError` when a file has another shape, module or model than the weight to edit."""
+    shape = tuple(stats.mom2.shape)
+    if shape != (d_ff, d_ff):
+        raise StatsError(
+            f"{stats.path}: holds a {shape[0]} x {shape[-1]} moment, but {module} has {d_ff} inputs: statistics of "
+            "another model; make them with `editlib stats`"
+        )
+    if stats.header is None:
+        return
+    if stats.header.module != module:
+        raise StatsError(f"{stats.path}: was made for {stats.header.module}, not for {module}; the file was renamed")
+    if model_sha256 and stats.header.model_sha256 and stats.header.model_sha256 != model_sha256:
+        raise StatsError(
+            f"{stats.path}: was made from other weights of {stats.header.model} (hash {stats.header.model_sha256[:12]}, "
+            f"this model {model_sha256[:12]}); make statistics for this one with `editlib stats`"
+        )
+
+
+def stats_hash(stats: Mapping[int, LayerStats]) -> str:
+    """One hash over the statistics of several layers, for receipts."""
+    digest = hashlib.sha256()
+    for layer in sorted(stats):
+        digest.update(f"{layer}:{stats[layer].sha256()};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Writing so that nobody ever sees half a file, and the hash of a model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from editlib.errors import OutputError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write; synced and renamed onto it on success, removed otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the folder and the free space") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; renamed onto it on success, removed otherwise.
+
+    Raises:
+        OutputError: `path` is a file, a folder that is not empty (without `overwrite`), or cannot be written.
+    """
+    check_output(path, overwrite=overwrite)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the folder and the free space") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Raises `OutputError` when `path` is no place for a new folder; call it before long work starts."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"--out {path} is a file; give the name of a folder that does not exist yet")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise OutputError(f"--out {path} exists and is not empty; choose another folder or add --overwrite")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Hash over names, dtypes, shapes and bytes of all parameters and persistent buffers, in the order of their names.
+
+    Does not depend on how a folder is sharded or on metadata in its files.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,24 @@
+"""Keep a model's parameters out of a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No parameter of `model` asks for a gradient inside the block; afterwards all is as it was, mode included."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        model.train(training)

@@ -1,0 +1,124 @@
+"""Greedy answers for many prompts at once: shared prefix computed once, finished rows dropped, drafts verified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.prompts import TokenBatch, TokenRow, pad
+from editlib.models.resume import forward, shared_prefix
+
+BATCH_ROWS = 64
+
+
+def end_tokens(anat: Anatomy) -> frozenset[int]:
+    """The token ids at which generation ends, as the model's generation config states them."""
+    ends = anat.model.generation_config.eos_token_id
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def greedy(
+    anat: Anatomy,
+    rows: Sequence[TokenRow],
+    *,
+    max_new_tokens: int = 24,
+    drafts: Sequence[Sequence[int]] | None = None,
+    batch_rows: int = BATCH_ROWS,
+    progress: str | None = None,
+) -> list[tuple[int, ...]]:
+    """The greedy continuation of every row, without the end token, in the order of `rows`.
+
+    A draft (say, the answer of the model before an edit) is checked in one pass, and only what comes after the
+    first token that differs is generated; the result is the same with and without drafts.
+
+    Args:
+        progress: a label for a progress bar on stderr; none without it.
+    """
+    ends = end_tokens(anat)
+    known: list[tuple[int, ...]] = [()] * len(rows)
+    with torch.no_grad(), tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
+        if drafts is not None:
+            known = _accept(anat, rows, drafts, max_new_tokens, ends, batch_rows)
+        todo = [i for i in range(len(rows)) if len(known[i]) < max_new_tokens and not (known[i] and known[i][-1] in ends)]
+        bar.update(len(rows) - len(todo))
+        todo.sort(key=lambda i: len(rows[i]) + len(known[i]))
+        for start in range(0, len(todo), batch_rows):
+            chunk = todo[start : start + batch_rows]
+            begun = [rows[i].followed_by(known[i]) for i in chunk]
+            limits = [max_new_tokens - len(known[i]) for i in chunk]
+            for i, new in zip(chunk, _decode(anat, begun, limits, ends), strict=True):
+                known[i] = known[i] + new
+            bar.update(len(chunk))
+    return [answer[:-1] if answer and answer[-1] in ends else answer for answer in known]
+
+
+def _accept(
+    anat: Anatomy,
+    rows: Sequence[TokenRow],
+    drafts: Sequence[Sequence[int]],
+    limit: int,
+    ends: frozenset[int],
+    batch_rows: int,
+) -> list[tuple[int, ...]]:
+    """For each row the part of its draft that greedy decoding would produce, plus the token that follows it."""
+    accepted: list[tuple[int, ...]] = [()] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + len(drafts[i]))
+    device = anat.embedding.weight.device
+    for start in range(0, len(order), batch_rows):
+        chunk = order[start : start + batch_rows]
+        tried = [tuple(drafts[i])[: limit - 1] for i in chunk]
+        prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
+        batch = pad([rest.followed_by(draft) for rest, draft in zip(rests, tried, strict=True)], device=device)
+        places = [(r, len(rests[r]) - 1 + j) for r, draft in enumerate(tried) for j in range(len(draft) + 1)]
+        score = tuple(torch.tensor(places).T)
+        best = forward(anat, batch, prefix=prefix, score=score).argmax(-1).tolist()
+        at = 0
+        for i, draft in zip(chunk, tried, strict=True):
+            picks = best[at : at + len(draft) + 1]
+            at += len(draft) + 1
+            agree = next((j for j, (pick, want) in enumerate(zip(picks, draft, strict=False)) if pick != want), len(draft))
+            accepted[i] = draft[:agree] + (picks[agree],)
+            stop = next((j for j, token in enumerate(accepted[i]) if token in ends), None)
+            if stop is not None:
+                accepted[i] = accepted[i][: stop + 1]
+    return accepted
+
+
+def _decode(anat: Anatomy, rows: list[TokenRow], limits: list[int], ends: frozenset[int]) -> list[tuple[int, ...]]:
+    """Greedy decoding of one batch; returns the new tokens, end token included."""
+    device = anat.embedding.weight.device
+    prefix, rests = shared_prefix(anat, rows)
+    batch = pad(rests, side="left", device=device)
+    mask = batch.attention_mask if prefix is None else torch.cat([prefix.attention_mask, batch.attention_mask], dim=1)
+    cache = DynamicCache() if prefix is None else prefix.cache()
+    new: list[list[int]] = [[] for _ in rows]
+    alive = list(range(len(rows)))
+    ids = batch.input_ids
+    while True:
+        logits = _last_logits(anat, ids, mask, cache)
+        picks = logits.argmax(-1).tolist()
+        for i, pick in zip(alive, picks, strict=True):
+            new[i].append(pick)
+        keep = [j for j, i in enumerate(alive) if new[i][-1] not in ends and len(new[i]) < limits[i]]
+        if not keep:
+            return [tuple(tokens) for tokens in new]
+        if len(keep) < len(alive):
+            index = torch.tensor(keep, device=device)
+            cache.batch_select_indices(index)
+            mask = mask[index]
+            alive = [alive[j] for j in keep]
+        ids = torch.tensor([[new[i][-1]] for i in alive], device=device)
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+
+
+def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits `[n, vocab]` behind the last column of `ids`, which extend `cache`; `mask` covers past and present."""
+    zeros = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    batch = TokenBatch(ids, mask, zeros, zeros)
+    rows = torch.arange(len(ids), device=ids.device)
+    return forward(anat, batch, cache=cache, score=(rows, zeros + ids.shape[1] - 1))

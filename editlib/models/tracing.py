@@ -1,0 +1,90 @@
+"""Watch, replace and cut short a model's own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything asked for has been seen."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a decoder layer's output, which is a tensor or a tuple by version of transformers."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def record_inputs(modules: Mapping[Any, nn.Module], sink: Callable[[Any, Tensor], None]) -> Iterator[None]:
+    """Calls `sink(key, input)` with the first positional input of each module during a forward pass."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, key=key: sink(key, args[0])) for key, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def stop_after(module: nn.Module | None, sink: Callable[[Tensor], None]) -> Iterator[None]:
+    """Ends the forward pass inside the block after `module`, whose hidden states go to `sink`.
+
+    With `None` nothing is cut short.
+    """
+    if module is None:
+        yield
+        return
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        sink(hidden_of(output))
+        raise _Stop
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replaces the first positional input of `module` by `change(input)`."""
+    handle = module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def edit_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Replaces the output of `module` by `change(first input, output)`."""
+    handle = module.register_forward_hook(lambda _, args, output: change(args[0], output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def bypass(layers: tuple[nn.Module, ...], hidden: Tensor | None) -> Iterator[None]:
+    """Lets `layers` return `hidden` without computing anything, so that the pass goes on behind them."""
+
+    def skipped(*_: Any, **__: Any) -> Tensor | None:
+        return hidden
+
+    for layer in layers:
+        layer.forward = skipped  # an instance attribute in front of the class's method
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

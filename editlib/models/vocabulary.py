@@ -1,0 +1,69 @@
+"""Adding one token to a model and its tokenizer, and its rows in the embedding matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.errors import TokenError
+from editlib.models.anatomy import Anatomy
+from editlib.models.tracing import edit_output
+
+
+def token_id(tok: PreTrainedTokenizerBase, token: str) -> int | None:
+    """The id of a special token, or `None` when the tokenizer does not have it."""
+    return tok.get_added_vocab().get(token)
+
+
+def add_token(model: PreTrainedModel, tok: PreTrainedTokenizerBase, token: str) -> int:
+    """Adds `token` as a special token and makes room for its rows; returns its id.
+
+    Rows that exist already (a vocabulary padded to a round size) are used before the matrices grow.
+
+    Raises:
+        TokenError: the text is already an ordinary token.
+    """
+    known = token_id(tok, token)
+    if known is None:
+        if token in tok.get_vocab():
+            raise TokenError(f"token {token!r} is already an ordinary token of this tokenizer; choose another text")
+        tok.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+        known = tok.convert_tokens_to_ids(token)
+    if known >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(known + 1, mean_resizing=False)
+    return known
+
+
+@contextmanager
+def rows_in_place(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor) -> Iterator[None]:
+    """Lets the model use `row_in [d_model]` and `row_out [d_model]` for `token`, with gradients to both."""
+
+    def embed(ids: Tensor, output: Tensor) -> Tensor:
+        return torch.where((ids == token)[..., None], _scaled(row_in, output), output)
+
+    def logits(hidden: Tensor, output: Tensor) -> Tensor:
+        own = hidden @ row_out.to(hidden.dtype)
+        return torch.cat([output[..., :token], own[..., None], output[..., token + 1 :]], dim=-1)
+
+    scale = getattr(anat.embedding, "embed_scale", None)  # Gemma multiplies inside the embedding module
+
+    def _scaled(row: Tensor, like: Tensor) -> Tensor:
+        row = row.to(like.dtype)
+        return row if scale is None else row * scale.to(like.dtype)
+
+    with ExitStack() as stack:
+        stack.enter_context(edit_output(anat.embedding, embed))
+        stack.enter_context(edit_output(anat.head, logits))
+        yield
+
+
+def write_rows(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor | None) -> None:
+    """Writes the rows of `token` into the embedding matrices; with tied matrices there is only `row_in`."""
+    with torch.no_grad():
+        anat.embedding.weight[token] = row_in.to(anat.embedding.weight)
+        if not anat.tied and row_out is not None:
+            anat.head.weight[token] = row_out.to(anat.head.weight)

@@ -1,0 +1,283 @@
+"""One request to edit or forget a fact, and the files that such requests come in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from editlib.errors import OutputError, RequestError
+from editlib.request_formats import OWN_FIELDS, FieldError, format_of, name_in, own, short, unzip
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt with the answer that is expected to it."""
+
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A fact to edit (with `target_new`) or to unlearn (without).
+
+    `prompt` holds one `{}` where the subject stands; a prompt that spells the subject out once is
+    turned into that form. Without a subject the prompt is plain text. `answer` and `aliases` are the
+    truth, used to score. Lists become tuples; a neighbour may be a `Probe`, a dict or a bare prompt.
+
+    Raises:
+        RequestError: a field of the wrong type, empty, or at odds with the others.
+    """
+
+    id: str
+    prompt: str
+    subject: str | None = None
+    target_new: str | None = None
+    answer: str | None = None
+    aliases: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[Probe, ...] = ()
+    group: str | None = None
+    relation: str | None = None
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except FieldError as error:
+            raise FieldError(error.name, error.text, self.source or f"request {short(self.id)}") from None
+
+    def _check(self) -> None:
+        _check_text("id", self.id)
+        _check_text("prompt", self.prompt)
+        for name in ("subject", "answer", "target_new", "group", "relation"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+        for name in ("aliases", "paraphrases", "neighbours"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise FieldError(name, f"{short(getattr(self, name))}; expected a list; put it in [ ]")
+            self._set(name, tuple(getattr(self, name)))
+        self._set("neighbours", tuple(_probe(f"neighbours[{i}]", p) for i, p in enumerate(self.neighbours)))
+        self._set("prompt", _template(self.prompt, self.subject))
+        for name in ("aliases", "paraphrases"):
+            for i, text in enumerate(getattr(self, name)):
+                _check_text(f"{name}[{i}]", text)
+        for i, text in enumerate(self.paraphrases):
+            _check_braces(f"paraphrases[{i}]", text, self.subject)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen for everyone but __post_init__
+
+    @property
+    def question(self) -> str:
+        """The prompt with the subject filled in."""
+        return _fill(self.prompt, self.subject)
+
+    @property
+    def filled_paraphrases(self) -> tuple[str, ...]:
+        """The paraphrases with the subject filled in."""
+        return tuple(_fill(text, self.subject) for text in self.paraphrases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as one JSON object of the own format: no empty fields, no `source`."""
+        out: dict[str, Any] = {}
+        for name in OWN_FIELDS:
+            value = getattr(self, name)
+            if name == "neighbours":
+                value = [{k: v for k, v in vars(probe).items() if v is not None} for probe in value]
+            if value:
+                out[name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+
+def _fill(text: str, subject: str | None) -> str:
+    # Never str.format: other braces in a prompt are ordinary text.
+    return text if subject is None else text.replace("{}", subject)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        given = "missing" if value is None else short(value)
+        raise FieldError(name, f"{given}; expected a string; write the text in quotes")
+    if not value.strip():
+        raise FieldError(name, f"{short(value)} is empty; expected some text; write it or take the field out")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        text = f"{short(value)} holds half a surrogate pair; expected Unicode text; mend the \\u escape"
+        raise FieldError(name, text) from None
+
+
+def _check_braces(name: str, text: str, subject: str | None) -> None:
+    count = text.count("{}")
+    if count > 1:
+        given = f'{short(text)} has {count} "{{}}"'
+        raise FieldError(name, f"{given}; expected one, in the subject's place; take the others out")
+    if count and subject is None:
+        given = f'missing, but {name} has "{{}}"'
+        raise FieldError("subject", f'{given}; expected what fills it; add "subject" or spell it out')
+
+
+def _occurrences(text: str, subject: str) -> list[int]:
+    """Where the subject stands as words of its own, else (as in scripts without spaces) anywhere."""
+    literal = re.escape(subject)
+    whole = [m.start() for m in re.finditer(rf"(?<!\w){literal}(?!\w)", text)]
+    return whole or [m.start() for m in re.finditer(rf"(?={literal})", text)]
+
+
+def _template(prompt: str, subject: str | None) -> str:
+    """The prompt with `{}` in the subject's place, which must be the only one."""
+    _check_braces("prompt", prompt, subject)
+    if subject is None:
+        return prompt
+    if subject != subject.strip() or "{}" in subject:
+        wanted = 'expected text without "{}" and without blanks at its ends'
+        raise FieldError("subject", f"{short(subject)}; {wanted}; take them out")
+    filled, place = _fill(prompt, subject), prompt.find("{}")
+    found = _occurrences(filled, subject)
+    if not found:
+        given = f"{short(subject)} is not in the prompt {short(prompt)}"
+        raise FieldError("subject", f'{given}; expected it once; put "{{}}" in its place or drop "subject"')
+    if len(found) > 1 or place not in (-1, found[0]):
+        given = f"{short(subject)} stands more than once in {short(filled)}"
+        raise FieldError("subject", f"{given}; expected it once; reword the prompt")
+    return filled[: found[0]] + "{}" + filled[found[0] + len(subject) :]
+
+
+def _probe(name: str, value: Any) -> Probe:
+    if isinstance(value, Probe):
+        value = vars(value)
+    elif isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, Mapping):
+        raise FieldError(name, f'{short(value)}; expected {{"prompt": ..., "answer": ...}}; write an object')
+    for key in value.keys() - {"prompt", "answer"}:
+        raise FieldError(f"{name}.{key}", 'unknown; expected "prompt" or "answer"; rename it or take it out')
+    _check_text(f"{name}.prompt", value.get("prompt"))
+    if value.get("answer") is not None:
+        _check_text(f"{name}.answer", value["answer"])
+    return Probe(value["prompt"], value.get("answer"))
+
+
+def read_requests(path: str | Path) -> list[EditRequest]:
+    """Read requests from a JSONL file or a JSON array.
+
+    The format is found out by the fields of each object: the own one (see `EditRequest`), CounterFact
+    (nested, or EasyEdit's flat form), zsRE, FastEdit, KnowEdit, TOFU, or plain prompts. A request
+    without `id` or `case_id` is called `<file stem>:<position in the file>`.
+
+    Raises:
+        RequestError: the file cannot be read or an object cannot be used; names file, line and field.
+    """
+    path = Path(path)
+    requests: list[EditRequest] = []
+    lines: dict[str, int] = {}
+    for line, value in _objects(path, _read_text(path)):
+        where = f"{path}:{line}"
+        if not isinstance(value, dict):
+            raise RequestError(f"{where}: {short(value)}; expected a JSON object; write {{...}}")
+        for request in _to_requests(value, where, path.stem, len(requests) + 1):
+            if request.id in lines:
+                given = f"{short(request.id)} is taken by line {lines[request.id]}"
+                raise FieldError("id", f"{given}; expected one of its own; rename one of the two", where)
+            lines[request.id] = line
+            requests.append(request)
+    if not requests:
+        raise RequestError(f"{path}: holds no request; expected at least one JSON object; add a line")
+    return requests
+
+
+def _to_requests(value: dict[str, Any], where: str, stem: str, position: int) -> Iterator[EditRequest]:
+    reader = own
+    try:
+        for i, row in enumerate(unzip(value), position):
+            given = {name: v for name, v in row.items() if v is not None}
+            reader = format_of(given)
+            arguments = {"prompt": None, **reader(given)}
+            given_id = given.get("id") if reader is own else given.get("id", given.get("case_id"))
+            arguments["id"] = f"{stem}:{i}" if given_id is None else given_id
+            if type(given_id) is int:  # not a bool
+                arguments["id"] = str(given_id)
+            yield EditRequest(**arguments, source=where)
+    except FieldError as error:
+        raise FieldError(name_in(reader, error.name), error.text, where) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(f"{path}: {reason}; expected a JSONL or JSON file; check the path") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RequestError(f"{path}:{line}: not UTF-8; expected UTF-8 text; save the file as UTF-8") from None
+
+
+def _objects(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """The JSON values of a file, each with the line that it starts on."""
+    if text.lstrip().startswith("["):
+        return _array(path, text)
+    try:
+        whole = json.loads(text)  # one object, printed over several lines
+    except (ValueError, RecursionError):
+        # Only "\n" ends a line: str.splitlines would cut a string at U+2028.
+        rows = ((line, row) for line, row in enumerate(text.split("\n"), 1) if row.strip())
+        return ((line, _loads(path, row, line)) for line, row in rows)
+    return iter([(1 + text[: text.index(text.lstrip()[0])].count("\n"), whole)])
+
+
+def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    position, line, end = text.index("[") + 1, 1, 0
+    for value in _loads(path, text, 1):
+        position = gap.match(text, position).end()  # type: ignore[union-attr]
+        line += text.count("\n", end, position)
+        yield line, value
+        end, position = position, decoder.raw_decode(text, position)[1]
+
+
+def _loads(path: Path, text: str, line: int) -> Any:
+    wanted = "expected one JSON object; mend the line"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        given = f"not JSON at column {error.colno} ({error.msg})"
+        raise RequestError(f"{path}:{line + error.lineno - 1}: {given}; {wanted}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100 000 brackets
+        raise RequestError(f"{path}:{line}: not usable as JSON ({error}); {wanted}") from None
+
+
+def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:
+    """Write requests as JSONL in the own format, replacing the file in one step.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path = Path(path)
+    text = "".join(json.dumps(request.to_dict(), ensure_ascii=False) + "\n" for request in requests)
+    for mark in "\x85\u2028\u2029":  # readers that split at every Unicode line end get whole lines, too
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(text.encode("utf-8"))
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        wanted = "expected a file that can be written; check the folder"
+        raise OutputError(f"{path}: {error.strerror}; {wanted}") from None
+
+
+def requests_hash(requests: Iterable[EditRequest]) -> str:
+    """SHA-256 (hex) of the requests in their order, the same on every machine and in every run."""
+    canonical = json.dumps([request.to_dict() for request in requests], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
