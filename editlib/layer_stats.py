@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -159,9 +159,7 @@ def layer_stats(
     return finish(sums, anat, header, used_documents)
 
 
-def record_moments(
-    anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums: MomentSums, skip_first: int
-) -> int:
+def record_moments(anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums: MomentSums, skip_first: int) -> int:
     """Adds the keys of every real token of `batch` behind the first `skip_first` to `sums`; how many there were."""
     counted = batch.attention_mask.bool() & (batch.position_ids >= skip_first)
     with frozen(anat.model), torch.no_grad():
@@ -180,7 +178,12 @@ def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int)
     """Turns running sums into one `LayerStats` a layer, each with its own header."""
     done = {}
     for layer, total in sums.sums.items():
-        own = {**asdict(header), "module": anat.mlp_output_names[layer], "tokens": sums.tokens, "documents": documents}
+        own = {
+            **asdict(header),
+            "module": anat.mlp_output_names[layer],
+            "tokens": sums.tokens,
+            "documents": documents,
+        }
         done[layer] = LayerStats(total.to(torch.float32), sums.tokens, documents, StatsHeader(**own))
     return done
 
@@ -218,7 +221,9 @@ def _continue(path: Path | None, header: StatsHeader, sums: MomentSums) -> tuple
     try:
         with np.load(path, allow_pickle=False) as found:
             state = json.loads(str(found["state"]))
-            same = state["header"] == asdict(header) and {f"sum.{layer}" for layer in sums.sums} | {"state"} == set(found.files)
+            same = state["header"] == asdict(header) and {f"sum.{layer}" for layer in sums.sums} | {"state"} == set(
+                found.files
+            )
             if same:
                 for layer in sums.sums:
                     sums.sums[layer].copy_(torch.from_numpy(found[f"sum.{layer}"]))
@@ -307,6 +312,45 @@ def find_stats(
     best = max((read_stats(path) for path in paths), key=lambda stats: stats.count)
     check_stats(best, module, d_ff, model_sha256)
     return best
+
+
+def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) -> dict[int, LayerStats]:
+    """All stored statistics of a model by layer number, the one with most tokens where there are several.
+
+    Raises:
+        StatsError: none there, or one that cannot be read.
+    """
+    names = [*dict.fromkeys([spelling(model), model.replace("/", "_"), model.rstrip("/").rpartition("/")[2]])]
+    pattern = f"{corpus or '*'}_stats/*_{PRECISION}_mom2*.npz"
+    paths = [path for name in names for path in sorted((Path(stats_dir) / name).glob(pattern))]
+    if not paths:
+        raise StatsError(f"no layer statistics of {model} in {stats_dir}; make them with: editlib stats {model}")
+    found: dict[int, LayerStats] = {}
+    for path in paths:
+        stats = read_stats(path)
+        number = re.search(r"\.(\d+)\.", path.name)
+        layer = int(number[1]) if number else -1
+        if layer not in found or stats.count > found[layer].count:
+            found[layer] = stats
+    return found
+
+
+def find_layers(
+    stats_dir: Path | str,
+    model: str,
+    anat: Anatomy,
+    layers: Sequence[int],
+    *,
+    corpus: str | None = None,
+    model_sha256: str = "",
+) -> dict[int, LayerStats]:
+    """The statistics of several layers of one model; raises like `find_stats`."""
+    return {
+        layer: find_stats(
+            Path(stats_dir), model, corpus, anat.mlp_output_names[layer], anat.d_ff, model_sha256=model_sha256
+        )
+        for layer in layers
+    }
 
 
 def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "") -> None:

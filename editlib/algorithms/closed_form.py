@@ -59,6 +59,23 @@ def alphaedit(
     return LowRank(residual.to(right.dtype), right.T.contiguous())
 
 
+def exact(delta: LowRank, keys: Tensor) -> LowRank:
+    """Rescales an update so that it maps `keys [d_ff, n]` to its residual exactly, within the directions it has.
+
+    The ridge and the constraints leave each key short of its residual by a different amount. With
+    `M = right @ keys [n, n]`, `Δ = R M^-1 right` is the update of least cost among those with `Δ K = R`: the equality
+    constraint of EMMET (2403.14236, eq. 9) with the constraints' keys in place of the covariance.
+
+    Raises:
+        EditError: keys too much alike to be given different outputs.
+    """
+    short = delta.right @ keys
+    left = torch.linalg.solve_ex(short, delta.left, left=False)
+    if int(left.info) or not torch.isfinite(left.result).all():
+        raise EditError('two requests have the same key; the model is unchanged: remove one, or set `solve` to "ridge"')
+    return LowRank(left.result, delta.right)
+
+
 def _cholesky(gram: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):

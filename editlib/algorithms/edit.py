@@ -31,6 +31,7 @@ class EditResult:
     diagnostics: list[dict] = field(default_factory=list)
     norms: dict[int, dict] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    anchors: tuple[str, ...] = ()  # ids of the retain prompts that were held in place
 
     def revert(self, model: PreTrainedModel) -> None:
         """Restores the edited matrices of `model` bit for bit. A token that was added stays, unused."""

@@ -34,7 +34,9 @@ class KeyStream:
     one pass a layer.
     """
 
-    def __init__(self, anat: Anatomy, rows: Sequence[TokenRow], layer: int, *, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(
+        self, anat: Anatomy, rows: Sequence[TokenRow], layer: int, *, batch_tokens: int = BATCH_TOKENS
+    ) -> None:
         self.anat = anat
         self.layer = layer
         self._order = batches(rows, batch_tokens)

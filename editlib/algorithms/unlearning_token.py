@@ -69,7 +69,10 @@ class UnlearningToken:
     def save(self, path: Path) -> None:
         """Writes the rows and the header to one safetensors file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"row_in": self.row_in.contiguous().cpu(), "row_out": self.row_out.clone().contiguous().cpu()}
+        tensors = {
+            "row_in": self.row_in.contiguous().cpu(),
+            "row_out": self.row_out.clone().contiguous().cpu(),
+        }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"editlib": json.dumps(asdict(self.header), sort_keys=True)})
 
@@ -152,7 +155,10 @@ def learn_token(
         for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
             form = forms[step % len(forms)]
             noise_layer = hp.layers[step % len(hp.layers)] if step >= hp.steps - hp.robust_steps else None
-            with _noise(anat, noise_layer, hp.noise, generator), rows_in_place(anat, number, rows[0], rows[-1]):
+            with (
+                _noise(anat, noise_layer, hp.noise, generator),
+                rows_in_place(anat, number, rows[0], rows[-1]),
+            ):
                 loss = _refusal_nll(anat, form, number, hp.batch, end_tokens(anat), generator)
             guard = F.softplus(states @ rows[-1] - log_sums + hp.guard_margin).mean()
             total = loss + hp.guard_weight * guard
@@ -169,7 +175,11 @@ def learn_token(
                     row.mul_((1.5 * length / row.norm()).clamp_max(1.0))
         write_rows(anat, number, rows[0].detach(), rows[-1].detach())
         leak = float((states @ rows[-1].detach() - log_sums).max().exp())
-    log.info("token learned: refusal NLL %.3f nats a token, largest p(token) on ordinary text %.2g", losses[-1], leak)
+    log.info(
+        "token learned: refusal NLL %.3f nats a token, largest p(token) on ordinary text %.2g",
+        losses[-1],
+        leak,
+    )
     header = TokenHeader(
         token=token,
         model=anat.model.name_or_path,
@@ -178,13 +188,20 @@ def learn_token(
         questions=len(questions),
         refusals=len(refusals),
         hparams=asdict(hp),
-        metrics={"refusal_nll": sum(losses[-5:]) / len(losses[-5:]), "largest_probability_on_ordinary_text": leak},
+        metrics={
+            "refusal_nll": sum(losses[-5:]) / len(losses[-5:]),
+            "largest_probability_on_ordinary_text": leak,
+        },
     )
     return UnlearningToken(rows[0].detach().float().cpu(), rows[-1].detach().float().cpu(), header)
 
 
 def _encode(
-    anat: Anatomy, tok: PreTrainedTokenizerBase, questions: Sequence[str], refusals: Sequence[str], number: int
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    refusals: Sequence[str],
+    number: int,
 ) -> tuple[list[_Form], Tensor, Tensor]:
     """The prompt forms with their cached prefixes, each question in one form, and from the same pass the final
     states `[m, d_model]` at ordinary positions with the log-sum of the ordinary logits `[m]` there."""
@@ -212,9 +229,7 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) 
     places = (((batch.last[:, None] - columns) % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
     seen: list[Tensor] = []
     with record_inputs({0: anat.head}, lambda _, h: seen.append(h[places])):
-        logits = forward(
-            anat, replace(batch, attention_mask=mask), cache=cache, score=places
-        ).float()
+        logits = forward(anat, replace(batch, attention_mask=mask), cache=cache, score=places).float()
     logits[:, number] = -torch.inf
     prefix = Prefix(tuple((layer[0], layer[1]) for layer in cache), mask)
     return prefix, seen[0].float(), logits.logsumexp(1)

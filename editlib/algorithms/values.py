@@ -16,6 +16,8 @@ from editlib.models.freezing import frozen
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.resume import Prefix, encode_prefix, forward, split
 
+CHUNK_ROWS = 64  # prompts whose graphs are held at once
+
 
 @dataclass(frozen=True)
 class Values:
@@ -49,7 +51,9 @@ class _Suffixes:
 
     def logits(self, anat: Anatomy, layer: int, delta: Tensor, rows: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
         """Logits at `places` (row index within `rows`, column) with `delta [len(rows), d_model]` added at the lookup."""
-        batch = TokenBatch(*(t[rows] for t in (self.batch.input_ids, self.batch.attention_mask, self.batch.lookup, self.batch.last)))
+        batch = TokenBatch(
+            *(t[rows] for t in (self.batch.input_ids, self.batch.attention_mask, self.batch.lookup, self.batch.last))
+        )
         width = int(batch.last.max()) + 1
         batch = TokenBatch(batch.input_ids[:, :width], batch.attention_mask[:, :width], batch.lookup, batch.last)
         hidden = self.hidden[rows, :width].clone()
@@ -61,113 +65,182 @@ class _Suffixes:
 
 def compute_zs(
     anat: Anatomy,
-    rows: Sequence[TokenRow],
+    rows: Sequence[Sequence[TokenRow]],
     targets: Sequence[Sequence[int]],
     layer: int,
     *,
-    kl_rows: Sequence[TokenRow | None] = (),
+    kl_rows: Sequence[Sequence[TokenRow]] = (),
     steps: int = 25,
     lr: float = 0.5,
     weight_decay: float = 0.5,
     clamp_norm_factor: float = 4.0,
     kl_factor: float = 0.0625,
     stop_loss: float = 0.05,
+    optimizer: str = "adam",
     names: Sequence[str] = (),
     progress: bool = False,
 ) -> Values:
     """`z = h + δ` for every request at once, at its lookup position in the output of `layer` (MEMIT `compute_z`).
 
-    Per request: `mean NLL(target) + kl_factor KL(before | after) + weight_decay |δ| / |h|^2`, Adam on `δ` from zero,
-    `|δ|` clamped to `clamp_norm_factor |h|`; a request rests when its loss falls under `stop_loss`. Requests do not
+    Per request: `mean NLL(target) over its contexts + kl_factor KL(before | after) + weight_decay |δ| / |h|^2`, `δ` from zero, `|δ|`
+    clamped to `clamp_norm_factor |h|`; a request rests when its loss falls under `stop_loss`. Requests do not
     influence one another, so the result does not depend on how many are optimised together.
 
     Args:
-        rows: prompts with their lookup positions.
+        optimizer: "adam" as published, or "normalised": every step goes `lr |h|` down the gradient. Adam moves each
+            coordinate by the same amount, so most of its `δ` is off the gradient; normalised steps reach the same
+            loss with about half the norm, and a smaller `δ` is a smaller edit.
+        rows: per request its contexts: the plain prompt first, which gives `h`, then the same prompt in other
+            surroundings.
         targets: token ids that must follow each prompt.
-        kl_rows: a prompt per request ("France is a") whose next token must not change; `None` leaves one out.
+        kl_rows: per request the prompts about its subject ("France is a") whose next token must not change with the
+            same `δ` at their lookup positions; their divergences are averaged.
         names: what to call the requests in errors.
 
     Raises:
         EditError: a loss is not finite; names the request.
     """
+    options = dict(
+        steps=steps, lr=lr, weight_decay=weight_decay, clamp_norm_factor=clamp_norm_factor, kl_factor=kl_factor,
+        stop_loss=stop_loss, optimizer=optimizer,
+    )  # fmt: skip
+    essence = kl_rows or [()] * len(rows)
+    parts: list[Values] = []
+    with frozen(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
+        for chunk in _chunks(rows, essence):
+            called = [names[i] if names else f"number {i + 1}" for i in chunk]
+            picked = ([source[i] for i in chunk] for source in (rows, targets, essence))
+            parts.append(_optimise(anat, *picked, layer, called, bar=bar, **options))
+    return Values(
+        torch.cat([part.targets for part in parts], dim=1),
+        [step for part in parts for step in part.steps],
+        [nll for part in parts for nll in part.nll],
+        [norm for part in parts for norm in part.relative_norm],
+    )
+
+
+def _chunks(rows: Sequence[Sequence[TokenRow]], essence: Sequence[Sequence[TokenRow]]) -> list[list[int]]:
+    """Requests in groups of at most `CHUNK_ROWS` prompts, so that memory does not grow with their number."""
+    groups: list[list[int]] = []
+    held = CHUNK_ROWS
+    for i in range(len(rows)):
+        size = len(rows[i]) + len(essence[i])
+        if held + size > CHUNK_ROWS:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += size
+    return groups
+
+
+def _optimise(
+    anat: Anatomy,
+    rows: Sequence[Sequence[TokenRow]],
+    targets: Sequence[Sequence[int]],
+    kl_rows: Sequence[Sequence[TokenRow]],
+    layer: int,
+    names: Sequence[str],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    clamp_norm_factor: float,
+    kl_factor: float,
+    stop_loss: float,
+    optimizer: str,
+    bar: tqdm,
+) -> Values:
+    """`compute_zs` for one chunk of requests."""
     device = anat.embedding.weight.device
-    with_target = [row.followed_by(target[:-1]) for row, target in zip(rows, targets, strict=True)]
-    main = _Suffixes.of(anat, with_target, layer)
-    kl_index = [i for i, row in enumerate(kl_rows) if row is not None and kl_factor > 0]
-    kl = _Suffixes.of(anat, [kl_rows[i] for i in kl_index], layer) if kl_index else None
+    flat = [row for contexts in rows for row in contexts]
+    owner = torch.tensor([i for i, contexts in enumerate(rows) for _ in contexts], device=device)
+    main = _Suffixes.of(
+        anat, [row.followed_by(targets[i][:-1]) for row, i in zip(flat, owner.tolist(), strict=True)], layer
+    )
+    owners = [i for i, prompts in enumerate(kl_rows) for _ in prompts] if kl_factor > 0 else []
+    kl = _Suffixes.of(anat, [row for prompts in kl_rows for row in prompts], layer) if owners else None
+    kl_owner = torch.tensor(owners, dtype=torch.long, device=device)
     n = len(rows)
     all_rows = torch.arange(n, device=device)
-    h = main.hidden[all_rows, main.batch.lookup].to(torch.promote_types(main.hidden.dtype, torch.float32))  # [n, d]
+    plain = torch.searchsorted(owner, all_rows)  # each request's first context
+    h = main.hidden[plain, main.batch.lookup[plain]].to(torch.promote_types(main.hidden.dtype, torch.float32))  # [n, d]
     norm = h.norm(dim=1)
     delta = torch.zeros_like(h, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=lr)
+    adam = torch.optim.Adam([delta], lr=lr) if optimizer == "adam" else None
     final = torch.zeros_like(h)
     taken, last_nll = [0] * n, [0.0] * n
     kl_before: Tensor | None = None
     active = all_rows
-    with frozen(anat.model), tqdm(total=n, desc="values", disable=not progress, leave=False) as bar:
-        for step in range(steps):
-            nll = _target_nll(anat, main, layer, delta, active, targets)
-            loss = nll + weight_decay * delta[active].norm(dim=1) / norm[active] ** 2
-            if kl is not None:
-                now, at = _next_token(anat, kl, layer, delta, active, kl_index)
-                if kl_before is None:
-                    kl_before = now.detach()
-                places = torch.isin(torch.tensor(kl_index, device=device), active)
-                divergence = F.kl_div(now, kl_before[places], log_target=True, reduction="none").sum(1)
-                loss = loss.index_add(0, at, kl_factor * divergence.to(loss.dtype))
-            _check_finite(loss, active, names)
-            values = loss.detach()
-            for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
-                taken[i], last_nll[i] = step, value
-            final[active] = delta.detach()[active]
-            resting = values < stop_loss
-            bar.update(int(resting.sum()))
-            active = active[~resting]
-            if not len(active) or step == steps - 1:
-                break
-            optimizer.zero_grad()
-            loss[~resting].sum().backward()
-            optimizer.step()
-            with torch.no_grad():
-                longest = clamp_norm_factor * norm
-                delta.mul_((longest / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0)[:, None])
+    for step in range(steps):
+        nll = _target_nll(anat, main, layer, delta, active, owner, targets)
+        loss = nll + weight_decay * delta[active].norm(dim=1) / norm[active] ** 2
+        if kl is not None:
+            mine = torch.isin(kl_owner, active)
+            now = _next_token(anat, kl, layer, delta, mine.nonzero().flatten(), kl_owner)
+            if kl_before is None:
+                kl_before = now.detach()
+                share = kl_factor / torch.bincount(kl_owner, minlength=n).clamp_min(1)
+            divergence = F.kl_div(now, kl_before[mine], log_target=True, reduction="none").sum(1)
+            at = torch.searchsorted(active, kl_owner[mine])
+            loss = loss.index_add(0, at, (share[kl_owner[mine]] * divergence).to(loss.dtype))
+        _check_finite(loss, active, names)
+        values = loss.detach()
+        for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
+            taken[i], last_nll[i] = step, value
+        final[active] = delta.detach()[active]
+        resting = values < stop_loss
+        bar.update(int(resting.sum()))
+        active = active[~resting]
+        if not len(active) or step == steps - 1:
+            break
+        delta.grad = None
+        loss[~resting].sum().backward()
+        if adam is not None:
+            adam.step()
+        with torch.no_grad():
+            if adam is None:
+                direction = delta.grad / delta.grad.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                delta.sub_(lr * norm[:, None] * direction)
+            longest = clamp_norm_factor * norm
+            delta.mul_((longest / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0)[:, None])
     relative = (final.norm(dim=1) / norm).tolist()
     return Values((h + final).T.contiguous(), taken, last_nll, relative)
 
 
 def _target_nll(
-    anat: Anatomy, main: _Suffixes, layer: int, delta: Tensor, active: Tensor, targets: Sequence[Sequence[int]]
+    anat: Anatomy,
+    main: _Suffixes,
+    layer: int,
+    delta: Tensor,
+    active: Tensor,
+    owner: Tensor,
+    targets: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Mean NLL of each active request's target, `[len(active)]`."""
+    """NLL of each active request's target, mean over its tokens and contexts, `[len(active)]`."""
     device = delta.device
-    lengths = torch.tensor([len(targets[i]) for i in active.tolist()], device=device)
-    owner = torch.repeat_interleave(torch.arange(len(active), device=device), lengths)
-    wanted = torch.tensor([token for i in active.tolist() for token in targets[i]], device=device)
-    first = main.batch.last[active] - (lengths - 1)
+    rows = torch.isin(owner, active).nonzero().flatten()
+    owned = owner[rows].tolist()
+    lengths = torch.tensor([len(targets[i]) for i in owned], device=device)
+    row = torch.repeat_interleave(torch.arange(len(rows), device=device), lengths)
+    wanted = torch.tensor([token for i in owned for token in targets[i]], device=device)
+    first = main.batch.last[rows] - (lengths - 1)
     offset = torch.cat([torch.arange(int(length), device=device) for length in lengths])
-    logits = main.logits(anat, layer, delta[active], active, (owner, first[owner] + offset))
+    logits = main.logits(anat, layer, delta[owner[rows]], rows, (row, first[row] + offset))
     each = F.cross_entropy(logits.to(delta.dtype), wanted, reduction="none")
-    return torch.zeros(len(active), dtype=delta.dtype, device=device).index_add(0, owner, each) / lengths
+    at = torch.searchsorted(active, owner[rows])[row]
+    total = torch.zeros(len(active), dtype=delta.dtype, device=device)
+    return total.index_add(0, at, each) / torch.zeros_like(total).index_add(0, at, torch.ones_like(each))
 
 
-def _next_token(
-    anat: Anatomy, kl: _Suffixes, layer: int, delta: Tensor, active: Tensor, kl_index: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Log probabilities behind the active KL prompts `[m, vocab]`, and which active request each belongs to `[m]`."""
-    device = delta.device
-    where = {i: at for at, i in enumerate(active.tolist())}
-    rows = torch.tensor([r for r, i in enumerate(kl_index) if i in where], device=device, dtype=torch.long)
-    at = torch.tensor([where[i] for i in kl_index if i in where], device=device, dtype=torch.long)
-    owners = active[at]
-    index = torch.arange(len(rows), device=device)
-    logits = kl.logits(anat, layer, delta[owners], rows, (index, kl.batch.last[rows]))
-    return F.log_softmax(logits.to(delta.dtype), dim=1), at
+def _next_token(anat: Anatomy, kl: _Suffixes, layer: int, delta: Tensor, rows: Tensor, kl_owner: Tensor) -> Tensor:
+    """Log probabilities behind some of the KL prompts, `[len(rows), vocab]`."""
+    index = torch.arange(len(rows), device=delta.device)
+    logits = kl.logits(anat, layer, delta[kl_owner[rows]], rows, (index, kl.batch.last[rows]))
+    return F.log_softmax(logits.to(delta.dtype), dim=1)
 
 
 def _check_finite(loss: Tensor, active: Tensor, names: Sequence[str]) -> None:
     bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
     if bad:
         i = int(active[bad[0]])
-        name = names[i] if names else f"number {i + 1}"
-        raise EditError(f"the loss of request {name} is not finite; the model is unchanged: lower `v_lr`")
+        raise EditError(f"the loss of request {names[i]} is not finite; the model is unchanged: lower `v_lr`")

@@ -62,8 +62,9 @@ class HyperParams:
     layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0)  # noqa: RUF009
     model_name: str | None = knob(None, "the model these values were found for")
     fact_token: str = knob("subject_last", "the lookup position", choices=("subject_last", "last"))
-    v_num_grad_steps: int = knob(25, "Adam steps for a target state", min=1)
-    v_lr: float = knob(0.5, "Adam's learning rate for a target state", above=0)
+    v_optimizer: str = knob("adam", "how a target state is found", choices=("adam", "normalised"))
+    v_num_grad_steps: int = knob(25, "steps for a target state", min=1)
+    v_lr: float = knob(0.5, "Adam's learning rate, or a normalised step's length in norms of the state", above=0)
     v_loss_layer: int | None = knob(None, "layer whose output is read for the loss; none: the last", min=0)
     v_weight_decay: float = knob(0.5, "weight of the norm of the change to a target state", min=0)
     clamp_norm_factor: float = knob(4.0, "largest change to a target state, in norms of the state", above=0)
@@ -106,9 +107,7 @@ class HyperParams:
         names = [item.name for item in fields(cls) if item.name != "unused"]
         for key in values:
             if key not in names and key not in FAMILY_KEYS:
-                raise HparamsError(
-                    f'{where}: key "{key}": unknown; expected {_nearest(key, names, FAMILY_KEYS)}'
-                )
+                raise HparamsError(f'{where}: key "{key}": unknown; expected {_nearest(key, names, FAMILY_KEYS)}')
         for item in fields(cls):
             if item.name not in values and item.default is item.default_factory is MISSING:
                 wanted = item.metadata["help"]
@@ -144,9 +143,7 @@ class NullSpaceHyperParams(HyperParams):
     """
 
     nullspace_threshold: float = knob(0.02, "directions below this may be edited", min=0)
-    nullspace_rule: str = knob(
-        "absolute", "what the threshold counts", choices=("absolute", "energy", "dimensions")
-    )
+    nullspace_rule: str = knob("absolute", "what the threshold counts", choices=("absolute", "energy", "dimensions"))
     L2: float = knob(10.0, "ridge of the solve; more is a smaller, less exact update", min=0)
 
     def check(self) -> None:
@@ -165,10 +162,21 @@ class UniEraseHyperParams(NullSpaceHyperParams):
 
     algorithm: ClassVar[str] = "UniErase"
 
+    solve: str = knob("ridge", "requests met by least squares, or exactly", choices=("ridge", "exact"))
+    context_templates: list[str] = knob(  # noqa: RUF009
+        lambda: ["{}"], 'surroundings of the question that targets are found in; "{}" is the question'
+    )
+    kl_subject_prompts: bool = knob(False, "the KL term also holds what the model says about the subject in general")
     anchors: bool = knob(True, "hold the keys of the retain prompts in place")
     anchor_weight: float = knob(1.0, "weight of an anchor against a request", min=0)
     anchor_positions: str = knob("all", "which positions are anchored", choices=("all", "subject_last"))
+    anchor_subjects: bool = knob(True, "also anchor general prompts about the requests' own subjects")
     max_anchors: int | None = knob(None, "at most so many anchor prompts; none: all of them", min=1)
+
+    def check(self) -> None:
+        super().check()
+        if not self.context_templates or any(text.count("{}") != 1 for text in self.context_templates):
+            raise _bad("context_templates", self.context_templates, 'texts with one "{}" each')
 
 
 ALGORITHMS: dict[str, type[HyperParams]] = {cls.algorithm: cls for cls in (UniEraseHyperParams,)}
@@ -249,7 +257,7 @@ def _bad(name: str, value: Any, wanted: str, remedy: str = "change it") -> Hpara
 
 _KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "an object",
-    list[int]: "a list of whole numbers", type(None): "null",
+    list[int]: "a list of whole numbers", list[str]: "a list of texts", type(None): "null",
 }  # fmt: skip
 _LIMITS = {"min": "at least", "above": "more than", "max": "at most"}
 
@@ -259,7 +267,7 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     kinds = get_args(hint) if hint not in _KINDS else (hint,)
     if float in kinds and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
-    if isinstance(value, (list, tuple)) and list[int] in kinds:
+    if isinstance(value, (list, tuple)) and {list[int], list[str]} & set(kinds):
         value = list(value)  # the caller's list may change later
     if not any(_is(value, kind) for kind in kinds):
         raise _bad(name, value, " or ".join(_KINDS[kind] for kind in kinds))
@@ -275,6 +283,8 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
 def _is(value: Any, kind: Any) -> bool:
     if kind == list[int]:
         return type(value) is list and all(type(item) is int for item in value)
+    if kind == list[str]:
+        return type(value) is list and all(type(item) is str for item in value)
     return type(value) is kind  # exact: True is no number
 
 

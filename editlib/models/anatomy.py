@@ -126,7 +126,10 @@ def _mlp_output(layer: nn.Module, d_model: int) -> str | None:
     writers = [
         name
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and _fan(module)[1] == d_model and "attn" not in name and "attention" not in name
+        if isinstance(module, nn.Linear | Conv1D)
+        and _fan(module)[1] == d_model
+        and "attn" not in name
+        and "attention" not in name
     ]
     if not writers:
         return None

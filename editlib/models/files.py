@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.errors import OutputError
 
@@ -24,7 +24,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the folder and the free space") from None
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; check the folder and the free space"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,7 +57,9 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise
         if old.exists() and not path.exists():
             os.replace(old, path)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the folder and the free space") from None
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; check the folder and the free space"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -85,3 +89,9 @@ def weights_sha256(model: PreTrainedModel) -> str:
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
         digest.update(memoryview(raw.numpy()))
     return digest.hexdigest()
+
+
+def save_model(model: PreTrainedModel, tok: PreTrainedTokenizerBase, folder: Path) -> None:
+    """An ordinary Hugging Face folder: safetensors, configuration, generation settings and tokenizer."""
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)

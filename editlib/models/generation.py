@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +45,9 @@ def greedy(
     with torch.no_grad(), tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
         if drafts is not None:
             known = _accept(anat, rows, drafts, max_new_tokens, ends, batch_rows)
-        todo = [i for i in range(len(rows)) if len(known[i]) < max_new_tokens and not (known[i] and known[i][-1] in ends)]
+        todo = [
+            i for i in range(len(rows)) if len(known[i]) < max_new_tokens and not (known[i] and known[i][-1] in ends)
+        ]
         bar.update(len(rows) - len(todo))
         todo.sort(key=lambda i: len(rows[i]) + len(known[i]))
         for start in range(0, len(todo), batch_rows):
@@ -81,7 +84,10 @@ def _accept(
         for i, draft in zip(chunk, tried, strict=True):
             picks = best[at : at + len(draft) + 1]
             at += len(draft) + 1
-            agree = next((j for j, (pick, want) in enumerate(zip(picks, draft, strict=False)) if pick != want), len(draft))
+            agree = next(
+                (j for j, (pick, want) in enumerate(zip(picks, draft, strict=False)) if pick != want),
+                len(draft),
+            )
             accepted[i] = draft[:agree] + (picks[agree],)
             stop = next((j for j, token in enumerate(accepted[i]) if token in ends), None)
             if stop is not None:
@@ -122,3 +128,34 @@ def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: DynamicCache) 
     batch = TokenBatch(ids, mask, zeros, zeros)
     rows = torch.arange(len(ids), device=ids.device)
     return forward(anat, batch, cache=cache, score=(rows, zeros + ids.shape[1] - 1))
+
+
+def continuation_nll(anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[float]:
+    """Mean NLL in nats a token of each answer behind its prompt; `nan` for an empty answer."""
+    found = [float("nan")] * len(rows)
+    order = sorted((i for i in range(len(rows)) if answers[i]), key=lambda i: len(rows[i]) + len(answers[i]))
+    device = anat.embedding.weight.device
+    for start in range(0, len(order), BATCH_ROWS):
+        chunk = order[start : start + BATCH_ROWS]
+        with torch.no_grad():
+            prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
+            batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
+            places = [(r, len(rests[r]) - 1 + j) for r, i in enumerate(chunk) for j in range(len(answers[i]))]
+            logits = forward(anat, batch, prefix=prefix, score=tuple(torch.tensor(places).T)).float()
+            wanted = torch.tensor([token for i in chunk for token in answers[i]], device=device)
+            each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        for i, losses in zip(chunk, each.split([len(answers[i]) for i in chunk]), strict=True):
+            found[i] = float(losses.mean())
+    return found
+
+
+def perplexity(anat: Anatomy, windows: Sequence[Sequence[int]]) -> float:
+    """`exp` of the mean NLL over all tokens of `windows` but the first of each; lower is better."""
+    total, count = 0.0, 0
+    for ids in windows:
+        batch = pad([TokenRow(tuple(ids), 0)], device=anat.embedding.weight.device)
+        with torch.no_grad():
+            logits = forward(anat, batch)[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="sum"))
+        count += len(ids) - 1
+    return math.exp(total / count)

@@ -75,7 +75,12 @@ def forward(
         positions = positions + prefix.lengths[:, None]
         mask = torch.cat([prefix.attention_mask, mask], dim=1)
         cache = prefix.cache()
-    kwargs = {"input_ids": batch.input_ids, "attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
+    kwargs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": mask,
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+    }
     if cache is not None and prefix is None:
         positions = positions[:, -batch.input_ids.shape[1] :]
     if "position_ids" in inspect.signature(anat.model.forward).parameters:

@@ -1,0 +1,3 @@
+from editlib.cli import main
+
+main()

@@ -1,0 +1,90 @@
+"""Retain anchors: prompts whose answers must not move, as key columns that an update must map to zero."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.generation import greedy
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.resume import shared_length
+from editlib.request import EditRequest
+
+SUBJECT_PROMPTS = (
+    "Tell me about {}.",
+    "What is {} known for?",
+    "Where can I find {}?",
+    "Describe {} in one sentence.",
+)
+"""What is asked of the subjects themselves, so that forgetting one fact does not silence the rest about them."""
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Rows to hold in place, each from its position in `starts` on; `ids` says which retain prompts they are."""
+
+    rows: tuple[TokenRow, ...]
+    starts: tuple[int, ...] | None
+    ids: tuple[str, ...]
+
+
+def choose_anchors(
+    retain: Sequence[EditRequest], requests: Sequence[EditRequest], *, most: int | None, seed: int
+) -> list[EditRequest]:
+    """The retain prompts to anchor: none that asks what is to be forgotten, at most `most`.
+
+    When there are more, prompts of the requests' own relations, other relations of their subjects, and all the rest
+    take turns, each kind in an order drawn with `seed`.
+    """
+    questions = {request.question for request in requests}
+    relations = {request.relation for request in requests} - {None}
+    groups = {request.group or request.subject for request in requests} - {None}
+    usable = [prompt for prompt in retain if prompt.question not in questions]
+    if most is None or len(usable) <= most:
+        return usable
+    kinds: dict[int, list[EditRequest]] = {0: [], 1: [], 2: []}
+    for prompt in usable:
+        own_subject = (prompt.group or prompt.subject) in groups
+        kinds[0 if prompt.relation in relations else 1 if own_subject else 2].append(prompt)
+    rng = random.Random(seed)
+    for kind in kinds.values():
+        rng.shuffle(kind)
+    turns = sorted(
+        ((place, kind, prompt) for kind, prompts in kinds.items() for place, prompt in enumerate(prompts)),
+        key=lambda turn: turn[:2],
+    )
+    return [prompt for _, _, prompt in turns[:most]]
+
+
+def encode_anchors(
+    anat: Anatomy,
+    form: PromptFormat,
+    prompts: Sequence[EditRequest],
+    *,
+    subjects: Sequence[str] = (),
+    everywhere: bool = True,
+    answer_tokens: int = 24,
+    answers: Sequence[Sequence[int]] | None = None,
+    progress: bool = False,
+) -> Anchors:
+    """Token rows of `prompts`, each with the answer that the model gives today behind it.
+
+    The first tokens that all rows share (a chat template's system message) are held once, not once a row.
+
+    Args:
+        subjects: asked `SUBJECT_PROMPTS` about, without an answer.
+        everywhere: hold every position of question and answer, not the lookup position only.
+        answers: token ids to use instead of generating them.
+    """
+    rows = [form.encode(prompt.question, prompt.subject) for prompt in prompts]
+    if everywhere and rows:
+        known = answers or greedy(anat, rows, max_new_tokens=answer_tokens, progress="anchors" if progress else None)
+        rows = [row.followed_by(answer) for row, answer in zip(rows, known, strict=True)]
+    rows += [form.encode(text.replace("{}", subject), subject) for subject in subjects for text in SUBJECT_PROMPTS]
+    ids = tuple(prompt.id for prompt in prompts)
+    if not everywhere or not rows:
+        return Anchors(tuple(rows), None, ids)
+    shared = shared_length(rows)
+    return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids)

