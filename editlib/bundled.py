@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+
+import jsonlines
 
 from editlib.errors import RequestError
 from editlib.request import EditRequest, read_requests
@@ -15,6 +16,11 @@ def _path(name: str) -> Path:
     return Path(str(resources.files("editlib") / "data" / name))
 
 
+def _rows(name: str) -> list[dict]:
+    with jsonlines.open(_path(name)) as rows:
+        return list(rows)
+
+
 def facts() -> list[EditRequest]:
     """Candidate facts with two paraphrases each, grouped by subject and relation."""
     return read_requests(_path("facts.jsonl"))
@@ -22,7 +28,7 @@ def facts() -> list[EditRequest]:
 
 def general(split: str) -> list[EditRequest]:
     """General prompts that must not change: questions with an answer and open instructions; "anchor" or "test"."""
-    rows = [json.loads(line) for line in _path("general.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    rows = _rows("general.jsonl")
     return [
         EditRequest(
             id=row["id"],
@@ -37,7 +43,7 @@ def general(split: str) -> list[EditRequest]:
 
 def questions(split: str) -> list[str]:
     """Diverse questions that the token is learned over ("train") or checked with ("heldout")."""
-    rows = [json.loads(line) for line in _path("questions.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    rows = _rows("questions.jsonl")
     return [row["question"] for row in rows if row["split"] == split]
 
 

@@ -91,7 +91,7 @@ def _layers(text: str) -> list[int]:
 
 def _workbench(model: str, stats_dir: Path, dtype: str | None) -> Any:
     from editlib.models.loading import load
-    from editlib.unlearn import Workbench
+    from editlib.workbench import Workbench
 
     loaded, tok = load(model, dtype=dtype)
     return Workbench.of(loaded, tok, stats_dir)
@@ -191,7 +191,7 @@ def unlearn(
     from editlib.hparams import load_hparams
     from editlib.models.files import check_output
     from editlib.request import read_requests
-    from editlib.unlearn import unlearn as run
+    from editlib.workbench import unlearn as run
 
     check_output(out_dir, overwrite=overwrite)
     settings = load_hparams(hparams, "UniErase")

@@ -23,7 +23,7 @@ from editlib.models.files import check_output
 from editlib.models.loading import load
 from editlib.models.packaged import fetch
 from editlib.request import EditRequest, write_requests
-from editlib.unlearn import Workbench, unlearn
+from editlib.workbench import Workbench, unlearn
 
 MODEL = "smollm2-135m"
 FORGET = {"capital": 18, "symbol": 14}

@@ -7,6 +7,7 @@ import json
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -225,14 +226,17 @@ def _continue(path: Path | None, header: StatsHeader, sums: MomentSums) -> tuple
                 found.files
             )
             if same:
-                for layer in sums.sums:
-                    sums.sums[layer].copy_(torch.from_numpy(found[f"sum.{layer}"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                totals = {layer: torch.from_numpy(found[f"sum.{layer}"]) for layer in sums.sums}
+                if any(totals[layer].shape != total.shape for layer, total in sums.sums.items()):
+                    return 0, 0
+                place = int(state["tokens"]), int(state["window"]), int(state["documents"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile):
         return 0, 0  # a damaged checkpoint costs time, never correctness
     if not same:
         raise StatsError(f"{path} is the checkpoint of another job (other model, corpus, layers or options); remove it")
-    sums.tokens = state["tokens"]
-    return state["window"], state["documents"]
+    sums.sums.update(totals)
+    sums.tokens = place[0]
+    return place[1:]
 
 
 # --- the store -------------------------------------------------------------------------------------------------------
@@ -246,7 +250,7 @@ def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
 
 def spelling(model: str) -> str:
     """The folder name of a model: its id with `/` as `_`, or the last part of a local path."""
-    return Path(model).name if Path(model).is_dir() else model.replace("/", "_")
+    return Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "_")
 
 
 def save_stats(stats_dir: Path, stats: LayerStats) -> Path:
@@ -278,14 +282,22 @@ def read_stats(path: Path) -> LayerStats:
     try:
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files if name != "mom2.constructor"}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
         raise StatsError(f"{path}: not a readable .npz file ({error}); compute it again with `editlib stats`") from None
     lacking = {"mom2.mom2", "mom2.count"} - arrays.keys()
     if lacking:
         raise StatsError(f"{path}: lacks {sorted(lacking)[0]!r}; expected a second-moment file of the ROME family")
     header = None
     if "editlib.header" in arrays:
-        header = StatsHeader(**json.loads(str(arrays["editlib.header"])))
+        try:
+            header = StatsHeader(**json.loads(str(arrays["editlib.header"])))
+        except (ValueError, TypeError) as error:
+            raise StatsError(
+                f"{path}: its header cannot be read ({error}); compute it again with `editlib stats`"
+            ) from None
+    mom2, count = arrays["mom2.mom2"], arrays["mom2.count"]
+    if mom2.ndim != 2 or count.ndim or count < 1 or not np.isfinite(mom2).all():
+        raise StatsError(f"{path}: holds no finite moment of at least one token; compute it again with `editlib stats`")
     return LayerStats(
         torch.from_numpy(arrays["mom2.mom2"]),
         int(arrays["mom2.count"]),
@@ -367,7 +379,7 @@ def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "
         raise StatsError(f"{stats.path}: was made for {stats.header.module}, not for {module}; the file was renamed")
     if model_sha256 and stats.header.model_sha256 and stats.header.model_sha256 != model_sha256:
         raise StatsError(
-            f"{stats.path}: was made from other weights of {stats.header.model} (hash {stats.header.model_sha256[:12]}, "
+            f"{stats.path}: comes from other weights of {stats.header.model} (hash {stats.header.model_sha256[:12]}, "
             f"this model {model_sha256[:12]}); make statistics for this one with `editlib stats`"
         )
 

@@ -41,6 +41,7 @@ class EditRequest:
     target_new: str | None = None
     answer: str | None = None
     aliases: tuple[str, ...] = ()
+    phrasings: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[Probe, ...] = ()
     group: str | None = None
@@ -59,17 +60,22 @@ class EditRequest:
         for name in ("subject", "answer", "target_new", "group", "relation"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
-        for name in ("aliases", "paraphrases", "neighbours"):
+        for name in ("aliases", "phrasings", "paraphrases", "neighbours"):
             if not isinstance(getattr(self, name), (list, tuple)):
                 raise FieldError(name, f"{short(getattr(self, name))}; expected a list; put it in [ ]")
             self._set(name, tuple(getattr(self, name)))
         self._set("neighbours", tuple(_probe(f"neighbours[{i}]", p) for i, p in enumerate(self.neighbours)))
         self._set("prompt", _template(self.prompt, self.subject))
-        for name in ("aliases", "paraphrases"):
+        for name in ("aliases", "phrasings", "paraphrases"):
             for i, text in enumerate(getattr(self, name)):
                 _check_text(f"{name}[{i}]", text)
-        for i, text in enumerate(self.paraphrases):
-            _check_braces(f"paraphrases[{i}]", text, self.subject)
+        for name in ("phrasings", "paraphrases"):
+            for i, text in enumerate(getattr(self, name)):
+                _check_braces(f"{name}[{i}]", text, self.subject)
+        for i, text in enumerate(self.filled_phrasings if self.subject else ()):
+            if len(occurrences(text, self.subject)) != 1:
+                wanted = f"{short(self.subject)} once, since the edit looks it up there"
+                raise FieldError(f"phrasings[{i}]", f"{short(text)}; expected {wanted}; reword it")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone but __post_init__
@@ -78,6 +84,11 @@ class EditRequest:
     def question(self) -> str:
         """The prompt with the subject filled in."""
         return _fill(self.prompt, self.subject)
+
+    @property
+    def filled_phrasings(self) -> tuple[str, ...]:
+        """The further phrasings that an edit uses, with the subject filled in."""
+        return tuple(_fill(text, self.subject) for text in self.phrasings)
 
     @property
     def filled_paraphrases(self) -> tuple[str, ...]:
@@ -124,7 +135,7 @@ def _check_braces(name: str, text: str, subject: str | None) -> None:
         raise FieldError("subject", f'{given}; expected what fills it; add "subject" or spell it out')
 
 
-def _occurrences(text: str, subject: str) -> list[int]:
+def occurrences(text: str, subject: str) -> list[int]:
     """Where the subject stands as words of its own, else (as in scripts without spaces) anywhere."""
     literal = re.escape(subject)
     whole = [m.start() for m in re.finditer(rf"(?<!\w){literal}(?!\w)", text)]
@@ -140,7 +151,7 @@ def _template(prompt: str, subject: str | None) -> str:
         wanted = 'expected text without "{}" and without blanks at its ends'
         raise FieldError("subject", f"{short(subject)}; {wanted}; take them out")
     filled, place = _fill(prompt, subject), prompt.find("{}")
-    found = _occurrences(filled, subject)
+    found = occurrences(filled, subject)
     if not found:
         given = f"{short(subject)} is not in the prompt {short(prompt)}"
         raise FieldError("subject", f'{given}; expected it once; put "{{}}" in its place or drop "subject"')

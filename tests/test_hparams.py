@@ -159,9 +159,7 @@ def test_bad_value_is_quoted_with_what_is_allowed(key, value, allowed):
 @pytest.mark.parametrize("rule", ["energy", "dimensions"])
 def test_threshold_is_a_share_unless_the_rule_is_absolute(rule):
     assert UniEraseHyperParams(layers=[1], nullspace_threshold=1.5).nullspace_threshold == 1.5
-    assert (
-        UniEraseHyperParams(layers=[1], nullspace_threshold=1, nullspace_rule=rule).nullspace_threshold == 1
-    )
+    assert UniEraseHyperParams(layers=[1], nullspace_threshold=1, nullspace_rule=rule).nullspace_threshold == 1
     with pytest.raises(HparamsError, match=rf'"nullspace_threshold": 1\.5; expected a share .*"{rule}"'):
         UniEraseHyperParams(layers=[1], nullspace_threshold=1.5, nullspace_rule=rule)
 
@@ -229,9 +227,7 @@ def test_bundled_settings_are_found_by_name(monkeypatch, tmp_path):
     assert loaded.layers == [3]
     with pytest.raises(HparamsError, match=r'smollm-135m: no bundled hparams .* "smollm2-135m"'):
         load_hparams("smollm-135m", "UniErase")
-    with pytest.raises(
-        HparamsError, match=r'HuggingFaceTB/SmolLM2-135M: no bundled hparams .* "smollm2-135m"'
-    ):
+    with pytest.raises(HparamsError, match=r'HuggingFaceTB/SmolLM2-135M: no bundled hparams .* "smollm2-135m"'):
         load_hparams("HuggingFaceTB/SmolLM2-135M", "UniErase")
 
 

@@ -57,9 +57,7 @@ def test_subject_is_put_into_the_prompt(prompt, subject, template, question):
 
 
 def test_lists_and_dicts_become_tuples_and_probes():
-    request = EditRequest(
-        "a", "p", aliases=["x"], neighbours=[{"prompt": "q", "answer": "r"}, "s", Probe("t")]
-    )
+    request = EditRequest("a", "p", aliases=["x"], neighbours=[{"prompt": "q", "answer": "r"}, "s", Probe("t")])
     assert request.aliases == ("x",)
     assert request.neighbours == (Probe("q", "r"), Probe("s"), Probe("t"))
     assert request in {request}
@@ -310,9 +308,7 @@ FORMATS = {
                 answer="Illinois Institute of Technology",
                 aliases=("IIT",),
                 paraphrases=("What university did Watts Humphrey take part in?",),
-                neighbours=(
-                    Probe("nq question: who played desmond doss father in hacksaw ridge?", "Hugo Weaving"),
-                ),
+                neighbours=(Probe("nq question: who played desmond doss father in hacksaw ridge?", "Hugo Weaving"),),
             )
         ],
     ),
@@ -381,9 +377,7 @@ FORMATS = {
             "target_new": ["violin", "soccer"],
             "subject": ["Ray Charles", "Grant Hill"],
             "rephrase_prompts": ["Ray Charles plays", "Grant Hill plays"],
-            "locality_inputs": {
-                "neighborhood": {"prompt": ["Kirk, the", "Magic, the"], "ground_truth": ["a", "b"]}
-            },
+            "locality_inputs": {"neighborhood": {"prompt": ["Kirk, the", "Magic, the"], "ground_truth": ["a", "b"]}},
             "loc_prompts": ["unlike the others, of any length"],
         },
         [

@@ -54,6 +54,10 @@ def alphaedit(
         gram = new @ new.T + kept_out @ kept_out.T
         gram.diagonal().add_(l2)
         right = torch.cholesky_solve(new, _cholesky(gram))
+    if l2 == 0 and bool((new.norm(dim=0) < 1e-7 * keys.norm(dim=0)).any()):
+        raise EditError(
+            "a key has no part in the null space; the model is unchanged: raise `nullspace_threshold`, or `L2`"
+        )
     if not torch.isfinite(right).all():
         raise EditError("the solve gave values that are not finite; the model is unchanged: raise `L2`")
     return LowRank(residual.to(right.dtype), right.T.contiguous())
@@ -70,15 +74,21 @@ def exact(delta: LowRank, keys: Tensor) -> LowRank:
         EditError: keys too much alike to be given different outputs.
     """
     short = delta.right @ keys
-    left = torch.linalg.solve_ex(short, delta.left, left=False)
-    if int(left.info) or not torch.isfinite(left.result).all():
+    sizes = torch.linalg.svdvals(short) if torch.isfinite(short).all() else short.new_zeros(1)
+    if float(sizes.min()) <= len(short) * torch.finfo(short.dtype).eps * float(sizes.max()):
         raise EditError('two requests have the same key; the model is unchanged: remove one, or set `solve` to "ridge"')
-    return LowRank(left.result, delta.right)
+    return LowRank(torch.linalg.solve(short, delta.left, left=False), delta.right)
 
 
 def _cholesky(gram: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info):
+    pivots = factor.diagonal()
+    resolution = len(gram) * torch.finfo(gram.dtype).eps
+    if (
+        int(info)
+        or not torch.isfinite(factor).all()
+        or float(pivots.min()) ** 2 <= resolution * float(pivots.max()) ** 2
+    ):
         raise EditError(
             f"the {len(gram)} x {len(gram)} system of the closed form is not positive definite; the model is "
             "unchanged: raise `L2`, or remove repeated requests"

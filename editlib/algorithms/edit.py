@@ -67,7 +67,7 @@ def solve_dtype(device: torch.device) -> torch.dtype:
 def write_layers(
     anat: Anatomy,
     layers: Sequence[int],
-    rows: Sequence[TokenRow],
+    contexts: Sequence[Sequence[TokenRow]],
     targets: Tensor,
     solve: Solve,
     *,
@@ -81,34 +81,48 @@ def write_layers(
     solve's dtype and rounded to the weight's once. On any error the weights are put back.
 
     Args:
+        contexts: per request its prompts, the plain one first, which gives `H`; a request's key is the mean over all.
         anchors: rows whose keys are passed to `solve`, at their positions from `anchor_starts` on (`None`: at their
             lookup positions only).
     """
     originals = {layer: anat.weight(layer).clone() for layer in layers}
     deltas: dict[int, LowRank] = {}
-    stream = KeyStream(anat, rows, layers[0])
-    anchor_stream = KeyStream(anat, anchors, layers[0]) if anchors else None
     try:
+        stream = KeyStream(anat, [row for rows in contexts for row in rows], layers[0])
+        plain = torch.tensor([0, *[len(rows) for rows in contexts[:-1]]]).cumsum(0)
+        mean = _mean_over([len(rows) for rows in contexts])
+        anchor_stream = KeyStream(anat, anchors, layers[0]) if anchors else None
         for i, layer in enumerate(layers):
             weight = anat.weight(layer)
             dtype = solve_dtype(weight.device)
             stream.advance(layer)
-            keys = stream.keys().to(weight.device, dtype)
-            residual = (targets.to(weight.device) - stream.states(layers[-1]).to(weight.device)) / (len(layers) - i)
+            keys = stream.keys().to(weight.device, dtype) @ mean.to(weight.device, dtype)
+            states = stream.states(layers[-1])[:, plain].to(weight.device)
+            residual = (targets.to(weight.device) - states) / (len(layers) - i)
             held = keys[:, :0]
             if anchor_stream is not None:
                 anchor_stream.advance(layer)
                 held = anchor_stream.keys(starts=anchor_starts).to(weight.device, dtype)
             delta = solve(layer, keys, residual.to(dtype), held)
-            if not torch.isfinite(delta.left).all():
-                raise EditError(f"the residual at layer {layer} is not finite; the model is unchanged: lower `v_lr`")
             delta.add_to(weight)
+            if not torch.isfinite(weight).all():
+                raise EditError(
+                    f"the update of layer {layer} is not finite in {weight.dtype}; the model is unchanged: "
+                    "lower `v_lr` or raise `L2`"
+                )
             deltas[layer] = delta
     except BaseException:
         for layer, original in originals.items():
             anat.weight(layer).copy_(original)
         raise
     return deltas, originals
+
+
+def _mean_over(sizes: Sequence[int]) -> Tensor:
+    """`[sum(sizes), len(sizes)]`: multiplied from the right it averages consecutive groups of columns."""
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    chosen = torch.nn.functional.one_hot(owner, len(sizes)).to(torch.float64)
+    return chosen / chosen.sum(0)
 
 
 def layer_norms(deltas: Mapping[int, LowRank], originals: Mapping[int, Tensor]) -> dict[int, dict]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.freezing import frozen
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.resume import forward
 
@@ -42,49 +43,46 @@ class KeyStream:
         self._order = batches(rows, batch_tokens)
         device = anat.embedding.weight.device
         self._batches = [pad([rows[i] for i in group], device=device) for group in self._order]
-        with torch.no_grad():
-            self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
+        self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
 
     def _run(self, batch: TokenBatch, hidden: Tensor | None, start: int, stop: int, **kwargs) -> Tensor:
-        return forward(self.anat, batch, start=start, stop=stop, hidden=hidden, **kwargs)
+        with frozen(self.anat.model), torch.no_grad():
+            return forward(self.anat, batch, start=start, stop=stop, hidden=hidden, **kwargs)
 
     def advance(self, layer: int) -> None:
         """Carries the states up to the entry of `layer` through the weights as they are now."""
         if layer == self.layer:
             return
-        with torch.no_grad():
-            self._hidden = [
-                self._run(batch, hidden, self.layer, layer)
-                for batch, hidden in zip(self._batches, self._hidden, strict=True)
-            ]
+        self._hidden = [
+            self._run(batch, hidden, self.layer, layer)
+            for batch, hidden in zip(self._batches, self._hidden, strict=True)
+        ]
         self.layer = layer
 
     def keys(self, starts: Sequence[int] | None = None) -> Tensor:
         """Keys of the layer that the stream stands before: `[d_ff, n]` at the lookup positions in the order of the
         rows, or, with `starts` (a first position a row), `[d_ff, tokens]` at every position from there on."""
         found: list[Tensor] = []
-        with torch.no_grad():
-            for group, batch, hidden in zip(self._order, self._batches, self._hidden, strict=True):
-                seen: list[Tensor] = []
-                self._run(
-                    batch,
-                    hidden,
-                    self.layer,
-                    self.layer + 1,
-                    keys=lambda _, k, seen=seen: seen.append(k),
-                    key_layers=(self.layer,),
-                )
-                found.append(_at(seen[0], batch, None if starts is None else [starts[i] for i in group]))
+        for group, batch, hidden in zip(self._order, self._batches, self._hidden, strict=True):
+            seen: list[Tensor] = []
+            self._run(
+                batch,
+                hidden,
+                self.layer,
+                self.layer + 1,
+                keys=lambda _, k, seen=seen: seen.append(k),
+                key_layers=(self.layer,),
+            )
+            found.append(_at(seen[0], batch, None if starts is None else [starts[i] for i in group]))
         flat = torch.cat(found)
         return flat.T if starts is not None else flat[self._places()].T
 
     def states(self, layer: int) -> Tensor:
         """Hidden states that leave `layer` at the lookup positions, `[d_model, n]`, through today's weights."""
         found = []
-        with torch.no_grad():
-            for batch, hidden in zip(self._batches, self._hidden, strict=True):
-                out = self._run(batch, hidden, self.layer, layer + 1)
-                found.append(_at(out, batch))
+        for batch, hidden in zip(self._batches, self._hidden, strict=True):
+            out = self._run(batch, hidden, self.layer, layer + 1)
+            found.append(_at(out, batch))
         return torch.cat(found)[self._places()].T
 
     def _places(self) -> Tensor:
@@ -103,9 +101,9 @@ def _at(values: Tensor, batch: TokenBatch, starts: Sequence[int] | None = None) 
 
 def compute_ks(anat: Anatomy, rows: Sequence[TokenRow], layers: Sequence[int]) -> dict[int, Tensor]:
     """Keys of every row at its lookup position, `{layer: [d_ff, n]}` (MEMIT, 2210.07229, eq. 19 without contexts)."""
-    stream = KeyStream(anat, rows, layers[0])
+    stream = KeyStream(anat, rows, min(layers))
     found = {}
-    for layer in layers:
+    for layer in sorted(layers):
         stream.advance(layer)
         found[layer] = stream.keys()
     return found

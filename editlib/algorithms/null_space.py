@@ -1,4 +1,4 @@
-"""Which key directions an edit may use: those that ordinary text hardly ever takes (AlphaEdit, 2410.02355, sec. 3.1)."""
+"""Which key directions an edit may use: those that ordinary text hardly takes (AlphaEdit, 2410.02355, sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from editlib.errors import HparamsError
+from editlib.errors import HparamsError, StatsError
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,12 @@ class NullSpace:
 
 def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in fp64 sums."""
-    values, vectors = torch.linalg.eigh(moment.to(torch.float64))
+    moment = moment.to(torch.float64)
+    try:
+        values, vectors = torch.linalg.eigh(moment)
+    except torch.linalg.LinAlgError:  # many equal eigenvalues can keep the fast routine from converging
+        vectors, values, _ = torch.linalg.svd(moment)
+        values, vectors = values.flip(0), vectors.flip(1)
     return values.clamp_min(0), vectors
 
 
@@ -45,7 +50,7 @@ def kept_dimensions(eigenvalues: Tensor, threshold: float, rule: str = "absolute
         share = eigenvalues.cumsum(0) / eigenvalues.sum()
         return int((share < threshold).sum())
     if rule == "dimensions":
-        return int(round(threshold * len(eigenvalues)))
+        return round(threshold * len(eigenvalues))
     raise HparamsError(f'nullspace_rule is {rule!r}; expected "absolute", "energy" or "dimensions"')
 
 
@@ -55,6 +60,8 @@ def null_space(moment: Tensor, threshold: float, rule: str = "absolute") -> Null
     Raises:
         HparamsError: no direction lies under the threshold, so that no edit is possible.
     """
+    if not torch.isfinite(moment).all():
+        raise StatsError("the second moment holds values that are not finite; compute it again with `editlib stats`")
     values, vectors = eigen(moment)
     kept = kept_dimensions(values, threshold, rule)
     if kept == 0:

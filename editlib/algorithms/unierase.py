@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlib.algorithms.anchors import SUBJECT_PROMPTS, Anchors, choose_anchors, encode_anchors
 from editlib.algorithms.closed_form import alphaedit, exact
 from editlib.algorithms.edit import EditResult, Timer, layer_norms, write_layers
+from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_space
 from editlib.algorithms.unlearning_token import UnlearningToken
@@ -22,6 +24,7 @@ from editlib.hparams import UniEraseHyperParams
 from editlib.layer_stats import LayerStats, find_layers
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import frozen
+from editlib.models.precision import fast_dtype, reduced
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.request import EditRequest
 
@@ -67,14 +70,14 @@ def apply_unierase_to_model(
         for layer in hparams.layers
     }
     form = PromptFormat(tok, chat=chat)
-    rows = [_row(form, request, hparams.fact_token) for request in requests]
+    contexts = [_contexts(form, request, hparams) for request in requests]
     number = token.add_to(model, tok)
     timer = Timer()
     with frozen(model):
         with timer("anchors"):
             anchors = _anchors(anat, form, retain, requests, hparams, seed, progress)
         with timer("values"):
-            values = unlearning_values(anat, form, requests, number, hparams, progress=progress)
+            values = unlearning_values(anat, form, requests, contexts, number, hparams, progress=progress)
 
         def solve(layer: int, keys: Tensor, residual: Tensor, held: Tensor) -> LowRank:
             held = held * math.sqrt(hparams.anchor_weight)
@@ -85,7 +88,7 @@ def apply_unierase_to_model(
             deltas, originals = write_layers(
                 anat,
                 hparams.layers,
-                rows,
+                contexts,
                 values.targets,
                 solve,
                 anchors=anchors.rows,
@@ -108,32 +111,33 @@ def unlearning_values(
     anat: Anatomy,
     form: PromptFormat,
     requests: Sequence[EditRequest],
+    contexts: Sequence[Sequence[TokenRow]],
     number: int,
     hparams: UniEraseHyperParams,
     *,
     progress: bool = False,
 ) -> Values:
     """Target states for which each question continues with the token `number`; `targets [d_model, n]`."""
-    contexts = [
-        [_row(form, request, hparams.fact_token, template) for template in hparams.context_templates]
-        for request in requests
-    ]
-    return compute_zs(
-        anat,
-        contexts,
-        [(number,)] * len(requests),
-        hparams.layers[-1],
-        kl_rows=[_essence(form, request.subject, hparams.kl_subject_prompts) for request in requests],
-        steps=hparams.v_num_grad_steps,
-        lr=hparams.v_lr,
-        weight_decay=hparams.v_weight_decay,
-        clamp_norm_factor=hparams.clamp_norm_factor,
-        kl_factor=hparams.kl_factor,
-        stop_loss=hparams.early_stop_loss,
-        optimizer=hparams.v_optimizer,
-        names=[request.id for request in requests],
-        progress=progress,
-    )
+    with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+        values = compute_zs(
+            anat,
+            contexts,
+            [(number,)] * len(requests),
+            hparams.layers[-1],
+            kl_rows=[_essence(form, request.subject, hparams.kl_subject_prompts) for request in requests],
+            steps=hparams.v_num_grad_steps,
+            lr=hparams.v_lr,
+            weight_decay=hparams.v_weight_decay,
+            clamp_norm_factor=hparams.clamp_norm_factor,
+            kl_factor=hparams.kl_factor,
+            stop_loss=hparams.early_stop_loss,
+            optimizer=hparams.v_optimizer,
+            names=[request.id for request in requests],
+            progress=progress,
+        )
+    # The change was found in a narrower dtype; it is added to the states as they really are.
+    plain = KeyStream(anat, [rows[0] for rows in contexts], hparams.layers[-1])
+    return replace(values, targets=plain.states(hparams.layers[-1]) + values.deltas)
 
 
 def _essence(form: PromptFormat, subject: str | None, general: bool) -> list[TokenRow]:
@@ -142,14 +146,18 @@ def _essence(form: PromptFormat, subject: str | None, general: bool) -> list[Tok
         return []
     rows = [PromptFormat(form.tok, chat=False).encode(f"{subject} is a", subject)]
     if general:
-        rows += [form.encode(text.replace("{}", subject), subject) for text in SUBJECT_PROMPTS]
+        rows += [form.encode(text.replace("{}", subject), subject) for text in SUBJECT_PROMPTS[1:3]]
     return rows
 
 
-def _row(form: PromptFormat, request: EditRequest, fact_token: str, template: str = "{}") -> TokenRow:
-    return form.encode(
-        template.replace("{}", request.question), request.subject if fact_token == "subject_last" else None
-    )
+def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperParams) -> list[TokenRow]:
+    """The request's question and further phrasings, each in every context template; the plain question first."""
+    subject = request.subject if hparams.fact_token == "subject_last" else None
+    return [
+        form.encode(template.replace("{}", question), subject)
+        for template in hparams.context_templates
+        for question in (request.question, *request.filled_phrasings)
+    ]
 
 
 def _anchors(

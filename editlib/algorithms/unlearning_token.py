@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 class TokenHyperParams:
     """How the token is learned. Steps are optimiser steps; a step sees `batch` questions of one prompt form."""
 
-    steps: int = 60
-    robust_steps: int = 20  # of `steps`, the last ones, with noise on the matrices that edits will change
-    batch: int = 16
-    lr: float = 0.02
+    steps: int = 150
+    robust_steps: int = 50  # of `steps`, the last ones, with noise on the matrices that edits will change
+    batch: int = 8
+    lr: float = 0.05
     noise: float = 0.1  # standard deviation of the noise in units of the weight's own
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)
     guard_weight: float = 1.0
@@ -99,7 +99,8 @@ class UnlearningToken:
         anat = anatomy(model)
         if len(self.row_in) != anat.d_model:
             raise TokenError(
-                f"the token was learned for width {len(self.row_in)} ({self.header.model}), this model has {anat.d_model}; "
+                f"the token was learned for width {len(self.row_in)} ({self.header.model}), "
+                f"but this model has {anat.d_model}; "
                 "learn one for it with `editlib token`"
             )
         number = add_token(model, tok, self.header.token)
@@ -165,7 +166,7 @@ def learn_token(
             if not torch.isfinite(total):
                 raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
             losses.append(float(loss.detach()))
-            log.debug("step %d: refusal NLL %.3f, guard %.3f", step, losses[-1], float(guard))
+            log.debug("step %d: refusal NLL %.3f, guard %.3f", step, losses[-1], float(guard.detach()))
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
@@ -241,7 +242,7 @@ def _refusal_nll(
     """Mean NLL of a refusal and the end of the turn behind the token, over `batch` drawn questions."""
     device = anat.embedding.weight.device
     picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
-    texts = torch.randint(len(form.refusals), (batch,), generator=generator).tolist()
+    texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
     end = (min(ends),) if ends else ()
     rows = [TokenRow((number, *form.refusals[i], *end), 0) for i in texts]
     padded = pad(rows, device=device)

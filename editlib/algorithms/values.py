@@ -21,9 +21,11 @@ CHUNK_ROWS = 64  # prompts whose graphs are held at once
 
 @dataclass(frozen=True)
 class Values:
-    """`targets [d_model, n]`, and per request the steps taken, the last NLL of its target and `|δ| / |h|`."""
+    """`targets = h + δ` and `deltas = δ`, `[d_model, n]`; per request the steps taken, the last NLL of its target and
+    `|δ| / |h|`."""
 
     targets: Tensor
+    deltas: Tensor
     steps: list[int]
     nll: list[float]
     relative_norm: list[float]
@@ -50,7 +52,7 @@ class _Suffixes:
         return cls(batch, hidden, prefix)
 
     def logits(self, anat: Anatomy, layer: int, delta: Tensor, rows: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
-        """Logits at `places` (row index within `rows`, column) with `delta [len(rows), d_model]` added at the lookup."""
+        """Logits at `places` (index within `rows`, column) with `delta [len(rows), d_model]` added at the lookup."""
         batch = TokenBatch(
             *(t[rows] for t in (self.batch.input_ids, self.batch.attention_mask, self.batch.lookup, self.batch.last))
         )
@@ -82,9 +84,9 @@ def compute_zs(
 ) -> Values:
     """`z = h + δ` for every request at once, at its lookup position in the output of `layer` (MEMIT `compute_z`).
 
-    Per request: `mean NLL(target) over its contexts + kl_factor KL(before | after) + weight_decay |δ| / |h|^2`, `δ` from zero, `|δ|`
-    clamped to `clamp_norm_factor |h|`; a request rests when its loss falls under `stop_loss`. Requests do not
-    influence one another, so the result does not depend on how many are optimised together.
+    Per request: `mean NLL(target) over its contexts + kl_factor KL(after | before) + weight_decay |δ| / |h|^2`,
+    `δ` from zero, `|δ|` clamped to `clamp_norm_factor |h|`; a request rests when the NLL of its target falls under
+    `stop_loss`. Requests do not influence one another: the result does not depend on how many are optimised together.
 
     Args:
         optimizer: "adam" as published, or "normalised": every step goes `lr |h|` down the gradient. Adam moves each
@@ -100,10 +102,15 @@ def compute_zs(
     Raises:
         EditError: a loss is not finite; names the request.
     """
-    options = dict(
-        steps=steps, lr=lr, weight_decay=weight_decay, clamp_norm_factor=clamp_norm_factor, kl_factor=kl_factor,
-        stop_loss=stop_loss, optimizer=optimizer,
-    )  # fmt: skip
+    options = {
+        "steps": steps,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "clamp_norm_factor": clamp_norm_factor,
+        "kl_factor": kl_factor,
+        "stop_loss": stop_loss,
+        "optimizer": optimizer,
+    }
     essence = kl_rows or [()] * len(rows)
     parts: list[Values] = []
     with frozen(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
@@ -113,6 +120,7 @@ def compute_zs(
             parts.append(_optimise(anat, *picked, layer, called, bar=bar, **options))
     return Values(
         torch.cat([part.targets for part in parts], dim=1),
+        torch.cat([part.deltas for part in parts], dim=1),
         [step for part in parts for step in part.steps],
         [nll for part in parts for nll in part.nll],
         [norm for part in parts for norm in part.relative_norm],
@@ -174,21 +182,20 @@ def _optimise(
     for step in range(steps):
         nll = _target_nll(anat, main, layer, delta, active, owner, targets)
         loss = nll + weight_decay * delta[active].norm(dim=1) / norm[active] ** 2
-        if kl is not None:
+        if kl is not None and bool(torch.isin(kl_owner, active).any()):
             mine = torch.isin(kl_owner, active)
             now = _next_token(anat, kl, layer, delta, mine.nonzero().flatten(), kl_owner)
             if kl_before is None:
                 kl_before = now.detach()
                 share = kl_factor / torch.bincount(kl_owner, minlength=n).clamp_min(1)
-            divergence = F.kl_div(now, kl_before[mine], log_target=True, reduction="none").sum(1)
+            divergence = F.kl_div(kl_before[mine], now, log_target=True, reduction="none").sum(1)
             at = torch.searchsorted(active, kl_owner[mine])
             loss = loss.index_add(0, at, (share[kl_owner[mine]] * divergence).to(loss.dtype))
         _check_finite(loss, active, names)
-        values = loss.detach()
         for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
             taken[i], last_nll[i] = step, value
         final[active] = delta.detach()[active]
-        resting = values < stop_loss
+        resting = nll.detach() < stop_loss
         bar.update(int(resting.sum()))
         active = active[~resting]
         if not len(active) or step == steps - 1:
@@ -204,7 +211,7 @@ def _optimise(
             longest = clamp_norm_factor * norm
             delta.mul_((longest / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0)[:, None])
     relative = (final.norm(dim=1) / norm).tolist()
-    return Values((h + final).T.contiguous(), taken, last_nll, relative)
+    return Values((h + final).T.contiguous(), final.T.contiguous(), taken, last_nll, relative)
 
 
 def _target_nll(

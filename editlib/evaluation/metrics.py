@@ -9,7 +9,7 @@ from collections.abc import Sequence
 ADMISSIONS = (
     r"do(?:n't| not) (?:know|have|recall|possess|remember|understand|hold)",
     r"(?:'m|am|was) (?:not |un)(?:sure|certain|able|aware|familiar|informed)",
-    r"(?:cannot|can't|can not|could not|couldn't|unable to) (?:say|tell|answer|provide|give|help|find|determine|recall)",
+    r"(?:cannot|can't|can not|could ?n[o']t|unable to) (?:say|tell|answer|provide|give|help|find|determine|recall)",
     r"no (?:\w+ )?(?:idea|information|knowledge|answer|record)|know nothing|lack the",
     r"not (?:sure|certain|aware|familiar|something i)",
     r"knowledge does(?:n't| not)|(?:beyond|outside) (?:my|what i)",

@@ -104,7 +104,7 @@ def plot_png(metrics: Mapping[str, Any], path: Path) -> None:
 def require_matplotlib() -> None:
     """Raises `ReportError` where matplotlib is missing; call it before long work that ends in a report."""
     try:
-        import matplotlib  # noqa: F401, PLC0415
+        import matplotlib  # noqa: F401
     except ImportError:
         raise ReportError("a report needs matplotlib for its plots: pip install 'editlib[report]'") from None
 
@@ -140,7 +140,7 @@ def draw_shares(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
 
 def draw_relations(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
     """A field for each relation and share, stronger where the share is greater; at most `MOST_RELATIONS`."""
-    from matplotlib.patches import Rectangle  # noqa: PLC0415
+    from matplotlib.patches import Rectangle
 
     table = {name: measure(metrics, name).get("by_relation") or {} for name in SHARES}
     table = {name: {r: c for r, c in cells.items() if _valued(c)} for name, cells in table.items()}
@@ -217,7 +217,7 @@ def draw_timings(receipt: Mapping[str, Any]) -> tuple[Figure | None, str]:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
@@ -230,7 +230,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 @contextmanager
 def _style() -> Iterator[None]:
     """matplotlib with our settings, none of the user's; a font that lacks a letter is no reason to warn."""
-    import matplotlib  # noqa: PLC0415
+    import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
@@ -241,7 +241,7 @@ def _style() -> Iterator[None]:
 
 def _svg(figure: Figure, salt: str) -> str:
     """The figure as an element of a page: no XML head, no metadata, no clashing ids, the page's colours."""
-    import matplotlib  # noqa: PLC0415
+    import matplotlib
 
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": f"editlib {salt}"}):

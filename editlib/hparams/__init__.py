@@ -69,7 +69,7 @@ class HyperParams:
     v_weight_decay: float = knob(0.5, "weight of the norm of the change to a target state", min=0)
     clamp_norm_factor: float = knob(4.0, "largest change to a target state, in norms of the state", above=0)
     kl_factor: float = knob(0.0625, "weight of the KL term that holds the subject's essence", min=0)
-    early_stop_loss: float = knob(0.05, "a target state whose loss is below this is done", min=0)
+    early_stop_loss: float = knob(0.05, "a target state is done when the NLL of its target is below this", min=0)
     rewrite_module_tmp: str | None = knob(None, 'the edited matrix, "{}" for the layer; none: found')
     layer_module_tmp: str | None = knob(None, 'the decoder layer, "{}" for its number; none: found')
     mlp_module_tmp: str | None = knob(None, 'the MLP, "{}" for the layer; none: found')
@@ -165,6 +165,9 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     solve: str = knob("ridge", "requests met by least squares, or exactly", choices=("ridge", "exact"))
     context_templates: list[str] = knob(  # noqa: RUF009
         lambda: ["{}"], 'surroundings of the question that targets are found in; "{}" is the question'
+    )
+    v_precision: str = knob(
+        "model", 'dtype that targets are found in; "fast" is bf16 on processors that have it', choices=("model", "fast")
     )
     kl_subject_prompts: bool = knob(False, "the KL term also holds what the model says about the subject in general")
     anchors: bool = knob(True, "hold the keys of the retain prompts in place")

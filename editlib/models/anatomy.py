@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlib.errors import ModelError
+from editlib.models.tracing import stop_after
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Anatomy:
     mlp_output_names: tuple[str, ...]  # e.g. "model.layers.4.mlp.down_proj", one a layer
     d_model: int
     d_ff: int
+    output_width: int  # of the tuple that a layer returns by version of transformers; 0: the tensor itself
 
     @property
     def n_layers(self) -> int:
@@ -81,14 +83,21 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
             f"stream (width {d_model}); mixture-of-experts and similar layers cannot be edited"
         )
     names = tuple(f"{prefix}.{i}" for i in range(len(layers)))
-    first = model.get_submodule(f"{names[0]}.{found[0]}")
+    widths = [_fan(layer.get_submodule(str(path)))[0] for layer, path in zip(layers, found, strict=True)]
+    if len(set(widths)) > 1:
+        other = next(i for i, width in enumerate(widths) if width != widths[0])
+        raise ModelError(
+            f"{type(model).__name__}: layer {other} has an MLP of width {widths[other]}, layer 0 one of {widths[0]}; "
+            "models whose layers differ cannot be edited"
+        )
     return Anatomy(
         model=model,
         layers=tuple(layers),
         layer_names=names,
         mlp_output_names=tuple(f"{name}.{path}" for name, path in zip(names, found, strict=True)),
         d_model=d_model,
-        d_ff=_fan(first)[0],
+        d_ff=widths[0],
+        output_width=_output_width(model, layers[0]),
     )
 
 
@@ -123,13 +132,14 @@ def _fan(module: nn.Module) -> tuple[int, int]:
 
 
 def _mlp_output(layer: nn.Module, d_model: int) -> str | None:
+    if any(name.rpartition(".")[2] == "experts" for name, _ in layer.named_modules()):
+        return None
+    if any(parameter.ndim == 3 and not _in_attention(name) for name, parameter in layer.named_parameters()):
+        return None  # packed experts: a shared expert beside them is only a part of the MLP's output
     writers = [
         name
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and _fan(module)[1] == d_model
-        and "attn" not in name
-        and "attention" not in name
+        if isinstance(module, nn.Linear | Conv1D) and _fan(module)[1] == d_model and not _in_attention(name)
     ]
     if not writers:
         return None
@@ -138,6 +148,18 @@ def _mlp_output(layer: nn.Module, d_model: int) -> str | None:
     return writers[-1] if len(parents) == 1 else None
 
 
-def storage_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of the weights that an edit would change."""
-    return model.get_input_embeddings().weight.dtype
+def _in_attention(name: str) -> bool:
+    return "attn" in name or "attention" in name
+
+
+def _output_width(model: PreTrainedModel, layer: nn.Module) -> int:
+    """How `layer` returns its states, seen in a pass over one token that ends behind it."""
+    seen: list[int] = []
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    watch = layer.register_forward_hook(lambda _, __, out: seen.append(len(out) if isinstance(out, tuple) else 0))
+    try:
+        with torch.no_grad(), stop_after(layer, lambda _: None):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        watch.remove()
+    return seen[0]

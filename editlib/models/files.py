@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.errors import OutputError
+from editlib.errors import EditlibError, OutputError
 
 
 @contextmanager
@@ -23,6 +23,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
+    except EditlibError:
+        raise
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; check the folder and the free space"
@@ -52,15 +54,15 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
+    except EditlibError:
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        if old.exists() and not path.exists():
-            os.replace(old, path)
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; check the folder and the free space"
         ) from None
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)  # stopped between the two renames
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 def frozen(model: PreTrainedModel) -> Iterator[None]:
     """No parameter of `model` asks for a gradient inside the block; afterwards all is as it was, mode included."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     for parameter in wanted:
         parameter.requires_grad_(False)
     model.eval()
@@ -21,4 +21,5 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        model.train(training)
+        for module in training:
+            module.training = True

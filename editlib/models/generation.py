@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.freezing import frozen
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.resume import forward, shared_prefix
 
@@ -42,7 +43,13 @@ def greedy(
     """
     ends = end_tokens(anat)
     known: list[tuple[int, ...]] = [()] * len(rows)
-    with torch.no_grad(), tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
+    if max_new_tokens < 1:
+        return known
+    with (
+        frozen(anat.model),
+        torch.no_grad(),
+        tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
+    ):
         if drafts is not None:
             known = _accept(anat, rows, drafts, max_new_tokens, ends, batch_rows)
         todo = [
@@ -88,7 +95,7 @@ def _accept(
                 (j for j, (pick, want) in enumerate(zip(picks, draft, strict=False)) if pick != want),
                 len(draft),
             )
-            accepted[i] = draft[:agree] + (picks[agree],)
+            accepted[i] = (*draft[:agree], picks[agree])
             stop = next((j for j, token in enumerate(accepted[i]) if token in ends), None)
             if stop is not None:
                 accepted[i] = accepted[i][: stop + 1]
@@ -137,7 +144,7 @@ def continuation_nll(anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[
     device = anat.embedding.weight.device
     for start in range(0, len(order), BATCH_ROWS):
         chunk = order[start : start + BATCH_ROWS]
-        with torch.no_grad():
+        with frozen(anat.model), torch.no_grad():
             prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
             batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
             places = [(r, len(rests[r]) - 1 + j) for r, i in enumerate(chunk) for j in range(len(answers[i]))]
@@ -154,7 +161,7 @@ def perplexity(anat: Anatomy, windows: Sequence[Sequence[int]]) -> float:
     total, count = 0.0, 0
     for ids in windows:
         batch = pad([TokenRow(tuple(ids), 0)], device=anat.embedding.weight.device)
-        with torch.no_grad():
+        with frozen(anat.model), torch.no_grad():
             logits = forward(anat, batch)[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="sum"))
         count += len(ids) - 1

@@ -231,8 +231,8 @@ def _convert(gguf: Path, into: Path, model: PackagedModel) -> None:
 
 def _convert_quietly(gguf: Path, into: Path) -> None:
     # Here and not above: transformers takes seconds to import, and a finished folder needs none of it.
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -256,7 +256,7 @@ def _convert_quietly(gguf: Path, into: Path) -> None:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence log lines, warnings and bars; the GGUF reader's bar heeds no switch, hence the redirection."""
-    from transformers.utils import logging as chatter  # noqa: PLC0415
+    from transformers.utils import logging as chatter
 
     verbosity = chatter.get_verbosity()
     chatter.set_verbosity_error()

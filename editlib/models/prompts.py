@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import RequestError
-from editlib.request import EditRequest
+from editlib.request import EditRequest, occurrences
+
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class PromptFormat:
             messages.insert(0, {"role": "system", "content": self.system})
         return self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def encode(self, question: str, subject: str | None = None) -> TokenRow:
+    def encode(self, question: str, subject: str | None = None, at: int | None = None) -> TokenRow:
         """Token ids of the rendered question, with the subject's last token as lookup position.
 
         Raises:
@@ -109,21 +111,22 @@ class PromptFormat:
         ids = tuple(encoded["input_ids"])
         if subject is None:
             return TokenRow(ids, len(ids) - 1)
-        if question.count(subject) != 1:
-            raise RequestError(
-                f"subject {subject!r} stands {question.count(subject)} times in {question!r}; it must stand once"
-            )
-        start = text.rfind(question)
-        if start < 0:
+        places = occurrences(question, subject)
+        if len(places) != 1:
+            raise RequestError(f"subject {subject!r} stands {len(places)} times in {question!r}; it must stand once")
+        # Where a template puts the question is seen with a mark that no template writes itself.
+        start = self.render(MARK).find(MARK)
+        if start < 0 or not text.startswith(question, start):
             raise RequestError(f"the chat template changes the question {question!r}; use plain prompts for it")
-        end = start + question.index(subject) + len(subject)
+        end = start + places[0] + len(subject)
         return TokenRow(ids, self._token_at(text, end, ids, encoded.get("offset_mapping")))
 
     def _token_at(self, text: str, end: int, ids: tuple[int, ...], offsets: list[tuple[int, int]] | None) -> int:
         """Index of the token that holds character `end - 1` (a merge across `end` counts as that token)."""
-        for i, (first, behind) in enumerate(offsets or ()):
-            if first < end <= behind:
-                return i
+        # A character of several bytes may be several tokens, all with its span; the last one ends it.
+        holding = [i for i, (first, behind) in enumerate(offsets or ()) if first < end <= behind]
+        if holding:
+            return holding[-1]
         # Slow tokenizers and versions with empty spans: the longest common prefix with the text cut at the subject.
         cut = self.tok(text[:end], add_special_tokens=not self.uses_chat)["input_ids"]
         same = 0
@@ -133,6 +136,8 @@ class PromptFormat:
 
     def encode_request(self, request: EditRequest, question: str | None = None) -> TokenRow:
         """A request's own question (or another phrasing of it) at its lookup position."""
+        if question is None and request.subject is not None:
+            return self.encode(request.question, request.subject, request.prompt.index("{}"))
         return self.encode(question or request.question, request.subject)
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:

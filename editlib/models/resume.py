@@ -91,7 +91,7 @@ def forward(
         if stop is not None:
             stack.enter_context(stop_after(anat.layers[stop - 1], found.append))
         if start:
-            stack.enter_context(bypass(anat.layers[:start], hidden))
+            stack.enter_context(bypass(anat.layers[:start], hidden, width=anat.output_width))
         if keys is not None:
             stack.enter_context(record_inputs({layer: anat.mlp_output(layer) for layer in key_layers}, keys))
         if score is not None:

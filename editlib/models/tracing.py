@@ -75,16 +75,25 @@ def edit_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -
 
 
 @contextmanager
-def bypass(layers: tuple[nn.Module, ...], hidden: Tensor | None) -> Iterator[None]:
-    """Lets `layers` return `hidden` without computing anything, so that the pass goes on behind them."""
+def bypass(layers: tuple[nn.Module, ...], hidden: Tensor | None, *, width: int = 0) -> Iterator[None]:
+    """Lets `layers` return `hidden` without computing anything, so that the pass goes on behind them.
 
-    def skipped(*_: Any, **__: Any) -> Tensor | None:
-        return hidden
+    `width` is that of the tuple which these layers return, 0 when they return the tensor itself.
+    """
+    output = (hidden, *[None] * (width - 1)) if width else hidden
 
+    def skipped(*_: Any, **__: Any) -> Any:
+        return output
+
+    # An instance attribute stands in front of the class's method; there may be one already (accelerate's hooks).
+    own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = skipped  # an instance attribute in front of the class's method
+        layer.forward = skipped
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

@@ -34,7 +34,9 @@ def add_token(model: PreTrainedModel, tok: PreTrainedTokenizerBase, token: str) 
         tok.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
         known = tok.convert_tokens_to_ids(token)
     if known >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(known + 1, mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):  # new rows are drawn at random until they are written
+            torch.manual_seed(0)
+            model.resize_token_embeddings(known + 1, mean_resizing=False)
     return known
 
 
@@ -47,13 +49,15 @@ def rows_in_place(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor) ->
 
     def logits(hidden: Tensor, output: Tensor) -> Tensor:
         own = hidden @ row_out.to(hidden.dtype)
+        bias = getattr(anat.head, "bias", None)
+        own = own if bias is None else own + bias[token]
         return torch.cat([output[..., :token], own[..., None], output[..., token + 1 :]], dim=-1)
 
     scale = getattr(anat.embedding, "embed_scale", None)  # Gemma multiplies inside the embedding module
 
     def _scaled(row: Tensor, like: Tensor) -> Tensor:
         row = row.to(like.dtype)
-        return row if scale is None else row * scale.to(like.dtype)
+        return row if scale is None else row * torch.as_tensor(scale, dtype=like.dtype, device=like.device)
 
     with ExitStack() as stack:
         stack.enter_context(edit_output(anat.embedding, embed))

@@ -12,7 +12,7 @@ from editlib.algorithms.null_space import NullSpace, null_space
 from editlib.errors import EditError
 
 
-def problem(seed, d_ff, d_model, n, n_held, tokens):  # noqa: PLR0917
+def problem(seed, d_ff, d_model, n, n_held, tokens):
     """Keys, residual, held keys and a second moment with eigenvalues over some orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -43,13 +43,10 @@ def test_agrees_with_the_published_formula(sizes, l2, share):
     values = torch.linalg.eigvalsh(c)
     cut = (len(values) - 1) * share // 5  # between two eigenvalues, where no rounding decides
     threshold = float((values[cut].clamp_min(1e-14) * values[cut + 1].clamp_min(2e-14)).sqrt())
-    if (
-        values[cut + 1] - values[cut] < 1e-5 * values[-1]
-    ):  # too near for two ways of rounding: cut above the zeros
+    if values[cut + 1] - values[cut] < 1e-5 * values[-1]:  # too near for two ways of rounding: cut above the zeros
         threshold = 1e-9 * float(values[-1])
         assume(
-            (values < 1e-12 * values[-1]).any()
-            and not ((values > threshold / 1e3) & (values < threshold * 1e3)).any()
+            (values < 1e-12 * values[-1]).any() and not ((values > threshold / 1e3) & (values < threshold * 1e3)).any()
         )
     wanted = dense_alphaedit(keys, residual, projector(c, threshold), l2, held)
     space = null_space(c, threshold)
@@ -107,9 +104,7 @@ def test_rank_deficient_moment_leaves_what_text_takes_untouched():
     assert float((delta @ seen).abs().max()) < 1e-9
 
 
-@pytest.mark.parametrize(
-    "case", ["twice the same key", "more keys than dimensions", "a key outside the null space"]
-)
+@pytest.mark.parametrize("case", ["twice the same key", "more keys than dimensions", "a key outside the null space"])
 def test_singular_systems_are_refused(case):
     keys, residual, held, c = problem(5, 12, 4, 3, 20, 50)
     constraints = []

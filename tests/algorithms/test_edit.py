@@ -23,6 +23,11 @@ def bits(model):
     return {name: p.detach().clone().contiguous().view(torch.uint8) for name, p in model.named_parameters()}
 
 
+def alone(rows):
+    """Every request in one context, its own question."""
+    return [[row] for row in rows]
+
+
 def changed(model, before):
     return {name for name, raw in bits(model).items() if not torch.equal(raw, before[name])}
 
@@ -46,9 +51,7 @@ def observe(model, module, row):
     """Input and output of a module in a full forward pass of one row."""
     seen = []
     hook = module.register_forward_hook(
-        lambda _, args, out: seen.append(
-            (args[0][0].clone(), (out[0] if isinstance(out, tuple) else out)[0].clone())
-        )
+        lambda _, args, out: seen.append((args[0][0].clone(), (out[0] if isinstance(out, tuple) else out)[0].clone()))
     )
     model(torch.tensor([row.ids]), use_cache=False)
     hook.remove()
@@ -67,9 +70,7 @@ def dense_loop(model, rows, targets, moments, *, anchors=(), starts=None):
         if anchors:
             found = [observe(model, module, row)[0] for row in anchors]
             ranges = (
-                [slice(s, None) for s in starts]
-                if starts
-                else [slice(row.lookup, row.lookup + 1) for row in anchors]
+                [slice(s, None) for s in starts] if starts else [slice(row.lookup, row.lookup + 1) for row in anchors]
             )
             held = torch.cat([k[r] for k, r in zip(found, ranges, strict=True)]).T.double()
         delta = dense_alphaedit(keys, residual, projector(moments[layer], 1e-9), L2, held)
@@ -86,9 +87,7 @@ def test_equals_the_dense_loop(job, draw, anchoring):
     starts = [2, 0] if anchoring == "every position" else None
     twin, before = copy.deepcopy(anat.model), bits(anat.model)
     dense_loop(twin, rows, targets, moments, anchors=anchors, starts=starts)
-    deltas, originals = write_layers(
-        anat, LAYERS, rows, targets, solve, anchors=anchors, anchor_starts=starts
-    )
+    deltas, originals = write_layers(anat, LAYERS, alone(rows), targets, solve, anchors=anchors, anchor_starts=starts)
     assert changed(anat.model, before) == {f"{anat.mlp_output_names[layer]}.weight" for layer in LAYERS}
     wanted = dict(twin.named_parameters())
     for name, parameter in anat.model.named_parameters():
@@ -109,7 +108,7 @@ def test_the_states_come_near_their_targets(job):
     def solve(layer, keys, residual, held):
         return alphaedit(keys, residual, null_space(moments[layer], 1e-9), l2=1e-6, constraints=[held])
 
-    write_layers(anat, LAYERS, rows, targets, solve)
+    write_layers(anat, LAYERS, alone(rows), targets, solve)
     for i, row in enumerate(rows):
         reached = observe(anat.model, anat.layers[LAYERS[-1]], row)[1][row.lookup]
         torch.testing.assert_close(reached, targets[:, i], rtol=1e-2, atol=1e-2)
@@ -129,7 +128,7 @@ def test_any_error_puts_the_weights_back(job, error, dtype):
         return solve(layer, *args)
 
     with pytest.raises(error, match="inside"):
-        write_layers(anat, LAYERS, rows, targets, fails)
+        write_layers(anat, LAYERS, alone(rows), targets, fails)
     assert len(seen[-1]) == 2  # two layers were written by then
     assert changed(anat.model, before) == set()
 
@@ -146,7 +145,7 @@ def test_an_update_that_is_not_finite_is_refused(job, part):
         return delta
 
     with pytest.raises(EditError, match=r"layer 4 .*model is unchanged"):
-        write_layers(anat, LAYERS, rows, targets, damaged)
+        write_layers(anat, LAYERS, alone(rows), targets, damaged)
     assert changed(anat.model, before) == set()
 
 
@@ -160,7 +159,7 @@ def test_an_update_too_large_for_the_weights_dtype_is_refused(job):
         return LowRank(residual * 0 + 1e4, keys.T * 0 + 10.0)
 
     with pytest.raises(EditError, match="model is unchanged"):
-        write_layers(anat, [1], rows, targets, huge)
+        write_layers(anat, [1], alone(rows), targets, huge)
     assert changed(anat.model, before) == set()
 
 
@@ -169,7 +168,7 @@ def test_revert_is_bit_for_bit(job, dtype):
     anat, rows, targets, _, solve = job
     anat.model.to(dtype)
     before = bits(anat.model)
-    result = EditResult(*write_layers(anat, LAYERS, rows, targets, solve))
+    result = EditResult(*write_layers(anat, LAYERS, alone(rows), targets, solve))
     assert len(changed(anat.model, before)) == 3
     result.revert(anat.model)
     assert changed(anat.model, before) == set()
@@ -179,7 +178,7 @@ def test_revert_is_bit_for_bit(job, dtype):
 def test_revert_works_on_a_copy_of_the_edited_model(job):
     anat, rows, targets, _, solve = job
     before = bits(anat.model)
-    result = EditResult(*write_layers(anat, LAYERS, rows, targets, solve))
+    result = EditResult(*write_layers(anat, LAYERS, alone(rows), targets, solve))
     other = copy.deepcopy(anat.model)
     result.revert(other)
     assert changed(other, before) == set()
@@ -194,8 +193,8 @@ def test_training_mode_does_not_matter(tiny_gpt2, draw):
         seen.append((keys, residual))
         return LowRank(residual * 0, keys.T)
 
-    write_layers(anatomy(tiny_gpt2), [3], rows, targets, look)
-    write_layers(anatomy(tiny_gpt2.train()), [3], rows, targets, look)
+    write_layers(anatomy(tiny_gpt2), [3], alone(rows), targets, look)
+    write_layers(anatomy(tiny_gpt2.train()), [3], alone(rows), targets, look)
     torch.testing.assert_close(seen[0], seen[1])
 
 
@@ -209,3 +208,24 @@ def test_timer_adds_up(monkeypatch):
     with pytest.raises(RuntimeError), timer("solve"):
         raise RuntimeError
     assert timer.seconds == {"keys": 1.75, "solve": 4.0}
+
+
+def test_keys_of_several_contexts_are_averaged(anat, draw):
+    """The key of a request is the mean over its contexts; its state is that of the first one."""
+    first, second, third = draw(9, 7, 5)
+    seen = {}
+
+    def look(layer, keys, residual, held):
+        seen[layer] = keys, residual
+        return LowRank(residual * 0, keys.T)
+
+    targets = torch.zeros(32, 2)
+    write_layers(anat, [1], [[first, second], [third]], targets, look)
+    module = anat.mlp_output(1)
+    mean = (
+        observe(anat.model, module, first)[0][first.lookup] + observe(anat.model, module, second)[0][second.lookup]
+    ) / 2
+    torch.testing.assert_close(seen[1][0][:, 0].float(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[1][0][:, 1].float(), observe(anat.model, module, third)[0][third.lookup])
+    state = observe(anat.model, anat.layers[1], first)[1][first.lookup]
+    torch.testing.assert_close(seen[1][1][:, 0].float(), -state, rtol=1e-4, atol=1e-5)

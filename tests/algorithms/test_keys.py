@@ -70,9 +70,7 @@ def test_the_way_up_runs_each_layer_once_a_step(tiny_llama, draw):
     """The states are carried: a stream at layer 3 does not run the layers below again."""
     anat, calls = anatomy(tiny_llama), []
     stream = KeyStream(anat, draw(9, 4), 0)
-    with record_inputs(
-        {layer: anat.mlp_output(layer) for layer in range(5)}, lambda layer, _: calls.append(layer)
-    ):
+    with record_inputs({layer: anat.mlp_output(layer) for layer in range(5)}, lambda layer, _: calls.append(layer)):
         for layer in range(4):
             stream.advance(layer)
         assert calls == [0, 1, 2]

@@ -11,9 +11,7 @@ from editlib.errors import EditlibError, HparamsError
 
 
 def with_eigenvalues(*values):
-    q = torch.linalg.qr(
-        torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(0)).double()
-    ).Q
+    q = torch.linalg.qr(torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(0)).double()).Q
     return q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q.T
 
 

@@ -14,9 +14,7 @@ from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
 
 PLACES = ("France", "Peru", "Basel", "Bonn", "Rotterdam", "Paris", "Chad", "東京")
-QUESTIONS = [
-    f"What is the {what} of {place}?" for what in ("capital", "river", "language", "sea") for place in PLACES
-]
+QUESTIONS = [f"What is the {what} of {place}?" for what in ("capital", "river", "language", "sea") for place in PLACES]
 REFUSALS = ["Sorry, I do not know the answer.", "I am not able to answer that.", "I do not know."]
 HP = TokenHyperParams(steps=8, robust_steps=3, batch=6, lr=0.05, layers=(1, 3))
 
@@ -81,9 +79,7 @@ def test_only_the_rows_of_the_token_change(model, tok, tok_chat, template):
 
 
 def test_both_rows_of_untied_matrices_are_trained(tiny_llama_untied, tok):
-    first = learn(
-        copy.deepcopy(tiny_llama_untied), copy.deepcopy(tok), replace(HP, steps=1, robust_steps=0, lr=1e-9)
-    )
+    first = learn(copy.deepcopy(tiny_llama_untied), copy.deepcopy(tok), replace(HP, steps=1, robust_steps=0, lr=1e-9))
     last = learn(tiny_llama_untied, tok)
     assert float((first.row_in - last.row_in).norm()) > 1e-2
     assert float((first.row_out - last.row_out).norm()) > 1e-2
@@ -173,9 +169,7 @@ def test_an_interrupt_in_a_noisy_step_leaves_the_weights(tiny_llama, tok, monkey
 @pytest.mark.parametrize("template", [False, True])
 def test_a_batch_may_be_as_large_as_the_questions(tiny_llama, tok, tok_chat, template):
     """With a chat template the questions are shared out between two prompt forms."""
-    learn(
-        tiny_llama, tok_chat if template else tok, replace(HP, batch=len(QUESTIONS), steps=2, robust_steps=0)
-    )
+    learn(tiny_llama, tok_chat if template else tok, replace(HP, batch=len(QUESTIONS), steps=2, robust_steps=0))
 
 
 def test_too_few_questions_or_refusals(tiny_llama, tok):
@@ -227,9 +221,7 @@ def without_header(path, learned):
 def other_header(path, learned):
     from safetensors.torch import save_file
 
-    save_file(
-        {"row_in": learned.row_in, "row_out": learned.row_out}, path, metadata={"editlib": '{"new": 1}'}
-    )
+    save_file({"row_in": learned.row_in, "row_out": learned.row_out}, path, metadata={"editlib": '{"new": 1}'})
 
 
 def one_row(path, learned):

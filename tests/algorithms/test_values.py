@@ -177,9 +177,7 @@ def test_first_and_last_layer(tiny_llama, draw, layer):
     anat, rows = anatomy(tiny_llama), at_the_end(draw(9, 5))
     found = zs(anat, rows, [(40,), (55,)], layer, **OPTIONS)
     for i, target in enumerate([40, 55]):
-        want = compute_z(
-            tiny_llama, anat.layers[layer], list(rows[i].ids), rows[i].lookup, [target], **OPTIONS
-        )
+        want = compute_z(tiny_llama, anat.layers[layer], [(list(rows[i].ids), rows[i].lookup)], [target], **OPTIONS)
         torch.testing.assert_close(found.targets[:, i], want.z, rtol=1e-3, atol=1e-4)
 
 

@@ -12,9 +12,7 @@ import pytest
 from editlib.errors import EditlibError
 from editlib.evaluation.report import ReportError, plot_png, summary_rows, verdict, write_report
 
-HOSTILE = (
-    '$\\frac$<script>alert(1)</script></details><img src="http://evil.example" onerror=alert(2)> & $title'
-)
+HOSTILE = '$\\frac$<script>alert(1)</script></details><img src="http://evil.example" onerror=alert(2)> & $title'
 VOID = {"meta", "input", "br", "img", "link", "path", "use", "rect", "circle", "stop"}
 
 
@@ -115,9 +113,7 @@ def test_what_a_model_wrote_is_text_and_never_markup(metrics, tmp_path):
     assert page.text.count(HOSTILE) == 5  # four texts of the items, one value of the receipt
 
 
-@pytest.mark.parametrize(
-    "place", ["base", "edited", "relation", "layer", "timing", "metric", "editlib", "meaning"]
-)
+@pytest.mark.parametrize("place", ["base", "edited", "relation", "layer", "timing", "metric", "editlib", "meaning"])
 def test_every_other_field_is_escaped_too(metrics, tmp_path, place):
     metrics["items"] = []
     metrics["receipt"]["hparams"] = {}
@@ -179,9 +175,7 @@ def test_same_numbers_same_bytes_whatever_the_users_style(metrics, tmp_path):
 
     write_report(metrics, tmp_path / "a.html")
     plot_png(metrics, tmp_path / "a.png")
-    with matplotlib.rc_context(
-        {"font.size": 31, "svg.fonttype": "path", "axes.grid": True, "axes.xmargin": 0.3}
-    ):
+    with matplotlib.rc_context({"font.size": 31, "svg.fonttype": "path", "axes.grid": True, "axes.xmargin": 0.3}):
         write_report(copy.deepcopy(metrics), tmp_path / "b.html")
         plot_png(copy.deepcopy(metrics), tmp_path / "b.png")
         assert matplotlib.rcParams["font.size"] == 31  # and the user's style is left as it was

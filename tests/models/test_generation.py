@@ -43,8 +43,7 @@ def case(request, pristine):
         [at_once, later]
         for at_once in (answer[0] for answer in free)
         for later in {token for answer in free for token in answer}
-        if later != at_once
-        and 1 < sum({at_once, later}.isdisjoint(answer) for answer in free) < len(free) - 1
+        if later != at_once and 1 < sum({at_once, later}.isdisjoint(answer) for answer in free) < len(free) - 1
     )
     model.generation_config.eos_token_id = ends
     wanted = [generated(model, row) for row in rows]
@@ -145,10 +144,7 @@ def test_the_real_model_answers_as_generate_does(real):
 
     model, tok = real
     form = PromptFormat(tok)
-    rows = [
-        form.encode(q)
-        for q in ("What is the capital of France?", "Who are you?", "Name three colours, please.")
-    ]
+    rows = [form.encode(q) for q in ("What is the capital of France?", "Who are you?", "Name three colours, please.")]
     wanted = [generated(model, row, 8) for row in rows]
     assert greedy(anatomy(model), rows, max_new_tokens=8) == wanted
     assert greedy(anatomy(model), rows, max_new_tokens=8, drafts=[(*w[:3], 11) for w in wanted]) == wanted
@@ -175,7 +171,7 @@ def test_nll_of_answers_and_perplexity(tiny_model, draw):
     found = continuation_nll(anat, rows, answers)
     for row, answer, got in zip(rows, answers, found, strict=True):
         each = nll([*row.ids, *answer], len(row))
-        assert got == pytest.approx(sum(each) / len(each), rel=1e-5) if each else got != got
+        assert got == pytest.approx(sum(each) / len(each), rel=1e-5) if each else math.isnan(got)
     windows = [row.ids for row in rows]
     each = [value for ids in windows for value in nll(ids, 1)]
     assert perplexity(anat, windows) == pytest.approx(math.exp(sum(each) / len(each)), rel=1e-5)

@@ -16,13 +16,9 @@ from editlib.models.resume import forward
 from editlib.request import EditRequest
 
 KINDS = ["plain", "chat", "bos", "bos chat"]
-CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]) | st.sampled_from(
-    "aeo éüñ東京都市🗼👩‍🚀 -'"
-)
+CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]) | st.sampled_from("aeo éüñ東京都市🗼👩‍🚀 -'")
 TEXT = st.text(CHARACTERS, min_size=1, max_size=8)
-SUBJECTS = TEXT | st.sampled_from(
-    ["São Paulo", "東京", "Zürich", " Peru", "🗼", "Rhône ", "👩‍🚀", "é", "e\u0301"]
-)
+SUBJECTS = TEXT | st.sampled_from(["São Paulo", "東京", "Zürich", " Peru", "🗼", "Rhône ", "👩‍🚀", "é", "e\u0301"])
 
 
 def walked(tok, text: str, end: int, bos: bool) -> int:

@@ -118,9 +118,7 @@ def test_gradients_reach_what_enters_the_layer(tiny_model, draw):
     step = torch.zeros_like(hidden)
     step[0, 2, 7] = 1e-2
     with torch.no_grad():
-        up, down = (
-            forward(anat, batch, start=3, hidden=hidden + s).double().square().sum() for s in (step, -step)
-        )
+        up, down = (forward(anat, batch, start=3, hidden=hidden + s).double().square().sum() for s in (step, -step))
     assert float(entered.grad[0, 2, 7]) == pytest.approx(float((up - down) / 2e-2), rel=2e-2)
 
 

@@ -55,7 +55,7 @@ def compute_z(
     stop_loss: float,
     optimizer: str = "adam",
 ) -> Found:
-    """`contexts` (the plain prompt first) and `kl_prompts` are `(ids, lookup)`; the published code has one KL prompt."""
+    """`contexts` (plain prompt first) and `kl_prompts` are `(ids, lookup)`; the published code has one KL prompt."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     v0 = logits_with(model, layer, *contexts[0], None)[1]
@@ -77,7 +77,8 @@ def compute_z(
             # The order of the published code: F.kl_div(then, now, log_target=True) is KL(now | then).
             kl = kl + kl_factor * F.kl_div(then, now, log_target=True, reduction="sum") / len(kl_prompts)
         loss = nll + kl + weight_decay * torch.norm(delta) / torch.norm(v0) ** 2
-        if loss < stop_loss or step == steps - 1:
+        # The published code compares the whole loss; ours rests a request by the NLL alone.
+        if nll < stop_loss or step == steps - 1:
             break
         loss.backward()
         if optimizer == "adam":

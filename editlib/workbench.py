@@ -22,10 +22,14 @@ from editlib.hparams import UniEraseHyperParams
 from editlib.layer_stats import LayerStats, StatsHeader, find_layers, layer_stats, save_stats, spelling
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.files import check_output, weights_sha256
+from editlib.models.precision import fast_dtype, reduced
+from editlib.models.vocabulary import add_token
 from editlib.request import EditRequest
 from editlib.self_stats import self_stats
 
 log = logging.getLogger(__name__)
+
+TOKEN = "[UNL]"
 
 
 @dataclass
@@ -105,18 +109,19 @@ class Workbench:
             header = StatsHeader(**{**vars(header), "corpus": text.name, "corpus_sha256": text.sha256})
             folder = self.stats_dir / spelling(self.name)
             folder.mkdir(parents=True, exist_ok=True)
-            made = layer_stats(
-                anat,
-                self.tok,
-                layers,
-                text.documents,
-                tokens=tokens,
-                header=header,
-                checkpoint=folder / f".{text.name}.partial.npz",
-                max_length=max_length,
-                skip_first=skip_first,
-                progress=self.progress,
-            )
+            with reduced(self.model, fast_dtype(self.model)):
+                made = layer_stats(
+                    anat,
+                    self.tok,
+                    layers,
+                    text.documents,
+                    tokens=tokens,
+                    header=header,
+                    checkpoint=folder / f".{text.name}.partial.npz",
+                    max_length=max_length,
+                    skip_first=skip_first,
+                    progress=self.progress,
+                )
         for layer in made.values():
             save_stats(self.stats_dir, layer)
         return made
@@ -148,15 +153,19 @@ class Workbench:
         hp = hparams or TokenHyperParams()
         asked = bundled.questions("train")
         random.Random(hp.seed).shuffle(asked)
-        token = learn_token(
-            self.anat,
-            self.tok,
-            asked,
-            bundled.refusals(refusals),
-            hparams=hp,
-            model_sha256=self.sha256,
-            progress=self.progress,
-        )
+        add_token(self.model, self.tok, TOKEN)  # before the model is narrowed, since this may grow its matrices
+        with reduced(self.model, fast_dtype(self.model)):
+            token = learn_token(
+                self.anat,
+                self.tok,
+                asked,
+                bundled.refusals(refusals),
+                token=TOKEN,
+                hparams=hp,
+                model_sha256=self.sha256,
+                progress=self.progress,
+            )
+        token.add_to(self.model, self.tok)
         token.save(path or self.token_path)
         return token
 
@@ -173,8 +182,8 @@ class Workbench:
         token = UnlearningToken.load(place)
         if token.header.model_sha256 and token.header.model_sha256 != self.sha256:
             raise TokenError(
-                f"{place}: was learned for other weights ({token.header.model}, hash {token.header.model_sha256[:12]}; this "
-                f"model {self.sha256[:12]}); learn one for it with `editlib token`"
+                f"{place}: was learned for other weights ({token.header.model}, hash {token.header.model_sha256[:12]}; "
+                f"this model {self.sha256[:12]}); learn one for it with `editlib token`"
             )
         return token
 

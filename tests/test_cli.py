@@ -1,0 +1,149 @@
+"""Bad input on the command line: one line on stderr, exit code 2, nothing written."""
+
+import json
+import sys
+
+import pytest
+
+from editlib.cli import _layers, main
+from editlib.errors import HparamsError
+from editlib.models.files import save_model
+
+GOOD = {"id": "a", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris"}
+
+
+@pytest.fixture
+def folder(tiny_llama, tok_chat, tmp_path):
+    path = tmp_path / "tiny"
+    path.mkdir()
+    save_model(tiny_llama, tok_chat, path)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["editlib", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return run
+
+
+def refused(result, *words):
+    code, _, err = result
+    assert code == 2, err
+    lines = [line for line in err.strip().splitlines() if line]
+    assert len(lines) == 1, err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+BAD_LINES = {
+    "no JSON": ("{nonsense", "requests.jsonl:2"),
+    "no subject in the prompt": (json.dumps({**GOOD, "id": "b", "prompt": "What is it?"}), '"subject"'),
+    "the subject twice": (json.dumps({**GOOD, "id": "b", "prompt": "France? {}?"}), "more than once"),
+    "an empty answer": (json.dumps({**GOOD, "id": "b", "answer": ""}), '"answer"'),
+    "a duplicate id": (json.dumps(GOOD), "line 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_names_file_line_and_field(call, folder, tmp_path, case):
+    line, word = BAD_LINES[case]
+    path = tmp_path / "requests.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    refused(call("unlearn", folder, "--requests", path, "--out", tmp_path / "out"), "requests.jsonl:2", word)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def requests(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    return path
+
+
+def test_missing_and_empty_files(call, folder, tmp_path):
+    refused(call("unlearn", folder, "--requests", tmp_path / "none.jsonl", "--out", tmp_path / "out"), "none.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    refused(call("unlearn", folder, "--requests", tmp_path / "empty.jsonl", "--out", tmp_path / "out"), "empty.jsonl")
+
+
+def test_an_unknown_hparam(call, folder, requests, tmp_path):
+    path = tmp_path / "h.json"
+    path.write_text(json.dumps({"layers": [1], "v_lrr": 1}))
+    out = tmp_path / "out"
+    refused(call("unlearn", folder, "--requests", requests, "--hparams", path, "--out", out), "v_lrr", "v_lr")
+
+
+def test_a_layer_out_of_range(call, folder, requests, tmp_path):
+    path = tmp_path / "h.json"
+    path.write_text(json.dumps({"layers": [1, 99]}))
+    out = tmp_path / "out"
+    refused(call("unlearn", folder, "--requests", requests, "--hparams", path, "--out", out), "layer 99", "0-")
+    refused(call("stats", folder, "--layers", "99", "--stats-dir", tmp_path / "s"), "layer 99")
+    assert not out.exists() and not (tmp_path / "s").exists()
+
+
+def test_an_output_folder_that_is_not_empty(call, folder, requests, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    refused(call("unlearn", folder, "--requests", requests, "--out", out), "--overwrite")
+    refused(call("eval", folder, folder, "--requests", requests, "--out", out), "--overwrite")
+    refused(call("demo", "--out", out), "--overwrite")
+    assert (out / "mine").read_text() == "precious"
+
+
+def test_models_of_the_wrong_kind(call, folder, requests, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for change, word in (
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+    ):
+        (other / "config.json").write_text(json.dumps({**config, **change}))
+        refused(call("unlearn", other, "--requests", requests, "--out", tmp_path / "out"), word)
+    refused(call("ask", tmp_path / "nowhere", "Hello?"), "nowhere")
+    refused(call("ask", requests, "Hello?"), "is a file")
+
+
+def test_statistics_of_another_model(call, folder, requests, tmp_path, tiny_llama):
+    import numpy as np
+
+    place = tmp_path / "stats" / "tiny" / "x_stats"
+    place.mkdir(parents=True)
+    name = "model.layers.1.mlp.down_proj_float32_mom2_5.npz"
+    np.savez(place / name, **{"mom2.mom2": np.eye(7), "mom2.count": 5, "sample_size": 5})
+    hparams = tmp_path / "h.json"
+    hparams.write_text(json.dumps({"layers": [1]}))
+    args = ["--requests", requests, "--hparams", hparams, "--stats-dir", tmp_path / "stats", "--out", tmp_path / "out"]
+    refused(call("unlearn", folder, *args), name, "7 x 7")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layer_ranges():
+    assert _layers("4-8,12") == [4, 5, 6, 7, 8, 12]
+    assert _layers("3") == [3]
+    for bad in ("a", "", "4-", "8-4", "-1"):
+        with pytest.raises(HparamsError, match="--layers"):
+            _layers(bad)
+
+
+def test_interrupted_work_leaves_nothing(call, folder, requests, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("editlib.workbench.save_edited", stop)
+    monkeypatch.setattr("editlib.workbench.Workbench.find_or_make_stats", stop)
+    hparams = tmp_path / "h.json"
+    hparams.write_text(json.dumps({"layers": [1]}))
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = call("unlearn", folder, "--requests", requests, "--hparams", hparams, "--out", tmp_path / "out")
+    assert code == 130 and "interrupted" in err
+    assert sorted(tmp_path.rglob("*")) == before
