@@ -154,7 +154,7 @@ def token(
     model: Model,
     out_file: Annotated[Path | None, typer.Option("--out", help="default: beside the statistics")] = None,
     refusals: Annotated[Path | None, typer.Option(help="your own refusals, one a line")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 100,
     stats_dir: StatsDir = Path("stats"),
     seed: Seed = 0,
     dtype: Dtype = None,

@@ -30,7 +30,9 @@ FORGET = {"capital": 18, "symbol": 14}
 ANCHOR_RELATIONS = ("language",)  # other relations of the same subjects that are anchored
 WATCHED_RELATIONS = ("continent", "currency", "atomic_number")  # and those that never are
 GENERAL_TESTS = {"question": 30, "instruction": 20}
-GENERAL_ANCHORS = 60
+GENERAL_ANCHORS = 40
+CANDIDATES = {"capital": 110, "symbol": 80}  # asked first; what the model does not know of them is an anchor
+LANGUAGES = 50
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
         load_hparams(MODEL, "UniErase"),
         out / "model",
         retain=read_back(files["anchors"]),
+        known_answers=before.answers,
         seed=seed,
     )
     del model, bench
@@ -111,6 +114,9 @@ def make_plan(bench: Workbench, before: Before, seed: int) -> Plan:
     by_relation: dict[str, list[EditRequest]] = {}
     for fact in bundled.facts():
         by_relation.setdefault(fact.relation or "", []).append(fact)
+    for relation, most in CANDIDATES.items():
+        rng.shuffle(by_relation[relation])
+        del by_relation[relation][most:]
     _ask(bench, before, [fact for relation in FORGET for fact in by_relation[relation]])
     forget, anchors, watch = [], [], []
     for relation, number in FORGET.items():
@@ -121,7 +127,10 @@ def make_plan(bench: Workbench, before: Before, seed: int) -> Plan:
         anchors += known[number + 1 :: 2]
         anchors += [fact for fact in by_relation[relation] if not _right(bench, before, fact)]
     subjects = {fact.group for fact in forget}
-    anchors += [fact for relation in ANCHOR_RELATIONS for fact in by_relation[relation]]
+    for relation in ANCHOR_RELATIONS:
+        facts = [fact for fact in by_relation[relation] if fact.group not in subjects]
+        rng.shuffle(facts)
+        anchors += [fact for fact in by_relation[relation] if fact.group in subjects] + facts[:LANGUAGES]
     watch += [fact for relation in WATCHED_RELATIONS for fact in by_relation[relation] if fact.group in subjects]
     for split, part, limits in (("test", watch, GENERAL_TESTS), ("anchor", anchors, None)):
         prompts = bundled.general(split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,8 @@ def unlearn(
     retain: Sequence[EditRequest] | None = None,
     token: Path | None = None,
     corpus: str = "wiki-sample",
-    stats_tokens: int = 50_000,
+    stats_tokens: int = 20_000,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> tuple[EditResult, dict[str, Any]]:
@@ -221,6 +222,7 @@ def unlearn(
         token=learned,
         retain=bundled.retain_prompts(requests) if retain is None else retain,
         stats=stats,
+        known_answers=known_answers,
         seed=seed,
         progress=bench.progress,
     )

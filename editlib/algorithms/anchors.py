@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from editlib.models.anatomy import Anatomy
@@ -13,10 +13,13 @@ from editlib.models.resume import shared_length
 from editlib.request import EditRequest
 
 SUBJECT_PROMPTS = (
-    "Tell me about {}.",
     "What is {} known for?",
     "Where can I find {}?",
+    "Tell me about {}.",
     "Describe {} in one sentence.",
+    "Give me one fact about {}.",
+    "Why is {} important?",
+    "How would you explain {} to a child?",
 )
 """What is asked of the subjects themselves, so that forgetting one fact does not silence the rest about them."""
 
@@ -66,7 +69,7 @@ def encode_anchors(
     subjects: Sequence[str] = (),
     everywhere: bool = True,
     answer_tokens: int = 24,
-    answers: Sequence[Sequence[int]] | None = None,
+    known: Mapping[str, Sequence[int]] | None = None,
     progress: bool = False,
 ) -> Anchors:
     """Token rows of `prompts`, each with the answer that the model gives today behind it.
@@ -76,12 +79,16 @@ def encode_anchors(
     Args:
         subjects: asked `SUBJECT_PROMPTS` about, without an answer.
         everywhere: hold every position of question and answer, not the lookup position only.
-        answers: token ids to use instead of generating them.
+        known: answers that the model is known to give, as token ids by question; the others are generated.
     """
     rows = [form.encode(prompt.question, prompt.subject) for prompt in prompts]
     if everywhere and rows:
-        known = answers or greedy(anat, rows, max_new_tokens=answer_tokens, progress="anchors" if progress else None)
-        rows = [row.followed_by(answer) for row, answer in zip(rows, known, strict=True)]
+        answers = dict(known or {})
+        asked = [i for i, prompt in enumerate(prompts) if prompt.question not in answers]
+        label = "anchors" if progress else None
+        new = greedy(anat, [rows[i] for i in asked], max_new_tokens=answer_tokens, progress=label)
+        answers.update({prompts[i].question: answer for i, answer in zip(asked, new, strict=True)})
+        rows = [row.followed_by(answers[prompt.question]) for row, prompt in zip(rows, prompts, strict=True)]
     rows += [form.encode(text.replace("{}", subject), subject) for subject in subjects for text in SUBJECT_PROMPTS]
     ids = tuple(prompt.id for prompt in prompts)
     if not everywhere or not rows:

@@ -42,6 +42,7 @@ def apply_unierase_to_model(
     stats: Mapping[int, LayerStats] | None = None,
     stats_dir: str | Path = "stats",
     chat: bool | None = None,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> EditResult:
@@ -52,6 +53,7 @@ def apply_unierase_to_model(
         retain: prompts whose answers must stay; the anchors are chosen from them.
         stats: second moments by layer; read from `stats_dir` when not given.
         chat: ask through the chat template (`None`: when the tokenizer has one).
+        known_answers: what the model answers to retain prompts, as token ids by question; saves generating it.
 
     Returns:
         The updates, the originals to go back to (`result.revert(model)`), and per-request diagnostics.
@@ -75,7 +77,7 @@ def apply_unierase_to_model(
     timer = Timer()
     with frozen(model):
         with timer("anchors"):
-            anchors = _anchors(anat, form, retain, requests, hparams, seed, progress)
+            anchors = _anchors(anat, form, retain, requests, hparams, known_answers, seed, progress)
         with timer("values"):
             values = unlearning_values(anat, form, requests, contexts, number, hparams, progress=progress)
 
@@ -146,7 +148,7 @@ def _essence(form: PromptFormat, subject: str | None, general: bool) -> list[Tok
         return []
     rows = [PromptFormat(form.tok, chat=False).encode(f"{subject} is a", subject)]
     if general:
-        rows += [form.encode(text.replace("{}", subject), subject) for text in SUBJECT_PROMPTS[1:3]]
+        rows += [form.encode(text.replace("{}", subject), subject) for text in SUBJECT_PROMPTS[:2]]
     return rows
 
 
@@ -166,6 +168,7 @@ def _anchors(
     retain: Sequence[EditRequest],
     requests: Sequence[EditRequest],
     hparams: UniEraseHyperParams,
+    known: Mapping[str, Sequence[int]] | None,
     seed: int,
     progress: bool,
 ) -> Anchors:
@@ -179,6 +182,7 @@ def _anchors(
         chosen,
         subjects=tuple(subjects) if hparams.anchor_subjects else (),
         everywhere=hparams.anchor_positions == "all",
+        known=known,
         progress=progress,
     )
 
