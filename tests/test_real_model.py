@@ -28,7 +28,7 @@ def job(tmp_path_factory):
     text.write_text("\n\n".join(" ".join(lines[i::12]) for i in range(12)))
     model, tok = load("smollm2-135m", progress=False)
     bench = Workbench.of(model, tok, place / "stats", progress=False)
-    bench.make_token(hparams=TokenHyperParams(steps=60, robust_steps=20))
+    bench.make_token(hparams=TokenHyperParams())
     facts = {fact.id: fact for fact in bundled.facts()}
     requests = [facts[name] for name in FORGET]
     retain = [fact for fact in facts.values() if fact.relation in ("capital", "symbol") and fact.id not in FORGET]

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class TokenHyperParams:
     """How the token is learned. Steps are optimiser steps; a step sees `batch` questions of one prompt form."""
 
-    steps: int = 100
-    robust_steps: int = 33  # of `steps`, the last ones, with noise on the matrices that edits will change
+    steps: int = 150
+    robust_steps: int = 50  # of `steps`, the last ones, with noise on the matrices that edits will change
     batch: int = 8
     lr: float = 0.05
     noise: float = 0.1  # standard deviation of the noise in units of the weight's own

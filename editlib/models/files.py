@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from editlib.errors import EditlibError, OutputError
 
@@ -95,5 +96,18 @@ def weights_sha256(model: PreTrainedModel) -> str:
 
 def save_model(model: PreTrainedModel, tok: PreTrainedTokenizerBase, folder: Path) -> None:
     """An ordinary Hugging Face folder: safetensors, configuration, generation settings and tokenizer."""
-    model.save_pretrained(folder)
-    tok.save_pretrained(folder)
+    with quiet_bars():
+        model.save_pretrained(folder)
+        tok.save_pretrained(folder)
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Keeps transformers' own loading and writing bars off stderr."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from editlib.errors import ModelError
 from editlib.models.anatomy import anatomy
+from editlib.models.files import quiet_bars
 from editlib.models.packaged import PACKAGED, fetch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +48,7 @@ def load(
     _check_folder(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     options = {key: value for key, value in options.items() if value}
-    with _one_line_errors(name), _no_bars():
+    with _one_line_errors(name), quiet_bars():
         _check_config(AutoConfig.from_pretrained(path, **options), name)
         tok = AutoTokenizer.from_pretrained(path, **options)
         extra = {} if device_map is None else {"device_map": device_map}
@@ -85,15 +85,3 @@ def _one_line_errors(name: str) -> Iterator[None]:
             f"{name} cannot be loaded ({first[:160]}); give a local folder, a Hugging Face id (needs a network or its "
             f"cache), or a packaged model ({known})"
         ) from None
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keeps transformers' own loading bars off stderr."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
