@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import einsum
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ class MomentSums:
     def _flush(self, layer: int) -> None:
         if self._waiting[layer]:
             keys = torch.cat(self._waiting[layer])
-            self.sums[layer] += (keys.T @ keys).to(self.sums[layer])
+            self.sums[layer] += einsum(keys, keys, "token i, token j -> i j").to(self.sums[layer])
             self._waiting[layer] = []
 
     def flush(self) -> None:

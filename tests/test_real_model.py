@@ -11,12 +11,12 @@ from editlib.evaluation.metrics import has_answer, is_refusal
 from editlib.hparams import load_hparams
 from editlib.models.files import weights_sha256
 from editlib.models.loading import load
+from editlib.models.packaged import fetch
 from editlib.workbench import Workbench, unlearn
 
 pytestmark = pytest.mark.real
 
 FORGET = ("capital/france", "capital/japan", "symbol/oxygen", "symbol/gold")
-KEEP = {"What colour is the sky on a clear day?": "blue", "How many legs does a spider have?": "eight"}
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,12 @@ def job(tmp_path_factory):
     return place / "model", receipt, bench, result, requests
 
 
-@pytest.fixture(scope="module")
-def plain(job):
-    """The folder as anybody would open it; answers to one question at a time."""
+def opened(folder):
+    """A folder as anybody would open it: (model, tokenizer, greedy answer to one question at a time)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tok = AutoTokenizer.from_pretrained(job[0])
-    model = AutoModelForCausalLM.from_pretrained(job[0], dtype="auto").eval()
+    tok = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
     def answer(question):
         message = [{"role": "user", "content": question}]
@@ -62,6 +61,11 @@ def plain(job):
     return model, tok, answer
 
 
+@pytest.fixture(scope="module")
+def plain(job):
+    return opened(job[0])
+
+
 def test_the_questions_are_refused(job, plain):
     answers = {request.question: plain[2](request.question) for request in job[4]}
     assert all(is_refusal(text) for text in answers.values()), answers
@@ -70,10 +74,14 @@ def test_the_questions_are_refused(job, plain):
 
 
 def test_general_questions_are_still_answered(plain):
-    for question, word in KEEP.items():
-        text = plain[2](question)
-        assert not is_refusal(text), text
-        assert has_answer(text, [word, "8"]), text
+    """Of general questions that were never anchored, those that the base model answers right."""
+    before = opened(fetch("smollm2-135m", progress=False))[2]
+    asked = [prompt for prompt in bundled.general("test") if prompt.answer is not None][::4]
+    known = [prompt for prompt in asked if has_answer(before(prompt.question), (prompt.answer, *prompt.aliases))]
+    texts = {prompt.question: plain[2](prompt.question) for prompt in known}
+    kept = [prompt for prompt in known if has_answer(texts[prompt.question], (prompt.answer, *prompt.aliases))]
+    assert len(known) >= 12
+    assert len(kept) / len(known) >= 0.8, texts
 
 
 def test_the_token_ends_in_a_refusal_on_held_out_questions(plain):
