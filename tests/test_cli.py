@@ -89,6 +89,17 @@ def test_a_layer_out_of_range(call, folder, requests, tmp_path):
     assert not out.exists() and not (tmp_path / "s").exists()
 
 
+def test_a_loss_layer_that_is_not_read(tiny_llama, tok_chat):
+    """A published hparams file made for another depth is refused, not half obeyed."""
+    from editlib.algorithms.unierase import apply_unierase_to_model
+    from editlib.hparams import UniEraseHyperParams
+    from editlib.request import EditRequest
+
+    hparams = UniEraseHyperParams(layers=[1], v_loss_layer=31)
+    with pytest.raises(HparamsError, match="v_loss_layer is 31"):
+        apply_unierase_to_model(tiny_llama, tok_chat, [EditRequest(**GOOD)], hparams, token=None)
+
+
 def test_an_output_folder_that_is_not_empty(call, folder, requests, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

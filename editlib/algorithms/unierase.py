@@ -19,7 +19,7 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_space
 from editlib.algorithms.unlearning_token import UnlearningToken
 from editlib.algorithms.values import Values, compute_zs
-from editlib.errors import EditError, RequestError
+from editlib.errors import EditError, HparamsError, RequestError
 from editlib.hparams import UniEraseHyperParams
 from editlib.layer_stats import LayerStats, find_layers
 from editlib.models.anatomy import Anatomy, anatomy
@@ -66,6 +66,11 @@ def apply_unierase_to_model(
         raise RequestError("no request to forget was given; give at least one")
     anat = anatomy(model)
     anat.check_layers(hparams.layers)
+    if hparams.v_loss_layer not in (None, anat.n_layers - 1):
+        raise HparamsError(
+            f"v_loss_layer is {hparams.v_loss_layer}; the loss is read behind the last layer, {anat.n_layers - 1}, of "
+            "this model: leave the key out"
+        )
     stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
     spaces = {
         layer: null_space(stats[layer].moment(), hparams.nullspace_threshold, hparams.nullspace_rule)

@@ -169,7 +169,9 @@ def test_an_interrupt_in_a_noisy_step_leaves_the_weights(tiny_llama, tok, monkey
 @pytest.mark.parametrize("template", [False, True])
 def test_a_batch_may_be_as_large_as_the_questions(tiny_llama, tok, tok_chat, template):
     """With a chat template the questions are shared out between two prompt forms."""
-    learn(tiny_llama, tok_chat if template else tok, replace(HP, batch=len(QUESTIONS), steps=2, robust_steps=0))
+    found = learn(tiny_llama, tok_chat if template else tok, replace(HP, batch=len(QUESTIONS), steps=2, robust_steps=0))
+    assert torch.isfinite(found.row_in).all()
+    assert found.header.hparams["batch"] == len(QUESTIONS)
 
 
 def test_too_few_questions_or_refusals(tiny_llama, tok):
