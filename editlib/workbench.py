@@ -157,6 +157,7 @@ class Workbench:
             self.tok,
             asked,
             bundled.refusals(refusals),
+            ordinary=[prompt.question for prompt in bundled.general("anchor")][: hp.guard_prompts // 3],
             hparams=hp,
             model_sha256=self.sha256,
             progress=self.progress,

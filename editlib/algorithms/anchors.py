@@ -20,17 +20,26 @@ SUBJECT_PROMPTS = (
     "Give me one fact about {}.",
     "Why is {} important?",
     "How would you explain {} to a child?",
+    "How old is {}?",
+    "How large is {}?",
+    "Who first described {}?",
+    "When did people first hear of {}?",
 )
 """What is asked of the subjects themselves, so that forgetting one fact does not silence the rest about them."""
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Rows to hold in place, each from its position in `starts` on; `ids` says which retain prompts they are."""
+    """Rows to hold in place, each from its position in `starts` on (`None`: at its lookup position only).
+
+    `relations` says what each row asks for; `ids` which retain prompts the rows are (general prompts about the
+    subjects have none).
+    """
 
     rows: tuple[TokenRow, ...]
     starts: tuple[int, ...] | None
     ids: tuple[str, ...]
+    relations: tuple[str | None, ...]
 
 
 def choose_anchors(
@@ -91,7 +100,8 @@ def encode_anchors(
         rows = [row.followed_by(answers[prompt.question]) for row, prompt in zip(rows, prompts, strict=True)]
     rows += [form.encode(text.replace("{}", subject), subject) for subject in subjects for text in SUBJECT_PROMPTS]
     ids = tuple(prompt.id for prompt in prompts)
+    relations = (*(prompt.relation for prompt in prompts), *[None] * (len(rows) - len(prompts)))
     if not everywhere or not rows:
-        return Anchors(tuple(rows), None, ids)
+        return Anchors(tuple(rows), None, ids, relations)
     shared = shared_length(rows)
-    return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids)
+    return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids, relations)

@@ -35,9 +35,13 @@ class EditResult:
 
     def revert(self, model: PreTrainedModel) -> None:
         """Restores the edited matrices of `model` bit for bit. A token that was added stays, unused."""
-        anat = anatomy(model)
-        for layer, original in self.originals.items():
-            anat.weight(layer).copy_(original)
+        restore(anatomy(model), self.originals)
+
+
+def restore(anat: Anatomy, originals: Mapping[int, Tensor]) -> None:
+    """Puts weights back as they were."""
+    for layer, original in originals.items():
+        anat.weight(layer).copy_(original)
 
 
 class Timer:
@@ -104,18 +108,27 @@ def write_layers(
                 anchor_stream.advance(layer)
                 held = anchor_stream.keys(starts=anchor_starts).to(weight.device, dtype)
             delta = solve(layer, keys, residual.to(dtype), held)
-            delta.add_to(weight)
-            if not torch.isfinite(weight).all():
-                raise EditError(
-                    f"the update of layer {layer} is not finite in {weight.dtype}; the model is unchanged: "
-                    "lower `v_lr` or raise `L2`"
-                )
+            write(anat, layer, delta)
             deltas[layer] = delta
     except BaseException:
-        for layer, original in originals.items():
-            anat.weight(layer).copy_(original)
+        restore(anat, originals)
         raise
     return deltas, originals
+
+
+def write(anat: Anatomy, layer: int, delta: LowRank) -> None:
+    """Adds an update to its layer's weight.
+
+    Raises:
+        EditError: the sum is not finite in the weight's dtype; the caller puts the weight back.
+    """
+    weight = anat.weight(layer)
+    delta.add_to(weight)
+    if not torch.isfinite(weight).all():
+        raise EditError(
+            f"the update of layer {layer} is not finite in {weight.dtype}; the model is unchanged: "
+            "lower `v_lr` or raise `L2`"
+        )
 
 
 def _mean_over(sizes: Sequence[int]) -> Tensor:

@@ -27,6 +27,11 @@ class NullSpace:
         return inside if self.spans_kept else keys - inside
 
 
+def everything(keys: Tensor) -> NullSpace:
+    """The whole space of `keys [d_ff, n]`: every direction may be used."""
+    return NullSpace(keys[:, :0], False, len(keys))
+
+
 def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in fp64 sums."""
     moment = moment.to(torch.float64)

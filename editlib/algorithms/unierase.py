@@ -1,4 +1,7 @@
-"""Phase II: make every question to be forgotten answer with the unlearning token (UniErase, 2505.15674, eq. 11-13)."""
+"""Phase II: make every question to be forgotten answer with the unlearning token (UniErase, 2505.15674, eq. 11-13).
+
+With `gate_layer` set, an answer gate (ours) goes the first half of the way.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.anchors import SUBJECT_PROMPTS, Anchors, choose_anchors, encode_anchors
+from editlib.algorithms.answer_gate import answer_gate
 from editlib.algorithms.closed_form import alphaedit, exact
-from editlib.algorithms.edit import EditResult, Timer, layer_norms, write_layers
+from editlib.algorithms.edit import EditResult, Timer, layer_norms, restore, write, write_layers
 from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_space
@@ -24,6 +28,7 @@ from editlib.hparams import UniEraseHyperParams
 from editlib.layer_stats import LayerStats, find_layers
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import frozen
+from editlib.models.generation import greedy
 from editlib.models.precision import fast_dtype, reduced
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.request import EditRequest
@@ -65,7 +70,7 @@ def apply_unierase_to_model(
     if not requests:
         raise RequestError("no request to forget was given; give at least one")
     anat = anatomy(model)
-    anat.check_layers(hparams.layers)
+    anat.check_layers([*hparams.layers, *([] if hparams.gate_layer is None else [hparams.gate_layer])])
     if hparams.v_loss_layer not in (None, anat.n_layers - 1):
         raise HparamsError(
             f"v_loss_layer is {hparams.v_loss_layer}; the loss is read behind the last layer, {anat.n_layers - 1}, of "
@@ -83,35 +88,70 @@ def apply_unierase_to_model(
     with frozen(model):
         with timer("anchors"):
             anchors = _anchors(anat, form, retain, requests, hparams, known_answers, seed, progress)
-        with timer("values"):
-            values = unlearning_values(anat, form, requests, contexts, number, hparams, progress=progress)
+        gate: dict[int, LowRank] = {}
+        ungated: dict[int, Tensor] = {}
+        if hparams.gate_layer is not None:
+            with timer("gate"):
+                gate = {hparams.gate_layer: _gate(anat, form, requests, anchors, number, hparams)}
+                ungated = {layer: anat.weight(layer).clone() for layer in gate}
 
         def solve(layer: int, keys: Tensor, residual: Tensor, held: Tensor) -> LowRank:
             held = held * math.sqrt(hparams.anchor_weight)
             delta = alphaedit(keys, residual, spaces[layer], l2=hparams.L2, constraints=[held])
             return exact(delta, spaces[layer].project(keys)) if hparams.solve == "exact" else delta
 
-        with timer("write"):
-            deltas, originals = write_layers(
-                anat,
-                hparams.layers,
-                contexts,
-                values.targets,
-                solve,
-                anchors=anchors.rows,
-                anchor_starts=anchors.starts,
-            )
+        try:
+            for layer, delta in gate.items():
+                write(anat, layer, delta)
+            with timer("values"):
+                values = unlearning_values(anat, form, requests, contexts, number, hparams, progress=progress)
+            diagnostics = _diagnostics(requests, values)
+            with timer("write"):
+                deltas, originals = write_layers(
+                    anat,
+                    hparams.layers,
+                    contexts,
+                    values.targets,
+                    solve,
+                    anchors=anchors.rows,
+                    anchor_starts=anchors.starts,
+                )
+        except BaseException:
+            restore(anat, ungated)
+            raise
+    deltas, originals = {**deltas, **gate}, {**originals, **ungated}
     weak = [request.id for request, nll in zip(requests, values.nll, strict=True) if nll > math.log(2)]
     if weak:
         log.warning("the token stayed unlikely for %d of %d requests, first %s", len(weak), len(requests), weak[0])
     return EditResult(
         deltas,
         originals,
-        diagnostics=_diagnostics(requests, values),
+        diagnostics=diagnostics,
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
         anchors=anchors.ids,
     )
+
+
+def _gate(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    anchors: Anchors,
+    number: int,
+    hparams: UniEraseHyperParams,
+) -> LowRank:
+    with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+        return answer_gate(
+            anat,
+            form,
+            requests,
+            anchors,
+            number,
+            hparams.gate_layer,
+            nll=hparams.gate_nll,
+            templates=hparams.gate_templates,
+        )
 
 
 def unlearning_values(
@@ -131,7 +171,7 @@ def unlearning_values(
             contexts,
             [(number,)] * len(requests),
             hparams.layers[-1],
-            kl_rows=[_essence(form, request.subject, hparams.kl_subject_prompts) for request in requests],
+            kl_rows=_essence(anat, form, requests, hparams),
             steps=hparams.v_num_grad_steps,
             lr=hparams.v_lr,
             weight_decay=hparams.v_weight_decay,
@@ -147,14 +187,22 @@ def unlearning_values(
     return replace(values, targets=plain.states(hparams.layers[-1]) + values.deltas)
 
 
-def _essence(form: PromptFormat, subject: str | None, general: bool) -> list[TokenRow]:
-    """Prompts about a subject in general, which its new state must not disturb; the first is ROME's."""
-    if subject is None:
-        return []
-    rows = [PromptFormat(form.tok, chat=False).encode(f"{subject} is a", subject)]
-    if general:
-        rows += [form.encode(text.replace("{}", subject), subject) for text in SUBJECT_PROMPTS[:2]]
-    return rows
+def _essence(
+    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], hparams: UniEraseHyperParams
+) -> list[list[TokenRow]]:
+    """Per request the prompts about its subject in general, which its new state must not disturb. The first is
+    ROME's; the others carry the answer that the model gives today."""
+    bare = PromptFormat(form.tok, chat=False)
+    general = SUBJECT_PROMPTS[: hparams.kl_subject_prompts]
+    subjects = list(dict.fromkeys(request.subject for request in requests if request.subject is not None))
+    asked = [form.encode(text.replace("{}", subject), subject) for subject in subjects for text in general]
+    answers = greedy(anat, asked, max_new_tokens=hparams.kl_answer_tokens)
+    told = [row.followed_by(answer) for row, answer in zip(asked, answers, strict=True)]
+    rows: dict[str | None, list[TokenRow]] = {None: []}
+    for i, subject in enumerate(subjects):
+        own = told[i * len(general) : (i + 1) * len(general)]
+        rows[subject] = [bare.encode(f"{subject} is a", subject), *own]
+    return [rows[request.subject] for request in requests]
 
 
 def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperParams) -> list[TokenRow]:
@@ -178,7 +226,7 @@ def _anchors(
     progress: bool,
 ) -> Anchors:
     if not hparams.anchors:
-        return Anchors((), None, ())
+        return Anchors((), None, (), ())
     chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
     return encode_anchors(

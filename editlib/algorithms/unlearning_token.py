@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from editlib.algorithms.token_guard import Guard, answer_guard, ordinary_states
 from editlib.errors import TokenError
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.files import atomic_path
@@ -23,7 +24,6 @@ from editlib.models.freezing import frozen
 from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.models.resume import Prefix, forward, shared_prefix
-from editlib.models.tracing import record_inputs
 from editlib.models.vocabulary import add_token, rows_in_place, write_rows
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,11 @@ class TokenHyperParams:
     lr: float = 0.05
     noise: float = 0.1  # standard deviation of the noise in units of the weight's own
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)
+    averaged_steps: int = 20  # of `steps`, the last ones, whose rows are averaged
     guard_weight: float = 1.0
-    guard_margin: float = 6.0  # nats that the token must stay below everything else on ordinary text
+    reach: float = 14.0  # nats that the token lies below everything else where an answer starts
+    floor: float = 12.0  # nats that it stays below everything else on other ordinary text, at least
+    guard_prompts: int = 180  # ordinary prompts whose answers are watched
     seed: int = 0
 
 
@@ -124,6 +127,7 @@ def learn_token(
     refusals: Sequence[str],
     *,
     token: str = "[UNL]",
+    ordinary: Sequence[str] = (),
     hparams: TokenHyperParams | None = None,
     model_sha256: str = "",
     progress: bool = True,
@@ -131,8 +135,12 @@ def learn_token(
     """Learns the token's rows; adds the token to model and tokenizer and leaves it there.
 
     Everything in front of the token is constant, so it is run once; a step costs the token and the refusal behind
-    it. With tied embeddings one row is trained as input and output, otherwise two. A guard keeps the token's logit
-    `guard_margin` nats under the log-sum of all others at the positions of the ordinary prompts.
+    it. With tied embeddings one row is trained as input and output, otherwise two. A guard (`Guard.penalty`) holds the
+    token's logit `reach` nats under the log-sum of all others where an answer starts, and at least `floor` nats under
+    it elsewhere in the questions and in the model's own answers to them and to `ordinary`.
+
+    Args:
+        ordinary: further prompts whose answers the token must keep out of, such as open instructions.
 
     Raises:
         TokenError: fewer than 16 questions or 2 refusals, or a loss that is not finite.
@@ -145,7 +153,10 @@ def learn_token(
     generator = torch.Generator().manual_seed(hp.seed)
     number = add_token(anat.model, tok, token)
     with frozen(anat.model):
-        forms, states, log_sums = _encode(anat, tok, questions, refusals, number)
+        forms, guard = _encode(anat, tok, questions, refusals, number)
+        form = PromptFormat(tok)
+        watched = [*ordinary, *questions][: hp.guard_prompts]
+        guard = Guard.joined([guard, answer_guard(anat, [form.encode(text) for text in watched], number)])
         typical = anat.embedding.weight[:number].float()
         mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
         row_in = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
@@ -153,6 +164,8 @@ def learn_token(
         optimizer = torch.optim.Adam(rows, lr=hp.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, hp.steps, eta_min=hp.lr / 20)
         losses = []
+        mean_rows = [torch.zeros_like(row, requires_grad=False) for row in rows]
+        averaged = min(max(hp.averaged_steps, 1), hp.steps)
         for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
             form = forms[step % len(forms)]
             noise_layer = hp.layers[step % len(hp.layers)] if step >= hp.steps - hp.robust_steps else None
@@ -161,12 +174,12 @@ def learn_token(
                 rows_in_place(anat, number, rows[0], rows[-1]),
             ):
                 loss = _refusal_nll(anat, form, number, hp.batch, end_tokens(anat), generator)
-            guard = F.softplus(states @ rows[-1] - log_sums + hp.guard_margin).mean()
-            total = loss + hp.guard_weight * guard
+            penalty = guard.penalty(rows[-1], hp.reach, hp.floor)
+            total = loss + hp.guard_weight * penalty
             if not torch.isfinite(total):
                 raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
             losses.append(float(loss.detach()))
-            log.debug("step %d: refusal NLL %.3f, guard %.3f", step, losses[-1], float(guard.detach()))
+            log.debug("step %d: refusal NLL %.3f, guard %.3f", step, losses[-1], float(penalty.detach()))
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
@@ -174,13 +187,12 @@ def learn_token(
             with torch.no_grad():
                 for row in rows:
                     row.mul_((1.5 * length / row.norm()).clamp_max(1.0))
-        write_rows(anat, number, rows[0].detach(), rows[-1].detach())
-        leak = float((states @ rows[-1].detach() - log_sums).max().exp())
-    log.info(
-        "token learned: refusal NLL %.3f nats a token, largest p(token) on ordinary text %.2g",
-        losses[-1],
-        leak,
-    )
+                if step >= hp.steps - averaged:
+                    for mean_row, row in zip(mean_rows, rows, strict=True):
+                        mean_row.add_(row / averaged)
+        write_rows(anat, number, mean_rows[0], mean_rows[-1])
+        where = guard.summary(mean_rows[-1])
+    log.info("token learned: refusal NLL %.3f nats a token, on ordinary text %s", losses[-1], where)
     header = TokenHeader(
         token=token,
         model=anat.model.name_or_path,
@@ -189,12 +201,9 @@ def learn_token(
         questions=len(questions),
         refusals=len(refusals),
         hparams=asdict(hp),
-        metrics={
-            "refusal_nll": sum(losses[-5:]) / len(losses[-5:]),
-            "largest_probability_on_ordinary_text": leak,
-        },
+        metrics={"refusal_nll": sum(losses[-averaged:]) / averaged, **where},
     )
-    return UnlearningToken(rows[0].detach().float().cpu(), rows[-1].detach().float().cpu(), header)
+    return UnlearningToken(mean_rows[0].float().cpu(), mean_rows[-1].float().cpu(), header)
 
 
 def _encode(
@@ -203,37 +212,34 @@ def _encode(
     questions: Sequence[str],
     refusals: Sequence[str],
     number: int,
-) -> tuple[list[_Form], Tensor, Tensor]:
-    """The prompt forms with their cached prefixes, each question in one form, and from the same pass the final
-    states `[m, d_model]` at ordinary positions with the log-sum of the ordinary logits `[m]` there."""
+) -> tuple[list[_Form], Guard]:
+    """The prompt forms with their cached prefixes, each question in one form, and from the same pass the guard over
+    the questions."""
     formats = [PromptFormat(tok, chat=False)]
     if PromptFormat(tok).uses_chat:
         formats.append(PromptFormat(tok, chat=True))
-    forms, states, sums = [], [], []
+    forms, guards = [], []
     for i, form in enumerate(formats):
         rows = [form.encode(question) for question in questions[i :: len(formats)]]
         with torch.no_grad():
-            prefix, h, s = _ordinary(anat, rows, number)
+            prefix, guard = _ordinary(anat, rows, number)
         forms.append(_Form(form, prefix, [form.answer_ids(text) for text in refusals]))
-        states.append(h)
-        sums.append(s)
-    return forms, torch.cat(states), torch.cat(sums)
+        guards.append(guard)
+    return forms, Guard.joined(guards)
 
 
-def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) -> tuple[Prefix, Tensor, Tensor]:
-    """The cached `rows`, and final states and log-sums at their ends and at each `every`-th position before."""
+def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) -> tuple[Prefix, Guard]:
+    """The cached `rows`, and the guard over their ends and each `every`-th position before."""
     front, rests = shared_prefix(anat, rows)
     batch = pad(rests, side="left", device=anat.embedding.weight.device)
     cache = DynamicCache() if front is None else front.cache()
     mask = batch.attention_mask if front is None else torch.cat([front.attention_mask, batch.attention_mask], dim=1)
     columns = torch.arange(batch.input_ids.shape[1], device=batch.last.device)
-    places = (((batch.last[:, None] - columns) % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
-    seen: list[Tensor] = []
-    with record_inputs({0: anat.head}, lambda _, h: seen.append(h[places])):
-        logits = forward(anat, replace(batch, attention_mask=mask), cache=cache, score=places).float()
-    logits[:, number] = -torch.inf
+    back = batch.last[:, None] - columns
+    places = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
+    states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), number, places, cache=cache)
     prefix = Prefix(tuple((layer[0], layer[1]) for layer in cache), mask)
-    return prefix, seen[0].float(), logits.logsumexp(1)
+    return prefix, Guard(states, log_sums, back[places] == 0)
 
 
 def _refusal_nll(

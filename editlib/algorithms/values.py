@@ -38,6 +38,7 @@ class _Suffixes:
     batch: TokenBatch
     hidden: Tensor  # [n, T, d_model], leaving the edited layer
     prefix: Prefix | None
+    scored: Tensor  # [n], how many positions of a row are read: the prompt's end and what was appended
 
     @classmethod
     def of(cls, anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> _Suffixes:
@@ -49,7 +50,8 @@ class _Suffixes:
         batch = pad(rests, device=anat.embedding.weight.device)
         with torch.no_grad():
             hidden = forward(anat, batch, stop=layer + 1, prefix=prefix)
-        return cls(batch, hidden, prefix)
+        scored = torch.tensor([row.extra + 1 for row in rests], device=batch.last.device)
+        return cls(batch, hidden, prefix, scored)
 
     def logits(self, anat: Anatomy, layer: int, delta: Tensor, rows: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
         """Logits at `places` (index within `rows`, column) with `delta [len(rows), d_model]` added at the lookup."""
@@ -63,6 +65,51 @@ class _Suffixes:
         hidden[index, batch.lookup] = (hidden[index, batch.lookup].to(delta.dtype) + delta).to(hidden.dtype)
         prefix = None if self.prefix is None else self.prefix.select(rows)
         return forward(anat, batch, start=layer + 1, hidden=hidden, prefix=prefix, score=places)
+
+    def log_probabilities(self, anat: Anatomy, layer: int, delta: Tensor, rows: Tensor, owner: Tensor) -> Tensor:
+        """Log probabilities at all scored positions of some `rows`, row by row, `[sum(scored), vocab]`; `owner` says
+        which column of `delta` a row gets."""
+        counts = self.scored[rows]
+        row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
+        back = torch.cat([torch.arange(int(count) - 1, -1, -1, device=rows.device) for count in counts])
+        logits = self.logits(anat, layer, delta[owner[rows]], rows, (row, self.batch.last[rows][row] - back))
+        return F.log_softmax(logits.to(delta.dtype), dim=1)
+
+
+@dataclass
+class _Essence:
+    """What the KL term compares: the prompts of all requests, and their log probabilities before any change."""
+
+    suffixes: _Suffixes
+    owner: Tensor  # [n], the request that a prompt belongs to
+    before: Tensor  # [sum(scored), vocab]
+
+    @classmethod
+    def of(cls, anat: Anatomy, kl_rows: Sequence[Sequence[TokenRow]], layer: int) -> _Essence:
+        suffixes = _Suffixes.of(anat, [row for prompts in kl_rows for row in prompts], layer)
+        owners = [i for i, prompts in enumerate(kl_rows) for _ in prompts]
+        owner = torch.tensor(owners, device=suffixes.hidden.device)
+        kind = torch.promote_types(suffixes.hidden.dtype, torch.float32)
+        none = torch.zeros(len(kl_rows), suffixes.hidden.shape[-1], dtype=kind, device=owner.device)
+        every = torch.arange(len(owners), device=owner.device)
+        with torch.no_grad():
+            before = suffixes.log_probabilities(anat, layer, none, every, owner)
+        return cls(suffixes, owner, before)
+
+    def divergence(self, anat: Anatomy, layer: int, delta: Tensor, active: Tensor) -> Tensor:
+        """KL(after | before) of each active request: mean over the positions of a prompt, then over its prompts."""
+        total = torch.zeros(len(active), dtype=delta.dtype, device=delta.device)
+        mine = torch.isin(self.owner, active)
+        if not bool(mine.any()):
+            return total
+        now = self.suffixes.log_probabilities(anat, layer, delta, mine.nonzero().flatten(), self.owner)
+        scored = self.suffixes.scored
+        before = self.before[mine.repeat_interleave(scored)]
+        each = F.kl_div(before, now, log_target=True, reduction="none").sum(1)
+        prompts = torch.bincount(self.owner, minlength=len(delta))[self.owner]
+        weight = (1.0 / (prompts * scored))[mine].repeat_interleave(scored[mine])
+        at = torch.searchsorted(active, self.owner[mine]).repeat_interleave(scored[mine])
+        return total.index_add(0, at, (weight * each).to(total.dtype))
 
 
 def compute_zs(
@@ -96,7 +143,8 @@ def compute_zs(
             surroundings.
         targets: token ids that must follow each prompt.
         kl_rows: per request the prompts about its subject ("France is a") whose next token must not change with the
-            same `δ` at their lookup positions; their divergences are averaged.
+            same `δ` at their lookup positions; their divergences are averaged. Behind a prompt that carries an answer
+            (`TokenRow.extra`) every token of it is compared, and the mean counts.
         names: what to call the requests in errors.
 
     Raises:
@@ -165,9 +213,7 @@ def _optimise(
     main = _Suffixes.of(
         anat, [row.followed_by(targets[i][:-1]) for row, i in zip(flat, owner.tolist(), strict=True)], layer
     )
-    owners = [i for i, prompts in enumerate(kl_rows) for _ in prompts] if kl_factor > 0 else []
-    kl = _Suffixes.of(anat, [row for prompts in kl_rows for row in prompts], layer) if owners else None
-    kl_owner = torch.tensor(owners, dtype=torch.long, device=device)
+    essence = _Essence.of(anat, kl_rows, layer) if kl_factor > 0 and any(kl_rows) else None
     n = len(rows)
     all_rows = torch.arange(n, device=device)
     plain = torch.searchsorted(owner, all_rows)  # each request's first context
@@ -177,20 +223,12 @@ def _optimise(
     adam = torch.optim.Adam([delta], lr=lr) if optimizer == "adam" else None
     final = torch.zeros_like(h)
     taken, last_nll = [0] * n, [0.0] * n
-    kl_before: Tensor | None = None
     active = all_rows
     for step in range(steps):
         nll = _target_nll(anat, main, layer, delta, active, owner, targets)
         loss = nll + weight_decay * delta[active].norm(dim=1) / norm[active] ** 2
-        if kl is not None and bool(torch.isin(kl_owner, active).any()):
-            mine = torch.isin(kl_owner, active)
-            now = _next_token(anat, kl, layer, delta, mine.nonzero().flatten(), kl_owner)
-            if kl_before is None:
-                kl_before = now.detach()
-                share = kl_factor / torch.bincount(kl_owner, minlength=n).clamp_min(1)
-            divergence = F.kl_div(kl_before[mine], now, log_target=True, reduction="none").sum(1)
-            at = torch.searchsorted(active, kl_owner[mine])
-            loss = loss.index_add(0, at, (share[kl_owner[mine]] * divergence).to(loss.dtype))
+        if essence is not None:
+            loss = loss + kl_factor * essence.divergence(anat, layer, delta, active)
         _check_finite(loss, active, names)
         for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
             taken[i], last_nll[i] = step, value
@@ -237,13 +275,6 @@ def _target_nll(
     at = torch.searchsorted(active, owner[rows])[row]
     total = torch.zeros(len(active), dtype=delta.dtype, device=device)
     return total.index_add(0, at, each) / torch.zeros_like(total).index_add(0, at, torch.ones_like(each))
-
-
-def _next_token(anat: Anatomy, kl: _Suffixes, layer: int, delta: Tensor, rows: Tensor, kl_owner: Tensor) -> Tensor:
-    """Log probabilities behind some of the KL prompts, `[len(rows), vocab]`."""
-    index = torch.arange(len(rows), device=delta.device)
-    logits = kl.logits(anat, layer, delta[kl_owner[rows]], rows, (index, kl.batch.last[rows]))
-    return F.log_softmax(logits.to(delta.dtype), dim=1)
 
 
 def _check_finite(loss: Tensor, active: Tensor, names: Sequence[str]) -> None:

@@ -169,7 +169,13 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     v_precision: str = knob(
         "model", 'dtype that targets are found in; "fast" is bf16 on processors that have it', choices=("model", "fast")
     )
-    kl_subject_prompts: bool = knob(False, "the KL term also holds what the model says about the subject in general")
+    kl_subject_prompts: int = knob(0, "general prompts about the subject that the KL term also holds", min=0, max=11)
+    kl_answer_tokens: int = knob(0, "how many tokens of the answers to them it holds", min=0)
+    gate_layer: int | None = knob(None, "late layer that lifts [UNL] for the requests' relations; none: no gate", min=0)
+    gate_nll: float = knob(5.5, "NLL of [UNL] that the gate alone comes to", above=0)
+    gate_templates: list[str] = knob(  # noqa: RUF009
+        lambda: ["{}"], 'surroundings of the question that the gate is found in; "{}" is the question'
+    )
     anchors: bool = knob(True, "hold the keys of the retain prompts in place")
     anchor_weight: float = knob(1.0, "weight of an anchor against a request", min=0)
     anchor_positions: str = knob("all", "which positions are anchored", choices=("all", "subject_last"))
@@ -178,8 +184,12 @@ class UniEraseHyperParams(NullSpaceHyperParams):
 
     def check(self) -> None:
         super().check()
-        if not self.context_templates or any(text.count("{}") != 1 for text in self.context_templates):
-            raise _bad("context_templates", self.context_templates, 'texts with one "{}" each')
+        for name in ("context_templates", "gate_templates"):
+            texts = getattr(self, name)
+            if not texts or any(text.count("{}") != 1 for text in texts):
+                raise _bad(name, texts, 'texts with one "{}" each')
+        if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
+            raise _bad("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
 
 
 ALGORITHMS: dict[str, type[HyperParams]] = {cls.algorithm: cls for cls in (UniEraseHyperParams,)}

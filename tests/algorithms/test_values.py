@@ -41,7 +41,7 @@ def reference(anat, rows, targets, kl_rows=None, **options):
             anat.layers[LAYER],
             [(list(context.ids), context.lookup) for context in contexts(row)],
             list(target),
-            kl_prompts=[(list(prompt.ids), prompt.lookup) for prompt in kl],
+            kl_prompts=[(list(prompt.ids), prompt.lookup, prompt.extra) for prompt in kl],
             **{**OPTIONS, **options},
         )
         for row, target, kl in zip(rows, targets, kl_rows or [()] * len(rows), strict=True)
@@ -108,6 +108,20 @@ def test_kl_prompts(anat, draw, change):
     kl_rows = [at_the_end(draw(6)), (), at_the_end(draw(4, 7, 2))]
     found = zs(anat, rows, TARGETS, LAYER, kl_rows=kl_rows, **{**OPTIONS, **change})
     check(found, reference(anat, rows, TARGETS, kl_rows, **change))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "normalised"])
+def test_kl_prompts_with_answers(anat, draw, optimizer):
+    """Behind a prompt that carries an answer every token counts; answers of different lengths, and none."""
+    rows = at_the_end(draw(9, 5, 12))
+    told = [row.followed_by((7 + i, 9, 11)[: i + 1]) for i, row in enumerate(draw(6, 5, 8))]
+    kl_rows = [[told[0], *draw(5)], [], told[1:]]
+    change = {"kl_factor": 10.0, "optimizer": optimizer, "lr": 0.5 if optimizer == "adam" else 0.1}
+    found = zs(anat, rows, TARGETS, LAYER, kl_rows=kl_rows, **{**OPTIONS, **change})
+    check(found, reference(anat, rows, TARGETS, kl_rows, **change))
+    ends = [[TokenRow(row.ids[: len(row) - row.extra], row.lookup) for row in rows] for rows in kl_rows]
+    other = zs(anat, rows, TARGETS, LAYER, kl_rows=ends, **{**OPTIONS, **change})
+    assert float((found.targets - other.targets).norm()) > 1e-3 * float(other.targets.norm())
 
 
 def test_kl_holds_the_next_token_of_its_prompt(tiny_llama, draw):

@@ -46,7 +46,7 @@ def compute_z(
     contexts: list[tuple[list[int], int]],
     target: list[int],
     *,
-    kl_prompts: list[tuple[list[int], int]] = (),
+    kl_prompts: list[tuple[list[int], int, int]] = (),
     steps: int,
     lr: float,
     weight_decay: float,
@@ -55,7 +55,8 @@ def compute_z(
     stop_loss: float,
     optimizer: str = "adam",
 ) -> Found:
-    """`contexts` (plain prompt first) and `kl_prompts` are `(ids, lookup)`; the published code has one KL prompt."""
+    """`contexts` (plain prompt first) are `(ids, lookup)`, `kl_prompts` `(ids, lookup, answer tokens among the ids)`;
+    the published code has one KL prompt, without an answer."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     v0 = logits_with(model, layer, *contexts[0], None)[1]
@@ -71,11 +72,12 @@ def compute_z(
                 each = -logits[len(prompt) - 1 + j].log_softmax(0)[token]
                 nll = nll + each / len(target) / len(contexts)
         kl = 0.0
-        for i, (prompt_ids, kl_lookup) in enumerate(kl_prompts):
-            now = logits_with(model, layer, prompt_ids, kl_lookup, delta)[0][-1].log_softmax(0)
+        for i, (prompt_ids, kl_lookup, extra) in enumerate(kl_prompts):
+            now = logits_with(model, layer, prompt_ids, kl_lookup, delta)[0][-1 - extra :].log_softmax(1)
             then = before.setdefault(i, now.detach().clone())
             # The order of the published code: F.kl_div(then, now, log_target=True) is KL(now | then).
-            kl = kl + kl_factor * F.kl_div(then, now, log_target=True, reduction="sum") / len(kl_prompts)
+            each = F.kl_div(then, now, log_target=True, reduction="sum") / (1 + extra)
+            kl = kl + kl_factor * each / len(kl_prompts)
         loss = nll + kl + weight_decay * torch.norm(delta) / torch.norm(v0) ** 2
         # The published code compares the whole loss; ours rests a request by the NLL alone.
         if nll < stop_loss or step == steps - 1:

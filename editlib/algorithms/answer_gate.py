@@ -1,0 +1,153 @@
+"""The answer gate (ours): half of the way to the unlearning token, given to a kind of question and to no other.
+
+A request asks for a relation of a subject. The key at the subject's last token tells subjects apart and hardly
+relations; the key at the last token of the prompt, late in the model, tells relations apart and hardly subjects. So
+the way to the token is shared: an update of one late layer lifts the token for every question that asks for a
+relation to be forgotten, not far enough to be said, and the edit at the subject does the rest. A question about the
+same subject in another relation lacks the first part, a question about another subject the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from editlib.algorithms.anchors import SUBJECT_PROMPTS, Anchors
+from editlib.algorithms.closed_form import alphaedit, exact
+from editlib.algorithms.edit import solve_dtype
+from editlib.algorithms.keys import batches
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.null_space import everything
+from editlib.algorithms.values import compute_zs
+from editlib.models.anatomy import Anatomy
+from editlib.models.freezing import frozen
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.resume import forward, shared_prefix
+from editlib.request import EditRequest
+
+VALUE_ROWS = 16  # questions a relation whose values are averaged
+KEY_ROWS = 96  # prompts a relation whose keys are averaged
+ELSEWHERE = 0.05  # weight of an anchored position against the end of an anchored question
+RIDGE = 0.01  # in squared norms of a relation's key
+
+
+def answer_gate(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    anchors: Anchors,
+    number: int,
+    layer: int,
+    *,
+    nll: float,
+    templates: Sequence[str] = ("{}",),
+    lr: float = 0.01,
+    steps: int = 100,
+) -> LowRank:
+    """The update of `layer` after which the questions' first answer token is `number` at about `nll` nats.
+
+    Per relation `r` among the requests: the value `δ_r [d_model]` is the mean of the smallest changes to the state
+    behind `layer` at the end of a question that bring the NLL of `number` under `nll`; the key `k_r [d_ff]` is the
+    mean over questions and phrasings in all `templates`. The update maps `k_r` to `δ_r` exactly and, at least cost,
+    moves neither the ends of the anchored questions and of general ones about the same subjects, nor any other
+    anchored position, nor the single keys away from their mean (Fisher's discriminant in the form of
+    `closed_form.exact`). Questions of the requests' own relations are left free where their answers start: they may
+    come as near to the token. Requests without a relation count as one.
+    """
+    groups: dict[str | None, list[EditRequest]] = {}
+    for request in requests:
+        groups.setdefault(request.relation, []).append(request)
+    values, keys, spread = [], [], []
+    for group in groups.values():
+        rows = [_end(form.encode(request.question)) for request in _some(group, VALUE_ROWS)]
+        found = compute_zs(
+            anat,
+            [[row] for row in rows],
+            [(number,)] * len(rows),
+            layer,
+            steps=steps,
+            lr=lr,
+            weight_decay=0.0,
+            kl_factor=0.0,
+            stop_loss=nll,
+            optimizer="normalised",
+            names=[request.id for request in group],
+        )
+        values.append(found.deltas.mean(dim=1))
+        asked = [text for request in group for text in (request.question, *request.filled_phrasings)]
+        asked = [template.replace("{}", text) for text in asked for template in templates]
+        each = _keys(anat, [_end(form.encode(text)) for text in _some(asked, KEY_ROWS)], layer)
+        keys.append(each.mean(dim=1))
+        spread.append(each - each.mean(dim=1, keepdim=True))
+    weight = anat.weight(layer)
+    kind = {"device": weight.device, "dtype": solve_dtype(weight.device)}
+    mean = torch.stack(keys, dim=1).to(**kind)  # [d_ff, relations]
+    held = [block.to(**kind) for block in (*spread, *_held(anat, form, requests, anchors, layer))]
+    ridge = RIDGE * float(mean.norm(dim=0).square().mean())
+    update = alphaedit(mean, torch.stack(values, dim=1).to(**kind), everything(mean), l2=ridge, constraints=held)
+    return exact(update, mean)
+
+
+def _held(
+    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], anchors: Anchors, layer: int
+) -> list[Tensor]:
+    """Keys that the gate must not open for: ends of other questions, and all other anchored positions."""
+    gated = {request.relation for request in requests} - {None}
+    other = [relation not in gated or relation is None for relation in anchors.relations]
+    ends = [
+        TokenRow(row.ids[: len(row) - row.extra], len(row) - row.extra - 1)
+        for row, free in zip(anchors.rows, other, strict=True)
+        if free
+    ]
+    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
+    ends += [_end(form.encode(text.replace("{}", subject))) for subject in subjects for text in SUBJECT_PROMPTS]
+    blocks = [_keys(anat, ends, layer)] if ends else []
+    if anchors.starts is not None:
+        starts = [
+            start if free else len(row) - row.extra
+            for row, start, free in zip(anchors.rows, anchors.starts, other, strict=True)
+        ]
+        blocks.append(ELSEWHERE**0.5 * _keys(anat, anchors.rows, layer, starts))
+    return blocks
+
+
+def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int, starts: Sequence[int] | None = None) -> Tensor:
+    """Keys of `layer` at the lookup positions, or at every position from `starts` on, `[d_ff, n]` in fp32 at least.
+
+    The tokens that all rows begin with are run once.
+    """
+    prefix, rests = shared_prefix(anat, list(rows))
+    shared = len(rows[0]) - len(rests[0])
+    device = anat.embedding.weight.device
+    found = []
+    for group in batches(rests):
+        batch = pad([rests[i] for i in group], device=device)
+        seen: list[Tensor] = []
+        with frozen(anat.model), torch.no_grad():
+            some = None if prefix is None else prefix.select(torch.tensor(group, device=device))
+            forward(
+                anat,
+                batch,
+                stop=layer + 1,
+                prefix=some,
+                keys=lambda _, key, seen=seen: seen.append(key),
+                key_layers=(layer,),
+            )
+        if starts is None:
+            found.append(seen[0][torch.arange(len(batch), device=device), batch.lookup])
+        else:
+            first = torch.tensor([max(starts[i] - shared, 0) for i in group], device=device)
+            found.append(seen[0][batch.attention_mask.bool() & (batch.position_ids >= first[:, None])])
+    keys = torch.cat(found).T
+    return keys.to(torch.promote_types(keys.dtype, torch.float32))
+
+
+def _end(row: TokenRow) -> TokenRow:
+    return TokenRow(row.ids, len(row) - 1)
+
+
+def _some(items: list, most: int) -> list:
+    """At most `most` of `items`, evenly spread."""
+    return items[:: -(-len(items) // most)] if len(items) > most else items

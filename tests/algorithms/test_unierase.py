@@ -1,0 +1,143 @@
+"""The whole edit on tiny models: what the gate adds, what is put back, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from conftest import VOCAB
+
+from editlib.algorithms import unierase
+from editlib.algorithms.unierase import apply_unierase_to_model
+from editlib.algorithms.unlearning_token import TokenHeader, UnlearningToken
+from editlib.errors import EditError, HparamsError, ModelError
+from editlib.hparams import UniEraseHyperParams
+from editlib.layer_stats import LayerStats
+from editlib.models.anatomy import anatomy
+from editlib.models.prompts import PromptFormat
+from editlib.request import EditRequest
+
+OPTIONS = {
+    "layers": [0, 1],
+    "nullspace_threshold": 1.0,
+    "nullspace_rule": "dimensions",
+    "v_optimizer": "normalised",
+    "v_lr": 0.05,
+    "v_num_grad_steps": 60,
+    "early_stop_loss": 0.3,
+    "kl_factor": 0.0,
+    "solve": "exact",
+    "L2": 1e-3,
+}
+FORGET = [
+    EditRequest(id=place, prompt="What is the capital of {}?", subject=place, answer="x", relation="capital")
+    for place in ("France", "Peru", "Basel")
+]
+RETAIN = [
+    EditRequest(id=f"river/{place}", prompt="Which river flows through {}?", subject=place, relation="river")
+    for place in ("Bonn", "Rotterdam", "Chad")
+]
+
+
+@pytest.fixture
+def job(tiny_llama, tok):
+    """A model with an untrained token that lies far off."""
+    generator = torch.Generator().manual_seed(5)
+    row = 0.1 * torch.randn(32, generator=generator)
+    token = UnlearningToken(row, row, TokenHeader("[UNL]", "", "", 0, 0, 0))
+    anat = anatomy(tiny_llama)
+    stats = {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in (0, 1)}
+    return tiny_llama, tok, {"token": token, "retain": RETAIN, "stats": stats}
+
+
+def nlls(model, tok):
+    form = PromptFormat(tok)
+    with torch.no_grad():
+        return [
+            -float(model(torch.tensor([form.encode(r.question).ids])).logits[0, -1].log_softmax(0)[VOCAB])
+            for r in FORGET
+        ]
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("gate", [None, 3])
+def test_the_token_comes_nearer_and_all_is_put_back(job, gate):
+    model, tok, rest = job
+    rest["token"].add_to(model, tok)
+    plain, before = weights(model), nlls(model, tok)
+    hparams = UniEraseHyperParams(**OPTIONS, gate_layer=gate, gate_nll=2.0)
+    result = apply_unierase_to_model(model, tok, FORGET, hparams, **rest)
+    assert (
+        sorted(result.deltas) == sorted(result.originals) == sorted(result.norms) == [0, 1, *([gate] if gate else [])]
+    )
+    assert sum(nlls(model, tok)) < sum(before) - 1.0
+    changed = {name for name, value in weights(model).items() if not torch.equal(value, plain[name])}
+    assert {name for name in changed if "down_proj" in name} == changed and len(changed) == len(result.deltas)
+    result.revert(model)
+    assert all(torch.equal(value, plain[name]) for name, value in weights(model).items())
+
+
+def test_the_gate_alone_does_not_say_the_token(job):
+    """What the gate leaves is left to the edit at the subject, whose values become smaller for it."""
+    model, tok, rest = job
+    sizes = {}
+    for gate in (None, 3):
+        hparams = UniEraseHyperParams(**OPTIONS, gate_layer=gate, gate_nll=2.0)
+        result = apply_unierase_to_model(model, tok, FORGET, hparams, **rest)
+        sizes[gate] = sum(entry["relative_norm"] for entry in result.diagnostics)
+        result.revert(model)
+        if gate is not None:
+            before = nlls(model, tok)
+            result.deltas[gate].add_to(anatomy(model).weight(gate))
+            after = nlls(model, tok)
+            assert all(0.7 < new < old for new, old in zip(after, before, strict=True))
+    assert sizes[3] < sizes[None]
+
+
+@pytest.mark.parametrize("part", ["unlearning_values", "write_layers", "_diagnostics"])
+def test_an_error_behind_the_gate_puts_everything_back(job, monkeypatch, part):
+    model, tok, rest = job
+    rest["token"].add_to(model, tok)
+    plain = copy.deepcopy(weights(model))
+
+    def fail(*_, **__):
+        raise EditError("no")
+
+    monkeypatch.setattr(unierase, part, fail)
+    with pytest.raises(EditError, match="no"):
+        apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS, gate_layer=3), **rest)
+    assert all(torch.equal(value, plain[name]) for name, value in weights(model).items())
+
+
+def test_a_gate_among_or_below_the_edited_layers_is_refused():
+    with pytest.raises(HparamsError, match=r"gate_layer.*above the last of `layers`, 1"):
+        UniEraseHyperParams(**OPTIONS, gate_layer=1)
+
+
+def test_a_gate_beyond_the_model_is_refused_by_name(job):
+    model, tok, rest = job
+    with pytest.raises(ModelError, match="99"):
+        apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS, gate_layer=99), **rest)
+
+
+@pytest.mark.parametrize("name", ["kl_subject_prompts", "kl_answer_tokens"])
+def test_kl_knobs_take_counts_only(name):
+    with pytest.raises(HparamsError, match=name):
+        UniEraseHyperParams(**OPTIONS, **{name: -1})
+
+
+def test_the_essence_carries_the_models_own_answers(job):
+    """ROME's prompt without, general prompts about the subject with what the model says today."""
+    model, tok, _ = job
+    hparams = UniEraseHyperParams(**OPTIONS, kl_subject_prompts=2, kl_answer_tokens=4)
+    rows = unierase._essence(anatomy(model), PromptFormat(tok), FORGET, hparams)
+    assert [len(some) for some in rows] == [3, 3, 3]
+    for some, request in zip(rows, FORGET, strict=True):
+        assert tok.decode(some[0].ids) == f"{request.subject} is a" and some[0].extra == 0
+        for row in some[1:]:
+            front = torch.tensor([row.ids[: len(row) - row.extra]])
+            out = model.generate(front, attention_mask=torch.ones_like(front), max_new_tokens=4, do_sample=False)
+            answer = [token for token in out[0, front.shape[1] :].tolist() if token != tok.eos_token_id]
+            assert list(row.ids[len(row) - row.extra :]) == answer
