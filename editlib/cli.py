@@ -130,8 +130,8 @@ def stats_show(
     plot: Annotated[Path | None, typer.Option(help="draw the spectrum into this PNG or SVG")] = None,
 ) -> None:
     """Layers, tokens, rank and null-space sizes of the stored statistics of a model."""
-    from editlib.layer_stats import stored_layers
     from editlib.spectrum import draw_spectrum
+    from editlib.stats_store import stored_layers
 
     found = stored_layers(stats_dir, model, corpus)
     _stats_table(found)

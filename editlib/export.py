@@ -16,9 +16,9 @@ from editlib.algorithms.edit import EditResult
 from editlib.algorithms.unlearning_token import UnlearningToken
 from editlib.errors import ModelError
 from editlib.hparams import HyperParams
-from editlib.layer_stats import LayerStats, stats_hash
 from editlib.models.files import atomic_folder, save_model, weights_sha256
 from editlib.request import EditRequest, requests_hash
+from editlib.stats_store import LayerStats, stats_hash
 
 RECEIPT = "editlib.json"
 

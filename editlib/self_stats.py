@@ -10,12 +10,13 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from editlib.layer_stats import LayerStats, MomentSums, StatsHeader, finish
+from editlib.layer_stats import MomentSums, finish
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
 from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat, TokenBatch, TokenRow, pad
 from editlib.models.resume import forward
+from editlib.stats_store import LayerStats, StatsHeader
 
 
 def self_stats(

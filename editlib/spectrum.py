@@ -11,8 +11,8 @@ from torch import Tensor
 
 from editlib.algorithms.null_space import eigen, kept_dimensions
 from editlib.errors import EditlibError
-from editlib.layer_stats import LayerStats
 from editlib.models.files import atomic_path
+from editlib.stats_store import LayerStats
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.05, 0.1)
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -19,12 +19,13 @@ from editlib.corpus import load_corpus
 from editlib.errors import StatsError, TokenError
 from editlib.export import library_version, make_receipt, save_edited
 from editlib.hparams import UniEraseHyperParams
-from editlib.layer_stats import LayerStats, StatsHeader, find_layers, layer_stats, save_stats, spelling
+from editlib.layer_stats import layer_stats
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.files import check_output, weights_sha256
 from editlib.models.precision import fast_dtype, reduced
 from editlib.request import EditRequest
 from editlib.self_stats import self_stats
+from editlib.stats_store import LayerStats, StatsHeader, find_layers, save_stats, spelling
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +206,13 @@ def unlearn(
     """
     check_output(Path(out), overwrite=overwrite)
     bench.anat.check_layers(hparams.layers)
+    if hparams.model_name and hparams.model_name != spelling(bench.name):
+        log.warning(
+            "these settings were found for %s, not for %s; layers, gate and thresholds seldom carry over: "
+            "give your own with --hparams",
+            hparams.model_name,
+            spelling(bench.name),
+        )
     timer = Timer()
     with timer("statistics"):
         stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed)

@@ -13,6 +13,7 @@ FLOORS = [
     {"request_formats", "wiki_markup"},
     {"request"},
     {"models", "hparams", "data"},
+    {"stats_store"},
     {"corpus", "layer_stats", "bundled"},
     {"self_stats", "algorithms"},
     {"spectrum", "export"},

@@ -10,18 +10,18 @@ from conftest import SENTENCES
 
 from editlib import layer_stats as module
 from editlib.errors import StatsError
-from editlib.layer_stats import (
+from editlib.layer_stats import layer_stats, token_windows
+from editlib.models.anatomy import anatomy
+from editlib.stats_store import (
     LayerStats,
     StatsHeader,
     find_stats,
-    layer_stats,
     read_stats,
     save_stats,
+    spelling,
     stats_hash,
     stats_path,
-    token_windows,
 )
-from editlib.models.anatomy import anatomy
 
 DOCUMENTS = [
     " ".join(itertools.islice(itertools.cycle(SENTENCES[i % 4 :] + SENTENCES), 1 + i % 3)) for i in range(12)
@@ -311,8 +311,8 @@ def test_a_local_folder_goes_by_its_name(tmp_path, stats, monkeypatch):
     assert find_stats(tmp_path / "stats", str(model), "wikipedia", MODULE, 64).count == 50
     assert find_stats(tmp_path / "stats", f"{model}/", "wikipedia", MODULE, 64).count == 50
     monkeypatch.chdir(model)
-    assert module.spelling(".") == "tiny"
-    assert module.spelling("../tiny") == "tiny"
+    assert spelling(".") == "tiny"
+    assert spelling("../tiny") == "tiny"
 
 
 def test_none_found_says_where_it_looked(tmp_path):

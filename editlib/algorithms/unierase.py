@@ -25,13 +25,13 @@ from editlib.algorithms.unlearning_token import UnlearningToken
 from editlib.algorithms.values import Values, compute_zs
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.hparams import UniEraseHyperParams
-from editlib.layer_stats import LayerStats, find_layers
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import frozen
 from editlib.models.generation import greedy
 from editlib.models.precision import fast_dtype, reduced
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.request import EditRequest
+from editlib.stats_store import LayerStats, find_layers
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,7 @@ def apply_unierase_to_model(
     if not requests:
         raise RequestError("no request to forget was given; give at least one")
     anat = anatomy(model)
-    anat.check_layers([*hparams.layers, *([] if hparams.gate_layer is None else [hparams.gate_layer])])
-    if hparams.v_loss_layer not in (None, anat.n_layers - 1):
-        raise HparamsError(
-            f"v_loss_layer is {hparams.v_loss_layer}; the loss is read behind the last layer, {anat.n_layers - 1}, of "
-            "this model: leave the key out"
-        )
+    _check_fit(anat, hparams)
     stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
     spaces = {
         layer: null_space(stats[layer].moment(), hparams.nullspace_threshold, hparams.nullspace_rule)
@@ -131,6 +126,23 @@ def apply_unierase_to_model(
         timings=timer.seconds,
         anchors=anchors.ids,
     )
+
+
+def _check_fit(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
+    """What only the model can tell of its settings."""
+    anat.check_layers([*hparams.layers, *([] if hparams.gate_layer is None else [hparams.gate_layer])])
+    if hparams.v_loss_layer not in (None, anat.n_layers - 1):
+        raise HparamsError(
+            f"v_loss_layer is {hparams.v_loss_layer}; the loss is read behind the last layer, {anat.n_layers - 1}, of "
+            "this model: leave the key out"
+        )
+    for layer in hparams.layers:
+        found = anat.mlp_output_names[layer]
+        if hparams.rewrite_module_tmp is not None and hparams.rewrite_module_tmp.format(layer) != found:
+            raise HparamsError(
+                f'key "rewrite_module_tmp": {hparams.rewrite_module_tmp!r}; expected what is edited in this model, '
+                f"{found!r} for layer {layer}; leave the key out and it is found"
+            )
 
 
 def _gate(

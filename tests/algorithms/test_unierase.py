@@ -11,10 +11,10 @@ from editlib.algorithms.unierase import apply_unierase_to_model
 from editlib.algorithms.unlearning_token import TokenHeader, UnlearningToken
 from editlib.errors import EditError, HparamsError, ModelError
 from editlib.hparams import UniEraseHyperParams
-from editlib.layer_stats import LayerStats
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
 from editlib.request import EditRequest
+from editlib.stats_store import LayerStats
 
 OPTIONS = {
     "layers": [0, 1],
@@ -120,6 +120,19 @@ def test_a_gate_beyond_the_model_is_refused_by_name(job):
     model, tok, rest = job
     with pytest.raises(ModelError, match="99"):
         apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS, gate_layer=99), **rest)
+
+
+@pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj", "transformer.h.{}.mlp.fc_out"])
+def test_a_template_of_another_model_is_refused(job, template):
+    model, tok, rest = job
+    hparams = UniEraseHyperParams(**OPTIONS, rewrite_module_tmp=template)
+    if template.startswith("model"):
+        apply_unierase_to_model(model, tok, FORGET, hparams, **rest).revert(model)
+        return
+    plain = weights(model)
+    with pytest.raises(HparamsError, match=r"rewrite_module_tmp.*leave the key out"):
+        apply_unierase_to_model(model, tok, FORGET, hparams, **rest)
+    assert all(torch.equal(value, plain[name]) for name, value in weights(model).items())
 
 
 @pytest.mark.parametrize("name", ["kl_subject_prompts", "kl_answer_tokens"])
