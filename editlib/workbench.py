@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import bundled
 from editlib.algorithms.edit import EditResult, Timer
-from editlib.algorithms.unierase import apply_unierase_to_model
+from editlib.algorithms.unierase import apply_unierase_to_model, check_fit
 from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token
 from editlib.corpus import load_corpus
 from editlib.errors import StatsError, TokenError
@@ -205,7 +205,7 @@ def unlearn(
         EditlibError: any input that does not fit; nothing is written then.
     """
     check_output(Path(out), overwrite=overwrite)
-    bench.anat.check_layers(hparams.layers)
+    check_fit(bench.anat, hparams)
     if hparams.model_name and hparams.model_name != spelling(bench.name):
         log.warning(
             "these settings were found for %s, not for %s; layers, gate and thresholds seldom carry over: "

@@ -10,7 +10,7 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.models.resume import shared_length
-from editlib.request import EditRequest
+from editlib.request import EditRequest, occurrences
 
 SUBJECT_PROMPTS = (
     "What is {} known for?",
@@ -26,6 +26,12 @@ SUBJECT_PROMPTS = (
     "When did people first hear of {}?",
 )
 """What is asked of the subjects themselves, so that forgetting one fact does not silence the rest about them."""
+
+
+def about(subject: str, most: int | None = None) -> list[str]:
+    """The first `most` of `SUBJECT_PROMPTS` with `subject` filled in; not those whose own words hold it too."""
+    asked = [text.replace("{}", subject) for text in SUBJECT_PROMPTS[:most]]
+    return [text for text in asked if len(occurrences(text, subject)) == 1]
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def encode_anchors(
         new = greedy(anat, [rows[i] for i in asked], max_new_tokens=answer_tokens, progress=label)
         answers.update({prompts[i].question: answer for i, answer in zip(asked, new, strict=True)})
         rows = [row.followed_by(answers[prompt.question]) for row, prompt in zip(rows, prompts, strict=True)]
-    rows += [form.encode(text.replace("{}", subject), subject) for subject in subjects for text in SUBJECT_PROMPTS]
+    rows += [form.encode(text, subject) for subject in subjects for text in about(subject)]
     ids = tuple(prompt.id for prompt in prompts)
     relations = (*(prompt.relation for prompt in prompts), *[None] * (len(rows) - len(prompts)))
     if not everywhere or not rows:

@@ -9,12 +9,13 @@ same subject in another relation lacks the first part, a question about another 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from editlib.algorithms.anchors import SUBJECT_PROMPTS, Anchors
+from editlib.algorithms.anchors import Anchors, about
 from editlib.algorithms.closed_form import alphaedit, exact
 from editlib.algorithms.edit import solve_dtype
 from editlib.algorithms.keys import batches
@@ -24,8 +25,10 @@ from editlib.algorithms.values import compute_zs
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
 from editlib.models.prompts import PromptFormat, TokenRow, pad
-from editlib.models.resume import forward, shared_prefix
+from editlib.models.resume import encode_prefix, forward, shared_length, split
 from editlib.request import EditRequest
+
+log = logging.getLogger(__name__)
 
 VALUE_ROWS = 16  # questions a relation whose values are averaged
 KEY_ROWS = 96  # prompts a relation whose keys are averaged
@@ -52,16 +55,18 @@ def answer_gate(
     behind `layer` at the end of a question that bring the NLL of `number` under `nll`; the key `k_r [d_ff]` is the
     mean over questions and phrasings in all `templates`. The update maps `k_r` to `δ_r` exactly and, at least cost,
     moves neither the ends of the anchored questions and of general ones about the same subjects, nor any other
-    anchored position, nor the single keys away from their mean (Fisher's discriminant in the form of
-    `closed_form.exact`). Questions of the requests' own relations are left free where their answers start: they may
-    come as near to the token. Requests without a relation count as one.
+    anchored position behind what all anchors begin with, nor the single keys away from their mean (Fisher's
+    discriminant in the form of `closed_form.exact`). Questions of the requests' own relations are left free up to where
+    their answers start: they may come as near to the token. Requests without a relation count as one. Of a large
+    relation `VALUE_ROWS` questions and `KEY_ROWS` prompts are used (see `_some`).
     """
     groups: dict[str | None, list[EditRequest]] = {}
     for request in requests:
         groups.setdefault(request.relation, []).append(request)
     values, keys, spread = [], [], []
     for group in groups.values():
-        rows = [_end(form.encode(request.question)) for request in _some(group, VALUE_ROWS)]
+        chosen = _some(group, VALUE_ROWS)
+        rows = [_end(form.encode(request.question)) for request in chosen]
         found = compute_zs(
             anat,
             [[row] for row in rows],
@@ -73,8 +78,10 @@ def answer_gate(
             kl_factor=0.0,
             stop_loss=nll,
             optimizer="normalised",
-            names=[request.id for request in group],
+            names=[request.id for request in chosen],
         )
+        if max(found.nll) > nll:
+            log.warning("the gate of layer %d came to %.1f nats only, not to %.1f", layer, max(found.nll), nll)
         values.append(found.deltas.mean(dim=1))
         asked = [text for request in group for text in (request.question, *request.filled_phrasings)]
         asked = [template.replace("{}", text) for text in asked for template in templates]
@@ -102,13 +109,12 @@ def _held(
         if free
     ]
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
-    ends += [_end(form.encode(text.replace("{}", subject))) for subject in subjects for text in SUBJECT_PROMPTS]
+    ends += [_end(form.encode(text)) for subject in subjects for text in about(subject)]
     blocks = [_keys(anat, ends, layer)] if ends else []
-    if anchors.starts is not None:
-        starts = [
-            start if free else len(row) - row.extra
-            for row, start, free in zip(anchors.rows, anchors.starts, other, strict=True)
-        ]
+    if anchors.starts is not None and anchors.rows:
+        # Of the requests' own relations only what follows the question is held; what all rows begin with is left out.
+        shared = shared_length(list(anchors.rows)) if len(anchors.rows) > 1 else 0
+        starts = [shared if free else len(row) - row.extra for row, free in zip(anchors.rows, other, strict=True)]
         blocks.append(ELSEWHERE**0.5 * _keys(anat, anchors.rows, layer, starts))
     return blocks
 
@@ -116,10 +122,11 @@ def _held(
 def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int, starts: Sequence[int] | None = None) -> Tensor:
     """Keys of `layer` at the lookup positions, or at every position from `starts` on, `[d_ff, n]` in fp32 at least.
 
-    The tokens that all rows begin with are run once.
+    The tokens that all of several rows begin with are run once; `starts` lie behind them.
     """
-    prefix, rests = shared_prefix(anat, list(rows))
-    shared = len(rows[0]) - len(rests[0])
+    shared = shared_length(list(rows)) if len(rows) > 1 else 0
+    fronts, rests = split(list(rows), [shared] * len(rows))
+    prefix = encode_prefix(anat, fronts[:1]) if shared else None
     device = anat.embedding.weight.device
     found = []
     for group in batches(rests):
@@ -138,7 +145,7 @@ def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int, starts: Sequence[
         if starts is None:
             found.append(seen[0][torch.arange(len(batch), device=device), batch.lookup])
         else:
-            first = torch.tensor([max(starts[i] - shared, 0) for i in group], device=device)
+            first = torch.tensor([starts[i] - shared for i in group], device=device)
             found.append(seen[0][batch.attention_mask.bool() & (batch.position_ids >= first[:, None])])
     keys = torch.cat(found).T
     return keys.to(torch.promote_types(keys.dtype, torch.float32))
@@ -149,5 +156,6 @@ def _end(row: TokenRow) -> TokenRow:
 
 
 def _some(items: list, most: int) -> list:
-    """At most `most` of `items`, evenly spread."""
+    """Every k-th of `items`, so that at most `most` remain. Prompts are ordered request by request with the templates
+    innermost: where `k` and the number of templates have a common divisor, some templates are left out."""
     return items[:: -(-len(items) // most)] if len(items) > most else items

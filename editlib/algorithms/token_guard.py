@@ -65,7 +65,7 @@ class Guard:
         largest = {True: 0.0, False: 0.0}
         for kind in largest:
             some = gaps[self.starts == kind]
-            largest[kind] = float(some.max().exp()) if len(some) else 0.0
+            largest[kind] = float(some.max().sigmoid()) if len(some) else 0.0
         return {
             "mean_gap_at_answers": float(gaps[self.starts].mean()) if bool(self.starts.any()) else float("nan"),
             "largest_probability_at_answers": largest[True],

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.algorithms.anchors import SUBJECT_PROMPTS, Anchors, choose_anchors, encode_anchors
+from editlib.algorithms.anchors import Anchors, about, choose_anchors, encode_anchors
 from editlib.algorithms.answer_gate import answer_gate
 from editlib.algorithms.closed_form import alphaedit, exact
 from editlib.algorithms.edit import EditResult, Timer, layer_norms, restore, write, write_layers
@@ -30,7 +30,7 @@ from editlib.models.freezing import frozen
 from editlib.models.generation import greedy
 from editlib.models.precision import fast_dtype, reduced
 from editlib.models.prompts import PromptFormat, TokenRow
-from editlib.request import EditRequest
+from editlib.request import EditRequest, occurrences
 from editlib.stats_store import LayerStats, find_layers
 
 log = logging.getLogger(__name__)
@@ -65,12 +65,12 @@ def apply_unierase_to_model(
 
     Raises:
         RequestError, HparamsError, StatsError, TokenError: input that does not fit this model.
-        EditError: no finite solution. The model is unchanged after every error.
+        EditError: no finite solution. After every error the model is unchanged, but for the token that was added.
     """
     if not requests:
         raise RequestError("no request to forget was given; give at least one")
     anat = anatomy(model)
-    _check_fit(anat, hparams)
+    check_fit(anat, hparams)
     stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
     spaces = {
         layer: null_space(stats[layer].moment(), hparams.nullspace_threshold, hparams.nullspace_rule)
@@ -128,9 +128,18 @@ def apply_unierase_to_model(
     )
 
 
-def _check_fit(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
-    """What only the model can tell of its settings."""
-    anat.check_layers([*hparams.layers, *([] if hparams.gate_layer is None else [hparams.gate_layer])])
+def check_fit(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
+    """What only the model can tell of its settings.
+
+    Raises:
+        ModelError, HparamsError: a layer, gate or template that this model does not have.
+    """
+    anat.check_layers(hparams.layers)
+    if hparams.gate_layer is not None and hparams.gate_layer >= anat.n_layers:
+        raise HparamsError(
+            f'key "gate_layer": {hparams.gate_layer}; expected a layer of this model, at most {anat.n_layers - 1}; '
+            "change it, or leave the key out for no gate"
+        )
     if hparams.v_loss_layer not in (None, anat.n_layers - 1):
         raise HparamsError(
             f"v_loss_layer is {hparams.v_loss_layer}; the loss is read behind the last layer, {anat.n_layers - 1}, of "
@@ -205,15 +214,16 @@ def _essence(
     """Per request the prompts about its subject in general, which its new state must not disturb. The first is
     ROME's; the others carry the answer that the model gives today."""
     bare = PromptFormat(form.tok, chat=False)
-    general = SUBJECT_PROMPTS[: hparams.kl_subject_prompts]
-    subjects = list(dict.fromkeys(request.subject for request in requests if request.subject is not None))
-    asked = [form.encode(text.replace("{}", subject), subject) for subject in subjects for text in general]
-    answers = greedy(anat, asked, max_new_tokens=hparams.kl_answer_tokens)
-    told = [row.followed_by(answer) for row, answer in zip(asked, answers, strict=True)]
+    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
+    asked = [(subject, text) for subject in subjects for text in about(subject, hparams.kl_subject_prompts)]
+    prompts = [form.encode(text, subject) for subject, text in asked]
+    answers = greedy(anat, prompts, max_new_tokens=hparams.kl_answer_tokens)
     rows: dict[str | None, list[TokenRow]] = {None: []}
-    for i, subject in enumerate(subjects):
-        own = told[i * len(general) : (i + 1) * len(general)]
-        rows[subject] = [bare.encode(f"{subject} is a", subject), *own]
+    for subject in subjects:
+        first = f"{subject} is a"
+        rows[subject] = [bare.encode(first, subject)] if len(occurrences(first, subject)) == 1 else []
+    for (subject, _), prompt, answer in zip(asked, prompts, answers, strict=True):
+        rows[subject].append(prompt.followed_by(answer))
     return [rows[request.subject] for request in requests]
 
 

@@ -38,7 +38,7 @@ class TokenHyperParams:
     batch: int = 8
     lr: float = 0.05
     noise: float = 0.1  # standard deviation of the noise in units of the weight's own
-    layers: tuple[int, ...] = (4, 5, 6, 7, 8)
+    layers: tuple[int, ...] = ()  # that carry noise; none given: from 4/30 to 8/30 of the depth, where edits are usual
     averaged_steps: int = 20  # of `steps`, the last ones, whose rows are averaged
     guard_weight: float = 1.0
     reach: float = 14.0  # nats that the token lies below everything else where an answer starts
@@ -143,20 +143,27 @@ def learn_token(
         ordinary: further prompts whose answers the token must keep out of, such as open instructions.
 
     Raises:
-        TokenError: fewer than 16 questions or 2 refusals, or a loss that is not finite.
+        TokenError: fewer questions than a batch (at least 2) or fewer than 2 refusals, or a loss that is not finite.
+        ModelError: `layers` outside the model.
     """
     hp = hparams or TokenHyperParams()
-    if len(questions) < hp.batch or len(refusals) < 2:
+    least = max(hp.batch, 2)
+    if len(questions) < least or len(refusals) < 2:
         raise TokenError(
-            f"{len(questions)} questions and {len(refusals)} refusals given; at least {hp.batch} and 2 are needed"
+            f"{len(questions)} questions and {len(refusals)} refusals given; at least {least} and 2 are needed"
         )
+    if min(hp.steps, hp.batch) < 1:
+        raise TokenError(f"steps {hp.steps} and batch {hp.batch} given; both must be at least 1")
+    noisy = hp.layers or tuple(range(4 * anat.n_layers // 30, 8 * anat.n_layers // 30 + 1))
+    anat.check_layers(list(noisy))
     generator = torch.Generator().manual_seed(hp.seed)
     number = add_token(anat.model, tok, token)
     with frozen(anat.model):
         forms, guard = _encode(anat, tok, questions, refusals, number)
         form = PromptFormat(tok)
         watched = [*ordinary, *questions][: hp.guard_prompts]
-        guard = Guard.joined([guard, answer_guard(anat, [form.encode(text) for text in watched], number)])
+        if watched:
+            guard = Guard.joined([guard, answer_guard(anat, [form.encode(text) for text in watched], number)])
         typical = anat.embedding.weight[:number].float()
         mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
         row_in = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
@@ -168,7 +175,7 @@ def learn_token(
         averaged = min(max(hp.averaged_steps, 1), hp.steps)
         for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
             form = forms[step % len(forms)]
-            noise_layer = hp.layers[step % len(hp.layers)] if step >= hp.steps - hp.robust_steps else None
+            noise_layer = noisy[step % len(noisy)] if step >= hp.steps - hp.robust_steps else None
             with (
                 _noise(anat, noise_layer, hp.noise, generator),
                 rows_in_place(anat, number, rows[0], rows[-1]),

@@ -8,7 +8,7 @@ import torch
 from conftest import VOCAB
 
 from editlib.algorithms.anchors import SUBJECT_PROMPTS, encode_anchors
-from editlib.algorithms.answer_gate import ELSEWHERE, RIDGE, answer_gate
+from editlib.algorithms.answer_gate import ELSEWHERE, RIDGE, _some, answer_gate
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
 from editlib.request import EditRequest
@@ -118,3 +118,15 @@ def test_the_model_is_not_touched(job):
     answer_gate(anat, form, FORGET, anchors, NUMBER, LAYER, nll=1.0)
     after = anatomy(anat.model).model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_at_most_so_many_prompts_from_first_to_last():
+    asked = list(range(216))
+    drawn = _some(asked, 96)
+    assert drawn == list(range(0, 216, 3)) and _some(asked[:96], 96) == asked[:96]
+
+
+def test_a_gate_that_falls_short_is_said(job, caplog):
+    anat, form, anchors = job
+    answer_gate(anat, form, FORGET, anchors, NUMBER, LAYER, nll=1e-6, steps=2)
+    assert "came to" in caplog.text and "layer 3" in caplog.text

@@ -69,8 +69,8 @@ def test_one_position_that_breaks_the_floor_is_not_lost_among_many():
 def test_the_summary_tells_starts_from_the_rest():
     summary = hand_made([-10.0, -12.0, -3.0], [True, True, False]).summary(ROW)
     assert summary["mean_gap_at_answers"] == pytest.approx(-11.0)
-    assert summary["largest_probability_at_answers"] == pytest.approx(math.exp(-10.0))
-    assert summary["largest_probability_on_ordinary_text"] == pytest.approx(math.exp(-3.0))
+    assert summary["largest_probability_at_answers"] == pytest.approx(1 / (1 + math.exp(10.0)))
+    assert summary["largest_probability_on_ordinary_text"] == pytest.approx(1 / (1 + math.exp(3.0)))
 
 
 def test_joining_keeps_every_position():

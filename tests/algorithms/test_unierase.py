@@ -9,7 +9,7 @@ from conftest import VOCAB
 from editlib.algorithms import unierase
 from editlib.algorithms.unierase import apply_unierase_to_model
 from editlib.algorithms.unlearning_token import TokenHeader, UnlearningToken
-from editlib.errors import EditError, HparamsError, ModelError
+from editlib.errors import EditError, HparamsError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
@@ -118,7 +118,7 @@ def test_a_gate_among_or_below_the_edited_layers_is_refused():
 
 def test_a_gate_beyond_the_model_is_refused_by_name(job):
     model, tok, rest = job
-    with pytest.raises(ModelError, match="99"):
+    with pytest.raises(HparamsError, match=r"gate_layer.*99.*at most 4"):
         apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS, gate_layer=99), **rest)
 
 
@@ -154,3 +154,14 @@ def test_the_essence_carries_the_models_own_answers(job):
             out = model.generate(front, attention_mask=torch.ones_like(front), max_new_tokens=4, do_sample=False)
             answer = [token for token in out[0, front.shape[1] :].tolist() if token != tok.eos_token_id]
             assert list(row.ids[len(row) - row.extra :]) == answer
+
+
+@pytest.mark.parametrize("subject", ["I", "is", "What"])
+def test_a_subject_that_is_a_word_of_our_own_prompts(job, subject):
+    """Prompts in which the subject stood twice were refused in the user's name."""
+    model, tok, rest = job
+    request = EditRequest(id="x", prompt="The symbol of {} means:", subject=subject, answer="x", relation="symbol")
+    hparams = UniEraseHyperParams(
+        **{**OPTIONS, "kl_factor": 1.0}, kl_subject_prompts=11, anchor_subjects=True, gate_layer=3, gate_nll=2.0
+    )
+    apply_unierase_to_model(model, tok, [request], hparams, **rest).revert(model)

@@ -9,7 +9,7 @@ from conftest import VOCAB, make_llama
 
 from editlib.algorithms import unlearning_token
 from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token
-from editlib.errors import TokenError
+from editlib.errors import ModelError, TokenError
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
 
@@ -257,3 +257,25 @@ def test_a_damaged_file_is_a_token_error(learned, tmp_path, kind):
         UnlearningToken.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_noise_finds_layers_in_a_short_model(model, tok):
+    """The default layers were 4 to 8, whatever the depth: a traceback for a model of five layers."""
+    learned = learn(model, tok, replace(HP, layers=()))
+    assert torch.isfinite(learned.row_in).all()
+
+
+def test_layers_outside_the_model_are_refused_before_the_token_is_added(model, tok):
+    with pytest.raises(ModelError, match="layer 7"):
+        learn(model, tok, replace(HP, layers=(1, 7)))
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB and len(tok) == VOCAB
+
+
+def test_no_watched_prompts_is_no_traceback(model, tok):
+    assert torch.isfinite(learn(model, tok, replace(HP, guard_prompts=0)).row_out).all()
+
+
+@pytest.mark.parametrize("change", [{"steps": 0, "robust_steps": 0}, {"batch": 0}])
+def test_nothing_to_learn_from_is_refused(model, tok, change):
+    with pytest.raises(TokenError, match="at least 1"):
+        learn(model, tok, replace(HP, **change))
