@@ -97,7 +97,7 @@ def layer_stats(
     anat.check_layers(list(layers))
     windows = list(token_windows(tok, documents, max_length)) if tokens else []
     sums = MomentSums(layers, anat.d_ff)
-    at, used_documents = _continue(checkpoint, header, sums)
+    at, used_documents = continue_from(checkpoint, header, sums)
     saved = time.monotonic()
     device = anat.embedding.weight.device
     with tqdm(total=tokens, initial=sums.tokens, desc="statistics", unit="tok", disable=not progress) as bar:
@@ -108,7 +108,7 @@ def layer_stats(
             used_documents = group[-1][0] + 1
             bar.update(counted)
             if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
-                _save_checkpoint(checkpoint, header, sums, at, used_documents)
+                save_checkpoint(checkpoint, header, sums, at, used_documents)
                 saved = time.monotonic()
     sums.flush()
     if not sums.tokens:
@@ -165,7 +165,8 @@ def _next_batch(
     return group, at
 
 
-def _save_checkpoint(path: Path, header: StatsHeader, sums: MomentSums, at: int, documents: int) -> None:
+def save_checkpoint(path: Path, header: StatsHeader, sums: MomentSums, at: int, documents: int) -> None:
+    """Writes the sums so far; `at` is the next window or batch."""
     sums.flush()
     arrays = {f"sum.{layer}": total.numpy() for layer, total in sums.sums.items()}
     state = {"header": asdict(header), "window": at, "tokens": sums.tokens, "documents": documents}
@@ -173,7 +174,7 @@ def _save_checkpoint(path: Path, header: StatsHeader, sums: MomentSums, at: int,
         np.savez(out, state=np.array(json.dumps(state)), **arrays)
 
 
-def _continue(path: Path | None, header: StatsHeader, sums: MomentSums) -> tuple[int, int]:
+def continue_from(path: Path | None, header: StatsHeader, sums: MomentSums) -> tuple[int, int]:
     """Fills `sums` from a checkpoint of the same job; (next window, documents begun)."""
     if path is None or not path.exists():
         return 0, 0
@@ -195,6 +196,3 @@ def _continue(path: Path | None, header: StatsHeader, sums: MomentSums) -> tuple
     sums.sums.update(totals)
     sums.tokens = place[0]
     return place[1:]
-
-
-# --- the store -------------------------------------------------------------------------------------------------------

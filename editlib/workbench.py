@@ -92,6 +92,8 @@ class Workbench:
             model_sha256=self.sha256,
             editlib=library_version(),
         )
+        folder = self.stats_dir / spelling(self.name)
+        folder.mkdir(parents=True, exist_ok=True)
         if corpus == "self":
             prompts = bundled.questions("train") + [prompt.question for prompt in bundled.general("anchor")]
             made = self_stats(
@@ -102,13 +104,12 @@ class Workbench:
                 tokens=tokens,
                 header=header,
                 seed=seed,
+                checkpoint=folder / ".self.partial.npz",
                 progress=self.progress,
             )
         else:
             text = load_corpus(corpus)
             header = StatsHeader(**{**vars(header), "corpus": text.name, "corpus_sha256": text.sha256})
-            folder = self.stats_dir / spelling(self.name)
-            folder.mkdir(parents=True, exist_ok=True)
             with reduced(self.model, fast_dtype(self.model)):
                 made = layer_stats(
                     anat,
