@@ -164,4 +164,5 @@ def test_a_subject_that_is_a_word_of_our_own_prompts(job, subject):
     hparams = UniEraseHyperParams(
         **{**OPTIONS, "kl_factor": 1.0}, kl_subject_prompts=11, anchor_subjects=True, gate_layer=3, gate_nll=2.0
     )
-    apply_unierase_to_model(model, tok, [request], hparams, **rest).revert(model)
+    result = apply_unierase_to_model(model, tok, [request], hparams, **rest)
+    assert [entry["id"] for entry in result.diagnostics] == ["x"] and sorted(result.deltas) == [0, 1, 3]
