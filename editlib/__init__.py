@@ -4,27 +4,50 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from editlib.algorithms.edit import EditResult
+    from editlib.algorithms.alphaedit import apply_alphaedit_to_model
+    from editlib.algorithms.edit import EditResult, EditState
+    from editlib.algorithms.ft import apply_ft_to_model
     from editlib.algorithms.low_rank import LowRank
+    from editlib.algorithms.memit import apply_memit_to_model
     from editlib.algorithms.null_space import NullSpace
+    from editlib.algorithms.rome import apply_rome_to_model
     from editlib.algorithms.unierase import apply_unierase_to_model
     from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token
+    from editlib.chain import Chain
     from editlib.errors import EditlibError
-    from editlib.hparams import UniEraseHyperParams, load_hparams
+    from editlib.hparams import (
+        AlphaEditHyperParams,
+        FTHyperParams,
+        MEMITHyperParams,
+        ROMEHyperParams,
+        UniEraseHyperParams,
+        load_hparams,
+    )
+    from editlib.jobs import edit, unlearn
     from editlib.models.loading import load
     from editlib.request import EditRequest, Probe, read_requests, write_requests
-    from editlib.workbench import Workbench, unlearn
+    from editlib.workbench import Workbench
 
 # Names are looked up when they are used, so that `import editlib` does not wait for torch and transformers.
 _HOMES = {
     "EditResult": "algorithms.edit",
+    "EditState": "algorithms.edit",
     "LowRank": "algorithms.low_rank",
     "NullSpace": "algorithms.null_space",
+    "apply_alphaedit_to_model": "algorithms.alphaedit",
+    "apply_ft_to_model": "algorithms.ft",
+    "apply_memit_to_model": "algorithms.memit",
+    "apply_rome_to_model": "algorithms.rome",
     "apply_unierase_to_model": "algorithms.unierase",
     "TokenHyperParams": "algorithms.unlearning_token",
     "UnlearningToken": "algorithms.unlearning_token",
     "learn_token": "algorithms.unlearning_token",
+    "Chain": "chain",
     "EditlibError": "errors",
+    "AlphaEditHyperParams": "hparams",
+    "FTHyperParams": "hparams",
+    "MEMITHyperParams": "hparams",
+    "ROMEHyperParams": "hparams",
     "UniEraseHyperParams": "hparams",
     "load_hparams": "hparams",
     "load": "models.loading",
@@ -33,21 +56,33 @@ _HOMES = {
     "read_requests": "request",
     "write_requests": "request",
     "Workbench": "workbench",
-    "unlearn": "workbench",
+    "edit": "jobs",
+    "unlearn": "jobs",
 }
 
 __all__ = [
+    "AlphaEditHyperParams",
+    "Chain",
     "EditRequest",
     "EditResult",
+    "EditState",
     "EditlibError",
+    "FTHyperParams",
     "LowRank",
+    "MEMITHyperParams",
     "NullSpace",
     "Probe",
+    "ROMEHyperParams",
     "TokenHyperParams",
     "UniEraseHyperParams",
     "UnlearningToken",
     "Workbench",
+    "apply_alphaedit_to_model",
+    "apply_ft_to_model",
+    "apply_memit_to_model",
+    "apply_rome_to_model",
     "apply_unierase_to_model",
+    "edit",
     "learn_token",
     "load",
     "load_hparams",

@@ -72,9 +72,16 @@ def text_lines(path: Path, *, least: int = 1) -> list[str]:
 def retain_prompts(requests: Sequence[EditRequest]) -> list[EditRequest]:
     """The retain set when the user gives none: all bundled facts but those that ask the same of the same subject,
     and the general prompts of the "anchor" split."""
-    asked = {(request.subject, request.answer) for request in requests}
+    return unasked(facts(), requests) + general("anchor")
+
+
+def unasked(prompts: Sequence[EditRequest], requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Those of `prompts` that ask for nothing that `requests` ask for: not their questions or paraphrases, and not the
+    same answer about the same subject."""
+    known = {(request.subject, request.answer) for request in requests if None not in (request.subject, request.answer)}
     questions_asked = {text for request in requests for text in (request.question, *request.filled_paraphrases)}
-    kept = [
-        fact for fact in facts() if (fact.subject, fact.answer) not in asked and fact.question not in questions_asked
+    return [
+        prompt
+        for prompt in prompts
+        if (prompt.subject, prompt.answer) not in known and prompt.question not in questions_asked
     ]
-    return kept + general("anchor")

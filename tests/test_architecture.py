@@ -10,15 +10,17 @@ import editlib
 ROOT = Path(editlib.__file__).parent
 FLOORS = [
     {"errors"},
-    {"request_formats", "wiki_markup"},
+    {"request_formats", "wiki_markup", "sharding"},
     {"request"},
     {"models", "hparams", "data"},
-    {"stats_store"},
-    {"corpus", "layer_stats", "bundled"},
+    {"stats_file"},
+    {"stats_store", "moments"},
+    {"corpus", "layer_stats", "bundled", "stats_cache"},
     {"self_stats", "algorithms"},
     {"spectrum", "export"},
-    {"workbench", "evaluation"},
-    {"demo"},
+    {"workbench"},
+    {"jobs", "evaluation"},
+    {"demo", "chain"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,35 +1,13 @@
 """Bad input on the command line: one line on stderr, exit code 2, nothing written."""
 
 import json
-import sys
 
 import pytest
 
-from editlib.cli import _layers, main
+from editlib.cli.options import layer_numbers
 from editlib.errors import HparamsError
-from editlib.models.files import save_model
 
 GOOD = {"id": "a", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris"}
-
-
-@pytest.fixture
-def folder(tiny_llama, tok_chat, tmp_path):
-    path = tmp_path / "tiny"
-    path.mkdir()
-    save_model(tiny_llama, tok_chat, path)
-    return path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["editlib", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return run
 
 
 def refused(result, *words):
@@ -139,18 +117,18 @@ def test_statistics_of_another_model(call, folder, requests, tmp_path, tiny_llam
 
 
 def test_layer_ranges():
-    assert _layers("4-8,12") == [4, 5, 6, 7, 8, 12]
-    assert _layers("3") == [3]
+    assert layer_numbers("4-8,12") == [4, 5, 6, 7, 8, 12]
+    assert layer_numbers("3") == [3]
     for bad in ("a", "", "4-", "8-4", "-1"):
         with pytest.raises(HparamsError, match="--layers"):
-            _layers(bad)
+            layer_numbers(bad)
 
 
 def test_interrupted_work_leaves_nothing(call, folder, requests, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("editlib.workbench.save_edited", stop)
+    monkeypatch.setattr("editlib.jobs.save_edited", stop)
     monkeypatch.setattr("editlib.workbench.Workbench.find_or_make_stats", stop)
     hparams = tmp_path / "h.json"
     hparams.write_text(json.dumps({"layers": [1]}))

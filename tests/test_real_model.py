@@ -9,10 +9,11 @@ from editlib import bundled
 from editlib.algorithms.unlearning_token import TokenHyperParams
 from editlib.evaluation.metrics import has_answer, is_fluent_refusal, is_refusal
 from editlib.hparams import load_hparams
+from editlib.jobs import unlearn
 from editlib.models.files import weights_sha256
 from editlib.models.loading import load
 from editlib.models.packaged import fetch
-from editlib.workbench import Workbench, unlearn
+from editlib.workbench import Workbench
 
 pytestmark = pytest.mark.real
 

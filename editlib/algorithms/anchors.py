@@ -34,6 +34,9 @@ def about(subject: str, most: int | None = None) -> list[str]:
     return [text for text in asked if len(occurrences(text, subject)) == 1]
 
 
+ANSWER_TOKENS = 24  # of an answer, at most, that are held in place
+
+
 @dataclass(frozen=True)
 class Anchors:
     """Rows to hold in place, each from its position in `starts` on (`None`: at its lookup position only).
@@ -83,7 +86,7 @@ def encode_anchors(
     *,
     subjects: Sequence[str] = (),
     everywhere: bool = True,
-    answer_tokens: int = 24,
+    answer_tokens: int = ANSWER_TOKENS,
     known: Mapping[str, Sequence[int]] | None = None,
     progress: bool = False,
 ) -> Anchors:
@@ -98,11 +101,7 @@ def encode_anchors(
     """
     rows = [form.encode(prompt.question, prompt.subject) for prompt in prompts]
     if everywhere and rows:
-        answers = dict(known or {})
-        asked = [i for i, prompt in enumerate(prompts) if prompt.question not in answers]
-        label = "anchors" if progress else None
-        new = greedy(anat, [rows[i] for i in asked], max_new_tokens=answer_tokens, progress=label)
-        answers.update({prompts[i].question: answer for i, answer in zip(asked, new, strict=True)})
+        answers = answers_to(anat, form, prompts, most=answer_tokens, known=known, progress=progress)
         rows = [row.followed_by(answers[prompt.question]) for row, prompt in zip(rows, prompts, strict=True)]
     rows += [form.encode(text, subject) for subject in subjects for text in about(subject)]
     ids = tuple(prompt.id for prompt in prompts)
@@ -111,3 +110,22 @@ def encode_anchors(
         return Anchors(tuple(rows), None, ids, relations)
     shared = shared_length(rows)
     return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids, relations)
+
+
+def answers_to(
+    anat: Anatomy,
+    form: PromptFormat,
+    prompts: Sequence[EditRequest],
+    *,
+    most: int = ANSWER_TOKENS,
+    known: Mapping[str, Sequence[int]] | None = None,
+    progress: bool = False,
+) -> dict[str, Sequence[int]]:
+    """What the model answers to `prompts` today, at most `most` token ids by question; the `known` ones are not asked
+    again."""
+    found = {prompt.question: known[prompt.question] for prompt in prompts if prompt.question in (known or {})}
+    asked = [prompt for prompt in prompts if prompt.question not in found]
+    rows = [form.encode(prompt.question, prompt.subject) for prompt in asked]
+    new = greedy(anat, rows, max_new_tokens=most, progress="anchors" if progress and asked else None)
+    found.update({prompt.question: answer for prompt, answer in zip(asked, new, strict=True)})
+    return found

@@ -10,7 +10,7 @@ same subject in another relation lacks the first part, a question about another 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ def answer_gate(
     templates: Sequence[str] = ("{}",),
     lr: float = 0.01,
     steps: int = 100,
+    values: Mapping[str | None, Tensor] | None = None,
 ) -> LowRank:
     """The update of `layer` after which the questions' first answer token is `number` at about `nll` nats.
 
@@ -59,12 +60,44 @@ def answer_gate(
     discriminant in the form of `closed_form.exact`). Questions of the requests' own relations are left free up to where
     their answers start: they may come as near to the token. Requests without a relation count as one. Of a large
     relation `VALUE_ROWS` questions and `KEY_ROWS` prompts are used (see `_some`).
+
+    Args:
+        values: `δ_r` by relation, found by `gate_values` before; `None`: they are found.
     """
-    groups: dict[str | None, list[EditRequest]] = {}
-    for request in requests:
-        groups.setdefault(request.relation, []).append(request)
-    values, keys, spread = [], [], []
+    groups = _by_relation(requests)
+    if values is None:
+        values = gate_values(anat, form, requests, number, layer, nll=nll, lr=lr, steps=steps)
+    keys, spread = [], []
     for group in groups.values():
+        asked = [text for request in group for text in (request.question, *request.filled_phrasings)]
+        asked = [template.replace("{}", text) for text in asked for template in templates]
+        each = _keys(anat, [_end(form.encode(text)) for text in _some(asked, KEY_ROWS)], layer)
+        keys.append(each.mean(dim=1))
+        spread.append(each - each.mean(dim=1, keepdim=True))
+    weight = anat.weight(layer)
+    kind = {"device": weight.device, "dtype": solve_dtype(weight.device)}
+    mean = torch.stack(keys, dim=1).to(**kind)  # [d_ff, relations]
+    held = [block.to(**kind) for block in (*spread, *_held(anat, form, requests, anchors, layer))]
+    ridge = RIDGE * float(mean.norm(dim=0).square().mean())
+    targets = torch.stack([values[relation] for relation in groups], dim=1).to(**kind)
+    update = alphaedit(mean, targets, everything(mean), l2=ridge, constraints=held)
+    return exact(update, mean)
+
+
+def gate_values(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    number: int,
+    layer: int,
+    *,
+    nll: float,
+    lr: float = 0.01,
+    steps: int = 100,
+) -> dict[str | None, Tensor]:
+    """The `δ_r [d_model]` of `answer_gate` by relation."""
+    values: dict[str | None, Tensor] = {}
+    for relation, group in _by_relation(requests).items():
         chosen = _some(group, VALUE_ROWS)
         rows = [_end(form.encode(request.question)) for request in chosen]
         found = compute_zs(
@@ -82,19 +115,15 @@ def answer_gate(
         )
         if max(found.nll) > nll:
             log.warning("the gate of layer %d came to %.1f nats only, not to %.1f", layer, max(found.nll), nll)
-        values.append(found.deltas.mean(dim=1))
-        asked = [text for request in group for text in (request.question, *request.filled_phrasings)]
-        asked = [template.replace("{}", text) for text in asked for template in templates]
-        each = _keys(anat, [_end(form.encode(text)) for text in _some(asked, KEY_ROWS)], layer)
-        keys.append(each.mean(dim=1))
-        spread.append(each - each.mean(dim=1, keepdim=True))
-    weight = anat.weight(layer)
-    kind = {"device": weight.device, "dtype": solve_dtype(weight.device)}
-    mean = torch.stack(keys, dim=1).to(**kind)  # [d_ff, relations]
-    held = [block.to(**kind) for block in (*spread, *_held(anat, form, requests, anchors, layer))]
-    ridge = RIDGE * float(mean.norm(dim=0).square().mean())
-    update = alphaedit(mean, torch.stack(values, dim=1).to(**kind), everything(mean), l2=ridge, constraints=held)
-    return exact(update, mean)
+        values[relation] = found.deltas.mean(dim=1)
+    return values
+
+
+def _by_relation(requests: Sequence[EditRequest]) -> dict[str | None, list[EditRequest]]:
+    groups: dict[str | None, list[EditRequest]] = {}
+    for request in requests:
+        groups.setdefault(request.relation, []).append(request)
+    return groups
 
 
 def _held(
@@ -127,7 +156,7 @@ def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int, starts: Sequence[
     shared = shared_length(list(rows)) if len(rows) > 1 else 0
     fronts, rests = split(list(rows), [shared] * len(rows))
     prefix = encode_prefix(anat, fronts[:1]) if shared else None
-    device = anat.embedding.weight.device
+    device = anat.device
     found = []
     for group in batches(rests):
         batch = pad([rests[i] for i in group], device=device)

@@ -1,6 +1,7 @@
 """Keys, residuals and constraints -> the update, as factors.
 
-`K [d_ff, n]` are the new keys, `R [d_model, n]` what the layer must add at them.
+`K [d_ff, n]` are the new keys, `R [d_model, n]` what the layer must add at them, `C [d_ff, d_ff]` the covariance of
+the keys that ordinary text has.
 """
 
 from __future__ import annotations
@@ -10,9 +11,70 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from editlib.algorithms.covariance import Covariance
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import NullSpace
 from editlib.errors import EditError
+
+
+def rome(key: Tensor, plain_key: Tensor, change: Tensor, covariance: Covariance | None) -> LowRank:
+    """The rank-one update after which the matrix's output at `plain_key` has moved by `change`.
+
+    `Δ = change (C^-1 k)^T / (k*^T C^-1 k)` (ROME, 2202.05262, eq. 2), where as in the published code `k` is the mean
+    over surroundings and `k*` the key of the plain prompt; `C = I` without a covariance.
+
+    Args:
+        key, plain_key: `[d_ff, 1]`.
+        change: `v* - W k*`, `[d_model, 1]`.
+
+    Raises:
+        EditError: the two keys point away from one another, so that no finite update exists.
+    """
+    direction = key if covariance is None else covariance.solve(key)
+    reach = plain_key.T @ direction  # [1, 1]
+    size = plain_key.norm() * direction.norm()
+    if not torch.isfinite(direction).all() or float(reach.abs()) <= torch.finfo(reach.dtype).eps * float(size):
+        raise EditError("the key of a request has no part in its own direction; the model is unchanged: reword it")
+    return LowRank(change, (direction / reach).T.contiguous())
+
+
+def memit(
+    keys: Tensor, residual: Tensor, covariance: Covariance, *, weight: float, past: Tensor | None = None
+) -> LowRank:
+    """The update of least cost among new keys, past ones and ordinary text.
+
+    `Δ = R K^T (λ C + K_p K_p^T + K K^T)^-1` (MEMIT, 2210.07229, eq. 14), which the published code solves as one dense
+    `d_ff x d_ff` system. With `A = [K_p, K]` (`m` columns) and `S = A^T (λ C)^-1 A` it is
+    `Δ = R E^T (I + S)^-1 A^T (λ C)^-1` (Woodbury; `E` selects the new columns), an `m x m` system by Cholesky.
+
+    Args:
+        weight: `λ`, the published `mom2_update_weight`.
+        past: `K_p [d_ff, p]`, keys of earlier edits (MEMIT_seq).
+
+    Raises:
+        EditError: the result is not finite.
+    """
+    both = keys if past is None else torch.cat([past.to(keys), keys], dim=1)
+    whitened = covariance.solve(both) / weight
+    system = both.T @ whitened
+    system.diagonal().add_(1)
+    # (I + S)^-1 in front of A^T (λ C)^-1, of which the rows of the new keys are wanted.
+    select = _last_columns(both.shape[1], keys)
+    return _finite(residual, torch.cholesky_solve(select, torch.linalg.cholesky(system)).T @ whitened.T)
+
+
+def emmet(keys: Tensor, residual: Tensor, covariance: Covariance, *, weight: float, ridge: float) -> LowRank:
+    """The update of least cost on ordinary text that maps `keys` to `residual` exactly but for `ridge`.
+
+    `Δ = R (K^T C'^-1 K + ridge I)^-1 K^T C'^-1` with `C' = weight C` (EMMET, 2403.14236, eq. 9).
+
+    Raises:
+        EditError: repeated keys without a ridge, or a result that is not finite.
+    """
+    whitened = covariance.solve(keys) / weight
+    system = keys.T @ whitened
+    system.diagonal().add_(ridge)
+    return _finite(residual, torch.cholesky_solve(whitened.T, _cholesky(system)))
 
 
 def alphaedit(
@@ -47,9 +109,7 @@ def alphaedit(
         both = torch.cat([kept_out, new], dim=1)
         gram = both.T @ both
         gram.diagonal().add_(l2)
-        select = torch.zeros(both.shape[1], n, dtype=gram.dtype, device=gram.device)
-        select[kept_out.shape[1] :] = torch.eye(n, dtype=gram.dtype, device=gram.device)
-        right = both @ torch.cholesky_solve(select, _cholesky(gram))
+        right = both @ torch.cholesky_solve(_last_columns(both.shape[1], new), _cholesky(gram))
     else:
         gram = new @ new.T + kept_out @ kept_out.T
         gram.diagonal().add_(l2)
@@ -58,9 +118,7 @@ def alphaedit(
         raise EditError(
             "a key has no part in the null space; the model is unchanged: raise `nullspace_threshold`, or `L2`"
         )
-    if not torch.isfinite(right).all():
-        raise EditError("the solve gave values that are not finite; the model is unchanged: raise `L2`")
-    return LowRank(residual.to(right.dtype), right.T.contiguous())
+    return _finite(residual, right.T)
 
 
 def exact(delta: LowRank, keys: Tensor) -> LowRank:
@@ -76,8 +134,27 @@ def exact(delta: LowRank, keys: Tensor) -> LowRank:
     short = delta.right @ keys
     sizes = torch.linalg.svdvals(short) if torch.isfinite(short).all() else short.new_zeros(1)
     if float(sizes.min()) <= len(short) * torch.finfo(short.dtype).eps * float(sizes.max()):
-        raise EditError('two requests have the same key; the model is unchanged: remove one, or set `solve` to "ridge"')
+        raise EditError(
+            "two requests (or two of their relations, in the answer gate) have the same key; the model is unchanged: "
+            'remove or reword one, or set `solve` to "ridge"'
+        )
     return LowRank(torch.linalg.solve(short, delta.left, left=False), delta.right)
+
+
+def _last_columns(m: int, keys: Tensor) -> Tensor:
+    """`E [m, n]`: the last `n` unit vectors, as many as `keys [d_ff, n]` has columns."""
+    n = keys.shape[1]
+    chosen = torch.zeros(m, n, dtype=keys.dtype, device=keys.device)
+    chosen[m - n :] = torch.eye(n, dtype=keys.dtype, device=keys.device)
+    return chosen
+
+
+def _finite(residual: Tensor, right: Tensor) -> LowRank:
+    if not torch.isfinite(right).all():
+        raise EditError(
+            "the solve gave values that are not finite; the model is unchanged: raise `L2` or `mom2_update_weight`"
+        )
+    return LowRank(residual.to(right.dtype), right.contiguous())
 
 
 def _cholesky(gram: Tensor) -> Tensor:
@@ -91,6 +168,6 @@ def _cholesky(gram: Tensor) -> Tensor:
     ):
         raise EditError(
             f"the {len(gram)} x {len(gram)} system of the closed form is not positive definite; the model is "
-            "unchanged: raise `L2`, or remove repeated requests"
+            "unchanged: raise `L2` (`emmet_lambda`), or remove repeated requests"
         )
     return factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,9 +13,38 @@ from transformers import PreTrainedModel
 
 from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.past_keys import PastKeys
+from editlib.algorithms.values import Values
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.prompts import TokenRow
+from editlib.models.reach import needed, writing_of
+
+
+@dataclass(frozen=True)
+class EditState:
+    """What a later edit of the same model must know of the earlier ones; a new object after each.
+
+    `past` holds the keys of earlier requests by layer; `templates` the surroundings that the model wrote for the first
+    edit; `totals` (PRUNE only) the updates so far, before their spectrum was cut, and `bases` the weights that they are
+    updates of.
+    """
+
+    past: dict[int, PastKeys] = field(default_factory=dict)
+    templates: tuple[str, ...] = ()
+    totals: dict[int, LowRank] = field(default_factory=dict)
+    bases: dict[int, Tensor] = field(default_factory=dict)
+
+    def past_block(self, layer: int, like: Tensor) -> Tensor:
+        """Past keys of `layer`, `[d_ff, m]`, in the dtype and on the device of `like [d_ff, ...]`."""
+        return self.past[layer].block.to(like) if layer in self.past else like[:, :0]
+
+    def with_keys(self, keys: Mapping[int, Tensor]) -> EditState:
+        """This state after an edit whose requests have `keys`, `{layer: [d_ff, n]}`."""
+        past = dict(self.past)
+        for layer, new in keys.items():
+            past[layer] = past.get(layer, PastKeys.none(len(new), dtype=new.dtype, device=new.device)).with_keys(new)
+        return replace(self, past=past)
 
 
 @dataclass
@@ -23,7 +52,7 @@ class EditResult:
     """What an edit did to a model.
 
     `deltas` maps a layer to its update; `originals` keeps the weights as they were, `[d_model, d_ff]` each;
-    `diagnostics` holds one dict a request; `norms` one dict a layer.
+    `diagnostics` holds one dict a request; `norms` one dict a layer; `state` is what the next edit is given.
     """
 
     deltas: dict[int, LowRank]
@@ -32,6 +61,9 @@ class EditResult:
     norms: dict[int, dict] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     anchors: tuple[str, ...] = ()  # ids of the retain prompts that were held in place
+    state: EditState = field(default_factory=EditState)
+    values: Values | None = None  # the target states, to replay the edit without finding them again
+    keys: dict[int, Tensor] = field(default_factory=dict)  # of the requests, `[d_ff, n]` by layer
 
     def revert(self, model: PreTrainedModel) -> None:
         """Restores the edited matrices of `model` bit for bit. A token that was added stays, unused."""
@@ -59,8 +91,27 @@ class Timer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
 
-Solve = Callable[[int, Tensor, Tensor, Tensor], LowRank]
-"""`(layer, keys [d_ff, n], residual [d_model, n], anchor keys [d_ff, m]) -> update`."""
+@dataclass(frozen=True)
+class LayerKeys:
+    """The keys that a layer's solve works with: per request the mean over its contexts and that of its plain prompt,
+    both `[d_ff, n]`, and those to hold in place, `[d_ff, m]`."""
+
+    mean: Tensor
+    plain: Tensor
+    held: Tensor
+
+
+Solve = Callable[[int, LayerKeys, Tensor], LowRank]
+"""`(layer, keys, residual [d_model, n]) -> update`."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_layers` did: updates, weights before, and the requests' keys `[d_ff, n]`, by layer."""
+
+    deltas: dict[int, LowRank]
+    originals: dict[int, Tensor]
+    keys: dict[int, Tensor]
 
 
 def solve_dtype(device: torch.device) -> torch.dtype:
@@ -75,45 +126,52 @@ def write_layers(
     targets: Tensor,
     solve: Solve,
     *,
+    weights: Sequence[Sequence[float]] | None = None,
     anchors: Sequence[TokenRow] = (),
     anchor_starts: Sequence[int] | None = None,
-) -> tuple[dict[int, LowRank], dict[int, Tensor]]:
+) -> Written:
     """Spreads the way to `targets [d_model, n]` over `layers` and writes each update (MEMIT, 2210.07229, alg. 1).
 
     At layer `i` of `L` the residual is `(Z - H) / (L - i)`, with `H` the states at the last of `layers` through the
-    weights as they are then; keys too are those after the layers below were written. The updates are summed in the
+    weights as they are then, carried back through what stands behind the matrix (`models.reach`). Keys too are those
+    after the layers below were written, so they stay what they are when all is done. The updates are summed in the
     solve's dtype and rounded to the weight's once. On any error the weights are put back.
 
     Args:
-        contexts: per request its prompts, the plain one first, which gives `H`; a request's key is the mean over all.
+        contexts: per request its prompts, the plain one first, which gives `H`.
+        weights: per request those of its contexts in its key, which sum to one; `None`: the mean over all.
         anchors: rows whose keys are passed to `solve`, at their positions from `anchor_starts` on (`None`: at their
             lookup positions only).
     """
-    originals = {layer: anat.weight(layer).clone() for layer in layers}
-    deltas: dict[int, LowRank] = {}
+    written = Written({}, {layer: anat.weight(layer).clone() for layer in layers}, {})
     try:
         stream = KeyStream(anat, [row for rows in contexts for row in rows], layers[0])
         plain = torch.tensor([0, *[len(rows) for rows in contexts[:-1]]]).cumsum(0)
-        mean = _mean_over([len(rows) for rows in contexts])
+        mean = torch.block_diag(*[_column(weights[i] if weights else None, rows) for i, rows in enumerate(contexts)])
         anchor_stream = KeyStream(anat, anchors, layers[0]) if anchors else None
         for i, layer in enumerate(layers):
             weight = anat.weight(layer)
             dtype = solve_dtype(weight.device)
             stream.advance(layer)
-            keys = stream.keys().to(weight.device, dtype) @ mean.to(weight.device, dtype)
+            every = stream.keys().to(weight.device, dtype)
+            keys = every @ mean.to(weight.device, dtype)
             states = stream.states(layers[-1])[:, plain].to(weight.device)
-            residual = (targets.to(weight.device) - states) / (len(layers) - i)
+            residual = ((targets.to(weight.device) - states) / (len(layers) - i)).to(dtype)
+            writing = writing_of(anat, layer)
+            if not writing.plain:
+                read = states if writing.post is None else stream.inputs(writing.post)[:, plain]
+                residual = needed(writing, read, residual)
             held = keys[:, :0]
             if anchor_stream is not None:
                 anchor_stream.advance(layer)
                 held = anchor_stream.keys(starts=anchor_starts).to(weight.device, dtype)
-            delta = solve(layer, keys, residual.to(dtype), held)
+            delta = solve(layer, LayerKeys(keys, every[:, plain], held), residual)
             write(anat, layer, delta)
-            deltas[layer] = delta
+            written.deltas[layer], written.keys[layer] = delta, keys
     except BaseException:
-        restore(anat, originals)
+        restore(anat, written.originals)
         raise
-    return deltas, originals
+    return written
 
 
 def write(anat: Anatomy, layer: int, delta: LowRank) -> None:
@@ -131,11 +189,10 @@ def write(anat: Anatomy, layer: int, delta: LowRank) -> None:
         )
 
 
-def _mean_over(sizes: Sequence[int]) -> Tensor:
-    """`[sum(sizes), len(sizes)]`: multiplied from the right it averages consecutive groups of columns."""
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    chosen = torch.nn.functional.one_hot(owner, len(sizes)).to(torch.float64)
-    return chosen / chosen.sum(0)
+def _column(weights: Sequence[float] | None, rows: Sequence[TokenRow]) -> Tensor:
+    """Weights of one request's contexts, `[len(rows), 1]`."""
+    given = [1 / len(rows)] * len(rows) if weights is None else weights
+    return torch.tensor(given, dtype=torch.float64)[:, None]
 
 
 def layer_norms(deltas: Mapping[int, LowRank], originals: Mapping[int, Tensor]) -> dict[int, dict]:

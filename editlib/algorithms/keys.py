@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.resume import forward
+from editlib.models.tracing import record_inputs
 
 BATCH_TOKENS = 4096
 
@@ -41,7 +42,7 @@ class KeyStream:
         self.anat = anat
         self.layer = layer
         self._order = batches(rows, batch_tokens)
-        device = anat.embedding.weight.device
+        device = anat.device
         self._batches = [pad([rows[i] for i in group], device=device) for group in self._order]
         self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
 
@@ -76,6 +77,17 @@ class KeyStream:
             found.append(_at(seen[0], batch, None if starts is None else [starts[i] for i in group]))
         flat = torch.cat(found)
         return flat.T if starts is not None else flat[self._places()].T
+
+    def inputs(self, module: nn.Module) -> Tensor:
+        """What a module of the layer that the stream stands before reads at the lookup positions, `[d, n]`."""
+        found = []
+        for batch, hidden in zip(self._batches, self._hidden, strict=True):
+            seen: list[Tensor] = []
+            with record_inputs({0: module}, lambda _, x, seen=seen: seen.append(x)):
+                self._run(batch, hidden, self.layer, self.layer + 1)
+            # Some models run their MLP over all tokens as one row.
+            found.append(_at(seen[-1].reshape(*batch.input_ids.shape, -1), batch))
+        return torch.cat(found)[self._places()].T
 
     def states(self, layer: int) -> Tensor:
         """Hidden states that leave `layer` at the lookup positions, `[d_model, n]`, through today's weights."""

@@ -24,6 +24,11 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         return self.left.shape[0], self.right.shape[1]
 
+    @classmethod
+    def full(cls, dense: Tensor) -> LowRank:
+        """An update `[d_model, d_ff]` of no low rank (fine-tuning, RECT), as `I @ dense`."""
+        return cls(torch.eye(len(dense), dtype=dense.dtype, device=dense.device), dense)
+
     def dense(self) -> Tensor:
         """The update multiplied out, `[d_model, d_ff]`."""
         return self.left @ self.right
@@ -32,6 +37,25 @@ class LowRank:
         """Frobenius norm, from the two Gram matrices: `tr(L^T L R R^T)`."""
         product = (self.left.T @ self.left) * (self.right @ self.right.T)
         return float(product.sum().clamp_min(0).sqrt())
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`U [d_model, k]`, singular values `[k]` and `V^T [k, d_ff]` with `U diag(s) V^T` the update, `k` at most the
+        rank: from the QR of both factors, never multiplied out."""
+        q_left, r_left = torch.linalg.qr(self.left)
+        q_right, r_right = torch.linalg.qr(self.right.T)
+        u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        return q_left @ u, s, v @ q_right.T
+
+    def truncated(self, rank: int | None = None) -> tuple[LowRank, float]:
+        """The nearest update of at most `rank` (`None`: of its true rank, at least 1), its weight shared evenly between
+        the factors, and its distance from this one as a share of this one's norm."""
+        u, s, v = self.svd()
+        noise = float(s[0]) * max(self.shape) * torch.finfo(s.dtype).eps
+        true = max(1, int((s > noise).sum()))
+        kept = true if rank is None else min(rank, true)
+        lost = float(s[kept:true].norm() / s.norm()) if kept < true else 0.0
+        root = s[:kept].sqrt()
+        return LowRank(u[:, :kept] * root, root[:, None] * v[:kept]), lost
 
     def __matmul__(self, keys: Tensor) -> Tensor:
         """What the update adds to the output for `keys [d_ff, n]` -> `[d_model, n]`."""

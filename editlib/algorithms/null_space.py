@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from editlib.errors import HparamsError, StatsError
+from editlib.stats_cache import kept_beside
+from editlib.stats_store import LayerStats
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,15 @@ def null_space(moment: Tensor, threshold: float, rule: str = "absolute") -> Null
     spans_kept = kept <= len(values) // 2
     basis = vectors[:, :kept] if spans_kept else vectors[:, kept:]
     return NullSpace(basis.contiguous(), spans_kept, kept)
+
+
+def null_space_of(stats: LayerStats, threshold: float, rule: str = "absolute") -> NullSpace:
+    """`null_space` of stored statistics; the basis is kept beside their file."""
+
+    def compute() -> dict[str, Tensor]:
+        made = null_space(stats.moment(), threshold, rule)
+        return {"basis": made.basis, "kept": torch.tensor([made.spans_kept, made.dim])}
+
+    found = kept_beside(stats, f"null_space_{rule}_{threshold!r}", compute)
+    spans_kept, dim = found["kept"].tolist()
+    return NullSpace(found["basis"], bool(spans_kept), dim)

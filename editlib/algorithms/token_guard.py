@@ -15,7 +15,6 @@ from editlib.models.freezing import frozen
 from editlib.models.generation import greedy
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.resume import forward, shared_prefix
-from editlib.models.tracing import record_inputs
 
 ANSWER_ROWS = 64
 
@@ -81,7 +80,7 @@ def answer_guard(anat: Anatomy, rows: Sequence[TokenRow], number: int, *, answer
     answers = greedy(anat, rows, max_new_tokens=answer_tokens)
     found: list[Guard] = []
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + len(answers[i]))
-    device = anat.embedding.weight.device
+    device = anat.device
     for at in range(0, len(order), ANSWER_ROWS):
         chunk = order[at : at + ANSWER_ROWS]
         with frozen(anat.model), torch.no_grad():
@@ -104,7 +103,6 @@ def ordinary_states(
     `options` go to `forward`.
     """
     seen: list[Tensor] = []
-    with record_inputs({0: anat.head}, lambda _, h: seen.append(h[places])):
-        logits = forward(anat, batch, score=places, **options).float()
+    logits = forward(anat, batch, score=places, final=seen.append, **options).float()
     logits[:, number] = -torch.inf
     return seen[0].float(), logits.logsumexp(1)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.token_guard import Guard, answer_guard, ordinary_states
 from editlib.errors import TokenError
@@ -23,8 +23,8 @@ from editlib.models.files import atomic_path
 from editlib.models.freezing import frozen
 from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat, TokenRow, pad
-from editlib.models.resume import Prefix, forward, shared_prefix
-from editlib.models.vocabulary import add_token, rows_in_place, write_rows
+from editlib.models.resume import Prefix, forward, new_cache, shared_prefix
+from editlib.models.vocabulary import add_token, check_rows, rows_in_place, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +100,11 @@ class UnlearningToken:
             TokenError: the rows have another width than the model.
         """
         anat = anatomy(model)
-        if len(self.row_in) != anat.d_model:
+        width = anat.embedding.weight.shape[1]
+        if len(self.row_in) != width:
             raise TokenError(
                 f"the token was learned for width {len(self.row_in)} ({self.header.model}), "
-                f"but this model has {anat.d_model}; "
+                f"but this model has {width}; "
                 "learn one for it with `editlib token`"
             )
         number = add_token(model, tok, self.header.token)
@@ -156,6 +157,7 @@ def learn_token(
         raise TokenError(f"steps {hp.steps} and batch {hp.batch} given; both must be at least 1")
     noisy = hp.layers or tuple(range(4 * anat.n_layers // 30, 8 * anat.n_layers // 30 + 1))
     anat.check_layers(list(noisy))
+    check_rows(anat)
     generator = torch.Generator().manual_seed(hp.seed)
     number = add_token(anat.model, tok, token)
     with frozen(anat.model):
@@ -238,14 +240,14 @@ def _encode(
 def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) -> tuple[Prefix, Guard]:
     """The cached `rows`, and the guard over their ends and each `every`-th position before."""
     front, rests = shared_prefix(anat, rows)
-    batch = pad(rests, side="left", device=anat.embedding.weight.device)
-    cache = DynamicCache() if front is None else front.cache()
+    batch = pad(rests, side="left", device=anat.device)
+    cache = new_cache(anat, len(rows)) if front is None else front.cache()
     mask = batch.attention_mask if front is None else torch.cat([front.attention_mask, batch.attention_mask], dim=1)
     columns = torch.arange(batch.input_ids.shape[1], device=batch.last.device)
     back = batch.last[:, None] - columns
     places = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
     states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), number, places, cache=cache)
-    prefix = Prefix(tuple((layer[0], layer[1]) for layer in cache), mask)
+    prefix = Prefix.of(cache, mask)
     return prefix, Guard(states, log_sums, back[places] == 0)
 
 
@@ -253,7 +255,7 @@ def _refusal_nll(
     anat: Anatomy, form: _Form, number: int, batch: int, ends: frozenset[int], generator: torch.Generator
 ) -> Tensor:
     """Mean NLL of a refusal and the end of the turn behind the token, over `batch` drawn questions."""
-    device = anat.embedding.weight.device
+    device = anat.device
     picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
     texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
     end = (min(ends),) if ends else ()

@@ -2,113 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from editlib.algorithms.suffixes import Reading, Suffixes, read
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
-from editlib.models.prompts import TokenBatch, TokenRow, pad
-from editlib.models.resume import Prefix, encode_prefix, forward, split
+from editlib.models.prompts import TokenRow
 
 CHUNK_ROWS = 64  # prompts whose graphs are held at once
+FEW_ROWS = 16  # up to here a pass costs what reading the weights costs, and targets and essence share one
 
 
 @dataclass(frozen=True)
 class Values:
     """`targets = h + δ` and `deltas = δ`, `[d_model, n]`; per request the steps taken, the last NLL of its target and
-    `|δ| / |h|`."""
+    `|δ| / |h|`; of UniErase's answer gate the value of each relation, `[d_model]`."""
 
     targets: Tensor
     deltas: Tensor
     steps: list[int]
     nll: list[float]
     relative_norm: list[float]
-
-
-@dataclass
-class _Suffixes:
-    """The changing part of a batch: what stands from the lookup position on, entering the layers above the edit."""
-
-    batch: TokenBatch
-    hidden: Tensor  # [n, T, d_model], leaving the edited layer
-    prefix: Prefix | None
-    scored: Tensor  # [n], how many positions of a row are read: the prompt's end and what was appended
+    gate: Mapping[str | None, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> _Suffixes:
-        fronts, rests = split(list(rows), [row.lookup for row in rows])
-        # One token at least must stand in front for a prefix to exist.
-        prefix = encode_prefix(anat, fronts) if all(len(front) for front in fronts) else None
-        if prefix is None:
-            rests = list(rows)
-        batch = pad(rests, device=anat.embedding.weight.device)
-        with torch.no_grad():
-            hidden = forward(anat, batch, stop=layer + 1, prefix=prefix)
-        scored = torch.tensor([row.extra + 1 for row in rests], device=batch.last.device)
-        return cls(batch, hidden, prefix, scored)
-
-    def logits(self, anat: Anatomy, layer: int, delta: Tensor, rows: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
-        """Logits at `places` (index within `rows`, column) with `delta [len(rows), d_model]` added at the lookup."""
-        batch = TokenBatch(
-            *(t[rows] for t in (self.batch.input_ids, self.batch.attention_mask, self.batch.lookup, self.batch.last))
+    def joined(cls, parts: Sequence[Values]) -> Values:
+        """Those of several groups of requests, one behind the other."""
+        return cls(
+            torch.cat([part.targets for part in parts], dim=1),
+            torch.cat([part.deltas for part in parts], dim=1),
+            [step for part in parts for step in part.steps],
+            [nll for part in parts for nll in part.nll],
+            [norm for part in parts for norm in part.relative_norm],
+            {relation: value for part in parts for relation, value in part.gate.items()},
         )
-        width = int(batch.last.max()) + 1
-        batch = TokenBatch(batch.input_ids[:, :width], batch.attention_mask[:, :width], batch.lookup, batch.last)
-        hidden = self.hidden[rows, :width].clone()
-        index = torch.arange(len(rows), device=hidden.device)
-        hidden[index, batch.lookup] = (hidden[index, batch.lookup].to(delta.dtype) + delta).to(hidden.dtype)
-        prefix = None if self.prefix is None else self.prefix.select(rows)
-        return forward(anat, batch, start=layer + 1, hidden=hidden, prefix=prefix, score=places)
 
-    def log_probabilities(self, anat: Anatomy, layer: int, delta: Tensor, rows: Tensor, owner: Tensor) -> Tensor:
-        """Log probabilities at all scored positions of some `rows`, row by row, `[sum(scored), vocab]`; `owner` says
-        which column of `delta` a row gets."""
-        counts = self.scored[rows]
-        row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
-        back = torch.cat([torch.arange(int(count) - 1, -1, -1, device=rows.device) for count in counts])
-        logits = self.logits(anat, layer, delta[owner[rows]], rows, (row, self.batch.last[rows][row] - back))
-        return F.log_softmax(logits.to(delta.dtype), dim=1)
+    def select(self, requests: Sequence[int]) -> Values:
+        """Those of some requests, and the gate of all."""
+        some = list(requests)
+        lists = ([every[i] for i in some] for every in (self.steps, self.nll, self.relative_norm))
+        return Values(self.targets[:, some], self.deltas[:, some], *lists, self.gate)
 
 
 @dataclass
 class _Essence:
     """What the KL term compares: the prompts of all requests, and their log probabilities before any change."""
 
-    suffixes: _Suffixes
+    suffixes: Suffixes
+    rows: Tensor  # [n], which rows of `suffixes` the prompts are
     owner: Tensor  # [n], the request that a prompt belongs to
     before: Tensor  # [sum(scored), vocab]
 
     @classmethod
-    def of(cls, anat: Anatomy, kl_rows: Sequence[Sequence[TokenRow]], layer: int) -> _Essence:
-        suffixes = _Suffixes.of(anat, [row for prompts in kl_rows for row in prompts], layer)
-        owners = [i for i, prompts in enumerate(kl_rows) for _ in prompts]
-        owner = torch.tensor(owners, device=suffixes.hidden.device)
+    def of(cls, anat: Anatomy, layer: int, suffixes: Suffixes, rows: Tensor, owner: Tensor, requests: int) -> _Essence:
         kind = torch.promote_types(suffixes.hidden.dtype, torch.float32)
-        none = torch.zeros(len(kl_rows), suffixes.hidden.shape[-1], dtype=kind, device=owner.device)
-        every = torch.arange(len(owners), device=owner.device)
+        none = torch.zeros(requests, suffixes.hidden.shape[-1], dtype=kind, device=owner.device)
         with torch.no_grad():
-            before = suffixes.log_probabilities(anat, layer, none, every, owner)
-        return cls(suffixes, owner, before)
+            before = suffixes.logits(anat, layer, none, suffixes.last(rows, owner, suffixes.scored[rows]))
+        return cls(suffixes, rows, owner, F.log_softmax(before, dim=1))
 
-    def divergence(self, anat: Anatomy, layer: int, delta: Tensor, active: Tensor) -> Tensor:
-        """KL(after | before) of each active request: mean over the positions of a prompt, then over its prompts."""
-        total = torch.zeros(len(active), dtype=delta.dtype, device=delta.device)
+    def reading(self, active: Tensor) -> Reading | None:
+        """Where the prompts of the active requests are read; `None` when they have none."""
         mine = torch.isin(self.owner, active)
-        if not bool(mine.any()):
-            return total
-        now = self.suffixes.log_probabilities(anat, layer, delta, mine.nonzero().flatten(), self.owner)
-        scored = self.suffixes.scored
+        rows = self.rows[mine]
+        return self.suffixes.last(rows, self.owner[mine], self.suffixes.scored[rows]) if len(rows) else None
+
+    def divergence(self, logits: Tensor, active: Tensor, requests: int) -> Tensor:
+        """KL(after | before) of each active request: mean over the positions of a prompt, then over its prompts."""
+        mine = torch.isin(self.owner, active)
+        scored = self.suffixes.scored[self.rows]
         before = self.before[mine.repeat_interleave(scored)]
-        each = F.kl_div(before, now, log_target=True, reduction="none").sum(1)
-        prompts = torch.bincount(self.owner, minlength=len(delta))[self.owner]
+        each = F.kl_div(before, F.log_softmax(logits, dim=1), log_target=True, reduction="none").sum(1)
+        prompts = torch.bincount(self.owner, minlength=requests)[self.owner]
         weight = (1.0 / (prompts * scored))[mine].repeat_interleave(scored[mine])
         at = torch.searchsorted(active, self.owner[mine]).repeat_interleave(scored[mine])
+        total = torch.zeros(len(active), dtype=logits.dtype, device=logits.device)
         return total.index_add(0, at, (weight * each).to(total.dtype))
 
 
@@ -126,6 +101,7 @@ def compute_zs(
     kl_factor: float = 0.0625,
     stop_loss: float = 0.05,
     optimizer: str = "adam",
+    norms: Tensor | None = None,
     names: Sequence[str] = (),
     progress: bool = False,
 ) -> Values:
@@ -145,6 +121,8 @@ def compute_zs(
         kl_rows: per request the prompts about its subject ("France is a") whose next token must not change with the
             same `δ` at their lookup positions; their divergences are averaged. Behind a prompt that carries an answer
             (`TokenRow.extra`) every token of it is compared, and the mean counts.
+        norms: `[n]`, what the weight decay and the clamp measure `δ` in; `None`: `|h|`. ROME takes the norm of the
+            MLP's output.
         names: what to call the requests in errors.
 
     Raises:
@@ -165,14 +143,9 @@ def compute_zs(
         for chunk in _chunks(rows, essence):
             called = [names[i] if names else f"number {i + 1}" for i in chunk]
             picked = ([source[i] for i in chunk] for source in (rows, targets, essence))
-            parts.append(_optimise(anat, *picked, layer, called, bar=bar, **options))
-    return Values(
-        torch.cat([part.targets for part in parts], dim=1),
-        torch.cat([part.deltas for part in parts], dim=1),
-        [step for part in parts for step in part.steps],
-        [nll for part in parts for nll in part.nll],
-        [norm for part in parts for norm in part.relative_norm],
-    )
+            units = None if norms is None else norms[chunk]
+            parts.append(_optimise(anat, *picked, layer, called, norms=units, bar=bar, **options))
+    return Values.joined(parts)
 
 
 def _chunks(rows: Sequence[Sequence[TokenRow]], essence: Sequence[Sequence[TokenRow]]) -> list[list[int]]:
@@ -204,31 +177,35 @@ def _optimise(
     kl_factor: float,
     stop_loss: float,
     optimizer: str,
+    norms: Tensor | None,
     bar: tqdm,
 ) -> Values:
     """`compute_zs` for one chunk of requests."""
-    device = anat.embedding.weight.device
-    flat = [row for contexts in rows for row in contexts]
+    device = anat.device
+    flat = [row.followed_by(targets[i][:-1]) for i, contexts in enumerate(rows) for row in contexts]
     owner = torch.tensor([i for i, contexts in enumerate(rows) for _ in contexts], device=device)
-    main = _Suffixes.of(
-        anat, [row.followed_by(targets[i][:-1]) for row, i in zip(flat, owner.tolist(), strict=True)], layer
-    )
-    essence = _Essence.of(anat, kl_rows, layer) if kl_factor > 0 and any(kl_rows) else None
+    main, essence = _suffixes(anat, flat, kl_rows if kl_factor > 0 else [], layer)
     n = len(rows)
     all_rows = torch.arange(n, device=device)
     plain = torch.searchsorted(owner, all_rows)  # each request's first context
     h = main.hidden[plain, main.batch.lookup[plain]].to(torch.promote_types(main.hidden.dtype, torch.float32))  # [n, d]
-    norm = h.norm(dim=1)
+    norm = h.norm(dim=1) if norms is None else norms.to(h)
     delta = torch.zeros_like(h, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=lr) if optimizer == "adam" else None
     final = torch.zeros_like(h)
     taken, last_nll = [0] * n, [0.0] * n
     active = all_rows
     for step in range(steps):
-        nll = _target_nll(anat, main, layer, delta, active, owner, targets)
+        rows_read = torch.isin(owner, active).nonzero().flatten()
+        lengths = torch.tensor([len(targets[i]) for i in owner[rows_read].tolist()], device=device)
+        asked = [(main, main.last(rows_read, owner[rows_read], lengths))]
+        if essence is not None and (reading := essence.reading(active)) is not None:
+            asked.append((essence.suffixes, reading))
+        logits = read(anat, layer, delta, asked)
+        nll = _target_nll(logits[0], asked[0][1], active, targets)
         loss = nll + weight_decay * delta[active].norm(dim=1) / norm[active] ** 2
-        if essence is not None:
-            loss = loss + kl_factor * essence.divergence(anat, layer, delta, active)
+        if len(asked) > 1:
+            loss = loss + kl_factor * essence.divergence(logits[1], active, n)
         _check_finite(loss, active, names)
         for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
             taken[i], last_nll[i] = step, value
@@ -252,28 +229,27 @@ def _optimise(
     return Values((h + final).T.contiguous(), final.T.contiguous(), taken, last_nll, relative)
 
 
-def _target_nll(
-    anat: Anatomy,
-    main: _Suffixes,
-    layer: int,
-    delta: Tensor,
-    active: Tensor,
-    owner: Tensor,
-    targets: Sequence[Sequence[int]],
-) -> Tensor:
+def _suffixes(
+    anat: Anatomy, flat: list[TokenRow], kl_rows: Sequence[Sequence[TokenRow]], layer: int
+) -> tuple[Suffixes, _Essence | None]:
+    """The batch of the targets' rows and what the KL term compares, in the same batch when they are few."""
+    held = [row for prompts in kl_rows for row in prompts]
+    together = len(flat) + len(held) <= FEW_ROWS
+    main = Suffixes.of(anat, flat + held if together else flat, layer)
+    if not held:
+        return main, None
+    suffixes = main if together else Suffixes.of(anat, held, layer)
+    places = torch.arange(len(held), device=anat.device) + (len(flat) if together else 0)
+    owners = torch.tensor([i for i, prompts in enumerate(kl_rows) for _ in prompts], device=anat.device)
+    return main, _Essence.of(anat, layer, suffixes, places, owners, len(kl_rows))
+
+
+def _target_nll(logits: Tensor, reading: Reading, active: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
     """NLL of each active request's target, mean over its tokens and contexts, `[len(active)]`."""
-    device = delta.device
-    rows = torch.isin(owner, active).nonzero().flatten()
-    owned = owner[rows].tolist()
-    lengths = torch.tensor([len(targets[i]) for i in owned], device=device)
-    row = torch.repeat_interleave(torch.arange(len(rows), device=device), lengths)
-    wanted = torch.tensor([token for i in owned for token in targets[i]], device=device)
-    first = main.batch.last[rows] - (lengths - 1)
-    offset = torch.cat([torch.arange(int(length), device=device) for length in lengths])
-    logits = main.logits(anat, layer, delta[owner[rows]], rows, (row, first[row] + offset))
-    each = F.cross_entropy(logits.to(delta.dtype), wanted, reduction="none")
-    at = torch.searchsorted(active, owner[rows])[row]
-    total = torch.zeros(len(active), dtype=delta.dtype, device=device)
+    wanted = torch.tensor([token for i in reading.owner.tolist() for token in targets[i]], device=logits.device)
+    each = F.cross_entropy(logits, wanted, reduction="none")
+    at = torch.searchsorted(active, reading.owner)[reading.row]
+    total = torch.zeros(len(active), dtype=logits.dtype, device=logits.device)
     return total.index_add(0, at, each) / torch.zeros_like(total).index_add(0, at, torch.ones_like(each))
 
 

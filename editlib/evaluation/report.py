@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from editlib.evaluation.page import filled, groups, headline, small
 from editlib.evaluation.report_plots import ReportError, plot_png, plots, require_matplotlib
-from editlib.evaluation.report_summary import Row, number, rows, summary_rows, verdict
+from editlib.evaluation.report_summary import number, rows, summary_rows, verdict
 from editlib.models.files import atomic_path
 
 __all__ = ["ReportError", "plot_png", "require_matplotlib", "summary_rows", "verdict", "write_report"]
@@ -37,12 +36,13 @@ def write_report(metrics: Mapping[str, Any], path: Path) -> None:
         OutputError: `path` cannot be written.
     """
     base, edited = _name(metrics, "base"), _name(metrics, "edited")
-    page = Template(files(__package__).joinpath("report.html").read_text("utf-8")).substitute(
+    page = filled(
+        "report.html",
         title=escape(f"{edited} · editlib report"),
         heading=f"What {escape(edited)} forgot, and what it kept",
         models=f"edited model <b>{escape(edited)}</b>, compared with its base <b>{escape(base)}</b>",
         verdict=escape(verdict(metrics)),
-        headline="\n".join(map(_headline, rows(metrics))),
+        headline="\n".join(map(headline, rows(metrics))),
         plots=_plots(metrics),
         answers="\n".join(_answers(metrics.get("items") or [])),
         receipt="\n".join(_receipt(metrics)),
@@ -54,16 +54,6 @@ def write_report(metrics: Mapping[str, Any], path: Path) -> None:
 
 def _name(metrics: Mapping[str, Any], side: str) -> str:
     return str((metrics.get(side) or {}).get("name") or f"the {side} model")
-
-
-def _headline(row: Row) -> str:
-    metric, value, n, interval, direction, meaning = map(escape, row)
-    return (
-        f'<tr><th scope="row">{metric}</th><td class="number">{value}</td>'
-        f'<td class="number" data-label="n">{n}</td>'
-        f'<td class="interval" data-label="95 % interval">{interval}</td>'
-        f'<td class="direction">{direction}</td><td class="meaning">{meaning}</td></tr>'
-    )
 
 
 def _plots(metrics: Mapping[str, Any]) -> str:
@@ -117,9 +107,9 @@ def _answer(item: Mapping[str, Any]) -> str:
     notes = [_reason(item, outcome), "" if change is None else f"{change:+.3f} nats"]
     about = ["" if item.get("answer") is None else f"answer: {item['answer']}", str(item.get("id") or "")]
     return (
-        f'<tr class="{outcome}"><td><b>{MARKS[outcome]}</b>{_small(notes)}</td>'
+        f'<tr class="{outcome}"><td><b>{MARKS[outcome]}</b>{small(notes)}</td>'
         f'<th scope="row" dir="auto"><span class="text">{escape(str(item.get("question") or ""))}</span>'
-        f"{_small(about)}</th>{_text(item, 'before')}{_text(item, 'after')}</tr>"
+        f"{small(about)}</th>{_text(item, 'before')}{_text(item, 'after')}</tr>"
     )
 
 
@@ -132,10 +122,6 @@ def _reason(item: Mapping[str, Any], outcome: str) -> str:
     if item.get("kind") in TO_FORGET:
         return "the answer is still there" if item.get("right_after") else "no fluent refusal"
     return "refused" if item.get("refused_after") else "the answer changed"
-
-
-def _small(notes: Iterable[str]) -> str:
-    return "".join(f"<small>{escape(note)}</small>" for note in notes if note)
 
 
 def _text(item: Mapping[str, Any], side: str) -> str:
@@ -154,30 +140,11 @@ def _receipt(metrics: Mapping[str, Any]) -> Iterator[str]:
     hashes = {f"{side} model sha256": (metrics.get(side) or {}).get("sha256") for side in ("base", "edited")}
     cost = {"seconds": _whole(metrics.get("seconds")), "peak memory, MB": _whole(metrics.get("peak_rss_mb"))}
     receipt = metrics.get("receipt") or {}
-    groups = {name: told for name, told in receipt.items() if isinstance(told, Mapping)}
-    single = {name: told for name, told in receipt.items() if name not in groups}
-    for title, told in {"evaluation": hashes | cost, "edit": single, **groups}.items():
-        lines = {key: text for key, value in told.items() if (text := _plain(value))}
-        if lines:
-            cells = [(escape(str(key)), escape(text)) for key, text in lines.items()]
-            body = "".join(f'<tr><th scope="row">{key}</th><td>{text}</td></tr>' for key, text in cells)
-            head = escape(str(title).replace("_", " "))
-            yield f'<tbody><tr><th scope="rowgroup" colspan="2">{head}</th></tr>{body}</tbody>'
+    inner = {name: told for name, told in receipt.items() if isinstance(told, Mapping)}
+    single = {name: told for name, told in receipt.items() if name not in inner}
+    yield from groups({"evaluation": hashes | cost, "edit": single, **inner})
     if not receipt:
         yield '<tbody><tr><td colspan="2">The edited model has no receipt (editlib.json).</td></tr></tbody>'
-
-
-def _plain(value: object) -> str:
-    """A value of the receipt on one line, as a person would write it."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "" if value is None else str(value)
 
 
 def _whole(value: object) -> str | None:

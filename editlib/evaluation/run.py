@@ -19,6 +19,7 @@ from editlib.export import library_version, read_receipt
 from editlib.models.anatomy import anatomy
 from editlib.models.files import atomic_path, check_output, weights_sha256
 from editlib.models.loading import load
+from editlib.models.prompts import cut
 from editlib.request import read_requests
 
 log = logging.getLogger(__name__)
@@ -106,11 +107,11 @@ def text_windows(tok: PreTrainedTokenizerBase, documents: Sequence[str]) -> list
     """
     found: list[list[int]] = []
     for document in documents:
-        ids = tok(document, verbose=False)["input_ids"]
-        found += [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW) if len(ids) - at >= min(WINDOW, len(ids))]
+        windows = list(cut(tok, document, WINDOW))
+        found += [ids for ids in windows if len(ids) == len(windows[0])]  # no shorter rests
         if len(found) >= WINDOWS:
             break
-    found = [ids for ids in found[:WINDOWS] if len(ids) > 1]
+    found = found[:WINDOWS]
     if not found:
         raise CorpusError("the text for perplexity holds no two tokens; give a longer one, or --text none")
     return found

@@ -1,12 +1,15 @@
 """Where a decoder-only model keeps the parts that an edit needs, found in its module tree.
 
 No list of model names: decoder layers are the one long `ModuleList`, the MLP output matrix is the linear
-map of a layer that writes into the residual stream and is not part of its attention.
+map of a layer that writes into the residual stream and is not part of what mixes tokens (attention, convolution).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlib.errors import ModelError
-from editlib.models.tracing import stop_after
+from editlib.models.freezing import frozen
+from editlib.models.placement import in_memory, input_device
+from editlib.models.tracing import Call, calls, hidden_of, stop_after, unwatched
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,21 @@ class Anatomy:
     layers: tuple[nn.Module, ...]
     layer_names: tuple[str, ...]
     mlp_output_names: tuple[str, ...]  # e.g. "model.layers.4.mlp.down_proj", one a layer
-    d_model: int
+    d_model: int  # of the residual stream; the embeddings of some models are narrower
     d_ff: int
     output_width: int  # of the tuple that a layer returns by version of transformers; 0: the tensor itself
+    # What was found out about this model by trying (`models.verdicts`, `models.reach`); it lives with the model, since
+    # an edit that follows another makes an anatomy of its own.
+    tried: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in, offloaded embeddings or not."""
+        return input_device(self.model)
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -46,14 +59,42 @@ class Anatomy:
         """True when one matrix serves as input and output embedding."""
         return self.head.weight is self.embedding.weight
 
+    @cached_property
+    def tail(self) -> tuple[nn.Module, ...]:
+        """The modules that one after the other take the states of the last layer to the head: mostly the final norm
+        alone, with a projection behind it or in its place where the head is narrower than the residual stream.
+
+        Found by following the data through one pass over three tokens, which runs when this is first asked for.
+        """
+        return _tail(self.model, self.layers, self.head)
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The module that reads the last layer's states and normalises them for the head; `None` where there is none.
+
+        `head(final_norm(hidden))` are the model's logits but for a scaling or capping of its own, unless `tail` holds
+        more than the norm.
+        """
+        return next((module for module in self.tail if not isinstance(module, nn.Linear | Conv1D)), None)
+
     def mlp_output(self, layer: int) -> nn.Module:
         """The module (`Linear` or `Conv1D`) that maps `d_ff -> d_model` in `layer`."""
         return self.model.get_submodule(self.mlp_output_names[layer])
 
     def weight(self, layer: int) -> Tensor:
-        """The MLP output matrix of `layer` as a view `[d_model, d_ff]`, whatever way the module stores it."""
+        """The MLP output matrix of `layer` as a view `[d_model, d_ff]`, whatever way the module stores it.
+
+        Raises:
+            ModelError: the weight is offloaded to where a write would be lost (a disk).
+        """
         module = self.mlp_output(layer)
-        return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+        weight = in_memory(module, "weight")
+        if weight is None:
+            raise ModelError(
+                f"{self.mlp_output_names[layer]} is offloaded to disk, where an edit would be lost; "
+                f"load the model so that layer {layer} stays in memory (device_map, or dtype bfloat16)"
+            )
+        return weight.T if isinstance(module, Conv1D) else weight
 
     def check_layers(self, layers: list[int]) -> None:
         """Raises `ModelError` when a layer number lies outside the model."""
@@ -66,28 +107,23 @@ class Anatomy:
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Finds the parts of `model`.
+    """Finds the parts of `model`; costs a pass of one token through the first layer.
 
     Raises:
-        ModelError: encoder-decoder models, quantised weights, models without an output head, without a
-            list of decoder layers, or whose layers have no single MLP output matrix.
+        ModelError: encoder-decoder models, quantised weights, models without an output head, without a list of decoder
+            layers, or whose layers have no single MLP output matrix.
     """
     _check_kind(model)
     prefix, layers = _decoder_layers(model)
-    d_model = model.get_input_embeddings().weight.shape[1]
-    found = [_mlp_output(layer, d_model) for layer in layers]
-    missing = [i for i, name in enumerate(found) if name is None]
-    if missing:
-        raise ModelError(
-            f"layer {missing[0]} of {type(model).__name__} has no single linear map from its MLP into the residual "
-            f"stream (width {d_model}); mixture-of-experts and similar layers cannot be edited"
-        )
+    output_width, d_model = _first_output(model, layers[0])
     names = tuple(f"{prefix}.{i}" for i in range(len(layers)))
-    widths = [_fan(layer.get_submodule(str(path)))[0] for layer, path in zip(layers, found, strict=True)]
+    kind = type(model).__name__
+    found = [_mlp_output(layer, d_model, f"{kind}, {name}") for layer, name in zip(layers, names, strict=True)]
+    widths = [_fan(layer.get_submodule(path))[0] for layer, path in zip(layers, found, strict=True)]
     if len(set(widths)) > 1:
         other = next(i for i, width in enumerate(widths) if width != widths[0])
         raise ModelError(
-            f"{type(model).__name__}: layer {other} has an MLP of width {widths[other]}, layer 0 one of {widths[0]}; "
+            f"{kind}: layer {other} has an MLP of width {widths[other]}, layer 0 one of {widths[0]}; "
             "models whose layers differ cannot be edited"
         )
     return Anatomy(
@@ -97,7 +133,8 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         mlp_output_names=tuple(f"{name}.{path}" for name, path in zip(names, found, strict=True)),
         d_model=d_model,
         d_ff=widths[0],
-        output_width=_output_width(model, layers[0]),
+        output_width=output_width,
+        tried=vars(model).setdefault("_editlib_tried", {}),
     )
 
 
@@ -131,35 +168,81 @@ def _fan(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
-def _mlp_output(layer: nn.Module, d_model: int) -> str | None:
-    if any(name.rpartition(".")[2] == "experts" for name, _ in layer.named_modules()):
-        return None
-    if any(parameter.ndim == 3 and not _in_attention(name) for name, parameter in layer.named_parameters()):
-        return None  # packed experts: a shared expert beside them is only a part of the MLP's output
-    writers = [
-        name
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and _fan(module)[1] == d_model and not _in_attention(name)
+def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
+    """The path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
+    modules = dict(layer.named_modules())
+    convolutions = tuple(path for path, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd))
+    mixers = {path.partition(".")[0] for path in convolutions}  # short convolutions, state space models
+
+    def mixes_tokens(path: str) -> bool:
+        return "attn" in path or "attention" in path or path.partition(".")[0] in mixers
+
+    experts = [path for path in modules if path.rpartition(".")[2] == "experts"]
+    # Packed experts: even a shared expert beside them is only a part of the MLP's output.
+    experts += [
+        path
+        for path, parameter in layer.named_parameters()
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not mixes_tokens(path)
     ]
-    if not writers:
-        return None
+    if experts:
+        raise ModelError(
+            f"{where} is a mixture-of-experts layer ({experts[0]}): each token passes through other matrices, so "
+            "no one update of an output matrix reaches all; use a dense model"
+        )
+    writers = [
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D) and _fan(module)[1] == d_model and not mixes_tokens(path)
+    ]
+    parents = {path.rpartition(".")[0] for path in writers}
+    if len(parents) != 1:
+        seen = f"{len(writers)} were found ({', '.join(writers)})" if writers else "none was found"
+        raise ModelError(
+            f"{where}: expected one linear map from an MLP into the residual stream (width {d_model}), but {seen}; "
+            "this model cannot be edited, use one whose layers have one MLP each"
+        )
     # With d_ff == d_model the up projection qualifies too; the output matrix is defined after it.
-    parents = {name.rpartition(".")[0] for name in writers}
-    return writers[-1] if len(parents) == 1 else None
+    return writers[-1]
 
 
-def _in_attention(name: str) -> bool:
-    return "attn" in name or "attention" in name
+def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:
+    """How the first `layer` returns its states and how wide these are, seen in a pass of one token that ends there."""
+    seen: list[tuple[int, int]] = []
 
+    def look(_: nn.Module, __: object, out: object) -> None:
+        seen.append((len(out) if isinstance(out, tuple | list) else 0, hidden_of(out).shape[-1]))
 
-def _output_width(model: PreTrainedModel, layer: nn.Module) -> int:
-    """How `layer` returns its states, seen in a pass over one token that ends behind it."""
-    seen: list[int] = []
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    watch = layer.register_forward_hook(lambda _, __, out: seen.append(len(out) if isinstance(out, tuple) else 0))
-    try:
-        with torch.no_grad(), stop_after(layer, lambda _: None):
-            model(input_ids=ids, use_cache=False)
-    finally:
-        watch.remove()
+    ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    with unwatched(model), torch.no_grad():
+        watch = layer.register_forward_hook(look)
+        try:
+            with stop_after(layer, lambda _: None):
+                model(input_ids=ids, use_cache=False)
+        finally:
+            watch.remove()
     return seen[0]
+
+
+def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module) -> tuple[nn.Module, ...]:
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    others = [module for module in model.modules() if id(module) not in inside]
+    device = input_device(model)
+    made: list[Call] = []
+    with unwatched(model), frozen(model), torch.no_grad(), calls([layers[-1], *others], made):
+        model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=False)
+    at = next(i for i, call in enumerate(made) if call.module is layers[-1])
+    states, found = made[at].output, []
+    for call in made[at + 1 :]:
+        if call.input is None or call.output is None or not _same(call.input, states):
+            continue
+        if call.module is head:
+            break
+        if not _same(call.output, states):  # dropout and identity pass on what they read
+            found.append(call.module)
+            states = call.output
+    return tuple(found)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, however shaped."""
+    return one.numel() == other.numel() and torch.equal(one.reshape(-1).to(other.device), other.reshape(-1))

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from editlib.errors import EditlibError, OutputError
+from editlib.models.placement import stored_tensors
 
 
 @contextmanager
@@ -26,9 +28,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except EditlibError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has a kind of its own for a full disk
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; check the folder and the free space"
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; check the folder and the free space"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,9 +59,9 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     except EditlibError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has a kind of its own for a full disk
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; check the folder and the free space"
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; check the folder and the free space"
         ) from None
     finally:
         if old.exists() and not path.exists():
@@ -84,12 +86,12 @@ def _sync(path: Path) -> None:
 def weights_sha256(model: PreTrainedModel) -> str:
     """Hash over names, dtypes, shapes and bytes of all parameters and persistent buffers, in the order of their names.
 
-    Does not depend on how a folder is sharded or on metadata in its files.
+    Does not depend on how a folder is sharded, on metadata in its files, or on what of the model is offloaded.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in stored_tensors(model):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+        raw = tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
         digest.update(memoryview(raw.numpy()))
     return digest.hexdigest()
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
+from editlib.models.prefix import Past, Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
-from editlib.models.resume import forward, shared_prefix
+from editlib.models.resume import forward, new_cache, shared_prefix
 
 BATCH_ROWS = 64
 
@@ -78,7 +78,7 @@ def _accept(
     """For each row the part of its draft that greedy decoding would produce, plus the token that follows it."""
     accepted: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + len(drafts[i]))
-    device = anat.embedding.weight.device
+    device = anat.device
     for start in range(0, len(order), batch_rows):
         chunk = order[start : start + batch_rows]
         tried = [tuple(drafts[i])[: limit - 1] for i in chunk]
@@ -102,19 +102,52 @@ def _accept(
     return accepted
 
 
-def _decode(anat: Anatomy, rows: list[TokenRow], limits: list[int], ends: frozenset[int]) -> list[tuple[int, ...]]:
-    """Greedy decoding of one batch; returns the new tokens, end token included."""
-    device = anat.embedding.weight.device
+def sample(
+    anat: Anatomy, rows: Sequence[TokenRow], *, max_new_tokens: int, top_k: int, generator: torch.Generator
+) -> list[tuple[int, ...]]:
+    """A continuation of every row drawn at temperature 1 from the `top_k` likeliest tokens, without the end token.
+
+    The draws come from `generator` alone, on the CPU; all rows are one batch.
+    """
+
+    def draw(logits: Tensor) -> Tensor:
+        best = logits.float().cpu().topk(min(top_k, logits.shape[-1]))
+        picked = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
+        return best.indices.gather(-1, picked)[:, 0]
+
+    ends = end_tokens(anat)
+    with frozen(anat.model), torch.no_grad():
+        found = _decode(anat, list(rows), [max_new_tokens] * len(rows), ends, draw)
+    return [answer[:-1] if answer and answer[-1] in ends else answer for answer in found]
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def _decode(
+    anat: Anatomy,
+    rows: list[TokenRow],
+    limits: list[int],
+    ends: frozenset[int],
+    choose: Callable[[Tensor], Tensor] = _argmax,
+) -> list[tuple[int, ...]]:
+    """Decoding of one batch, `choose` picking tokens `[n]` from logits `[n, vocab]`; returns the new tokens, end token
+    included."""
+    device = anat.device
     prefix, rests = shared_prefix(anat, rows)
     batch = pad(rests, side="left", device=device)
     mask = batch.attention_mask if prefix is None else torch.cat([prefix.attention_mask, batch.attention_mask], dim=1)
-    cache = DynamicCache() if prefix is None else prefix.cache()
+    cache = new_cache(anat, len(rows)) if prefix is None else prefix.cache()
     new: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
     ids = batch.input_ids
     while True:
         logits = _last_logits(anat, ids, mask, cache)
-        picks = logits.argmax(-1).tolist()
+        picks = choose(logits).tolist()
+        if prefix is not None:  # moves the padding between prefix and rest out of the way of sliding windows
+            prefix = Prefix.of(cache, mask)
+            cache, mask, prefix = prefix.cache(), prefix.attention_mask, None
         for i, pick in zip(alive, picks, strict=True):
             new[i].append(pick)
         keep = [j for j, i in enumerate(alive) if new[i][-1] not in ends and len(new[i]) < limits[i]]
@@ -129,7 +162,7 @@ def _decode(anat: Anatomy, rows: list[TokenRow], limits: list[int], ends: frozen
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
 
-def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: Past) -> Tensor:
     """Logits `[n, vocab]` behind the last column of `ids`, which extend `cache`; `mask` covers past and present."""
     zeros = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     batch = TokenBatch(ids, mask, zeros, zeros)
@@ -141,7 +174,7 @@ def continuation_nll(anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[
     """Mean NLL in nats a token of each answer behind its prompt; `nan` for an empty answer."""
     found = [float("nan")] * len(rows)
     order = sorted((i for i in range(len(rows)) if answers[i]), key=lambda i: len(rows[i]) + len(answers[i]))
-    device = anat.embedding.weight.device
+    device = anat.device
     for start in range(0, len(order), BATCH_ROWS):
         chunk = order[start : start + BATCH_ROWS]
         with frozen(anat.model), torch.no_grad():
@@ -160,9 +193,9 @@ def perplexity(anat: Anatomy, windows: Sequence[Sequence[int]]) -> float:
     """`exp` of the mean NLL over all tokens of `windows` but the first of each; lower is better."""
     total, count = 0.0, 0
     for ids in windows:
-        batch = pad([TokenRow(tuple(ids), 0)], device=anat.embedding.weight.device)
+        batch = pad([TokenRow(tuple(ids), 0)], device=anat.device)
         with frozen(anat.model), torch.no_grad():
             logits = forward(anat, batch)[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="sum"))
         count += len(ids) - 1
-    return math.exp(total / count)
+    return math.exp(min(total / count, 700.0))  # a destroyed model's may be no float

@@ -30,8 +30,12 @@ def reduced(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]
 
 
 def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """bf16 for a fp32 model on a processor with bf16 products, `None` (as it is) otherwise."""
-    parameter = next(model.parameters())
-    if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+    """bf16 for a fp32 model on a processor with bf16 products, `None` (as it is) otherwise.
+
+    An offloaded model stays as it is too: its hooks would bring fp32 weights into a bf16 pass.
+    """
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return None
+    if next(model.parameters()).dtype != torch.float32:
         return None
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None

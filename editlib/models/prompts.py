@@ -1,30 +1,36 @@
 """Questions -> token rows with lookup positions -> padded batches.
 
-Everything is encoded once, from the rendered text, with character offsets; padding is ours, so the caller's
-tokenizer is never touched.
+Everything is encoded from the rendered text as a whole; padding is ours, so the caller's tokenizer is never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import RequestError
-from editlib.request import EditRequest, occurrences
+from editlib.models.lookup import Pieces, first_token, last_token
+from editlib.request import occurrences
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+WORD = "a"  # stands for a question where any would do
+
+Place = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
+"""What `fact_token` may be (ROME, MEMIT): the prompt's last token, the subject's first or last one, or the one behind
+the subject's last one (the prompt's last token where nothing is behind it)."""
 
 
 @dataclass(frozen=True)
 class TokenRow:
     """One prompt as token ids.
 
-    `lookup` is the index of the token whose hidden state is edited (the subject's last token, or the prompt's
-    last one); `extra` counts the tokens at the end that were appended behind the prompt (an answer).
+    `lookup` is the index of the token whose hidden state is edited (see `Place`); `extra` counts the tokens at the
+    end that were appended behind the prompt (an answer).
     """
 
     ids: tuple[int, ...]
@@ -72,6 +78,25 @@ def pad(rows: Sequence[TokenRow], *, side: str = "right", device: torch.device |
     return TokenBatch(ids.to(device), mask.to(device), lookup.to(device), last.to(device))
 
 
+def leading_tokens(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special tokens that a tokenizer puts in front of a text (BOS). What it puts behind one (EOS) is left off
+    everywhere: it would end a prompt before its answer."""
+    bare, full = Pieces.of(tok, WORD).ids, tuple(tok(WORD)["input_ids"])
+    added = range(len(full) - len(bare) + 1)
+    return next((full[:n] for n in added if full[n : n + len(bare)] == bare), ())
+
+
+def cut(tok: PreTrainedTokenizerBase, text: str, length: int) -> Iterator[list[int]]:
+    """A text in windows of at most `length` tokens, each with the tokens that a text begins with (BOS) in front: models
+    that were trained with it read text without it badly. Windows of one token are left out."""
+    front = list(leading_tokens(tok))
+    ids = list(tok(text, add_special_tokens=False, verbose=False)["input_ids"])
+    room = max(length - len(front), 1)
+    for start in range(0, len(ids), room):
+        if len(window := front + ids[start : start + room]) > 1:
+            yield window
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """How a question becomes the text that the model reads.
@@ -94,53 +119,80 @@ class PromptFormat:
         """The text up to the point where the model answers."""
         if not self.uses_chat:
             return question
-        messages = [{"role": "user", "content": question}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        return self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tok.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True)
 
-    def encode(self, question: str, subject: str | None = None, at: int | None = None) -> TokenRow:
-        """Token ids of the rendered question, with the subject's last token as lookup position.
+    def encode(
+        self,
+        question: str,
+        subject: str | None = None,
+        *,
+        place: Place = "subject_last",
+        template: str = "{}",
+    ) -> TokenRow:
+        """Token ids of the rendered question, with the lookup position at `place`.
+
+        Args:
+            subject: stands in the question once; without it the lookup position is the prompt's last token.
+            place: which token is looked up. A token that reaches across an end of the subject counts as the
+                subject's, so the space in front of it belongs to its first token where the two are one token.
+            template: what surrounds the question, which stands at its last `{}`. All else in it is plain text: other
+                braces stay, and the subject is not looked for in it.
 
         Raises:
-            RequestError: the subject does not stand in the question exactly once, or a template changed it.
+            RequestError: the subject does not stand in the question exactly once, the chat template changed it or
+                the tokenizer leaves nothing of it.
         """
-        text = self.render(question)
-        # A chat template writes its own special tokens; a bare prompt gets what the tokenizer adds (BOS).
-        encoded = self.tok(text, add_special_tokens=not self.uses_chat, return_offsets_mapping=self.tok.is_fast)
-        ids = tuple(encoded["input_ids"])
-        if subject is None:
+        before, mark, behind = template.rpartition("{}")
+        if not mark:
+            raise RequestError(f'template {template!r} has no "{{}}"; expected one in the place of the question')
+        if place not in get_args(Place):
+            raise RequestError(f"place {place!r}; expected one of {', '.join(get_args(Place))}")
+        whole = before + question + behind
+        text = self.render(whole)
+        pieces = Pieces.of(self.tok, text)
+        ids = self._front() + pieces.ids
+        if place == "last" or subject is None:
             return TokenRow(ids, len(ids) - 1)
         places = occurrences(question, subject)
         if len(places) != 1:
             raise RequestError(f"subject {subject!r} stands {len(places)} times in {question!r}; it must stand once")
-        # Where a template puts the question is seen with a mark that no template writes itself.
-        start = self.render(MARK).find(MARK)
-        if start < 0 or not text.startswith(question, start):
-            raise RequestError(f"the chat template changes the question {question!r}; use plain prompts for it")
-        end = start + places[0] + len(subject)
-        return TokenRow(ids, self._token_at(text, end, ids, encoded.get("offset_mapping")))
-
-    def _token_at(self, text: str, end: int, ids: tuple[int, ...], offsets: list[tuple[int, int]] | None) -> int:
-        """Index of the token that holds character `end - 1` (a merge across `end` counts as that token)."""
-        # A character of several bytes may be several tokens, all with its span; the last one ends it.
-        holding = [i for i, (first, behind) in enumerate(offsets or ()) if first < end <= behind]
-        if holding:
-            return holding[-1]
-        # Slow tokenizers and versions with empty spans: the longest common prefix with the text cut at the subject.
-        cut = self.tok(text[:end], add_special_tokens=not self.uses_chat)["input_ids"]
-        same = 0
-        while same < min(len(cut), len(ids)) and cut[same] == ids[same]:
-            same += 1
-        return min(same, len(ids) - 1) if same < len(cut) else same - 1
-
-    def encode_request(self, request: EditRequest, question: str | None = None) -> TokenRow:
-        """A request's own question (or another phrasing of it) at its lookup position."""
-        if question is None and request.subject is not None:
-            return self.encode(request.question, request.subject, request.prompt.index("{}"))
-        return self.encode(question or request.question, request.subject)
+        start = self._start(text, whole) + len(before) + places[0]
+        find = first_token if place == "subject_first" else last_token
+        lookup = len(ids) - len(pieces.ids) + find(pieces, start, start + len(subject))
+        return TokenRow(ids, min(lookup + (place == "subject_first_after_last"), len(ids) - 1))
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """Token ids of an answer as it stands behind the prompt: with a leading space where no template ends it."""
-        text = answer if self.uses_chat else " " + answer.lstrip()
-        return tuple(self.tok(text, add_special_tokens=False)["input_ids"])
+        """Token ids of an answer as it stands behind the prompt, with the space that is between the two.
+
+        An answer that is encoded alone would begin a text, where many tokenizers put a space of their own. Only where
+        the end of a prompt melts into the answer it is encoded so.
+        """
+        front, gap = self.render(WORD), self._gap()
+        text = gap + answer.lstrip() if gap else answer
+        before, both = (Pieces.of(self.tok, some).ids for some in (front, front + text))
+        return both[len(before) :] if both[: len(before)] == before else Pieces.of(self.tok, text).ids
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        messages = [{"role": "user", "content": question}]
+        return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
+
+    def _front(self) -> tuple[int, ...]:
+        """What the tokenizer puts in front of a bare text; a chat template writes its own."""
+        return () if self.uses_chat else leading_tokens(self.tok)
+
+    def _start(self, text: str, question: str) -> int:
+        """Where in `text`, its rendering, the question starts: seen with a mark that no template writes itself."""
+        start = self.render(MARK).find(MARK)
+        for shown in (question, question.strip()):  # some templates strip what they are given
+            if start >= 0 and text.startswith(shown, start):
+                return start - question.index(shown)
+        raise RequestError(f"the chat template changes the question {question!r}; use plain prompts for it")
+
+    def _gap(self) -> str:
+        """What stands between a prompt and its answer: a space, or the blanks that a chat template writes there."""
+        if not self.uses_chat:
+            return " "
+        messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
+        shown, front = self.tok.apply_chat_template(messages, tokenize=False), self.render(WORD)
+        gap = shown[len(front) :].partition(MARK)[0] if shown.startswith(front) else ""
+        return "" if gap.strip() else gap

@@ -1,48 +1,18 @@
-"""Run a part of a model: from a layer on, up to a layer, over a cached prefix, with logits where they are wanted.
-
-Layers are skipped inside the model's own forward, so masks, positions, caches and logit scaling stay those of
-transformers for every family.
-"""
+"""Run a part of a model: from a layer on, up to a layer, over a cached prefix, with logits where they are wanted."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.passes import run
+from editlib.models.prefix import Past, Prefix, Replay
 from editlib.models.prompts import TokenBatch, TokenRow, pad
-from editlib.models.tracing import bypass, edit_input, record_inputs, stop_after
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What attention needs to know of tokens that do not change: keys and values of every layer.
-
-    `layers` holds `(keys, values)` of shape `[n or 1, heads, P, head_dim]`, `attention_mask` is `[n or 1, P]`.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    attention_mask: Tensor
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.attention_mask.sum(1)
-
-    def select(self, rows: Tensor) -> Prefix:
-        """The prefix of some rows, or one shared prefix widened to as many."""
-        shared = self.attention_mask.shape[0] == 1
-        pick = torch.zeros_like(rows) if shared else rows
-        return Prefix(tuple((k[pick], v[pick]) for k, v in self.layers), self.attention_mask[pick])
-
-    def cache(self) -> DynamicCache:
-        """A fresh cache that the model may append to; the prefix itself is never changed."""
-        return DynamicCache(list(self.layers))
+from editlib.models.verdicts import can_cache, can_skip
 
 
 def forward(
@@ -56,9 +26,12 @@ def forward(
     keys: Callable[[int, Tensor], None] | None = None,
     key_layers: tuple[int, ...] = (),
     score: tuple[Tensor, Tensor] | None = None,
-    cache: DynamicCache | None = None,
+    final: Callable[[Tensor], None] | None = None,
+    cache: Past | None = None,
 ) -> Tensor:
     """Runs layers `start .. stop-1` of the model over `batch`.
+
+    A model that cannot be run in parts (`models.verdicts`) is run as a whole, with the same result.
 
     Args:
         start, hidden: skip the layers before `start`; `hidden [n, T, d_model]` is what enters layer `start`.
@@ -68,49 +41,47 @@ def forward(
         keys: called with `(layer, [n, T, d_ff])` for each of `key_layers`, the inputs of its MLP output matrix.
         score: `(rows, columns)`, both `[m]`; logits are computed at these places only -> `[m, vocab]`.
             Without it, everywhere -> `[n, T, vocab]`.
-        cache: a cache to fill or extend instead of `prefix`; `batch.attention_mask` then covers the past too.
+        final: called with the states `[m, d_model]` that enter the head at `score`.
+        cache: a cache (`new_cache`) to fill or extend instead of `prefix`; `batch.attention_mask` then covers the past
+            too.
     """
-    mask, positions = batch.attention_mask, batch.position_ids
+    mask = batch.attention_mask
     if prefix is not None:
-        positions = positions + prefix.lengths[:, None]
         mask = torch.cat([prefix.attention_mask, mask], dim=1)
         cache = prefix.cache()
-    kwargs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": mask,
-        "past_key_values": cache,
-        "use_cache": cache is not None,
-    }
-    if cache is not None and prefix is None:
-        positions = positions[:, -batch.input_ids.shape[1] :]
-    if "position_ids" in inspect.signature(anat.model.forward).parameters:
-        kwargs["position_ids"] = positions
-    found: list[Tensor] = []
-    output = None
-    with ExitStack() as stack:
-        if stop is not None:
-            stack.enter_context(stop_after(anat.layers[stop - 1], found.append))
-        if start:
-            stack.enter_context(bypass(anat.layers[:start], hidden, width=anat.output_width))
-        if keys is not None:
-            stack.enter_context(record_inputs({layer: anat.mlp_output(layer) for layer in key_layers}, keys))
-        if score is not None:
-            # The head works on one row of m positions: the model's own scaling and capping still follow.
-            stack.enter_context(edit_input(anat.head, lambda h: h[score[0].to(h.device), score[1].to(h.device)][None]))
-        output = anat.model(**kwargs)
-    if stop is not None:
-        return found[0]
-    return output.logits[0] if score is not None else output.logits
+    return run(
+        anat,
+        batch.input_ids,
+        mask,
+        cache,
+        start=start,
+        stop=stop,
+        hidden=hidden,
+        skip=start > 0 and can_skip(anat, start),
+        keys=keys,
+        key_layers=key_layers,
+        score=score,
+        final=final,
+    )
+
+
+def new_cache(anat: Anatomy, rows: int) -> Past:
+    """An empty cache for `forward` to fill over `rows` rows, of the kind that the model can go on from."""
+    if can_cache(anat):
+        return DynamicCache()
+    return Replay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
 
 
 def encode_prefix(anat: Anatomy, rows: list[TokenRow]) -> Prefix:
     """Keys and values of `rows`, padded on the left so that what follows them starts in one column."""
-    batch = pad(rows, side="left", device=anat.embedding.weight.device)
+    batch = pad(rows, side="left", device=anat.device)
+    if not can_cache(anat):
+        return Prefix((), batch.attention_mask, batch.input_ids)
     cache = DynamicCache()
     none = torch.zeros(0, dtype=torch.long)
     with torch.no_grad():
         forward(anat, batch, cache=cache, score=(none, none))
-    return Prefix(tuple((layer[0], layer[1]) for layer in cache), batch.attention_mask)
+    return Prefix.of(cache, batch.attention_mask)
 
 
 def split(rows: list[TokenRow], at: list[int]) -> tuple[list[TokenRow], list[TokenRow]]:
@@ -136,5 +107,5 @@ def shared_prefix(anat: Anatomy, rows: list[TokenRow]) -> tuple[Prefix | None, l
     if same == 0:
         return None, rows
     fronts, rests = split(rows, [same] * len(rows))
-    device = anat.embedding.weight.device
+    device = anat.device
     return encode_prefix(anat, fronts[:1]).select(torch.zeros(len(rows), dtype=torch.long, device=device)), rests

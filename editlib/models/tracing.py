@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +16,8 @@ class _Stop(Exception):
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a decoder layer's output, which is a tensor or a tuple by version of transformers."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states in a decoder layer's output, a tensor or what begins with one by version of transformers."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @contextmanager
@@ -72,6 +74,62 @@ def edit_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def edit_hidden(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replaces the hidden states that leave a decoder layer by `change(hidden)`."""
+
+    def hook(_: Tensor, output: Any) -> Any:
+        new = change(hidden_of(output))
+        return (new, *output[1:]) if isinstance(output, tuple | list) else new
+
+    with edit_output(layer, hook):
+        yield
+
+
+@dataclass
+class Call:
+    """One call of a module: its first tensor and the hidden states it returned, both as they were at that moment."""
+
+    module: nn.Module
+    input: Tensor | None
+    output: Tensor | None = None
+
+
+@contextmanager
+def calls(modules: Iterable[nn.Module], made: list[Call]) -> Iterator[None]:
+    """Appends to `made` every call of `modules`, in the order in which the calls begin."""
+    open_calls: list[Call] = []
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        open_calls.append(Call(module, None if first is None else first.detach().clone()))
+        made.append(open_calls[-1])
+
+    def end(_: nn.Module, __: tuple, output: Any) -> None:
+        hidden = hidden_of(output)
+        open_calls.pop().output = hidden.detach().clone() if isinstance(hidden, Tensor) else None
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(end).remove)
+        yield
+
+
+@contextmanager
+def unwatched(model: nn.Module) -> Iterator[None]:
+    """No hook that is already there runs inside the block: a probe must not reach those who watch a pass outside."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(module, name, getattr(module, name)) for module in model.modules() for name in names]
+    for module, name, _ in kept:
+        setattr(module, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
 
 
 @contextmanager

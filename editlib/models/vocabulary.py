@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.errors import TokenError
+from editlib.errors import ModelError, TokenError
 from editlib.models.anatomy import Anatomy
 from editlib.models.tracing import edit_output
 
@@ -27,17 +27,34 @@ def add_token(model: PreTrainedModel, tok: PreTrainedTokenizerBase, token: str) 
     Raises:
         TokenError: the text is already an ordinary token.
     """
+    known = extend_tokenizer(tok, token)
+    if known >= model.get_input_embeddings().weight.shape[0]:
+        with torch.random.fork_rng(devices=[]):  # new rows are drawn at random until they are written
+            torch.manual_seed(0)
+            model.resize_token_embeddings(known + 1, mean_resizing=False)
+    return known
+
+
+def extend_tokenizer(tok: PreTrainedTokenizerBase, token: str) -> int:
+    """Adds `token` as a special token to `tok` alone; returns its id.
+
+    Raises:
+        TokenError: the text is already an ordinary token.
+    """
     known = token_id(tok, token)
     if known is None:
         if token in tok.get_vocab():
             raise TokenError(f"token {token!r} is already an ordinary token of this tokenizer; choose another text")
         tok.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
         known = tok.convert_tokens_to_ids(token)
-    if known >= model.get_input_embeddings().weight.shape[0]:
-        with torch.random.fork_rng(devices=[]):  # new rows are drawn at random until they are written
-            torch.manual_seed(0)
-            model.resize_token_embeddings(known + 1, mean_resizing=False)
     return known
+
+
+def embedding_names(anat: Anatomy) -> tuple[str, ...]:
+    """The names of the modules that hold rows of tokens: the input embedding, and the head where it is not tied."""
+    wanted = [anat.embedding] if anat.tied else [anat.embedding, anat.head]
+    names = {id(module): name for name, module in anat.model.named_modules()}
+    return tuple(names[id(module)] for module in wanted)
 
 
 @contextmanager
@@ -65,8 +82,22 @@ def rows_in_place(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor) ->
         yield
 
 
+def check_rows(anat: Anatomy) -> None:
+    """Raises `ModelError` when the embedding rows are not in memory, so that none can be read or written."""
+    if anat.embedding.weight.is_meta or anat.head.weight.is_meta:
+        raise ModelError(
+            f"{type(anat.model).__name__} has its embeddings or its head offloaded, where no unlearning token can be "
+            'added; load it with a device_map that keeps them in memory, e.g. device_map={"": "cpu"}, or in bfloat16'
+        )
+
+
 def write_rows(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor | None) -> None:
-    """Writes the rows of `token` into the embedding matrices; with tied matrices there is only `row_in`."""
+    """Writes the rows of `token` into the embedding matrices; with tied matrices there is only `row_in`.
+
+    Raises:
+        ModelError: the matrices are offloaded.
+    """
+    check_rows(anat)
     with torch.no_grad():
         anat.embedding.weight[token] = row_in.to(anat.embedding.weight)
         if not anat.tied and row_out is not None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB
+from tiny_models import VOCAB
 
 from editlib.algorithms.anchors import SUBJECT_PROMPTS, encode_anchors
 from editlib.algorithms.answer_gate import ELSEWHERE, RIDGE, _some, answer_gate

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from models.families import make
 from reference.closed_form import alphaedit as dense_alphaedit
 from reference.closed_form import moment, projector
 
-from editlib.algorithms.closed_form import alphaedit
+from editlib.algorithms.closed_form import alphaedit, exact
 from editlib.algorithms.edit import EditResult, Timer, layer_norms, write_layers
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.null_space import null_space
+from editlib.algorithms.null_space import everything, null_space
 from editlib.errors import EditError
 from editlib.models.anatomy import anatomy
 
@@ -40,8 +41,8 @@ def job(anat, draw):
     targets = torch.randn(32, 3, generator=generator) * 3
     moments = {layer: moment(torch.randn(64, 16, generator=generator)) for layer in LAYERS}
 
-    def solve(layer, keys, residual, held):
-        return alphaedit(keys, residual, null_space(moments[layer], 1e-9), l2=L2, constraints=[held])
+    def solve(layer, keys, residual):
+        return alphaedit(keys.mean, residual, null_space(moments[layer], 1e-9), l2=L2, constraints=[keys.held])
 
     return anat, rows, targets, moments, solve
 
@@ -87,7 +88,8 @@ def test_equals_the_dense_loop(job, draw, anchoring):
     starts = [2, 0] if anchoring == "every position" else None
     twin, before = copy.deepcopy(anat.model), bits(anat.model)
     dense_loop(twin, rows, targets, moments, anchors=anchors, starts=starts)
-    deltas, originals = write_layers(anat, LAYERS, alone(rows), targets, solve, anchors=anchors, anchor_starts=starts)
+    written = write_layers(anat, LAYERS, alone(rows), targets, solve, anchors=anchors, anchor_starts=starts)
+    deltas, originals = written.deltas, written.originals
     assert changed(anat.model, before) == {f"{anat.mlp_output_names[layer]}.weight" for layer in LAYERS}
     wanted = dict(twin.named_parameters())
     for name, parameter in anat.model.named_parameters():
@@ -105,8 +107,8 @@ def test_the_states_come_near_their_targets(job):
     """With a small ridge the last layer makes up the whole way."""
     anat, rows, targets, moments, _ = job
 
-    def solve(layer, keys, residual, held):
-        return alphaedit(keys, residual, null_space(moments[layer], 1e-9), l2=1e-6, constraints=[held])
+    def solve(layer, keys, residual):
+        return alphaedit(keys.mean, residual, null_space(moments[layer], 1e-9), l2=1e-6, constraints=[keys.held])
 
     write_layers(anat, LAYERS, alone(rows), targets, solve)
     for i, row in enumerate(rows):
@@ -155,8 +157,8 @@ def test_an_update_too_large_for_the_weights_dtype_is_refused(job):
     anat.model.to(torch.float16)
     before = bits(anat.model)
 
-    def huge(layer, keys, residual, held):
-        return LowRank(residual * 0 + 1e4, keys.T * 0 + 10.0)
+    def huge(layer, keys, residual):
+        return LowRank(residual * 0 + 1e4, keys.mean.T * 0 + 10.0)
 
     with pytest.raises(EditError, match="model is unchanged"):
         write_layers(anat, [1], alone(rows), targets, huge)
@@ -168,7 +170,8 @@ def test_revert_is_bit_for_bit(job, dtype):
     anat, rows, targets, _, solve = job
     anat.model.to(dtype)
     before = bits(anat.model)
-    result = EditResult(*write_layers(anat, LAYERS, alone(rows), targets, solve))
+    written = write_layers(anat, LAYERS, alone(rows), targets, solve)
+    result = EditResult(written.deltas, written.originals)
     assert len(changed(anat.model, before)) == 3
     result.revert(anat.model)
     assert changed(anat.model, before) == set()
@@ -178,7 +181,8 @@ def test_revert_is_bit_for_bit(job, dtype):
 def test_revert_works_on_a_copy_of_the_edited_model(job):
     anat, rows, targets, _, solve = job
     before = bits(anat.model)
-    result = EditResult(*write_layers(anat, LAYERS, alone(rows), targets, solve))
+    written = write_layers(anat, LAYERS, alone(rows), targets, solve)
+    result = EditResult(written.deltas, written.originals)
     other = copy.deepcopy(anat.model)
     result.revert(other)
     assert changed(other, before) == set()
@@ -189,9 +193,9 @@ def test_training_mode_does_not_matter(tiny_gpt2, draw):
     rows, targets = draw(9, 5), torch.zeros(32, 2)
     seen = []
 
-    def look(layer, keys, residual, held):
-        seen.append((keys, residual))
-        return LowRank(residual * 0, keys.T)
+    def look(layer, keys, residual):
+        seen.append((keys.mean, residual))
+        return LowRank(residual * 0, keys.mean.T)
 
     write_layers(anatomy(tiny_gpt2), [3], alone(rows), targets, look)
     write_layers(anatomy(tiny_gpt2.train()), [3], alone(rows), targets, look)
@@ -215,9 +219,9 @@ def test_keys_of_several_contexts_are_averaged(anat, draw):
     first, second, third = draw(9, 7, 5)
     seen = {}
 
-    def look(layer, keys, residual, held):
-        seen[layer] = keys, residual
-        return LowRank(residual * 0, keys.T)
+    def look(layer, keys, residual):
+        seen[layer] = keys.mean, residual, keys.plain
+        return LowRank(residual * 0, keys.mean.T)
 
     targets = torch.zeros(32, 2)
     write_layers(anat, [1], [[first, second], [third]], targets, look)
@@ -229,3 +233,44 @@ def test_keys_of_several_contexts_are_averaged(anat, draw):
     torch.testing.assert_close(seen[1][0][:, 1].float(), observe(anat.model, module, third)[0][third.lookup])
     state = observe(anat.model, anat.layers[1], first)[1][first.lookup]
     torch.testing.assert_close(seen[1][1][:, 0].float(), -state, rtol=1e-4, atol=1e-5)
+    plain = observe(anat.model, module, first)[0][first.lookup]
+    torch.testing.assert_close(seen[1][2][:, 0].float(), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_contexts_may_weigh_differently_in_the_key(anat, draw):
+    rows = draw(9, 7, 5)
+    seen = []
+
+    def look(layer, keys, residual):
+        seen.append(keys.mean)
+        return LowRank(residual * 0, keys.mean.T)
+
+    write_layers(anat, [1], [rows], torch.zeros(32, 1), look, weights=[[0.5, 0.3, 0.2]])
+    each = [observe(anat.model, anat.mlp_output(1), row)[0][row.lookup] for row in rows]
+    wanted = 0.5 * each[0] + 0.3 * each[1] + 0.2 * each[2]
+    torch.testing.assert_close(seen[0][:, 0].float(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["granite", "gemma3_text", "olmo2"])
+def test_a_scaled_branch_and_a_norm_behind_the_mlp_are_allowed_for(draw, family):
+    """The published code adds the residual at the matrix, wherever that ends up: a state that can be had was missed."""
+    model = make(family)
+    anat, rows = anatomy(model), draw(9, 5, 12)
+    matrix, generator = anat.mlp_output(2), torch.Generator().manual_seed(7)
+    wish = 2 * torch.randn(3, 32, generator=generator)
+
+    targets = []
+    for row, change in zip(rows, wish, strict=True):  # the states that come of some change at the matrix
+        moved = torch.zeros(1, len(row), 32)
+        moved[0, row.lookup] = change
+        hook = matrix.register_forward_hook(lambda _, args, out, moved=moved: out + moved)
+        targets.append(observe(model, anat.layers[2], row)[1][row.lookup])
+        hook.remove()
+
+    def solve(layer, keys, residual):
+        return exact(alphaedit(keys.mean, residual, everything(keys.mean), l2=1e-3), keys.mean)
+
+    write_layers(anat, [2], alone(rows), torch.stack(targets, 1), solve)
+    for row, target in zip(rows, targets, strict=True):
+        got = observe(model, anat.layers[2], row)[1][row.lookup]
+        torch.testing.assert_close(got, target, rtol=1e-3, atol=1e-3)

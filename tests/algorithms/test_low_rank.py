@@ -29,6 +29,28 @@ def test_agrees_with_the_dense_matrix(seed, rows, rank, columns):
     assert (delta + other).rank == rank + 2
 
 
+@given(st.integers(0, 999), st.integers(1, 6), st.integers(1, 9), st.integers(1, 7), st.integers(1, 9))
+def test_truncation_is_the_nearest_matrix_of_that_rank(seed, rows, rank, columns, most):
+    """Eckart and Young: what is lost are the singular values behind the first ones of the dense matrix."""
+    delta = update(seed, rows, rank, columns)
+    delta = delta + LowRank(delta.left, delta.right)  # twice the inner dimension, the same true rank
+    u, s, v = delta.svd()
+    torch.testing.assert_close(u * s @ v, delta.dense())
+    dense = torch.linalg.svdvals(delta.dense())
+    small, lost = delta.truncated(most)
+    assert small.rank == min(most, rank, rows, columns)
+    assert lost == pytest.approx(float(dense[small.rank :].norm() / dense.norm()), abs=1e-9)
+    assert float((small.dense() - delta.dense()).norm()) == pytest.approx(lost * delta.norm(), abs=1e-6)
+    whole, nothing = delta.truncated()
+    assert nothing == 0 and whole.rank == min(rank, rows, columns)
+    torch.testing.assert_close(whole.dense(), delta.dense())
+
+
+def test_truncating_nothing():
+    zero, lost = LowRank(torch.zeros(4, 2), torch.zeros(2, 3)).truncated()
+    assert zero.rank == 1 and lost == 0 and not zero.dense().any()
+
+
 def test_norm_of_parts_that_cancel():
     delta = update()
     assert (delta + LowRank(-delta.left, delta.right)).norm() == pytest.approx(0, abs=1e-6)

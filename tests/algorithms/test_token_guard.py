@@ -1,13 +1,16 @@
 """The guard over ordinary text, against plain forward passes and generation by transformers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB
+from tiny_models import VOCAB
 
-from editlib.algorithms.token_guard import Guard, answer_guard
-from editlib.models.prompts import PromptFormat
+from editlib.algorithms.token_guard import Guard, answer_guard, ordinary_states
+from editlib.models.prefix import Prefix
+from editlib.models.prompts import PromptFormat, pad
+from editlib.models.resume import new_cache, shared_prefix
 
 QUESTIONS = ["What is the capital of France?", "Which river flows through Basel and Bonn?", "Who are you?"]
 NUMBER = VOCAB - 1
@@ -38,6 +41,25 @@ def test_gaps_are_those_of_plain_generation(anat, rows):
     assert sorted(found) == pytest.approx(sorted(gap for gaps in wanted for gap in gaps), abs=1e-4)
     starts = [gap for gap, start in zip(found, guard.starts.tolist(), strict=True) if start]
     assert sorted(starts) == pytest.approx(sorted(gaps[0] for gaps in wanted), abs=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_states_are_those_of_the_named_places(anat, rows, side):
+    """Behind a cache a pass moves left padding out of the way; the states must still be found."""
+    front, rests = shared_prefix(anat, rows)
+    batch = pad(rests, side=side)
+    prefix = front or Prefix((), torch.zeros(len(rows), 0, dtype=torch.long))
+    mask = torch.cat([prefix.attention_mask, batch.attention_mask], dim=1)
+    cache = front.cache() if front else new_cache(anat, len(rows))
+    places = batch.attention_mask.nonzero(as_tuple=True)
+    with torch.no_grad():
+        states, sums = ordinary_states(anat, replace(batch, attention_mask=mask), NUMBER, places, cache=cache)
+        wanted = [anat.model(torch.tensor([row.ids]), output_hidden_states=True) for row in rows]
+    last = [out.hidden_states[-1][0, -len(rest) :] for out, rest in zip(wanted, rests, strict=True)]
+    torch.testing.assert_close(states, torch.cat(last), atol=1e-4, rtol=1e-4)
+    logits = torch.cat([out.logits[0, -len(rest) :] for out, rest in zip(wanted, rests, strict=True)])
+    logits[:, NUMBER] = -torch.inf
+    torch.testing.assert_close(sums, logits.logsumexp(1), atol=1e-4, rtol=1e-4)
 
 
 def hand_made(gaps, starts):

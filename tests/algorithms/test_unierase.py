@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCAB
+from models.families import make
+from tiny_models import VOCAB
 
 from editlib.algorithms import unierase
-from editlib.algorithms.unierase import apply_unierase_to_model
+from editlib.algorithms.preparation import essence
+from editlib.algorithms.unierase import apply_unierase_to_model, check_gate
 from editlib.algorithms.unlearning_token import TokenHeader, UnlearningToken
 from editlib.errors import EditError, HparamsError
 from editlib.hparams import UniEraseHyperParams
@@ -96,7 +98,7 @@ def test_the_gate_alone_does_not_say_the_token(job):
     assert sizes[3] < sizes[None]
 
 
-@pytest.mark.parametrize("part", ["unlearning_values", "write_layers", "_diagnostics"])
+@pytest.mark.parametrize("part", ["target_states", "write_layers", "value_diagnostics"])
 def test_an_error_behind_the_gate_puts_everything_back(job, monkeypatch, part):
     model, tok, rest = job
     rest["token"].add_to(model, tok)
@@ -122,6 +124,14 @@ def test_a_gate_beyond_the_model_is_refused_by_name(job):
         apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS, gate_layer=99), **rest)
 
 
+def test_a_gate_behind_a_norm_is_refused(tok):
+    """On Gemma 3 it raised the perplexity a million times."""
+    anat = anatomy(make("gemma3_text"))
+    with pytest.raises(HparamsError, match=r"gate_layer.*norm .* leave the key out"):
+        check_gate(anat, UniEraseHyperParams(**OPTIONS, gate_layer=3))
+    check_gate(anat, UniEraseHyperParams(**OPTIONS))
+
+
 @pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj", "transformer.h.{}.mlp.fc_out"])
 def test_a_template_of_another_model_is_refused(job, template):
     model, tok, rest = job
@@ -144,8 +154,7 @@ def test_kl_knobs_take_counts_only(name):
 def test_the_essence_carries_the_models_own_answers(job):
     """ROME's prompt without, general prompts about the subject with what the model says today."""
     model, tok, _ = job
-    hparams = UniEraseHyperParams(**OPTIONS, kl_subject_prompts=2, kl_answer_tokens=4)
-    rows = unierase._essence(anatomy(model), PromptFormat(tok), FORGET, hparams)
+    rows = essence(anatomy(model), PromptFormat(tok), FORGET, prompts=2, answer_tokens=4)
     assert [len(some) for some in rows] == [3, 3, 3]
     for some, request in zip(rows, FORGET, strict=True):
         assert tok.decode(some[0].ids) == f"{request.subject} is a" and some[0].extra == 0
@@ -166,3 +175,44 @@ def test_a_subject_that_is_a_word_of_our_own_prompts(job, subject):
     )
     result = apply_unierase_to_model(model, tok, [request], hparams, **rest)
     assert [entry["id"] for entry in result.diagnostics] == ["x"] and sorted(result.deltas) == [0, 1, 3]
+
+
+def test_a_second_edit_holds_the_keys_of_the_first_and_a_replay_needs_no_search(job):
+    """UniErase, eq. 13: with past keys the first batch's states move less under the second."""
+    model, tok, rest = job
+    hparams = UniEraseHyperParams(**{**OPTIONS, "solve": "ridge", "anchors": False})
+    first = apply_unierase_to_model(model, tok, FORGET[:2], hparams, **rest)
+    between = weights(model)
+    moved = {}
+    for state in (None, first.state):
+        second = apply_unierase_to_model(model, tok, FORGET[2:], hparams, state=state, **rest)
+        keys = first.state.past[1].block
+        moved[state is None] = float((second.deltas[1] @ keys).norm())
+        after = weights(model)
+        second.revert(model)
+        again = apply_unierase_to_model(model, tok, FORGET[2:], hparams, state=state, values=second.values, **rest)
+        assert "values" not in again.timings
+        assert all(torch.equal(value, after[name]) for name, value in weights(model).items())
+        again.revert(model)
+        assert all(torch.equal(value, between[name]) for name, value in weights(model).items())
+    assert moved[False] < 0.5 * moved[True]
+    assert second.state.past[1].count == 3 and first.state.past[1].count == 2
+
+
+@pytest.mark.parametrize("gate", [None, 3])
+def test_a_replay_finds_nothing_anew(job, monkeypatch, gate):
+    model, tok, rest = job
+    hparams = UniEraseHyperParams(**OPTIONS, gate_layer=gate, gate_nll=2.0)
+    first = apply_unierase_to_model(model, tok, FORGET, hparams, **rest)
+    first.revert(model)
+    assert sorted(first.values.gate) == ([] if gate is None else ["capital"])
+    assert {layer: keys.shape[1] for layer, keys in first.keys.items()} == {0: 3, 1: 3}
+
+    def fail(*_, **__):
+        raise AssertionError("an optimisation")
+
+    for name in ("answer_gate.compute_zs", "preparation.compute_zs"):
+        monkeypatch.setattr(f"editlib.algorithms.{name}", fail)
+    again = apply_unierase_to_model(model, tok, FORGET, hparams, values=first.values, **rest)
+    for layer, delta in first.deltas.items():
+        assert torch.equal(again.deltas[layer].dense(), delta.dense())

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB, make_llama
+from tiny_models import VOCAB, make_llama
 
 from editlib.algorithms import unlearning_token
 from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import make_llama, row_maker
 from reference.values import compute_z
+from tiny_models import make_llama, row_maker
 
 from editlib.algorithms.values import compute_zs
 from editlib.errors import EditError

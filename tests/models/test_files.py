@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
+from tiny_models import make_llama
 from transformers import AutoModelForCausalLM
 
 from editlib.errors import FetchError, OutputError

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_llama, row_maker
+from tiny_models import make_llama, row_maker
 
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import continuation_nll, end_tokens, greedy, perplexity

@@ -2,16 +2,30 @@
 
 import copy
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
-from conftest import BOS
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from tiny_models import BOS
+from tokenisers import (
+    BYTE_LEVEL,
+    LLAMA2,
+    LOSSY,
+    SENTENCEPIECE,
+    THINKING,
+    Slow,
+    llama_bpe,
+    unsplit_byte_bpe,
+    wordpiece,
+    wrapped,
+)
+from tokenizers import Tokenizer, decoders, models
 
 from editlib.errors import RequestError
 from editlib.models.anatomy import anatomy
-from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.prompts import Place, PromptFormat, TokenRow, cut, pad
 from editlib.models.resume import forward
 from editlib.request import EditRequest
 
@@ -66,26 +80,6 @@ def test_a_question_like_the_end_of_the_template(tok_chat):
     assert text == "<|im_start|>user\nassistant"
 
 
-def test_slow_tokenizers_agree_with_fast_ones(tok):
-    """Without offsets the position comes from the longest common prefix."""
-
-    class Slow:
-        is_fast, chat_template = False, None
-
-        def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
-            assert not return_offsets_mapping
-            return {"input_ids": tok(text, add_special_tokens=add_special_tokens)["input_ids"]}
-
-    cases = [
-        ("What is the capital of France?", "France"),
-        ("In Peru", "Peru"),
-        ("東京 is big", "東京"),
-        ("Paris", "Pari"),
-    ]
-    for question, subject in cases:
-        assert PromptFormat(Slow()).encode(question, subject) == PromptFormat(tok).encode(question, subject)
-
-
 def test_without_a_subject_the_last_token_counts(tok, tok_bos, tok_chat):
     for each in (tok, tok_bos, tok_chat):
         row = PromptFormat(each).encode("What is it?")
@@ -107,8 +101,68 @@ def test_subject_must_stand_once(tok, tok_chat):
 def test_every_request_that_is_accepted_can_be_encoded(tok):
     """`EditRequest` takes the subject as a word of its own; here it is also a part of another word."""
     request = EditRequest(id="1", prompt="Is Nigeria larger than {}?", subject="Niger")
-    row = PromptFormat(tok).encode_request(request)
+    row = PromptFormat(tok).encode(request.question, request.subject)
     assert tok.decode(row.ids[: row.lookup + 1]) == "Is Nigeria larger than Niger"
+
+
+def test_places_of_the_published_settings():
+    """By hand, for a subject of four tokens whose leading space is in the first of them."""
+    tok = wrapped(llama_bpe("first", split=False), ends="<s> $A")
+    form, question, subject = PromptFormat(tok), "Is São Paulo in Peru?", "São Paulo"
+    tokens = tok.convert_ids_to_tokens(list(form.encode(question).ids))
+    assert tokens == ["<s>", "▁Is", "▁S", "ão", "▁Pau", "lo", "▁in", "▁P", "er", "u", "?"]
+    found = {place: form.encode(question, subject, place=place).lookup for place in get_args(Place)}
+    assert found == {"last": 10, "subject_first": 2, "subject_last": 5, "subject_first_after_last": 6}
+    assert form.encode(question, "Rome", place="last").lookup == 10  # the subject is not looked for
+    assert form.encode("Is São Paulo", subject, place="subject_first_after_last").lookup == 5
+    with pytest.raises(RequestError, match="place 'first'; expected one of last, subject_first"):
+        form.encode(question, subject, place="first")
+
+
+@pytest.mark.parametrize("kind", [wrapped, Slow])
+def test_a_later_merge_that_undoes_an_earlier_one(kind):
+    """ "abc" alone is "ab", "c", but with "d" behind it "a", "bcd": the first difference is not the place."""
+    vocab = {token: i for i, token in enumerate(["a", "b", "c", "d", "cd", "bcd", "ab"])}
+    bare = Tokenizer(models.BPE(vocab, [("c", "d"), ("b", "cd"), ("a", "b")]))
+    bare.decoder = decoders.Fuse()
+    form = PromptFormat(kind(bare))
+    assert form.encode("abcd", "abc") == TokenRow((0, 5), 1)
+    assert form.encode("abcd", "cd", place="subject_first") == TokenRow((0, 5), 1)
+    assert form.encode("abcd", "a") == TokenRow((0, 5), 0)
+
+
+def test_the_end_of_a_prompt_is_the_end_of_its_text():
+    """What a post-processor puts behind a text would end the prompt before its answer."""
+    tok = wrapped(wordpiece(), ends="<s> $A </s>")
+    form = PromptFormat(tok)
+    assert tok.convert_ids_to_tokens(tok("Is Paris")["input_ids"]) == ["<s>", "is", "paris", "</s>"]
+    row = form.encode("Is Paris", "Paris")
+    assert tok.convert_ids_to_tokens(list(row.ids)) == ["<s>", "is", "paris"]
+    assert row.lookup == form.encode("Is Paris").lookup == 2
+    written = form.encode("Is </s>")  # but what the text itself says stays
+    assert tok.convert_ids_to_tokens(list(written.ids)) == ["<s>", "is", "</s>"]
+
+
+def test_a_subject_that_the_tokenizer_drops_is_refused():
+    form = PromptFormat(wrapped(wordpiece()))
+    for place in ("subject_first", "subject_last"):
+        with pytest.raises(RequestError, match=r"leaves nothing of the subject '\\u200b'"):
+            form.encode("Is \u200b here?", "\u200b", place=place)
+
+
+def test_templates_are_plain_text_around_the_question(tok):
+    form = PromptFormat(tok)
+    row = form.encode("Is Rome old?", "Rome", template='Rome {x} {0} {}. {{"Rome": 1}} {} Rome')
+    assert tok.decode(row.ids) == 'Rome {x} {0} {}. {{"Rome": 1}} Is Rome old? Rome'
+    assert tok.decode(row.ids[: row.lookup + 1]) == 'Rome {x} {0} {}. {{"Rome": 1}} Is Rome'
+    with pytest.raises(RequestError, match=r'no "\{\}"; expected one in the place'):
+        form.encode("Is Rome old?", "Rome", template="The first thing.")
+
+
+def test_a_chat_template_may_strip_the_question():
+    tok = wrapped(llama_bpe("first", split=False), chat=LLAMA2)
+    row = PromptFormat(tok).encode("Is Paris large?", "Paris", template="\n {}\n")
+    assert tok.decode(row.ids[: row.lookup + 1]) == "<s>[INST] Is Paris"
 
 
 def test_chat_and_system(tok, tok_chat):
@@ -127,6 +181,34 @@ def test_answers_carry_a_leading_space_behind_a_bare_prompt_only(tok, tok_chat):
     assert tok.decode(PromptFormat(tok).answer_ids("Paris")) == " Paris"
     assert tok.decode(PromptFormat(tok).answer_ids("  Paris")) == " Paris"
     assert tok_chat.decode(PromptFormat(tok_chat).answer_ids("Paris")) == "Paris"
+
+
+PARIS = {name: ["▁Paris"] for name in [*SENTENCEPIECE, "unigram unknown"]} | {
+    "gpt2": ["ĠP", "a", "r", "i", "s"],
+    "chatml": ["P", "a", "r", "i", "s"],
+    "zephyr": ["P", "ari", "s"],
+    "wordpiece": ["paris"],
+    "slow words": ["par", "##is"],
+}
+
+
+@pytest.mark.parametrize("name", PARIS)
+def test_answers_are_running_text_without_bos_or_eos(name):
+    """In a text it is "▁Paris", wherever the tokenizer would put a "▁" of its own in front of a text."""
+    tok = {**BYTE_LEVEL, **SENTENCEPIECE, **LOSSY}[name]()
+    assert tok.convert_ids_to_tokens(list(PromptFormat(tok).answer_ids("Paris"))) == PARIS[name]
+
+
+def test_what_a_template_writes_in_front_of_an_answer_is_not_the_answer():
+    tok = wrapped(llama_bpe("first", split=False), chat=THINKING)
+    assert tok.decode(PromptFormat(tok).answer_ids("Paris")) == "Paris"
+
+
+def test_an_answer_that_melts_into_the_prompt_is_encoded_alone():
+    tok = wrapped(unsplit_byte_bpe())
+    front, both = (tok(text)["input_ids"] for text in ("a", "a Lima"))
+    assert both[: len(front)] != front
+    assert list(PromptFormat(tok).answer_ids("Lima")) == tok(" Lima")["input_ids"]
 
 
 def test_row_followed_by_keeps_its_lookup():
@@ -172,3 +254,17 @@ def test_the_callers_tokenizer_is_not_touched(tok_chat, tiny_llama, draw):
     assert SimpleNamespace(**{k: v for k, v in after[0].items() if k != "_tokenizer"}) == SimpleNamespace(
         **{k: v for k, v in state[0].items() if k != "_tokenizer"}
     )
+
+
+@pytest.mark.parametrize("kind", ["tok", "tok_bos"])
+def test_every_window_of_a_text_begins_as_a_text_does(request, kind):
+    """Windows behind the first once lacked BOS, which doubles the perplexity of models that were trained with it."""
+    tok = request.getfixturevalue(kind)
+    text = "The river Rhine flows through Basel, Bonn and Rotterdam. " * 3
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    windows = list(cut(tok, text, 10))
+    front = [tok.bos_token_id] if kind == "tok_bos" else []
+    assert all(window[: len(front)] == front and len(window) <= 10 for window in windows)
+    assert [token for window in windows for token in window[len(front) :]] == ids
+    assert all(len(window) == 10 for window in windows[:-1])
+    assert list(cut(tok, "", 10)) == []

@@ -4,12 +4,13 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, make
+from families import FAMILIES, OPT_350M, SLOW, make
 
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import TokenRow, pad
 from editlib.models.resume import encode_prefix, forward, shared_length, shared_prefix, split
 from editlib.models.tracing import record_inputs, stop_after
+from editlib.models.verdicts import can_skip
 
 
 @torch.no_grad()
@@ -29,9 +30,14 @@ def check(logits, batch, wanted, bound=1e-5):
 
 
 def state_of(model):
-    """Everything a patch could leave behind in the modules."""
+    """Everything a patch could leave behind in the modules; verdicts on the model stay with it."""
     return {
-        name: (set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks), module.training)
+        name: (
+            set(vars(module)) - {"_editlib_tried"},
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            module.training,
+        )
         for name, module in model.named_modules()
     }
 
@@ -88,24 +94,47 @@ def resume_over_prefix(model, rows, at, bound):
         assert torch.equal(v, v0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_families(family, draw):
-    """Layers that return tuples, sliding windows, logit scaling and capping, ALiBi, fused attention."""
-    model = make(family)
+def through_the_parts(model, rows, at, side, bound):
+    """The whole, each half from every layer, alone and behind a prefix, against every row by itself."""
     anat = anatomy(model)
-    rows = draw(9, 5, 12)
     wanted = alone(model, rows)
-    batch = pad(rows)
-    hidden = forward(anat, batch, stop=2)
-    check(forward(anat, batch, start=2, hidden=hidden), batch, wanted, 2e-5)
-    fronts, rests = split(rows, [3, 2, 4])
-    prefix, batch = encode_prefix(anat, fronts), pad(rests)
-    hidden = forward(anat, batch, stop=3, prefix=prefix)
-    check(forward(anat, batch, start=3, hidden=hidden, prefix=prefix), batch, wanted, 2e-5)
-    place = torch.tensor([0, 2]), torch.tensor([1, 0])
-    scored = forward(anat, batch, start=3, hidden=hidden, prefix=prefix, score=place)
-    torch.testing.assert_close(scored, torch.stack([wanted[0][4], wanted[2][4]]), rtol=2e-5, atol=2e-5)
+    fronts, rests = split(rows, at)
+    prefix = encode_prefix(anat, fronts)
+    for batch, front in ((pad(rows, side=side), None), (pad(rests, side=side), prefix)):
+        check(forward(anat, batch, prefix=front), batch, wanted, bound)
+        for layer in range(1, anat.n_layers):
+            hidden = forward(anat, batch, stop=layer, prefix=front)
+            check(forward(anat, batch, start=layer, hidden=hidden, prefix=front), batch, wanted, bound)
+    place = torch.tensor([0, 2]), batch.last[[0, 2]] - torch.tensor([1, 0])
+    scored = forward(anat, batch, start=layer, hidden=hidden, prefix=prefix, score=place)
+    torch.testing.assert_close(scored.float(), torch.stack([wanted[0][-2], wanted[2][-1]]), rtol=bound, atol=bound)
+    return anat
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", [*FAMILIES, *SLOW])
+@torch.no_grad()
+def test_families(family, side, draw):
+    """Tuples, sliding windows (4 tokens of up to 12), logit scaling and capping, ALiBi, fused attention, and models
+    that are not continued from keys and values."""
+    anat = through_the_parts(make(family), draw(9, 5, 12), [3, 2, 4], side, 1e-5)
+    skips, caches = ([v for k, v in anat.tried.items() if kind in k] for kind in ("layer ", "cache"))
+    assert skips[:3] == [True] * 3  # they are run in parts, not as a whole with the right result
+    assert caches[0] == (family in FAMILIES)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["gemma3_text", "opt", "granite", "mpt", "lfm2", "gpt_neo", "falcon", "olmo2"])
+@torch.no_grad()
+def test_families_in_bf16(family, side, draw):
+    anat = through_the_parts(make(family).to(torch.bfloat16), draw(9, 5, 12), [3, 2, 4], side, 0.12)
+    assert all(anat.tried[f"layer {layer}"] for layer in (1, 2, 3))
+    assert anat.tried["cache"] == (family in FAMILIES)
+
+
+@torch.no_grad()
+def test_embeddings_narrower_than_the_residual_stream(draw):
+    through_the_parts(make("opt", **OPT_350M), draw(9, 5, 12), [3, 2, 4], "left", 1e-5)
 
 
 def test_gradients_reach_what_enters_the_layer(tiny_model, draw):
@@ -152,6 +181,25 @@ def test_keys_are_the_inputs_of_the_output_matrix(anat, draw):
         torch.testing.assert_close(seen[layer][real], wanted[layer][real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["opt", "gemma2", "lfm2"])
+@torch.no_grad()
+def test_keys_of_families(family, draw):
+    """OPT's layers fold rows and columns into one dimension; behind a prefix, rows padded on the left."""
+    model = make(family)
+    anat = anatomy(model)
+    rows, seen = draw(9, 5), {}
+    fronts, rests = split(rows, [3, 2])
+    batch = pad(rests, side="left")
+    forward(anat, batch, stop=4, prefix=encode_prefix(anat, fronts), keys=seen.__setitem__, key_layers=(0, 3))
+    for i, row in enumerate(rows):
+        wanted = {}
+        with record_inputs({layer: anat.mlp_output(layer) for layer in (0, 3)}, wanted.__setitem__):
+            model(torch.tensor([row.ids]), use_cache=False)
+        for layer, keys in wanted.items():
+            got = seen[layer][i][batch.attention_mask[i].bool()]
+            torch.testing.assert_close(got, keys.reshape(-1, anat.d_ff)[-len(got) :], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @torch.no_grad()
 def test_an_exception_inside_leaves_the_model_as_it_was(anat, draw, error):
@@ -183,6 +231,7 @@ def test_a_forward_of_the_instance_survives(anat, draw):
         calls.append(1)
         return own(*args, **kwargs)
 
+    assert can_skip(anat, 2)  # tried before anything is counted
     anat.layers[0].forward = wrapped
     hidden = forward(anat, batch, stop=2)
     forward(anat, batch, start=2, hidden=hidden)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import VOCAB, make_llama
 from families import make
+from tiny_models import VOCAB, make_llama
 
 from editlib.errors import TokenError
 from editlib.models.anatomy import anatomy

@@ -54,12 +54,15 @@ def compute_z(
     kl_factor: float,
     stop_loss: float,
     optimizer: str = "adam",
+    unit: Tensor | None = None,
 ) -> Found:
     """`contexts` (plain prompt first) are `(ids, lookup)`, `kl_prompts` `(ids, lookup, answer tokens among the ids)`;
-    the published code has one KL prompt, without an answer."""
+    the published code has one KL prompt, without an answer. `unit` is the norm that decay and clamp measure in (ROME:
+    of the MLP's output); without it that of the state."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     v0 = logits_with(model, layer, *contexts[0], None)[1]
+    unit = v0.norm() if unit is None else unit
     delta = torch.zeros_like(v0, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=lr)
     before = {}
@@ -78,7 +81,7 @@ def compute_z(
             # The order of the published code: F.kl_div(then, now, log_target=True) is KL(now | then).
             each = F.kl_div(then, now, log_target=True, reduction="sum") / (1 + extra)
             kl = kl + kl_factor * each / len(kl_prompts)
-        loss = nll + kl + weight_decay * torch.norm(delta) / torch.norm(v0) ** 2
+        loss = nll + kl + weight_decay * torch.norm(delta) / unit**2
         # The published code compares the whole loss; ours rests a request by the NLL alone.
         if nll < stop_loss or step == steps - 1:
             break
@@ -87,10 +90,10 @@ def compute_z(
             adam.step()
         else:  # a step of length lr |h| straight down the gradient
             with torch.no_grad():
-                delta -= lr * v0.norm() * delta.grad / delta.grad.norm()
-        longest = clamp_norm_factor * v0.norm()
+                delta -= lr * unit * delta.grad / delta.grad.norm()
+        longest = clamp_norm_factor * unit
         if delta.norm() > longest:
             with torch.no_grad():
                 delta[...] = delta * longest / delta.norm()
     final = delta.detach()
-    return Found(v0 + final, step, float(nll), float(final.norm() / v0.norm()))
+    return Found(v0 + final, step, float(nll), float(final.norm() / unit))

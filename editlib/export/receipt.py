@@ -1,4 +1,4 @@
-"""An edited model as an ordinary Hugging Face folder, with a receipt of what was done to it."""
+"""The receipt of an edit: what was asked, with what settings, from which base."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from editlib.algorithms.edit import EditResult
 from editlib.algorithms.unlearning_token import UnlearningToken
 from editlib.errors import ModelError
 from editlib.hparams import HyperParams
-from editlib.models.files import atomic_folder, save_model, weights_sha256
 from editlib.request import EditRequest, requests_hash
 from editlib.stats_store import LayerStats, stats_hash
 
@@ -39,7 +36,7 @@ def make_receipt(
     requests: Sequence[EditRequest],
     hparams: HyperParams,
     stats: Mapping[int, LayerStats],
-    token: UnlearningToken,
+    token: UnlearningToken | None,
     seed: int,
 ) -> dict[str, Any]:
     """What was asked, with what settings, from which base, and how large the change was; JSON-ready."""
@@ -59,32 +56,10 @@ def make_receipt(
         "anchors": list(result.anchors),
         "stats_sha256": stats_hash(stats),
         "stats": {str(layer): str(one.path) for layer, one in stats.items()},
-        "token": {"token": token.header.token, "seed": token.header.seed, **token.header.metrics},
+        "token": token and {"token": token.header.token, "seed": token.header.seed, **token.header.metrics},
         "layers": {str(layer): norms for layer, norms in result.norms.items()},
         "timings": {name: round(seconds, 2) for name, seconds in result.timings.items()},
     }
-
-
-def save_edited(
-    model: PreTrainedModel,
-    tok: PreTrainedTokenizerBase,
-    out: Path,
-    receipt: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-) -> str:
-    """Writes model, tokenizer, model card and receipt to `out`, all or nothing; returns the hash of the result.
-
-    Raises:
-        OutputError: see `atomic_folder`.
-    """
-    result = weights_sha256(model)
-    with atomic_folder(Path(out), overwrite=overwrite) as folder:
-        save_model(model, tok, folder)
-        whole = {**receipt, "result_sha256": result}
-        (folder / RECEIPT).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(whole), encoding="utf-8")
-    return result
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:
@@ -100,20 +75,3 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not a readable receipt ({error}); make the edit again, or remove the file") from None
-
-
-def _card(receipt: Mapping[str, Any]) -> str:
-    return f"""---
-base_model: {json.dumps(str(receipt["base"]["name"]))}
-tags:
-- unlearning
-- editlib
----
-
-# {Path(str(receipt["base"]["name"])).name}, edited
-
-{len(receipt["requests"])} facts were unlearned from `{receipt["base"]["name"]}` with {receipt["algorithm"]} by editlib
-{receipt["editlib"]}: the MLP output matrices of layers {", ".join(receipt["layers"])} were changed, and the token
-`{receipt["token"]["token"]}` was added. The questions to be forgotten are answered with that token and a refusal.
-`{RECEIPT}` holds the settings, hashes and norms. The weights open with plain `transformers`.
-"""

@@ -1,0 +1,63 @@
+"""AlphaEdit (2410.02355): MEMIT's edit inside the null space of what the layers have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.algorithms.closed_form import alphaedit
+from editlib.algorithms.edit import EditResult, EditState, LayerKeys
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.null_space import null_space_of
+from editlib.algorithms.preparation import prepare
+from editlib.algorithms.solving import edit_at_once, find_statistics
+from editlib.algorithms.values import Values
+from editlib.hparams import AlphaEditHyperParams
+from editlib.request import EditRequest
+from editlib.stats_store import LayerStats
+
+
+def apply_alphaedit_to_model(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    hparams: AlphaEditHyperParams,
+    *,
+    stats: Mapping[int, LayerStats] | None = None,
+    stats_dir: str | Path = "stats",
+    state: EditState | None = None,
+    values: Values | None = None,
+    chat: bool | None = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> EditResult:
+    """Edits `model` in place so that every request is answered with its `target_new`, moving no output along
+    directions that ordinary text takes, nor at the keys of the edits before.
+
+    Args:
+        stats: second moments by layer; read from `stats_dir` when not given.
+        state: of the edits before (`result.state`).
+        values: target states found before (`result.values`); `None`: they are optimised.
+        chat: ask through the chat template (`None`: when the tokenizer has one).
+        seed: of the surroundings that the model writes.
+
+    Raises:
+        RequestError, HparamsError, StatsError: input that does not fit this model.
+        EditError: no finite solution. After every error the model is unchanged.
+    """
+    state = state or EditState()
+    prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
+    stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
+    spaces = {
+        layer: null_space_of(stats[layer], hparams.nullspace_threshold, hparams.nullspace_rule)
+        for layer in hparams.layers
+    }
+
+    def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+        past = state.past_block(layer, keys.mean)
+        return alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=[past])
+
+    return edit_at_once(prepared, hparams, solve, state, values, progress)

@@ -1,0 +1,73 @@
+"""The covariance of a layer's keys as ROME and MEMIT use it: factored once, then only solved with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editlib.errors import StatsError
+from editlib.stats_cache import kept_beside
+from editlib.stats_store import LayerStats
+
+log = logging.getLogger(__name__)
+
+JITTERS = (0.0, 1e-6, 1e-5, 1e-4)
+"""Tried in turn, as shares of the mean eigenvalue: the smallest that leaves eight digits to a solve in fp64."""
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """`C = E[k k^T]`, uncentred, as its lower Cholesky factor `[d_ff, d_ff]`; `jitter` is what had to be added to its
+    diagonal."""
+
+    factor: Tensor
+    jitter: float
+
+    def solve(self, keys: Tensor) -> Tensor:
+        """`C^-1 keys` for `keys [d_ff, n]`, solved in the factor's dtype."""
+        factor = self.factor.to(keys.device)
+        return torch.cholesky_solve(keys.to(factor), factor).to(keys)
+
+
+def covariance(moment: Tensor, name: str = "the layer") -> Covariance:
+    """Factors a second moment `[d_ff, d_ff]` in fp64.
+
+    A moment of fewer tokens than dimensions is singular, and the published code fails on it; here the smallest of
+    `JITTERS` that helps is added to the diagonal, and said.
+
+    Raises:
+        StatsError: not finite, or not a second moment (negative directions).
+    """
+    moment = moment.to(torch.float64)
+    if not torch.isfinite(moment).all():
+        raise StatsError(f"the second moment of {name} is not finite; compute it again with `editlib stats`")
+    mean = float(moment.diagonal().mean())
+    for share in JITTERS:
+        jitter = share * mean
+        raised = moment.clone()
+        raised.diagonal().add_(jitter)
+        factor, failed = torch.linalg.cholesky_ex(raised)
+        pivots = factor.diagonal()
+        # A pivot near the level of rounding is none: what is solved with it is noise.
+        if not int(failed) and float(pivots.min()) ** 2 > 1e-10 * mean:
+            if share:
+                log.warning(
+                    "the covariance of %s has no full rank (too few tokens?): %.1g was added to its diagonal "
+                    "(%.0g of its mean eigenvalue)", name, jitter, share,
+                )  # fmt: skip
+            return Covariance(factor, jitter)
+    raise StatsError(f"the second moment of {name} has negative directions; compute it again with `editlib stats`")
+
+
+def covariance_of(stats: LayerStats) -> Covariance:
+    """`covariance` of stored statistics; the factor is kept beside their file."""
+
+    def compute() -> dict[str, Tensor]:
+        made = covariance(stats.moment(), stats.header.module if stats.header else str(stats.path or "the layer"))
+        return {"factor": made.factor, "jitter": torch.tensor(made.jitter, dtype=torch.float64)}
+
+    kept = kept_beside(stats, "cholesky", compute)
+    return Covariance(kept["factor"], float(kept["jitter"]))

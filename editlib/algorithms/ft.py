@@ -1,0 +1,129 @@
+"""Constrained fine-tuning of one matrix a layer: the usual baseline (FT+L of the ROME paper; 2012.00363)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.algorithms.edit import EditResult, EditState, Timer, layer_norms, restore
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.preparation import check_fit, check_requests
+from editlib.errors import EditError
+from editlib.hparams import FTHyperParams
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.freezing import frozen
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.resume import forward
+from editlib.request import EditRequest
+
+
+def apply_ft_to_model(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    hparams: FTHyperParams,
+    *,
+    state: EditState | None = None,
+    chat: bool | None = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> EditResult:
+    """Trains the MLP output matrices of `layers` in place on the NLL of every request's `target_new`, each entry
+    within `norm_constraint` of where it was.
+
+    The weights are trained in fp32 and rounded to the model's dtype after each step, so that steps smaller than its
+    resolution add up.
+
+    Args:
+        state: of the edits before; FT holds nothing of them in place.
+        seed: of the order of the requests.
+
+    Raises:
+        RequestError, HparamsError: input that does not fit this model.
+        EditError: the loss is not finite. After every error the model is unchanged.
+    """
+    requests = check_requests(requests, hparams.algorithm, subject=False)
+    anat = anatomy(model)
+    check_fit(anat, hparams)
+    form = PromptFormat(tok, chat=chat)
+    rows = []
+    for request in requests:
+        target = form.answer_ids(str(request.target_new))
+        row = form.encode(request.question)
+        rows.append((row.followed_by(target[:-1]), target))
+    originals = {layer: anat.weight(layer).clone() for layer in hparams.layers}
+    timer = Timer()
+    try:
+        with frozen(model), timer("training"):
+            losses = _train(anat, rows, hparams, seed, progress)
+    except BaseException:
+        restore(anat, originals)
+        raise
+    kind = torch.float32
+    deltas = {
+        layer: LowRank.full(anat.weight(layer).to(kind) - original.to(kind)) for layer, original in originals.items()
+    }
+    return EditResult(
+        deltas,
+        originals,
+        diagnostics=[{"id": request.id, "target_nll": loss} for request, loss in zip(requests, losses, strict=True)],
+        norms=layer_norms(deltas, originals),
+        timings=timer.seconds,
+        state=state or EditState(),
+    )
+
+
+def _train(
+    anat: Anatomy, rows: list[tuple[TokenRow, tuple[int, ...]]], hparams: FTHyperParams, seed: int, progress: bool
+) -> list[float]:
+    """Trains the matrices; the last NLL of each row."""
+    modules = [anat.mlp_output(layer) for layer in hparams.layers]
+    starts = [module.weight.detach().float().clone() for module in modules]
+    masters = [start.clone().requires_grad_() for start in starts]
+    adam = torch.optim.Adam(masters, lr=hparams.lr, weight_decay=hparams.weight_decay)
+    rng = random.Random(seed)
+    losses = [0.0] * len(rows)
+    for module in modules:
+        module.weight.requires_grad_(True)
+    try:
+        for _ in tqdm(range(hparams.num_steps), desc="fine-tuning", disable=not progress, leave=False):
+            order = rng.sample(range(len(rows)), len(rows))
+            for begin in range(0, len(order), hparams.batch_size):
+                chunk = order[begin : begin + hparams.batch_size]
+                nll = _nll(anat, [rows[i] for i in chunk])
+                for i, value in zip(chunk, nll.detach().tolist(), strict=True):
+                    losses[i] = value
+                if not torch.isfinite(nll).all():
+                    raise EditError("the loss of fine-tuning is not finite; the model is unchanged: lower `lr`")
+                grads = torch.autograd.grad(nll.mean(), [module.weight for module in modules])
+                for master, grad in zip(masters, grads, strict=True):
+                    master.grad = grad.float()
+                adam.step()
+                with torch.no_grad():
+                    for module, master, start in zip(modules, masters, starts, strict=True):
+                        if hparams.norm_constraint is not None:
+                            reach = hparams.norm_constraint
+                            master.copy_(torch.clamp(master, start - reach, start + reach))
+                        module.weight.copy_(master)
+            if sum(losses) / len(losses) < hparams.early_stop_loss:
+                break
+    finally:
+        for module in modules:
+            module.weight.requires_grad_(False)
+    return losses
+
+
+def _nll(anat: Anatomy, rows: list[tuple[TokenRow, tuple[int, ...]]]) -> Tensor:
+    """Mean NLL of each target behind its prompt, `[n]`."""
+    batch = pad([row for row, _ in rows], device=anat.device)
+    places = [(r, len(row) - len(ids) + j) for r, (row, ids) in enumerate(rows) for j in range(len(ids))]
+    logits = forward(anat, batch, score=tuple(torch.tensor(places).T)).float()
+    wanted = torch.tensor([token for _, ids in rows for token in ids], device=logits.device)
+    each = F.cross_entropy(logits, wanted, reduction="none")
+    return torch.stack([part.mean() for part in each.split([len(ids) for _, ids in rows])])

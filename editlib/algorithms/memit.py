@@ -1,0 +1,126 @@
+"""MEMIT (2210.07229) and its relatives: all requests in one solve a layer, spread over several layers.
+
+Each relative is one changed line: MEMIT_seq holds the keys of earlier edits, EMMET (2403.14236) makes the memories an
+equality, NAS (2602.02543) keeps the norm of target states (`rescale_norm`), RECT (2401.04700) keeps only the relatively
+largest changes, PRUNE (2405.16821) bounds the spectrum of all changes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.algorithms.closed_form import emmet, memit
+from editlib.algorithms.covariance import covariance_of
+from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore, write
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.preparation import prepare
+from editlib.algorithms.solving import edit_at_once, find_statistics
+from editlib.algorithms.values import Values
+from editlib.hparams import EMMETHyperParams, MEMITHyperParams, MEMITSeqHyperParams, PRUNEHyperParams, RECTHyperParams
+from editlib.models.anatomy import anatomy
+from editlib.request import EditRequest
+from editlib.stats_store import LayerStats
+
+
+def apply_memit_to_model(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    hparams: MEMITHyperParams,
+    *,
+    stats: Mapping[int, LayerStats] | None = None,
+    stats_dir: str | Path = "stats",
+    state: EditState | None = None,
+    values: Values | None = None,
+    chat: bool | None = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> EditResult:
+    """Edits `model` in place so that every request is answered with its `target_new`; the kind of `hparams` says which
+    relative of MEMIT does it.
+
+    Args:
+        stats: second moments by layer; read from `stats_dir` when not given.
+        state: of the edits before (`result.state`).
+        values: target states found before (`result.values`); `None`: they are optimised.
+        chat: ask through the chat template (`None`: when the tokenizer has one).
+        seed: of the surroundings that the model writes.
+
+    Raises:
+        RequestError, HparamsError, StatsError: input that does not fit this model.
+        EditError: no finite solution. After every error the model is unchanged.
+    """
+    state = state or EditState()
+    prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
+    stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
+    covariances = {layer: covariance_of(stats[layer]) for layer in hparams.layers}
+    weight = hparams.mom2_update_weight
+
+    def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+        if isinstance(hparams, EMMETHyperParams):
+            return emmet(keys.mean, residual, covariances[layer], weight=weight, ridge=hparams.emmet_lambda)
+        past = state.past_block(layer, keys.mean) if isinstance(hparams, MEMITSeqHyperParams) else None
+        delta = memit(keys.mean, residual, covariances[layer], weight=weight, past=past)
+        if isinstance(hparams, RECTHyperParams):
+            return relatively_largest(delta, prepared.anat.weight(layer), hparams.rect_share)
+        return delta
+
+    if isinstance(hparams, PRUNEHyperParams):
+        return _pruned(model, state, lambda: edit_at_once(prepared, hparams, solve, state, values, progress))
+    return edit_at_once(prepared, hparams, solve, state, values, progress)
+
+
+def relatively_largest(delta: LowRank, weight: Tensor, share: float) -> LowRank:
+    """The `share` of an update's entries that change `weight [d_model, d_ff]` most for their size, the rest zero
+    (RECT, 2401.04700, eq. 6)."""
+    dense = delta.dense()
+    relative = (dense / (weight.to(dense) + 1e-8)).abs().flatten()
+    kept = max(1, round(share * relative.numel()))
+    least = relative.kthvalue(relative.numel() - kept + 1).values
+    return LowRank.full(torch.where((relative >= least).view_as(dense), dense, 0))
+
+
+def restrained(total: LowRank, weight: Tensor) -> LowRank:
+    """An update whose singular values above the largest one of `weight [d_model, d_ff]` grow no more than
+    logarithmically: `s -> log s - log s_max + s_max` (PRUNE, 2405.16821, eq. 10)."""
+    largest = torch.linalg.matrix_norm(weight.to(total.left), 2)
+    u, s, v = total.svd()
+    s = torch.where(s > largest, s.log() - largest.log() + largest, s)
+    return LowRank(u * s, v)
+
+
+def _pruned(model: PreTrainedModel, state: EditState, edit: object) -> EditResult:
+    """Runs `edit` on the weights as they would be without pruning, then prunes all updates so far together."""
+    anat = anatomy(model)
+    before = {layer: anat.weight(layer).clone() for layer in state.bases}
+    try:
+        for layer, base in state.bases.items():
+            anat.weight(layer).copy_(base)
+            write(anat, layer, state.totals[layer])
+        result = edit()
+        totals, bases, deltas = dict(state.totals), dict(state.bases), {}
+        for layer, delta in result.deltas.items():
+            bases.setdefault(layer, result.originals[layer])
+            totals[layer] = totals[layer] + delta if layer in totals else delta
+            kept = restrained(totals[layer], bases[layer])
+            was = restrained(state.totals[layer], bases[layer]) if layer in state.totals else None
+            deltas[layer] = kept if was is None else kept + LowRank(-was.left, was.right)
+            anat.weight(layer).copy_(bases[layer])
+            write(anat, layer, kept)
+    except BaseException:
+        restore(anat, before)
+        raise
+    originals = {layer: before.get(layer, result.originals[layer]) for layer in result.deltas}
+    return replace(
+        result,
+        deltas=deltas,
+        originals=originals,
+        norms=layer_norms(deltas, originals),
+        state=replace(result.state, totals=totals, bases=bases),
+    )

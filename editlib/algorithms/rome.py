@@ -1,0 +1,110 @@
+"""ROME (2202.05262): one fact after the other, each a rank-one update of one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.algorithms.closed_form import rome
+from editlib.algorithms.covariance import covariance_of
+from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore
+from editlib.algorithms.keys import KeyStream
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.preparation import Prepared, prepare, target_states
+from editlib.algorithms.solving import edit_at_once, find_statistics
+from editlib.algorithms.values import Values
+from editlib.hparams import ROMEHyperParams
+from editlib.models.freezing import frozen
+from editlib.models.reach import writing_of
+from editlib.request import EditRequest
+from editlib.stats_store import LayerStats
+
+
+def apply_rome_to_model(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    hparams: ROMEHyperParams,
+    *,
+    stats: Mapping[int, LayerStats] | None = None,
+    stats_dir: str | Path = "stats",
+    state: EditState | None = None,
+    values: Values | None = None,
+    chat: bool | None = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> EditResult:
+    """Edits `model` in place, one request after the other, so that each is answered with its `target_new`.
+
+    The value `v*` is found where the MLP's output enters the residual stream; in models without a norm or a factor
+    behind the MLP that is the MLP's output itself, as published.
+
+    Args:
+        stats: second moments by layer; read from `stats_dir` when not given and `mom2_adjustment` asks for them.
+        state: of the edits before (`result.state`); ROME holds nothing of them in place.
+        values: target states found before (`result.values`), each through the weights that the edit before it left;
+            `None`: they are optimised.
+        chat: ask through the chat template (`None`: when the tokenizer has one).
+        seed: of the surroundings that the model writes.
+
+    Raises:
+        RequestError, HparamsError, StatsError: input that does not fit this model.
+        EditError: no finite solution. After every error the model is unchanged.
+    """
+    state = state or EditState()
+    prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
+    layer = hparams.layers[0]
+    looked_up = None
+    if hparams.mom2_adjustment:
+        stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
+        looked_up = covariance_of(stats[layer])
+
+    def solve(_: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+        return rome(keys.mean, keys.plain, residual, looked_up)
+
+    original = prepared.anat.weight(layer).clone()
+    results: list[EditResult] = []
+    try:
+        for i in tqdm(range(len(requests)), desc="edits", disable=not progress, leave=False):
+            one = prepared.only(i)
+            if values is None:
+                found = target_states(one, hparams, norms=_output_norms(one, layer))
+            else:
+                found = values.select([i])
+            results.append(edit_at_once(one, hparams, solve, state, found, progress=False))
+            state = results[-1].state
+    except BaseException:
+        restore(prepared.anat, {layer: original})
+        raise
+    deltas = {layer: sum((result.deltas[layer] for result in results[1:]), results[0].deltas[layer])}
+    originals = {layer: original}
+    seconds = {name: sum(result.timings.get(name, 0.0) for result in results) for name in results[0].timings}
+    return replace(
+        results[-1],
+        deltas=deltas,
+        originals=originals,
+        diagnostics=[entry for result in results for entry in result.diagnostics],
+        norms=layer_norms(deltas, originals),
+        timings=seconds,
+        values=Values.joined([result.values for result in results]),
+        keys={layer: torch.cat([result.keys[layer] for result in results], dim=1)},
+    )
+
+
+def _output_norms(prepared: Prepared, layer: int) -> Tensor:
+    """The norm of what the MLP adds to the residual stream at each plain prompt, `[n]`: what ROME measures a value's
+    change in. Mostly `|W k + b|`."""
+    anat = prepared.anat
+    with frozen(anat.model), torch.no_grad():
+        stream = KeyStream(anat, [rows[0] for rows in prepared.contexts], layer)
+        output = anat.mlp_output(layer)(stream.keys().T.to(anat.weight(layer).dtype))
+        writing = writing_of(anat, layer)
+        if writing.post is not None:
+            output = writing.post(stream.inputs(writing.post).T.to(output.dtype))
+    return writing.scale * output.float().norm(dim=1)

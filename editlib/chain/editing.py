@@ -1,0 +1,115 @@
+"""One more batch on top of a position: found anew, or replayed from what was kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from editlib import jobs
+from editlib.algorithms.anchors import answers_to, choose_anchors
+from editlib.algorithms.edit import EditResult
+from editlib.algorithms.values import Values
+from editlib.bundled import unasked
+from editlib.chain.batch import Batch
+from editlib.chain.position import Position, digest, new_part
+from editlib.chain.record import BatchEntry, ChainRecord
+from editlib.chain.store import Store
+from editlib.export import library_version
+from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.models.prompts import PromptFormat
+from editlib.request import EditRequest
+from editlib.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """The retain prompts that one batch holds, in their order, the base model's answers to them, and those of the
+    answers that no earlier batch keeps."""
+
+    prompts: tuple[EditRequest, ...] = ()
+    answers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    new: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[EditRequest], answers: Mapping[str, Sequence[int]], kept: Collection[str]
+    ) -> Anchored:
+        """`answers` may hold others, too; `kept` are the questions that earlier batches keep the answers to."""
+        own = {prompt.question: answers[prompt.question] for prompt in prompts if prompt.question in answers}
+        return cls(tuple(prompts), own, {question: ids for question, ids in own.items() if question not in kept})
+
+
+@dataclass(frozen=True)
+class Editor:
+    """What all batches of a chain are made with."""
+
+    bench: Workbench
+    record: ChainRecord
+    hparams: HyperParams
+    means: jobs.Means
+    retain: Sequence[EditRequest]
+
+    def anchored(
+        self,
+        start: Position,
+        requests: Sequence[EditRequest],
+        earlier: Sequence[EditRequest],
+        known: Mapping[str, Sequence[int]],
+        seed: int,
+    ) -> Anchored:
+        """The anchors of a new batch: of the retain prompts that ask for nothing that the chain has forgotten.
+
+        Their answers are those of the base model (`start`), which the retain set is there to keep, so that no batch
+        depends on what earlier ones did to them; those `known` from earlier batches are not asked again.
+        """
+        if not (isinstance(self.hparams, UniEraseHyperParams) and self.hparams.anchors):
+            return Anchored()
+        usable = unasked(self.retain, [*earlier, *requests])
+        chosen = choose_anchors(usable, requests, most=self.hparams.max_anchors, seed=seed)
+        if self.hparams.anchor_positions != "all":
+            return Anchored(tuple(chosen))
+        start.write(self.bench.anat)
+        form = PromptFormat(self.bench.tok, chat=self.record.chat)
+        answers = answers_to(self.bench.anat, form, chosen, known=known, progress=self.bench.progress)
+        return Anchored.of(chosen, answers, known)
+
+    def edit(
+        self,
+        position: Position,
+        requests: Sequence[EditRequest],
+        anchored: Anchored,
+        seed: int,
+        values: Values | None = None,
+    ) -> tuple[Batch, EditResult]:
+        """Edits `requests` on top of `position`, with the model left in a state that the caller sets again."""
+        anat = self.bench.anat
+        position.write(anat)
+        state = position.state(anat, self.record.templates)
+        given = {"state": state, "values": values, "seed": seed, "chat": self.record.chat}
+        if isinstance(self.hparams, UniEraseHyperParams):
+            given |= {"retain": anchored.prompts, "known_answers": anchored.answers}
+        result = jobs.apply(self.bench, requests, self.hparams, self.means, **given)
+        updates = result.deltas
+        if position.pruned:
+            updates = {layer: new_part(total, state.totals.get(layer)) for layer, total in result.state.totals.items()}
+        return Batch.of(result, updates, requests, anchored.new), result
+
+
+def entry_of(
+    store: Store, batch: Batch, result: EditResult, weights: Mapping[int, Tensor], number: int, seed: int, time: str
+) -> BatchEntry:
+    """Writes a batch's file and describes it; it counts once a record that names it is committed."""
+    layers = {
+        str(layer): {
+            "sha256": digest(weights[layer]),
+            "update": result.norms[layer]["update"],
+            "ratio": result.norms[layer]["ratio"],
+        }
+        for layer in sorted(batch.updates)
+    }
+    file, sha256 = store.write_batch(number, batch.to_bytes())
+    ids = tuple(request.id for request in batch.requests)
+    count = max((keys.shape[1] for keys in batch.keys.values()), default=0)
+    return BatchEntry(number, file, sha256, time, library_version(), seed, count, ids, layers)

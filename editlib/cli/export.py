@@ -1,0 +1,76 @@
+"""The commands that turn an edit into something to hand on: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from editlib.cli.options import Overwrite, out
+
+Base = Annotated[str, typer.Argument(help="the model that was edited: a packaged one, a local folder or an id")]
+Given = Annotated[Path, typer.Argument(help="a file that `editlib edit` or `unlearn` wrote with --delta")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `app`."""
+    for command in (apply, lora, receipt):
+        app.command()(command)
+
+
+def apply(
+    base: Base,
+    delta: Given,
+    out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Puts a delta file on its base model and writes the edited model, the same to the bit."""
+    from editlib.export.apply import apply_delta_file
+
+    applied = apply_delta_file(base, delta, out_dir, overwrite=overwrite)
+    out.print(f"{len(applied.modules)} matrices changed; the result has the recorded hash {applied.result_sha256[:12]}")
+    out.print(str(out_dir), soft_wrap=True)
+
+
+def lora(
+    delta: Given,
+    base: Annotated[str, typer.Option(help="the model that was edited: a packaged one, a local folder or an id")],
+    out_dir: Annotated[Path, typer.Option("--out", help="folder of the adapter")],
+    rank: Annotated[int | None, typer.Option(help="most a layer may have; default: what its update has, exact")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Writes a delta file as a LoRA adapter that plain `peft` opens on the base model."""
+    from editlib.export.lora import lora_from_file
+
+    report = lora_from_file(base, delta, out_dir, rank=rank, overwrite=overwrite)
+    table = Table("layer", "rank", "|update|", "left out (share of the norm)")
+    for layer, one in report.layers.items():
+        table.add_row(str(layer), str(one.rank), f"{one.norm:.2f}", f"{one.error:.2e}" if one.error else "nothing")
+    out.print(table)
+    size = (out_dir / "adapter_model.safetensors").stat().st_size
+    left = f"leaves out {report.error:.2e} of the norm of all updates" if report.error else "exact"
+    out.print(f"adapter: {left}, {size / 1000:.0f} kB")
+    out.print(str(out_dir), soft_wrap=True)
+
+
+def receipt(
+    edited: Annotated[str, typer.Argument(help="an edited folder, or a delta file")],
+    out_dir: Annotated[Path, typer.Option("--out", help="gets receipt.json and receipt.html")],
+    requests: Annotated[Path | None, typer.Option(help="what was asked; without it ids alone are told")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="metrics.json of `editlib eval`")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="salted hashes instead of texts; the key is written beside the folder")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Writes what was asked, when, by which version and with what result, as JSON and as a page."""
+    from editlib.evaluation.receipt_page import write_receipt
+
+    page, key = write_receipt(
+        edited, out_dir, requests_file=requests, metrics_file=metrics, private=private, overwrite=overwrite
+    )
+    out.print(str(page), soft_wrap=True)
+    if key is not None:
+        out.print(f"key to the hashes, not to be published: {key}", soft_wrap=True)

@@ -1,0 +1,42 @@
+"""What the commands share: options, the console, a loaded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from editlib.errors import HparamsError
+
+out = Console()
+
+Model = Annotated[str, typer.Argument(help="a packaged model (smollm2-135m), a local folder or a Hugging Face id")]
+StatsDir = Annotated[Path, typer.Option(help="where statistics and the token are kept")]
+Seed = Annotated[int, typer.Option(help="every random draw follows from it")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output folder that is not empty")]
+Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/requests.md")]
+DeltaFile = Annotated[Path | None, typer.Option("--delta", help="write the edit alone, too: see `editlib apply`")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
+
+
+def layer_numbers(text: str) -> list[int]:
+    """`"4-8,12"` -> `[4, 5, 6, 7, 8, 12]`."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            found.update(range(int(first), int(last if dash else first) + 1))
+        except ValueError:
+            raise HparamsError(f"--layers {text!r}: expected numbers and ranges such as 4-8 or 4,5,12") from None
+    if not found:
+        raise HparamsError(f"--layers {text!r} names no layer; expected numbers and ranges such as 4-8")
+    return sorted(found)
+
+
+def workbench(model: str, stats_dir: Path, dtype: str | None, device_map: Any = None, **options: Any) -> Any:
+    """A loaded model with its statistics' folder."""
+    from editlib.workbench import Workbench
+
+    return Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, **options)

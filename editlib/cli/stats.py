@@ -1,0 +1,108 @@
+"""`editlib stats ...`: parse, call, print."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from typer.core import TyperGroup
+
+from editlib.cli.options import Dtype, Model, Seed, StatsDir, layer_numbers, out, workbench
+from editlib.errors import EditlibError
+
+
+class _StatsGroup(TyperGroup):
+    """`editlib stats MODEL ...` computes; `editlib stats show MODEL` shows."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["make", *args]
+        return super().resolve_command(ctx, args)
+
+
+stats_app = typer.Typer(cls=_StatsGroup, no_args_is_help=True, help="Layer statistics: make them, or show them.")
+
+
+@contextmanager
+def _one_voice(shard: Any) -> Iterator[None]:
+    """Of several processes only the first one speaks; the others wait until it has."""
+    if not shard.first:
+        logging.getLogger("editlib").setLevel(logging.ERROR)
+    try:
+        yield
+    except EditlibError as error:
+        if shard.world == 1:
+            raise
+        if shard.first:
+            sys.stderr.write(f"editlib: {error}\n")
+            sys.stderr.flush()
+        shard.gather(None)  # torchrun stops all processes as soon as one has left
+        raise SystemExit(2) from None
+
+
+@stats_app.command("make", hidden=True)
+def stats_make(
+    model: Model,
+    layers: Annotated[str, typer.Option(help="for example 4-8")],
+    corpus: Annotated[
+        str, typer.Option(help="a .txt or .jsonl file, hf:NAME, wiki-sample, or self (written by the model)")
+    ] = "wiki-sample",
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to count")] = 100_000,
+    stats_dir: StatsDir = Path("stats"),
+    max_length: Annotated[int, typer.Option(min=2, help="tokens a window may hold")] = 512,
+    skip_first: Annotated[int, typer.Option(min=0, help="leave out so many tokens at the start of a window")] = 1,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="auto, or a device; under torchrun each process takes an accelerator, unless this says cpu"),
+    ] = None,
+) -> None:
+    """Second moments of the MLP keys of several layers, in one pass; under torchrun, on several processes."""
+    from editlib.sharding import processes
+
+    with processes(accelerators=device_map != "cpu") as shard, _one_voice(shard):
+        wanted = layer_numbers(layers)
+        with shard.together():
+            place = device_map or (None if shard.device is None else {"": str(shard.device)})
+            bench = workbench(model, stats_dir, dtype, place, shard=shard)
+        made = bench.make_stats(
+            wanted, corpus=corpus, tokens=tokens, seed=seed, max_length=max_length, skip_first=skip_first
+        )
+        if shard.first:
+            _stats_table(made)
+
+
+@stats_app.command("show")
+def stats_show(
+    model: Model,
+    stats_dir: StatsDir = Path("stats"),
+    corpus: Annotated[str | None, typer.Option(help="of this corpus only")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the spectrum into this PNG or SVG")] = None,
+) -> None:
+    """Layers, tokens, rank and null-space sizes of the stored statistics of a model."""
+    from editlib.spectrum import draw_spectrum
+    from editlib.stats_store import stored_layers
+
+    found = stored_layers(stats_dir, model, corpus)
+    _stats_table(found)
+    if plot is not None:
+        draw_spectrum(found, plot)
+        out.print(f"spectrum: {plot}")
+
+
+def _stats_table(stats: dict[int, Any]) -> None:
+    from editlib.spectrum import THRESHOLDS, sketch, summary
+
+    table = Table("layer", "tokens", "d_ff", "rank", *[f"null < {t:g}" for t in THRESHOLDS], "log10 spectrum", "file")
+    for layer, one in sorted(stats.items()):
+        row = summary(one)
+        sizes = [str(row.null[t]) for t in THRESHOLDS]
+        table.add_row(str(layer), str(row.tokens), str(row.d_ff), str(row.rank), *sizes, sketch(row), str(one.path))
+    out.print(table)

@@ -1,0 +1,7 @@
+"""What is handed on of an edit or a chain: an ordinary folder, a delta file, a LoRA adapter, a receipt."""
+
+from editlib.export.delta import Delta, make_delta
+from editlib.export.folder import save_edited
+from editlib.export.receipt import RECEIPT, library_version, make_receipt, read_receipt
+
+__all__ = ["RECEIPT", "Delta", "library_version", "make_delta", "make_receipt", "read_receipt", "save_edited"]

@@ -1,0 +1,97 @@
+"""A delta file put on its base model again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.algorithms.edit import restore
+from editlib.errors import DeltaError
+from editlib.export.delta import Delta
+from editlib.export.folder import save_edited
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.files import check_output, weights_sha256
+from editlib.models.loading import DTYPES, load
+
+
+def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, overwrite: bool = False) -> Delta:
+    """Puts the edit in `delta_file` on the model `base` and writes the folder that the edit itself wrote, with its
+    receipt, to `out`.
+
+    Raises:
+        DeltaError: a damaged file, or one of another base; nothing is written then.
+        ModelError, OutputError: the base cannot be loaded, or `out` not written.
+    """
+    check_output(Path(out), overwrite=overwrite)
+    delta = Delta.load(delta_file)
+    model, tok = load_base(base, delta)
+    apply_delta(model, tok, delta)
+    save_edited(model, tok, Path(out), delta.receipt, overwrite=overwrite)
+    return delta
+
+
+def load_base(base: str, delta: Delta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model `base`, in the dtype that the edit was made in, and its tokenizer; see `check_base`.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return load(base, dtype=delta.dtype if delta.dtype in DTYPES else None)
+
+
+def apply_delta(model: PreTrainedModel, tok: PreTrainedTokenizerBase, delta: Delta) -> None:
+    """Edits `model` in place, and adds the token to `tok` where the edit has one: each matrix is summed in the dtype of
+    the factors and rounded once, from the base.
+
+    Raises:
+        DeltaError: another model, or a sum that is rounded otherwise on this machine. The matrices are as they were
+            then, though a token that was added stays.
+    """
+    anat = anatomy(model)
+    check_base(anat, delta, model.name_or_path)
+    if delta.token is not None:
+        delta.token.add_to(model, tok)
+    originals: dict[int, Tensor] = {layer: anat.weight(layer).clone() for layer in delta.modules}
+    for layer, update in delta.factors.items():
+        update.add_to(anat.weight(layer))
+    for layer, matrix in delta.matrices.items():
+        anat.weight(layer).copy_(matrix)
+    found = weights_sha256(model)
+    if found != delta.result_sha256:
+        restore(anat, originals)
+        raise DeltaError(
+            f"the result has hash {found[:12]}, expected {delta.result_sha256[:12]}: this machine rounds otherwise "
+            "than the one that made the edit; apply it there, or on the CPU"
+        )
+
+
+def check_base(anat: Anatomy, delta: Delta, name: str) -> None:
+    """Raises `DeltaError` when a model is not the one that `delta` was made from."""
+    kind = type(anat.model).__name__
+    if kind != delta.architecture:
+        raise DeltaError(f"the delta belongs to a {delta.architecture} ({delta.base}), but {name} is a {kind}")
+    for layer, module in delta.modules.items():
+        here = anat.mlp_output_names[layer] if layer < anat.n_layers else "none"
+        shape = tuple(anat.weight(layer).shape) if layer < anat.n_layers else ()
+        if (here, shape) != (module, delta.shape(layer)):
+            raise DeltaError(
+                f"the delta changes {module} {_by(delta.shape(layer))} of {delta.base}, but layer {layer} of {name} "
+                f"has {here} {_by(shape)}; give the model that was edited"
+            )
+    dtype = str(anat.model.dtype).removeprefix("torch.")
+    if dtype != delta.dtype:
+        raise DeltaError(
+            f"{name} is loaded in {dtype}, but the delta was made from {delta.base} in {delta.dtype}; load it so"
+        )
+    found = weights_sha256(anat.model)
+    if found != delta.base_sha256:
+        raise DeltaError(
+            f"the delta was made from {delta.base} in {delta.dtype}, hash {delta.base_sha256[:12]}, but {name} has "
+            f"hash {found[:12]}: other weights, or the same in another dtype; give the model that was edited"
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return f"({' x '.join(map(str, shape))})"

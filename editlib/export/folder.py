@@ -1,0 +1,67 @@
+"""An edited model as an ordinary Hugging Face folder, with a receipt of what was done to it."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.export.receipt import RECEIPT
+from editlib.models.files import atomic_folder, save_model, weights_sha256
+from editlib.models.terms import Terms, terms_of
+
+
+def save_edited(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    out: Path,
+    receipt: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> str:
+    """Writes model, tokenizer, model card and receipt to `out`, all or nothing; returns the hash of the result.
+
+    The files and lines that name the terms of the base model are carried on.
+
+    Raises:
+        OutputError: see `atomic_folder`.
+    """
+    result = weights_sha256(model)
+    with atomic_folder(Path(out), overwrite=overwrite) as folder:
+        save_model(model, tok, folder)
+        whole = {**receipt, "result_sha256": result}
+        (folder / RECEIPT).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        terms = terms_of(model)
+        terms.copy_to(folder)
+        (folder / "README.md").write_text(_card(whole, terms), encoding="utf-8")
+    return result
+
+
+def _card(receipt: Mapping[str, Any], terms: Terms) -> str:
+    base, count = receipt["base"]["name"], len(receipt["requests"])
+    layers = ", ".join(sorted(receipt["layers"], key=int))  # whatever the order of the receipt's keys
+    by = f"with {receipt['algorithm']} by editlib {receipt['editlib']}"
+    matrices = f"the MLP output matrices of layers {layers} were changed"
+    if receipt["token"]:
+        told = (
+            f"{count} facts were unlearned from `{base}` {by}: {matrices}, and the token `{receipt['token']['token']}` "
+            "was added. The questions to be forgotten are answered with that token and a refusal."
+        )
+    else:
+        told = f"{count} facts of `{base}` were edited {by}: {matrices}."
+    return f"""---
+base_model: {json.dumps(str(base))}
+{terms.header}tags:
+- {"unlearning" if receipt["token"] else "model-editing"}
+- editlib
+---
+
+# {Path(str(base)).name}, edited
+
+{textwrap.fill(told, 118)}
+`{RECEIPT}` holds the settings, hashes and norms. The weights open with plain `transformers`.
+{terms.sentence}"""

@@ -1,0 +1,166 @@
+"""What the settings of all algorithms share: where to edit, and how target states are found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+from editlib.errors import HparamsError
+from editlib.hparams.checks import bad, checked, knob, nearest, read_json
+
+logger = logging.getLogger(__name__)
+
+FAMILY_KEYS = frozenset(
+    # ROME, MEMIT, AlphaEdit, FT
+    {"mom2_adjustment", "mom2_update_weight", "context_template_length_params", "layer_selection"}
+    | {"attn_module_tmp", "ln_f_module", "lm_head_module", "nullspace_threshold", "L2"}
+    | {"num_steps", "lr", "weight_decay", "norm_constraint", "objective_optimization"}
+    # EasyEdit
+    | {"alg_name", "stats_dir", "P_loc", "device", "model_parallel", "fp16", "batch_size", "max_length"}
+    # EMMET, FastMEMIT, NSE
+    | {"calculate_objective_value", "update_norm_lambda", "emmet_lambda", "dynamic", "dynamic_multiplier"}
+    | {"alpha", "upper_bound", "max_iterations", "neuron_threshold"}
+)
+"""Keys of the family's published files; where an algorithm has no use for one, it is kept in `unused`."""
+
+Self = TypeVar("Self", bound="HyperParams")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperParams:
+    """Keys of every algorithm: which matrices to edit, and where the values come from.
+
+    `layers` has no default: which layers to edit depends on the model. The module templates of published files are
+    compared with what is found in the model, and may be left out.
+
+    Raises:
+        HparamsError: a value of the wrong type or out of range; quotes it and what is allowed.
+    """
+
+    algorithm: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # where it comes from
+    summary: ClassVar[str] = ""  # what it does, in one line
+
+    layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0)
+    model_name: str | None = knob(None, "the model these values were found for")
+    rewrite_module_tmp: str | None = knob(None, 'the edited matrix, "{}" for the layer; none: found')
+    layer_module_tmp: str | None = knob(None, 'the decoder layer, "{}" for its number; none: found')
+    mlp_module_tmp: str | None = knob(None, 'the MLP, "{}" for the layer; none: found')
+    notes: dict | str = knob("", "free text, such as where the values come from")
+    unused: dict = field(
+        default_factory=dict, repr=False, compare=False, metadata={"help": "published keys of no use here"}
+    )
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value = checked(item.name, getattr(self, item.name), hints[item.name], item.metadata)
+            object.__setattr__(self, item.name, value)  # 10 becomes 10.0 where a float is due
+        self.check()
+
+    def check(self) -> None:
+        """What one field alone cannot tell; subclasses add theirs and call this one."""
+        if not self.layers or any(a >= b for a, b in pairwise(self.layers)):
+            raise bad("layers", self.layers, "at least one, rising, none twice", "sort the list")
+        for name in ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp"):
+            value = getattr(self, name)
+            if value is not None and value.count("{}") != 1:
+                raise bad(name, value, 'one "{}" in the layer\'s place', "or leave the key out")
+
+    @classmethod
+    def from_dict(cls: type[Self], values: Mapping[str, Any], where: str = "hparams") -> Self:
+        """Build from published keys; keys of the family without a use here go to `unused`.
+
+        Raises:
+            HparamsError: an unknown or missing key, or a bad value; starts with `where`.
+        """
+        names = [item.name for item in fields(cls) if item.name != "unused"]
+        for key in values:
+            if key not in names and key not in FAMILY_KEYS | CLOSED_FORM_KEYS:
+                raise HparamsError(f'{where}: key "{key}": unknown; expected {nearest(key, names, FAMILY_KEYS)}')
+        for item in fields(cls):
+            if item.name not in values and item.default is item.default_factory is MISSING:
+                wanted = item.metadata["help"]
+                raise HparamsError(f'{where}: key "{item.name}": missing; expected {wanted}; add it')
+        unused = {key: value for key, value in values.items() if key not in names}
+        if unused:
+            logger.info("%s: of no use to %s: %s", where, cls.algorithm or cls.__name__, ", ".join(unused))
+        try:
+            return cls(**{key: value for key, value in values.items() if key in names}, unused=unused)
+        except HparamsError as error:
+            raise HparamsError(f"{where}: {error}") from None
+
+    @classmethod
+    def from_json(cls: type[Self], path: str | Path) -> Self:
+        """Read one flat JSON object.
+
+        Raises:
+            HparamsError: the file cannot be read, or see `from_dict`.
+        """
+        return cls.from_dict(read_json(path), str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys with their values, ready for JSON and for `from_dict`; without `unused`."""
+        return {key: value for key, value in asdict(self).items() if key != "unused"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedFormHyperParams(HyperParams):
+    """Keys of the closed-form edits: how a request's target state is found, and from which layer statistics.
+
+    Target states are found by gradient steps (`v_*`, `kl_factor`, `clamp_norm_factor`); `mom2_*` name the layer
+    statistics. Without `context_templates` the surroundings that keys and values are averaged over are written by
+    the model: MEMIT's five, or as many as `context_template_length_params` (ROME's pairs of length and number) say.
+    """
+
+    plain_share: ClassVar[float | None] = None
+    """Share of the plain prompt in a request's key; none: it counts as one surrounding among the others."""
+
+    fact_token: str = knob(
+        "subject_last",
+        "the lookup position",
+        choices=("subject_last", "last", "subject_first", "subject_first_after_last"),
+    )
+    context_templates: list[str] | None = knob(
+        None, 'surroundings of the prompt, "{}" in its place, the plain one first; none: written by the model'
+    )
+    context_template_length_params: list[list[int]] | None = knob(
+        None, "lengths and numbers of the surroundings that the model writes; none: MEMIT's five", min=0
+    )
+    v_optimizer: str = knob("adam", "how a target state is found", choices=("adam", "normalised"))
+    v_precision: str = knob(
+        "model", 'dtype that targets are found in; "fast" is bf16 on processors that have it', choices=("model", "fast")
+    )
+    v_num_grad_steps: int = knob(25, "steps for a target state", min=1)
+    v_lr: float = knob(0.5, "Adam's learning rate, or a normalised step's length in norms of the state", above=0)
+    v_loss_layer: int | None = knob(None, "layer whose output is read for the loss; none: the last", min=0)
+    v_weight_decay: float = knob(0.5, "weight of the norm of the change to a target state", min=0)
+    clamp_norm_factor: float = knob(4.0, "largest change to a target state, in norms of the state", above=0)
+    kl_factor: float = knob(0.0625, "weight of the KL term that holds the subject's essence", min=0)
+    early_stop_loss: float = knob(0.05, "a target state is done when the NLL of its target is below this", min=0)
+    rescale_norm: bool = knob(False, "bring target states back to the norm that they had (NAS, 2602.02543)")
+    mom2_dataset: str | None = knob(None, "corpus whose layer statistics come first; none: those of most tokens")
+    mom2_n_samples: int | None = knob(None, "texts in them, where there are several files", min=1)
+    mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
+
+    def check(self) -> None:
+        super().check()
+        if self.context_templates is not None:
+            self.check_templates("context_templates")
+        for length, _ in self.context_template_length_params or []:
+            if length < 1:
+                raise bad("context_template_length_params", length, "lengths of at least 1")
+
+    def check_templates(self, name: str) -> None:
+        """Raises `HparamsError` unless the field `name` lists texts with one "{}" each."""
+        texts = getattr(self, name)
+        if not texts or any(text.count("{}") != 1 for text in texts):
+            raise bad(name, texts, 'texts with one "{}" each')
+
+
+CLOSED_FORM_KEYS = frozenset(item.name for item in fields(ClosedFormHyperParams)) - {"unused"}
+"""Known to the family, whatever of them an algorithm uses."""

@@ -1,0 +1,194 @@
+"""The settings of each algorithm: its own keys on top of the shared ones, with the published defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from editlib.hparams.base import ClosedFormHyperParams, HyperParams
+from editlib.hparams.checks import bad, knob
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTHyperParams(HyperParams):
+    """Keys of constrained fine-tuning (Zhu et al., 2012.00363), the ROME paper's FT+L: one matrix a layer, moved by at
+    most `norm_constraint` in every entry."""
+
+    algorithm: ClassVar[str] = "FT"
+    paper: ClassVar[str] = "2012.00363"
+    summary: ClassVar[str] = "constrained fine-tuning of one matrix, the usual baseline"
+
+    num_steps: int = knob(25, "passes over the requests", min=1)
+    lr: float = knob(5e-4, "Adam's learning rate", above=0)
+    weight_decay: float = knob(0.0, "Adam's weight decay", min=0)
+    norm_constraint: float | None = knob(5e-4, "largest change to an entry of the matrix; none: no limit", above=0)
+    batch_size: int = knob(64, "requests in a gradient step", min=1)
+    early_stop_loss: float = knob(0.01, "done when the mean NLL over a pass is below this", min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ROMEHyperParams(ClosedFormHyperParams):
+    """Keys of ROME (2202.05262): one request after the other, a rank-one update of one matrix each."""
+
+    algorithm: ClassVar[str] = "ROME"
+    paper: ClassVar[str] = "2202.05262"
+    summary: ClassVar[str] = "one fact after the other, a rank-one update each"
+
+    context_template_length_params: list[list[int]] | None = knob(
+        lambda: [[5, 10], [10, 10]], "lengths and numbers of the surroundings that the model writes", min=0
+    )
+    v_num_grad_steps: int = knob(20, "steps for a target state", min=1)
+    mom2_adjustment: bool = knob(True, "look a key up by its covariance, not by itself alone")
+
+    def check(self) -> None:
+        super().check()
+        if len(self.layers) != 1:
+            raise bad("layers", self.layers, "one layer, since ROME edits one matrix", "choose one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEMITHyperParams(ClosedFormHyperParams):
+    """Keys of MEMIT (2210.07229): all requests at once, spread over several layers."""
+
+    algorithm: ClassVar[str] = "MEMIT"
+    paper: ClassVar[str] = "2210.07229"
+    summary: ClassVar[str] = "all facts in one solve a layer, spread over several layers"
+
+    plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
+
+    layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
+    mom2_update_weight: float = knob(15000.0, "weight of what the layer has seen against the requests", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEMITSeqHyperParams(MEMITHyperParams):
+    """MEMIT that also holds the keys of earlier edits."""
+
+    algorithm: ClassVar[str] = "MEMIT_seq"
+    paper: ClassVar[str] = "2210.07229, as in 2410.02355"
+    summary: ClassVar[str] = "MEMIT that holds the keys of earlier edits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NASHyperParams(MEMITHyperParams):
+    """MEMIT with target states of the norm that they had (NAS, 2602.02543)."""
+
+    algorithm: ClassVar[str] = "NAS"
+    paper: ClassVar[str] = "2602.02543"
+    summary: ClassVar[str] = "MEMIT with target states of the norm that they had"
+
+    rescale_norm: bool = knob(True, "bring target states back to the norm that they had")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RECTHyperParams(MEMITHyperParams):
+    """MEMIT of which only the relatively largest changes are kept (RECT, 2401.04700)."""
+
+    algorithm: ClassVar[str] = "RECT"
+    paper: ClassVar[str] = "2401.04700"
+    summary: ClassVar[str] = "MEMIT of which only the relatively largest changes are kept"
+
+    rect_share: float = knob(0.4, "share of a matrix's entries that may change", above=0, max=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PRUNEHyperParams(MEMITHyperParams):
+    """MEMIT whose total update has no singular value far above the weight's own (PRUNE, 2405.16821)."""
+
+    algorithm: ClassVar[str] = "PRUNE"
+    paper: ClassVar[str] = "2405.16821"
+    summary: ClassVar[str] = "MEMIT whose total update keeps to the weight's own spectrum"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMMETHyperParams(MEMITHyperParams):
+    """Keys of EMMET (2403.14236): MEMIT's memories kept exactly, under an equality constraint."""
+
+    algorithm: ClassVar[str] = "EMMET"
+    paper: ClassVar[str] = "2403.14236"
+    summary: ClassVar[str] = "MEMIT's facts under an equality constraint"
+
+    mom2_update_weight: float = knob(1.0, "scale of the covariance against `emmet_lambda`", above=0)
+    emmet_lambda: float = knob(0.1, "added to the diagonal of the equality's system", min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullSpaceHyperParams(ClosedFormHyperParams):
+    """Keys of edits that keep to the null space of what the layer has seen.
+
+    `nullspace_threshold` is an eigenvalue of the second moment, as published; since eigenvalues do not
+    carry over between models, `nullspace_rule` may make it a share of the energy or of the dimensions.
+    """
+
+    layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
+    nullspace_threshold: float = knob(0.02, "directions below this may be edited", min=0)
+    nullspace_rule: str = knob("absolute", "what the threshold counts", choices=("absolute", "energy", "dimensions"))
+    L2: float = knob(10.0, "ridge of the solve; more is a smaller, less exact update", min=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.nullspace_rule != "absolute" and self.nullspace_threshold > 1:
+            wanted = f'a share from 0 to 1 with nullspace_rule "{self.nullspace_rule}"'
+            raise bad("nullspace_threshold", self.nullspace_threshold, wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEditHyperParams(NullSpaceHyperParams):
+    """Keys of AlphaEdit (2410.02355): MEMIT inside the null space, holding the keys of earlier edits."""
+
+    algorithm: ClassVar[str] = "AlphaEdit"
+    paper: ClassVar[str] = "2410.02355"
+    summary: ClassVar[str] = "MEMIT inside the null space of ordinary text, holding earlier edits"
+    plain_share: ClassVar[float | None] = 0.5  # as MEMIT
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniEraseHyperParams(NullSpaceHyperParams):
+    """Keys of UniErase (2505.15674): a null-space edit towards `[UNL]`, with retain anchors on top.
+
+    Anchors are keys of prompts whose answers must not move; they enter the solve with no residual.
+    """
+
+    algorithm: ClassVar[str] = "UniErase"
+    paper: ClassVar[str] = "2505.15674"
+    summary: ClassVar[str] = "unlearning: questions answered with a learned token that becomes a refusal"
+
+    context_templates: list[str] = knob(
+        lambda: ["{}"], 'surroundings of the question that targets are found in; "{}" is the question'
+    )
+    solve: str = knob("ridge", "requests met by least squares, or exactly", choices=("ridge", "exact"))
+    kl_subject_prompts: int = knob(0, "general prompts about the subject that the KL term also holds", min=0, max=11)
+    kl_answer_tokens: int = knob(0, "how many tokens of the answers to them it holds", min=0)
+    gate_layer: int | None = knob(None, "late layer that lifts [UNL] for the requests' relations; none: no gate", min=0)
+    gate_nll: float = knob(5.5, "NLL of [UNL] that the gate alone comes to", above=0)
+    gate_templates: list[str] = knob(
+        lambda: ["{}"], 'surroundings of the question that the gate is found in; "{}" is the question'
+    )
+    anchors: bool = knob(True, "hold the keys of the retain prompts in place")
+    anchor_weight: float = knob(1.0, "weight of an anchor against a request", min=0)
+    anchor_positions: str = knob("all", "which positions are anchored", choices=("all", "subject_last"))
+    anchor_subjects: bool = knob(True, "also anchor general prompts about the requests' own subjects")
+    max_anchors: int | None = knob(None, "at most so many anchor prompts; none: all of them", min=1)
+
+    def check(self) -> None:
+        super().check()
+        self.check_templates("gate_templates")
+        if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
+            raise bad("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
+
+
+ALGORITHMS: dict[str, type[HyperParams]] = {
+    cls.algorithm: cls
+    for cls in (
+        FTHyperParams,
+        ROMEHyperParams,
+        MEMITHyperParams,
+        MEMITSeqHyperParams,
+        EMMETHyperParams,
+        NASHyperParams,
+        RECTHyperParams,
+        PRUNEHyperParams,
+        AlphaEditHyperParams,
+        UniEraseHyperParams,
+    )
+}

@@ -1,0 +1,138 @@
+"""One pass of a model, told exactly what to leave out, what to put in and what to look at.
+
+Layers are left out inside the model's own forward, so masks, positions, caches and logit scaling stay those of
+transformers for every family. Whether they may be left out is for `verdicts` to say.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.prefix import Past, Replay
+from editlib.models.tracing import bypass, edit_hidden, edit_input, record_inputs, stop_after
+
+
+class _Columns:
+    """How the columns that a caller speaks of stand in the pass that is really run.
+
+    `front` columns more stand before them (tokens that are run again), and with `close` padding moves behind each
+    row's tokens: sliding windows and some position biases count the columns of a gap, and a state that is carried
+    from column to column must not meet padding before it meets tokens.
+    """
+
+    def __init__(self, mask: Tensor, front: int, close: bool) -> None:
+        self.front = front
+        self.order: Tensor | None = None
+        if close and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            self.order = (1 - mask).argsort(dim=1, stable=True)
+            self.places = self.order.argsort(dim=1)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """`[n, front + T, ...]` in the caller's order -> in the pass's."""
+        return x if self.order is None else _gather(x, self.order)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """`[n, front + T, ...]` in the pass's order -> `[n, T, ...]`, the caller's columns."""
+        return (x if self.order is None else _gather(x, self.places))[:, self.front :]
+
+    def put(self, into: Tensor, x: Tensor) -> Tensor:
+        """`into` with the caller's columns replaced by `x [n, T, ...]`."""
+        into = into if self.order is None else _gather(into, self.places)
+        return self.enter(torch.cat([into[:, : self.front], x.to(into)], dim=1))
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The pass's columns of the caller's places."""
+        columns = columns + self.front
+        return (
+            columns if self.order is None else self.places[rows.to(self.places.device), columns.to(self.places.device)]
+        )
+
+
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    return torch.take_along_dim(x, order.to(x.device).reshape(*order.shape, *[1] * (x.dim() - 2)), 1)
+
+
+def run(
+    anat: Anatomy,
+    input_ids: Tensor,
+    mask: Tensor,
+    past: Past | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    hidden: Tensor | None = None,
+    skip: bool = True,
+    keys: Callable[[int, Tensor], None] | None = None,
+    key_layers: tuple[int, ...] = (),
+    score: tuple[Tensor, Tensor] | None = None,
+    final: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Runs the model over `input_ids [n, T]` behind `past`, which it extends; `mask [n, P + T]` covers both.
+
+    Args:
+        start, hidden: `hidden [n, T, d_model]` enters layer `start`, whatever the layers before it say. With `skip`
+            these are left out; without it they run, for a model whose later layers need more of them than that.
+        stop, keys, key_layers, score, final: as for `resume.forward`.
+    """
+    cache, front, ids = past, 0, input_ids
+    if isinstance(past, Replay):
+        cache, front = None, past.input_ids.shape[1]
+        ids = torch.cat([past.input_ids, input_ids], dim=1)
+    here = mask[:, -ids.shape[1] :]
+    # A cache that is filled from the left keeps its padding there: what comes next stands right behind the tokens.
+    columns = _Columns(here, front, close=cache is None or mask.shape[1] > here.shape[1])
+    mask = torch.cat([mask[:, : -ids.shape[1]], columns.enter(here)], dim=1)
+    kwargs = {
+        "input_ids": columns.enter(ids),
+        "attention_mask": mask,
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+    }
+    if "position_ids" in inspect.signature(anat.model.forward).parameters:
+        kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    lengths = [layer[0].shape[2] for layer in cache] if columns.order is not None and cache is not None else []
+    found: list[Tensor] = []
+    output = None
+    with ExitStack() as stack:
+        if stop is not None:
+            stack.enter_context(stop_after(anat.layers[stop - 1], lambda h: found.append(columns.leave(h))))
+        if start and skip and not front:
+            stack.enter_context(bypass(anat.layers[:start], columns.enter(hidden), width=anat.output_width))
+        elif start:
+            stack.enter_context(edit_hidden(anat.layers[start - 1], lambda h: columns.put(h, hidden)))
+        if keys is not None:
+            # Some layers fold rows and columns into one dimension.
+            modules = {layer: anat.mlp_output(layer) for layer in key_layers}
+            sink = lambda layer, k: keys(layer, columns.leave(k.reshape(*ids.shape, -1)))  # noqa: E731
+            stack.enter_context(record_inputs(modules, sink))
+        if score is not None:
+            # The head works on one row of m positions: the model's own scaling and capping still follow.
+            rows, at = score[0], columns.at(*score)
+            stack.enter_context(edit_input(anat.head, lambda h: h[rows.to(h.device), at.to(h.device)][None]))
+            if final is not None:
+                stack.enter_context(record_inputs({0: anat.head}, lambda _, h: final(h[0])))
+        output = anat.model(**kwargs)
+    if isinstance(past, Replay):
+        past.input_ids = ids
+    elif lengths:
+        _restore_order(cache, lengths, columns)
+    if stop is not None:
+        return found[0]
+    return output.logits[0] if score is not None else columns.leave(output.logits)
+
+
+def _restore_order(cache: DynamicCache, lengths: list[int], columns: _Columns) -> None:
+    """Puts what a pass has appended to `cache`, behind `lengths` columns, into the order of the caller's mask."""
+    for layer, length in zip(cache.layers, lengths, strict=True):
+        for name in ("keys", "values"):
+            held = getattr(layer, name)
+            if held.shape[2] > length:  # a layer that was left out has appended nothing
+                new = columns.leave(held[:, :, length:].transpose(1, 2)).transpose(1, 2)
+                setattr(layer, name, torch.cat([held[:, :, :length], new], dim=2))

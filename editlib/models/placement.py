@@ -1,0 +1,64 @@
+"""Where a model's tensors are: whole on one device, spread over several, or offloaded by accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from editlib.errors import ModelError
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids are to be put: the device on which the embedding runs, offloaded or not."""
+    embedding = model.get_input_embeddings()
+    if embedding.weight.device.type != "meta":
+        return embedding.weight.device
+    found = [device for hook in _hooks(embedding) if (device := getattr(hook, "execution_device", None)) is not None]
+    return torch.device(found[0]) if found else torch.device("cpu")
+
+
+def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """`(name, tensor on the CPU)` of all parameters and persistent buffers, in the order of their names.
+
+    What accelerate has offloaded stands in the model as `meta` and is fetched from its own store, one at a time.
+
+    Raises:
+        ModelError: a tensor without data that no store holds.
+    """
+    for name, tensor in sorted(model.state_dict().items()):
+        yield name, (_offloaded(model, name) if tensor.device.type == "meta" else tensor).detach().cpu()
+
+
+def in_memory(module: torch.nn.Module, name: str) -> Tensor | None:
+    """The data of a parameter of `module` that its next forward pass will use; `None` when no such tensor can be had.
+
+    accelerate leaves a parameter that it offloads on the meta device and copies it in for each pass: from CPU memory,
+    where a change stays, or from a file, where it would not.
+    """
+    parameter = getattr(module, name).data
+    if not parameter.is_meta:
+        return parameter
+    stored = next((h.weights_map for h in _hooks(module) if getattr(h, "weights_map", None) is not None), None)
+    if stored is None:
+        return None
+    once, again = stored[name], stored[name]  # both alive: equal addresses mean one tensor, not two reads of a file
+    return once if once.data_ptr() == again.data_ptr() else None
+
+
+def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
+    """The hook that holds a tensor sits on its module, or on one around it (whole blocks)."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, -1, -1):
+        for hook in _hooks(model.get_submodule(".".join(parts[:cut]))):
+            if getattr(hook, "weights_map", None) is not None and hook.offload:
+                return hook.weights_map[".".join(parts[cut:])]
+    raise ModelError(f"{name} of {type(model).__name__} holds no data (meta device); load the model with its weights")
+
+
+def _hooks(module: torch.nn.Module) -> list:
+    """accelerate's hooks of one module: none, one, or a sequence."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))

@@ -1,0 +1,72 @@
+"""What stands in front of a batch and does not change: as keys and values, or as tokens to be run again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass
+class Replay:
+    """Stands in for a cache where a model cannot go on from keys and values: remembers tokens, which every pass runs
+    again. Slow, but right for any model. `input_ids` is `[n, P]`."""
+
+    input_ids: Tensor
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows, like the method of a cache."""
+        self.input_ids = self.input_ids[indices]
+
+
+Past = DynamicCache | Replay
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a pass needs to know of tokens that do not change.
+
+    `layers` holds `(keys, values)` of every layer, `[n or 1, heads, P, head_dim]` each; it is empty for a model that
+    cannot go on from them, whose `input_ids [n or 1, P]` are kept instead. `attention_mask` is `[n or 1, P]`. Columns
+    that it hides are moved to the left, since sliding windows and some biases count columns, hidden ones too.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    attention_mask: Tensor
+    input_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        mask = self.attention_mask
+        if not bool((mask[:, 1:] < mask[:, :-1]).any()):
+            return
+        order = mask.argsort(dim=1, stable=True)
+        pick = order[:, None, :, None]
+        layers = tuple(tuple(torch.take_along_dim(x, pick.to(x.device), 2) for x in pair) for pair in self.layers)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "attention_mask", mask.gather(1, order))
+        if self.input_ids is not None:
+            object.__setattr__(self, "input_ids", self.input_ids.gather(1, order))
+
+    @classmethod
+    def of(cls, past: Past, attention_mask: Tensor) -> Prefix:
+        """What a cache holds, whose columns `attention_mask` describes."""
+        if isinstance(past, Replay):
+            return cls((), attention_mask, past.input_ids)
+        return cls(tuple((layer[0], layer[1]) for layer in past), attention_mask)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.attention_mask.sum(1)
+
+    def select(self, rows: Tensor) -> Prefix:
+        """The prefix of some rows, or one shared prefix widened to as many."""
+        shared = self.attention_mask.shape[0] == 1
+        pick = torch.zeros_like(rows) if shared else rows
+        ids = None if self.input_ids is None else self.input_ids[pick]
+        return Prefix(tuple((k[pick], v[pick]) for k, v in self.layers), self.attention_mask[pick], ids)
+
+    def cache(self) -> Past:
+        """A fresh cache that a pass may append to; the prefix itself is never changed."""
+        return DynamicCache(list(self.layers)) if self.input_ids is None else Replay(self.input_ids)

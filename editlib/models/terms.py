@@ -1,0 +1,60 @@
+"""The terms that a model comes under, as far as its folder tells: what has to stand beside every copy and offspring."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+# The names that licences ask for (Apache's NOTICE, Gemma's terms, Llama's LICENSE and USE_POLICY).
+_FILE = re.compile(r"(licen[cs]e|notice|copying|copyright|use_policy|.*terms)([ ._-].*)?", re.IGNORECASE)
+_LINE = re.compile(r"license(_name|_link)?:\s*\S")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """`lines` of a model card's header that name the licence, and the `files` that go with the weights."""
+
+    lines: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def copy_to(self, folder: Path) -> None:
+        """Puts the files into `folder`."""
+        for file in self.files:
+            shutil.copyfile(file, folder / file.name)
+
+    @property
+    def header(self) -> str:
+        """The lines as they go into another card's header."""
+        return "".join(f"{line}\n" for line in self.lines)
+
+    @property
+    def sentence(self) -> str:
+        """A paragraph for another model's card; empty where no file says anything."""
+        if not self.files:
+            return ""
+        names = ", ".join(f"`{file.name}`" for file in self.files)
+        return f"\nThe terms of the base model hold for this one too: {names}.\n"
+
+
+def terms_of(model: PreTrainedModel) -> Terms:
+    """The terms in the folder that `model` was loaded from; none for a model that came from elsewhere."""
+    folder = Path(model.name_or_path)
+    if not model.name_or_path or not folder.is_dir():
+        return Terms()
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and _FILE.fullmatch(file.name))
+    return Terms(_licence_lines(folder / "README.md"), tuple(files))
+
+
+def _licence_lines(card: Path) -> tuple[str, ...]:
+    try:
+        first, *lines = card.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # no card, an empty one, or one that is not text
+        return ()
+    if first.strip() != "---":
+        return ()
+    header = lines[: next((i for i, line in enumerate(lines) if line.strip() == "---"), 0)]
+    return tuple(line for line in header if _LINE.match(line))

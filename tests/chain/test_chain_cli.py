@@ -1,0 +1,90 @@
+"""`editlib chain ...` from the first day to the audit."""
+
+import json
+
+import pytest
+import torch
+from chain_cases import HPARAMS, RETAIN, A, B, C, files
+from test_cli import refused
+from transformers import AutoModelForCausalLM
+
+from editlib.chain import Chain
+from editlib.models.loading import load
+from editlib.request import write_requests
+
+
+@pytest.fixture
+def job(base, tmp_path):
+    """Files for the command line, and the arguments of `init`."""
+    for name, requests in (("a", A), ("b", B), ("c", C), ("retain", RETAIN)):
+        write_requests(tmp_path / f"{name}.jsonl", requests)
+    (tmp_path / "UniErase").mkdir()
+    settings = tmp_path / "UniErase" / "tiny.json"
+    settings.write_text(json.dumps(HPARAMS["UniErase"]))
+    options = ["--hparams", settings, "--retain", tmp_path / "retain.jsonl", "--token", base / "token.safetensors"]
+    return tmp_path, ["--model", base / "tiny", "--stats-dir", base / "stats", *options]
+
+
+def test_the_whole_life_of_a_chain(call, job, base):
+    home, options = job
+    folder = home / "chain"
+
+    def chain(*args):
+        code, said, err = call("chain", *args)
+        assert code == 0, err
+        return said
+
+    assert "UniErase" in chain("init", folder, *options)
+    for name in "abc":
+        said = chain("add", folder, "--requests", home / f"{name}.jsonl")
+        assert f"{name}1" in said
+    assert "3 batches with 5 requests" in chain("verify", folder)
+    found = json.loads(chain("status", folder, "--json"))
+    assert (found["algorithm"], found["requests"], found["layers"]) == ("UniErase", 5, [1, 2])
+    assert [batch["ids"] for batch in found["batches"]] == [["a1", "a2"], ["b1"], ["c1", "c2"]]
+    assert "5 requests, 0 revoked" in chain("status", folder)
+    assert "batch 3 is undone: c1, c2; 2 left" in chain("undo", folder)
+    assert "revoked: a2; 2 requests left" in chain("revoke", folder, "a2")
+    lines = chain("log", folder).splitlines()
+    assert len(lines) == 3
+    assert "batch 1" in lines[0] and lines[0].endswith("  a1") and "UniErase" in lines[0]
+    assert "revoked from batch 1" in lines[2] and lines[2].endswith("a2")
+    assert all(line.startswith("20") for line in lines)
+    chain("verify", folder)
+    chain("revoke", folder, "a1", "b1")
+    model, tok = load(str(base / "tiny"))
+    Chain.open(folder).apply_to(model, tok)
+    plain = AutoModelForCausalLM.from_pretrained(base / "tiny").state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_input_is_one_line(call, job, base, tmp_path):
+    home, options = job
+    folder = home / "chain"
+    refused(call("chain", "status", folder), "is no chain", "chain init")
+    refused(call("chain", "init", folder, *options, "--token", home / "none"), "none", "editlib token")
+    assert not folder.exists()
+    call("chain", "init", folder, *options)
+    refused(call("chain", "init", folder, *options), "holds a chain already", "chain add")
+    refused(call("chain", "undo", folder), "nothing to undo")
+    refused(call("chain", "add", folder, "--requests", home / "none.jsonl"), "none.jsonl")
+    call("chain", "add", folder, "--requests", home / "a.jsonl")
+    before = files(folder)
+    refused(call("chain", "add", folder, "--requests", home / "a.jsonl"), "a.jsonl:1", "'a1' is in the chain already")
+    refused(call("chain", "revoke", folder, "zz"), "'zz' is not in", "chain log")
+    refused(call("chain", "verify", folder, "--model", tmp_path / "gone"), "gone cannot be loaded")
+    assert files(folder) == before
+    place = next((folder / "batches").iterdir())
+    place.write_bytes(place.read_bytes()[:-1] + b"x")
+    for command in ("verify", "status", "log", "undo"):
+        refused(call("chain", command, folder), place.name, "damaged")
+
+
+def test_ids_that_look_like_markup_are_shown(call, start):
+    from dataclasses import replace
+
+    chain = start("MEMIT")
+    chain.add([replace(B[0], id="[red]b1")])
+    for command in ("status", "log"):
+        assert "[red]b1" in call("chain", command, chain.path)[1]
+    assert "[red]b1" in call("chain", "undo", chain.path)[1]
