@@ -214,16 +214,11 @@ def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[d
     Raises:
         EditError: a number is not finite; names the request.
     """
-    found = []
+    found = [{"id": request.id, **values.numbers(i)} for i, request in enumerate(requests)]
     for i, request in enumerate(requests):
-        numbers = {
-            "steps": values.steps[i],
-            "target_nll": values.nll[i],
-            "relative_norm": values.relative_norm[i],
-        }
+        numbers = values.numbers(i)
         if not all(math.isfinite(number) for number in numbers.values()):
             raise EditError(f"request {request.id} gave {numbers}; the model is unchanged: lower `v_lr`")
-        found.append({"id": request.id, **numbers})
     unlikely = [entry["id"] for entry in found if entry["target_nll"] > math.log(2)]
     if unlikely:
         count = f"{len(unlikely)} of {len(found)}"

@@ -50,6 +50,14 @@ class Values:
         lists = ([every[i] for i in some] for every in (self.steps, self.nll, self.relative_norm))
         return Values(self.targets[:, some], self.deltas[:, some], *lists, self.gate)
 
+    def numbers(self, request: int) -> dict[str, float]:
+        """What one request's target state cost and came to, by the names that receipts have for it."""
+        return {
+            "steps": self.steps[request],
+            "target_nll": self.nll[request],
+            "relative_norm": self.relative_norm[request],
+        }
+
 
 @dataclass
 class _Essence:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import jobs
@@ -23,6 +24,7 @@ from editlib.chain.store import TOKEN, Store
 from editlib.chain.summary import summary
 from editlib.errors import ChainError, RequestError
 from editlib.hparams import HyperParams
+from editlib.models.anatomy import Anatomy
 from editlib.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -162,9 +164,24 @@ class Chain:
         return self._desk.at_end(self.record).tok
 
     @property
+    def anat(self) -> Anatomy:
+        """Of `model`."""
+        return self._desk.at_end(self.record).anat
+
+    @property
+    def base_weights(self) -> Mapping[int, Tensor]:
+        """The base model's matrices of the layers that the chain may change, `[d_model, d_ff]`, on the CPU."""
+        return self._desk.base(self.record).base
+
+    @property
     def token(self) -> UnlearningToken | None:
         """The unlearning token, of a UniErase chain."""
         return UnlearningToken.load(self.path / TOKEN) if TOKEN in self.record.files else None
+
+    def contents(self) -> Iterator[tuple[BatchEntry, Batch]]:
+        """Every batch with what its file holds, in order."""
+        for entry in self.batches:
+            yield entry, self._desk.batch(entry)
 
     def updates(self) -> dict[int, LowRank]:
         """What the whole chain adds to the base weights, as factors by layer; in no layer that no batch has changed."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from editlib.cli.options import out
+from editlib.cli.export import tell_adapter, tell_receipt
+from editlib.cli.options import Overwrite, out
+from editlib.errors import OutputError
 
 chain_app = typer.Typer(
     no_args_is_help=True, help="Edits that last: batches in a folder, resumed, audited, taken back."
@@ -112,6 +114,48 @@ def verify(folder: Folder, model: BaseModel = None) -> None:
     chain.verify()
     count, asked = len(chain.batches), len(chain.record.ids)
     typer.echo(f"{folder}: sound; {count} batches with {asked} requests give the recorded weights")
+
+
+@chain_app.command()
+def export(
+    folder: Folder,
+    out_path: Annotated[Path, typer.Option("--out", help="the folder, or for a delta the file, to write")],
+    kind: Annotated[
+        Literal["folder", "delta", "lora", "receipt"],
+        typer.Option("--as", help="the edited model, the edit alone, a PEFT adapter, or what was asked"),
+    ] = "folder",
+    rank: Annotated[int | None, typer.Option(help="lora: most a layer may have; default: exact")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="receipt: metrics.json of `editlib eval`")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="receipt: salted hashes, with the key in a file beside the folder")
+    ] = False,
+    model: BaseModel = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Hands the chain on, see docs/exports.md."""
+    from editlib.chain import Chain
+    from editlib.chain import export as made
+
+    _check_kind("--rank", rank is not None, kind, "lora")
+    _check_kind("--metrics", metrics is not None, kind, "receipt")
+    _check_kind("--private", private, kind, "receipt")
+    chain = Chain.open(folder, model=model)
+    if kind == "folder":
+        made.save_chain(chain, out_path, overwrite=overwrite)
+    elif kind == "delta":
+        made.save_chain_delta(chain, out_path, overwrite=overwrite)
+    elif kind == "lora":
+        tell_adapter(made.save_chain_lora(chain, out_path, rank=rank, base=model, overwrite=overwrite), out_path)
+    else:
+        page, key = made.save_chain_receipt(chain, out_path, metrics_file=metrics, private=private, overwrite=overwrite)
+        tell_receipt(page, key)
+        return
+    out.print(str(out_path), soft_wrap=True)
+
+
+def _check_kind(option: str, given: bool, kind: str, wanted: str) -> None:
+    if given and kind != wanted:
+        raise OutputError(f"{option} is for --as {wanted}, but --as {kind} was given; leave it out")
 
 
 @chain_app.command()

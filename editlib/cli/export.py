@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from editlib.cli.options import Overwrite, out
+
+if TYPE_CHECKING:
+    from editlib.export.lora import LoraReport
 
 Base = Annotated[str, typer.Argument(help="the model that was edited: a packaged one, a local folder or an id")]
 Given = Annotated[Path, typer.Argument(help="a file that `editlib edit` or `unlearn` wrote with --delta")]
@@ -45,13 +48,7 @@ def lora(
     from editlib.export.lora import lora_from_file
 
     report = lora_from_file(base, delta, out_dir, rank=rank, overwrite=overwrite)
-    table = Table("layer", "rank", "|update|", "left out (share of the norm)")
-    for layer, one in report.layers.items():
-        table.add_row(str(layer), str(one.rank), f"{one.norm:.2f}", f"{one.error:.2e}" if one.error else "nothing")
-    out.print(table)
-    size = (out_dir / "adapter_model.safetensors").stat().st_size
-    left = f"leaves out {report.error:.2e} of the norm of all updates" if report.error else "exact"
-    out.print(f"adapter: {left}, {size / 1000:.0f} kB")
+    tell_adapter(report, out_dir)
     out.print(str(out_dir), soft_wrap=True)
 
 
@@ -71,6 +68,22 @@ def receipt(
     page, key = write_receipt(
         edited, out_dir, requests_file=requests, metrics_file=metrics, private=private, overwrite=overwrite
     )
+    tell_receipt(page, key)
+
+
+def tell_adapter(report: LoraReport, folder: Path) -> None:
+    """What an adapter holds of each layer's update."""
+    table = Table("layer", "rank", "|update|", "left out (share of the norm)")
+    for layer, one in report.layers.items():
+        table.add_row(str(layer), str(one.rank), f"{one.norm:.2f}", f"{one.error:.2e}" if one.error else "nothing")
+    out.print(table)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    left = f"leaves out {report.error:.2e} of the norm of all updates" if report.error else "exact"
+    out.print(f"adapter: {left}, {size / 1000:.0f} kB")
+
+
+def tell_receipt(page: Path, key: Path | None) -> None:
+    """Where a receipt is, and its key."""
     out.print(str(page), soft_wrap=True)
     if key is not None:
         out.print(f"key to the hashes, not to be published: {key}", soft_wrap=True)

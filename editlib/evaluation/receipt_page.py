@@ -17,7 +17,7 @@ from editlib.export import Delta, read_receipt
 from editlib.export.asked import open_receipt, private_receipt
 from editlib.export.delta import check_file
 from editlib.models.files import atomic_folder, atomic_path, check_output
-from editlib.request import read_requests
+from editlib.request import EditRequest, read_requests
 
 KINDS = {
     "request": "questions to forget or edit",
@@ -41,6 +41,32 @@ def write_receipt(
 
     Args:
         requests_file: what was asked; without it the receipt tells ids only.
+        metrics_file, private: see `write_pages`.
+
+    Returns:
+        The page, and the key's file when `private`.
+
+    Raises:
+        EditlibError: any input that does not fit; nothing is written then.
+    """
+    check_place(Path(out), private=private, overwrite=overwrite)
+    receipt = _receipt_of(edited)
+    requests = None if requests_file is None else read_requests(requests_file)
+    return write_pages(receipt, requests, Path(out), metrics_file=metrics_file, private=private, overwrite=overwrite)
+
+
+def write_pages(
+    receipt: Mapping[str, Any],
+    requests: Sequence[EditRequest] | None,
+    out: Path,
+    *,
+    metrics_file: Path | None = None,
+    private: bool = False,
+    overwrite: bool = False,
+) -> tuple[Path, Path | None]:
+    """Writes `receipt` and what it tells of `requests` to the folder `out`, as JSON and as a page.
+
+    Args:
         metrics_file: `metrics.json` of `editlib eval` for this edited model.
         private: hashes instead of text. The key to them is written beside `out`, never into it, for the owner's eyes.
 
@@ -50,13 +76,7 @@ def write_receipt(
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
     """
-    out = Path(out)
-    key_file = key_path(out) if private else None
-    check_output(out, overwrite=overwrite)
-    if key_file is not None:
-        check_file(key_file, overwrite=overwrite)
-    receipt = _receipt_of(edited)
-    requests = None if requests_file is None else read_requests(requests_file)
+    key_file = check_place(out, private=private, overwrite=overwrite)
     key: dict[str, Any] = {}
     if private:
         if requests is None:
@@ -74,6 +94,15 @@ def write_receipt(
         if key_file is not None:
             _write_secret(key_file, _dumped(key))
     return out / "receipt.html", key_file
+
+
+def check_place(out: Path, *, private: bool, overwrite: bool) -> Path | None:
+    """The key's file, if there will be one; raises `OutputError` when there is no place for it or for the folder."""
+    key_file = key_path(out) if private else None
+    check_output(out, overwrite=overwrite)
+    if key_file is not None:
+        check_file(key_file, overwrite=overwrite)
+    return key_file
 
 
 def key_path(out: Path) -> Path:
@@ -110,8 +139,7 @@ def page(told: Mapping[str, Any]) -> str:
     metrics = told.get("metrics")
     done = "unlearned from" if forgets else "edited in"
     title = f"{count} {'fact' if count == 1 else 'facts'} {done} {base}"
-    when = str(told.get("created", "")).replace("T", " ").replace("+00:00", " UTC")
-    by = f"by editlib {told.get('editlib')} with {told.get('algorithm')}, {when}"
+    by = f"by editlib {told.get('editlib')} with {told.get('algorithm')}, {when_of(told.get('created', ''))}"
     return filled(
         "receipt.html",
         title=escape(f"{title} · receipt"),
@@ -158,6 +186,15 @@ def _asked(told: Mapping[str, Any]) -> Iterator[str]:
         )
         yield "</tr>"
     yield "</tbody>\n</table>"
+    for one in told.get("revoked") or ():
+        ids = one["ids"] if isinstance(one.get("ids"), list) else []
+        count = "1 request" if one["requests"] == 1 else f"{one['requests']} requests"
+        yield f"<p>Taken back {escape(when_of(one['time']))}: {escape(', '.join(map(str, ids)) or count)}</p>"
+
+
+def when_of(time: object) -> str:
+    """A time as a person would write it."""
+    return str(time).replace("T", " ").replace("+00:00", " UTC")
 
 
 def _any(texts: Any, field: str) -> bool:
@@ -188,7 +225,7 @@ def _head(first: str, *, numbers: Sequence[str], texts: Sequence[str] = ()) -> s
 
 
 def _details(told: Mapping[str, Any]) -> Iterator[str]:
-    own = {"requests", "asked", "metrics", "private"}
+    own = {"requests", "asked", "metrics", "private", "revoked"}
     inner = {name: value for name, value in told.items() if isinstance(value, Mapping) and name not in own}
     single = {name: value for name, value in told.items() if name not in inner and name not in own}
     return groups({"edit": single, **inner})

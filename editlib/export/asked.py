@@ -69,7 +69,8 @@ def private_receipt(
         "base": {"name": _without(words, re.split(r"[\\/]", str(base["name"]))[-1]), "sha256": base["sha256"]},
         "hparams": {name: _setting(words, value) for name, value in (receipt.get("hparams") or {}).items()},
         "requests": [
-            {"id": hashed(entry["id"], "id", entry["id"]), **_numbers(entry)} for entry in receipt["requests"]
+            {"id": hashed(entry["id"], "id", entry["id"]), **_numbers(entry), **_when(entry)}
+            for entry in receipt["requests"]
         ],
         "anchors": [hashed(name, "id", name) for name in receipt.get("anchors") or ()],
         "token": token and {"token": _without(words, str(token["token"])), **_numbers(token)},
@@ -78,6 +79,7 @@ def private_receipt(
             | {field: hashed(request.id, field, text) for field, text in _told(request).items()}
             for request in requests
         ],
+        "revoked": [{"requests": one["requests"], **_when(one)} for one in receipt.get("revoked") or ()],
         "private": HOW,
     }
     key = {
@@ -105,6 +107,10 @@ def _told(request: EditRequest) -> dict[str, str]:
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+
+
+def _when(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"time": entry["time"]} if "time" in entry else {}
 
 
 def _words(requests: Sequence[EditRequest]) -> set[str]:

@@ -55,7 +55,7 @@ def lora_from_file(
     base: str, delta_file: str | Path, out: str | Path, *, rank: int | None = None, overwrite: bool = False
 ) -> LoraReport:
     """The edit in `delta_file` as an adapter of the model `base` in the folder `out`; see `save_lora`."""
-    _check_rank(rank)
+    check_rank(rank)
     check_output(Path(out), overwrite=overwrite)
     delta = Delta.load(delta_file)
     model, tok = load_base(base, delta)
@@ -85,7 +85,7 @@ def save_lora(
         EditError: `rank` below 1.
         OutputError: `out` cannot be written.
     """
-    _check_rank(rank)
+    check_rank(rank)
     anat = anatomy(model)
     check_base(anat, delta, base or model.name_or_path)
     tokens: dict[str, list[int]] = {}
@@ -122,7 +122,8 @@ def save_lora(
     return report
 
 
-def _check_rank(rank: int | None) -> None:
+def check_rank(rank: int | None) -> None:
+    """Raises `EditError` for a rank that no adapter can have; call it before long work starts."""
     if rank is not None and rank < 1:
         raise EditError(f"--rank {rank}: expected at least 1, or nothing for an exact adapter")
 

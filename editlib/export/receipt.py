@@ -41,9 +41,29 @@ def make_receipt(
 ) -> dict[str, Any]:
     """What was asked, with what settings, from which base, and how large the change was; JSON-ready."""
     return {
+        **origin(base, base_sha256, requests, hparams, token, seed),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "requests": result.diagnostics,
+        "anchors": list(result.anchors),
+        "stats_sha256": stats_hash({layer: one.sha256() for layer, one in stats.items()}),
+        "stats": {str(layer): str(one.path) for layer, one in stats.items()},
+        "layers": {str(layer): norms for layer, norms in result.norms.items()},
+        "timings": {name: round(seconds, 2) for name, seconds in result.timings.items()},
+    }
+
+
+def origin(
+    base: str,
+    base_sha256: str,
+    requests: Sequence[EditRequest],
+    hparams: HyperParams,
+    token: UnlearningToken | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The part of a receipt that is known before the edit: of what, by what, with which settings."""
+    return {
         "editlib": library_version(),
         "algorithm": hparams.algorithm,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "safetensors")},
@@ -52,13 +72,7 @@ def make_receipt(
         "seed": seed,
         "hparams": hparams.to_dict(),
         "requests_sha256": requests_hash(requests),
-        "requests": result.diagnostics,
-        "anchors": list(result.anchors),
-        "stats_sha256": stats_hash(stats),
-        "stats": {str(layer): str(one.path) for layer, one in stats.items()},
         "token": token and {"token": token.header.token, "seed": token.header.seed, **token.header.metrics},
-        "layers": {str(layer): norms for layer, norms in result.norms.items()},
-        "timings": {name: round(seconds, 2) for name, seconds in result.timings.items()},
     }
 
 

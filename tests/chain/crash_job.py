@@ -1,8 +1,9 @@
-"""Kills itself with SIGKILL at the k-th step on disk of `add`, `undo` and `revoke`, for every k there is.
+"""Kills itself with SIGKILL at the k-th step on disk of `add`, `undo`, `revoke` and of exports, for every k there is.
 
 `python crash_job.py BASE BEFORE WORK`: for each operation and each k a forked process works on a copy of the chain
-`BEFORE`, left in `WORK/<operation>-<k>`, until the operation gets through. Steps are the moments before and after every
-rename, removal and sync, and before, in the middle of and after every write of a file.
+`BEFORE`, left in `WORK/<operation>-<k>`, until the operation gets through; exports go to `WORK/<operation>-<k>.out`.
+Steps are the moments before and after every rename, removal and sync, and before, in the middle of and after every
+write of a file.
 """
 
 import os
@@ -15,6 +16,7 @@ import torch
 from chain_cases import C
 
 from editlib.chain import Chain
+from editlib.chain.export import save_chain, save_chain_delta, save_chain_receipt
 from editlib.workbench import Workbench
 
 OPERATIONS = {
@@ -22,6 +24,15 @@ OPERATIONS = {
     "undo": lambda chain: chain.undo(),
     "revoke": lambda chain: chain.revoke(["a1"]),
 }
+EXPORTS = {
+    "folder": lambda chain: save_chain(chain, out_of(chain)),
+    "delta": lambda chain: save_chain_delta(chain, out_of(chain)),
+    "receipt": lambda chain: save_chain_receipt(chain, out_of(chain), private=True),
+}
+
+
+def out_of(chain):
+    return chain.path.with_suffix(".out")
 
 
 def die_at(k):
@@ -59,7 +70,7 @@ def die_at(k):
 def main(base, before, work):
     torch.set_num_threads(1)
     bench = Workbench.load(str(base / "tiny"), base / "stats", progress=False)
-    for name, operation in OPERATIONS.items():
+    for name, operation in {**OPERATIONS, **EXPORTS}.items():
         for k in range(1, 100):
             copy = work / f"{name}-{k:02d}"
             shutil.copytree(before, copy)

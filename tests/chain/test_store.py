@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from chain_cases import RETAIN, A, B, files
-from crash_job import OPERATIONS
+from crash_job import EXPORTS, OPERATIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +44,10 @@ def left_over(path):
     return [place for place in Path(path).rglob("*") if place.name.endswith(".tmp")]
 
 
+def contents(path):
+    return files(path) if path.is_dir() else {"": path.read_bytes()}
+
+
 def script(*args, **options):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     return subprocess.Popen([sys.executable, *map(str, args)], env=env, text=True, **options)
@@ -55,8 +59,18 @@ def test_killed_at_any_moment_it_is_before_or_after(base, chain, again, tmp_path
     before = files(chain.path)
     job = script(HERE / "crash_job.py", base, chain.path, work, stderr=subprocess.PIPE)
     assert job.wait(timeout=300) == 0, job.stderr.read()
+    for name in EXPORTS:
+        runs = sorted(work.glob(f"{name}-??"))
+        whole = runs[-1].with_suffix(".out")  # of the run that got through
+        assert len(runs) > 3 and whole.exists()
+        for run in runs:
+            assert files(run) == before
+            out = run.with_suffix(".out")
+            if out.exists():
+                assert contents(out).keys() == contents(whole).keys()
+                assert name == "receipt" or contents(out) == contents(whole)  # each private one has its own salt
     for name, operation in OPERATIONS.items():
-        runs = sorted(work.glob(f"{name}-*"))
+        runs = sorted(work.glob(f"{name}-??"))
         after = files(runs[-1])  # the run that got through
         assert len(runs) > 8 and after["chain.json"] != before["chain.json"]
         seen = set()

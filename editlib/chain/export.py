@@ -1,0 +1,129 @@
+"""What is handed on of a chain: the edited model, the edit alone, an adapter, a receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from editlib.algorithms.edit import layer_norms
+from editlib.algorithms.low_rank import LowRank
+from editlib.chain.chain import Chain
+from editlib.errors import ChainError
+from editlib.evaluation.receipt_page import check_place, write_pages
+from editlib.export import Delta, make_delta, save_edited
+from editlib.export.apply import load_base
+from editlib.export.delta import check_file
+from editlib.export.lora import LoraReport, check_rank, save_lora
+from editlib.export.receipt import origin
+from editlib.models.files import check_output, weights_sha256
+from editlib.stats_store import stats_hash
+
+
+def save_chain(chain: Chain, out: str | Path, *, overwrite: bool = False) -> str:
+    """Writes the chain's model as an ordinary Hugging Face folder with its receipt; returns the hash of the result.
+
+    Raises:
+        EditlibError: a chain without batches, another base model, no place for the folder; nothing is written then.
+    """
+    check_output(Path(out), overwrite=overwrite)
+    receipt = chain_receipt(chain)
+    return save_edited(chain.model, chain.tok, Path(out), receipt, overwrite=overwrite)
+
+
+def save_chain_delta(chain: Chain, out: str | Path, *, overwrite: bool = False) -> Delta:
+    """Writes what the whole chain does to its base model as one delta file; raises as `save_chain`."""
+    check_file(Path(out), overwrite=overwrite)
+    delta = chain_delta(chain)
+    delta.save(out)
+    return delta
+
+
+def save_chain_lora(
+    chain: Chain, out: str | Path, *, rank: int | None = None, base: str | None = None, overwrite: bool = False
+) -> LoraReport:
+    """Writes the whole chain as a LoRA adapter of its base model, which is loaded once more; see `save_lora`.
+
+    Args:
+        base: where the base model is, if not where the chain was started with it.
+    """
+    check_rank(rank)
+    check_output(Path(out), overwrite=overwrite)
+    delta = chain_delta(chain)
+    name = base or delta.base
+    return save_lora(*load_base(name, delta), delta, out, base=name, rank=rank, overwrite=overwrite)
+
+
+def save_chain_receipt(
+    chain: Chain,
+    out: str | Path,
+    *,
+    metrics_file: Path | None = None,
+    private: bool = False,
+    overwrite: bool = False,
+) -> tuple[Path, Path | None]:
+    """Writes what was asked of the chain, when and with what result, as JSON and as a page; see `write_pages`."""
+    check_place(Path(out), private=private, overwrite=overwrite)
+    receipt = chain_receipt(chain)
+    return write_pages(
+        receipt, chain.requests, Path(out), metrics_file=metrics_file, private=private, overwrite=overwrite
+    )
+
+
+def chain_delta(chain: Chain) -> Delta:
+    """The difference between the chain's model and its base; raises as `save_chain`."""
+    receipt = chain_receipt(chain)
+    return make_delta(
+        chain.anat,
+        _wide(chain),
+        chain.base_weights,
+        base=chain.record.base["name"],
+        base_sha256=chain.record.base["sha256"],
+        result_sha256=receipt["result_sha256"],
+        token=chain.token,
+        receipt=receipt,
+    )
+
+
+def chain_receipt(chain: Chain) -> dict[str, Any]:
+    """As `export.make_receipt`, of all batches together: per request its batch and its time, besides, and what was
+    revoked when.
+
+    Raises:
+        ChainError: there is no batch, or the base model is another.
+    """
+    record = chain.record
+    if not record.batches:
+        raise ChainError(f"{chain.path} holds no batch, so that its model is the base model; add requests first")
+    entries: list[Mapping[str, Any]] = []
+    anchors: dict[str, None] = {}
+    for entry, batch in chain.contents():
+        anchors |= dict.fromkeys(batch.anchors)
+        entries += [
+            {"id": request.id, "batch": entry.number, "time": entry.time, **batch.values.numbers(i)}
+            for i, request in enumerate(batch.requests)
+        ]
+    base = record.base
+    norms = layer_norms(_wide(chain), chain.base_weights)
+    return {
+        **origin(base["name"], base["sha256"], chain.requests, record.settings, chain.token, record.seed),
+        "created": record.batches[-1].time,
+        "batches": len(record.batches),
+        "requests": entries,
+        "revoked": [{"time": one.time, "requests": len(one.ids), "ids": list(one.ids)} for one in record.revoked],
+        "anchors": list(anchors),
+        "stats_sha256": stats_hash({int(layer): one["sha256"] for layer, one in record.statistics.items()}),
+        "stats": {layer: one["path"] for layer, one in record.statistics.items()},
+        "layers": {str(layer): one for layer, one in sorted(norms.items())},
+        "result_sha256": weights_sha256(chain.model),
+    }
+
+
+def _wide(chain: Chain) -> dict[int, LowRank]:
+    """The chain's updates in fp64, in which its weights are summed."""
+    return {
+        layer: LowRank(update.left.to(torch.float64), update.right.to(torch.float64))
+        for layer, update in sorted(chain.updates().items())
+    }
