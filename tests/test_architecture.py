@@ -21,6 +21,7 @@ FLOORS = [
     {"workbench"},
     {"jobs", "evaluation"},
     {"demo", "chain"},
+    {"sequential"},
     {"cli"},
     {"__main__", "__init__"},
 ]

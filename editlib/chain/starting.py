@@ -34,14 +34,19 @@ def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token
         raise OutputError(f"{path} holds a chain already; choose another folder, or go on with `editlib chain add`")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise OutputError(f"{path} exists and is no empty folder; give the name of a folder that does not exist yet")
+    check_algorithm(hparams)
+    if not isinstance(hparams, UniEraseHyperParams) and (retain or token):
+        given = "retain prompts" if retain else "token"
+        raise HparamsError(f"{hparams.algorithm} takes no {given}; only UniErase does: leave it out")
+
+
+def check_algorithm(hparams: HyperParams) -> None:
+    """Raises `HparamsError` for an algorithm that cannot be chained."""
     if isinstance(hparams, FTHyperParams):
         raise HparamsError(
             "FT trains weights and has no target states, so that nothing of it could be replayed when a request is "
             "revoked; expected a closed-form algorithm for a chain, such as UniErase, AlphaEdit or MEMIT"
         )
-    if not isinstance(hparams, UniEraseHyperParams) and (retain or token):
-        given = "retain prompts" if retain else "token"
-        raise HparamsError(f"{hparams.algorithm} takes no {given}; only UniErase does: leave it out")
 
 
 def start(

@@ -135,6 +135,41 @@ def bench_counterfact(
         out.print(str(path), soft_wrap=True)
 
 
+@bench_app.command("sequential")
+def bench_sequential(
+    model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
+    out_dir: Annotated[Path, typer.Option("--out", help="gets the chains, points.jsonl, table.md and plot.png")] = Path(
+        "runs/sequential"
+    ),
+    algorithms: Annotated[str, typer.Option(help="separated by commas")] = "UniErase,MEMIT,ROME",
+    hparams: Annotated[
+        list[str] | None, typer.Option(help="settings of one of them (MEMIT/mine.json); default: bundled ones")
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="requests a batch: a chain each")] = "10,1",
+    points: Annotated[int, typer.Option(min=1, help="how often a chain is measured on its way")] = 5,
+    stats_dir: StatsDir = Path("stats"),
+    text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    seed: Seed = 0,
+    dtype: Dtype = None,
+) -> None:
+    """Forgets 100 bundled facts that the model knows, batch after batch; goes on where it was stopped."""
+    from editlib.sequential import bench_sequential as run
+    from editlib.sequential import check_plan
+    from editlib.sequential.report import table_rows, write_sequential
+
+    settings, wanted = check_plan(model, algorithms, hparams or [], sizes)
+    found = run(
+        lambda: workbench(model, stats_dir, dtype), settings, wanted, out_dir, points=points, text=text, seed=seed
+    )
+    head, *rows = table_rows(found)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    for path in write_sequential(found, out_dir):
+        out.print(str(path), soft_wrap=True)
+
+
 def demo(
     out_dir: Annotated[Path, typer.Option("--out")] = Path("runs/demo"),
     seed: Seed = 0,

@@ -18,6 +18,7 @@ from editlib.algorithms.registry import apply_function
 from editlib.algorithms.values import Values
 from editlib.corpus import load_corpus
 from editlib.errors import EditError, HparamsError, RequestError
+from editlib.evaluation.cells import append_cell, read_cells
 from editlib.evaluation.counterfact import known_facts, score_edits
 from editlib.evaluation.run import text_windows
 from editlib.hparams import (
@@ -29,7 +30,6 @@ from editlib.hparams import (
     algorithm_of,
     load_hparams,
 )
-from editlib.models.files import atomic_path
 from editlib.models.generation import perplexity
 from editlib.models.prompts import PromptFormat
 from editlib.request import EditRequest, requests_hash, write_requests
@@ -141,16 +141,6 @@ def bench_counterfact(
     return run.cells
 
 
-def _kept(path: Path) -> list[Cell]:
-    """The cells of earlier runs; a line that was cut when its run was stopped is taken out of the file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole, end, cut = text.rpartition("\n")
-    if cut:
-        with atomic_path(path) as temporary:
-            temporary.write_text(whole + end, encoding="utf-8")
-    return [Cell(**json.loads(row)) for row in whole.split("\n") if row]
-
-
 class _Run:
     """The cells of one job, kept as they are done."""
 
@@ -161,7 +151,8 @@ class _Run:
         self.form = PromptFormat(bench.tok, chat=False)
         self.windows = text_windows(bench.tok, load_corpus(text).documents)
         self.base = f"{bench.sha256[:16]}:{requests_hash(requests)[:16]}:{seed}"
-        self.cells = [cell for cell in _kept(path) if cell.job.startswith(self.base)]
+        kept = [Cell(**cell) for cell in read_cells(path)]
+        self.cells = [cell for cell in kept if cell.job.startswith(self.base)]
         there = {cell.edits for cell in self.cells if cell.algorithm == "none"}
         for count in sorted(set(counts) - there):
             self._add("none", "-", count, 0.0, self.base)
@@ -239,6 +230,5 @@ class _Run:
             job=job,
         )
         self.cells.append(cell)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(cell)) + "\n")
+        append_cell(self.path, asdict(cell))
         log.info("%s", replace(cell, job=""))

@@ -32,13 +32,18 @@ def table_rows(cells: Sequence[Cell]) -> list[list[str]]:
 
 def write_bench(cells: Sequence[Cell], out: Path) -> list[Path]:
     """Writes `table.md` and `plot.png` to `out`; returns their paths."""
-    head, *rows = table_rows(cells)
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
     table, plot = out / "table.md", out / "plot.png"
-    with atomic_path(table) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_table(table_rows(cells), table)
     _draw(cells, plot)
     return [table, plot]
+
+
+def write_table(rows: Sequence[Sequence[str]], path: Path) -> None:
+    """Writes head and rows as a Markdown table."""
+    head, *rest = rows
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest)]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _draw(cells: Sequence[Cell], path: Path) -> None:

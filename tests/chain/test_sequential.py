@@ -1,0 +1,151 @@
+"""Chains of a benchmark: measured on the way, gone on with after an interruption, never mistaken for others."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from chain_cases import RETAIN, A, B, C, hparams_of
+from test_cli import refused
+
+from editlib.chain import Chain
+from editlib.errors import EditError, HparamsError, OutputError
+from editlib.evaluation.dealing import Parts
+from editlib.sequential import bench_sequential, check_plan
+from editlib.sequential import run as module
+from editlib.sequential.report import table_rows, write_sequential
+
+PARTS = Parts([*A, *B, *C], RETAIN[:2], RETAIN[2:])
+SETTINGS = [hparams_of("MEMIT"), hparams_of("AlphaEdit")]
+
+
+@pytest.fixture
+def run(loaded, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The river {i} flows by Basel and Bonn before it meets the sea." for i in range(60)))
+
+    def go(out="out", settings=SETTINGS, sizes=(2, 1), **options):
+        given = {"parts": PARTS, "points": 5, "text": str(text), **options}
+        return bench_sequential(lambda: copy.deepcopy(loaded), settings, sizes, tmp_path / out, **given)
+
+    return go
+
+
+def untimed(points):
+    return [replace(point, seconds=0.0) for point in points]
+
+
+def test_every_chain_is_measured_on_its_way(run, tmp_path):
+    points = run()
+    found = [(point.algorithm, point.size, point.edits) for point in points]
+    wanted = [[(name, 2, n) for n in (2, 4, 5)] + [(name, 1, n) for n in (1, 2, 3, 4, 5)] for name in
+              ("MEMIT", "AlphaEdit")]  # fmt: skip
+    assert found == [place for some in wanted for place in some]
+    for size in (1, 2):
+        chain = Chain.open(tmp_path / "out" / "chains" / f"MEMIT-{size}")
+        assert [request.id for request in chain.requests] == ["a1", "a2", "b1", "c1", "c2"]
+        assert {request.target_new for request in chain.requests} == {"I don't know."}
+        assert len(chain.batches) == (5 if size == 1 else 3)
+    assert all(0 <= point.gone <= 1 and point.perplexity_ratio > 0 for point in points)
+    assert len({point.perplexity_ratio for point in points}) > 3  # the edited models were measured, not the base
+    table, plot = write_sequential(points, tmp_path / "out")
+    assert plot.stat().st_size > 1000
+    rows = table.read_text().splitlines()
+    assert len(rows) == 2 + len(points) and rows[0].startswith("| algorithm | batches of | edits | efficacy |")
+    assert len(table_rows(points)[1]) == len(table_rows(points)[0])
+
+
+def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
+    whole = run("whole")
+    added, measured = [], []
+    usual, usual_measure = Chain.add, module.evaluate
+
+    def add(self, requests):
+        if len(added) == 4:
+            raise KeyboardInterrupt
+        added.append(requests)
+        return usual(self, requests)
+
+    def measure(*args, **kwargs):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return usual_measure(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", measure)
+        with pytest.raises(KeyboardInterrupt):  # between an edit and its point
+            run()
+        patch.setattr(module, "evaluate", usual_measure)
+        patch.setattr(Chain, "add", add)
+        with pytest.raises(KeyboardInterrupt):  # between a point and the next edit
+            run()
+    assert untimed(run()) == untimed(whole)
+
+    def never(*_):
+        raise AssertionError("edited again")
+
+    monkeypatch.setattr(Chain, "add", never)
+    monkeypatch.setattr(Chain, "create", never)
+    assert untimed(run()) == untimed(whole)
+
+
+def test_an_edit_that_fails_is_not_the_end(run, monkeypatch, caplog):
+    usual = Chain.add
+
+    def add(self, requests):
+        if requests[0].id == "b1":
+            raise EditError("no finite solution")
+        return usual(self, requests)
+
+    monkeypatch.setattr(Chain, "add", add)
+    points = run(settings=SETTINGS[:1], sizes=[1])
+    assert [point.edits for point in points] == [1, 2, 3, 4, 5]
+    assert "edits 3 to 3: no finite solution" in caplog.text
+
+
+def test_chains_of_another_job_are_refused(run, tmp_path):
+    run(settings=SETTINGS[:1], sizes=[2])
+    other = replace(SETTINGS[0], mom2_update_weight=2.0)
+    before = (tmp_path / "out" / "chains" / "MEMIT-2" / "chain.json").read_bytes()
+    for options in ({"settings": [other]}, {"seed": 1}, {"parts": replace(PARTS, forget=[*B, *C])}):
+        with pytest.raises(OutputError, match="MEMIT-2 holds a chain of other facts or settings"):
+            run(**{"settings": SETTINGS[:1], "sizes": [2], **options})
+    assert (tmp_path / "out" / "chains" / "MEMIT-2" / "chain.json").read_bytes() == before
+
+
+def test_unerase_holds_the_anchors(run, base, tmp_path):
+    stats = base / "stats"
+    assert stats.exists()
+    hparams = hparams_of("UniErase")
+    usual = Chain.create
+    try:
+        Chain.create = classmethod(
+            lambda cls, *args, **kwargs: usual(*args, token=base / "token.safetensors", **kwargs)
+        )
+        points = run(settings=[hparams], sizes=[5])
+    finally:
+        Chain.create = usual
+    assert [point.edits for point in points] == [5]
+    chain = Chain.open(tmp_path / "out" / "chains" / "UniErase-5")
+    batch = next(batch for _, batch in chain.contents())
+    assert set(batch.anchors) <= {prompt.id for prompt in PARTS.anchors} and batch.anchors
+    assert torch.isfinite(batch.values.targets).all()
+
+
+def test_bad_plans():
+    with pytest.raises(HparamsError, match=r"--sizes '10,x'"):
+        check_plan("smollm2-135m", "MEMIT", [], "10,x")
+    with pytest.raises(HparamsError, match="--sizes '0'"):
+        check_plan("smollm2-135m", "MEMIT", [], "0")
+    with pytest.raises(HparamsError, match="not among --algorithms MEMIT"):
+        check_plan("smollm2-135m", "MEMIT", ["ROME/smollm2-135m"], "10")
+    settings, sizes = check_plan("smollm2-135m", "UniErase, MEMIT,", [], "10,1,10")
+    assert [one.algorithm for one in settings] == ["UniErase", "MEMIT"] and sizes == [10, 1]
+
+
+def test_from_the_command_line(call, tmp_path):
+    out = tmp_path / "out"
+    refused(call("bench", "sequential", "--sizes", "-1", "--out", out), "--sizes")
+    refused(call("bench", "sequential", "--algorithms", "FT", "--model", "smollm2-135m", "--out", out), "FT")
+    assert not out.exists()
