@@ -69,6 +69,11 @@ def _draw(cells: Sequence[Cell], path: Path) -> None:
             if row == len(modes) - 1:
                 panel.set_xlabel("edits")
     axes[0][0].set_ylabel("share (higher is better)")
-    axes[0][0].legend(fontsize=8)
+    # ROME has no batches: no one panel shows every line.
+    lines = {
+        label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    shown = [name for name in (*names, "unedited") if name in lines]
+    axes[0][0].legend([lines[name] for name in shown], shown, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
