@@ -120,6 +120,17 @@ def test_ours_ship_and_say_where_their_figures_come_from(algorithm):
             assert loaded.v_loss_layer == DEPTHS[name] - 1 and max(loaded.layers) < DEPTHS[name] / 2
 
 
+@pytest.mark.parametrize(("name", "lr", "clamp"), [("llama-3.1-8b", 0.1, 0.75), ("llama-3.2-3b", 0.5, 4)])
+def test_unierases_published_settings_ship(name, lr, clamp):
+    loaded = load_hparams(f"UniErase/{name}")
+    assert (loaded.layers, loaded.v_num_grad_steps, loaded.v_lr, loaded.clamp_norm_factor) == (
+        [4, 5, 6, 7, 8], 10, lr, clamp,
+    )  # fmt: skip
+    assert (loaded.kl_factor, loaded.nullspace_threshold, loaded.L2, loaded.v_weight_decay) == (0.0625, 0.02, 10, 0.5)
+    assert loaded.gate_layer is None and loaded.solve == "ridge" and loaded.unused == {}
+    assert loaded.v_loss_layer == DEPTHS[name] - 1 and set(loaded.notes) == {"published", "measured"}
+
+
 @pytest.mark.parametrize("name", ["ROME/gpt2-xl", "MEMIT/gpt2-xl", "AlphaEdit/gpt2-xl", "AlphaEdit/Llama3-8B"])
 def test_ours_hold_the_published_values(tmp_path, name):
     theirs = load_hparams(written(tmp_path, name, PUBLISHED[name])).to_dict()
