@@ -37,6 +37,10 @@ class EditError(EditlibError, ValueError):
     """An edit that could not be solved; the model is left unchanged."""
 
 
+class MetricError(EditlibError, ValueError):
+    """A measurement that cannot be made, or a file of results that cannot be read."""
+
+
 class DeltaError(EditlibError, ValueError):
     """A delta file that is damaged, or belongs to another model."""
 

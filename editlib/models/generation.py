@@ -1,9 +1,11 @@
-"""Greedy answers for many prompts at once: shared prefix computed once, finished rows dropped, drafts verified."""
+"""Greedy answers for many prompts at once (shared prefix computed once, finished rows dropped, drafts verified), and
+given answers read behind their prompts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.resume import forward, new_cache, shared_prefix
 
 BATCH_ROWS = 64
+BATCH_SCORED = 1536
 
 
 def end_tokens(anat: Anatomy) -> frozenset[int]:
@@ -170,23 +173,73 @@ def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: Past) -> Tenso
     return forward(anat, batch, cache=cache, score=(rows, zeros + ids.shape[1] - 1))
 
 
-def continuation_nll(anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[float]:
-    """Mean NLL in nats a token of each answer behind its prompt; `nan` for an empty answer."""
-    found = [float("nan")] * len(rows)
+@dataclass(frozen=True)
+class Forced:
+    """An answer that was put behind its prompt and read token by token (teacher-forced), without its end token.
+
+    `nll`: nats of each answer token. `hits`: whether each is what greedy decoding would say behind the true tokens.
+    """
+
+    nll: tuple[float, ...]
+    hits: tuple[bool, ...]
+
+    @property
+    def mean(self) -> float:
+        """Nats a token; `nan` for an empty answer."""
+        return math.fsum(self.nll) / len(self.nll) if self.nll else math.nan
+
+
+def teacher_forced(
+    anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[Sequence[int]], *, progress: str | None = None
+) -> list[Forced]:
+    """Reads each answer behind its prompt, in the order of `rows`.
+
+    Args:
+        progress: a label for a progress bar on stderr; none without it.
+    """
+    found = [Forced((), ())] * len(rows)
     order = sorted((i for i in range(len(rows)) if answers[i]), key=lambda i: len(rows[i]) + len(answers[i]))
     device = anat.device
-    for start in range(0, len(order), BATCH_ROWS):
-        chunk = order[start : start + BATCH_ROWS]
-        with frozen(anat.model), torch.no_grad():
+    with (
+        frozen(anat.model),
+        torch.no_grad(),
+        tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar,
+    ):
+        for chunk in _chunks(order, [len(answer) for answer in answers]):
             prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
             batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
             places = [(r, len(rests[r]) - 1 + j) for r, i in enumerate(chunk) for j in range(len(answers[i]))]
             logits = forward(anat, batch, prefix=prefix, score=tuple(torch.tensor(places).T)).float()
-            wanted = torch.tensor([token for i in chunk for token in answers[i]], device=device)
-            each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        for i, losses in zip(chunk, each.split([len(answers[i]) for i in chunk]), strict=True):
-            found[i] = float(losses.mean())
+            wanted = torch.tensor([token for i in chunk for token in answers[i]], device=logits.device)
+            nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").tolist()
+            hits = (logits.argmax(-1) == wanted).tolist()
+            at = 0
+            for i in chunk:
+                end = at + len(answers[i])
+                found[i] = Forced(tuple(nll[at:end]), tuple(hits[at:end]))
+                at = end
+            bar.update(len(chunk))
     return found
+
+
+def _chunks(order: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """`order` in batches of at most `BATCH_ROWS` rows; long answers make them smaller, since every scored token costs a
+    row of logits as wide as the vocabulary."""
+    chunk: list[int] = []
+    scored = 0
+    for i in order:
+        if chunk and (len(chunk) == BATCH_ROWS or scored + sizes[i] > BATCH_SCORED):
+            yield chunk
+            chunk, scored = [], 0
+        chunk.append(i)
+        scored += sizes[i]
+    if chunk:
+        yield chunk
+
+
+def continuation_nll(anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[float]:
+    """Mean NLL in nats a token of each answer behind its prompt; `nan` for an empty answer."""
+    return [answer.mean for answer in teacher_forced(anat, rows, answers)]
 
 
 def perplexity(anat: Anatomy, windows: Sequence[Sequence[int]]) -> float:

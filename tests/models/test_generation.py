@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_models import make_llama, row_maker
 
+from editlib.models import generation
 from editlib.models.anatomy import anatomy
-from editlib.models.generation import continuation_nll, end_tokens, greedy, perplexity
+from editlib.models.generation import continuation_nll, end_tokens, greedy, perplexity, teacher_forced
 from editlib.models.prompts import TokenRow
 from editlib.models.tracing import record_inputs
 
@@ -175,3 +176,26 @@ def test_nll_of_answers_and_perplexity(tiny_model, draw):
     windows = [row.ids for row in rows]
     each = [value for ids in windows for value in nll(ids, 1)]
     assert perplexity(anat, windows) == pytest.approx(math.exp(sum(each) / len(each)), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scored", [1, 4, 1536])
+def test_reading_token_by_token_in_batches_of_any_size(tiny_model, draw, monkeypatch, scored):
+    """Each token's NLL and whether it is the first choice, against plain transformers; some of the tokens are."""
+    monkeypatch.setattr(generation, "BATCH_SCORED", scored)
+    tiny_model.generation_config.eos_token_id = None
+    anat, rows = anatomy(tiny_model), [*draw(9, 4), *draw(12, 10, same=6)]
+    answers = [
+        (5, 6, *generated(tiny_model, rows[0].followed_by((5, 6)), 4)),
+        (),
+        (8,),
+        generated(tiny_model, rows[3], 3),
+    ]
+    for row, answer, read in zip(rows, answers, teacher_forced(anat, rows, answers), strict=True):
+        logits = tiny_model(torch.tensor([[*row.ids, *answer]])).logits[0, len(row) - 1 : -1]
+        want = torch.tensor(answer, dtype=torch.long)
+        assert read.nll == pytest.approx(
+            torch.nn.functional.cross_entropy(logits, want, reduction="none").tolist(), rel=1e-4
+        )
+        assert read.hits == tuple((logits.argmax(-1) == want).tolist())
+    assert read.hits == (True,) * 3

@@ -1,0 +1,39 @@
+"""One function a metric; `docs/metrics.md` has them in one table. Generated and teacher-forced ones are kept apart by
+the names of modules and of results."""
+
+from editlib.evaluation.metrics.answers import has_answer, is_fluent, is_fluent_refusal, is_refusal, wilson_interval
+from editlib.evaluation.metrics.generated import cosine_similarity, entailment_score, rouge_l_recall, token_entropy
+from editlib.evaluation.metrics.memorisation import exact_memorisation, extraction_strength
+from editlib.evaluation.metrics.result import Kind, MetricResult, Split, read_results, write_results
+from editlib.evaluation.metrics.teacher_forced import probability, probability_with_options, read_answers, truth_ratio
+from editlib.evaluation.metrics.tofu import forget_quality, model_utility
+from editlib.evaluation.metrics.unierase import balance, forget_efficacy, retain_ability, wide_model_utility
+
+__all__ = [
+    "Kind",
+    "MetricResult",
+    "Split",
+    "balance",
+    "cosine_similarity",
+    "entailment_score",
+    "exact_memorisation",
+    "extraction_strength",
+    "forget_efficacy",
+    "forget_quality",
+    "has_answer",
+    "is_fluent",
+    "is_fluent_refusal",
+    "is_refusal",
+    "model_utility",
+    "probability",
+    "probability_with_options",
+    "read_answers",
+    "read_results",
+    "retain_ability",
+    "rouge_l_recall",
+    "token_entropy",
+    "truth_ratio",
+    "wide_model_utility",
+    "wilson_interval",
+    "write_results",
+]

@@ -1,0 +1,193 @@
+"""What a metric comes to, in open-unlearning's JSON shape, with direction and meaning beside every aggregate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from editlib.errors import MetricError
+from editlib.models.files import atomic_path
+
+ROUNDING = 1e-9
+
+Split = Literal["forget", "retain"]
+"""Whether the questions were to be forgotten or to be kept: it turns the direction of most metrics round."""
+
+Kind = Literal["generated", "teacher_forced", "combined"]
+"""How a number came about. `generated`: from text that the model wrote itself. `teacher_forced`: from given answers
+that the model read. `combined`: from other metrics."""
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric over one set of questions.
+
+    `agg_value` is `None` where nothing could be scored, and `higher_is_better` where a foreign file does not say.
+    `value_by_index` holds what each item came to under the keys that open-unlearning uses ("0", "1", ... and `score`,
+    `prob`, `avg_loss`, `rougeL_recall`); an item that could not be scored has `None` there and does not count in `n`.
+    """
+
+    name: str
+    agg_value: float | None
+    value_by_index: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kind: Kind | None = None
+    higher_is_better: bool | None = None
+    n: int | None = None
+    meaning: str = ""
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """`{name: {"agg_value": ..., "value_by_index": {"0": {...}}, "higher_is_better": ..., ...}}`."""
+        body = {
+            "agg_value": self.agg_value,
+            "higher_is_better": self.higher_is_better,
+            "kind": self.kind,
+            "n": self.n,
+            "meaning": self.meaning,
+            "value_by_index": {index: dict(item) for index, item in self.value_by_index.items()},
+        }
+        return {self.name: body}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MetricResult:
+        """The result in a mapping of one name to its body; a body of open-unlearning's has the first two keys only.
+
+        Raises:
+            MetricError: not one name, no usable `agg_value`, or items that are no objects.
+        """
+        if not isinstance(data, Mapping) or len(data) != 1:
+            raise MetricError(f"expected one metric as {{name: {{...}}}}, got {_short(data)}")
+        name, body = next(iter(data.items()))
+        if not isinstance(body, Mapping) or "agg_value" not in body:
+            raise MetricError(f'metric {name!r}: expected an object with "agg_value", got {_short(body)}')
+        items = body.get("value_by_index") or {}
+        if not isinstance(items, Mapping) or not all(isinstance(item, Mapping) for item in items.values()):
+            raise MetricError(f'metric {name!r}: "value_by_index" must map an index to an object, got {_short(items)}')
+        if (kind := body.get("kind")) not in (None, *get_args(Kind)):
+            raise MetricError(f'metric {name!r}: "kind" must be one of {", ".join(get_args(Kind))}, got {_short(kind)}')
+        if (better := body.get("higher_is_better")) not in (None, True, False):
+            raise MetricError(f'metric {name!r}: "higher_is_better" must be true, false or null, got {_short(better)}')
+        n = body.get("n")
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
+            raise MetricError(f'metric {name!r}: "n" must be a whole number or null, got {_short(n)}')
+        return cls(
+            name=str(name),
+            agg_value=_finite(name, body["agg_value"]),
+            value_by_index={str(index): dict(item) for index, item in items.items()},
+            kind=kind,
+            higher_is_better=better,
+            n=n,
+            meaning=str(body.get("meaning", "")),
+        )
+
+    def values(self, key: str = "score") -> list[float]:
+        """What the items hold under `key`, without those that could not be scored.
+
+        Raises:
+            MetricError: no item has this key.
+        """
+        if self.value_by_index and not any(key in item for item in self.value_by_index.values()):
+            held = sorted({name for item in self.value_by_index.values() for name in item})
+            raise MetricError(f"metric {self.name!r}: its items have no {key!r}; they hold {', '.join(held)}")
+        return [float(item[key]) for item in self.value_by_index.values() if item.get(key) is not None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's name, how it is measured, which way is good on either kind of questions, and what it says."""
+
+    name: str
+    kind: Kind
+    higher_is_better: Mapping[Split, bool]
+    meaning: str
+
+    def averaged(self, on: Split, items: Sequence[Mapping[str, Any]], key: str) -> MetricResult:
+        """The mean of what `items` hold under `key`, named `<on>_<kind>_<name>`."""
+        if on not in get_args(Split):
+            raise MetricError(f"on={on!r}; expected one of {', '.join(get_args(Split))}")
+        counted = [item[key] for item in items if item[key] is not None]
+        return MetricResult(
+            name=f"{on}_{self.kind}_{self.name}",
+            agg_value=math.fsum(counted) / len(counted) if counted else None,
+            value_by_index={str(i): item for i, item in enumerate(items)},
+            kind=self.kind,
+            higher_is_better=self.higher_is_better[on],
+            n=len(counted),
+            meaning=self.meaning,
+        )
+
+
+MORE: Mapping[Split, bool] = {"forget": True, "retain": True}
+"""Higher is better everywhere."""
+
+KNOWN: Mapping[Split, bool] = {"forget": False, "retain": True}
+"""Higher means that the model knows more: bad for what it should forget, good for what it should keep."""
+
+
+def same_number(**given: Sequence[Any]) -> None:
+    """Raises `MetricError` unless all of `given` are equally long."""
+    if len({len(values) for values in given.values()}) > 1:
+        counts = ", ".join(f"{len(values)} {name}" for name, values in given.items())
+        raise MetricError(f"{counts}; expected one of each for every question")
+
+
+def unit_value(name: str, value: float | MetricResult | None) -> float:
+    """A number in 0..1, out of a result where one is given.
+
+    Raises:
+        MetricError: there is none, or it lies outside.
+    """
+    found = value.agg_value if isinstance(value, MetricResult) else value
+    if found is None or not -ROUNDING <= found <= 1.0 + ROUNDING:
+        raise MetricError(f"{name} is {found}; expected a number from 0 to 1: measure it first")
+    return min(max(float(found), 0.0), 1.0)
+
+
+def write_results(path: Path, results: Iterable[MetricResult]) -> None:
+    """Writes `results` into one JSON file, atomically.
+
+    Raises:
+        MetricError: two results have one name.
+    """
+    whole: dict[str, Any] = {}
+    for result in results:
+        if result.name in whole:
+            raise MetricError(f"two results are named {result.name!r}; rename one with dataclasses.replace")
+        whole |= result.to_dict()
+    text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> dict[str, MetricResult]:
+    """The results in a JSON file, by name; open-unlearning's own `*_EVAL.json` can be read, too.
+
+    Raises:
+        MetricError: no such file, no JSON object, or an entry that is no metric.
+    """
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MetricError(f"cannot read results from {path}: {error}; expected a JSON file of metrics") from None
+    if not isinstance(whole, dict):
+        raise MetricError(f"{path} holds {_short(whole)}; expected an object of metrics by name")
+    try:
+        return {name: MetricResult.from_dict({name: body}) for name, body in whole.items()}
+    except MetricError as error:
+        raise MetricError(f"{path}: {error}") from None
+
+
+def _finite(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise MetricError(f'metric {name!r}: "agg_value" must be a number or null, got {_short(value)}')
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,156 @@
+"""Metrics of given answers that the model reads behind the question: probability and TOFU's truth ratio.
+
+Nothing is generated here. A model can give the truth a low probability and still say it later, or the other way round:
+an edit that changes only the first token of an answer leaves the rest as likely as ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from editlib.evaluation.metrics.result import KNOWN, MORE, Metric, MetricResult, Split, same_number
+from editlib.models.anatomy import Anatomy
+from editlib.models.generation import Forced, teacher_forced
+from editlib.models.prompts import PromptFormat
+
+LARGEST_NLL = 700.0  # `exp` of more is no float
+
+PROBABILITY = Metric(
+    "probability",
+    "teacher_forced",
+    KNOWN,
+    "probability of the true answer behind the question, a token (geometric mean)",
+)
+OPTIONS = Metric(
+    "probability_with_options",
+    "teacher_forced",
+    KNOWN,
+    "share of the true answer in the probability of all the answers to choose from, each a token (geometric mean)",
+)
+TRUTH_RATIO_FORGET = Metric(
+    "truth_ratio",
+    "teacher_forced",
+    MORE,
+    "how alike wrong answers and a paraphrase of the true one are in probability: 1 they cannot be told apart",
+)
+TRUTH_RATIO_RETAIN = Metric(
+    "truth_ratio",
+    "teacher_forced",
+    MORE,
+    "how far wrong answers lie below a paraphrase of the true one in probability: 0 as likely or likelier",
+)
+
+
+def read_answers(
+    anat: Anatomy,
+    form: PromptFormat,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    progress: str | None = None,
+) -> list[Forced]:
+    """Puts each answer behind its question and lets the model read it; what all metrics of this kind are made of.
+
+    `[one.mean for one in read]` goes into `probability` and `truth_ratio`, `[one.hits for one in read]` into
+    `exact_memorisation` and `extraction_strength`. The answer counts from its first token to its last. (The code of
+    TOFU and open-unlearning counts the end token in the loss as well, which weighs most in short answers.)
+
+    Raises:
+        MetricError: the numbers of texts differ.
+    """
+    same_number(questions=questions, answers=answers)
+    rows = [form.encode(question) for question in questions]
+    return teacher_forced(anat, rows, [form.answer_ids(answer) for answer in answers], progress=progress)
+
+
+def probability(nll: Sequence[float], *, on: Split) -> MetricResult:
+    """Length-normalised probability of the true answers (TOFU, 2401.06121, sec. 2.2), 0..1.
+
+    `P(a|q)^(1/|a|) = exp(-mean NLL)`. Mean over the answers. Lower is better on a forget set, where the measure is a
+    model that never saw the answers and not 0; higher on a retain set. Teacher-forced.
+
+    Args:
+        nll: nats a token of each answer; `nan` (an empty answer, or a model whose numbers are no longer finite) does
+            not count.
+    """
+    items = [
+        {"prob": None, "avg_loss": None} if loss is None else {"prob": math.exp(-loss), "avg_loss": loss}
+        for loss in map(_loss, nll)
+    ]
+    return PROBABILITY.averaged(on, items, "prob")
+
+
+def probability_with_options(
+    nll: Sequence[float], wrong_nll: Sequence[Sequence[float]], *, on: Split = "retain"
+) -> MetricResult:
+    """Probability of the true answer among given ones (TOFU, sec. 2.2, for Real Authors and World Facts), 0..1.
+
+    `p / (p + Σ_i p_i)`. TOFU's text writes `P(a|q)` here; its code and open-unlearning's take `P(a|q)^(1/|a|)`, and so
+    does this, or the shortest answer would win. Mean over the questions. Lower is better on a forget set, higher on a
+    retain set. Teacher-forced.
+
+    Args:
+        nll: nats a token of each true answer; `nan` does not count.
+        wrong_nll: of the wrong answers to the same question, one or more.
+
+    Raises:
+        MetricError: the numbers of questions differ.
+    """
+    same_number(answers=nll, wrong_answers=wrong_nll)
+    items: list[dict[str, float | None]] = []
+    for right, wrong in _losses(nll, wrong_nll):
+        if right is None:
+            items.append({"prob": None})
+            continue
+        least = min(right, *wrong)
+        share = math.exp(least - right)
+        items.append({"prob": share / math.fsum([share, *(math.exp(least - one) for one in wrong)])})
+    return OPTIONS.averaged(on, items, "prob")
+
+
+def truth_ratio(
+    paraphrased_nll: Sequence[float], perturbed_nll: Sequence[Sequence[float]], *, on: Split
+) -> MetricResult:
+    """Truth ratio (TOFU, 2401.06121, eq. 1), aggregated for the kind of set (sec. 2.2), 0..1.
+
+    `r = mean_i P(â_i|q)^(1/|â_i|) / P(ã|q)^(1/|ã|)`, wrong (perturbed) answers `â_i` over a paraphrase `ã` of the true
+    one. On a forget set the mean of `min(r, 1/r)`: 1 where the model does not tell true from false. On a retain set the
+    mean of `max(0, 1 - r)`: 1 where false answers are impossible. **Higher is better on both.** Teacher-forced.
+
+    The mean over wrong answers is the text's, of probabilities. TOFU's aggregation script and open-unlearning take it
+    of their logarithms, which is never larger: such numbers are near these but not the same, and the two must not be
+    mixed in `forget_quality`.
+
+    Items hold `r` as `score` and what it adds to the mean as `contribution`.
+
+    Args:
+        paraphrased_nll: nats a token of the paraphrased answer; `nan` does not count.
+        perturbed_nll: of the wrong answers to the same question, one or more.
+
+    Raises:
+        MetricError: the numbers of questions differ.
+    """
+    same_number(paraphrased_answers=paraphrased_nll, perturbed_answers=perturbed_nll)
+    items: list[dict[str, float | None]] = []
+    for true, wrong in _losses(paraphrased_nll, perturbed_nll):
+        if true is None:
+            items.append({"score": None, "contribution": None})
+            continue
+        least = min(wrong)  # in logarithms: a destroyed model's probabilities are no floats
+        log = true - least + math.log(math.fsum(math.exp(least - one) for one in wrong) / len(wrong))
+        ratio = math.exp(log)
+        items.append({"score": ratio, "contribution": math.exp(-abs(log)) if on == "forget" else max(0.0, 1.0 - ratio)})
+    metric = TRUTH_RATIO_FORGET if on == "forget" else TRUTH_RATIO_RETAIN
+    return metric.averaged(on, items, "contribution")
+
+
+def _losses(nll: Sequence[float], others: Sequence[Sequence[float]]) -> Iterator[tuple[float | None, list[float]]]:
+    """Each answer with the others to its question; `None` where one of them could not be read or there is no other."""
+    for one, more in zip(nll, others, strict=True):
+        first, rest = _loss(one), [loss for loss in map(_loss, more) if loss is not None]
+        yield (first, rest) if rest and len(rest) == len(more) else (None, [])
+
+
+def _loss(nll: float) -> float | None:
+    return None if math.isnan(nll) else min(float(nll), LARGEST_NLL)
