@@ -59,7 +59,7 @@ def train(
         with torch.set_grad_enabled(step < steps):
             logits = forward(target.anat, batch, score=(places[0], places[1] - 1)).float()
             loss = torch.nn.functional.cross_entropy(logits, wanted.to(logits.device))
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if step < steps:
             optimiser.zero_grad()
             loss.backward()

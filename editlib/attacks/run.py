@@ -152,11 +152,9 @@ def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, 
     kept = _read(out / JOB)
     if kept is not None and kept != job and not overwrite:
         what = ", ".join(sorted(key for key in {*kept, *job} if kept.get(key) != job.get(key)))
-        raise OutputError(
-            f"{out} holds attacks of another job (other {what}); choose another --out, or add --overwrite"
-        )
+        raise OutputError(f"{out} holds another job's attacks (other {what}); choose another --out or add --overwrite")
     files = sorted((out / FINISHED).glob("*.json"))
-    if kept != job:
+    if kept != job or overwrite:
         for file in (*files, out / JOB):
             file.unlink(missing_ok=True)
         write_json(out / JOB, job)
