@@ -18,7 +18,7 @@ from editlib.models.generation import greedy
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.request import EditRequest
 
-ASKED_A_RELATION = 24  # candidates for few-shot examples of which the model is asked what it knows
+ASKED_A_RELATION = 16  # candidates for few-shot examples of which the model is asked what it knows
 
 
 @dataclass(frozen=True)

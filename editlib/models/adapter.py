@@ -53,7 +53,8 @@ def adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Paramete
         yield [p for name, p in model.named_parameters() if p not in wanted and p.requires_grad and "lora_" in name]
     finally:
         for name, module in maps.items():
-            model.set_submodule(name, module)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
         if hasattr(model, "peft_config"):
             del model.peft_config
         for parameter, flag in wanted.items():

@@ -127,10 +127,12 @@ class PromptFormat:
     @property
     def tells_system(self) -> bool:
         """Whether what the system says reaches the model: some chat templates refuse it or leave it out."""
+        if not self.uses_chat or self.system is None:
+            return False
         from jinja2 import TemplateError
 
         try:
-            return self.uses_chat and self.system is not None and self.system in self.render(WORD)
+            return self.system in self.render(WORD)
         except TemplateError:
             return False
 
