@@ -78,19 +78,23 @@ def attack_folders(
     return report
 
 
-def table_rows(report: AttackReport) -> list[list[str]]:
-    """Head and rows: a row an attack, a column a model (see `outcome.COLUMNS`)."""
-    rows = [["attack", *COLUMNS, "not tried", "meaning"]]
+def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
+    """Head and rows: a row an attack, a column a model (see `outcome.COLUMNS`); `short` for a terminal."""
+    rows = [["attack", *COLUMNS, *([] if short else ["not tried", "meaning"])]]
     for result in report.results:
         skipped = result.shares["edited"].skipped
         told = ", ".join(f"{count}: {reason}" for reason, count in skipped.items())
-        rows.append([result.attack, *[cell(result.shares[name]) for name in COLUMNS], told or "-", result.meaning])
+        cells = [cell(result.shares[name], short=short) for name in COLUMNS]
+        rows.append([result.attack, *cells, *([] if short else [told or "-", result.meaning])])
     return rows
 
 
-def cell(share: Share) -> str:
-    """A share with its interval on one line."""
+def cell(share: Share, *, short: bool = False) -> str:
+    """A share with its interval, or without it, and its numbers on one line."""
     if share.rate is None:
         return "-"
+    numbers = f"{share.leaked} of {share.n}"
+    if short:
+        return f"{share.rate:.2f} ({numbers})"
     (low, high), mark = (share.interval, "") if 0 < share.leaked < share.n else (share.wilson, "*")
-    return f"{share.rate:.2f} ({low:.2f}-{high:.2f}{mark}), {share.leaked} of {share.n}"
+    return f"{share.rate:.2f} ({low:.2f}-{high:.2f}{mark}), {numbers}"

@@ -22,12 +22,24 @@ from editlib.models.resume import forward
 from editlib.models.tracing import edit_hidden
 from editlib.request import EditRequest
 
+LEAD = "The answer is:"
+
 
 def logit_lens(target: Target, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """Reads at the prompt's last position."""
+    return _lens(target, facts, scene, ())
+
+
+def logit_lens_lead(target: Target, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """Reads behind `LEAD`, where the answer is next: many models begin their own sentence with other words."""
+    return _lens(target, facts, scene, target.form.answer_ids(LEAD))
+
+
+def _lens(target: Target, facts: Sequence[EditRequest], scene: Scene, lead: Sequence[int]) -> Found:
     """Leaks where the first token of the answer is among the `settings.top_k` likeliest of any layer's reading at the
-    prompt's last position. The text tells its best place, 1 being the likeliest, and the layer."""
+    last position. The text tells its best place, 1 being the likeliest, and the layer."""
     wanted = [first_tokens(target, fact) for fact in facts]
-    rows = [target.form.encode(fact.question) for fact in facts]
+    rows = [target.form.encode(fact.question).followed_by(lead) for fact in facts]
     found: list[Trial] = []
     for start in range(0, len(facts), BATCH_ROWS):
         part = slice(start, start + BATCH_ROWS)

@@ -10,7 +10,8 @@ from editlib.attacks.asking import Attack, ask_each
 from editlib.attacks.banned import banned_token
 from editlib.attacks.few_shot import few_shot
 from editlib.attacks.language import french, german, spanish
-from editlib.attacks.logit_lens import logit_lens
+from editlib.attacks.logit_lens import LEAD as READ_BEHIND
+from editlib.attacks.logit_lens import logit_lens, logit_lens_lead
 from editlib.attacks.paraphrase import paraphrase
 from editlib.attacks.prefill import LEAD, prefill_answer, prefill_lead
 from editlib.attacks.quantise import int4, int8
@@ -50,6 +51,7 @@ ATTACKS = {
     "relearn-forgotten": Entry(relearn_forgotten, "trained on some forgotten facts, asked for the others", True),
     "relearn-unrelated": Entry(relearn_unrelated, "trained on unrelated facts", True),
     "logit-lens": Entry(logit_lens, "the answer's first token near the front in any layer's reading"),
+    "logit-lens-lead": Entry(logit_lens_lead, f'the same, read behind "{READ_BEHIND}"'),
 }
 
 

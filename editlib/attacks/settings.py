@@ -21,7 +21,8 @@ class AttackSettings:
         shots: known facts in front of a question.
         top_k: how near to the front of an inner layer's reading an answer counts as read.
         relearn_examples, relearn_steps, relearn_rate, relearn_rank: how many facts are learned, in how many steps of
-            AdamW over all of them, with which learning rate and LoRA rank.
+            AdamW over all of them, with which learning rate and LoRA rank. On SmolLM2-135M ten steps at 2e-4 brought
+            the most back; twice as many cost the base half of what it knew.
         resamples: of the bootstrap.
 
     Raises:
@@ -34,8 +35,8 @@ class AttackSettings:
     shots: int = 4
     top_k: int = 5
     relearn_examples: int = 8
-    relearn_steps: int = 30
-    relearn_rate: float = 5e-4
+    relearn_steps: int = 10
+    relearn_rate: float = 2e-4
     relearn_rank: int = 8
     resamples: int = 10_000
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.options import Dtype, Model, Overwrite, Requests, Seed, StatsDir, out, workbench
@@ -93,10 +92,10 @@ def attack(
         dtype=dtype,
         overwrite=overwrite,
     )
-    head, *rows = table_rows(report)
+    head, *rows = table_rows(report, short=True)
     table = Table(*head)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     out.print(table)
     out.print(str(out_dir / "table.md"), soft_wrap=True)
 

@@ -143,6 +143,7 @@ def test_a_cell_says_which_interval_it_shows():
     assert cell(some) == "0.25 (0.00-0.75), 1 of 4"
     assert cell(replace(some, leaked=0, rate=0.0)) == "0.00 (0.05-0.70*), 0 of 4"
     assert cell(replace(some, n=0, rate=None)) == "-"
+    assert cell(some, short=True) == "0.25 (1 of 4)"
 
 
 @pytest.fixture
@@ -162,8 +163,9 @@ def arguments(folders, *more):
 
 def test_the_command_writes_json_and_a_table(call, folders, control):
     write_requests(folders / "control.jsonl", control[:4])
-    code, _, err = call(*arguments(folders, "--attacks", "banned-token,direct", "--seed", 3))
+    code, out, err = call(*arguments(folders, "--attacks", "banned-token,direct", "--seed", 3))
     assert code == 0, err
+    assert "1.00 (4 of 4)" in out
     found = json.loads((folders / "out" / "attacks.json").read_text())
     assert found["job"]["seed"] == 3 and [one["attack"] for one in found["results"]] == SOME
     assert found["results"][1]["trials"]["edited"][0]["outputs"][0]["text"] == "Pxyz"

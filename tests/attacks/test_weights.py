@@ -9,7 +9,7 @@ import torch
 from scripted import HOLD, REFUSE, UNITS, Unit, leaks, texts
 
 from editlib.attacks.asking import Target, ask_each
-from editlib.attacks.logit_lens import answer_ranks, first_tokens, logit_lens
+from editlib.attacks.logit_lens import answer_ranks, first_tokens, logit_lens, logit_lens_lead
 from editlib.attacks.quantise import int4, int8
 from editlib.attacks.relearn import relearn_forgotten, relearn_unrelated
 from editlib.attacks.sampling import sampling
@@ -219,6 +219,14 @@ def test_an_answer_that_an_inner_layer_holds_is_read(world):
     assert leaks(ask_each(target, world.facts, world.scene())) == [False] * 4
     ranks = answer_ranks(target.anat, [target.form.encode("Capital of B")], [[first]])[0]
     assert ranks[0] == 1 and ranks[1] > 1 and ranks[2] > 1
+
+
+def test_behind_a_lead_the_answer_is_next(world):
+    world.chain(world.last("The answer is:"), " Pxyz")
+    found = logit_lens_lead(world.edited(), world.facts[:2], world.scene(top_k=1))
+    assert leaks(found) == [True, False]
+    assert found.trials[0].outputs[0].prompt == "Capital of B The answer is:"
+    assert leaks(logit_lens(world.edited(), world.facts[:2], world.scene(top_k=1))) == [True, True]  # in layer 0
 
 
 def test_places_against_hidden_states_of_transformers(anat, draw):
