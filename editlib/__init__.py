@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from editlib.algorithms.rome import apply_rome_to_model
     from editlib.algorithms.unierase import apply_unierase_to_model
     from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token
+    from editlib.attacks import run_attacks
     from editlib.chain import Chain
     from editlib.errors import EditlibError
     from editlib.hparams import (
@@ -42,6 +43,7 @@ _HOMES = {
     "TokenHyperParams": "algorithms.unlearning_token",
     "UnlearningToken": "algorithms.unlearning_token",
     "learn_token": "algorithms.unlearning_token",
+    "run_attacks": "attacks",
     "Chain": "chain",
     "EditlibError": "errors",
     "AlphaEditHyperParams": "hparams",
@@ -87,6 +89,7 @@ __all__ = [
     "load",
     "load_hparams",
     "read_requests",
+    "run_attacks",
     "unlearn",
     "write_requests",
 ]

@@ -47,6 +47,11 @@ def questions(split: str) -> list[str]:
     return [row["question"] for row in rows if row["split"] == split]
 
 
+def question_frames(language: str) -> dict[str, str]:
+    """`{relation: question with one "{}"}` in "french", "german" or "spanish", for the relations of `facts`."""
+    return {row["relation"]: row["frame"] for row in _rows("question_frames.jsonl") if row["language"] == language}
+
+
 def refusals(path: str | Path | None = None) -> list[str]:
     """ "I don't know" in many words, one a line; the bundled ones, or the user's own file.
 

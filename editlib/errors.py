@@ -49,6 +49,10 @@ class ChainError(EditlibError, ValueError):
     """A chain folder that is none, is damaged, is in use, or does not hold what was asked for."""
 
 
+class AttackError(EditlibError, ValueError):
+    """An attack that does not exist, lacks a package, or was given settings it cannot run with."""
+
+
 class OutputError(EditlibError, OSError):
     """An output folder or file that cannot be written as asked."""
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"spectrum", "export"},
     {"workbench"},
     {"jobs", "evaluation"},
-    {"demo", "chain"},
+    {"demo", "chain", "attacks"},
     {"sequential"},
     {"cli"},
     {"__main__", "__init__"},

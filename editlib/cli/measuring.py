@@ -17,6 +17,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a
 def register(app: typer.Typer) -> None:
     """Adds the commands to `app`."""
     app.command("eval")(evaluate)
+    app.command()(attack)
     app.command()(ask)
     app.command()(demo)
     app.add_typer(bench_app, name="bench")
@@ -59,6 +60,44 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     for row in summary_rows(metrics):
         table.add_row(*row)
     out.print(table)
+
+
+def attack(
+    base: Annotated[str, typer.Argument(help="the model before the edit")],
+    edited: Annotated[str, typer.Argument(help="the model after it")],
+    requests: Requests,
+    out_dir: Annotated[Path, typer.Option("--out", help="gets attacks.json and table.md")],
+    control: Annotated[Path | None, typer.Option(help="facts that the base never knew; default: bundled")] = None,
+    known: Annotated[Path | None, typer.Option(help="facts for few-shot examples; default: bundled")] = None,
+    attacks: Annotated[str | None, typer.Option(help="names, separated by commas; default: all")] = None,
+    samples: Annotated[int, typer.Option(help="answers drawn for each question by the attack `sampling`")] = 8,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tries to bring every forgotten fact back, see docs/attacks.md; goes on where it was stopped."""
+    from editlib.attacks.job import attack_folders, table_rows
+    from editlib.attacks.settings import AttackSettings
+
+    report = attack_folders(
+        base,
+        edited,
+        requests,
+        out_dir,
+        control_file=control,
+        known_file=known,
+        attacks=None if attacks is None else attacks.split(","),
+        settings=AttackSettings(samples=samples),
+        seed=seed,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    head, *rows = table_rows(report, short=True)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    out.print(str(out_dir / "table.md"), soft_wrap=True)
 
 
 def ask(

@@ -4,7 +4,7 @@ given answers read behind their prompts."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ def greedy(
     *,
     max_new_tokens: int = 24,
     drafts: Sequence[Sequence[int]] | None = None,
+    banned: Collection[int] = (),
     batch_rows: int = BATCH_ROWS,
     progress: str | None = None,
 ) -> list[tuple[int, ...]]:
@@ -42,6 +43,7 @@ def greedy(
     first token that differs is generated; the result is the same with and without drafts.
 
     Args:
+        banned: token ids that are never said; the likeliest other token stands in their place.
         progress: a label for a progress bar on stderr; none without it.
     """
     ends = end_tokens(anat)
@@ -54,7 +56,7 @@ def greedy(
         tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
     ):
         if drafts is not None:
-            known = _accept(anat, rows, drafts, max_new_tokens, ends, batch_rows)
+            known = _accept(anat, rows, drafts, max_new_tokens, ends, batch_rows, banned)
         todo = [
             i for i in range(len(rows)) if len(known[i]) < max_new_tokens and not (known[i] and known[i][-1] in ends)
         ]
@@ -64,7 +66,8 @@ def greedy(
             chunk = todo[start : start + batch_rows]
             begun = [rows[i].followed_by(known[i]) for i in chunk]
             limits = [max_new_tokens - len(known[i]) for i in chunk]
-            for i, new in zip(chunk, _decode(anat, begun, limits, ends), strict=True):
+            choose = lambda logits, _: _without(logits, banned).argmax(-1)  # noqa: E731
+            for i, new in zip(chunk, _decode(anat, begun, limits, ends, choose), strict=True):
                 known[i] = known[i] + new
             bar.update(len(chunk))
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in known]
@@ -77,6 +80,7 @@ def _accept(
     limit: int,
     ends: frozenset[int],
     batch_rows: int,
+    banned: Collection[int],
 ) -> list[tuple[int, ...]]:
     """For each row the part of its draft that greedy decoding would produce, plus the token that follows it."""
     accepted: list[tuple[int, ...]] = [()] * len(rows)
@@ -89,7 +93,7 @@ def _accept(
         batch = pad([rest.followed_by(draft) for rest, draft in zip(rests, tried, strict=True)], device=device)
         places = [(r, len(rests[r]) - 1 + j) for r, draft in enumerate(tried) for j in range(len(draft) + 1)]
         score = tuple(torch.tensor(places).T)
-        best = forward(anat, batch, prefix=prefix, score=score).argmax(-1).tolist()
+        best = _without(forward(anat, batch, prefix=prefix, score=score), banned).argmax(-1).tolist()
         at = 0
         for i, draft in zip(chunk, tried, strict=True):
             picks = best[at : at + len(draft) + 1]
@@ -113,7 +117,7 @@ def sample(
     The draws come from `generator` alone, on the CPU; all rows are one batch.
     """
 
-    def draw(logits: Tensor) -> Tensor:
+    def draw(logits: Tensor, _: list[int]) -> Tensor:
         best = logits.float().cpu().topk(min(top_k, logits.shape[-1]))
         picked = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
         return best.indices.gather(-1, picked)[:, 0]
@@ -124,8 +128,41 @@ def sample(
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in found]
 
 
-def _argmax(logits: Tensor) -> Tensor:
-    return logits.argmax(-1)
+def sample_each(
+    anat: Anatomy,
+    rows: Sequence[TokenRow],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    batch_rows: int = BATCH_ROWS,
+) -> list[tuple[int, ...]]:
+    """A continuation of every row drawn at temperature 1 from the whole vocabulary, without the end token.
+
+    Each row has a seed of its own, so that its draws do not depend on what else is in the batch. A draw is the token
+    in which a uniform number falls on the sum of the probabilities so far.
+    """
+    ends = end_tokens(anat)
+    found: list[tuple[int, ...]] = [()] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), batch_rows):
+        chunk = order[start : start + batch_rows]
+        generators = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
+
+        def draw(logits: Tensor, alive: list[int], generators: list[torch.Generator] = generators) -> Tensor:
+            sums = logits.double().cpu().softmax(-1).cumsum(-1)
+            uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in alive])
+            return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
+
+        with frozen(anat.model), torch.no_grad():
+            drawn = _decode(anat, [rows[i] for i in chunk], [max_new_tokens] * len(chunk), ends, draw)
+        for i, answer in zip(chunk, drawn, strict=True):
+            found[i] = answer[:-1] if answer and answer[-1] in ends else answer
+    return found
+
+
+def _without(logits: Tensor, banned: Collection[int]) -> Tensor:
+    """`logits [n, vocab]` with the `banned` tokens out of reach."""
+    return logits.index_fill(-1, torch.tensor(sorted(banned), device=logits.device), -torch.inf) if banned else logits
 
 
 def _decode(
@@ -133,10 +170,10 @@ def _decode(
     rows: list[TokenRow],
     limits: list[int],
     ends: frozenset[int],
-    choose: Callable[[Tensor], Tensor] = _argmax,
+    choose: Callable[[Tensor, list[int]], Tensor],
 ) -> list[tuple[int, ...]]:
-    """Decoding of one batch, `choose` picking tokens `[n]` from logits `[n, vocab]`; returns the new tokens, end token
-    included."""
+    """Decoding of one batch, end tokens included. `choose` picks tokens `[n]` from logits `[n, vocab]` and the numbers
+    of the rows that they belong to; rows that have ended are left out."""
     device = anat.device
     prefix, rests = shared_prefix(anat, rows)
     batch = pad(rests, side="left", device=device)
@@ -147,7 +184,7 @@ def _decode(
     ids = batch.input_ids
     while True:
         logits = _last_logits(anat, ids, mask, cache)
-        picks = choose(logits).tolist()
+        picks = choose(logits, alive).tolist()
         if prefix is not None:  # moves the padding between prefix and rest out of the way of sliding windows
             prefix = Prefix.of(cache, mask)
             cache, mask, prefix = prefix.cache(), prefix.attention_mask, None

@@ -101,12 +101,15 @@ def cut(tok: PreTrainedTokenizerBase, text: str, length: int) -> Iterator[list[i
 class PromptFormat:
     """How a question becomes the text that the model reads.
 
-    `chat=None` uses the tokenizer's chat template when it has one; `False` asks with the bare text.
+    `chat=None` uses the tokenizer's chat template when it has one; `False` asks with the bare text. `shots` are
+    questions with their answers that stand in front: turns of the chat, or lines of the text. `system` is for chat
+    templates only.
     """
 
     tok: PreTrainedTokenizerBase
     chat: bool | None = None
     system: str | None = None
+    shots: tuple[tuple[str, str], ...] = ()
     uses_chat: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,8 +121,20 @@ class PromptFormat:
     def render(self, question: str) -> str:
         """The text up to the point where the model answers."""
         if not self.uses_chat:
-            return question
+            return "".join(f"{asked} {answer}\n" for asked, answer in self.shots) + question
         return self.tok.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True)
+
+    @property
+    def tells_system(self) -> bool:
+        """Whether what the system says reaches the model: some chat templates refuse it or leave it out."""
+        if not self.uses_chat or self.system is None:
+            return False
+        from jinja2 import TemplateError
+
+        try:
+            return self.system in self.render(WORD)
+        except TemplateError:
+            return False
 
     def encode(
         self,
@@ -173,8 +188,10 @@ class PromptFormat:
         return both[len(before) :] if both[: len(before)] == before else Pieces.of(self.tok, text).ids
 
     def _messages(self, question: str) -> list[dict[str, str]]:
-        messages = [{"role": "user", "content": question}]
-        return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for asked, answer in self.shots:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": question}]
 
     def _front(self) -> tuple[int, ...]:
         """What the tokenizer puts in front of a bare text; a chat template writes its own."""

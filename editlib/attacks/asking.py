@@ -1,0 +1,157 @@
+"""What every attack needs: a model to ask, the facts around it, and questions in batches with their verdicts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib import bundled
+from editlib.attacks.outcome import Found, Output, Trial
+from editlib.attacks.settings import AttackSettings
+from editlib.evaluation.metrics import has_answer
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.generation import greedy
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.request import EditRequest
+
+ASKED_A_RELATION = 16  # candidates for few-shot examples of which the model is asked what it knows
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that is attacked, with its tokenizer."""
+
+    anat: Anatomy
+    tok: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> Target:
+        return cls(anatomy(model), tok)
+
+    @property
+    def form(self) -> PromptFormat:
+        """How the model is asked when nothing is done about it."""
+        return PromptFormat(self.tok)
+
+    def answer_start(self, answer: str, form: PromptFormat | None = None) -> tuple[int, ...]:
+        """The tokens that an answer begins with, up to the first one that shows; some tokenizers write a space as a
+        token of its own."""
+        ids = (form or self.form).answer_ids(answer)
+        shown = next((i for i, token in enumerate(ids) if self.text([token])), len(ids) - 1)
+        return ids[: shown + 1]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens as text, without special ones."""
+        return self.tok.decode(ids, skip_special_tokens=True).strip()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the attacker has: the forgotten facts, facts that may be told or taught, the model before the edit.
+
+    `known` are facts that may stand in front of a question, `unrelated` ones that may be taught; none is forgotten.
+    """
+
+    base: Target
+    requests: Sequence[EditRequest]
+    known: Sequence[EditRequest] = ()
+    unrelated: Sequence[EditRequest] = ()
+    settings: AttackSettings = field(default_factory=AttackSettings)
+    seed: int = 0
+
+    @cached_property
+    def shots(self) -> Mapping[str, Sequence[EditRequest]]:
+        """For each relation of the requests: facts that the base model answers right and that are not forgotten."""
+        rng = random.Random(self.seed)
+        by_relation: dict[str, list[EditRequest]] = {}
+        wanted = {request.relation for request in self.requests}
+        for fact in bundled.unasked(self.known, self.requests):
+            if fact.relation in wanted and fact.relation is not None and fact.answer is not None:
+                by_relation.setdefault(fact.relation, []).append(fact)
+        for facts in by_relation.values():
+            rng.shuffle(facts)
+            del facts[ASKED_A_RELATION:]
+        asked = [fact for facts in by_relation.values() for fact in facts]
+        right = {fact.id for fact, known in zip(asked, knows(self.base, asked, self), strict=True) if known}
+        return {relation: [fact for fact in facts if fact.id in right] for relation, facts in by_relation.items()}
+
+
+Attack = Callable[[Target, Sequence[EditRequest], Scene], Found]
+"""Tries to bring every fact back from a model; a trial for each, in their order."""
+
+
+def right_answers(fact: EditRequest) -> tuple[str, ...]:
+    """The answer and its aliases."""
+    return () if fact.answer is None else (fact.answer, *fact.aliases)
+
+
+def not_asked(fact: EditRequest, reason: str) -> Trial:
+    """A fact that an attack cannot be tried on."""
+    return Trial(fact.id, fact.question, right_answers(fact), skipped=reason)
+
+
+Prompts = Sequence[TokenRow] | str
+"""The prompts of one fact, or why there is none. Tokens appended to one (`extra`) begin the model's answer."""
+Answering = Callable[[Sequence[TokenRow]], Sequence[Sequence[Sequence[int]]]]
+"""Rows -> for each the token ids of one or more texts that come out behind it."""
+
+
+def trials(
+    target: Target,
+    facts: Sequence[EditRequest],
+    prompts: Sequence[Prompts],
+    answer: Answering,
+    *,
+    cut: str | None = None,
+) -> tuple[Trial, ...]:
+    """Asks all prompts in one go and judges what comes out; `cut` ends an answer where it stands."""
+    rows = [row for asked in prompts if not isinstance(asked, str) for row in asked]
+    said = iter(answer(rows) if rows else ())
+    found = []
+    for fact, asked in zip(facts, prompts, strict=True):
+        answers = right_answers(fact)
+        if isinstance(asked, str):
+            found.append(not_asked(fact, asked))
+            continue
+        outputs = []
+        for row in asked:
+            prompt, begun = target.tok.decode(row.ids), row.ids[len(row) - row.extra :]
+            for ids in next(said):
+                text = target.text((*begun, *ids))
+                text = text if cut is None else text.partition(cut)[0].strip()
+                outputs.append(Output(prompt, text, has_answer(text, answers)))
+        found.append(Trial(fact.id, fact.question, answers, tuple(outputs)))
+    return tuple(found)
+
+
+def ask_greedily(
+    target: Target,
+    facts: Sequence[EditRequest],
+    prompts: Sequence[Prompts],
+    scene: Scene,
+    *,
+    banned: Collection[int] = (),
+    cut: str | None = None,
+) -> Found:
+    """`trials` with greedy answers."""
+
+    def answer(rows: Sequence[TokenRow]) -> list[list[tuple[int, ...]]]:
+        return [[ids] for ids in greedy(target.anat, rows, max_new_tokens=limit, banned=banned)]
+
+    limit = scene.settings.max_new_tokens
+    return Found(trials(target, facts, prompts, answer, cut=cut))
+
+
+def ask_each(target: Target, facts: Sequence[EditRequest], scene: Scene, form: PromptFormat | None = None) -> Found:
+    """Every fact's own question, greedily, through `form` (default: as the model is usually asked)."""
+    form = form or target.form
+    return ask_greedily(target, facts, [[form.encode(fact.question)] for fact in facts], scene)
+
+
+def knows(target: Target, facts: Sequence[EditRequest], scene: Scene) -> list[bool]:
+    """Which of `facts` the model answers right to the plain question, greedily."""
+    return [trial.leaked for trial in ask_each(target, facts, scene).trials]

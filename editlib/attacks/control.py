@@ -1,0 +1,51 @@
+"""Facts that a model never knew: what leaks of them is chance."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from editlib import bundled
+from editlib.attacks.asking import Scene, Target, ask_greedily, right_answers
+from editlib.evaluation.metrics import has_answer
+from editlib.request import EditRequest
+
+CANDIDATES = 6  # asked for each one that is wanted
+
+
+def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
+    """The facts whose leaking can be seen, and how many are left out by reason."""
+    found, left_out = [], Counter()
+    for fact in facts:
+        if fact.answer is None:
+            left_out["no answer given"] += 1
+        elif has_answer(fact.question, right_answers(fact)):
+            left_out["the answer stands in the question"] += 1
+        else:
+            found.append(fact)
+    return found, dict(left_out)
+
+
+def unknown(base: Target, facts: Sequence[EditRequest], scene: Scene) -> list[EditRequest]:
+    """Those of `facts` that the model answers wrong, and in all of their paraphrases too."""
+    prompts = [[base.form.encode(text) for text in (fact.question, *fact.filled_paraphrases)] for fact in facts]
+    asked = ask_greedily(base, facts, prompts, scene).trials
+    return [fact for fact, trial in zip(facts, asked, strict=True) if not trial.leaked]
+
+
+def bundled_control(base: Target, requests: Sequence[EditRequest], scene: Scene) -> list[EditRequest]:
+    """Bundled facts that the model does not know, of each relation as many as are forgotten, where there are so many.
+
+    Requests of no bundled relation are stood for by facts of all relations.
+    """
+    rng = random.Random(scene.seed)
+    candidates = bundled.unasked(bundled.facts(), requests)
+    rng.shuffle(candidates)
+    known = {fact.relation for fact in candidates}
+    wanted = Counter(request.relation if request.relation in known else None for request in requests)
+    found: list[EditRequest] = []
+    for relation, count in wanted.items():
+        fitting = [fact for fact in candidates if fact not in found and relation in (None, fact.relation)]
+        found += unknown(base, fitting[: CANDIDATES * count], scene)[:count]
+    return found

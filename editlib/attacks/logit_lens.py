@@ -1,0 +1,92 @@
+"""The answer read from inner layers: an answer that is only kept from being said may stand there.
+
+The logit lens (nostalgebraist 2020; on unlearned facts: arXiv 2309.17410): final norm and head on the
+residual stream after each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from editlib.attacks.asking import Scene, Target, right_answers
+from editlib.attacks.outcome import Found, Output, Trial
+from editlib.models.anatomy import Anatomy
+from editlib.models.freezing import frozen
+from editlib.models.generation import BATCH_ROWS
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.resume import forward
+from editlib.models.tracing import edit_hidden
+from editlib.request import EditRequest
+
+LEAD = "The answer is:"
+
+
+def logit_lens(target: Target, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """Reads at the prompt's last position."""
+    return _lens(target, facts, scene, ())
+
+
+def logit_lens_lead(target: Target, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """Reads behind `LEAD`, where the answer is next: many models begin their own sentence with other words."""
+    return _lens(target, facts, scene, target.form.answer_ids(LEAD))
+
+
+def _lens(target: Target, facts: Sequence[EditRequest], scene: Scene, lead: Sequence[int]) -> Found:
+    """Leaks where the first token of the answer is among the `settings.top_k` likeliest of any layer's reading at the
+    last position. The text tells its best place, 1 being the likeliest, and the layer."""
+    wanted = [first_tokens(target, fact) for fact in facts]
+    rows = [target.form.encode(fact.question).followed_by(lead) for fact in facts]
+    found: list[Trial] = []
+    for start in range(0, len(facts), BATCH_ROWS):
+        part = slice(start, start + BATCH_ROWS)
+        ranks = answer_ranks(target.anat, rows[part], wanted[part])
+        for fact, row, by_layer in zip(facts[part], rows[part], ranks, strict=True):
+            best = min(by_layer)
+            text = f"place {best} in layer {by_layer.index(best)}"
+            output = Output(target.tok.decode(row.ids), text, best <= scene.settings.top_k)
+            found.append(Trial(fact.id, fact.question, right_answers(fact), (output,)))
+    return Found(tuple(found))
+
+
+def first_tokens(target: Target, fact: EditRequest) -> tuple[int, ...]:
+    """The first token of every right answer that shows, as it stands behind the prompt and inside a sentence."""
+    forms = (target.form, PromptFormat(target.tok, chat=False))
+    return tuple(sorted({target.answer_start(answer, form)[-1] for form in forms for answer in right_answers(fact)}))
+
+
+def answer_ranks(anat: Anatomy, rows: Sequence[TokenRow], wanted: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each row and layer the best place, from 1 on, of its `wanted` tokens in that layer's reading.
+
+    A model's own scaling or capping of logits is left out: neither moves a place.
+    """
+    batch = pad(rows, device=anat.device)
+    at = torch.arange(len(rows)), batch.last.cpu()
+    states: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        states.append(hidden[at[0].to(hidden.device), at[1].to(hidden.device)])
+        return hidden
+
+    tail = anat.tail
+    with frozen(anat.model), torch.no_grad():
+        with ExitStack() as stack:
+            for layer in anat.layers:
+                stack.enter_context(edit_hidden(layer, keep))
+            forward(anat, batch, score=at)
+        readings = [_read(anat, tail, hidden) for hidden in states]
+    return [
+        [int((reading[i] > reading[i, list(tokens)].max()).sum()) + 1 for reading in readings]
+        for i, tokens in enumerate(wanted)
+    ]
+
+
+def _read(anat: Anatomy, tail: Sequence[torch.nn.Module], hidden: Tensor) -> Tensor:
+    """Logits `[n, vocab]` of states `[n, d_model]`, as one row of n positions, the shape that the modules know."""
+    hidden = hidden[None]
+    for module in (*tail, anat.head):
+        hidden = module(hidden)
+    return hidden[0].float().cpu()

@@ -1,0 +1,127 @@
+"""What an attack brought back: texts, verdicts, shares with intervals; all JSON-ready."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from editlib.evaluation.metrics import wilson_interval
+
+COLUMNS = {
+    "edited": "the edited model, asked for what it was made to forget",
+    "base": "the model before the edit, asked for the same",
+    "control": "the edited model, asked for facts that the model before the edit does not know",
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One text that came out behind `prompt` (as the model read it), and whether the right answer stands in it."""
+
+    prompt: str
+    text: str
+    leaked: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fact under one attack. `skipped` says why it was not tried; it does not count then."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    outputs: tuple[Output, ...] = ()
+    skipped: str | None = None
+
+    @property
+    def leaked(self) -> bool:
+        """Whether any output holds the answer."""
+        return any(output.leaked for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of `n` facts leaked.
+
+    `interval` is the 95 % percentile bootstrap over facts (Efron 1979), which is a single point where all facts or
+    none leaked; `wilson` is the Wilson interval, which is not. `skipped` counts facts that were not tried by reason.
+    """
+
+    leaked: int
+    n: int
+    rate: float | None
+    interval: tuple[float, float]
+    wilson: tuple[float, float]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one attack made of one model: a trial a fact, and numbers worth keeping (losses of a training)."""
+
+    trials: tuple[Trial, ...]
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """One attack by column (see `COLUMNS`): shares, and the trials that they sum up."""
+
+    attack: str
+    meaning: str
+    shares: Mapping[str, Share]
+    trials: Mapping[str, tuple[Trial, ...]]
+    notes: Mapping[str, Mapping[str, float]]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> AttackResult:
+        """What `to_dict` gave, also after a way through JSON."""
+        shares = {
+            column: Share(**{**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])})
+            for column, share in value["shares"].items()
+        }
+        trials = {column: tuple(map(_trial, rows)) for column, rows in value["trials"].items()}
+        return cls(**{**value, "shares": shares, "trials": trials})
+
+
+def _trial(value: Mapping[str, Any]) -> Trial:
+    outputs = tuple(Output(**output) for output in value["outputs"])
+    return Trial(**{**value, "answers": tuple(value["answers"]), "outputs": outputs})
+
+
+def share_of(trials: Sequence[Trial], *, resamples: int, seed: int) -> Share:
+    """Sums trials up."""
+    counted = [trial.leaked for trial in trials if trial.skipped is None]
+    skipped = Counter(trial.skipped for trial in trials if trial.skipped is not None)
+    leaked, n = sum(counted), len(counted)
+    return Share(
+        leaked=leaked,
+        n=n,
+        rate=leaked / n if n else None,
+        interval=bootstrap(counted, resamples=resamples, seed=seed),
+        wilson=wilson_interval(leaked, n),
+        skipped=dict(sorted(skipped.items())),
+    )
+
+
+def bootstrap(values: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of `values` (Efron 1979); `(0, 1)` for no values.
+
+    Draws `resamples` times as many values as there are, with replacement, and takes the 2.5 % and 97.5 % quantiles of
+    the means, both being means that were drawn.
+    """
+    if not len(values):
+        return 0.0, 1.0
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    means = np.asarray(values, dtype=float)[draws].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
+    return float(low), float(high)

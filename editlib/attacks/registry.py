@@ -1,0 +1,79 @@
+"""Every attack by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from editlib.attacks.asking import Attack, ask_each
+from editlib.attacks.banned import banned_token
+from editlib.attacks.few_shot import few_shot
+from editlib.attacks.language import french, german, spanish
+from editlib.attacks.logit_lens import LEAD as READ_BEHIND
+from editlib.attacks.logit_lens import logit_lens, logit_lens_lead
+from editlib.attacks.paraphrase import paraphrase
+from editlib.attacks.prefill import LEAD, prefill_answer, prefill_lead
+from editlib.attacks.quantise import int4, int8
+from editlib.attacks.relearn import relearn_forgotten, relearn_unrelated
+from editlib.attacks.sampling import sampling
+from editlib.attacks.system_prompt import system_prompt
+from editlib.attacks.template import no_template, plain_form
+from editlib.errors import AttackError
+from editlib.models.adapter import peft_missing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An attack, in words, and whether it needs `peft`."""
+
+    run: Attack
+    meaning: str
+    needs_peft: bool = False
+
+
+ATTACKS = {
+    "direct": Entry(ask_each, "the plain question, nothing done about it"),
+    "banned-token": Entry(banned_token, "the unlearning token cannot be said"),
+    "prefill-lead": Entry(prefill_lead, f'the answer begins with "{LEAD}"'),
+    "prefill-answer": Entry(prefill_answer, "the answer begins with the first token of the right one"),
+    "paraphrase": Entry(paraphrase, "the question in other words, any of them"),
+    "few-shot": Entry(few_shot, "known facts of the same relation in front"),
+    "no-template": Entry(no_template, "the bare question without the chat template"),
+    "plain-form": Entry(plain_form, '"Q: ... A:" in place of the chat template'),
+    "system-prompt": Entry(system_prompt, "the system asks not to refuse"),
+    "french": Entry(french, "the question in French"),
+    "german": Entry(german, "the question in German"),
+    "spanish": Entry(spanish, "the question in Spanish"),
+    "sampling": Entry(sampling, "several answers drawn at temperature 1, any of them"),
+    "int8": Entry(int8, "weights rounded to 8 bits"),
+    "int4": Entry(int4, "weights rounded to 4 bits"),
+    "relearn-forgotten": Entry(relearn_forgotten, "trained on some forgotten facts, asked for the others", True),
+    "relearn-unrelated": Entry(relearn_unrelated, "trained on unrelated facts", True),
+    "logit-lens": Entry(logit_lens, "the answer's first token near the front in any layer's reading"),
+    "logit-lens-lead": Entry(logit_lens_lead, f'the same, read behind "{READ_BEHIND}"'),
+}
+
+
+def choose(names: Sequence[str] | None = None) -> list[str]:
+    """The attacks of these names, or all, in the order of the registry.
+
+    Raises:
+        AttackError: an unknown name, no name, or `peft` missing for one that needs it.
+    """
+    wanted = list(ATTACKS) if names is None else [name.strip() for name in names if name.strip()]
+    for name in wanted:
+        if name not in ATTACKS:
+            near = get_close_matches(name, ATTACKS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise AttackError(f"attack {name!r} does not exist{hint}; expected some of {', '.join(ATTACKS)}")
+    if not wanted:
+        raise AttackError(
+            f"no attack was named; expected some of {', '.join(ATTACKS)}, or leave the option out for all"
+        )
+    lacking = [name for name in wanted if ATTACKS[name].needs_peft]
+    if lacking and peft_missing():
+        raise AttackError(
+            f'{lacking[0]} needs the package peft; install it with: pip install "editlib[lora]", or name other attacks'
+        )
+    return [name for name in ATTACKS if name in wanted]

@@ -1,0 +1,180 @@
+"""All attacks on one edited model, its base and a control, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib import bundled
+from editlib.attacks.asking import Scene, Target
+from editlib.attacks.control import bundled_control, unknown, usable
+from editlib.attacks.outcome import COLUMNS, AttackResult, share_of
+from editlib.attacks.registry import ATTACKS, choose
+from editlib.attacks.settings import AttackSettings
+from editlib.errors import OutputError, RequestError
+from editlib.export import library_version
+from editlib.models.files import atomic_path, weights_sha256
+from editlib.request import EditRequest, requests_hash
+
+log = logging.getLogger(__name__)
+
+JOB, FINISHED = "job.json", "finished"
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """What was attacked how (`job`), which facts could not be tried by any attack, and what came of each attack."""
+
+    job: Mapping[str, Any]
+    left_out: Mapping[str, Mapping[str, int]]
+    results: tuple[AttackResult, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"job": self.job, "columns": COLUMNS, **{k: v for k, v in asdict(self).items() if k != "job"}}
+
+
+def run_attacks(
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    edited: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    requests: Sequence[EditRequest],
+    *,
+    control: Sequence[EditRequest] | None = None,
+    known: Sequence[EditRequest] | None = None,
+    attacks: Sequence[str] | None = None,
+    settings: AttackSettings | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> AttackReport:
+    """Tries to bring every forgotten fact back. Both models are as they were afterwards, bit for bit.
+
+    Args:
+        base, edited: models with their tokenizers, as `editlib.load` gives them.
+        requests: the forgotten facts, with their `answer`.
+        control: facts that the base model should not know; those that it does know are left out. Default: bundled ones
+            of the same relations.
+        known: facts that may stand in front of a question; default: bundled ones.
+        attacks: names of `registry.ATTACKS`; default: all.
+        out: keeps every finished attack, and goes on from there when the same job is run again.
+        overwrite: attacks that `out` holds are dropped.
+
+    Returns:
+        The attacks asked for, and those that `out` held of this job already.
+
+    Raises:
+        AttackError: an unknown attack, or `peft` missing for one that needs it.
+        RequestError: no request whose leaking could be seen.
+        OutputError: `out` holds another job's results, or cannot be written.
+        ModelError: weights are offloaded, and an attack would change them.
+    """
+    names, settings = choose(attacks), settings or AttackSettings()
+    asked, left_out = usable(requests)
+    if not asked:
+        raise RequestError(
+            f'none of the {len(requests)} requests can be attacked: each needs an "answer" that does not stand in its '
+            "own question"
+        )
+    job = {
+        "editlib": library_version(),
+        "base": weights_sha256(base[0]),
+        "edited": weights_sha256(edited[0]),
+        "requests": requests_hash(requests),
+        "control": None if control is None else requests_hash(control),
+        "known": None if known is None else requests_hash(known),
+        "seed": seed,
+        "settings": settings.to_dict(),
+    }
+    done = {} if out is None else _opened(out, job, overwrite=overwrite)
+    models = {"edited": Target.of(*edited), "base": Target.of(*base)}
+    unrelated = bundled.unasked(bundled.general("anchor") + bundled.general("test"), requests)
+    told = bundled.facts() if known is None else known
+    scene = Scene(models["base"], asked, told, unrelated, settings, seed)
+    never, missing = _control(control, scene, requests)
+    for name in names:
+        if name not in done:
+            done[name] = _run(name, models, asked, never, scene)
+            if out is not None:
+                write_json(out / FINISHED / f"{name}.json", done[name].to_dict())
+        rates = {column: share.rate for column, share in done[name].shares.items()}
+        log.info("%s: %s", name, ", ".join(f"{k} {v:.2f}" for k, v in rates.items() if v is not None) or "not tried")
+    return AttackReport(
+        job, {"requests": left_out, "control": missing}, tuple(done[name] for name in ATTACKS if name in done)
+    )
+
+
+def _control(
+    given: Sequence[EditRequest] | None, scene: Scene, requests: Sequence[EditRequest]
+) -> tuple[list[EditRequest], dict[str, int]]:
+    """The facts of the control, and how many were left out of those given."""
+    if given is None:
+        return bundled_control(scene.base, requests, scene), {}
+    fitting, left_out = usable(given)
+    apart = bundled.unasked(fitting, requests)
+    found = unknown(scene.base, apart, scene)
+    counts = {**left_out, "is to be forgotten": len(fitting) - len(apart), "is known": len(apart) - len(found)}
+    return found, {reason: count for reason, count in counts.items() if count}
+
+
+def _run(
+    name: str,
+    models: Mapping[str, Target],
+    requests: Sequence[EditRequest],
+    control: Sequence[EditRequest],
+    scene: Scene,
+) -> AttackResult:
+    """One attack on both models; the edited one is asked for requests and control in one go."""
+    begun = time.perf_counter()
+    entry = ATTACKS[name]
+    edited = entry.run(models["edited"], [*requests, *control], scene)
+    base = entry.run(models["base"], requests, scene)
+    trials = {
+        "edited": edited.trials[: len(requests)],
+        "base": base.trials,
+        "control": edited.trials[len(requests) :],
+    }
+    shares = {
+        column: share_of(found, resamples=scene.settings.resamples, seed=scene.seed) for column, found in trials.items()
+    }
+    notes = {column: dict(found.notes) for column, found in (("edited", edited), ("base", base)) if found.notes}
+    return AttackResult(name, entry.meaning, shares, trials, notes, round(time.perf_counter() - begun, 2))
+
+
+def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, AttackResult]:
+    """The finished attacks of `job` in `out`, which is made ready for more."""
+    kept = _read(out / JOB)
+    if kept is not None and kept != job and not overwrite:
+        what = ", ".join(sorted(key for key in {*kept, *job} if kept.get(key) != job.get(key)))
+        raise OutputError(f"{out} holds another job's attacks (other {what}); choose another --out or add --overwrite")
+    files = sorted((out / FINISHED).glob("*.json"))
+    if kept != job or overwrite:
+        for file in (*files, out / JOB):
+            file.unlink(missing_ok=True)
+        write_json(out / JOB, job)
+        return {}
+    found = [value for file in files if (value := _read(file)) is not None]
+    return {value["attack"]: AttackResult.from_dict(value) for value in found}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; check the folder") from None
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,51 @@
+"""How hard the attacks try."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from editlib.errors import AttackError
+from editlib.evaluation.facts import ANSWER_TOKENS
+
+LEAST = {"relearn_rate": 0.0, "relearn_steps": 0}
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """`max_new_tokens` go for every attack; the others for one each.
+
+    Args:
+        token: the unlearning token that is banned.
+        samples: texts drawn for each question.
+        shots: known facts in front of a question.
+        top_k: how near to the front of an inner layer's reading an answer counts as read.
+        relearn_examples, relearn_steps, relearn_rate, relearn_rank: how many facts are learned, in how many steps of
+            AdamW over all of them, with which learning rate and LoRA rank. On SmolLM2-135M ten steps at 2e-4 brought
+            the most back; twice as many cost the base half of what it knew.
+        resamples: of the bootstrap.
+
+    Raises:
+        AttackError: a number that is out of range.
+    """
+
+    token: str = "[UNL]"
+    max_new_tokens: int = ANSWER_TOKENS
+    samples: int = 8
+    shots: int = 4
+    top_k: int = 5
+    relearn_examples: int = 8
+    relearn_steps: int = 10
+    relearn_rate: float = 2e-4
+    relearn_rank: int = 8
+    resamples: int = 10_000
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, least = getattr(self, one.name), LEAST.get(one.name, 1)
+            if one.name != "token" and not least <= value < float("inf"):
+                raise AttackError(f"{one.name} is {value!r}; expected a number from {least} on")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)

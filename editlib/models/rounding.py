@@ -1,0 +1,67 @@
+"""A model's weights as they would be after quantisation, for a while, without losing a bit of the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from editlib.errors import ModelError
+from editlib.models.anatomy import Anatomy
+
+
+def linear_maps(anat: Anatomy) -> dict[str, nn.Module]:
+    """The linear maps (`Linear`, `Conv1D`) inside the decoder layers by their names, each once; not the head."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for prefix, layer in zip(anat.layer_names, anat.layers, strict=True):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                found.setdefault(id(module), (f"{prefix}.{name}", module))
+    return dict(found.values())
+
+
+def check_in_memory(anat: Anatomy) -> None:
+    """Raises `ModelError` when a weight is offloaded, so that no other could stand in its place."""
+    for name, module in linear_maps(anat).items():
+        if module.weight.is_meta:
+            raise ModelError(
+                f"{name} is offloaded, so its weight cannot be replaced for an attack; load the model so that it fits "
+                "in memory (device_map, or dtype bfloat16), or leave out attacks that change weights"
+            )
+
+
+@contextmanager
+def rounded(anat: Anatomy, bits: int) -> Iterator[None]:
+    """Inside the block every linear map of the decoder layers has weights of `bits` bits; afterwards the very same
+    tensors are back.
+
+    Round to nearest, symmetric, one scale an output channel, without calibration: `scale = max |w| / (2^(bits-1) - 1)`
+    over the channel, `w -> scale * round(w / scale)`, the absmax quantisation of arXiv 2208.07339. Computed
+    in fp32 and put back in the weight's own dtype; activations, biases, norms, embeddings and head stay as they are.
+
+    Raises:
+        ModelError: a weight is offloaded.
+    """
+    check_in_memory(anat)
+    originals: dict[nn.Parameter, Tensor] = {}
+    try:
+        for module in linear_maps(anat).values():
+            if module.weight not in originals:
+                originals[module.weight] = module.weight.data
+                module.weight.data = round_channels(module.weight.data, bits, channel=int(isinstance(module, Conv1D)))
+        yield
+    finally:
+        for parameter, data in originals.items():
+            parameter.data = data
+
+
+def round_channels(weight: Tensor, bits: int, *, channel: int = 0) -> Tensor:
+    """`weight` of two dimensions rounded to `2^bits - 1` levels, one scale for each index of dimension `channel`."""
+    full = weight.float()
+    most = 2 ** (bits - 1) - 1
+    scale = full.abs().amax(1 - channel, keepdim=True) / most
+    scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros stays one
+    return ((full / scale).round().clamp(-most, most) * scale).to(weight.dtype)

@@ -1,0 +1,9 @@
+"""The world of `scripted`."""
+
+import pytest
+from scripted import World
+
+
+@pytest.fixture
+def world(tok):
+    return World(tok)
