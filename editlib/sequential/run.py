@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 REFUSAL = "I don't know."  # what an algorithm that needs a target is aimed at
 DEAL = Deal(
     forget={"capital": 30, "symbol": 22, "city_country": 16, "language": 14, "author": 10, "landmark_country": 8},
-    anchor_relations=("opposite", "state_capital"),
-    watched_relations=("continent", "currency", "atomic_number"),
+    anchor_relations=("currency", "opposite", "state_capital"),
+    watched_relations=("continent", "atomic_number"),
 )
 
 
