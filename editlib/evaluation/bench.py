@@ -72,13 +72,7 @@ def check_plan(model: str, algorithms: str, hparams: Sequence[str], edits: str, 
     Raises:
         HparamsError: an unknown algorithm or mode, no settings for this model, or numbers that are none.
     """
-    given = {algorithm_of(name): name for name in hparams}
-    names = list(dict.fromkeys(name.strip() for name in algorithms.split(",") if name.strip()))
-    settings = [load_hparams(given.pop(name, spelling(model)), name) for name in names]
-    if given:
-        raise HparamsError(
-            f"--hparams {next(iter(given.values()))}: its algorithm is not among --algorithms {algorithms}"
-        )
+    settings = settings_of(model, algorithms, hparams)
     try:
         counts = sorted({int(count) for count in edits.split(",")})
     except ValueError:
@@ -90,6 +84,22 @@ def check_plan(model: str, algorithms: str, hparams: Sequence[str], edits: str, 
         if mode not in (BATCH, SEQUENTIAL):
             raise HparamsError(f"--modes {mode!r}: expected {BATCH}, {SEQUENTIAL} or both")
     return Plan(settings, counts, wanted)
+
+
+def settings_of(model: str, algorithms: str, hparams: Sequence[str]) -> list[HyperParams]:
+    """The settings of each of `algorithms` (names with commas between): those in `hparams`, or the bundled ones.
+
+    Raises:
+        HparamsError: an unknown algorithm, no settings for this model, or settings of an algorithm that is not named.
+    """
+    given = {algorithm_of(name): name for name in hparams}
+    names = list(dict.fromkeys(name.strip() for name in algorithms.split(",") if name.strip()))
+    settings = [load_hparams(given.pop(name, spelling(model)), name) for name in names]
+    if given:
+        raise HparamsError(
+            f"--hparams {next(iter(given.values()))}: its algorithm is not among --algorithms {algorithms}"
+        )
+    return settings
 
 
 def bench_counterfact(

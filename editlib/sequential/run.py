@@ -16,14 +16,14 @@ from editlib.chain.starting import check_algorithm
 from editlib.chain.store import RECORD
 from editlib.corpus import load_corpus
 from editlib.errors import EditError, HparamsError, OutputError
+from editlib.evaluation.bench import settings_of
 from editlib.evaluation.cells import append_cell, read_cells
 from editlib.evaluation.dealing import Deal, Parts, deal_facts
 from editlib.evaluation.facts import Before, build_items, evaluate
 from editlib.evaluation.run import text_windows
-from editlib.hparams import HyperParams, UniEraseHyperParams, algorithm_of, load_hparams
+from editlib.hparams import HyperParams, UniEraseHyperParams
 from editlib.models.prompts import PromptFormat
 from editlib.request import EditRequest, requests_hash, write_requests
-from editlib.stats_store import spelling
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -67,13 +67,7 @@ def check_plan(model: str, algorithms: str, hparams: Sequence[str], sizes: str) 
         HparamsError: an unknown algorithm or one that cannot be chained, no settings for this model, sizes that are
             none.
     """
-    given = {algorithm_of(name): name for name in hparams}
-    names = list(dict.fromkeys(name.strip() for name in algorithms.split(",") if name.strip()))
-    settings = [load_hparams(given.pop(name, spelling(model)), name) for name in names]
-    if given:
-        raise HparamsError(
-            f"--hparams {next(iter(given.values()))}: its algorithm is not among --algorithms {algorithms}"
-        )
+    settings = settings_of(model, algorithms, hparams)
     for one in settings:
         check_algorithm(one)
     try:
