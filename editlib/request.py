@@ -275,6 +275,19 @@ def with_subjects(
     return pairs
 
 
+def read_subjects(path: str | Path) -> dict[str, str]:
+    """The user's own subjects: one JSON object that maps ids or questions to subjects.
+
+    Raises:
+        RequestError: it cannot be read, or is anything else.
+    """
+    path = Path(path)
+    found = _loads(path, _read_text(path), 1)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise RequestError(f"{path}: {short(found)}; expected one JSON object, from id or question to subject")
+    return found
+
+
 def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]]) -> None:
     """Logs how many subjects were found by which rule, and warns of the questions without one."""
     rules = Counter(subject.rule for _, subject in found if subject is not None)

@@ -20,8 +20,8 @@ FLOORS = [
     {"spectrum", "export"},
     {"workbench"},
     {"jobs", "evaluation"},
-    {"demo", "chain", "attacks"},
-    {"sequential"},
+    {"demo", "chain", "attacks", "tofu"},
+    {"sequential", "protocols"},
     {"cli"},
     {"__main__", "__init__"},
 ]
