@@ -47,6 +47,9 @@ def evaluate(
         str | None, typer.Option(help="tofu: a model trained on the retain set only, or its edited.json")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="tofu: at most so many questions of each set")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="tofu: length of the answers, in tokens; default: 128")
+    ] = None,
     encoder: Annotated[str | None, typer.Option(help="tofu: a sentence encoder, for cosine similarity")] = None,
     classifier: Annotated[str | None, typer.Option(help="tofu: an inference model, for entailment")] = None,
     seed: Seed = 0,
@@ -55,19 +58,31 @@ def evaluate(
 ) -> None:
     """Measures an edited model, or a chain, against its base on generated answers."""
     from editlib.models.files import check_output
-    from editlib.protocols import evaluate_models
+    from editlib.protocols import TofuProtocol, evaluate_models
+    from editlib.tofu.scores import ANSWER_TOKENS, Judges
 
     check_output(out_dir, overwrite=overwrite)
     facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
     fiction = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference, "--limit": limit}
-    fiction |= {"--encoder": encoder, "--classifier": classifier}
+    fiction |= {"--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
     chosen: Any
     if protocol == "facts":
         _refuse(fiction, "tofu")
         chosen = _facts(edited, requests, retain, text or "wiki-sample:heldout", before)
     elif protocol == "tofu":
         _refuse(facts, "facts")
-        chosen = _tofu(tofu, forget or "forget01", learned, reference, limit, encoder, classifier, seed, dtype)
+        chosen = TofuProtocol.read(
+            tofu,
+            forget or "forget01",
+            learned_file=learned,
+            reference=reference,
+            limit=limit,
+            max_new_tokens=max_new_tokens or ANSWER_TOKENS,
+            judges=Judges(encoder, classifier),
+            seed=seed,
+            dtype=dtype,
+            progress=True,
+        )
     else:
         raise RequestError(f"--protocol {protocol!r}: expected facts or tofu")
     metrics = evaluate_models(
@@ -94,33 +109,6 @@ def _facts(edited: str, requests: Path | None, retain: Path | None, text: str, b
     asked = read_requests(requests) if requests is not None else Chain.open(edited).requests
     corpus = None if text == "none" else text
     return FactsProtocol.read(asked, retain_file=retain, text=corpus, before_file=before, progress=True)
-
-
-def _tofu(
-    source: str | None,
-    forget: str,
-    learned: Path | None,
-    reference: str | None,
-    limit: int | None,
-    encoder: str | None,
-    classifier: str | None,
-    seed: int,
-    dtype: str | None,
-) -> Any:
-    from editlib.protocols import TofuProtocol
-    from editlib.tofu.scores import Judges
-
-    return TofuProtocol.read(
-        source,
-        forget,
-        learned_file=learned,
-        reference=reference,
-        limit=limit,
-        judges=Judges(encoder, classifier),
-        seed=seed,
-        dtype=dtype,
-        progress=True,
-    )
 
 
 def subjects(

@@ -30,15 +30,11 @@ def is_chain(path: str | Path) -> bool:
 
 def batch(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """All requests, after all of the edit."""
-    if request is not None:
-        raise RequestError("--request is for --mode precise; leave one of the two out")
     return protocol.measure(base, edited.side(), protocol.requests)
 
 
 def sequential(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """All requests so far, after every batch of a chain; the last measurement with all `points`."""
-    if request is not None:
-        raise RequestError("--request is for --mode precise; leave one of the two out")
     metrics: dict[str, Any] = {}
     points = []
     with closing(edited.steps(protocol.requests)) as steps:
@@ -51,18 +47,30 @@ def sequential(protocol: Protocol, base: Side, edited: Edited, request: str | No
 
 def precise(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """One request, where all others should be kept."""
-    if request is None:
-        raise RequestError("--mode precise needs --request with the id of the one that was forgotten")
     wanted = [one for one in protocol.requests if one.id == request]
-    if not wanted:
-        known = ", ".join(one.id for one in protocol.requests[:3])
-        raise RequestError(f"--request {request!r}: no request has this id; those there are: {known}, ...")
     others = [one for one in protocol.requests if one.id != request]
     return {**protocol.measure(base, edited.side(), wanted, others), "request": request}
 
 
 Mode = Callable[[Protocol, Side, "Edited", str | None], dict[str, Any]]
 MODES: Mapping[str, Mode] = {"batch": batch, "sequential": sequential, "precise": precise}
+
+
+def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) -> None:
+    """Raises `RequestError` for a way of asking that cannot be; call it before models are loaded."""
+    if mode not in MODES:
+        raise RequestError(f"--mode {mode!r}: expected one of {', '.join(MODES)}")
+    if mode == "sequential" and not is_chain(edited):
+        raise RequestError(f"{edited} is no chain; --mode sequential follows the batches of one (`editlib chain`)")
+    if mode != "precise":
+        if request is not None:
+            raise RequestError("--request is for --mode precise; leave one of the two out")
+        return
+    if request is None:
+        raise RequestError("--mode precise needs --request with the id of the one that was forgotten")
+    ids = [one.id for one in protocol.requests]
+    if request not in ids:
+        raise RequestError(f"--request {request!r}: no request has this id; those there are: {', '.join(ids[:3])}, ...")
 
 
 class Edited:
@@ -139,8 +147,7 @@ def evaluate_models(
     """
     out = Path(out)
     check_output(out, overwrite=overwrite)
-    if mode not in MODES:
-        raise RequestError(f"--mode {mode!r}: expected one of {', '.join(MODES)}")
+    check_mode(protocol, edited, mode, request)
     model, tok = load(base, dtype=dtype)
     before = Side(base, anatomy(model), tok, weights_sha256(model))
     after = Edited(edited, base, before.sha256, dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ class TofuProtocol:
             before=self._before,
             progress=self._progress,
         )
-        judges = {} if self._judges is None else {k: str(v) for k, v in asdict(self._judges).items() if v is not None}
+        judges = {} if self._judges is None else {k: str(v) for k, v in vars(self._judges).items() if v is not None}
         return {
             "limit": self._limit,
             "seed": self._seed,

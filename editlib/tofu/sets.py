@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,8 @@ class _Place:
     def __init__(self, source: str | Path) -> None:
         self.source = str(source)
         self._folder = Path(source) if Path(source).is_dir() else None
-        if self._folder is None and (isinstance(source, Path) or len(self.source.strip("./").split("/")) != 2):
+        on_hub = len(self.source.split("/")) == 2 and self.source[0] not in "./~" and not isinstance(source, Path)
+        if self._folder is None and not on_hub:
             raise RequestError(
                 f"{source}: no such folder; expected one with TOFU's files, or the name of a data set on the Hub, "
                 f"such as {HUB}"
@@ -240,20 +242,16 @@ class _Place:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(self.source, f"{name}.json", repo_type="dataset"))
-        except LocalEntryNotFoundError as error:
-            raise RequestError(self._unreachable(error)) from None
+            with _quiet("huggingface_hub"):  # it tells of every try
+                return Path(hf_hub_download(self.source, f"{name}.json", repo_type="dataset"))
+        except LocalEntryNotFoundError:
+            reason = "no connection, and not in its cache"
         except EntryNotFoundError:
             return None
-        except (OSError, ValueError) as error:  # no such data set, no access, a proxy in between
-            raise RequestError(self._unreachable(error)) from None
-
-    def _unreachable(self, error: Exception) -> str:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-        return (
-            f"{self.source} cannot be reached on the Hub ({reason}); give a folder with TOFU's files instead, or a "
-            "network"
-        )
+        except (OSError, ValueError) as error:  # no such data set, no access
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
+        wanted = "give a folder with TOFU's files instead (--tofu), or a network"
+        raise RequestError(f"{self.source} cannot be read from the Hub ({reason}); {wanted}")
 
     def rows(self, name: str) -> dict[Pair, dict[str, Any]]:
         """The rows of a set by question and answer, none where the set is not there.
@@ -274,3 +272,15 @@ class _Place:
                 if not isinstance(row.get(field), str):
                     raise RequestError(f'{path}:{line}: field "{field}" is missing; expected a text')
         return {(row["question"], row["answer"]): row for row in found}
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keeps a package's warnings off stderr: what goes wrong is said in one line of ours."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
