@@ -59,6 +59,7 @@ def evaluate(
     """Measures an edited model, or a chain, against its base on generated answers."""
     from editlib.models.files import check_output
     from editlib.protocols import TofuProtocol, evaluate_models
+    from editlib.protocols.run import point_rows
     from editlib.tofu.scores import ANSWER_TOKENS, Judges
 
     check_output(out_dir, overwrite=overwrite)
@@ -89,6 +90,10 @@ def evaluate(
         chosen, base, edited, out_dir, mode=mode, request=request, dtype=dtype, overwrite=overwrite
     )
     _print_table(chosen.table(metrics))
+    if note := chosen.note(metrics):
+        out.print(note, highlight=False)
+    if points := metrics.get("points"):
+        _print_table(point_rows(points))
     out.print(str(out_dir / "report.html"), soft_wrap=True)
 
 

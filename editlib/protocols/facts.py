@@ -84,6 +84,9 @@ class FactsProtocol:
     def table(self, metrics: Mapping[str, Any]) -> list[list[str]]:
         return [["metric", "value", "n", "meaning"], *map(list, summary_rows(metrics))]
 
+    def note(self, metrics: Mapping[str, Any]) -> str:
+        return ""
+
     def write(self, metrics: Mapping[str, Any], out: Path) -> None:
         write_outputs(dict(metrics), out)
 

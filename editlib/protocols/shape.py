@@ -59,6 +59,10 @@ class Protocol(typing.Protocol):
         """Head and rows for a terminal."""
         ...
 
+    def note(self, metrics: Mapping[str, Any]) -> str:
+        """What a reader of the table must know besides, such as what was drawn and left out; may be empty."""
+        ...
+
     def write(self, metrics: Mapping[str, Any], out: Path) -> None:
         """Writes `metrics.json` and pages to the folder `out`, which is there."""
         ...

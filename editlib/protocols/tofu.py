@@ -13,7 +13,7 @@ from editlib.models.anatomy import anatomy
 from editlib.models.loading import load
 from editlib.protocols.shape import Side
 from editlib.request import EditRequest
-from editlib.tofu.report import headline_of, table_rows, write_tofu
+from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
 from editlib.tofu.scores import ANSWER_TOKENS, Judges, Reading, compare_tofu, document, tofu_scores
 from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
 
@@ -115,6 +115,9 @@ class TofuProtocol:
 
     def table(self, metrics: Mapping[str, Any]) -> list[list[str]]:
         return table_rows(metrics)
+
+    def note(self, metrics: Mapping[str, Any]) -> str:
+        return conditions(metrics)
 
     def write(self, metrics: Mapping[str, Any], out: Path) -> None:
         write_tofu(metrics, out)
