@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from test_cli import refused
 from tofu_files import FORGOTTEN, KEPT, rows, write_tofu_files
 
+from editlib.chain import Chain
+from editlib.hparams import ALGORITHMS
 from editlib.request import read_requests
+from editlib.workbench import Workbench
 
 pytest.importorskip("rouge_score")
 pytest.importorskip("scipy")
@@ -101,3 +105,25 @@ def test_subjects_as_a_file(call, tofu, tmp_path):
     refused(call("subjects", path, "--out", out), "exists")
     own.write_text("[]")
     refused(call("subjects", path, "--given", own), "one JSON object")
+
+
+def test_along_a_chain(call, folder, tofu, tmp_path):
+    """An author a batch: the forget set grows, the retain set does not."""
+    wanted = [replace(one, target_new="unknown") for one in read_requests(tofu / "forget01.jsonl")]
+    short = {"v_num_grad_steps": 2, "context_templates": ["{}"], "mom2_adjustment": False}
+    hparams = ALGORITHMS["ROME"].from_dict({"layers": [2], **short}, "ROME")
+    chain = Chain.create(tmp_path / "chain", Workbench.load(str(folder), tmp_path, progress=False), hparams)
+    chain.add(wanted[:3])
+    chain.add(wanted[3:])
+    out = tmp_path / "out"
+    given = ("--protocol", "tofu", "--tofu", tofu, "--max-new-tokens", "4", "--mode", "sequential", "--out", out)
+    code, said, err = call("eval", folder, chain.path, *given)
+    assert code == 0, err
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [point["requests"] for point in metrics["points"]] == [3, 6]
+    first, last = (point["forget_teacher_forced_probability"] for point in metrics["points"])
+    scores = metrics["scores"]["edited"]["forget_teacher_forced_probability"]
+    assert last == scores["agg_value"] != first and scores["n"] == 6
+    assert metrics["sets"]["retain"] == 3
+    assert "After every batch" in (out / "report.html").read_text()
+    assert "Asked: questions to forget 6" in said
