@@ -12,17 +12,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.ability.measured import Aggregate, Measure, Measured
-from editlib.ability.tasks import Task, require_lm_eval
+from editlib.ability.tasks import Task, require_lm_eval, seeds
 from editlib.errors import MetricError
 
 log = logging.getLogger(__name__)
-
-DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED = 0, 1234  # lm_eval.defaults
 
 
 def wrap(model: PreTrainedModel, tok: PreTrainedTokenizerBase, batch_size: int) -> Any:
@@ -54,7 +50,7 @@ def measure_task(
     begun = time.perf_counter()
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), _seeds():  # lm-eval prints
+        with contextlib.redirect_stdout(said), seeds():  # lm-eval prints
             results = require_lm_eval().evaluate(
                 lm,
                 {"tasks": {task.name: task.object}},
@@ -136,21 +132,6 @@ def _finite(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-@contextlib.contextmanager
-def _seeds() -> Iterator[None]:
-    """The seeds of lm-eval's command line, for tasks that draw; the caller's generators are put back afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(DEFAULT_RANDOM_SEED)
-        np.random.seed(DEFAULT_OTHER_SEED)
-        torch.manual_seed(DEFAULT_OTHER_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 @contextlib.contextmanager

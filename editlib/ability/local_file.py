@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def _is_text(value: Any, _: Mapping[str, Any]) -> bool:
 
 
 def _is_choices(value: Any, row: Mapping[str, Any]) -> bool:
-    return isinstance(value, Sequence) and len(value) > 1 and all(_is_text(choice, row) for choice in value)
+    return isinstance(value, list) and len(value) > 1 and all(_is_text(choice, row) for choice in value)
 
 
 def _is_gold(value: Any, row: Mapping[str, Any]) -> bool:

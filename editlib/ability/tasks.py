@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import torch
+
 from editlib.ability.local_file import SUFFIXES, LocalFile
 from editlib.errors import EditlibError, FetchError, MetricError, RequestError
 
 TASK_FILES = (".yaml", ".yml")
-FEWSHOT_SEED = 1234  # lm_eval.defaults
+RANDOM_SEED, OTHER_SEED = 0, 1234  # lm_eval.defaults
 
 
 def require_lm_eval() -> ModuleType:
@@ -88,7 +92,7 @@ def load_tasks(given: Sequence[str], folder: Path) -> tuple[Task, ...]:
 def _task(name: str, loaded: Any, identity: Mapping[str, Any] | None) -> Task:
     if loaded.get_config("num_fewshot") is None:  # this and the seed: as lm-eval's command line does
         loaded.set_config("num_fewshot", 0)
-    loaded.set_fewshot_seed(FEWSHOT_SEED)
+    loaded.set_fewshot_seed(OTHER_SEED)
     total = len(loaded.eval_docs)
     if identity is None:
         digest = hashlib.sha256(str(loaded.VERSION).encode())
@@ -119,7 +123,7 @@ def _load(manager: Any, spec: str, wanted: Any) -> dict[str, Any]:
     if isinstance(wanted, str) and Path(wanted).suffix in TASK_FILES and not Path(wanted).is_file():
         raise RequestError(f"task {spec}: no such file; give a task file of lm-eval")
     try:
-        with _quiet_bars() if isinstance(wanted, dict) else contextlib.nullcontext():
+        with seeds(), _quiet_bars() if isinstance(wanted, dict) else contextlib.nullcontext():
             loaded = manager.load([wanted])["tasks"]
     except EditlibError:
         raise
@@ -133,6 +137,21 @@ def _load(manager: Any, spec: str, wanted: Any) -> dict[str, Any]:
     if not loaded:
         raise MetricError(f"task {spec}: lm-eval finds no task in it; give the name or file of a task")
     return loaded
+
+
+@contextlib.contextmanager
+def seeds() -> Iterator[None]:
+    """The seeds of lm-eval's command line, for tasks that draw; the caller's generators are put back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(RANDOM_SEED)
+        np.random.seed(OTHER_SEED)
+        torch.manual_seed(OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @contextlib.contextmanager
