@@ -32,15 +32,18 @@ class Kept:
         if out is not None and not (out / FINISHED).is_dir():
             check_output(out, overwrite=overwrite)
 
-    def find(self, label: str, job: Mapping[str, Any]) -> Measured | None:
+    def find(self, job: Mapping[str, Any]) -> Measured | None:
         """What an earlier run came to in the same job; `None` where there is none, or its file is damaged."""
         if self.folder is None or self.overwrite:
             return None
-        try:
-            kept = json.loads(self._path(label, job).read_text(encoding="utf-8"))
-            return Measured.from_dict(kept["measured"]) if kept["job"] == job else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        for path in sorted(self.folder.glob(f"*.{_digest(job)}.json")):  # the same model may have had another name
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                if kept["job"] == job:
+                    return Measured.from_dict(kept["measured"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return None
 
     def keep(self, label: str, job: Mapping[str, Any], measured: Measured) -> None:
         """Writes one result, atomically."""
@@ -48,9 +51,12 @@ class Kept:
             write_json(self._path(label, job), {"job": job, "measured": measured.to_dict()})
 
     def _path(self, label: str, job: Mapping[str, Any]) -> Path:
-        """The name is for the eye, the hash for the machine: it is the same for one model under two names."""
-        digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)[-60:].strip('-')}.{digest}.json"
+        """The name is for the eye, the hash for the machine."""
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', label)[-60:].strip('-')}.{_digest(job)}.json"
+
+
+def _digest(job: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -142,7 +142,7 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
 
     def once(task: str, job: Mapping[str, Any], measure: Callable[[], Measured]) -> None:
         label = f"{name}, {task}"
-        measured = plan.kept.find(label, job)
+        measured = plan.kept.find(job)
         if measured is None:
             log.info("%s", label)
             measured = measure()

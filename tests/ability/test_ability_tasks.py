@@ -226,6 +226,14 @@ def test_only_the_same_job_is_taken_from_an_earlier_run(arc, ability, watched, t
     assert len(watched) == before + 4
 
 
+def test_the_same_weights_under_another_name_are_not_measured_again(arc, ability, saved, watched):
+    first = ability(arc)
+    report = ability(arc, models={"before": saved["base"], "after": saved["edited"], "copy": saved["base"]})
+    assert len(watched) == 2
+    assert report.row("after", "arc", "acc").value == first.row("edited", "arc", "acc").value
+    assert (report.row("copy", "arc", "acc").difference, report.row("copy", "arc", "acc").difference_stderr) == (0, 0)
+
+
 def test_the_callers_generators_and_tokenizer_stay(arc, ability, tiny_llama, tok, monkeypatch):
     import random
 
