@@ -20,7 +20,7 @@ FLOORS = [
     {"spectrum", "export"},
     {"workbench"},
     {"jobs", "evaluation"},
-    {"demo", "chain", "attacks", "tofu"},
+    {"demo", "chain", "attacks", "ability", "tofu"},
     {"sequential", "protocols"},
     {"cli"},
     {"__main__", "__init__"},

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli import edits, evaluating, export, measuring
+from editlib.cli import ability, edits, evaluating, export, measuring
 from editlib.cli.chain import chain_app
 from editlib.cli.options import out
 from editlib.cli.stats import stats_app
@@ -65,5 +65,6 @@ app.add_typer(stats_app, name="stats")
 edits.register(app)
 evaluating.register(app)
 measuring.register(app)
+ability.register(app)
 app.add_typer(chain_app, name="chain")
 export.register(app)
