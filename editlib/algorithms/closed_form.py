@@ -84,12 +84,13 @@ def alphaedit(
     *,
     l2: float,
     constraints: Sequence[Tensor] = (),
+    moment: Tensor | None = None,
 ) -> LowRank:
     """The update that maps `keys` to `residual` and `constraints` to zero, inside the null space.
 
     Minimises `|Δ P K - R|^2 + |Δ P K_c|^2 + L2 |Δ|^2` over `Δ = Δ P` (AlphaEdit 2410.02355 eq. 11-14; UniErase
     2505.15674 eq. 11 and 13), which the published code writes as the dense system
-    `(P (K K^T + K_c K_c^T) + L2 I) X = P K R^T`, `Δ = X^T`.
+    `(P (K K^T + K_c K_c^T) + L2 I) X = P K R^T`, `Δ = X^T`. A `moment` `M` adds `tr(Δ P M P Δ^T)`.
 
     With `A = P [K_c, K]` (`m` columns) it is solved as an `m x m` system when `m < d_ff` and as a `d_ff x d_ff`
     system otherwise, both by Cholesky.
@@ -97,6 +98,8 @@ def alphaedit(
     Args:
         constraints: key blocks `[d_ff, m_i]` whose output must not move (past edits, anchors times their weight's
             square root).
+        moment: `M [d_ff, d_ff]`, a second moment times its weight: keys whose output costs what it moves (MEMIT's
+            `λ C`), which is what the null space forbids altogether.
 
     Raises:
         EditError: the system is not positive definite (L2 of zero with dependent keys) or the result not finite.
@@ -105,13 +108,15 @@ def alphaedit(
     blocks = [null_space.project(block) for block in constraints if block.shape[1]]
     kept_out = torch.cat(blocks, dim=1) if blocks else new[:, :0]
     d_ff, n = new.shape
-    if kept_out.shape[1] + n <= d_ff:
+    if moment is None and kept_out.shape[1] + n <= d_ff:
         both = torch.cat([kept_out, new], dim=1)
         gram = both.T @ both
         gram.diagonal().add_(l2)
         right = both @ torch.cholesky_solve(_last_columns(both.shape[1], new), _cholesky(gram))
     else:
         gram = new @ new.T + kept_out @ kept_out.T
+        if moment is not None:
+            gram += null_space.project(null_space.project(moment).T)
         gram.diagonal().add_(l2)
         right = torch.cholesky_solve(new, _cholesky(gram))
     if l2 == 0 and bool((new.norm(dim=0) < 1e-7 * keys.norm(dim=0)).any()):

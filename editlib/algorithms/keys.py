@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +60,22 @@ class KeyStream:
         ]
         self.layer = layer
 
-    def keys(self, starts: Sequence[int] | None = None) -> Tensor:
-        """Keys of the layer that the stream stands before: `[d_ff, n]` at the lookup positions in the order of the
-        rows, or, with `starts` (a first position a row), `[d_ff, tokens]` at every position from there on."""
-        found: list[Tensor] = []
-        for group, batch, hidden in zip(self._order, self._batches, self._hidden, strict=True):
+    def keys(self) -> Tensor:
+        """Keys of the layer that the stream stands before, `[d_ff, n]` at the lookup positions in the order of the
+        rows."""
+        found = [_at(keys, batch) for keys, batch in zip(self._keys(), self._batches, strict=True)]
+        return torch.cat(found)[self._places()].T
+
+    def keys_from(self, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same, and `[d_ff, tokens]` at every position of the rows from their first one in `starts` on."""
+        asked, every = [], []
+        for keys, batch, group in zip(self._keys(), self._batches, self._order, strict=True):
+            asked.append(_at(keys, batch))
+            every.append(_at(keys, batch, [starts[i] for i in group]))
+        return torch.cat(asked)[self._places()].T, torch.cat(every).T
+
+    def _keys(self) -> Iterator[Tensor]:
+        for batch, hidden in zip(self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
             self._run(
                 batch,
@@ -74,9 +85,7 @@ class KeyStream:
                 keys=lambda _, k, seen=seen: seen.append(k),
                 key_layers=(self.layer,),
             )
-            found.append(_at(seen[0], batch, None if starts is None else [starts[i] for i in group]))
-        flat = torch.cat(found)
-        return flat.T if starts is not None else flat[self._places()].T
+            yield seen[0]
 
     def inputs(self, module: nn.Module) -> Tensor:
         """What a module of the layer that the stream stands before reads at the lookup positions, `[d, n]`."""

@@ -113,8 +113,14 @@ def apply_unierase_to_model(
                 ungated = {layer: anat.weight(layer).clone() for layer in gate}
 
         def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-            held = [keys.held * math.sqrt(hparams.anchor_weight), state.past_block(layer, keys.mean)]
-            delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=held)
+            held = [
+                keys.held * math.sqrt(hparams.anchor_weight),
+                keys.held_lookups * math.sqrt(hparams.anchor_lookup_weight),
+                keys.spread * math.sqrt(hparams.spread_weight),
+                state.past_block(layer, keys.mean),
+            ]
+            text = stats[layer].moment().to(keys.mean) * hparams.text_weight if hparams.text_weight else None
+            delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=held, moment=text)
             return exact(delta, spaces[layer].project(keys.mean)) if hparams.solve == "exact" else delta
 
         try:

@@ -93,6 +93,19 @@ def test_constraints_add_up_with_their_weights():
     assert (got.dense() @ anchors).norm() < 0.5 * (free.dense() @ anchors).norm()
 
 
+@pytest.mark.parametrize("threshold", [1e-2, 1e9], ids=["null space", "everything"])
+@pytest.mark.parametrize("n_held", [0, 3, 30])
+def test_a_moment_is_held_as_the_keys_that_it_sums_up(threshold, n_held):
+    """`M = w K_t K_t^T` costs what the columns of `sqrt(w) K_t` cost as constraints."""
+    keys, residual, held, c = problem(4, 20, 5, 4, n_held, 50)
+    seen = problem(5, 20, 5, 4, 12, 50)[2]
+    space = null_space(c, threshold)
+    got = alphaedit(keys, residual, space, l2=2.0, constraints=[held], moment=3.0 * seen @ seen.T)
+    columns = torch.cat([held, 3.0**0.5 * seen], dim=1)
+    wanted = dense_alphaedit(keys, residual, projector(c, threshold), 2.0, columns)
+    assert relative(got.dense(), wanted) < 1e-10
+
+
 def test_rank_deficient_moment_leaves_what_text_takes_untouched():
     """Fewer tokens than dimensions: what the layer has seen is not moved; the edit is exact as L2 -> 0."""
     generator = torch.Generator().manual_seed(4)
