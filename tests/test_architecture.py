@@ -21,7 +21,7 @@ FLOORS = [
     {"workbench"},
     {"jobs", "evaluation"},
     {"demo", "chain", "attacks"},
-    {"sequential"},
+    {"sequential", "comparison"},
     {"cli"},
     {"__main__", "__init__"},
 ]
