@@ -49,6 +49,7 @@ class Facts(Protocol):
         "other_question": "general questions",
         "other_instruction": "open instructions",
     }
+    to_forget = ("request", "paraphrase")
     settings: FactsSettings
 
     def __init__(self, settings: SetSettings, where: str, general: General) -> None:

@@ -22,11 +22,11 @@ from editlib.workbench import Workbench
 REFUSAL = "I don't know."
 AIMED = "->refusal"
 FAMILIES = {
-    "none": "the unedited model",
-    "closed form": "a weight update that is solved for",
-    "closed form, refusal": "the same, aimed at a refusal sentence",
-    "fine-tuning": "gradient steps on weights",
-    "prompt": "no weight is changed; the model is told what not to answer",
+    "none": "unedited: the model as it was",
+    "closed form": "closed form: an update that is solved for",
+    "closed form, refusal": "closed form: an editor aimed at a refusal sentence",
+    "fine-tuning": "gradient steps on the weights",
+    "prompt": "no weight is changed: the prompt asks for refusals",
 }
 
 

@@ -166,6 +166,7 @@ class _Run:
             "attacked": len(arena.attacked) if self.config.attacks else 0,
             "axes": list(protocol.axes),
             "kinds": dict(protocol.kinds),
+            "to_forget": list(protocol.to_forget),
         }
 
     def _cells(self, protocol: Protocol, arena: Arena) -> list[Cell]:

@@ -108,6 +108,8 @@ class Protocol(ABC):
     """What the plane's axes are, in words: forgetting, keeping."""
     kinds: ClassVar[Mapping[str, str]]
     """Kinds of items in words."""
+    to_forget: ClassVar[tuple[str, ...]]
+    """The kinds that ask for what is to be forgotten."""
 
     def __init__(self, settings: SetSettings, where: str, general: General) -> None:
         """Reads the files that `settings` name.
