@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from editlib.ability import run_ability
     from editlib.algorithms.alphaedit import apply_alphaedit_to_model
     from editlib.algorithms.edit import EditResult, EditState
     from editlib.algorithms.ft import apply_ft_to_model
@@ -43,6 +44,7 @@ _HOMES = {
     "TokenHyperParams": "algorithms.unlearning_token",
     "UnlearningToken": "algorithms.unlearning_token",
     "learn_token": "algorithms.unlearning_token",
+    "run_ability": "ability",
     "run_attacks": "attacks",
     "Chain": "chain",
     "EditlibError": "errors",
@@ -89,6 +91,7 @@ __all__ = [
     "load",
     "load_hparams",
     "read_requests",
+    "run_ability",
     "run_attacks",
     "unlearn",
     "write_requests",

@@ -20,7 +20,7 @@ FLOORS = [
     {"spectrum", "export"},
     {"workbench"},
     {"jobs", "evaluation"},
-    {"demo", "chain", "attacks"},
+    {"demo", "chain", "attacks", "ability"},
     {"sequential", "comparison"},
     {"cli"},
     {"__main__", "__init__"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -44,17 +45,33 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    path = str(fetch(name, progress=progress)) if name in PACKAGED and not Path(name).is_dir() else name
-    _check_folder(path)
+    path = str(fetch(name, progress=progress)) if _packaged(name) else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     options = {key: value for key, value in options.items() if value}
+    _check_kind(path, name, options)
     with _one_line_errors(name), quiet_bars():
-        _check_config(AutoConfig.from_pretrained(path, **options), name)
         tok = AutoTokenizer.from_pretrained(path, **options)
         extra = {} if device_map is None else {"device_map": device_map}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype or "", "auto"), **extra, **options)
     anatomy(model)  # says at once what cannot be edited
     return model.eval(), tok
+
+
+def check_model(name: str) -> None:
+    """Raises `ModelError` where `load` would for a missing model or a kind that cannot be edited, without reading any
+    weights; call it before long work starts."""
+    if not _packaged(name):
+        _check_kind(name, name, {})
+
+
+def _packaged(name: str) -> bool:
+    return name in PACKAGED and not Path(name).is_dir()
+
+
+def _check_kind(path: str, name: str, options: dict[str, Any]) -> None:
+    _check_folder(path)
+    with _one_line_errors(name), quiet_bars():
+        _check_config(AutoConfig.from_pretrained(path, **options), name)
 
 
 def _check_folder(path: str) -> None:

@@ -1,0 +1,6 @@
+"""What a model can still do: perplexity on text, and tasks of lm-eval, models side by side."""
+
+from editlib.ability.report import AbilityReport, AbilityRow
+from editlib.ability.run import run_ability
+
+__all__ = ["AbilityReport", "AbilityRow", "run_ability"]

@@ -1,0 +1,145 @@
+"""One model on one task, run and scored by lm-eval through its Python API."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.ability.measured import Aggregate, Measure, Measured
+from editlib.ability.tasks import Task, require_lm_eval, seeds
+from editlib.errors import MetricError
+
+log = logging.getLogger(__name__)
+
+
+def wrap(model: PreTrainedModel, tok: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """The model as lm-eval's `hf` takes it. The tokenizer is copied, since lm-eval gives it a pad token."""
+    from lm_eval.models.huggingface import HFLM
+
+    with _level("lm_eval", logging.ERROR):  # it warns that a loaded model was given
+        return HFLM(pretrained=model, tokenizer=copy.deepcopy(tok), batch_size=batch_size)
+
+
+def measure_task(
+    lm: Any,
+    task: Task,
+    *,
+    documents: Sequence[int] | None = None,
+    limit: int | None = None,
+    bootstrap: int,
+) -> Measured:
+    """Runs a task. Values and standard errors are lm-eval's, and what its command line gives with the same batch size.
+
+    Args:
+        documents: the numbers of those to take, ascending.
+        limit: take the first so many. At most one of both is given.
+        bootstrap: draws for the standard errors that lm-eval bootstraps.
+
+    Raises:
+        MetricError: lm-eval cannot run the task, or cannot score it.
+    """
+    begun = time.perf_counter()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), seeds():  # lm-eval prints
+            results = require_lm_eval().evaluate(
+                lm,
+                {"tasks": {task.name: task.object}},
+                limit=limit,
+                samples=None if documents is None else {task.name: list(documents)},
+                bootstrap_iters=bootstrap,
+                log_samples=True,
+            )
+    except Exception as error:  # of all kinds, from any task's own code
+        what = (str(error).strip().splitlines() or [""])[0][:160]
+        what = f"{type(error).__name__}: {what}"
+        raise MetricError(f"task {task.name}: lm-eval stopped ({what}); leave the task out") from error
+    log.debug("%s", said.getvalue())
+    ids, hashes, items = _by_metric(results["samples"][task.name])
+    numbers = results["results"][task.name]
+    better = results["higher_is_better"][task.name]
+    measures = [
+        Measure(
+            name=name if chosen == "none" else f"{name} ({chosen})",
+            value=_finite(numbers[f"{name},{chosen}"]),
+            stderr=_finite(numbers.get(f"{name}_stderr,{chosen}")),
+            higher_is_better=better.get(name),
+            aggregation=_aggregation_name(task.object, name),
+            items=tuple(found.get(i) for i in ids),
+        )
+        for (name, chosen), found in items.items()
+        if _finite(numbers.get(f"{name},{chosen}")) is not None
+    ]
+    return Measured(tuple(hashes), tuple(measures), round(time.perf_counter() - begun, 2))
+
+
+def chosen(total: int, limit: int | None, seed: int | None) -> list[int] | None:
+    """`limit` of `total` documents, drawn with `seed`, ascending; `None` without a seed, or where all are taken."""
+    if seed is None or limit is None or limit >= total:
+        return None
+    return sorted(random.Random(seed).sample(range(total), limit))
+
+
+def aggregate_function(name: str | None) -> Aggregate | None:
+    """lm-eval's function of this name."""
+    if name is None:
+        return None
+    from lm_eval.api.registry import get_aggregation
+
+    return get_aggregation(name)
+
+
+def _by_metric(
+    samples: Sequence[Mapping[str, Any]],
+) -> tuple[list[int], list[str], dict[tuple[str, str], dict[int, Any]]]:
+    """Numbers and hashes of the documents, and by metric and filter what each document came to."""
+    hashes: dict[int, str] = {}
+    items: dict[tuple[str, str], dict[int, Any]] = {}
+    for sample in samples:
+        hashes[sample["doc_id"]] = sample["doc_hash"]
+        for name in sample["metrics"]:
+            items.setdefault((name, sample["filter"]), {})[sample["doc_id"]] = _plain(sample[name])
+    return list(hashes), list(hashes.values()), items
+
+
+def _aggregation_name(task: Any, metric: str) -> str | None:
+    from lm_eval.api.registry import AGGREGATION_REGISTRY
+
+    function = task.aggregation().get(metric, AGGREGATION_REGISTRY["mean"])  # as lm-eval does
+    return next((name for name, known in AGGREGATION_REGISTRY.items() if known is function), None)
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers and arrays as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _finite(value: Any) -> float | None:
+    """lm-eval says "N/A" where there is no standard error."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+@contextlib.contextmanager
+def _level(name: str, level: int) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,100 @@
+"""What one model came to on one task, document by document, and how two models differ on the same documents."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+Aggregate = Callable[[Sequence[Any]], float]
+
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a task.
+
+    `aggregation` is the name under which lm-eval keeps the function that makes `value` out of `items` (one for each
+    document; `None` where a document has none), or `None` for a function that it does not keep.
+    """
+
+    name: str
+    value: float | None
+    stderr: float | None
+    higher_is_better: bool | None
+    aggregation: str | None
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All numbers of one model on one task. `documents` are hashes, in the order of every measure's items."""
+
+    documents: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measured:
+        """The inverse of `to_dict`."""
+        measures = [Measure(**{**one, "items": tuple(one["items"])}) for one in data["measures"]]
+        return cls(tuple(data["documents"]), tuple(measures), data["seconds"])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A measure of one model less that of another, with its standard error over the documents that both have."""
+
+    value: float
+    stderr: float | None
+
+
+def difference(base: Measure, edited: Measure, aggregate: Aggregate | None, *, seed: int = 0) -> Difference | None:
+    """`edited - base`, paired: both hold items of the same documents in the same order.
+
+    The standard error of a mean is `sd(d) / sqrt(n)` over the differences `d` of the items (Miller, arXiv 2411.00640);
+    of anything else it comes from a paired bootstrap (`bootstrap_stderr`), and is `None` without `aggregate`.
+    """
+    if base.value is None or edited.value is None:
+        return None
+    value = edited.value - base.value
+    pairs = [pair for pair in zip(base.items, edited.items, strict=True) if None not in pair]
+    if base.stderr is None or len(pairs) < 2:
+        return Difference(value, None)
+    if base.aggregation == "mean":
+        spread = statistics.stdev(float(after) - float(before) for before, after in pairs)
+        return Difference(value, spread / math.sqrt(len(pairs)))
+    if aggregate is None:
+        return Difference(value, None)
+
+    def change(some: Sequence[tuple[Any, Any]]) -> float:
+        before, after = zip(*some, strict=True)
+        return aggregate(after) - aggregate(before)
+
+    return Difference(value, bootstrap_stderr(change, pairs, seed=seed))
+
+
+def bootstrap_stderr(
+    statistic: Callable[[Sequence[T]], float], items: Sequence[T], *, draws: int = DRAWS, seed: int = 0
+) -> float | None:
+    """Standard deviation of `statistic` over `draws` samples of `items` with replacement, each as large as `items`
+    (Efron and Tibshirani 1993, algorithm 6.1); `None` for fewer than two items, or a sample without a finite value."""
+    if len(items) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    try:
+        found = [statistic([items[i] for i in generator.integers(len(items), size=len(items))]) for _ in range(draws)]
+    except OverflowError:  # the perplexity of a destroyed model
+        return None
+    spread = statistics.stdev(found) if all(map(math.isfinite, found)) else math.nan
+    return spread if math.isfinite(spread) else None

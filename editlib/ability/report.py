@@ -1,0 +1,94 @@
+"""The numbers of all models side by side, as JSON and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+NOTE = (
+    "A cell is a value and its standard error; behind an edited model's value, in brackets, its difference to {base} "
+    "and the standard error of that difference, paired over the same documents. An arrow says which way is better. "
+    "{which}"
+)
+
+
+@dataclass(frozen=True)
+class AbilityRow:
+    """One number of one model. `n` of the task's `total` documents (or windows of text) were taken.
+
+    `stderr` is `None` where there is none. `difference` is this model less the base, and `None` for the base and where
+    the two did not have the same documents; `difference_stderr` is paired over documents.
+    """
+
+    model: str
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+    higher_is_better: bool | None
+    n: int
+    total: int
+    difference: float | None = None
+    difference_stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class AbilityReport:
+    """What was measured how (`job`), the `base`, and a row for each model, task and metric."""
+
+    job: Mapping[str, Any]
+    base: str
+    rows: tuple[AbilityRow, ...]
+
+    def row(self, model: str, task: str, metric: str) -> AbilityRow:
+        """One row.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if (row.model, row.task, row.metric) == (model, task, metric):
+                return row
+        raise KeyError((model, task, metric))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"job": dict(self.job), "base": self.base, "rows": [asdict(row) for row in self.rows]}
+
+    def note(self) -> str:
+        """What stands below the table."""
+        limit, seed = self.job["limit"], self.job["seed"]
+        which = "Tasks were run on all of their documents."
+        if limit is not None:
+            drawn = "first" if seed is None else f"documents drawn with seed {seed}, at most"
+            which = f"Tasks were run on the {drawn} {limit}" + (" documents." if seed is None else ".")
+        return NOTE.format(base=self.base, which=which)
+
+
+def table_rows(report: AbilityReport) -> list[list[str]]:
+    """Head and rows: a row for each task and metric, a column a model."""
+    models = list(dict.fromkeys(row.model for row in report.rows))
+    rows = [["task", "metric", "n", *models]]
+    for task, metric in dict.fromkeys((row.task, row.metric) for row in report.rows):
+        found = {row.model: row for row in report.rows if (row.task, row.metric) == (task, metric)}
+        first = next(iter(found.values()))
+        arrow = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
+        numbers = " / ".join(dict.fromkeys(str(row.n) for row in found.values()))
+        rows.append([task, metric + arrow, numbers, *(cell(found.get(model)) for model in models)])
+    return rows
+
+
+def cell(row: AbilityRow | None) -> str:
+    """`0.521 ± 0.014 (-0.012 ± 0.004)`."""
+    if row is None or row.value is None:
+        return "-"
+    change = row.difference
+    text = _with_error(row.value, row.stderr)
+    return text if change is None else f"{text} ({_with_error(change, row.difference_stderr, sign=True)})"
+
+
+def _with_error(value: float, error: float | None, *, sign: bool = False) -> str:
+    form = ".3f" if abs(value) < 10 else ".2f" if abs(value) < 1e6 else ".1e"
+    shown = f"{value:{'+' if sign else ''}{form}}"
+    return shown if error is None else f"{shown} ± {error:{form}}"

@@ -1,0 +1,203 @@
+"""The job behind `editlib ability`: models x (text and tasks), one model in memory at a time, each result kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from editlib.ability.harness import aggregate_function, chosen, measure_task, wrap
+from editlib.ability.kept import Kept, write_json
+from editlib.ability.measured import Measured, difference
+from editlib.ability.report import AbilityReport, AbilityRow, table_rows
+from editlib.ability.tasks import Task, load_tasks, require_lm_eval
+from editlib.ability.text import measure_text, over_windows
+from editlib.corpus import Corpus, load_corpus
+from editlib.errors import MetricError
+from editlib.evaluation.bench_report import write_table
+from editlib.export import library_version
+from editlib.models.files import weights_sha256
+from editlib.models.loading import check_model, load
+
+log = logging.getLogger(__name__)
+
+BATCH_SIZE = 4
+BOOTSTRAP = 100_000  # lm-eval's own number
+
+
+def run_ability(
+    models: Mapping[str, str | Path],
+    tasks: Sequence[str] = (),
+    *,
+    text: str | None = "wiki-sample:heldout",
+    limit: int | None = None,
+    seed: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    bootstrap: int = BOOTSTRAP,
+) -> AbilityReport:
+    """Measures what models can do, one after another, and compares each with the first.
+
+    Args:
+        models: by the name to show, packaged models, local folders or Hugging Face ids. The first is the base.
+        tasks: names that lm-eval knows, its task files (.yaml), or files of questions (.jsonl). They need lm-eval.
+        text: corpus for perplexity, `None` for none.
+        limit: so many documents of each task: the first ones, as lm-eval's `--limit` has it, or with a `seed` a random
+            draw, the same for all models.
+        batch_size: rows at a time; numbers of two sizes differ by rounding.
+        device_map: where the weights go, as in transformers ("auto", or a device); default: the CPU.
+        out: keeps every finished model and task, goes on from there when the same job is run again, and gets
+            `ability.json` and `table.md`.
+        overwrite: measure again what `out` holds.
+        bootstrap: draws for the standard errors that lm-eval bootstraps (LAMBADA's perplexity).
+
+    Raises:
+        MetricError: nothing to measure, lm-eval missing, or a task that it does not know or cannot run.
+        RequestError: a file of questions that does not fit; names file, line and field.
+        EditlibError: a model, corpus or folder that cannot be used. All input but the weights is looked at first.
+    """
+    out = None if out is None else Path(out)
+    _check(models, tasks, text, limit, batch_size)
+    if tasks:
+        require_lm_eval()
+    kept = Kept(out, overwrite=overwrite)
+    for where in models.values():
+        check_model(str(where))
+    corpus = None if text is None else load_corpus(text)
+    with tempfile.TemporaryDirectory(prefix="editlib-ability-") as folder:
+        loaded = load_tasks(tasks, Path(folder)) if tasks else ()
+        plan = _Plan(kept, corpus, loaded, limit, seed, batch_size, bootstrap, dtype, device_map)
+        results = {name: _measure(name, str(where), plan) for name, where in models.items()}
+    base = next(iter(models))
+    rows = [row for name in models for row in _rows(name, results[name], base, results[base], plan)]
+    job = {
+        "editlib": library_version(),
+        "models": {name: {"from": str(where), **results[name].identity} for name, where in models.items()},
+        "text": None if corpus is None else {"corpus": text, "sha256": corpus.sha256},
+        "tasks": {task.name: dict(task.identity) for task in loaded},
+        **{name: getattr(plan, name) for name in ("limit", "seed", "batch_size", "bootstrap", "dtype", "device_map")},
+    }
+    report = AbilityReport(job, base, tuple(rows))
+    if out is not None:
+        write_json(out / "ability.json", report.to_dict())
+        write_table(table_rows(report), out / "table.md", report.note())
+    return report
+
+
+def _check(models: Mapping[str, Any], tasks: Sequence[str], text: str | None, limit: int | None, size: int) -> None:
+    if not models:
+        raise MetricError("no model was given; give the base, and edited models to set beside it")
+    if not tasks and text is None:
+        raise MetricError("nothing to measure: neither tasks nor a text for perplexity; give one of them")
+    for name, value in (("limit", limit), ("batch size", size)):
+        if value is not None and value < 1:
+            raise MetricError(f"{name} {value}: expected 1 or more")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every model is measured with."""
+
+    kept: Kept
+    corpus: Corpus | None
+    tasks: tuple[Task, ...]
+    limit: int | None
+    seed: int | None
+    batch_size: int
+    bootstrap: int
+    dtype: str | None
+    device_map: str | None
+
+    @property
+    def text_name(self) -> str:
+        """What the text is called among the tasks; no task's name has a space."""
+        return f"text {self.corpus.name}" if self.corpus is not None else ""
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What one model came to, by task, and the hashes that stand for the model."""
+
+    identity: Mapping[str, str]
+    by_task: Mapping[str, Measured]
+
+
+def _measure(name: str, where: str, plan: _Plan) -> _Results:
+    """Loads one model and measures what is not kept. Its memory is free when this returns."""
+    model, tok = load(where, dtype=plan.dtype, device_map=plan.device_map)
+    identity = {"weights": weights_sha256(model), "tokenizer": _tokenizer_sha256(tok)}
+    shared = {"editlib": library_version(), **identity}
+    found: dict[str, Measured] = {}
+
+    def once(task: str, job: Mapping[str, Any], measure: Callable[[], Measured]) -> None:
+        label = f"{name}, {task}"
+        measured = plan.kept.find(job)
+        if measured is None:
+            log.info("%s", label)
+            measured = measure()
+            plan.kept.keep(label, job, measured)
+        else:
+            log.info("%s: kept from an earlier run", label)
+        found[task] = measured
+
+    if plan.corpus is not None:
+        documents = plan.corpus.documents
+        once(plan.text_name, {**shared, "text": plan.corpus.sha256}, lambda: measure_text(model, tok, documents))
+    lm = wrap(model, tok, plan.batch_size) if plan.tasks else None
+    for task in plan.tasks:
+        drawn = chosen(task.total, plan.limit, plan.seed)
+        limit = None if drawn is not None else plan.limit
+        job = {
+            **shared,
+            **task.identity,
+            "documents": drawn if drawn is not None else limit,
+            "batch_size": plan.batch_size,
+            "bootstrap": plan.bootstrap,
+        }
+        run = partial(measure_task, lm, task, documents=drawn, limit=limit)
+        once(task.name, job, partial(run, bootstrap=plan.bootstrap))
+    return _Results(identity, found)
+
+
+def _tokenizer_sha256(tok: PreTrainedTokenizerBase) -> str:
+    """Over the vocabulary, and what is put around a text (BOS)."""
+    told = [sorted(tok.get_vocab().items()), list(tok("A text.")["input_ids"])]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _rows(name: str, own: _Results, base: str, reference: _Results, plan: _Plan) -> Iterator[AbilityRow]:
+    totals = {task.name: task.total for task in plan.tasks}
+    for task, measured in own.by_task.items():
+        before = reference.by_task[task]
+        paired = name != base and before.documents == measured.documents
+        if name != base and not paired:
+            log.warning("%s and %s did not have the same documents of %s: no difference is given", base, name, task)
+        known = {measure.name: measure for measure in before.measures}
+        for measure in measured.measures:
+            function = over_windows if task == plan.text_name else aggregate_function(measure.aggregation)
+            change = None
+            if paired and measure.name in known:
+                change = difference(known[measure.name], measure, function)
+            yield AbilityRow(
+                model=name,
+                task=task,
+                metric=measure.name,
+                value=measure.value,
+                stderr=measure.stderr,
+                higher_is_better=measure.higher_is_better,
+                n=len(measured.documents),
+                total=totals.get(task, len(measured.documents)),
+                difference=None if change is None else change.value,
+                difference_stderr=None if change is None else change.stderr,
+            )

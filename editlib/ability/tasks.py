@@ -1,0 +1,172 @@
+"""What `--tasks` names -> lm-eval's task objects: its own tasks by name, task files (.yaml), files of questions."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from editlib.ability.local_file import SUFFIXES, LocalFile
+from editlib.errors import EditlibError, FetchError, MetricError, RequestError
+
+TASK_FILES = (".yaml", ".yml")
+RANDOM_SEED, OTHER_SEED = 0, 1234  # lm_eval.defaults
+
+
+def require_lm_eval() -> ModuleType:
+    """The package lm-eval.
+
+    Raises:
+        MetricError: it is not installed.
+    """
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise MetricError(
+            f"tasks are run by lm-eval, which cannot be imported ({error}): pip install 'editlib[ability]', or leave "
+            "the tasks out and measure perplexity alone"
+        ) from None
+    return lm_eval
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, ready to be run.
+
+    `total`: its documents. `identity`: what a kept result must have been measured with.
+    """
+
+    name: str
+    object: Any
+    total: int
+    identity: Mapping[str, Any]
+
+
+def load_tasks(given: Sequence[str], folder: Path) -> tuple[Task, ...]:
+    """Finds the tasks and their documents; what local files become goes to `folder`, which must outlive the tasks.
+
+    Args:
+        given: names that lm-eval knows (`arc_easy`; a group or a tag is all of its tasks), task files of lm-eval
+            (.yaml) or files of questions (.jsonl, see `local_file`).
+
+    Raises:
+        MetricError: lm-eval is missing, does not know a name, or makes no task of a file; or two tasks have one name.
+        RequestError: a file that cannot be used; names file, line and field.
+        FetchError: a task's documents can be neither found nor downloaded.
+    """
+    lm_eval = require_lm_eval()
+    files = {spec: LocalFile.read(Path(spec)) for spec in given if Path(spec).suffix in SUFFIXES}
+    names = [spec for spec in given if spec not in files and Path(spec).suffix not in TASK_FILES]
+    # The index of lm-eval's own tasks takes seconds to build.
+    manager = lm_eval.tasks.TaskManager(include_defaults=bool(names))
+    for name in names:
+        _check_name(name, manager)
+    found: list[Task] = []
+    for spec in dict.fromkeys(given):
+        local = files.get(spec)
+        name = re.sub(r"[^\w.-]+", "-", Path(spec).stem)
+        loaded = _load(manager, spec, spec if local is None else local.config(name, folder))
+        found += [
+            _task(one, loaded[one], None if local is None else {"sha256": local.sha256}) for one in sorted(loaded)
+        ]
+    twice = {task.name for task in found if sum(other.name == task.name for other in found) > 1}
+    if twice:
+        raise MetricError(f"two tasks are named {sorted(twice)[0]!r}; give one of them, or rename a file")
+    return tuple(found)
+
+
+def _task(name: str, loaded: Any, identity: Mapping[str, Any] | None) -> Task:
+    if loaded.get_config("num_fewshot") is None:  # this and the seed: as lm-eval's command line does
+        loaded.set_config("num_fewshot", 0)
+    loaded.set_fewshot_seed(OTHER_SEED)
+    total = len(loaded.eval_docs)
+    if identity is None:
+        digest = hashlib.sha256(str(loaded.VERSION).encode())
+        for part in (loaded.dump_config(), *loaded.eval_docs):  # of functions, lm-eval dumps the source
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+        identity = {"sha256": digest.hexdigest()}
+    return Task(name, loaded, total, {"task": name, "total": total, "lm_eval": version("lm-eval"), **identity})
+
+
+def _check_name(name: str, manager: Any) -> None:
+    if name in manager.task_index:
+        return
+    if Path(name).suffix or len(Path(name).parts) > 1:
+        raise RequestError(
+            f"task {name!r}: expected a name that lm-eval knows, a file of questions ({', '.join(SUFFIXES)}) or a task "
+            f"file of lm-eval ({', '.join(TASK_FILES)})"
+        )
+    near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+    raise MetricError(
+        f"task {name!r}: lm-eval knows none of this name"
+        + (f" (near: {', '.join(near)})" if near else "")
+        + "; `lm-eval ls tasks` lists them"
+    )
+
+
+def _load(manager: Any, spec: str, wanted: Any) -> dict[str, Any]:
+    """The tasks by name that `spec` stands for."""
+    if isinstance(wanted, str) and Path(wanted).suffix in TASK_FILES and not Path(wanted).is_file():
+        raise RequestError(f"task {spec}: no such file; give a task file of lm-eval")
+    try:
+        with seeds(), _quiet_bars() if isinstance(wanted, dict) else contextlib.nullcontext():
+            loaded = manager.load([wanted])["tasks"]
+    except EditlibError:
+        raise
+    except OSError as error:  # what datasets and the hub's client raise without a network is one of these
+        raise FetchError(
+            f"task {spec}: its documents cannot be had ({_first_line(error)}); connect once, or give a file of "
+            "questions"
+        ) from None
+    except Exception as error:  # lm-eval and task files raise of all kinds
+        raise MetricError(f"task {spec}: lm-eval can make no task of it ({_first_line(error)})") from None
+    if not loaded:
+        raise MetricError(f"task {spec}: lm-eval finds no task in it; give the name or file of a task")
+    return loaded
+
+
+@contextlib.contextmanager
+def seeds() -> Iterator[None]:
+    """The seeds of lm-eval's command line, for tasks that draw; the caller's generators are put back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(RANDOM_SEED)
+        np.random.seed(OTHER_SEED)
+        torch.manual_seed(OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Reading a local file is over before its bar says anything; a download's bar stays."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,55 @@
+"""`editlib ability`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from editlib.cli.options import Dtype, Overwrite, out
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `app`."""
+    app.command()(ability)
+
+
+def ability(
+    base: Annotated[str, typer.Argument(help="the model before the edit")],
+    out_dir: Annotated[Path, typer.Option("--out", help="gets ability.json and table.md; a run goes on from there")],
+    edited: Annotated[list[str] | None, typer.Argument(help="models to set beside it")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval's names, its task files (.yaml), files of questions (.jsonl); by commas")
+    ] = None,
+    text: Annotated[str, typer.Option(help="corpus for perplexity, or none")] = "wiki-sample:heldout",
+    limit: Annotated[int | None, typer.Option(min=1, help="so many documents of each task: the first ones")] = None,
+    seed: Annotated[int | None, typer.Option(help="draw the --limit documents with this seed instead")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows at a time")] = 4,
+    dtype: Dtype = None,
+    device_map: Annotated[str | None, typer.Option(help="auto, or a device; default: the CPU")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """What models can still do: perplexity and lm-eval's tasks, side by side; goes on where it was stopped."""
+    from editlib.ability import run_ability
+    from editlib.ability.report import table_rows
+
+    report = run_ability(
+        {model: model for model in (base, *(edited or []))},
+        [name.strip() for name in (tasks or "").split(",") if name.strip()],
+        text=None if text == "none" else text,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        device_map=device_map,
+        out=out_dir,
+        overwrite=overwrite,
+    )
+    head, *rows = table_rows(report)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    out.print(str(out_dir / "table.md"), soft_wrap=True)
