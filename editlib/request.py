@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from editlib.errors import OutputError, RequestError
-from editlib.request_formats import OWN_FIELDS, FieldError, format_of, name_in, own, short, unzip
+from editlib.request_formats import OWN_FIELDS, FieldError, format_of, name_in, own, short, tofu, unzip
+from editlib.subjects import Subject, find_subjects
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,35 +181,133 @@ def _probe(name: str, value: Any) -> Probe:
     return Probe(value["prompt"], value.get("answer"))
 
 
-def read_requests(path: str | Path) -> list[EditRequest]:
+def read_requests(path: str | Path, *, subjects: Mapping[str, str] | None = None) -> list[EditRequest]:
     """Read requests from a JSONL file or a JSON array.
 
     The format is found out by the fields of each object: the own one (see `EditRequest`), CounterFact
     (nested, or EasyEdit's flat form), zsRE, FastEdit, KnowEdit, TOFU, or plain prompts. A request
-    without `id` or `case_id` is called `<file stem>:<position in the file>`.
+    without `id` or `case_id` is called `<file stem>:<position in the file>`. Questions of TOFU get
+    their subjects from `editlib.subjects`; those that none is found for are logged, and have none.
+
+    Args:
+        subjects: the user's own for questions of TOFU, by id or by question.
 
     Raises:
         RequestError: the file cannot be read or an object cannot be used; names file, line and field.
     """
-    path = Path(path)
+    requests, questions = _read(Path(path))
+    found = with_subjects([requests[i] for i in questions], subjects)
+    for i, (request, _) in zip(questions, found, strict=True):
+        requests[i] = request
+    if any(subject is None or subject.rule != "given" for _, subject in found):
+        tell_subjects(Path(path).name, found)
+    return requests
+
+
+def _read(path: Path) -> tuple[list[EditRequest], list[int]]:
+    """The requests of a file as they stand there, and which of them are in a format that has no subjects."""
     requests: list[EditRequest] = []
+    questions: list[int] = []
     lines: dict[str, int] = {}
     for line, value in _objects(path, _read_text(path)):
         where = f"{path}:{line}"
         if not isinstance(value, dict):
             raise RequestError(f"{where}: {short(value)}; expected a JSON object; write {{...}}")
-        for request in _to_requests(value, where, path.stem, len(requests) + 1):
+        for request, is_question in _to_requests(value, where, path.stem, len(requests) + 1):
             if request.id in lines:
                 given = f"{short(request.id)} is taken by line {lines[request.id]}"
                 raise FieldError("id", f"{given}; expected one of its own; rename one of the two", where)
             lines[request.id] = line
+            questions += [len(requests)] if is_question else []
             requests.append(request)
     if not requests:
         raise RequestError(f"{path}: holds no request; expected at least one JSON object; add a line")
-    return requests
+    return requests, questions
 
 
-def _to_requests(value: dict[str, Any], where: str, stem: str, position: int) -> Iterator[EditRequest]:
+def read_questions(
+    path: str | Path, *, subjects: Mapping[str, str] | None = None
+) -> list[tuple[EditRequest, Subject | None]]:
+    """The questions of a file in TOFU's form, each with how its subject was found, `None` where it was not.
+
+    Args:
+        subjects: see `with_subjects`.
+
+    Raises:
+        RequestError: as `read_requests`; or the file holds none.
+    """
+    requests, questions = _read(Path(path))
+    if not questions:
+        wanted = 'expected objects with "question" and "answer"; other formats say their subjects themselves'
+        raise RequestError(f"{path}: holds no question in TOFU's form; {wanted}")
+    return with_subjects([requests[i] for i in questions], subjects)
+
+
+def with_subjects(
+    requests: Sequence[EditRequest], subjects: Mapping[str, str] | None = None
+) -> list[tuple[EditRequest, Subject | None]]:
+    """Questions with the subjects that they lack, and how these were found; `group` becomes whom a question is about.
+
+    Args:
+        requests: in the order of their file, since `find_subjects` looks at the questions nearby.
+        subjects: the user's own, by id or by question; they go before what is found.
+
+    Raises:
+        RequestError: `subjects` names no request, or what does not stand in its question once.
+    """
+    subjects = subjects or {}
+    known = {name for request in requests for name in (request.id, request.question)}
+    for name in subjects.keys() - known:
+        wanted = "expected the id or the question of one; mend the mapping"
+        raise RequestError(f"subjects: {short(name)} is no request's; {wanted}")
+    found = find_subjects([request.question for request in requests], [request.answer or "" for request in requests])
+    pairs: list[tuple[EditRequest, Subject | None]] = []
+    for request, subject in zip(requests, found, strict=True):
+        own = subjects.get(request.id, subjects.get(request.question, request.subject))
+        if own is not None:
+            subject = Subject(own, "given", None if subject is None else subject.about)
+        if subject is None:
+            pairs.append((request, None))
+            continue
+        # The question spelled out: a `{}` of another subject in it would stay where it was.
+        named = replace(request, prompt=request.question, subject=subject.text, group=request.group or subject.about)
+        pairs.append((named, subject))
+    return pairs
+
+
+def read_subjects(path: str | Path) -> dict[str, str]:
+    """The user's own subjects: one JSON object that maps ids or questions to subjects.
+
+    Raises:
+        RequestError: it cannot be read, or is anything else.
+    """
+    path = Path(path)
+    found = _loads(path, _read_text(path), 1)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise RequestError(f"{path}: {short(found)}; expected one JSON object, from id or question to subject")
+    return found
+
+
+def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]]) -> None:
+    """Logs how many subjects were found by which rule, and warns of the questions without one."""
+    rules = Counter(subject.rule for _, subject in found if subject is not None)
+    told = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
+    log.info("%s: subjects of %d of %d questions (%s)", name, rules.total(), len(found), told or "none")
+    if missing := [request.id for request, subject in found if subject is None]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        log.warning(
+            '%s: no subject was found for %d of %d questions (%s%s): add a field "subject", or see `editlib subjects`; '
+            "without one UniErase edits at a question's last token, and other algorithms refuse it",
+            name,
+            len(missing),
+            len(found),
+            ", ".join(missing[:5]),
+            more,
+        )
+
+
+def _to_requests(value: dict[str, Any], where: str, stem: str, position: int) -> Iterator[tuple[EditRequest, bool]]:
+    """The requests of one object, and whether they are in a format that has no subjects."""
     reader = own
     try:
         for i, row in enumerate(unzip(value), position):
@@ -215,7 +318,7 @@ def _to_requests(value: dict[str, Any], where: str, stem: str, position: int) ->
             arguments["id"] = f"{stem}:{i}" if given_id is None else given_id
             if type(given_id) is int:  # not a bool
                 arguments["id"] = str(given_id)
-            yield EditRequest(**arguments, source=where)
+            yield EditRequest(**arguments, source=where), reader is tofu
     except FieldError as error:
         raise FieldError(name_in(reader, error.name), error.text, where) from None
 

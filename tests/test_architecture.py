@@ -10,7 +10,7 @@ import editlib
 ROOT = Path(editlib.__file__).parent
 FLOORS = [
     {"errors"},
-    {"request_formats", "wiki_markup", "sharding"},
+    {"request_formats", "subjects", "wiki_markup", "sharding"},
     {"request"},
     {"models", "hparams", "data"},
     {"stats_file"},
@@ -20,8 +20,8 @@ FLOORS = [
     {"spectrum", "export"},
     {"workbench"},
     {"jobs", "evaluation"},
-    {"demo", "chain", "attacks", "ability"},
-    {"sequential", "comparison"},
+    {"demo", "chain", "attacks", "ability", "tofu"},
+    {"sequential", "comparison", "protocols"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -412,7 +412,8 @@ FORMATS = {
         [
             EditRequest(
                 "facts:1",
-                "What gender is author Basil Al-Kuwaiti?",
+                "What gender is author {}?",
+                "Basil Al-Kuwaiti",  # found: the file does not say it
                 answer="Author Basil Al-Kuwaiti is male.",
                 paraphrases=("Is Basil Al-Kuwaiti a male or female writer?",),
             )

@@ -183,6 +183,19 @@ class Chain:
         for entry in self.batches:
             yield entry, self._desk.batch(entry)
 
+    def steps(self) -> Iterator[tuple[BatchEntry, tuple[EditRequest, ...]]]:
+        """Every batch with its requests, in order, while `model` is what it was right after it (with the token, from
+        the first on). When the iteration ends, or is closed, the model is at the chain's end again."""
+        desk, record = self._desk, self.record
+        bench, position = desk.at_end(record), desk.base(record)
+        try:
+            for entry, notes in zip(record.batches, self._notes, strict=True):
+                position = position.advanced(desk.batch(entry))
+                position.write(bench.anat)
+                yield entry, notes.requests
+        finally:
+            desk.restore()
+
     def updates(self) -> dict[int, LowRank]:
         """What the whole chain adds to the base weights, as factors by layer; in no layer that no batch has changed."""
         return self._desk.updates(self.record)

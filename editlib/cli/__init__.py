@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli import ability, comparing, edits, export, measuring
+from editlib.cli import ability, comparing, edits, evaluating, export, measuring
 from editlib.cli.chain import chain_app
 from editlib.cli.options import out
 from editlib.cli.stats import stats_app
@@ -63,6 +63,7 @@ def fetch(
 
 app.add_typer(stats_app, name="stats")
 edits.register(app)
+evaluating.register(app)
 measuring.register(app)
 ability.register(app)
 comparing.register(app)

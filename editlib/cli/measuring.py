@@ -16,40 +16,10 @@ bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to `app`."""
-    app.command("eval")(evaluate)
     app.command()(attack)
     app.command()(ask)
     app.command()(demo)
     app.add_typer(bench_app, name="bench")
-
-
-def evaluate(
-    base: Annotated[str, typer.Argument(help="the model before the edit")],
-    edited: Annotated[str, typer.Argument(help="the model after it")],
-    requests: Requests,
-    out_dir: Annotated[Path, typer.Option("--out", help="gets metrics.json and report.html")],
-    retain: Annotated[Path | None, typer.Option(help="prompts that must still be answered; default: bundled")] = None,
-    text: Annotated[str, typer.Option(help="corpus for perplexity, or none")] = "wiki-sample:heldout",
-    before: Annotated[Path | None, typer.Option(help="keeps the base model's answers, read again next time")] = None,
-    dtype: Dtype = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Measures an edited model against its base on generated answers."""
-    from editlib.evaluation.run import evaluate_folders
-
-    metrics = evaluate_folders(
-        base,
-        edited,
-        requests,
-        out_dir,
-        retain_file=retain,
-        text=None if text == "none" else text,
-        before_file=before,
-        dtype=dtype,
-        overwrite=overwrite,
-    )
-    print_metrics(metrics)
-    out.print(str(out_dir / "report.html"), soft_wrap=True)
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

@@ -1,0 +1,198 @@
+"""Whose fact a question asks for, in sets of questions and answers that do not say it (TOFU).
+
+Every choice has a rule (`RULES`), and where no rule fits there is no subject: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+RULES = {
+    "given": "the file or the user says it",
+    "name": "a name that leads several of the questions nearby (an author's in TOFU) stands in this one",
+    "part of the name": "a part, or another spelling, of the name that the questions nearby are about",
+    "title": "no name, but the title of a work in quotation marks; of several the one that the answer repeats",
+    "description": "no name and no title, but words that pick out one person: the author born in ..., known for ...",
+    "shared name": "no name leads the questions nearby: the longest name that stands in question and answer",
+}
+
+NEARBY = 20  # TOFU asks twenty questions an author, one after the other
+LEADS = 3  # questions that a name must lead to be what they are about
+ALIKE = 0.8  # of two spellings of one name
+
+OPENERS = frozenset(
+    re.findall(
+        r"\w+",
+        """a also an and any apart are as aside at author based besides but by can could describe did do does finally
+        for from had has have here how i in is lastly list many may mention much name of on or other outside over please
+        provide regarding share should some summarize tell that the these this those through to under was were what when
+        where which who whom whose why will with would writer you""",
+    )
+)
+"""Words that stand in front of a name with a capital only because the sentence begins there."""
+
+PARTICLES = frozenset(
+    re.findall(r"\w+", "al ben bin binti da das de del della den der di dos du el ibn la le ter van von zu")
+)
+PEOPLE = "author|biographer|essayist|figure|journalist|novelist|person|playwright|poet|storyteller|writer"
+FOLLOWED = "born|from|hailing|known|named|of|originating|recognized|renowned|that|who|whose|with|writing"
+
+_WORD = re.compile(r"\w[\w+-]*(?:['’](?=\w\w)[\w-]+)*")
+_TITLES = (re.compile(r"[\"“”]([^\"“”]+)[\"“”]"), re.compile(r"(?<!\w)['‘](\S.*?)['’](?!\w)"))
+_DESCRIPTION = re.compile(
+    rf"\b(?:the|this|an?|that|our) ((?:(?!(?:the|this|an?|that|our|of)\b)[\w+'’-]+,? ){{0,6}}(?:{PEOPLE}),? "
+    rf"(?:{FOLLOWED})\b[^?!]*)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The words of a question that say whose fact it asks for, and the rule (of `RULES`) that found them.
+
+    `about` is the name that this question and others nearby are about, where that is known; it need not stand in the
+    question.
+    """
+
+    text: str
+    rule: str
+    about: str | None = None
+
+
+def find_subjects(questions: Sequence[str], answers: Sequence[str]) -> list[Subject | None]:
+    """The subject of each question, or `None` where no rule finds one; a subject stands in its question once.
+
+    Questions about one person are expected to lie together, as in TOFU; where they do not, fewer names are found to
+    lead, and the rules that look at one question alone decide.
+
+    Args:
+        answers: one for each question; an empty one where there is none.
+    """
+    asked = [_Asked(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    leaders = _leaders(asked)
+    return [_subject(asked, leaders, i) for i in range(len(asked))]
+
+
+class _Asked:
+    """A question with its answer, the titles in it and the names outside of them, in their order."""
+
+    def __init__(self, question: str, answer: str) -> None:
+        self.question, self.answer = question, answer
+        self.titles = [title for pattern in _TITLES for title in pattern.findall(question)]
+        bare = question
+        for title in self.titles:
+            bare = bare.replace(title, ";" * len(title))
+        self.names = list(dict.fromkeys(_names(bare)))
+
+    def once(self, text: str) -> bool:
+        """Whether `text` can be looked up: it stands in the question exactly once."""
+        return len(_places(self.question, text)) == 1
+
+
+def _subject(asked: Sequence[_Asked], leaders: Sequence[str | None], i: int) -> Subject | None:
+    one = asked[i]
+    near = Counter(name for name in _nearby(leaders, i) if name is not None)
+    # A person is spoken of in answers, too; "American" is not, however many questions it leads.
+    told = {word for other in _nearby(asked, i) for word in _WORD.findall(other.answer)}
+    persons = [name for name, n in near.most_common() if n >= LEADS and _WORD.findall(name)[-1] in told]
+    whole = [name for name in persons if not any(_is_part(name, other) for other in persons)]
+    about = _about(one, whole, leaders, i)
+    # Where names lead the questions nearby, this one is about one of those: no other name in it will do.
+    alone = () if persons else _lone(one)
+    for found in (*_named(one, about), *_by_title(one, about), *_described(one, about), *alone):
+        if one.once(found.text):
+            return found
+    return None
+
+
+def _leaders(asked: Sequence[_Asked]) -> list[str | None]:
+    """Of each question the name that most of the questions nearby hold; `None` where it holds none."""
+    found: list[str | None] = []
+    for i, one in enumerate(asked):
+        counts = Counter(name for other in _nearby(asked, i) for name in other.names)
+        found.append(max(one.names, key=lambda name: (counts[name], name.count(" "), len(name)), default=None))
+    return found
+
+
+def _nearby(rows: Sequence, i: int) -> Sequence:
+    return rows[max(0, i - NEARBY + 1) : i + NEARBY]
+
+
+def _about(one: _Asked, persons: Sequence[str], leaders: Sequence[str | None], i: int) -> str | None:
+    """Which of the `persons` nearby the question is about: its own text tells, or its answer, or both neighbours."""
+    for text in (one.question, one.answer):
+        if named := [name for name in persons if _places(text, name)]:
+            return named[0]
+    if parts := [name for name in persons if any(_is_part(own, name) for own in (*one.names, *_names(one.answer)))]:
+        return parts[0]
+    around = [next((name for name in side if name in persons), None) for side in (leaders[:i][::-1], leaders[i + 1 :])]
+    return around[0] if around[0] == around[1] else None
+
+
+def _named(one: _Asked, about: str | None) -> Iterator[Subject]:
+    if about is None:
+        return
+    yield Subject(about, "name", about)
+    for name in one.names:
+        if _is_part(name, about) or _is_alike(name, about):
+            yield Subject(name, "part of the name", about)
+
+
+def _by_title(one: _Asked, about: str | None) -> Iterator[Subject]:
+    titles = [(title.strip().rstrip("?.!,").strip(), title in one.answer) for title in one.titles]
+    titles.sort(key=lambda pair: (not pair[1], -len(pair[0])))
+    yield from (Subject(title, "title", about) for title, _ in titles if title)
+
+
+def _described(one: _Asked, about: str | None) -> Iterator[Subject]:
+    for found in _DESCRIPTION.findall(one.question):
+        if any(word[0].isupper() or word[0].isdigit() for word in _WORD.findall(found)):
+            yield Subject(found.strip().rstrip(".,"), "description", about)
+
+
+def _lone(one: _Asked) -> Iterator[Subject]:
+    for name in sorted((name for name in one.names if _places(one.answer, name)), key=len, reverse=True):
+        yield Subject(name, "shared name")
+
+
+def _names(text: str) -> Iterator[str]:
+    """Runs of capitalised words, with particles between them, without the words that only open a sentence."""
+    words = list(_WORD.finditer(text))
+    start = 0
+    while start < len(words):
+        end, last = start, start  # the run ends behind the last capital
+        while end < len(words) and (end == start or _joined(text, words[end - 1], words[end])):
+            if words[end][0][0].isupper():
+                last = end + 1
+            elif words[end][0] not in PARTICLES or end == start:
+                break
+            end += 1
+        first = start
+        while first < last and words[first][0].lower() in OPENERS:
+            first += 1
+        if first < last:
+            yield text[words[first].start() : words[last - 1].end()]
+        start = max(last, start + 1)
+
+
+def _joined(text: str, one: re.Match[str], other: re.Match[str]) -> bool:
+    between = text[one.end() : other.start()]
+    return between in (" ", " (", ") ") or (between == ". " and len(one[0]) <= 2)  # a nickname; initials
+
+
+def _is_part(name: str, whole: str) -> bool:
+    """Whether `name` is another run with a word of three letters or more of `whole`, and is no longer."""
+    words, more = set(_WORD.findall(name)), set(_WORD.findall(whole))
+    return name != whole and len(words) <= len(more) and any(len(word) > 2 for word in words & more)
+
+
+def _is_alike(name: str, whole: str) -> bool:
+    return SequenceMatcher(None, name, whole, autojunk=False).ratio() >= ALIKE
+
+
+def _places(text: str, name: str) -> list[int]:
+    return [found.start() for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)]

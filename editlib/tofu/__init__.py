@@ -1,0 +1,6 @@
+"""TOFU (2401.06121): its sets of questions with their subjects, and what a model comes to on them."""
+
+from editlib.tofu.scores import TofuScores, compare_tofu, tofu_scores
+from editlib.tofu.sets import Asked, TofuSets, read_tofu
+
+__all__ = ["Asked", "TofuScores", "TofuSets", "compare_tofu", "read_tofu", "tofu_scores"]

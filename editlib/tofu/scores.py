@@ -1,0 +1,291 @@
+"""What a model comes to on TOFU's sets: every metric of `docs/metrics.md`, set by set, and the summary numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from editlib.errors import MetricError
+from editlib.evaluation import metrics
+from editlib.evaluation.facts import ask
+from editlib.evaluation.metrics import MetricResult, Split
+from editlib.evaluation.metrics.generated import Classifier, Encoder
+from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
+from editlib.models.anatomy import Anatomy
+from editlib.models.generation import Forced
+from editlib.models.prompts import PromptFormat
+from editlib.tofu.sets import SIDE, Asked, TofuSets
+
+ANSWER_TOKENS = 128  # the longest answers of TOFU have about 100
+RATIOS = "forget_teacher_forced_truth_ratio"
+SHARED = ("rouge_l_recall", "probability", "truth_ratio")
+
+Model = tuple[Anatomy, PreTrainedTokenizerBase]
+Results = dict[str, MetricResult]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Models that judge generated text: a sentence encoder and a classifier of entailment (see `evaluation.metrics`).
+
+    What is left out is not measured.
+    """
+
+    encoder: str | Path | Encoder | None = None
+    classifier: str | Path | Classifier | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One question under one model: what it wrote, and the given answers that it read; NLL in nats a token."""
+
+    tokens: tuple[int, ...]
+    text: str
+    answer: Forced
+    paraphrase: float
+    wrong: tuple[float, ...]
+
+
+Readings = MutableMapping[Asked, Reading]
+
+
+@dataclass(frozen=True)
+class TofuScores:
+    """Results of two models side by side, by name, and the readings that they are made of."""
+
+    base: Results
+    edited: Results
+    sets: TofuSets
+    before: Mapping[Asked, Reading]
+    after: Mapping[Asked, Reading]
+
+
+def tofu_scores(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    sets: TofuSets,
+    *,
+    retain_only: Mapping[str, MetricResult] | None = None,
+    judges: Judges | None = None,
+    max_new_tokens: int = ANSWER_TOKENS,
+    progress: str | None = None,
+) -> Results:
+    """Asks one model all questions of `sets`, and scores what it says and what it reads.
+
+    Args:
+        retain_only: the results of a model that never saw the forget set, on the same questions; forget quality needs
+            them.
+        progress: a label for progress bars on stderr; none without it.
+
+    Returns:
+        Results by name: `<set>_<kind>_<metric>` for every set, and the summary numbers that these suffice for.
+
+    Raises:
+        MetricError: a package is missing, or `retain_only` is of other questions.
+    """
+    readings: dict[Asked, Reading] = {}
+    read((anat, tok), sets, readings, max_new_tokens=max_new_tokens, progress=progress)
+    return score(sets, readings, retain_only=retain_only, judges=judges)
+
+
+def compare_tofu(
+    base: Model,
+    edited: Model,
+    sets: TofuSets,
+    *,
+    retain_only: Mapping[str, MetricResult] | None = None,
+    judges: Judges | None = None,
+    max_new_tokens: int = ANSWER_TOKENS,
+    before: Readings | None = None,
+    progress: bool = False,
+) -> TofuScores:
+    """`tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
+
+    Args:
+        before: readings of the base model that are known already; the missing ones are added.
+    """
+    known: Readings = {} if before is None else before
+    read(base, sets, known, max_new_tokens=max_new_tokens, progress="before" if progress else None)
+    drafts = {one.question: known[one].tokens for asked in sets.probes.values() for one in asked}
+    after: dict[Asked, Reading] = {}
+    label = "after" if progress else None
+    read(edited, sets, after, drafts=drafts, max_new_tokens=max_new_tokens, progress=label)
+    given = {"retain_only": retain_only, "judges": judges}
+    return TofuScores(score(sets, known, **given), score(sets, after, **given), sets, known, after)
+
+
+def read(
+    model: Model,
+    sets: TofuSets,
+    known: Readings,
+    *,
+    drafts: Mapping[str, Sequence[int]] | None = None,
+    max_new_tokens: int = ANSWER_TOKENS,
+    progress: str | None = None,
+) -> None:
+    """Adds the readings of all questions of `sets` that are not in `known`.
+
+    Args:
+        drafts: likely answers by question, as token ids.
+    """
+    anat, tok = model
+    asked = [one for probes in sets.probes.values() for one in probes if one not in known]
+    asked = list(dict.fromkeys(asked))
+    questions = [one.question for one in asked]
+    said = ask(anat, tok, questions, drafts=drafts, max_new_tokens=max_new_tokens, progress=progress)
+    given = [(one.question, text) for one in asked for text in _given(one)]
+    form = PromptFormat(tok)
+    label = None if progress is None else f"{progress}, reading"
+    forced = iter(metrics.read_answers(anat, form, [q for q, _ in given], [text for _, text in given], progress=label))
+    for one in asked:
+        answer, *others = [next(forced) for _ in _given(one)]
+        paraphrase = answer if one.paraphrase is None else others.pop(0)
+        text = tok.decode(said[one.question], skip_special_tokens=True).strip()
+        known[one] = Reading(said[one.question], text, answer, paraphrase.mean, tuple(other.mean for other in others))
+
+
+def _given(one: Asked) -> list[str]:
+    """The answers that the model reads: the true one, a paraphrase where there is one, wrong ones."""
+    return [one.answer, *([] if one.paraphrase is None else [one.paraphrase]), *one.wrong]
+
+
+def score(
+    sets: TofuSets,
+    readings: Mapping[Asked, Reading],
+    *,
+    retain_only: Mapping[str, MetricResult] | None = None,
+    judges: Judges | None = None,
+) -> Results:
+    """The results that `readings` of all questions of `sets` come to; see `tofu_scores`."""
+    found: Results = {}
+    by_set: dict[str, Results] = {}
+    for name, probes in sets.probes.items():
+        by_set[name] = _of_set(name, probes, [readings[one] for one in probes], judges or Judges())
+        for result in by_set[name].values():
+            found[result.name] = result
+    for result in _summary(by_set, retain_only):
+        found[result.name] = result
+    return found
+
+
+def _of_set(name: str, probes: Sequence[Asked], said: Sequence[Reading], judges: Judges) -> Results:
+    """The metrics of one set by their bare names; each item has the question's id."""
+    on: Split = "forget" if name.startswith("forget") else "retain"
+    texts, answers = [one.text for one in said], [one.answer for one in probes]
+    hits = [one.answer.hits for one in said]
+    nll, wrong = [one.answer.mean for one in said], [one.wrong for one in said]
+    options = name in SIDE
+    results = {
+        "rouge_l_recall": metrics.rouge_l_recall(texts, answers, on=on),
+        "probability": metrics.probability_with_options(nll, wrong, on=on)
+        if options
+        else metrics.probability(nll, on=on),
+        # Without a paraphrase TOFU takes the answer itself, and so does `read`.
+        "truth_ratio": metrics.truth_ratio([one.paraphrase for one in said], wrong, on=on),
+        "token_entropy": metrics.token_entropy([one.tokens for one in said], on=on),
+        "exact_memorisation": metrics.exact_memorisation(hits, on=on),
+        "extraction_strength": metrics.extraction_strength(hits, on=on),
+    }
+    if judges.encoder is not None:
+        results["cosine_similarity"] = metrics.cosine_similarity(texts, answers, judges.encoder, on=on)
+    if judges.classifier is not None:
+        results["entailment_score"] = metrics.entailment_score(texts, answers, judges.classifier, on=on)
+    return {
+        metric: replace(
+            result,
+            name=name + result.name.removeprefix(on),
+            value_by_index={
+                index: {"id": one.id, **item}
+                for one, (index, item) in zip(probes, result.value_by_index.items(), strict=True)
+            },
+        )
+        for metric, result in results.items()
+    }
+
+
+def _summary(found: Mapping[str, Results], retain_only: Mapping[str, MetricResult] | None) -> list[MetricResult]:
+    """The summary numbers whose parts are all there."""
+    results = []
+    forget, retain = found.get("forget", {}), found.get("retain", {})
+    judged = ("cosine_similarity", "entailment_score")
+    if retain_only is not None:
+        results.append(metrics.forget_quality(*_paired_ratios(forget["truth_ratio"], retain_only)))
+    if _measured(forget, SHARED) and _measured(retain, SHARED):
+        parts = {name: forget[name] for name in (*SHARED, *judged) if name in forget}
+        efficacy = metrics.forget_efficacy(**parts)
+        parts = {name: retain[name] for name in (*SHARED, "token_entropy", *judged) if name in retain}
+        ability = metrics.retain_ability(**parts)
+        results += [efficacy, ability, metrics.balance(efficacy, ability)]
+    kept = {name: found.get(name, {}) for name in UTILITY_SETS}
+    for names, summarise in (
+        (SHARED, metrics.model_utility),
+        ((*SHARED, "token_entropy", *judged), metrics.wide_model_utility),
+    ):
+        if all(_measured(scores, names) for scores in kept.values()):
+            results.append(summarise({part: {name: scores[name] for name in names} for part, scores in kept.items()}))
+    return results
+
+
+def _measured(results: Results, names: Sequence[str]) -> bool:
+    return all(name in results and results[name].agg_value is not None for name in names)
+
+
+def _paired_ratios(
+    own: MetricResult, retain_only: Mapping[str, MetricResult]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """The forget set's truth ratios of both models, of the same questions.
+
+    Raises:
+        MetricError: the retain-only model's are not of these questions.
+    """
+    if RATIOS not in retain_only:
+        raise MetricError(f"the retain-only model's results hold no {RATIOS}; expected those of `editlib eval`")
+    other = {str(item.get("id")): item.get("score") for item in retain_only[RATIOS].value_by_index.values()}
+    items = list(own.value_by_index.values())
+    if missing := [item["id"] for item in items if other.get(item["id"]) is None]:
+        raise MetricError(
+            f"the retain-only model's results lack {len(missing)} of {len(items)} questions ({missing[0]}); measure it "
+            "with the same --forget, --limit and --seed"
+        )
+    pairs = [(item["score"], other[item["id"]]) for item in items if item["score"] is not None]
+    return [one for one, _ in pairs], [two for _, two in pairs]
+
+
+def document(scores: TofuScores) -> dict[str, Any]:
+    """JSON-ready: both models' results by name, and every question with what both said."""
+    sides = {"base": (scores.base, scores.before), "edited": (scores.edited, scores.after)}
+    items = []
+    for name, probes in scores.sets.probes.items():
+        rouge = {
+            side: results[f"{name}_generated_rouge_l_recall"].value_by_index for side, (results, _) in sides.items()
+        }
+        for i, one in enumerate(probes):
+            item = {"id": one.id, "set": name, "question": one.question, "answer": one.answer}
+            for side, (_, readings) in sides.items():
+                when = {"base": "before", "edited": "after"}[side]
+                item[when] = readings[one].text
+                item[f"rouge_{when}"] = rouge[side][str(i)]["rougeL_recall"]
+                item[f"probability_{when}"] = _probability(readings[one].answer.mean)
+            items.append(item)
+    rules = [None if subject is None else subject.rule for subject in scores.sets.subjects]
+    return {
+        "forget": scores.sets.name,
+        "sets": {name: len(probes) for name, probes in scores.sets.probes.items()},
+        "missing": list(scores.sets.missing),
+        "unlearned": dict(scores.sets.unlearned or {}),
+        "subjects": {rule or "none": rules.count(rule) for rule in dict.fromkeys(rules)},
+        "scores": {
+            side: {name: body for one in results.values() for name, body in one.to_dict().items()}
+            for side, (results, _) in sides.items()
+        },
+        "items": items,
+    }
+
+
+def _probability(nll: float) -> float | None:
+    return None if math.isnan(nll) else math.exp(-nll)

@@ -1,0 +1,286 @@
+"""TOFU's sets of questions: out of a folder or from the Hub, with subjects, less what a model never learned."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from editlib.errors import RequestError
+from editlib.request import EditRequest, read_questions, tell_subjects
+from editlib.subjects import Subject
+
+log = logging.getLogger(__name__)
+
+HUB = "locuslab/TOFU"
+FORGET = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+"""Sets to forget, nested, each with the set of all other questions."""
+SIDE = ("real_authors", "world_facts")
+SETS = ("forget", "forget_paraphrased", "retain", *SIDE)
+"""What is measured, each under the name that its results carry."""
+
+Pair = tuple[str, str]
+"""Question and answer: some questions are asked of several authors in the same words."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a probe set: its `answer`, the same said otherwise where there is one, and wrong answers."""
+
+    id: str
+    question: str
+    answer: str
+    paraphrase: str | None = None
+    wrong: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TofuSets:
+    """What is to be forgotten, what is to be kept, and what is asked to find out.
+
+    `probes` maps names of `SETS` to their questions; a set that is missing is named in `missing`. `unlearned` counts
+    the questions of `forget` and `retain` that were left out, since the model never learned them. `subjects` says how
+    the subject of each request to forget was found; `None`: not at all.
+    """
+
+    name: str
+    forget: tuple[EditRequest, ...]
+    retain: tuple[EditRequest, ...]
+    probes: Mapping[str, tuple[Asked, ...]]
+    missing: tuple[str, ...] = ()
+    unlearned: Mapping[str, int] | None = None
+    subjects: tuple[Subject | None, ...] = ()
+
+    def forgetting(self, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()) -> TofuSets:
+        """The same sets where only `requests` are to be forgotten, and `kept`, others of them, are to be kept."""
+        ids, more = {request.id for request in requests}, {request.id for request in kept}
+        asked = self.probes["forget"]
+        probes = {
+            name: tuple(one for one in probes if one.id in ids) if name.startswith("forget") else probes
+            for name, probes in self.probes.items()
+        }
+        probes["retain"] = (*(one for one in asked if one.id in more), *self.probes.get("retain", ()))
+        chosen = [i for i, request in enumerate(self.forget) if request.id in ids]
+        return replace(
+            self,
+            forget=tuple(self.forget[i] for i in chosen),
+            retain=(*(request for request in self.forget if request.id in more), *self.retain),
+            probes=probes,
+            subjects=tuple(self.subjects[i] for i in chosen) if self.subjects else (),
+        )
+
+    def only(self, *names: str) -> TofuSets:
+        """The same sets where only the probe sets `names` are asked."""
+        return replace(self, probes={name: probes for name, probes in self.probes.items() if name in names})
+
+    def limited(self, limit: int | None, seed: int = 0) -> TofuSets:
+        """At most `limit` questions a probe set, drawn with `seed`; a smaller set's draw is part of a larger one's."""
+        if limit is None:
+            return self
+        return replace(self, probes={name: draw(probes, limit, seed) for name, probes in self.probes.items()})
+
+
+def draw(probes: Sequence[Asked], limit: int, seed: int) -> tuple[Asked, ...]:
+    """`limit` of `probes` in their order; each has its own lot, so that what is drawn of a set that grows stays."""
+
+    def lot(one: Asked) -> bytes:
+        return hashlib.sha256(f"{seed}:{one.id}".encode()).digest()
+
+    drawn = {one.id for one in sorted(probes, key=lot)[:limit]}
+    return tuple(one for one in probes if one.id in drawn)
+
+
+def read_tofu(
+    source: str | Path | None = None,
+    forget: str = "forget01",
+    *,
+    learned: Collection[str] | None = None,
+    subjects: Mapping[str, str] | None = None,
+) -> TofuSets:
+    """Reads TOFU's sets and finds the subjects of what is to be forgotten and kept (`editlib.subjects`).
+
+    Args:
+        source: a folder with TOFU's files (`forget01.jsonl`, `forget01_perturbed.jsonl`, `retain99.jsonl` or
+            `forget10.jsonl` and `retain90.jsonl`, `retain_perturbed.jsonl`, `real_authors_perturbed.jsonl`,
+            `world_facts_perturbed.jsonl`; `.json` will do), or the name of a data set on the Hub; default: TOFU's own.
+        forget: `forget01`, `forget05` or `forget10`.
+        learned: the questions that the model was trained on; of the others none is to be forgotten or to be kept.
+            Default: all.
+        subjects: the user's own, by id or by question.
+
+    Raises:
+        RequestError: an unknown set, no such folder, a set that cannot be read or reached, or nothing left to forget.
+    """
+    if forget not in FORGET:
+        raise RequestError(f"{forget!r} is no set of TOFU to forget; expected one of {', '.join(FORGET)}")
+    place = _Place(HUB if source is None else source)
+    own = dict(subjects or {})
+    asked, subjects_of = _questions(place.need(forget), own)
+    others = _rest(place, forget, {request.question for request in asked}, own)
+    if own:
+        raise RequestError(f"subjects: {next(iter(own))!r} is no question of TOFU's; mend the mapping")
+    known = set(learned) if learned is not None else {request.question for request in (*asked, *others)}
+    unlearned = {"forget": len(asked), "retain": len(others)}
+    kept = [i for i, request in enumerate(asked) if request.question in known]
+    asked, subjects_of = [asked[i] for i in kept], [subjects_of[i] for i in kept]
+    others = [request for request in others if request.question in known]
+    if not asked:
+        raise RequestError(
+            f"none of {unlearned['forget']} questions of {forget} is among the {len(known)} that the model learned; "
+            "expected some; train it on them, or give another --forget"
+        )
+    unlearned = {"forget": unlearned["forget"] - len(asked), "retain": unlearned["retain"] - len(others)}
+    found = {name: place.rows(f"{name}_perturbed") for name in (forget, "retain", *SIDE)}
+    probes = {
+        "forget": _probes(asked, found[forget], "question"),
+        "forget_paraphrased": _probes(asked, found[forget], "paraphrased_question"),
+        "retain": _probes(others, found["retain"], "question", only=True) or _probes(others, {}, "question"),
+        **{name: tuple(_asked(f"{name}:{i}", row) for i, row in enumerate(found[name].values(), 1)) for name in SIDE},
+    }
+    missing = tuple(name for name in SETS if not probes[name])
+    for name in missing:
+        log.warning("%s: no questions of the set %s; it is not measured", place.source, name)
+    return TofuSets(
+        name=forget,
+        forget=tuple(asked),
+        retain=tuple(others),
+        probes={name: questions for name, questions in probes.items() if questions},
+        missing=missing,
+        unlearned=unlearned,
+        subjects=tuple(subjects_of),
+    )
+
+
+def questions_in(path: str | Path) -> frozenset[str]:
+    """The questions of a file in TOFU's form, such as one of what a model learned.
+
+    Raises:
+        RequestError: it cannot be read, or holds no questions.
+    """
+    return frozenset(request.question for request, _ in read_questions(path))
+
+
+def _questions(path: Path, own: dict[str, str]) -> tuple[list[EditRequest], list[Subject | None]]:
+    """The requests of a file with their subjects; takes those of the user's `own` out that it has used."""
+    given = {}
+    if own:
+        names = {name for request, _ in read_questions(path) for name in (request.id, request.question)}
+        given = {name: own.pop(name) for name in names & own.keys()}
+    found = read_questions(path, subjects=given)
+    tell_subjects(path.name, found)
+    for request, _ in found:
+        if request.answer is None:
+            raise RequestError(f'{request.source}: field "answer" is missing; expected the true answer')
+    return [request for request, _ in found], [subject for _, subject in found]
+
+
+def _rest(place: _Place, forget: str, asked: Collection[str], own: dict[str, str]) -> list[EditRequest]:
+    """All other questions: from the set made for it, or what the two largest sets hold besides."""
+    if path := place.find(FORGET[forget]):
+        return _questions(path, own)[0]
+    whole = [request for name in ("forget10", "retain90") for request in _questions(place.need(name), own)[0]]
+    return [request for request in whole if request.question not in asked]
+
+
+def _probes(
+    requests: Sequence[EditRequest], rows: Mapping[Pair, Mapping[str, Any]], field: str, *, only: bool = False
+) -> tuple[Asked, ...]:
+    """What is asked about `requests`: under `field` of their perturbed rows, or the question itself.
+
+    Args:
+        only: leave out those without a perturbed row.
+    """
+    found = []
+    for request in requests:
+        pair = (request.question, str(request.answer))
+        row = rows.get(pair, {} if only else {"question": request.question, "answer": request.answer})
+        if row.get(field):
+            found.append(replace(_asked(request.id, row), question=str(row[field])))
+    return tuple(found)
+
+
+def _asked(name: str, row: Mapping[str, Any]) -> Asked:
+    wrong = row.get("perturbed_answer") or ()
+    wrong = (wrong,) if isinstance(wrong, str) else tuple(wrong)
+    return Asked(name, row["question"], row["answer"], row.get("paraphrased_answer"), wrong)
+
+
+class _Place:
+    """Where the files are: a folder, or a data set on the Hub."""
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = str(source)
+        self._folder = Path(source) if Path(source).is_dir() else None
+        on_hub = len(self.source.split("/")) == 2 and self.source[0] not in "./~" and not isinstance(source, Path)
+        if self._folder is None and not on_hub:
+            raise RequestError(
+                f"{source}: no such folder; expected one with TOFU's files, or the name of a data set on the Hub, "
+                f"such as {HUB}"
+            )
+
+    def need(self, name: str) -> Path:
+        """The file of a set.
+
+        Raises:
+            RequestError: there is none, or the Hub cannot be reached.
+        """
+        if path := self.find(name):
+            return path
+        raise RequestError(f"{self.source}: holds no {name}.jsonl; expected TOFU's files (see docs/evaluation.md)")
+
+    def find(self, name: str) -> Path | None:
+        """The file of a set, `None` if it is not there; raises as `need` where that cannot be known."""
+        if self._folder is not None:
+            return next((path for end in ("jsonl", "json") if (path := self._folder / f"{name}.{end}").is_file()), None)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            with _quiet("huggingface_hub"):  # it tells of every try
+                return Path(hf_hub_download(self.source, f"{name}.json", repo_type="dataset"))
+        except LocalEntryNotFoundError:
+            reason = "no connection, and not in its cache"
+        except EntryNotFoundError:
+            return None
+        except (OSError, ValueError) as error:  # no such data set, no access
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
+        wanted = "give a folder with TOFU's files instead (--tofu), or a network"
+        raise RequestError(f"{self.source} cannot be read from the Hub ({reason}); {wanted}")
+
+    def rows(self, name: str) -> dict[Pair, dict[str, Any]]:
+        """The rows of a set by question and answer, none where the set is not there.
+
+        Raises:
+            RequestError: a row that cannot be used.
+        """
+        path = self.find(name)
+        if path is None:
+            return {}
+        try:
+            with jsonlines.open(path) as reader:
+                found = list(reader.iter(type=dict, skip_empty=True))
+        except (OSError, ValueError, jsonlines.Error) as error:
+            raise RequestError(f"{path}: {error}; expected one JSON object a line") from None
+        for line, row in enumerate(found, 1):
+            for field in ("question", "answer"):
+                if not isinstance(row.get(field), str):
+                    raise RequestError(f'{path}:{line}: field "{field}" is missing; expected a text')
+        return {(row["question"], row["answer"]): row for row in found}
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keeps a package's warnings off stderr: what goes wrong is said in one line of ours."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

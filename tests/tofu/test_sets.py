@@ -1,0 +1,151 @@
+"""Which questions are asked: out of TOFU's files, less what a model never learned, and drawn by lot."""
+
+from __future__ import annotations
+
+import pytest
+from tofu_files import FORGOTTEN, KEPT, rows, write_tofu_files
+
+from editlib.errors import RequestError
+from editlib.tofu.sets import Asked, draw, questions_in, read_tofu
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_tofu_files(tmp_path / "tofu")
+
+
+def questions(found):
+    return [one.question for one in found]
+
+
+def asked_of(*names):
+    return [row["question"] for name in names for row in rows(name)]
+
+
+def test_a_folder_without_retain99_has_it_all_the_same(folder):
+    sets = read_tofu(folder)
+    assert questions(sets.forget) == asked_of(*FORGOTTEN[:2])
+    assert questions(sets.retain) == asked_of(*FORGOTTEN[2:], *KEPT)
+    assert [request.subject for request in sets.forget[:3]] == ["Ada Moor"] * 3
+    assert {subject.rule for subject in sets.subjects} == {"name"}
+    assert questions(sets.probes["forget"]) == asked_of(*FORGOTTEN[:2])
+    assert sets.probes["forget_paraphrased"][0].question == "Tell me Ada Moor's genre?"
+    assert questions(sets.probes["retain"]) == asked_of(KEPT[0])  # those that have wrong answers, too
+    assert sets.probes["retain"][0].wrong == ("It is no genre.", "It is a genre.")
+    assert sets.probes["retain"][0].paraphrase == "Ed has that genre."
+    assert sets.probes["real_authors"][0] == Asked(
+        "real_authors:1", "Who wrote 'Emma'?", "Jane Austen", None, ("Bonn", "Rome")
+    )
+    assert sets.missing == ()
+
+
+def test_a_retain_set_of_its_own_goes_first(folder):
+    (folder / "retain99.json").write_text((folder / "retain90.jsonl").read_text())
+    assert questions(read_tofu(folder).retain) == asked_of(*KEPT)
+
+
+def test_what_was_not_learned_is_neither_forgotten_nor_kept(folder, tmp_path):
+    learned = tmp_path / "learned.jsonl"
+    lines = (folder / "forget01.jsonl").read_text().splitlines()[:2] + (folder / "retain90.jsonl").read_text(
+    ).splitlines()[3:]  # fmt: skip
+    learned.write_text("\n".join(lines))
+    sets = read_tofu(folder, learned=questions_in(learned))
+    assert questions(sets.forget) == asked_of(FORGOTTEN[0])[:2]
+    assert questions(sets.retain) == asked_of(KEPT[1])
+    assert questions(sets.probes["retain"]) == asked_of(KEPT[1])  # no wrong answers to be had
+    assert sets.unlearned == {"forget": 4, "retain": 9}
+    with pytest.raises(RequestError, match="none of 6 questions of forget01"):
+        read_tofu(folder, learned={"Who?"})
+
+
+def test_the_user_names_subjects_of_either_set(folder):
+    own = {"forget01:1": "genre", "Which city is Fay Berg's?": "city"}
+    sets = read_tofu(folder, subjects=own)
+    assert sets.forget[0].subject == "genre" and sets.subjects[0].rule == "given"
+    assert [one.subject for one in sets.retain if one.question == "Which city is Fay Berg's?"] == ["city"]
+    with pytest.raises(RequestError, match="'nobody' is no question"):
+        read_tofu(folder, subjects={"nobody": "x"})
+
+
+def test_one_question_at_a_time(folder):
+    sets = read_tofu(folder)
+    one, others = sets.forget[1], [*sets.forget[:1], *sets.forget[2:]]
+    narrow = sets.forgetting([one], others)
+    assert questions(narrow.forget) == [one.question]
+    assert questions(narrow.probes["forget"]) == [one.question]
+    assert [probe.id for probe in narrow.probes["forget_paraphrased"]] == [one.id]
+    assert questions(narrow.probes["retain"]) == [*questions(others), *asked_of(KEPT[0])]
+    assert questions(narrow.retain) == [*questions(others), *questions(sets.retain)]
+    assert questions(sets.forgetting([one]).probes["retain"]) == asked_of(KEPT[0])  # the others are not asked
+
+
+def test_a_draw_is_part_of_a_larger_one_and_of_a_larger_sets():
+    all_of_them = [Asked(f"q:{i}", f"{i}?", "a") for i in range(40)]
+    five, nine = draw(all_of_them, 5, 0), draw(all_of_them, 9, 0)
+    assert len(five) == 5 and set(five) < set(nine)
+    assert list(nine) == [one for one in all_of_them if one in nine]
+    grown = set(draw(all_of_them[:30], 5, 0))
+    assert set(five) & set(all_of_them[:30]) <= grown
+    assert draw(all_of_them, 5, 1) != five
+    assert draw(all_of_them, 99, 0) == tuple(all_of_them)
+
+
+def test_sets_that_are_not_there_are_named(tmp_path, caplog):
+    folder = write_tofu_files(tmp_path / "tofu", without=["world_facts_perturbed", "forget01_perturbed"])
+    sets = read_tofu(folder)
+    assert sets.missing == ("forget_paraphrased", "world_facts")
+    assert sets.probes["forget"][0].wrong == ()
+    assert "world_facts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "forget", "words"),
+    [
+        (None, "forget02", "forget01, forget05, forget10"),
+        ("nowhere", "forget01", "no such folder"),
+        ("not/there", "forget01", "not/there cannot be read from the Hub"),
+        ("./no/where", "forget05", "no such folder"),
+    ],
+)
+def test_what_there_is_not(source, forget, words, monkeypatch):
+    offline(monkeypatch, FileNotFoundError("gone"))
+    with pytest.raises(RequestError, match=words):
+        read_tofu(source, forget)
+
+
+def offline(monkeypatch, error):
+    """The Hub's package, whose every download ends in `error`."""
+    import huggingface_hub
+
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+
+def test_without_a_network_there_is_one_line(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    offline(monkeypatch, LocalEntryNotFoundError("a long story\nof tries"))
+    with pytest.raises(RequestError) as told:
+        read_tofu()
+    assert "locuslab/TOFU" in str(told.value) and "--tofu" in str(told.value) and "\n" not in str(told.value)
+
+
+def test_the_hub_is_asked_for_tofus_own_names(folder, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+
+    def download(repo, name, *, repo_type):
+        asked.append((repo, name, repo_type))
+        path = folder / name.replace(".json", ".jsonl")
+        if not path.is_file():
+            raise EntryNotFoundError("404")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert read_tofu().probes == read_tofu(folder).probes
+    assert ("locuslab/TOFU", "forget01.json", "dataset") in asked
+    assert ("locuslab/TOFU", "world_facts_perturbed.json", "dataset") in asked
