@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli import edits, export, measuring
+from editlib.cli import edits, export, measuring, training
 from editlib.cli.chain import chain_app
 from editlib.cli.options import out
 from editlib.cli.stats import stats_app
@@ -64,5 +64,6 @@ def fetch(
 app.add_typer(stats_app, name="stats")
 edits.register(app)
 measuring.register(app)
+training.register(app)
 app.add_typer(chain_app, name="chain")
 export.register(app)
