@@ -54,12 +54,12 @@ class FinetuneSettings:
         HparamsError: a value out of range.
     """
 
-    epochs: int = 8
-    learning_rate: float = 2e-4
+    epochs: int = 4
+    learning_rate: float = 3e-4
     batch_size: int = 16
     warmup_steps: int = 5
     rank: int | None = None
-    keep: float = 0.125
+    keep: float = 0.0625
     text: str | None = "wiki-sample"
 
     def __post_init__(self) -> None:
@@ -187,11 +187,11 @@ def finetune(
 def measure(
     anat: Anatomy, tok: PreTrainedTokenizerBase, pairs: Sequence[EditRequest], text: str | None, seed: int
 ) -> dict[str, float | int | None]:
-    """How well a model knows `pairs`: the probability of all answers (teacher-forced), ROUGE-L recall of the generated
-    answers to a sample of the questions, and perplexity on held-out text where the training read its other part."""
+    """How well a model knows a sample of `pairs`: the probability of the answers (teacher-forced) and ROUGE-L recall of
+    the generated ones; and perplexity on held-out text where the training read its other part."""
     form = PromptFormat(tok)
-    read = read_answers(anat, form, [pair.question for pair in pairs], [pair.answer or "" for pair in pairs])
     some = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
+    read = read_answers(anat, form, [pair.question for pair in some], [pair.answer or "" for pair in some])
     said = greedy(anat, [form.encode(pair.question) for pair in some], max_new_tokens=CHECKED_TOKENS)
     texts = [tok.decode(ids, skip_special_tokens=True).strip() for ids in said]
     windows = text_windows(tok, load_corpus("wiki-sample:heldout").documents) if text == "wiki-sample" else []

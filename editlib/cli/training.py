@@ -28,7 +28,7 @@ def finetune(
     ),
     rank: Annotated[int, typer.Option(min=1, help="of the adapter, with --lora")] = 32,
     epochs: Annotated[int | None, typer.Option(min=1, help="times that every pair is read")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="default: 2e-4, with --lora 1e-3")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="default: 3e-4, with --lora 1e-3")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     keep: Annotated[float | None, typer.Option(help="share of general prompts and of plain text read besides")] = None,
     text: Annotated[str, typer.Option(help="corpus of that text, or none")] = "wiki-sample",
@@ -56,8 +56,12 @@ def finetune(
     if done["done_before"]:
         out.print(f"{out_dir} holds this very model already; nothing to do", soft_wrap=True)
     table = Table("measure", "before", "after", "of")
-    of = {"probability": f"all {done['pairs']} answers", "rouge_l_recall": f"{done['after']['asked']} generated"}
-    of["perplexity"] = "held-out text"
+    asked = done["after"]["asked"]
+    of = {
+        "probability": f"{asked} answers",
+        "rouge_l_recall": f"{asked} answers, generated",
+        "perplexity": "held-out text",
+    }
     for name, meaning in of.items():
         numbers = [done[when][name] for when in ("before", "after")]
         table.add_row(name, *["-" if number is None else f"{number:.3f}" for number in numbers], meaning)
