@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from editlib import bundled
+from editlib.ability import run_ability
 from editlib.attacks.asking import Scene, Target
 from editlib.attacks.control import bundled_control, usable
 from editlib.attacks.outcome import AttackResult, Trial, share_of
@@ -19,6 +23,7 @@ from editlib.comparison.sets import Base, ForgetSet
 from editlib.comparison.store import Shelf, digest, taken
 from editlib.corpus import load_corpus
 from editlib.evaluation.run import WINDOW, WINDOWS, text_windows
+from editlib.models.files import save_model
 from editlib.models.generation import perplexity
 from editlib.request import EditRequest, requests_hash
 from editlib.workbench import Workbench
@@ -53,9 +58,37 @@ class Arena:
         if plan is not None and self.attacked:
             for name in choose(plan.names):
                 yield Part(f"attack {name}", self._attack_key(name, plan), self._attack(name))
+        tasks = self.config.ability
+        if tasks is not None:
+            for name in tasks.tasks:
+                key = f"ability-{self._short([name, _content(name), tasks.limit, tasks.seed])}"
+                yield Part(f"ability {name}", key, partial(self._ability, name))
 
     def _scores(self, bench: Workbench) -> dict[str, Any]:
         return self.set.score(Target(bench.anat, bench.tok), progress=self.progress).to_dict()
+
+    # --- ability -----------------------------------------------------------------------------------------------
+
+    def _ability(self, task: str, bench: Workbench) -> dict[str, Any]:
+        """One task of lm-eval, beside the base; the edited model is saved for it, and removed afterwards."""
+        plan, root = self.config.ability, self.shelf.path.parent.parent
+        how = {
+            "text": None,
+            "limit": plan and plan.limit,
+            "seed": plan and plan.seed,
+            "dtype": self.config.general.dtype,
+        }
+        base = {"base": self.base.bench.name}
+        with taken(self.shelf, wait=True):  # the base is measured by one process
+            run_ability(base, [task], out=root / "ability", **how)
+        with TemporaryDirectory(dir=root, prefix=".edited-") as folder:
+            save_model(bench.model, bench.tok, Path(folder))
+            report = run_ability({**base, "edited": folder}, [task], out=root / "ability", **how)
+        before = {(row.task, row.metric): row.value for row in report.rows if row.model == "base"}
+        rows = [
+            asdict(row) | {"base": before.get((row.task, row.metric))} for row in report.rows if row.model == "edited"
+        ]
+        return {"rows": rows}
 
     # --- perplexity --------------------------------------------------------------------------------------------
 
@@ -148,3 +181,9 @@ class Arena:
     @staticmethod
     def _short(value: Sequence[Any] | Mapping[str, Any]) -> str:
         return digest(value)[:12]
+
+
+def _content(task: str) -> str:
+    """The hash of a task's file; a name of lm-eval's has none."""
+    path = Path(task)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from editlib.ability.tasks import load_tasks
 from editlib.attacks.registry import choose
 from editlib.attacks.settings import AttackSettings
 from editlib.comparison.methods import Method, read_method
@@ -42,6 +44,7 @@ class AbilityPlan(Section):
 
     tasks: list[str] = knob(help="names of tasks, or task files")
     limit: int | None = knob(None, "questions a task; none: all", min=1)
+    seed: int | None = knob(None, "of the draw of so many; none: the first ones", min=0)
 
 
 @dataclass(frozen=True)
@@ -181,4 +184,9 @@ def _attacks(values: Any, where: str) -> AttackPlan | None:
 def _ability(values: Any, where: str) -> AbilityPlan | None:
     if values in (None, [], False):
         return None
-    return AbilityPlan.read({"tasks": values} if isinstance(values, list) else values, where)
+    plan = AbilityPlan.read({"tasks": values} if isinstance(values, list) else values, where)
+    if not plan.tasks:
+        raise ConfigError(f'{where}: "tasks" is empty; name some, or take "ability" out')
+    with TemporaryDirectory(prefix="editlib-tasks-") as folder:
+        load_tasks(plan.tasks, Path(folder))
+    return plan

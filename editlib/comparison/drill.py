@@ -76,7 +76,8 @@ def _item(
     edited = [item for item in methods if item["counted"] and item["passed"] is not None]
     passed = sum(bool(item["passed"]) for item in edited)
     word = "forgot" if forgetting else "kept"
-    tally = f"{passed} of {len(edited)} {word} it" if edited else "not counted"
+    judged = any(item["passed"] is not None for item in methods)
+    tally = f"{passed} of {len(edited)} {word} it" if edited else "not counted" if judged else ""
     yield f'<details class="item" data-k="{escape(kind)}"><summary>{escape(question)} <span>{tally}</span></summary>'
     if first["answer"] is not None:
         yield f"<p>answer: {escape(cut(first['answer']))}</p>"

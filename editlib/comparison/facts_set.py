@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from editlib import bundled
 from editlib.attacks.asking import Target
+from editlib.comparison.methods import Task
 from editlib.comparison.section import General
 from editlib.comparison.sets import Base, ForgetSet, Measure, Protocol, Scores, SetSettings
 from editlib.errors import ConfigError, RequestError
@@ -73,7 +74,8 @@ class Facts(Protocol):
         parts = self._given or self._dealt(base, before)
         for name in ("forget", "anchors", "watch"):
             write_requests(base.folder / f"{name}.jsonl", getattr(parts, name))
-        made = FactsSet(base, parts.forget, parts.anchors, before, parts.watch, told=bundled.facts())
+        forget = [_scored(request) for request in parts.forget]
+        made = FactsSet(base, forget, parts.anchors, before, parts.watch, parts.forget, told=bundled.facts())
         made.complete()
         return made
 
@@ -130,9 +132,14 @@ class FactsSet(ForgetSet):
     """Facts with the prompts that are watched."""
 
     watch: Sequence[EditRequest] = ()
+    whole: Sequence[EditRequest] = ()  # `forget` with all paraphrases
 
     def identity(self) -> dict[str, Any]:
         return {"protocol": "facts", **self.hashes(), "watch": requests_hash(self.watch)}
+
+    @property
+    def task(self) -> Task:
+        return Task([_tuned(request) for request in self.whole], self.retain, self.before.answers)
 
     def items(self) -> list[Item]:
         return build_items(self.forget, self.watch, {request.id for request in self.retain})
@@ -164,6 +171,16 @@ class FactsSet(ForgetSet):
             measures,
             [_told(item) for item in items],
         )
+
+
+def _scored(request: EditRequest) -> EditRequest:
+    """The request with the paraphrases that are scored: all but the first, where there are several."""
+    return replace(request, paraphrases=request.paraphrases[1:] or request.paraphrases)
+
+
+def _tuned(request: EditRequest) -> EditRequest:
+    """The request with the paraphrase that a search may be judged by, which is never scored."""
+    return replace(request, paraphrases=request.paraphrases[:1] if len(request.paraphrases) > 1 else ())
 
 
 def _gone(items: Sequence[Item], kind: str) -> Measure:

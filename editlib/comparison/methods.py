@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from editlib import jobs
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unlearning_token import TokenHyperParams
+from editlib.baselines import BASELINES, BaselineSettings, Budget, SearchResult, apply_baseline_to_model, search, split
+from editlib.baselines.apply import check_baseline
+from editlib.baselines.refusal_edit import REFUSAL
 from editlib.comparison.section import General, Section, chosen
 from editlib.errors import ConfigError, HparamsError
 from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, load_hparams
-from editlib.hparams.checks import knob, quote
+from editlib.hparams.checks import knob, nearest, quote
 from editlib.request import EditRequest
 from editlib.stats_store import spelling
 from editlib.workbench import Workbench
 
-REFUSAL = "I don't know."
+T = TypeVar("T")
 AIMED = "->refusal"
 FAMILIES = {
     "none": "unedited: the model as it was",
@@ -77,13 +81,19 @@ class Method(ABC):
     def check(self, bench: Workbench, task: Task) -> None:  # noqa: B027
         """Raises `EditlibError` where this model or these requests are not for it; called before any long work."""
 
-    def search(self, load: Callable[[], Workbench], task: Task, seed: int) -> dict[str, Any] | None:
-        """The best settings and what was tried, JSON-ready; `None` for a method that has nothing to search.
+    @property
+    def searches(self) -> bool:
+        """Whether `search` comes before `forget`."""
+        return False
+
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+        """The best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
 
         Args:
-            load: gives the base model anew.
+            bench: the base model; it is loaded anew afterwards.
+            folder: keeps what is done of a search that is stopped.
         """
-        return None
+        raise NotImplementedError
 
     def prepare(self, bench: Workbench, seed: int) -> Any:
         """Finds or makes what is kept beside the model; one process at a time."""
@@ -95,7 +105,7 @@ class Method(ABC):
 
         Args:
             ready: what `prepare` gave.
-            found: what `search` gave, now or in an earlier run.
+            found: what `search` gave, now or in an earlier run; `None` without one.
         """
 
 
@@ -110,6 +120,7 @@ class EditSettings(Section):
 
     hparams: str | None = knob(None, "a JSON file or a bundled name; none: those bundled for the model")
     settings: dict = knob(dict, "single hyper-parameters in place of those")
+    search: bool | dict = knob(False, "look for `v_lr` and `v_num_grad_steps` first: true, or keys of `Budget`")
 
 
 class Unedited(Method):
@@ -142,6 +153,21 @@ class ClosedForm(Method):
         self.family = "closed form" if self.unlearns else "closed form, refusal"
         if algorithm == "FT":
             self.family = "fine-tuning"
+        self.budget = _budget(self.settings.search, where)
+        self.tuned = f"{algorithm}-refusal"
+        if self.budget is not None and (self.tuned not in BASELINES or self.settings.settings):
+            raise ConfigError(
+                f'{where}: "search" is for ROME, MEMIT and AlphaEdit aimed at a refusal, with "hparams" and no single '
+                '"settings"; take one of the two out'
+            )
+
+    @property
+    def searches(self) -> bool:
+        return self.budget is not None
+
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+        given = BaselineSettings(hparams=self.settings.hparams, stats_dir=bench.stats_dir, corpus=self.general.corpus)
+        return _searched(self.tuned, bench, task, given, self.budget, seed, folder)
 
     def identity(self) -> dict[str, Any]:
         values = {key: value for key, value in self.hparams.to_dict().items() if key not in ("notes", "model_name")}
@@ -150,7 +176,7 @@ class ClosedForm(Method):
             found["statistics"] = [self.general.corpus, self.general.stats_tokens]
         if not self.unlearns:
             found["target"] = REFUSAL
-        return found
+        return {**found, **_searching(self.budget, self.general)}
 
     def check(self, bench: Workbench, task: Task) -> None:
         jobs.check_settings(bench, self.hparams)
@@ -170,10 +196,14 @@ class ClosedForm(Method):
 
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
         means, prepared = ready
+        hparams, best = self.hparams, (found or {}).get("best", {})
+        if found is not None:
+            chosen = {"v_lr": best["learning_rate"], "v_num_grad_steps": best["steps"]}
+            hparams = type(hparams).from_dict({**hparams.to_dict(), **chosen}, "the search")
         given: dict[str, Any] = {"chat": None, "seed": seed}
         if self.unlearns:
             given |= {"retain": task.retain, "known_answers": task.known_answers}
-        result = jobs.apply(bench, self._wanted(task), self.hparams, means, **given)
+        result = jobs.apply(bench, self._wanted(task), hparams, means, **given)
         notes = {"layers": list(self.hparams.layers), **({"anchors": len(result.anchors)} if self.unlearns else {})}
         rows = 0 if means.token is None else _bytes(means.token.row_in) + _bytes(means.token.row_out)
         return Cost(update_size(result) + rows, prepared, notes)
@@ -182,6 +212,112 @@ class ClosedForm(Method):
         if self.unlearns:
             return list(task.forget)
         return [replace(request, target_new=REFUSAL) for request in task.forget]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineKeys(Section):
+    """How a baseline of `editlib.baselines` is run."""
+
+    settings: dict = knob(dict, "keys of `BaselineSettings`: learning_rate, steps, batch_size, rank, ...")
+    search: bool | dict = knob(False, "look for learning rate and steps first: true, or keys of `Budget`")
+
+
+class Trained(Method):
+    """A gradient method, or in-context refusal, of `editlib.baselines`."""
+
+    Settings = BaselineKeys
+    settings: BaselineKeys
+
+    def __init__(self, name: str, label: str, settings: Section, where: str, general: General) -> None:
+        super().__init__(name, label, settings, where, general)
+        known = {key for key in BaselineSettings.__dataclass_fields__ if key not in ("hparams", "stats_dir", "corpus")}
+        self.how = _made(BaselineSettings, self.settings.settings, known, f"{where}: settings")
+        self.budget = _budget(self.settings.search, where)
+        entry = BASELINES[name]
+        self.family = "prompt" if entry.kind == "prompt" else "fine-tuning"
+        self.seeded = entry.kind != "prompt"
+        if self.budget is not None and not entry.searched:
+            raise ConfigError(f'{where}: {name} has nothing to search for; take "search" out')
+
+    def identity(self) -> dict[str, Any]:
+        own = {key: value for key, value in self.how.to_dict().items() if key not in ("stats_dir", "corpus")}
+        return {"settings": own, **_searching(self.budget, self.general)}
+
+    def check(self, bench: Workbench, task: Task) -> None:
+        check_baseline(self.name, task.forget, task.retain, self.how)
+        if self.budget is not None:
+            split(task.forget, task.retain, questions=self.budget.questions)
+
+    @property
+    def searches(self) -> bool:
+        return self.budget is not None
+
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+        return _searched(self.name, bench, task, self.how, self.budget, seed, folder)
+
+    def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
+        how, forget, retain = self.how, task.forget, task.retain
+        if found is not None:
+            best = found["best"]
+            how = replace(how, learning_rate=best["learning_rate"], steps=best["steps"])
+            parts = split(forget, retain, questions=self.budget.questions, seed=found["seed"])  # type: ignore[union-attr]
+            forget, retain = parts.forget, parts.retain
+        result = apply_baseline_to_model(
+            self.name, bench.model, bench.tok, forget, retain, how, seed=seed, model_name=bench.name,
+            progress=bench.progress,
+        )  # fmt: skip
+        told = str(result.notes.get("told") or "")
+        ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
+        notes = {"steps": result.steps, "learning_rate": how.learning_rate, "tokens": result.tokens, **ends}
+        return Cost(len(told.encode()) if self.family == "prompt" else None, notes=notes)
+
+
+def _searched(
+    name: str,
+    bench: Workbench,
+    task: Task,
+    settings: BaselineSettings,
+    budget: Budget | None,
+    seed: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """A search on questions that are neither trained on nor reported, JSON-ready."""
+    budget = budget or Budget()
+    parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
+    found: SearchResult = search(
+        name, bench.model, bench.tok, parts.forget, parts.retain, parts.validation, budget, settings,
+        seed=seed, model_name=bench.name, out=folder, progress=bench.progress,
+    )  # fmt: skip
+    return {**found.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
+
+
+def _budget(given: bool | Mapping[str, Any], where: str) -> Budget | None:
+    if given is False:
+        return None
+    keys = {} if given is True else given
+    return _made(Budget, keys, set(Budget.__dataclass_fields__), f"{where}: search")
+
+
+def _searching(budget: Budget | None, general: General) -> dict[str, Any]:
+    """What of a search decides the method: its budget, and the seed that it runs with."""
+    return {} if budget is None else {"search": {**asdict(budget), "seed": general.seeds[0]}}
+
+
+def _made(kind: type[T], given: Mapping[str, Any], known: set[str], where: str) -> T:
+    """A settings object from keys of a config.
+
+    Raises:
+        ConfigError: an unknown key, or a value that it does not take.
+    """
+    for key in given:
+        if key not in known:
+            raise ConfigError(f'{where}: key "{key}": unknown; expected {nearest(str(key), sorted(known))}')
+    try:
+        return kind(**given)
+    except HparamsError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError:
+        raise ConfigError(f"{where}: {quote(dict(given))}; expected numbers; change them") from None
 
 
 def update_size(result: EditResult) -> int:
@@ -205,6 +341,7 @@ METHODS: dict[str, type[Method]] = {
     "none": Unedited,
     "UniErase": ClosedForm,
     **{f"{name}{AIMED}": ClosedForm for name in ALGORITHMS if name != "UniErase"},
+    **{name: Trained for name, entry in BASELINES.items() if entry.kind != "editor"},
 }
 """Every method by the name that a config gives it."""
 

@@ -209,7 +209,7 @@ def _ability(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "value": mean(row["value"] for row in some),
             "stderr": mean(row.get("stderr") for row in some),
             "base": some[0].get("base"),
-            "higher_is_better": some[0].get("higher_is_better", True),
+            "higher_is_better": some[0].get("higher_is_better") is not False,
         }
         for name, some in rows.items()
     }

@@ -239,21 +239,33 @@ class _Run:
         protocol = next(one for one in self.config.sets if one.name == cell.set)
         arena = self._enter(protocol)
         task, method = arena.set.task, cell.method
-        searched = cell.shelf.get(SEARCH)
-        if searched is None:
-            begun = time.perf_counter()
-            found = method.search(lambda: self.load(protocol.model), task, cell.seed)
-            searched = {"found": found, "seconds": time.perf_counter() - begun if found is not None else 0.0}
-            cell.shelf.put(SEARCH, searched)
         bench = self.load(protocol.model)
         with taken(Shelf(bench.stats_dir / spelling(bench.name)), wait=True):
             ready = method.prepare(bench, cell.seed)
+        searched: dict[str, Any] = {"found": None, "seconds": 0.0}
+        if method.searches:
+            searched = self._search(cell, arena, bench)
+            bench = self.load(protocol.model)
         with metered() as meter:
             cost = method.forget(bench, task, cell.seed, ready=ready, found=searched["found"])
         self._keep_edit(cell, arena, bench, cost, {**asdict(meter), "search_seconds": searched["seconds"]})
         failed = self._parts(cell, arena.parts(), bench)
         if failed:
             raise EditlibError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+
+    def _search(self, cell: Cell, arena: Arena, bench: Workbench) -> dict[str, Any]:
+        """The method's search on this set: done once, kept, and the same for all seeds."""
+        method, seed = cell.method, self.config.general.seeds[0]
+        shelf = self.store.search({**cell.identity, "seed": seed})
+        with taken(shelf, wait=True):
+            kept = shelf.get(SEARCH)
+            if kept is None:
+                log.info("%s: searching for settings", cell.label)
+                found = method.search(bench, arena.set.task, seed, shelf.path / "trials")
+                kept = {"found": found, "seconds": sum(trial["seconds"] for trial in found.get("trials", ()))}
+                shelf.put(SEARCH, kept)
+        cell.shelf.put(SEARCH, kept)
+        return kept
 
     def _keep_edit(self, cell: Cell, arena: Arena, bench: Workbench, cost: Cost, took: Mapping[str, Any]) -> None:
         """Records what the method did; what was measured of other weights is dropped."""

@@ -60,7 +60,7 @@ class Shelf:
 
 
 class Store:
-    """The shelves of one comparison: `cells/<hash>/` and `sets/<hash>/`."""
+    """The shelves of one comparison: `cells/<hash>/`, `sets/<hash>/`, `searches/<hash>/`."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
@@ -71,6 +71,9 @@ class Store:
 
     def set(self, identity: Mapping[str, Any]) -> Shelf:
         return Shelf(self.root / "sets" / digest(identity)[:24])
+
+    def search(self, identity: Mapping[str, Any]) -> Shelf:
+        return Shelf(self.root / "searches" / digest(identity)[:24])
 
     def scratch(self, name: str) -> Path:
         """An empty folder for what does not last."""

@@ -29,13 +29,11 @@ class Refuses(Method):
     def identity(self):
         return {}
 
-    def search(self, load, task, seed):
-        return {"subjects": {"forgets": 4, "half": 2}[self.name]}
-
     def forget(self, bench, task, seed, *, ready, found):
-        units = (Unit(1, self.world.subjects[: found["subjects"]], {REFUSE: 1.0}),)
+        subjects = self.world.subjects[: {"forgets": 4, "half": 2}[self.name]]
+        units = (Unit(1, subjects, {REFUSE: 1.0}),)
         bench.model.load_state_dict(scripted(self.world.says, units).state_dict())
-        return Cost(notes={"found": found})
+        return Cost(notes={"given": [request.to_dict() for request in task.forget]})
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,10 @@ def told(pristine_toks, tmp_path_factory):
     """The results, and for each time that the attack `direct` ran, whether it was on the base."""
     folder = tmp_path_factory.mktemp("compared")
     world, asked = World(copy.deepcopy(pristine_toks["plain"])), []
-    facts = [replace(fact, paraphrases=(f"Say: Capital of {fact.subject}",)) for fact in world.facts]
+    facts = [
+        replace(fact, paraphrases=tuple(f"{verb}: Capital of {fact.subject}" for verb in ("Say", "Tell")))
+        for fact in world.facts
+    ]
     write_requests(folder / "forget.jsonl", facts[:3])
     write_requests(folder / "watch.jsonl", facts[3:])
     write_requests(folder / "keep.jsonl", [EditRequest(id="held", prompt="Hold", answer="on")])
@@ -105,8 +106,6 @@ def test_what_it_cost_is_told(results):
     # One unit: a row of gate and up (three subjects and the watched one), one number of down.
     assert forgets["touched"]["weights"] == 4 + 4 + 1 and forgets["touched"]["tensors"] == 3
     assert forgets["update_bytes"] == 9 * 4 and forgets["seconds"] > 0 and forgets["memory_mb"] > 10
-    assert summary(results, "half")["cost"]["search_seconds"] > 0
-    assert cell(results, "half")["search"] == cell(results, "half")["notes"]["found"] == {"subjects": 2}
 
 
 def test_every_text_before_and_after_is_kept(results):
@@ -114,6 +113,13 @@ def test_every_text_before_and_after_is_kept(results):
     told = {item["question"]: (item["before"], item["after"], item["passed"]) for item in items}
     assert told["Capital of B"] == ("Pxyz", "-", True) and told["Capital of F"] == ("ljkg", "ljkg", False)
     assert [item["kind"] for item in items] == [*["request", "paraphrase"] * 3, "neighbour"]
+
+
+def test_no_wording_that_a_search_may_see_is_scored(results):
+    given = [request["paraphrases"] for request in cell(results, "half")["notes"]["given"]]
+    assert given == [[f"Say: Capital of {subject}"] for subject in "BDF"]
+    scored = {item["question"] for item in cell(results, "half")["items"] if item["kind"] == "paraphrase"}
+    assert scored == {f"Tell: Capital of {subject}" for subject in "BDF"}
 
 
 def test_the_base_is_attacked_once(told):

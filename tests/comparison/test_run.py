@@ -77,11 +77,12 @@ def test_killed_between_cells_it_goes_on(bench):
     METHODS["half"].fault = Stopped()
     with pytest.raises(Stopped):
         bench.compare()
-    assert bench.runs() == [("forgets", 0), ("forgets", 1), ("half", 0)] and METHODS["half"].searches == [0]
+    assert bench.runs() == [("forgets", 0), ("forgets", 1), ("half", 0)] and METHODS["half"].looked == [0]
     METHODS["half"].fault = None
     results = bench.compare()
     assert bench.runs() == [("half", 0), ("half", 1)]
-    assert METHODS["half"].searches == [0, 1]  # what the first one found was kept
+    assert METHODS["half"].looked == [0]  # what was found was kept, and goes for all seeds
+    assert cell(results, "half", 1)["cost"]["search_seconds"] == 3.0 and summary(results, "half")["forget"] == 0.5
     assert not any(one["failed"] for one in results["cells"])
 
 
