@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -89,6 +89,8 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
         if key not in known:
             raise ConfigError(f'{where}: key "{key}": unknown; expected {nearest(str(key), known)}')
     general = General.read({key: value for key, value in values.items() if key not in lists}, where)
+    if general.perplexity == "none":
+        general = replace(general, perplexity=None)
     if not general.seeds or len(set(general.seeds)) < len(general.seeds):
         raise ConfigError(f'{where}: key "seeds": {general.seeds}; expected at least one, none twice; change the list')
     config = Config(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from editlib.comparison.config import parse_config, read_config
+from editlib.comparison.section import General
 from editlib.errors import ConfigError, CorpusError, EditlibError, RequestError
 from editlib.hparams import load_hparams
 
@@ -50,6 +52,20 @@ def test_toml_and_json_say_the_same(tmp_path):
     assert one.to_dict() == other.to_dict()
     assert one.methods[0].label == "weak MEMIT" and one.methods[0].hparams.v_num_grad_steps == 5
     assert one.attacks.names == ["direct"] and one.general.seeds == [0, 1]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_the_documented_example_is_one():
+    docs = Path(__file__).parents[2] / "docs"
+    config = read_config(docs / "compare.toml")
+    assert len(config.methods) == 8 and config.attacks.facts == 30
+    text = (docs / "compare.md").read_text(encoding="utf-8")
+    for key in (*General.__dataclass_fields__, "sets", "methods", "attacks", "ability"):
+        assert f"`{key}`" in text, key
+
+
+def test_no_text_for_perplexity():
+    assert parse_config({**GOOD, "perplexity": "none"}).general.perplexity is None
 
 
 BAD = {
