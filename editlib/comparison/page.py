@@ -49,7 +49,9 @@ def page(results: Mapping[str, Any]) -> str:
         sets="\n".join(part for number, name in enumerate(sets, 1) for part in _set(results, name, number)),
         meaning="\n".join(_meaning(results)),
         receipt="\n".join(_receipt(results)),
-        footer=escape(" · ".join([f"editlib {results['editlib']}", *map(str, results["machine"].values())])),
+        footer=escape(
+            " · ".join([f"editlib {results['editlib']}", *(f"{k} {v}" for k, v in results["machine"].items())])
+        ),
     )
 
 
@@ -147,7 +149,8 @@ def _measures(about: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _headed(name: str, up: bool) -> str:
-    return f"{escape(name.replace('_', ' '))}&nbsp;{'↑' if up else '↓'}"
+    short = name.partition("_without_")[0].replace("_", " ")  # in full under what the figures mean
+    return f"{escape(short)}&nbsp;{'↑' if up else '↓'}"
 
 
 def _share(summary: Summary, name: str) -> str:
