@@ -63,41 +63,46 @@ def _editor(name: str, source: str) -> Baseline:
     )
 
 
-TOFU, PAPER_2410 = "2401.06121", "2410.08109"
+TOFU, CLOSER = "2401.06121", "2410.08109"
+DESCENT, CLOSE_BY = "descent on answers to keep", "KL to the model before on answers to keep"
 
 BASELINES: Mapping[str, Baseline] = {
     "GA": Baseline("gradient ascent on the answers", f"2310.10683; {TOFU}", forget=gradient.ga),
     "GA+GD": Baseline(
-        "GradDiff: the same, with descent on answers to keep",
+        f"GradDiff: gradient ascent on the answers, {DESCENT}",
         f"2203.12817; {TOFU}",
         forget=gradient.ga,
         retain=gradient.gd,
     ),
-    "GA+KL": Baseline("ascent, with KL to the model before", TOFU, forget=gradient.ga, retain=gradient.kl),
+    "GA+KL": Baseline(f"gradient ascent on the answers, {CLOSE_BY}", TOFU, forget=gradient.ga, retain=gradient.kl),
     "NPO": Baseline("negative preference optimisation", "2404.05868", forget=gradient.npo),
     "NPO+GD": Baseline(
-        "the same, with descent on answers to keep", "2404.05868", forget=gradient.npo, retain=gradient.gd
+        f"negative preference optimisation, {DESCENT}", "2404.05868", forget=gradient.npo, retain=gradient.gd
     ),
-    "NPO+KL": Baseline("the same, with KL to the model before", "2404.05868", forget=gradient.npo, retain=gradient.kl),
-    "SimNPO": Baseline("NPO by length and without a reference", "2410.07163", forget=gradient.simnpo, beta=2.5),
-    "SimNPO+GD": Baseline(
-        "the same, with descent on answers to keep", "2410.07163", forget=gradient.simnpo, retain=gradient.gd, beta=2.5
+    "NPO+KL": Baseline(
+        f"negative preference optimisation, {CLOSE_BY}", "2404.05868", forget=gradient.npo, retain=gradient.kl
     ),
+    "SimNPO": Baseline(
+        "negative preference optimisation by length, without a reference",
+        "2410.07163",
+        forget=gradient.simnpo,
+        beta=2.5,
+    ),
+    "SimNPO+GD": Baseline(f"SimNPO, {DESCENT}", "2410.07163", forget=gradient.simnpo, retain=gradient.gd, beta=2.5),
     "DPO": Baseline("refusals preferred to the answers", f"2305.18290; {TOFU}", forget=gradient.dpo),
     "DPO+GD": Baseline(
-        "the same, with descent on answers to keep", PAPER_2410, forget=gradient.dpo, retain=gradient.gd
+        f"refusals preferred to the answers, {DESCENT}", CLOSER, forget=gradient.dpo, retain=gradient.gd
     ),
-    "DPO+KL": Baseline("the same, with KL to the model before", PAPER_2410, forget=gradient.dpo, retain=gradient.kl),
-    "IDK+GD": Baseline("refusals and answers to keep are learned", TOFU, forget=gradient.idk, retain=gradient.gd),
+    "DPO+KL": Baseline(
+        f"refusals preferred to the answers, {CLOSE_BY}", CLOSER, forget=gradient.dpo, retain=gradient.kl
+    ),
+    "IDK+GD": Baseline(f"refusals are learned, {DESCENT}", TOFU, forget=gradient.idk, retain=gradient.gd),
     "IDK+AP": Baseline(
-        "refusals are learned; answers to keep preferred to refusals",
-        PAPER_2410,
-        forget=gradient.idk,
-        retain=gradient.ap,
+        "refusals are learned, answers to keep preferred to refusals", CLOSER, forget=gradient.idk, retain=gradient.ap
     ),
     "ME+GD": Baseline(
-        "uniform distributions in place of the answers, with descent on answers to keep",
-        PAPER_2410,
+        f"uniform distributions in place of the answers, {DESCENT}",
+        CLOSER,
         forget=gradient.me,
         retain=gradient.gd,
         weight=0.1,

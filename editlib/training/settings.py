@@ -47,10 +47,10 @@ class TrainSettings:
         for name, least in (("steps", 0), ("batch_size", 1), ("warmup_steps", 0), ("weight_decay", 0)):
             if not getattr(self, name) >= least:
                 raise HparamsError(f"{name} is {getattr(self, name)!r}; expected a number from {least} on")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise HparamsError(f"{name} is {value!r}; expected a number above 0")
+        if not 0 <= self.learning_rate < math.inf:
+            raise HparamsError(f"learning_rate is {self.learning_rate!r}; expected a number from 0 on")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise HparamsError(f"max_grad_norm is {self.max_grad_norm!r}; expected a number above 0, or none")
         for name, kinds in (("decay", get_args(Decay)), ("precision", get_args(Precision))):
             if getattr(self, name) not in kinds:
                 raise HparamsError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(kinds)}")

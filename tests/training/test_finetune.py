@@ -1,6 +1,7 @@
 """`editlib finetune` on a tiny model, judged by plain transformers on the folder."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,7 @@ def test_a_model_learns_pairs_and_says_how_well(folder, data, tmp_path):
 
 
 def test_a_stopped_training_goes_on(folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "FAST", replace(FAST, epochs=10))
     whole = learn(folder, data, tmp_path / "whole")
     real, calls = module.train, []
 

@@ -126,7 +126,13 @@ def test_rates():
     falling = replace(settings, decay="cosine")
     assert falling.rate(4) == pytest.approx(1.0) and falling.rate(9) == pytest.approx(0.1)
     assert replace(settings, decay="linear").rate(9) == pytest.approx(0.1)
-    for name, value in {"learning_rate": 0, "steps": -1, "decay": "fast", "precision": "half"}.items():
+    for name, value in {
+        "learning_rate": -1.0,
+        "max_grad_norm": 0,
+        "steps": -1,
+        "decay": "fast",
+        "precision": "half",
+    }.items():
         with pytest.raises(HparamsError, match=name):
             replace(settings, **{name: value})
 
