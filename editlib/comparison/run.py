@@ -35,6 +35,10 @@ LOOK_AGAIN = 0.5  # seconds between two looks at what other processes still work
 Load = Callable[[str], Workbench]
 
 
+class _Busy(Exception):
+    """What a cell needs is being made by another process; it is for later."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One method with one seed on one set. `identity` is all that decides the edited model; `parts` are measured."""
@@ -192,7 +196,7 @@ class _Run:
         start = len(cells) * self.shard.rank // self.shard.world
         pending = [*cells[start:], *cells[:start]]
         while pending:
-            left = []
+            left, searching = [], False
             for cell in pending:
                 if not self._settled(cell):
                     with taken(cell.shelf) as mine:
@@ -200,12 +204,17 @@ class _Run:
                             left.append(cell)
                             continue
                         if not self._settled(cell):
-                            self._run(cell)
+                            try:
+                                self._run(cell)
+                            except _Busy:
+                                left.append(cell)
+                                searching = True
+                                continue
                 bar.update()
-            if len(left) == len(pending) and self.shard.first:
+            if len(left) == len(pending):
+                if not (self.shard.first or searching):
+                    return  # others are at the last ones
                 time.sleep(LOOK_AGAIN)
-            elif len(left) == len(pending):
-                return  # others are at the last ones
             pending = left
 
     def _settled(self, cell: Cell) -> bool:
@@ -221,7 +230,7 @@ class _Run:
         cell.shelf.put("cell", cell.identity)
         try:
             self._measure(cell)
-        except OutputError:
+        except (OutputError, _Busy):
             raise  # a full disk stops every cell
         except Exception as error:
             reason = one_line(error)
@@ -239,13 +248,9 @@ class _Run:
         protocol = next(one for one in self.config.sets if one.name == cell.set)
         arena = self._enter(protocol)
         task, method = arena.set.task, cell.method
+        searched = self._search(cell, arena) if method.searches else {"found": None, "seconds": 0.0}
         bench = self.load(protocol.model)
-        with taken(Shelf(bench.stats_dir / spelling(bench.name)), wait=True):
-            ready = method.prepare(bench, cell.seed)
-        searched: dict[str, Any] = {"found": None, "seconds": 0.0}
-        if method.searches:
-            searched = self._search(cell, arena, bench)
-            bench = self.load(protocol.model)
+        ready = self._prepare(method, bench, cell.seed)
         with metered() as meter:
             cost = method.forget(bench, task, cell.seed, ready=ready, found=searched["found"])
         self._keep_edit(cell, arena, bench, cost, {**asdict(meter), "search_seconds": searched["seconds"]})
@@ -253,13 +258,26 @@ class _Run:
         if failed:
             raise EditlibError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
 
-    def _search(self, cell: Cell, arena: Arena, bench: Workbench) -> dict[str, Any]:
-        """The method's search on this set: done once, kept, and the same for all seeds."""
+    @staticmethod
+    def _prepare(method: Method, bench: Workbench, seed: int) -> Any:
+        with taken(Shelf(bench.stats_dir / spelling(bench.name)), wait=True):
+            return method.prepare(bench, seed)
+
+    def _search(self, cell: Cell, arena: Arena) -> dict[str, Any]:
+        """The method's search on this set: done once, kept, and the same for all seeds.
+
+        Raises:
+            _Busy: another process is at it.
+        """
         method, seed = cell.method, self.config.general.seeds[0]
         shelf = self.store.search({**cell.identity, "seed": seed})
-        with taken(shelf, wait=True):
+        with taken(shelf) as mine:
             kept = shelf.get(SEARCH)
+            if kept is None and not mine:
+                raise _Busy
             if kept is None:
+                bench = self.load(arena.base.bench.name)
+                self._prepare(method, bench, seed)
                 log.info("%s: searching for settings", cell.label)
                 found = method.search(bench, arena.set.task, seed, shelf.path / "trials")
                 kept = {"found": found, "seconds": sum(trial["seconds"] for trial in found.get("trials", ()))}

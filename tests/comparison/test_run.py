@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 
 import pytest
@@ -178,6 +179,30 @@ def test_the_first_process_waits_for_the_others_and_takes_over_from_the_dead(ben
     assert summary(bench.compare(config), "forgets")["forget"] == 1.0
     assert bench.runs() == [("forgets", 0)] and not gone.is_set()
     thread.join()
+
+
+def test_a_search_that_another_process_is_at_keeps_nothing_else_waiting(bench):
+    methods = ["half", "forgets"]
+    bench.compare(methods=methods, seeds=[0])
+    (search,) = bench.out.glob("searches/*")
+    (search / "search.json").unlink()
+    shutil.rmtree(bench.out / "cells")
+    held, others, in_time = threading.Event(), threading.Event(), []
+
+    def searches():
+        with taken(Shelf(search)):
+            held.set()
+            in_time.append(others.wait(10))
+
+    thread = threading.Thread(target=searches)
+    thread.start()
+    held.wait()
+    METHODS["forgets"].prepare = lambda *_: others.set()
+    bench.runs()
+    results = bench.compare(methods=methods, seeds=[0])
+    thread.join()
+    assert in_time == [True] and bench.runs() == [("forgets", 0), ("half", 0)]
+    assert not any(one["failed"] for one in results["cells"])
 
 
 def test_what_does_not_fit_is_said_before_anything_runs(bench):
