@@ -50,7 +50,7 @@ class Tofu(Protocol):
     """Questions about fictitious authors (2401.06121)."""
 
     Settings, protocol = TofuSettings, "tofu"
-    axes = ("forget efficacy", "model utility")
+    axes = ("1 − what is still known of it", "model utility")
     kinds: ClassVar = {
         "forget": "questions to forget",
         "forget_paraphrased": "paraphrases of them",
