@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,13 +73,6 @@ class Store:
 
     def search(self, identity: Mapping[str, Any]) -> Shelf:
         return Shelf(self.root / "searches" / digest(identity)[:24])
-
-    def scratch(self, name: str) -> Path:
-        """An empty folder for what does not last."""
-        path = self.root / "scratch" / name
-        shutil.rmtree(path, ignore_errors=True)
-        make_folder(path)
-        return path
 
 
 @contextmanager
