@@ -20,7 +20,7 @@ FLOORS = [
     {"spectrum", "export"},
     {"workbench"},
     {"jobs", "evaluation"},
-    {"demo", "chain", "attacks", "baselines", "finetune"},
+    {"demo", "chain", "attacks", "baselines", "finetuning"},
     {"sequential"},
     {"cli"},
     {"__main__", "__init__"},
