@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from editlib.baselines import apply_baseline_to_model
     from editlib.chain import Chain
     from editlib.errors import EditlibError
-    from editlib.finetune import finetune
+    from editlib.finetuning import finetune
     from editlib.hparams import (
         AlphaEditHyperParams,
         FTHyperParams,
@@ -51,7 +51,7 @@ _HOMES = {
     "apply_baseline_to_model": "baselines",
     "Chain": "chain",
     "EditlibError": "errors",
-    "finetune": "finetune",
+    "finetune": "finetuning",
     "AlphaEditHyperParams": "hparams",
     "FTHyperParams": "hparams",
     "MEMITHyperParams": "hparams",

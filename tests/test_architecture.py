@@ -20,7 +20,7 @@ FLOORS = [
     {"spectrum", "export"},
     {"workbench"},
     {"jobs", "evaluation"},
-    {"demo", "chain", "attacks", "ability", "baselines", "finetune", "tofu"},
+    {"demo", "chain", "attacks", "ability", "baselines", "finetuning", "tofu"},
     {"sequential", "comparison", "protocols"},
     {"cli"},
     {"__main__", "__init__"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from editlib.baselines.registry import Baseline, baseline, spelling
 from editlib.baselines.settings import BaselineSettings
 from editlib.errors import HparamsError, RequestError
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.precision import fast_dtype
 from editlib.request import EditRequest
 from editlib.training import Part, TrainResult, train
+from editlib.training.trainer import product_dtype
 from editlib.training.weights import check_whole, trainable
 
 
@@ -78,7 +79,6 @@ def apply_baseline_to_model(
             settings.beta or entry.beta,
             settings.forget_weight or entry.weight,
             seed,
-            products(model, settings),
         )
         result = train_stage(entry, stage, seed, watch=watch, watched=watched, label=name if progress else None)
     result.seconds = time.perf_counter() - begun
@@ -123,18 +123,13 @@ def train_stage(
     label: str | None = None,
 ) -> TrainResult:
     """Makes the parts of a baseline's loss and trains."""
-    parts: list[Part] = [make(stage) for make in (entry.forget, entry.retain) if make is not None]
     plan = stage.settings.training(entry.rate, entry.steps, seed)
     with trainable(stage.anat, rank=stage.settings.rank, seed=seed) as parameters:
+        # The references are read in the very precision that training starts in; a fresh adapter is no change.
+        stage = replace(stage, dtype=product_dtype(stage.anat, plan))
+        parts: list[Part] = [make(stage) for make in (entry.forget, entry.retain) if make is not None]
         chosen = below_layer(stage.anat, stage) if entry.steers else parameters
         return train(stage.anat, parts, dict(chosen), plan, watch=watch, watched=watched, progress=label)
-
-
-def products(model: PreTrainedModel, settings: BaselineSettings) -> torch.dtype | None:
-    """What the trainer's matrix products are in, so that references are read in it too."""
-    if settings.precision == "auto":
-        return fast_dtype(model)
-    return torch.bfloat16 if settings.precision == "bfloat16" else None
 
 
 @contextmanager

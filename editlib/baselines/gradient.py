@@ -32,7 +32,7 @@ class Stage:
     beta: float
     weight: float
     seed: int
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None = None
 
     def kept(self) -> Pairs:
         """The pairs to keep; a baseline that asks for them was given some."""

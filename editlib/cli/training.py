@@ -37,8 +37,8 @@ def finetune(
     overwrite: Overwrite = False,
 ) -> None:
     """Teaches a model question-answer pairs, such as TOFU's; goes on where it was stopped."""
-    from editlib.finetune import FinetuneSettings
-    from editlib.finetune import finetune as run
+    from editlib.finetuning import FinetuneSettings
+    from editlib.finetuning import finetune as run
 
     given = {
         "epochs": epochs,

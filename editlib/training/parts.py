@@ -45,9 +45,9 @@ class Part:
         items follow from its number: a run that goes on needs no state."""
         count = len(self.items)
         size = min(max(round(size * self.share), 1), count)
-        return [
-            self._epoch(at // count, seed)[at % count] for at in range(step * size, (step + 1) * size)
-        ]  # fmt: skip
+        places = range(step * size, (step + 1) * size)
+        orders = {epoch: self._epoch(epoch, seed) for epoch in {at // count for at in places}}
+        return [orders[at // count][at % count] for at in places]
 
     def _epoch(self, epoch: int, seed: int) -> list[int]:
         order = list(range(len(self.items)))

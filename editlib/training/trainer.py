@@ -65,7 +65,7 @@ def train(
     begun = time.perf_counter()
     named = dict(parameters)
     result = TrainResult(0, [], {part.name: [] for part in parts}, sum(p.numel() for p in named.values()))
-    dtype = _dtype(anat, settings)
+    dtype = product_dtype(anat, settings)
     with _free(anat, named.values()):
         optimiser = torch.optim.AdamW(
             named.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -140,11 +140,12 @@ def mean_loss(anat: Anatomy, part: Part, settings: TrainSettings | None = None) 
     """The loss of all items of a part as the model is now, unweighted."""
     settings = settings or TrainSettings()
     with torch.no_grad():
-        losses = _losses(anat, part, range(len(part.items)), _dtype(anat, settings))
+        losses = _losses(anat, part, range(len(part.items)), product_dtype(anat, settings))
         return float(sum(value for _, value in losses))
 
 
-def _dtype(anat: Anatomy, settings: TrainSettings) -> torch.dtype | None:
+def product_dtype(anat: Anatomy, settings: TrainSettings) -> torch.dtype | None:
+    """What the matrix products of a run are in; `None`: the dtype of the weights."""
     if settings.precision == "auto":
         return fast_dtype(anat.model)
     return torch.bfloat16 if settings.precision == "bfloat16" else None

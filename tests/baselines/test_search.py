@@ -9,7 +9,7 @@ import pytest
 from test_cli import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editlib.baselines import BASELINES, BaselineSettings, Budget, Validation, search, split
+from editlib.baselines import BASELINES, BaselineSettings, Budget, Validation, apply_baseline_to_model, search, split
 from editlib.baselines.search import rates
 from editlib.baselines.validation import recalls, score
 from editlib.errors import EditError, HparamsError, OutputError, RequestError
@@ -110,7 +110,11 @@ def test_trials_leave_the_model_as_it_was_and_go_on(tiny_llama, tok_chat, parts,
     assert len(seen) == 2, "before, and the one that was missing"
     assert [replace(t, seconds=0) for t in found.trials] == [replace(t, seconds=0) for t in whole.trials]
     assert found.best == replace(SETTINGS, learning_rate=found.chosen.learning_rate, steps=found.chosen.steps)
-    with pytest.raises(OutputError, match="seed"):
+    apply_baseline_to_model("NPO+GD", tiny_llama, tok_chat, parts.forget, parts.retain, found.best)
+    chosen = score(real(anatomy(tiny_llama), tok_chat, parts.validation), found.before)
+    assert chosen.balance == found.chosen.balance, "applied, the best is what the trial was"
+    monkeypatch.setattr(module, "weights_sha256", lambda _: sha)
+    with pytest.raises(OutputError, match="other seed"):
         search("NPO+GD", *args, out=tmp_path, seed=5)
 
 

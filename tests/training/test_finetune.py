@@ -9,9 +9,9 @@ import torch
 from test_cli import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editlib import finetune as module
+from editlib import finetuning as module
 from editlib.errors import HparamsError, OutputError, RequestError
-from editlib.finetune import LEARNED, RECEIPT, FinetuneSettings, finetune, read_pairs
+from editlib.finetuning import LEARNED, RECEIPT, FinetuneSettings, finetune, read_pairs
 from editlib.request import read_requests
 
 PAIRS = [
