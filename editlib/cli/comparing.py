@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from editlib.cli.options import out
 from editlib.errors import EditlibError
@@ -51,7 +51,8 @@ def compare(
     paths = write_all(results, out_dir)
     for name in results["sets"]:
         head, *rows = main_table(results, name)
-        table = Table(*head, title=escape(name), title_justify="left")
+        first_column = Column(head[0], no_wrap=True, min_width=max(len(row[0]) for row in rows))
+        table = Table(first_column, *head[1:], title=escape(name), title_justify="left")
         for row in rows:
             table.add_row(*map(escape, row))
         out.print(table)

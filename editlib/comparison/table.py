@@ -80,7 +80,7 @@ def main_table(results: Mapping[str, Any], name: str) -> Rows:
     rows = [["method", "forget", "retain", "front", "perplexity", *(["most leaked by"] if attacked else []), "seconds"]]
     for one in ordered(summaries):
         worst = worst_attack(one)
-        leaked = DASH if worst is None else f"{worst[0]} {worst[1]:.2f}"
+        leaked = DASH if worst is None else f"{worst[0]} {worst[1]:.2f}" if worst[1] else "nothing"
         rows.append(
             [
                 told_label(one),
