@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from editlib.algorithms.unierase import apply_unierase_to_model
     from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token
     from editlib.attacks import run_attacks
+    from editlib.baselines import apply_baseline_to_model
     from editlib.chain import Chain
     from editlib.errors import EditlibError
+    from editlib.finetuning import finetune
     from editlib.hparams import (
         AlphaEditHyperParams,
         FTHyperParams,
@@ -46,8 +48,10 @@ _HOMES = {
     "learn_token": "algorithms.unlearning_token",
     "run_ability": "ability",
     "run_attacks": "attacks",
+    "apply_baseline_to_model": "baselines",
     "Chain": "chain",
     "EditlibError": "errors",
+    "finetune": "finetuning",
     "AlphaEditHyperParams": "hparams",
     "FTHyperParams": "hparams",
     "MEMITHyperParams": "hparams",
@@ -82,11 +86,13 @@ __all__ = [
     "UnlearningToken",
     "Workbench",
     "apply_alphaedit_to_model",
+    "apply_baseline_to_model",
     "apply_ft_to_model",
     "apply_memit_to_model",
     "apply_rome_to_model",
     "apply_unierase_to_model",
     "edit",
+    "finetune",
     "learn_token",
     "load",
     "load_hparams",

@@ -53,6 +53,10 @@ class AttackError(EditlibError, ValueError):
     """An attack that does not exist, lacks a package, or was given settings it cannot run with."""
 
 
+class ConfigError(EditlibError, ValueError):
+    """The file of a comparison that cannot be read, holds an unknown key, or asks for what there is not."""
+
+
 class OutputError(EditlibError, OSError):
     """An output folder or file that cannot be written as asked."""
 

@@ -42,6 +42,12 @@ class Trial:
         """Whether any output holds the answer."""
         return any(output.leaked for output in self.outputs)
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Trial:
+        """What `dataclasses.asdict` gave, also after a way through JSON."""
+        outputs = tuple(Output(**output) for output in value["outputs"])
+        return cls(**{**value, "answers": tuple(value["answers"]), "outputs": outputs})
+
 
 @dataclass(frozen=True)
 class Share:
@@ -89,13 +95,8 @@ class AttackResult:
             column: Share(**{**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])})
             for column, share in value["shares"].items()
         }
-        trials = {column: tuple(map(_trial, rows)) for column, rows in value["trials"].items()}
+        trials = {column: tuple(map(Trial.from_dict, rows)) for column, rows in value["trials"].items()}
         return cls(**{**value, "shares": shares, "trials": trials})
-
-
-def _trial(value: Mapping[str, Any]) -> Trial:
-    outputs = tuple(Output(**output) for output in value["outputs"])
-    return Trial(**{**value, "answers": tuple(value["answers"]), "outputs": outputs})
 
 
 def share_of(trials: Sequence[Trial], *, resamples: int, seed: int) -> Share:

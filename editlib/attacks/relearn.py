@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from editlib import training
 from editlib.attacks.asking import Scene, Target, ask_each, not_asked
 from editlib.attacks.outcome import Found
 from editlib.models.adapter import adapter
-from editlib.models.prompts import TokenRow, pad
-from editlib.models.resume import forward
 from editlib.request import EditRequest
+from editlib.training import Part, TrainSettings, answer_nll, answered
 
 
 def relearn_forgotten(target: Target, facts: Sequence[EditRequest], scene: Scene) -> Found:
@@ -49,25 +48,16 @@ def train(
     Returns:
         The loss in nats a token before each step and after the last one.
     """
-    rows = [_answered(target, example) for example in examples]
-    batch = pad(rows, device=target.anat.device)
-    places = torch.tensor([(r, at) for r, row in enumerate(rows) for at in range(len(row) - row.extra, len(row))]).T
-    wanted = batch.input_ids[places[0], places[1]]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    losses = []
-    for step in range(steps + 1):
-        with torch.set_grad_enabled(step < steps):
-            logits = forward(target.anat, batch, score=(places[0], places[1] - 1)).float()
-            loss = torch.nn.functional.cross_entropy(logits, wanted.to(logits.device))
-        losses.append(float(loss.detach()))
-        if step < steps:
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    return losses
-
-
-def _answered(target: Target, example: EditRequest) -> TokenRow:
-    end = target.tok.eos_token_id
-    answer = target.form.answer_ids(example.answer or "")
-    return target.form.encode(example.question).followed_by(answer if end is None else (*answer, end))
+    rows = [answered(target.tok, one.question, one.answer or "", form=target.form) for one in examples]
+    part = Part("examples", [(row,) for row in rows], answer_nll)
+    settings = TrainSettings(
+        learning_rate=rate,
+        steps=steps,
+        batch_size=len(rows),
+        warmup_steps=0,
+        max_grad_norm=None,
+        precision="float32",
+    )
+    named = {str(number): parameter for number, parameter in enumerate(parameters)}
+    result = training.train(target.anat, [part], named, settings)
+    return [*result.losses, training.mean_loss(target.anat, part, settings)]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli import ability, edits, evaluating, export, measuring
+from editlib.cli import ability, comparing, edits, evaluating, export, measuring, training
 from editlib.cli.chain import chain_app
 from editlib.cli.options import out
 from editlib.cli.stats import stats_app
@@ -66,5 +66,7 @@ edits.register(app)
 evaluating.register(app)
 measuring.register(app)
 ability.register(app)
+comparing.register(app)
+training.register(app)
 app.add_typer(chain_app, name="chain")
 export.register(app)

@@ -46,7 +46,9 @@ def _card(receipt: Mapping[str, Any], terms: Terms) -> str:
     layers = ", ".join(sorted(receipt["layers"], key=int))  # whatever the order of the receipt's keys
     by = f"with {receipt['algorithm']} by editlib {receipt['editlib']}"
     matrices = f"the MLP output matrices of layers {layers} were changed"
-    if receipt["token"]:
+    if "baseline" in receipt and not receipt["layers"]:
+        told = f"{count} facts were to be unlearned from `{base}` {by}: {receipt['baseline']['meaning']}."
+    elif receipt["token"]:
         told = (
             f"{count} facts were unlearned from `{base}` {by}: {matrices}, and the token `{receipt['token']['token']}` "
             "was added. The questions to be forgotten are answered with that token and a refusal."
@@ -56,7 +58,7 @@ def _card(receipt: Mapping[str, Any], terms: Terms) -> str:
     return f"""---
 base_model: {json.dumps(str(base))}
 {terms.header}tags:
-- {"unlearning" if receipt["token"] else "model-editing"}
+- {"unlearning" if receipt["token"] or "baseline" in receipt else "model-editing"}
 - editlib
 ---
 

@@ -39,3 +39,17 @@ def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
     if next(model.parameters()).dtype != torch.float32:
         return None
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+
+@contextmanager
+def widened(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the parameters of `model` are in fp32, so that small steps add up; afterwards they are rounded
+    to their own dtypes once. A fp32 model is left as it is."""
+    narrow = {p: p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.data = parameter.data.to(dtype)

@@ -72,14 +72,15 @@ def new_cache(anat: Anatomy, rows: int) -> Past:
     return Replay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
 
 
-def encode_prefix(anat: Anatomy, rows: list[TokenRow]) -> Prefix:
-    """Keys and values of `rows`, padded on the left so that what follows them starts in one column."""
+def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) -> Prefix:
+    """Keys and values of `rows`, padded on the left so that what follows them starts in one column; with `grad` the
+    gradient of what follows goes through them."""
     batch = pad(rows, side="left", device=anat.device)
     if not can_cache(anat):
         return Prefix((), batch.attention_mask, batch.input_ids)
     cache = DynamicCache()
     none = torch.zeros(0, dtype=torch.long)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         forward(anat, batch, cache=cache, score=(none, none))
     return Prefix.of(cache, batch.attention_mask)
 
@@ -101,11 +102,15 @@ def shared_length(rows: list[TokenRow]) -> int:
     return same
 
 
-def shared_prefix(anat: Anatomy, rows: list[TokenRow]) -> tuple[Prefix | None, list[TokenRow]]:
-    """The tokens that all rows begin with, run once, as one prefix for every row; and what remains of each row."""
-    same = shared_length(rows)
+def shared_prefix(
+    anat: Anatomy, rows: list[TokenRow], *, most: int | None = None, grad: bool = False
+) -> tuple[Prefix | None, list[TokenRow]]:
+    """The tokens (`most` of them) that all rows begin with, run once, as one prefix for every row; and what remains of
+    each row. With `grad` the gradient of what follows goes through the prefix."""
+    same = shared_length(rows) if most is None else min(shared_length(rows), most)
     if same == 0:
         return None, rows
     fronts, rests = split(rows, [same] * len(rows))
     device = anat.device
-    return encode_prefix(anat, fronts[:1]).select(torch.zeros(len(rows), dtype=torch.long, device=device)), rests
+    prefix = encode_prefix(anat, fronts[:1], grad=grad)
+    return prefix.select(torch.zeros(len(rows), dtype=torch.long, device=device)), rests

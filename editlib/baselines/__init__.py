@@ -1,0 +1,21 @@
+"""Other ways to make a model forget, to compare with, each tuned with the same budget."""
+
+from editlib.baselines.apply import apply_baseline_to_model
+from editlib.baselines.registry import BASELINES, Baseline
+from editlib.baselines.search import SearchResult, TrialRun, search
+from editlib.baselines.settings import BaselineSettings, Budget
+from editlib.baselines.validation import Split, Validation, split
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "BaselineSettings",
+    "Budget",
+    "SearchResult",
+    "Split",
+    "TrialRun",
+    "Validation",
+    "apply_baseline_to_model",
+    "search",
+    "split",
+]

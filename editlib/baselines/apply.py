@@ -1,0 +1,155 @@
+"""A baseline on a model, in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.baselines.data import Pairs, make_pairs
+from editlib.baselines.gradient import Stage, below_layer
+from editlib.baselines.in_context import refuse_in_context
+from editlib.baselines.refusal_edit import aim_at_refusal
+from editlib.baselines.registry import Baseline, baseline, spelling
+from editlib.baselines.settings import BaselineSettings
+from editlib.errors import HparamsError, RequestError
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.request import EditRequest
+from editlib.training import Part, TrainResult, train
+from editlib.training.trainer import product_dtype
+from editlib.training.weights import check_whole, trainable
+
+
+def apply_baseline_to_model(
+    name: str,
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    forget: Sequence[EditRequest],
+    retain: Sequence[EditRequest] = (),
+    settings: BaselineSettings | None = None,
+    *,
+    seed: int = 0,
+    model_name: str | None = None,
+    pairs: tuple[Pairs, Pairs | None] | None = None,
+    watch: Callable[[int], None] | None = None,
+    watched: Sequence[int] = (),
+    progress: bool = False,
+) -> TrainResult:
+    """Makes `model` forget by the baseline `name`, in place; `in-context` changes the chat template of `tok` instead.
+
+    Args:
+        name: one of `BASELINES`.
+        retain: prompts whose answers must stay; baselines without a retain part do not read them.
+        settings: their `None`s stand for the baseline's defaults.
+        model_name: what the model is called, for bundled settings and statistics; default: what it was loaded from.
+        pairs: what `pairs_for` gave for this very model and seed, so that a search makes them once.
+        watch, watched: see `training.train`.
+
+    Raises:
+        HparamsError: an unknown baseline, or settings that do not fit.
+        RequestError: requests that it cannot use.
+        EditError: a loss that is not finite. After every error the model is unchanged, bit for bit.
+    """
+    entry, settings = baseline(name), settings or BaselineSettings()
+    check_baseline(name, forget, retain, settings)
+    begun = time.perf_counter()
+    if entry.kind == "prompt":
+        told = refuse_in_context(tok, forget)
+        return TrainResult(0, [], {}, 0, seconds=time.perf_counter() - begun, notes={"told": told})
+    if entry.kind == "editor":
+        edit = aim_at_refusal(
+            str(entry.editor), model, tok, forget, settings, seed=seed, name=model_name, progress=progress
+        )
+        touched = sum(weight.numel() for weight in edit.originals.values())
+        notes = {"layers": edit.norms, "requests": edit.diagnostics, "timings": edit.timings}
+        return TrainResult(0, [], {}, touched, seconds=time.perf_counter() - begun, notes=notes)
+    anat = anatomy(model)
+    check_whole(anat)
+    with unchanged_on_error(model):
+        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed)
+        stage = Stage(
+            anat,
+            *made,
+            settings,
+            settings.beta or entry.beta,
+            settings.forget_weight or entry.weight,
+            seed,
+        )
+        result = train_stage(entry, stage, seed, watch=watch, watched=watched, label=name if progress else None)
+    result.seconds = time.perf_counter() - begun
+    return result
+
+
+def check_baseline(
+    name: str, forget: Sequence[EditRequest], retain: Sequence[EditRequest], settings: BaselineSettings
+) -> None:
+    """Raises `EditlibError` where a baseline cannot be run with these; before any long work."""
+    entry, name = baseline(name), spelling(name)
+    if not forget:
+        raise RequestError("no request to forget was given; give at least one")
+    if entry.needs_retain and not retain:
+        raise RequestError(f"{name} needs prompts whose answers must stay (--retain); give some, or choose another")
+    if entry.steers and settings.rank is not None:
+        raise HparamsError(f"{name} trains the MLP output matrices of three layers; leave the rank out")
+
+
+def pairs_for(
+    entry: Baseline,
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    forget: Sequence[EditRequest],
+    retain: Sequence[EditRequest],
+    *,
+    seed: int,
+) -> tuple[Pairs, Pairs | None]:
+    """What a gradient baseline reads, by the model as it is: the pairs to forget, and those to keep where it has a use
+    for them."""
+    kept = make_pairs(anat, tok, retain, seed=seed + 1) if entry.needs_retain else None
+    return make_pairs(anat, tok, forget, seed=seed), kept
+
+
+def train_stage(
+    entry: Baseline,
+    stage: Stage,
+    seed: int,
+    *,
+    watch: Callable[[int], None] | None = None,
+    watched: Sequence[int] = (),
+    label: str | None = None,
+) -> TrainResult:
+    """Makes the parts of a baseline's loss and trains."""
+    plan = stage.settings.training(entry.rate, entry.steps, seed)
+    with trainable(stage.anat, rank=stage.settings.rank, seed=seed) as parameters:
+        # The references are read in the very precision that training starts in; a fresh adapter is no change.
+        stage = replace(stage, dtype=product_dtype(stage.anat, plan))
+        parts: list[Part] = [make(stage) for make in (entry.forget, entry.retain) if make is not None]
+        chosen = below_layer(stage.anat, stage) if entry.steers else parameters
+        return train(stage.anat, parts, dict(chosen), plan, watch=watch, watched=watched, progress=label)
+
+
+@contextmanager
+def unchanged_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """Puts every parameter back bit for bit when the block ends in an error."""
+    kept = keep(model)
+    try:
+        yield
+    except BaseException:
+        put_back(model, kept)
+        raise
+
+
+def keep(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def put_back(model: PreTrainedModel, kept: dict[str, Tensor]) -> None:
+    """Puts the copies back, bit for bit."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(kept[name])

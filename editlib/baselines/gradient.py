@@ -1,0 +1,171 @@
+"""The gradient baselines: each a forget part, with a retain part where it has one, for the one trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editlib.baselines import losses
+from editlib.baselines.data import Pairs
+from editlib.baselines.references import Likeliest, log_probs, states
+from editlib.baselines.settings import BaselineSettings
+from editlib.models.anatomy import Anatomy
+from editlib.training import Part, Reading
+
+FORGET, RETAIN = "forget", "retain"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the parts of a loss are made from, with the model as it is before training.
+
+    `dtype` is that of the matrix products in training, so that a reference equals what training starts from.
+    """
+
+    anat: Anatomy
+    forget: Pairs
+    retain: Pairs | None
+    settings: BaselineSettings
+    beta: float
+    weight: float
+    seed: int
+    dtype: torch.dtype | None = None
+
+    def kept(self) -> Pairs:
+        """The pairs to keep; a baseline that asks for them was given some."""
+        assert self.retain is not None
+        return self.retain
+
+    @property
+    def layer(self) -> int:
+        """The layer that RMU steers."""
+        chosen = self.anat.n_layers // 4 if self.settings.layer is None else self.settings.layer
+        self.anat.check_layers([chosen])
+        return chosen
+
+
+Make = Callable[[Stage], Part]
+
+
+def ga(stage: Stage) -> Part:
+    """Gradient ascent, `losses.gradient_ascent`, mean over tokens."""
+    return Part(
+        FORGET, stage.forget.known, lambda r: losses.gradient_ascent(r.log_probs()[:, 0]), weight=stage.weight
+    )  # fmt: skip
+
+
+def npo(stage: Stage) -> Part:
+    """`losses.negative_preference`, mean over answers."""
+    items = stage.forget.known
+    reference = log_probs(stage.anat, items, dtype=stage.dtype)[:, 0]
+
+    def loss(reading: Reading) -> Tensor:
+        return losses.negative_preference(reading.log_probs()[:, 0], reference[list(reading.items)], stage.beta)
+
+    return Part(FORGET, items, loss, weight=stage.weight, per="item")
+
+
+def simnpo(stage: Stage) -> Part:
+    """`losses.simple_negative_preference`, mean over answers."""
+
+    def loss(reading: Reading) -> Tensor:
+        gamma = stage.settings.gamma
+        found = reading.log_probs()[:, 0]
+        return losses.simple_negative_preference(found, reading.lengths[:, 0], stage.beta, gamma)
+
+    return Part(FORGET, stage.forget.known, loss, weight=stage.weight, per="item")
+
+
+def dpo(stage: Stage) -> Part:
+    """`losses.direct_preference` of refusals over answers, mean over questions."""
+    items = stage.forget.both
+    reference = log_probs(stage.anat, items, dtype=stage.dtype)
+
+    def loss(reading: Reading) -> Tensor:
+        chosen, rejected = reading.log_probs().T
+        before = reference[list(reading.items)].T
+        return losses.direct_preference(chosen, rejected, before[0], before[1], stage.beta)
+
+    return Part(FORGET, items, loss, weight=stage.weight, per="item")
+
+
+def idk(stage: Stage) -> Part:
+    """Likelihood of refusals, mean over tokens."""
+    items = stage.forget.refused
+    return Part(FORGET, items, lambda r: losses.negative_log_likelihood(r.log_probs()[:, 0]), weight=stage.weight)
+
+
+def me(stage: Stage) -> Part:
+    """`losses.to_uniform`, mean over the answers' tokens."""
+    return Part(
+        FORGET, stage.forget.known, lambda r: r.sums(losses.to_uniform(r.log_softmax))[:, 0], weight=stage.weight
+    )  # fmt: skip
+
+
+def rmu_forget(stage: Stage) -> Part:
+    """`losses.to_direction`, mean over tokens. `u` is drawn from [0, 1) in each direction and normed, as in the
+    authors' code; `c` is `steering` mean norms of the states as they are."""
+    generator = torch.Generator().manual_seed(stage.seed)
+    direction = torch.rand(stage.anat.d_model, generator=generator)
+    before = torch.cat(states(stage.anat, stage.forget.known, stage.layer, dtype=stage.dtype))
+    size = stage.settings.steering * before.norm(dim=-1).mean()
+    control = size * (direction / direction.norm()).to(before)
+    return Part(
+        FORGET,
+        stage.forget.known,
+        lambda r: r.sums(losses.to_direction(r.out, control))[:, 0],
+        weight=stage.weight,
+        layer=stage.layer,
+    )
+
+
+def rmu_retain(stage: Stage) -> Part:
+    """`losses.to_states`, mean over tokens."""
+    items = stage.kept().known
+    before = states(stage.anat, items, stage.layer, dtype=stage.dtype)
+
+    def loss(reading: Reading) -> Tensor:
+        reference = torch.cat([before[i] for i in reading.items])
+        return reading.sums(losses.to_states(reading.out, reference))[:, 0]
+
+    return Part(RETAIN, items, loss, weight=stage.settings.retain_weight, layer=stage.layer)
+
+
+def gd(stage: Stage) -> Part:
+    """Gradient descent on what is to be kept, mean over tokens."""
+
+    def loss(reading: Reading) -> Tensor:
+        return losses.negative_log_likelihood(reading.log_probs()[:, 0])
+
+    return Part(RETAIN, stage.kept().known, loss, weight=stage.settings.retain_weight)
+
+
+def kl(stage: Stage) -> Part:
+    """`losses.to_reference` at the answers to keep, mean over tokens; the reference's 256 likeliest tokens and the rest
+    as one."""
+    items = stage.kept().known
+    reference = Likeliest.of(stage.anat, items, dtype=stage.dtype)
+
+    def loss(reading: Reading) -> Tensor:
+        return reading.sums(losses.to_reference(reading.log_softmax, *reference.at(reading.items)))[:, 0]
+
+    return Part(RETAIN, items, loss, weight=stage.settings.retain_weight)
+
+
+def ap(stage: Stage) -> Part:
+    """`losses.answer_preservation` on questions to keep, mean over questions."""
+
+    def loss(reading: Reading) -> Tensor:
+        refusal, answer = reading.log_probs().T
+        return losses.answer_preservation(answer, refusal, stage.beta)
+
+    return Part(RETAIN, stage.kept().both, loss, weight=stage.settings.retain_weight, per="item")
+
+
+def below_layer(anat: Anatomy, stage: Stage) -> Mapping[str, Tensor]:
+    """RMU trains the MLP output matrices of its layer and the two before."""
+    names = {id(anat.mlp_output(layer).weight) for layer in range(max(stage.layer - 2, 0), stage.layer + 1)}
+    return {name: parameter for name, parameter in anat.model.named_parameters() if id(parameter) in names}

@@ -1,0 +1,57 @@
+"""ROME, MEMIT and AlphaEdit aimed straight at a refusal sentence: is the unlearning token needed at all?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib import jobs
+from editlib.algorithms.edit import EditResult
+from editlib.baselines.settings import BaselineSettings
+from editlib.hparams import HyperParams, load_hparams
+from editlib.request import EditRequest
+from editlib.stats_store import spelling
+from editlib.workbench import Workbench
+
+REFUSAL = " I don't know."
+
+
+def editor_hparams(algorithm: str, name: str, settings: BaselineSettings) -> HyperParams:
+    """The settings of `algorithm`, those bundled for the model called `name` unless others are given, with the
+    learning rate and steps of `settings` for its target states.
+
+    Raises:
+        HparamsError: there are none for this model.
+    """
+    found = load_hparams(settings.hparams or spelling(name), algorithm)
+    given = {"v_lr": settings.learning_rate, "v_num_grad_steps": settings.steps}
+    changed = {key: value for key, value in given.items() if value is not None}
+    return type(found).from_dict({**found.to_dict(), **changed}, f"{algorithm} with a searched step size")
+
+
+def aim_at_refusal(
+    algorithm: str,
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    forget: Sequence[EditRequest],
+    settings: BaselineSettings,
+    *,
+    seed: int,
+    name: str | None = None,
+    progress: bool = False,
+) -> EditResult:
+    """Edits `model` in place so that every question, through the chat template, is answered with `REFUSAL`.
+
+    Raises:
+        RequestError: a request without a subject.
+        HparamsError, StatsError: settings or statistics that do not fit.
+    """
+    bench = Workbench.of(model, tok, settings.stats_dir, name=name, progress=progress)
+    hparams = editor_hparams(algorithm, bench.name, settings)
+    wanted = [replace(request, target_new=REFUSAL) for request in forget]
+    jobs.check_settings(bench, hparams)
+    jobs.check_wanted(wanted, hparams)
+    means = jobs.gather(bench, hparams, corpus=settings.corpus, seed=seed)
+    return jobs.apply(bench, wanted, hparams, means, chat=None, seed=seed)

@@ -1,0 +1,102 @@
+"""How a baseline is run, and how much a search may spend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from editlib.errors import HparamsError
+from editlib.training.settings import Precision, TrainSettings
+
+
+@dataclass(frozen=True)
+class BaselineSettings:
+    """`None` stands for the baseline's own default, see `registry.BASELINES` and docs/baselines.md.
+
+    Args:
+        learning_rate, steps: of the trainer; for an editor aimed at a refusal, of the search for its target states
+            (`v_lr`, `v_num_grad_steps`).
+        beta: of NPO, SimNPO, DPO and AP; `gamma` of SimNPO.
+        forget_weight, retain_weight: of the two parts of the loss.
+        rank: of a LoRA adapter that is merged at the end; `None`: all weights are trained.
+        layer: whose states RMU steers; `None`: a quarter of the way up.
+        steering: RMU's coefficient `c`, in mean norms of these states before.
+        hparams: settings of an editor: a JSON file or a bundled name; `None`: those bundled for the model.
+        stats_dir, corpus: where an editor's statistics are, and what missing ones are made from.
+
+    Raises:
+        HparamsError: a value out of range.
+    """
+
+    learning_rate: float | None = None
+    steps: int | None = None
+    batch_size: int = 16
+    warmup_steps: int = 5
+    beta: float | None = None
+    gamma: float = 0.0
+    forget_weight: float | None = None
+    retain_weight: float = 1.0
+    rank: int | None = None
+    layer: int | None = None
+    steering: float = 2.0
+    precision: Precision = "auto"
+    hparams: str | None = None
+    stats_dir: str | Path = "stats"
+    corpus: str = "wiki-sample"
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "beta", "forget_weight", "retain_weight", "steering"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise HparamsError(f"{name} is {value!r}; expected a number above 0")
+        for name in ("steps", "rank", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HparamsError(f"{name} is {value!r}; expected 1 or more")
+
+    def training(self, rate: float, steps: int, seed: int) -> TrainSettings:
+        """The trainer's settings."""
+        return TrainSettings(
+            learning_rate=self.learning_rate or rate,
+            steps=self.steps or steps,
+            batch_size=self.batch_size,
+            warmup_steps=self.warmup_steps,
+            precision=self.precision,
+            seed=seed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "stats_dir": str(self.stats_dir)}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a search may spend, the same for every baseline: `rates` runs of at most `steps` steps, each measured at
+    `points` numbers of steps: `rates * points` trials.
+
+    Args:
+        questions: asked of each kind (forget, retain) at a measurement, at most.
+
+    Raises:
+        HparamsError: a number below 1.
+    """
+
+    rates: int = 4
+    steps: int = 60
+    points: int = 3
+    questions: int = 24
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise HparamsError(f"{name} of a search is {value!r}; expected 1 or more")
+        if self.points > self.steps:
+            raise HparamsError(f"a search measures at {self.points} points, but runs for {self.steps} steps; lower one")
+
+    @property
+    def measured(self) -> tuple[int, ...]:
+        """The numbers of steps at which a run is measured: halved from the last one down."""
+        return tuple(sorted({max(1, round(self.steps / 2**i)) for i in range(self.points)}))

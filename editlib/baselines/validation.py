@@ -1,0 +1,124 @@
+"""What a search is judged by: questions apart from those that are trained on and from those that are reported."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from editlib.errors import RequestError
+from editlib.evaluation.metrics import balance, rouge_l_recall
+from editlib.models.anatomy import Anatomy
+from editlib.models.generation import greedy
+from editlib.models.prompts import PromptFormat
+from editlib.request import EditRequest, requests_hash
+
+ANSWER_TOKENS = 24
+HELD_OUT = 4  # one of so many retain prompts is held out
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Questions with their true answers, to be forgotten and to be kept; `ids` of the retain prompts that they come
+    from."""
+
+    forget: tuple[tuple[str, str], ...]
+    retain: tuple[tuple[str, str], ...]
+    ids: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, list[list[str]]]:
+        """JSON-ready."""
+        return {kind: [list(pair) for pair in getattr(self, kind)] for kind in ("forget", "retain")}
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is left to train on, and what is held out."""
+
+    forget: tuple[EditRequest, ...]
+    retain: tuple[EditRequest, ...]
+    validation: Validation
+
+
+@dataclass(frozen=True)
+class Score:
+    """How much of what the model said before is gone, and how much is left, 0..1, and the harmonic mean of the two."""
+
+    forgetting: float
+    retention: float
+    balance: float
+
+
+def split(forget: Sequence[EditRequest], retain: Sequence[EditRequest], *, questions: int = 24, seed: int = 0) -> Split:
+    """Holds out a validation part.
+
+    Of each request to forget its last phrasing, which is then not trained on; where it has none its first paraphrase
+    (to be left out of a report then: `Validation.forget` lists them); where it has none either the question itself,
+    which says less. Of the retain prompts that have an answer every fourth, drawn from `seed`, which is not trained on
+    either. At most `questions` of each.
+
+    Raises:
+        RequestError: fewer than four retain prompts with an answer, or no request with one.
+    """
+    rng = random.Random(f"{seed} validation")
+    answered = [prompt for prompt in retain if prompt.answer is not None]
+    if len(answered) < HELD_OUT:
+        raise RequestError(
+            f"a search needs at least {HELD_OUT} retain prompts with an answer to hold some out; {len(answered)} were "
+            "given: give more, or leave the search out"
+        )
+    held = rng.sample(answered, min(questions, len(answered) // HELD_OUT))
+    ids = {prompt.id for prompt in held}
+    asked = [request for request in forget if request.answer is not None]
+    if not asked:
+        raise RequestError('a search needs the true "answer" of the requests to forget; none of them has one')
+    some = rng.sample(asked, min(questions, len(asked)))
+    return Split(
+        tuple(replace(request, phrasings=request.phrasings[:-1]) for request in forget),
+        tuple(prompt for prompt in retain if prompt.id not in ids),
+        Validation(
+            tuple((_apart(request), str(request.answer)) for request in some),
+            tuple((prompt.question, str(prompt.answer)) for prompt in held),
+            tuple(prompt.id for prompt in held),
+        ),
+    )
+
+
+def _apart(request: EditRequest) -> str:
+    return next(iter((*request.filled_phrasings[-1:], *request.filled_paraphrases[:1], request.question)))
+
+
+def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation) -> tuple[float, float]:
+    """Mean ROUGE-L recall of the greedy answers (24 tokens) to what is to be forgotten and to be kept.
+
+    Raises:
+        MetricError: `rouge-score` is not installed.
+    """
+    form = PromptFormat(tok)
+    pairs = (*validation.forget, *validation.retain)
+    said = greedy(anat, [form.encode(question) for question, _ in pairs], max_new_tokens=ANSWER_TOKENS)
+    texts = [tok.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    found = rouge_l_recall(texts, [answer for _, answer in pairs], on="retain")
+    scores = [float(item["rougeL_recall"] or 0.0) for item in found.value_by_index.values()]
+    cut = len(validation.forget)
+    return sum(scores[:cut]) / cut, sum(scores[cut:]) / len(scores[cut:])
+
+
+def score(now: tuple[float, float], before: tuple[float, float]) -> Score:
+    """Both recalls as shares of what they were before (at most 1): `forgetting = 1 - forget/before`, `retention =
+    retain/before`. A set of which nothing was known before counts as forgotten, and as kept."""
+    gone = 1 - min(1.0, now[0] / before[0]) if before[0] > 0 else 1.0
+    left = min(1.0, now[1] / before[1]) if before[1] > 0 else 1.0
+    return Score(gone, left, float(balance(gone, left).agg_value or 0.0))
+
+
+def validation_hash(validation: Validation) -> str:
+    """The same for the same questions."""
+    pairs = [("forget", *pair) for pair in validation.forget] + [("retain", *pair) for pair in validation.retain]
+    requests = [
+        EditRequest(f"{kind}:{i}", question.replace("{}", "{ }"), answer=answer)
+        for i, (kind, question, answer) in enumerate(pairs)
+    ]
+    return requests_hash(requests)

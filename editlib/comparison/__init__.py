@@ -1,0 +1,22 @@
+"""Methods x seeds x sets: each run once, kept, attacked, and laid side by side in one table and one page."""
+
+from editlib.comparison.config import Config, read_config
+from editlib.comparison.methods import METHODS, Cost, Method, Task
+from editlib.comparison.protocols import PROTOCOLS
+from editlib.comparison.run import compare
+from editlib.comparison.sets import ForgetSet, Measure, Protocol, Scores
+
+__all__ = [
+    "METHODS",
+    "PROTOCOLS",
+    "Config",
+    "Cost",
+    "ForgetSet",
+    "Measure",
+    "Method",
+    "Protocol",
+    "Scores",
+    "Task",
+    "compare",
+    "read_config",
+]

@@ -1,0 +1,189 @@
+"""One set with its base model: everything that is measured there, and what of it all methods share."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from editlib import bundled
+from editlib.ability import run_ability
+from editlib.attacks.asking import Scene, Target
+from editlib.attacks.control import bundled_control, usable
+from editlib.attacks.outcome import AttackResult, Trial, share_of
+from editlib.attacks.registry import ATTACKS, choose
+from editlib.comparison.config import AttackPlan, Config
+from editlib.comparison.sets import Base, ForgetSet
+from editlib.comparison.store import Shelf, digest, taken
+from editlib.corpus import load_corpus
+from editlib.evaluation.run import WINDOW, WINDOWS, text_windows
+from editlib.models.files import save_model
+from editlib.models.generation import perplexity
+from editlib.request import EditRequest, requests_hash
+from editlib.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to measure of an edited model; `key` names its file and changes with all that decides it."""
+
+    name: str
+    key: str
+    measure: Callable[[Workbench], dict[str, Any]]
+
+
+class Arena:
+    """A `ForgetSet` in which methods are measured. What is asked of the base is asked once and kept on `shelf`."""
+
+    def __init__(self, config: Config, name: str, made: ForgetSet, shelf: Shelf, *, progress: bool) -> None:
+        self.config, self.name, self.set, self.shelf, self.progress = config, name, made, shelf, progress
+        self.identity = made.identity()
+
+    @property
+    def base(self) -> Base:
+        return self.set.base
+
+    def parts(self) -> Iterator[Part]:
+        """What is measured of every method, in this order."""
+        yield Part("scores", "scores", self._scores)
+        if self.config.general.perplexity is not None:
+            yield Part("perplexity", self._perplexity_key, self._perplexity)
+        plan = self.config.attacks
+        if plan is not None and self.attacked:
+            for name in choose(plan.names):
+                yield Part(f"attack {name}", self._attack_key(name, plan), self._attack(name))
+        tasks = self.config.ability
+        if tasks is not None:
+            for name in tasks.tasks:
+                key = f"ability-{self._short([name, _content(name), tasks.limit, tasks.seed])}"
+                yield Part(f"ability {name}", key, partial(self._ability, name))
+
+    def _scores(self, bench: Workbench) -> dict[str, Any]:
+        return self.set.score(Target(bench.anat, bench.tok), progress=self.progress).to_dict()
+
+    # --- ability -----------------------------------------------------------------------------------------------
+
+    def _ability(self, task: str, bench: Workbench) -> dict[str, Any]:
+        """One task of lm-eval, beside the base; the edited model is saved for it, and removed afterwards."""
+        plan, root = self.config.ability, self.shelf.path.parent.parent
+        how = {
+            "text": None,
+            "limit": plan and plan.limit,
+            "seed": plan and plan.seed,
+            "dtype": self.config.general.dtype,
+        }
+        base = {"base": self.base.bench.name}
+        with taken(self.shelf, wait=True):  # the base is measured by one process
+            run_ability(base, [task], out=root / "ability", **how)
+        with TemporaryDirectory(dir=root, prefix=".edited-") as folder:
+            save_model(bench.model, bench.tok, Path(folder))
+            report = run_ability({**base, "edited": folder}, [task], out=root / "ability", **how)
+        before = {(row.task, row.metric): row.value for row in report.rows if row.model == "base"}
+        rows = [
+            asdict(row) | {"base": before.get((row.task, row.metric))} for row in report.rows if row.model == "edited"
+        ]
+        return {"rows": rows}
+
+    # --- perplexity --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _text(self) -> Any:
+        return load_corpus(self.config.general.perplexity or "")
+
+    @property
+    def _perplexity_key(self) -> str:
+        return f"perplexity-{self._short([self._text.sha256, WINDOW, WINDOWS])}"
+
+    @cached_property
+    def _windows(self) -> list[list[int]]:
+        return text_windows(self.base.bench.tok, self._text.documents)
+
+    def _perplexity(self, bench: Workbench) -> dict[str, Any]:
+        key = self._perplexity_key
+        with taken(self.shelf, wait=True):
+            before = self.shelf.get(key)
+            if before is None:
+                before = {"perplexity": perplexity(self.base.bench.anat, self._windows)}
+                self.shelf.put(key, before)
+        after = perplexity(bench.anat, self._windows)
+        return {"before": before["perplexity"], "after": after, "ratio": after / before["perplexity"]}
+
+    # --- attacks -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def attacked(self) -> list[EditRequest]:
+        """The forgotten facts that are attacked: those whose leaking can be seen, or a draw from them."""
+        plan = self.config.attacks or AttackPlan()
+        facts, _ = usable(self.set.forget)
+        if plan.facts is None or plan.facts >= len(facts):
+            return facts
+        drawn = set(random.Random(plan.seed).sample(range(len(facts)), plan.facts))
+        return [fact for number, fact in enumerate(facts) if number in drawn]
+
+    @cached_property
+    def _scene(self) -> Scene:
+        plan, forget = self.config.attacks or AttackPlan(), self.set.forget
+        unrelated = bundled.unasked(bundled.general("anchor") + bundled.general("test"), forget)
+        facts, _ = usable(forget)
+        return Scene(self.base.target, facts, self.set.told, unrelated, plan.how, plan.seed)
+
+    @cached_property
+    def _control(self) -> list[EditRequest]:
+        """Facts that the base does not know: what leaks of them is chance."""
+        plan = self.config.attacks or AttackPlan()
+        key = f"control-{self._short([requests_hash(self.attacked), plan.seed, plan.how.max_new_tokens])}"
+        with taken(self.shelf, wait=True):
+            kept = self.shelf.get(key)
+            by_id = {fact.id: fact for fact in bundled.facts()}
+            if kept is None or not by_id.keys() >= set(kept["ids"]):
+                kept = {"ids": [fact.id for fact in bundled_control(self.base.target, self.attacked, self._scene)]}
+                self.shelf.put(key, kept)
+        return [by_id[name] for name in kept["ids"]]
+
+    def _attack_key(self, name: str, plan: AttackPlan) -> str:
+        told = [requests_hash(self.attacked), requests_hash(self.set.told), plan.seed, plan.how.to_dict()]
+        return f"attack-{name}-{self._short(told)}"
+
+    def _attack(self, name: str) -> Callable[[Workbench], dict[str, Any]]:
+        def measure(bench: Workbench) -> dict[str, Any]:
+            begun, count = time.perf_counter(), len(self.attacked)
+            facts = [*self.attacked, *self._control]
+            found = ATTACKS[name].run(Target(bench.anat, bench.tok), facts, self._scene)
+            trials = {"edited": found.trials[:count], "base": self._base(name), "control": found.trials[count:]}
+            how = self._scene.settings
+            shares = {
+                column: share_of(some, resamples=how.resamples, seed=self._scene.seed)
+                for column, some in trials.items()
+            }
+            seconds = round(time.perf_counter() - begun, 2)
+            notes = {"edited": dict(found.notes)} if found.notes else {}
+            return AttackResult(name, ATTACKS[name].meaning, shares, trials, notes, seconds).to_dict()
+
+        return measure
+
+    def _base(self, name: str) -> tuple[Trial, ...]:
+        """What the attack gets out of the base model; the same beside every method."""
+        key = self._attack_key(name, self.config.attacks or AttackPlan())
+        with taken(self.shelf, wait=True):
+            kept = self.shelf.get(key)
+            if kept is None:
+                found = ATTACKS[name].run(self.base.target, self.attacked, self._scene)
+                kept = {"trials": [asdict(trial) for trial in found.trials]}
+                self.shelf.put(key, kept)
+        return tuple(Trial.from_dict(trial) for trial in kept["trials"])
+
+    @staticmethod
+    def _short(value: Sequence[Any] | Mapping[str, Any]) -> str:
+        return digest(value)[:12]
+
+
+def _content(task: str) -> str:
+    """The hash of a task's file; a name of lm-eval's has none."""
+    path = Path(task)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -1,0 +1,194 @@
+"""What to compare, from a JSON or TOML file: read strictly, so that a slip of the pen is told before a model loads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from editlib.ability.tasks import load_tasks
+from editlib.attacks.registry import choose
+from editlib.attacks.settings import AttackSettings
+from editlib.comparison.methods import Method, read_method
+from editlib.comparison.protocols import PROTOCOLS
+from editlib.comparison.section import General, Section, chosen
+from editlib.comparison.sets import Protocol
+from editlib.corpus import load_corpus
+from editlib.errors import AttackError, ConfigError
+from editlib.hparams.checks import knob, nearest, quote
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackPlan(Section):
+    """Which attacks are tried, on how many of the forgotten facts, and how hard."""
+
+    names: list[str] | None = knob(None, "names of attacks; none: all")
+    facts: int | None = knob(None, "forgotten facts that are attacked, drawn by the seed; none: all", min=1)
+    seed: int = knob(0, "of the draw and of the attacks: one for all methods, so that all meet the same", min=0)
+    settings: dict = knob(dict, "keys of `AttackSettings`: samples, shots, relearn_steps, ...")
+
+    @property
+    def how(self) -> AttackSettings:
+        return AttackSettings(**self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbilityPlan(Section):
+    """Which tasks of lm-eval are run."""
+
+    tasks: list[str] = knob(help="names of tasks, or task files")
+    limit: int | None = knob(None, "questions a task; none: all", min=1)
+    seed: int | None = knob(None, "of the draw of so many; none: the first ones", min=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A comparison, checked. `attacks` and `ability` are `None` where they are not wanted; `source` is the file's own
+    words, kept for the results."""
+
+    general: General
+    sets: tuple[Protocol, ...]
+    methods: tuple[Method, ...]
+    attacks: AttackPlan | None
+    ability: AbilityPlan | None
+    source: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config with every default filled in; JSON-ready."""
+        return {
+            **self.general.to_dict(),
+            "sets": [{"protocol": one.protocol, **one.settings.to_dict()} for one in self.sets],
+            "methods": [{"method": one.name, "label": one.label, **one.identity()} for one in self.methods],
+            "attacks": None if self.attacks is None else asdict(self.attacks),
+            "ability": None if self.ability is None else asdict(self.ability),
+        }
+
+
+def read_config(path: str | Path) -> Config:
+    """Reads a config and checks all that can be checked without a model: keys, names, files, settings, texts.
+
+    Raises:
+        ConfigError: names the file, the place in it and the nearest known word.
+        EditlibError: a file or setting that it names cannot be used.
+    """
+    path = Path(path)
+    return parse_config(_values(path), str(path))
+
+
+def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
+    """`read_config` for what a file holds."""
+    lists = {"sets": _sets, "methods": _methods, "attacks": _attacks, "ability": _ability}
+    known = [*General.__dataclass_fields__, *lists]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f'{where}: key "{key}": unknown; expected {nearest(str(key), known)}')
+    general = General.read({key: value for key, value in values.items() if key not in lists}, where)
+    if general.perplexity == "none":
+        general = replace(general, perplexity=None)
+    if not general.seeds or len(set(general.seeds)) < len(general.seeds):
+        raise ConfigError(f'{where}: key "seeds": {general.seeds}; expected at least one, none twice; change the list')
+    config = Config(
+        general,
+        _sets(values.get("sets"), f'{where}: "sets"', general),
+        _methods(values.get("methods"), f'{where}: "methods"', general),
+        _attacks(values.get("attacks"), f'{where}: "attacks"'),
+        _ability(values.get("ability"), f'{where}: "ability"'),
+        values,
+    )
+    for text in (general.corpus, general.perplexity):
+        if text not in (None, "self"):
+            load_corpus(text)
+    return config
+
+
+def _values(path: Path) -> Mapping[str, Any]:
+    wanted = "expected a JSON or TOML file with one object"
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; {wanted}; check the path") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8; {wanted}; save it as UTF-8") from None
+    try:
+        values = _toml(path, text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno} column {error.colno}"
+        raise ConfigError(f"{path}: not JSON at {at} ({error.msg}); {wanted}; mend it, or call it .toml") from None
+    except (ValueError, RecursionError) as error:  # tomllib's error, too
+        raise ConfigError(f"{path}: {error}; {wanted}; mend it") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: {quote(values)}; {wanted}; write {{...}}")
+    return values
+
+
+def _toml(path: Path, text: str) -> dict[str, Any]:
+    if sys.version_info < (3, 11):
+        raise ConfigError(f"{path}: TOML is read from Python 3.11 on; write the same as JSON, or use a newer Python")
+    import tomllib
+
+    return tomllib.loads(text)
+
+
+def _some(values: Any, where: str, read: Callable[[Any, str], T], named: Callable[[T], str]) -> tuple[T, ...]:
+    """Each entry of a list that must not be empty, with names that are not taken."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        given = "missing" if values is None else quote(values)
+        raise ConfigError(f"{where}: {given}; expected a list with at least one entry; add one")
+    found = tuple(read(value, f"{where}, entry {number}") for number, value in enumerate(values, 1))
+    names = [named(one) for one in found]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            key = "label" if "methods" in where else "name"
+            raise ConfigError(f'{where}: two entries are called {name!r}; expected one each; give one a "{key}"')
+    return found
+
+
+def _sets(values: Any, where: str, general: General) -> tuple[Protocol, ...]:
+    def read(value: Any, place: str) -> Protocol:
+        value = {"protocol": value} if isinstance(value, str) else value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f'{place}: {quote(value)}; expected an object with "protocol"; write it as one')
+        kind = chosen(value.get("protocol"), PROTOCOLS, "protocol", place)
+        settings = kind.Settings.read({key: v for key, v in value.items() if key != "protocol"}, place)
+        return kind(settings, place, general)
+
+    return _some(values, where, read, lambda one: one.name)
+
+
+def _methods(values: Any, where: str, general: General) -> tuple[Method, ...]:
+    return _some(values, where, lambda value, place: read_method(value, place, general), lambda one: one.label)
+
+
+def _attacks(values: Any, where: str) -> AttackPlan | None:
+    if values is None or values is False:
+        return None
+    plan = AttackPlan.read({"names": values} if isinstance(values, list) else values, where)
+    known = AttackSettings.__dataclass_fields__
+    for key in plan.settings:
+        if key not in known:
+            raise ConfigError(f'{where}: settings: key "{key}": unknown; expected {nearest(key, known)}')
+    try:
+        choose(plan.names)
+        _ = plan.how
+    except AttackError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError:
+        raise ConfigError(f"{where}: settings: {quote(plan.settings)}; expected numbers; change them") from None
+    return plan
+
+
+def _ability(values: Any, where: str) -> AbilityPlan | None:
+    if values in (None, [], False):
+        return None
+    plan = AbilityPlan.read({"tasks": values} if isinstance(values, list) else values, where)
+    if not plan.tasks:
+        raise ConfigError(f'{where}: "tasks" is empty; name some, or take "ability" out')
+    with TemporaryDirectory(prefix="editlib-tasks-") as folder:
+        load_tasks(plan.tasks, Path(folder))
+    return plan

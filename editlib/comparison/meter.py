@@ -1,0 +1,98 @@
+"""What a method took: time, memory, and which weights are other ones now."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from editlib.models.placement import stored_tensors
+
+EVERY = 0.02  # seconds between two looks at the memory
+MIB = 1024 * 1024
+
+
+@dataclass
+class Meter:
+    """Filled when its block ends.
+
+    `memory_mb` is the largest resident memory of the process that was seen, in MiB, `more_mb` that above what was
+    resident when the block began, `accelerator_mb` the most that was allocated on the accelerator (`None`: there is
+    none, or it does not tell).
+    """
+
+    seconds: float = 0.0
+    memory_mb: float = 0.0
+    more_mb: float = 0.0
+    accelerator_mb: float | None = None
+
+
+@contextmanager
+def metered() -> Iterator[Meter]:
+    """Measures the block; a peak shorter than `EVERY` seconds may be missed."""
+    process, meter, stop = psutil.Process(), Meter(), threading.Event()
+    begun_with = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(EVERY):
+            peak = max(peak, process.memory_info().rss)
+
+    api = getattr(torch, "accelerator", None)
+    tells = api is not None and api.is_available() and hasattr(api, "max_memory_allocated")
+    if tells:
+        api.reset_peak_memory_stats()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    begun = time.perf_counter()
+    try:
+        yield meter
+    finally:
+        meter.seconds = time.perf_counter() - begun
+        stop.set()
+        watcher.join()
+        peak = max(peak, process.memory_info().rss)
+        meter.memory_mb, meter.more_mb = peak / MIB, (peak - begun_with) / MIB
+        if tells:
+            meter.accelerator_mb = api.max_memory_allocated() / MIB
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Weights of the edited model that are not the base's: how many, of how many, in how many tensors, their bytes."""
+
+    weights: int
+    of: int
+    tensors: int
+    bytes: int
+
+
+def touched(base: PreTrainedModel, edited: PreTrainedModel) -> Touched:
+    """Compares two models bit for bit; rows that were added (a token's) count. Tied weights count once."""
+    before, seen = dict(stored_tensors(base)), set()
+    weights = of = tensors = size = 0
+    for name, now in stored_tensors(edited):
+        place = (now.data_ptr(), now.shape)
+        if now.numel() and place in seen:
+            continue
+        seen.add(place)
+        of += now.numel()
+        then = before.get(name)
+        other = now.numel() if then is None else _differing(then, now)
+        weights, tensors, size = weights + other, tensors + bool(other), size + other * now.element_size()
+    return Touched(weights, of, tensors, size)
+
+
+def _differing(then: torch.Tensor, now: torch.Tensor) -> int:
+    if then.shape == now.shape:
+        return int((then != now).sum())
+    if then.shape[1:] != now.shape[1:]:
+        return now.numel()
+    rows = min(len(then), len(now))
+    return int((then[:rows] != now[:rows]).sum()) + now[rows:].numel()

@@ -1,0 +1,364 @@
+"""Ways to make a model forget, all of one shape: `METHODS` by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from editlib import jobs
+from editlib.algorithms.edit import EditResult, Timer
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.unlearning_token import TokenHyperParams
+from editlib.baselines import BASELINES, BaselineSettings, Budget, SearchResult, apply_baseline_to_model, search, split
+from editlib.baselines.apply import check_baseline
+from editlib.baselines.refusal_edit import REFUSAL
+from editlib.comparison.section import General, Section, chosen
+from editlib.errors import ConfigError, HparamsError
+from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, load_hparams
+from editlib.hparams.checks import knob, nearest, quote
+from editlib.request import EditRequest
+from editlib.stats_store import spelling
+from editlib.workbench import Workbench
+
+T = TypeVar("T")
+AIMED = "->refusal"
+FAMILIES = {
+    "none": "unedited: the model as it was",
+    "closed form": "closed form: an update that is solved for",
+    "closed form, refusal": "closed form: an editor aimed at a refusal sentence",
+    "fine-tuning": "gradient steps on the weights",
+    "prompt": "no weight is changed: the prompt asks for refusals",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token ids by
+    question), which saves generating it."""
+
+    forget: Sequence[EditRequest]
+    retain: Sequence[EditRequest]
+    known_answers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method says of its own work. The comparison itself takes its time, its memory and the weights it changed.
+
+    Args:
+        update_bytes: what the change takes when it is stored by itself; `None`: the changed weights.
+        prepared: seconds of what is made once a model and kept (statistics, a token), by name; not in the method's own.
+        notes: other words and numbers worth showing, JSON-ready.
+    """
+
+    update_bytes: int | None = None
+    prepared: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One way to forget, with its settings.
+
+    A subclass says what its settings are, and changes a model in place. `search` and `prepare` come first, where a
+    method needs them, and their time is counted apart.
+    """
+
+    Settings: ClassVar[type[Section]]
+    family: ClassVar[str]
+    seeded: ClassVar[bool] = True  # false: the same for every seed, and run for the first one alone
+
+    def __init__(self, name: str, label: str, settings: Section, where: str, general: General) -> None:
+        """Raises `EditlibError` for settings that cannot be used, whatever the model's weights are."""
+        self.name, self.label, self.settings, self.where, self.general = name, label, settings, where, general
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """All settings that decide what it does, JSON-ready."""
+
+    def check(self, bench: Workbench, task: Task) -> None:  # noqa: B027
+        """Raises `EditlibError` where this model or these requests are not for it; called before any long work."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether `search` comes before `forget`."""
+        return False
+
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+        """The best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
+
+        Args:
+            bench: the base model; it is loaded anew afterwards.
+            folder: keeps what is done of a search that is stopped.
+        """
+        raise NotImplementedError
+
+    def prepare(self, bench: Workbench, seed: int) -> Any:
+        """Finds or makes what is kept beside the model; one process at a time."""
+        return None
+
+    @abstractmethod
+    def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
+        """Changes `bench.model` (and `bench.tok`) in place.
+
+        Args:
+            ready: what `prepare` gave.
+            found: what `search` gave, now or in an earlier run; `None` without one.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSettings(Section):
+    """For a method that has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings(Section):
+    """Where an algorithm's hyper-parameters come from."""
+
+    hparams: str | None = knob(None, "a JSON file or a bundled name; none: those bundled for the model")
+    settings: dict = knob(dict, "single hyper-parameters in place of those")
+    search: bool | dict = knob(False, "look for `v_lr` and `v_num_grad_steps` first: true, or keys of `Budget`")
+
+
+class Unedited(Method):
+    """The model as it is: where every other method starts from."""
+
+    Settings, family, seeded = NoSettings, "none", False
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
+        return Cost(update_bytes=0)
+
+
+class ClosedForm(Method):
+    """An algorithm of `editlib.hparams.ALGORITHMS`: UniErase, or an editor aimed at a refusal sentence."""
+
+    Settings = EditSettings
+    settings: EditSettings
+
+    def __init__(self, name: str, label: str, settings: Section, where: str, general: General) -> None:
+        super().__init__(name, label, settings, where, general)
+        algorithm = name.removesuffix(AIMED)
+        try:
+            found = load_hparams(self.settings.hparams or spelling(general.model), algorithm)
+            self.hparams: HyperParams = type(found).from_dict({**found.to_dict(), **self.settings.settings}, "settings")
+        except HparamsError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        self.unlearns = isinstance(self.hparams, UniEraseHyperParams)
+        self.family = "closed form" if self.unlearns else "closed form, refusal"
+        if algorithm == "FT":
+            self.family = "fine-tuning"
+        self.budget = _budget(self.settings.search, where)
+        self.tuned = f"{algorithm}-refusal"
+        if self.budget is not None and (self.tuned not in BASELINES or self.settings.settings):
+            raise ConfigError(
+                f'{where}: "search" is for ROME, MEMIT and AlphaEdit aimed at a refusal, with "hparams" and no single '
+                '"settings"; take one of the two out'
+            )
+
+    @property
+    def searches(self) -> bool:
+        return self.budget is not None
+
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+        given = BaselineSettings(hparams=self.settings.hparams, stats_dir=bench.stats_dir, corpus=self.general.corpus)
+        return _searched(self.tuned, bench, task, given, self.budget, seed, folder)
+
+    def identity(self) -> dict[str, Any]:
+        values = {key: value for key, value in self.hparams.to_dict().items() if key not in ("notes", "model_name")}
+        found: dict[str, Any] = {"hparams": values}
+        if jobs.needs_statistics(self.hparams):
+            found["statistics"] = [self.general.corpus, self.general.stats_tokens]
+        if not self.unlearns:
+            found["target"] = REFUSAL
+        return {**found, **_searching(self.budget, self.general)}
+
+    def check(self, bench: Workbench, task: Task) -> None:
+        jobs.check_settings(bench, self.hparams)
+        jobs.check_wanted(self._wanted(task), self.hparams)
+
+    def prepare(self, bench: Workbench, seed: int) -> tuple[jobs.Means, dict[str, float]]:
+        timer = Timer()
+        path = None
+        if self.unlearns and seed:  # the token is random, too: one for each seed, and the usual one for seed 0
+            path = bench.token_path.with_name(f"{bench.token_path.stem}-{seed}.safetensors")
+            with timer("token"):
+                if not path.exists():
+                    bench.make_token(hparams=TokenHyperParams(seed=seed), path=path)
+        made_from = {"corpus": self.general.corpus, "stats_tokens": self.general.stats_tokens}
+        means = jobs.gather(bench, self.hparams, token=path, timer=timer, **made_from)
+        return means, timer.seconds
+
+    def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
+        means, prepared = ready
+        hparams, best = self.hparams, (found or {}).get("best", {})
+        if found is not None:
+            chosen = {"v_lr": best["learning_rate"], "v_num_grad_steps": best["steps"]}
+            hparams = type(hparams).from_dict({**hparams.to_dict(), **chosen}, "the search")
+        given: dict[str, Any] = {"chat": None, "seed": seed}
+        if self.unlearns:
+            given |= {"retain": task.retain, "known_answers": task.known_answers}
+        result = jobs.apply(bench, self._wanted(task), hparams, means, **given)
+        notes = {"layers": list(self.hparams.layers), **({"anchors": len(result.anchors)} if self.unlearns else {})}
+        rows = 0 if means.token is None else _bytes(means.token.row_in) + _bytes(means.token.row_out)
+        return Cost(update_size(result) + rows, prepared, notes)
+
+    def _wanted(self, task: Task) -> list[EditRequest]:
+        if self.unlearns:
+            return list(task.forget)
+        return [replace(request, target_new=REFUSAL) for request in task.forget]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineKeys(Section):
+    """How a baseline of `editlib.baselines` is run."""
+
+    settings: dict = knob(dict, "keys of `BaselineSettings`: learning_rate, steps, batch_size, rank, ...")
+    search: bool | dict = knob(False, "look for learning rate and steps first: true, or keys of `Budget`")
+
+
+class Trained(Method):
+    """A gradient method, or in-context refusal, of `editlib.baselines`."""
+
+    Settings = BaselineKeys
+    settings: BaselineKeys
+
+    def __init__(self, name: str, label: str, settings: Section, where: str, general: General) -> None:
+        super().__init__(name, label, settings, where, general)
+        known = {key for key in BaselineSettings.__dataclass_fields__ if key not in ("hparams", "stats_dir", "corpus")}
+        self.how = _made(BaselineSettings, self.settings.settings, known, f"{where}: settings")
+        self.budget = _budget(self.settings.search, where)
+        entry = BASELINES[name]
+        self.family = "prompt" if entry.kind == "prompt" else "fine-tuning"
+        self.seeded = entry.kind != "prompt"
+        if self.budget is not None and not entry.searched:
+            raise ConfigError(f'{where}: {name} has nothing to search for; take "search" out')
+
+    def identity(self) -> dict[str, Any]:
+        own = {key: value for key, value in self.how.to_dict().items() if key not in ("stats_dir", "corpus")}
+        return {"settings": own, **_searching(self.budget, self.general)}
+
+    def check(self, bench: Workbench, task: Task) -> None:
+        check_baseline(self.name, task.forget, task.retain, self.how)
+        if self.budget is not None:
+            split(task.forget, task.retain, questions=self.budget.questions)
+
+    @property
+    def searches(self) -> bool:
+        return self.budget is not None
+
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+        return _searched(self.name, bench, task, self.how, self.budget, seed, folder)
+
+    def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
+        how, forget, retain = self.how, task.forget, task.retain
+        if found is not None:
+            best = found["best"]
+            how = replace(how, learning_rate=best["learning_rate"], steps=best["steps"])
+            parts = split(forget, retain, questions=self.budget.questions, seed=found["seed"])  # type: ignore[union-attr]
+            forget, retain = parts.forget, parts.retain
+        result = apply_baseline_to_model(
+            self.name, bench.model, bench.tok, forget, retain, how, seed=seed, model_name=bench.name,
+            progress=bench.progress,
+        )  # fmt: skip
+        told = str(result.notes.get("told") or "")
+        ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
+        notes = {"steps": result.steps, "learning_rate": how.learning_rate, "tokens": result.tokens, **ends}
+        return Cost(len(told.encode()) if self.family == "prompt" else None, notes=notes)
+
+
+def _searched(
+    name: str,
+    bench: Workbench,
+    task: Task,
+    settings: BaselineSettings,
+    budget: Budget | None,
+    seed: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """A search on questions that are neither trained on nor reported, JSON-ready."""
+    budget = budget or Budget()
+    parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
+    found: SearchResult = search(
+        name, bench.model, bench.tok, parts.forget, parts.retain, parts.validation, budget, settings,
+        seed=seed, model_name=bench.name, out=folder, progress=bench.progress,
+    )  # fmt: skip
+    return {**found.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
+
+
+def _budget(given: bool | Mapping[str, Any], where: str) -> Budget | None:
+    if given is False:
+        return None
+    keys = {} if given is True else given
+    return _made(Budget, keys, set(Budget.__dataclass_fields__), f"{where}: search")
+
+
+def _searching(budget: Budget | None, general: General) -> dict[str, Any]:
+    """What of a search decides the method: its budget, and the seed that it runs with."""
+    return {} if budget is None else {"search": {**asdict(budget), "seed": general.seeds[0]}}
+
+
+def _made(kind: type[T], given: Mapping[str, Any], known: set[str], where: str) -> T:
+    """A settings object from keys of a config.
+
+    Raises:
+        ConfigError: an unknown key, or a value that it does not take.
+    """
+    for key in given:
+        if key not in known:
+            raise ConfigError(f'{where}: key "{key}": unknown; expected {nearest(str(key), sorted(known))}')
+    try:
+        return kind(**given)
+    except HparamsError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError:
+        raise ConfigError(f"{where}: {quote(dict(given))}; expected numbers; change them") from None
+
+
+def update_size(result: EditResult) -> int:
+    """Bytes of an edit's factors, or of the matrix where that is smaller, in the dtype of the weights."""
+    total = 0
+    for layer, delta in result.deltas.items():
+        numbers = min(delta.left.numel() + delta.right.numel(), _dense(delta))
+        total += numbers * result.originals[layer].element_size()
+    return total
+
+
+def _dense(delta: LowRank) -> int:
+    return delta.shape[0] * delta.shape[1]
+
+
+def _bytes(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+METHODS: dict[str, type[Method]] = {
+    "none": Unedited,
+    "UniErase": ClosedForm,
+    **{f"{name}{AIMED}": ClosedForm for name in ALGORITHMS if name != "UniErase"},
+    **{name: Trained for name, entry in BASELINES.items() if entry.kind != "editor"},
+}
+"""Every method by the name that a config gives it."""
+
+
+def read_method(value: Any, where: str, general: General) -> Method:
+    """A method from its name, or from an object with "method", maybe "label", and its settings.
+
+    Raises:
+        ConfigError: no such method, or settings that it does not have.
+        EditlibError: settings that cannot be used.
+    """
+    value = {"method": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'{where}: {quote(value)}; expected a name, or an object with "method"; write one of them')
+    name, label = value.get("method"), value.get("label")
+    kind = chosen(name, METHODS, "method", where)
+    if label is not None and not (isinstance(label, str) and label.strip()):
+        raise ConfigError(f'{where}: key "label": {quote(label)}; expected some text; write it or take it out')
+    rest = {key: given for key, given in value.items() if key not in ("method", "label")}
+    return kind(name, label or name, kind.Settings.read(rest, where), where, general)

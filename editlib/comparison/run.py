@@ -1,0 +1,324 @@
+"""Every method on every set with every seed: run once, measured, kept; shared out over processes that need not talk."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from editlib.comparison.arena import Arena, Part
+from editlib.comparison.config import Config
+from editlib.comparison.meter import metered, touched
+from editlib.comparison.methods import Cost, Method
+from editlib.comparison.results import FORMAT, collect
+from editlib.comparison.sets import Base, Protocol
+from editlib.comparison.store import FAILED, Shelf, Store, taken
+from editlib.errors import ConfigError, EditlibError, OutputError
+from editlib.export import library_version
+from editlib.models.files import check_output, weights_sha256
+from editlib.sharding import ALONE, Shard
+from editlib.stats_store import spelling
+from editlib.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+MARK = "comparison.json"
+SEARCH, EDIT = "search", "edit"
+LOOK_AGAIN = 0.5  # seconds between two looks at what other processes still work on
+
+Load = Callable[[str], Workbench]
+
+
+class _Busy(Exception):
+    """What a cell needs is being made by another process; it is for later."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with one seed on one set. `identity` is all that decides the edited model; `parts` are measured."""
+
+    set: str
+    method: Method
+    seed: int
+    identity: Mapping[str, Any]
+    shelf: Shelf
+    parts: tuple[str, ...]  # their keys
+
+    @property
+    def key(self) -> str:
+        return self.shelf.path.name
+
+    @property
+    def label(self) -> str:
+        seed = f", seed {self.seed}" if self.method.seeded else ""
+        return f"{self.set}, {self.method.label}{seed}"
+
+    @property
+    def complete(self) -> bool:
+        return all(self.shelf.get(part) is not None for part in (EDIT, *self.parts))
+
+
+def compare(
+    config: Config,
+    out: str | Path,
+    *,
+    shard: Shard = ALONE,
+    load: Load | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs what of a comparison is not done yet, and returns its results (see `results.collect`).
+
+    Each cell is a method with a seed on a set; it runs on a freshly loaded model. What it came to lies in `out/cells`
+    under the hash of the set's contents, the model's weights, the method's settings and the seed, and every measurement
+    beside it under the hash of its own settings. A run that was stopped goes on; a changed config runs what is new in
+    it. A cell that fails is recorded with its reason and tried again in the next run; the others go on.
+
+    Several processes share the cells through locks in `out`, which must be a folder that all of them see. They wait for
+    nobody, but for the first one, which comes back when all cells are done.
+
+    Args:
+        load: gives a base model anew by its name; default: `Workbench.load`.
+
+    Raises:
+        EditlibError: something does not fit: the config, a model, the folder. Cells that failed raise nothing.
+    """
+    out = Path(out)
+    if not (out / MARK).is_file():
+        check_output(out)
+    return _Run(config, out, shard, load or _loader(config, shard), progress and shard.first).all()
+
+
+def _loader(config: Config, shard: Shard) -> Load:
+    general = config.general
+    place = None if shard.device is None else {"": str(shard.device)}
+
+    def load(name: str) -> Workbench:
+        return Workbench.load(name, general.stats_dir, dtype=general.dtype, device_map=place)
+
+    return load
+
+
+class _Run:
+    """One call of `compare`."""
+
+    def __init__(self, config: Config, out: Path, shard: Shard, load: Load, progress: bool) -> None:
+        self.config, self.shard, self.progress = config, shard, progress
+        self._load = load
+        self.store = Store(out)
+        self.name = shard.gather(uuid.uuid4().hex)[0]  # of this run, in all of its processes
+        self._arena: Arena | None = None
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {out}: {error.strerror}; check the folder") from None
+        if shard.first:
+            Shelf(out).put(MARK.removesuffix(".json"), {"format": FORMAT, "config": config.source})
+
+    def all(self) -> dict[str, Any]:
+        cells, told = [], {}
+        for protocol in self.config.sets:  # whatever does not fit is said before the first cell runs
+            arena = self._enter(protocol)
+            told[protocol.name] = self._about(protocol, arena)
+            cells += self._cells(protocol, arena)
+        bar = tqdm(total=len(cells), desc="cells", disable=not self.progress, unit="cell")
+        with bar:
+            self._work(cells, bar)
+        if not self.shard.first:
+            return {}
+        return collect(self.config, told, cells, {cell.key: self._failure(cell) for cell in cells})
+
+    # --- what there is to do -----------------------------------------------------------------------------------
+
+    def load(self, name: str) -> Workbench:
+        bench = self._load(name)
+        bench.progress = bench.progress and self.progress
+        return bench
+
+    def _enter(self, protocol: Protocol) -> Arena:
+        """The arena of a set; one base model is held at a time."""
+        if self._arena is not None and self._arena.name == protocol.name:
+            return self._arena
+        self._arena = None
+        bench = self.load(protocol.model)
+        what = {"protocol": protocol.protocol, **protocol.settings.to_dict(), "model": bench.sha256}
+        shelf = self.store.set(what)
+        with taken(shelf, wait=True):
+            made = protocol.make(Base(bench, shelf.path))
+        for method in self.config.methods:
+            try:
+                method.check(bench, made.task)
+            except EditlibError as error:
+                where = f"{method.where} ({method.label}), on the set {protocol.name}"
+                raise ConfigError(f"{where}: {error}") from None
+        self._arena = Arena(self.config, protocol.name, made, shelf, progress=bench.progress)
+        return self._arena
+
+    def _about(self, protocol: Protocol, arena: Arena) -> dict[str, Any]:
+        """What the results say of a set."""
+        return {
+            "protocol": protocol.protocol,
+            "model": protocol.model,
+            "identity": arena.identity,
+            "forget": len(arena.set.forget),
+            "retain": len(arena.set.retain),
+            "attacked": len(arena.attacked) if self.config.attacks else 0,
+            "axes": list(protocol.axes),
+            "kinds": dict(protocol.kinds),
+            "to_forget": list(protocol.to_forget),
+        }
+
+    def _cells(self, protocol: Protocol, arena: Arena) -> list[Cell]:
+        seeds = self.config.general.seeds
+        parts = tuple(part.key for part in arena.parts())
+        found = []
+        for method in self.config.methods:
+            for seed in seeds if method.seeded else seeds[:1]:
+                identity = {
+                    "format": FORMAT,
+                    "editlib": library_version(),
+                    "set": arena.identity,
+                    "method": [method.name, method.identity()],
+                    "seed": seed if method.seeded else None,
+                    "dtype": self.config.general.dtype,
+                }
+                found.append(Cell(protocol.name, method, seed, identity, self.store.cell(identity), parts))
+        return found
+
+    # --- doing it ----------------------------------------------------------------------------------------------
+
+    def _work(self, cells: Sequence[Cell], bar: Any) -> None:
+        start = len(cells) * self.shard.rank // self.shard.world
+        pending = [*cells[start:], *cells[:start]]
+        while pending:
+            left, searching = [], False
+            for cell in pending:
+                if not self._settled(cell):
+                    with taken(cell.shelf) as mine:
+                        if not mine:
+                            left.append(cell)
+                            continue
+                        if not self._settled(cell):
+                            try:
+                                self._run(cell)
+                            except _Busy:
+                                left.append(cell)
+                                searching = True
+                                continue
+                bar.update()
+            if len(left) == len(pending):
+                if not (self.shard.first or searching):
+                    return  # others are at the last ones
+                time.sleep(LOOK_AGAIN)
+            pending = left
+
+    def _settled(self, cell: Cell) -> bool:
+        failed = cell.shelf.get(FAILED)
+        return cell.complete or (failed is not None and failed.get("run") == self.name)
+
+    def _failure(self, cell: Cell) -> str | None:
+        failed = cell.shelf.get(FAILED)
+        return None if failed is None or cell.complete else str(failed.get("reason"))
+
+    def _run(self, cell: Cell) -> None:
+        begun = time.perf_counter()
+        cell.shelf.put("cell", cell.identity)
+        try:
+            self._measure(cell)
+        except (OutputError, _Busy):
+            raise  # a full disk stops every cell
+        except Exception as error:
+            reason = one_line(error)
+            log.warning("%s failed: %s", cell.label, reason)
+            log.debug("%s", cell.label, exc_info=True)
+            cell.shelf.put(FAILED, {"run": self.name, "reason": reason})
+            return
+        cell.shelf.drop(FAILED)
+        scores = cell.shelf.get("scores") or {}
+        found = [scores.get(axis, {}).get("value") for axis in ("forget", "retain")]
+        shown = ["-" if value is None else f"{value:.2f}" for value in found]
+        log.info("%s: forget %s, retain %s, %.0f s", cell.label, *shown, time.perf_counter() - begun)
+
+    def _measure(self, cell: Cell) -> None:
+        protocol = next(one for one in self.config.sets if one.name == cell.set)
+        arena = self._enter(protocol)
+        task, method = arena.set.task, cell.method
+        searched = self._search(cell, arena) if method.searches else {"found": None, "seconds": 0.0}
+        bench = self.load(protocol.model)
+        ready = self._prepare(method, bench, cell.seed)
+        with metered() as meter:
+            cost = method.forget(bench, task, cell.seed, ready=ready, found=searched["found"])
+        self._keep_edit(cell, arena, bench, cost, {**asdict(meter), "search_seconds": searched["seconds"]})
+        failed = self._parts(cell, arena.parts(), bench)
+        if failed:
+            raise EditlibError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+
+    @staticmethod
+    def _prepare(method: Method, bench: Workbench, seed: int) -> Any:
+        with taken(Shelf(bench.stats_dir / spelling(bench.name)), wait=True):
+            return method.prepare(bench, seed)
+
+    def _search(self, cell: Cell, arena: Arena) -> dict[str, Any]:
+        """The method's search on this set: done once, kept, and the same for all seeds.
+
+        Raises:
+            _Busy: another process is at it.
+        """
+        method, seed = cell.method, self.config.general.seeds[0]
+        shelf = self.store.search({**cell.identity, "seed": seed})
+        with taken(shelf) as mine:
+            kept = shelf.get(SEARCH)
+            if kept is None and not mine:
+                raise _Busy
+            if kept is None:
+                bench = self.load(arena.base.bench.name)
+                self._prepare(method, bench, seed)
+                log.info("%s: searching for settings", cell.label)
+                found = method.search(bench, arena.set.task, seed, shelf.path / "trials")
+                kept = {"found": found, "seconds": sum(trial["seconds"] for trial in found.get("trials", ()))}
+                shelf.put(SEARCH, kept)
+        cell.shelf.put(SEARCH, kept)
+        return kept
+
+    def _keep_edit(self, cell: Cell, arena: Arena, bench: Workbench, cost: Cost, took: Mapping[str, Any]) -> None:
+        """Records what the method did; what was measured of other weights is dropped."""
+        sha, known = weights_sha256(bench.model), cell.shelf.get(EDIT)
+        if known is not None and known["sha256"] == sha:
+            return
+        if known is not None:
+            log.warning("%s gave other weights than before: all of it is measured anew", cell.label)
+            cell.shelf.empty(SEARCH, "cell")
+        changed = touched(arena.base.bench.model, bench.model)
+        size = changed.bytes if cost.update_bytes is None else cost.update_bytes
+        told = {**took, "touched": asdict(changed), "update_bytes": size, "prepared": dict(cost.prepared)}
+        cell.shelf.put(EDIT, {"sha256": sha, "cost": told, "notes": dict(cost.notes)})
+
+    def _parts(self, cell: Cell, parts: Sequence[Part], bench: Workbench) -> dict[str, str]:
+        """Measures what is missing; the reasons of what failed."""
+        failed = {}
+        for part in parts:
+            if cell.shelf.get(part.key) is not None:
+                continue
+            begun = time.perf_counter()
+            try:
+                value = part.measure(bench)
+            except OutputError:
+                raise
+            except Exception as error:
+                failed[part.name] = one_line(error)
+                log.debug("%s, %s", cell.label, part.name, exc_info=True)
+                continue
+            cell.shelf.put(part.key, {**value, "took": round(time.perf_counter() - begun, 3)})
+        return failed
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, short enough for a table."""
+    text = " ".join(str(error).split()) or "no message"
+    text = text if isinstance(error, EditlibError) else f"{type(error).__name__}: {text}"
+    return text if len(text) <= 400 else text[:399] + "…"

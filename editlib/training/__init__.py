@@ -1,0 +1,22 @@
+"""One small trainer for everything here that is trained: fine-tuning, gradient unlearning, relearning."""
+
+from editlib.training.checkpoint import Checkpoint
+from editlib.training.parts import Item, Part, answer_nll, answered, text_rows
+from editlib.training.reading import Reading, read
+from editlib.training.settings import TrainSettings
+from editlib.training.trainer import TrainResult, mean_loss, train
+
+__all__ = [
+    "Checkpoint",
+    "Item",
+    "Part",
+    "Reading",
+    "TrainResult",
+    "TrainSettings",
+    "answer_nll",
+    "answered",
+    "mean_loss",
+    "read",
+    "text_rows",
+    "train",
+]

@@ -1,0 +1,90 @@
+"""Where a training run stands, so that it goes on after a crash as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from editlib.errors import OutputError
+from editlib.models.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that a run keeps its weights and AdamW's moments in, replaced in one step.
+
+    Args:
+        job: what makes the run this one and no other; a file of another job is not gone on from.
+        seconds: time between two writings; the last step is written too.
+    """
+
+    path: Path
+    job: Mapping[str, Any]
+    seconds: float = 300.0
+
+    def save(
+        self, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, step: int, notes: Mapping[str, Any]
+    ) -> None:
+        """Writes the state behind `step` steps.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        tensors = {}
+        for name, weight in weights.items():
+            state = optimiser.state[weight]
+            tensors[f"weight.{name}"] = weight.detach().contiguous()
+            tensors[f"mean.{name}"] = state["exp_avg"].contiguous()
+            tensors[f"square.{name}"] = state["exp_avg_sq"].contiguous()
+        about = {"job": _text(self.job), "step": str(step), "notes": json.dumps(notes)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path) as temporary:
+            save_file(tensors, temporary, metadata=about)
+
+    def load(self, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+        """Puts weights and moments back; returns the steps that are done and the notes, `(0, {})` where there is no
+        file.
+
+        Raises:
+            OutputError: the file is damaged or another job's.
+        """
+        if not self.path.is_file():
+            return 0, {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("job") != _text(self.job):
+                    raise OutputError(
+                        f"{self.path} belongs to another job (other model, data or settings); remove it, or choose "
+                        "another --out"
+                    )
+                step = int(about["step"])
+                with torch.no_grad():
+                    for name, weight in weights.items():
+                        weight.copy_(file.get_tensor(f"weight.{name}"))
+                        optimiser.state[weight] = {
+                            "step": torch.tensor(float(step), device=weight.device),
+                            "exp_avg": file.get_tensor(f"mean.{name}").to(weight),
+                            "exp_avg_sq": file.get_tensor(f"square.{name}").to(weight),
+                        }
+                return step, json.loads(about["notes"])
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{self.path}: a damaged checkpoint ({error}); remove it to start again") from None
+
+    def drop(self) -> None:
+        """Removes the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def _text(job: Mapping[str, Any]) -> str:
+    return json.dumps(job, sort_keys=True)

@@ -1,0 +1,75 @@
+"""What is trained on: items of token rows, and the parts that a loss is the sum of."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from editlib.models.prompts import PromptFormat, TokenRow, cut
+from editlib.training.reading import Reading
+
+Item = tuple[TokenRow, ...]
+"""What is drawn into a batch: a prompt with its answer, or several that a loss compares (answer and refusal). All
+items of a part have the same number of rows; `extra` of a row counts the tokens that are learned."""
+
+Loss = Callable[[Reading], Tensor]
+"""The loss of each item read, `[n]`, summed over its tokens."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a loss: `weight * sum of loss over a batch / (its items, or its learned tokens)`.
+
+    Args:
+        per: what the sum is divided by. "token" is what a mean over all tokens of the batch comes to, however the batch
+            is cut into passes.
+        layer: the loss reads the states that leave this layer, not logits.
+        share: items of this part in a step, as a share of the batch size.
+    """
+
+    name: str
+    items: Sequence[Item]
+    loss: Loss
+    weight: float = 1.0
+    per: Literal["item", "token"] = "token"
+    layer: int | None = None
+    share: float = 1.0
+
+    def batch(self, step: int, size: int, seed: int) -> list[int]:
+        """Which items step `step` reads. The epochs, each shuffled anew, stand one behind another, so that a step's
+        items follow from its number: a run that goes on needs no state."""
+        count = len(self.items)
+        size = min(max(round(size * self.share), 1), count)
+        places = range(step * size, (step + 1) * size)
+        orders = {epoch: self._epoch(epoch, seed) for epoch in {at // count for at in places}}
+        return [orders[at // count][at % count] for at in places]
+
+    def _epoch(self, epoch: int, seed: int) -> list[int]:
+        order = list(range(len(self.items)))
+        random.Random(f"{seed} {self.name} {epoch}").shuffle(order)
+        return order
+
+
+def answer_nll(reading: Reading) -> Tensor:
+    """Negative log-likelihood of the answers, the loss of plain fine-tuning."""
+    return -reading.log_probs().sum(1)
+
+
+def answered(tok: PreTrainedTokenizerBase, question: str, answer: str, *, form: PromptFormat | None = None) -> TokenRow:
+    """A question through the chat template with the answer and the end token behind it, which are learned."""
+    form = form or PromptFormat(tok)
+    ids, end = form.answer_ids(answer), tok.eos_token_id
+    return form.encode(question).followed_by(ids if end is None else (*ids, end))
+
+
+def text_rows(tok: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[TokenRow]:
+    """Plain text in windows of `length` tokens, all learned but the first; shorter rests are left out."""
+    for document in documents:
+        for ids in cut(tok, document, length):
+            if len(ids) == length:
+                yield TokenRow(tuple(ids), 0, len(ids) - 1)

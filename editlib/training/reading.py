@@ -1,0 +1,105 @@
+"""One pass over items: what the model makes of the tokens that are learned, and only of those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.prompts import TokenRow, pad
+from editlib.models.resume import forward, shared_prefix
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model says at the learned tokens of `n` items with `r` rows each, `m` tokens in all, row after row.
+
+    `out` is `[m, vocab]` logits of each learned token, or `[m, d_model]` states at the places where these are
+    predicted; fp32. `wanted [m]` are the tokens; `counts` has one number a row; `items` says which of the part's items
+    these are.
+    """
+
+    out: Tensor
+    wanted: Tensor
+    counts: tuple[int, ...]
+    items: tuple[int, ...]
+
+    @cached_property
+    def log_softmax(self) -> Tensor:
+        """Log-probabilities of all tokens, `[m, vocab]`."""
+        return self.out.log_softmax(-1)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """`values [m]`, one a token, summed over each row: `[n, r]`."""
+        rows = torch.arange(len(self.counts), device=values.device).repeat_interleave(
+            torch.tensor(self.counts, device=values.device)
+        )
+        summed = torch.zeros(len(self.counts), dtype=values.dtype, device=values.device).index_add(0, rows, values)
+        return summed.reshape(len(self.items), -1)
+
+    def log_probs(self) -> Tensor:
+        """`log p(answer | prompt)` of each row, a sum over its tokens: `[n, r]`."""
+        return self.sums(-torch.nn.functional.cross_entropy(self.out, self.wanted, reduction="none"))
+
+    @property
+    def lengths(self) -> Tensor:
+        """Learned tokens of each row, `[n, r]`."""
+        return torch.tensor(self.counts, device=self.out.device).reshape(len(self.items), -1)
+
+
+def read(
+    anat: Anatomy,
+    items: Sequence[Sequence[TokenRow]],
+    numbers: Sequence[int],
+    *,
+    layer: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Reading:
+    """Reads `items`, whose numbers in their part are `numbers`, in one pass; the gradient goes through all of it.
+
+    What all rows begin with (a chat template's beginning) is run once, and logits are made at the learned tokens only:
+    the head of a small model with a large vocabulary costs more than its layers.
+
+    Args:
+        layer: the states that leave this layer, in place of logits.
+        dtype: of the matrix products (autocast); `None`: the weights' own.
+    """
+    rows = [row for item in items for row in item]
+    device = anat.device
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        # A learned token at column t is said by the logits of column t - 1, which the prefix must leave to the rest.
+        most = min(len(row) - row.extra - 1 for row in rows) if len(rows) > 1 else 0
+        prefix, rests = shared_prefix(anat, rows, most=most, grad=True)
+        batch = pad(rests, device=device)
+        places = [(r, at - 1) for r, row in enumerate(rests) for at in range(len(row) - row.extra, len(row))]
+        row, column = torch.tensor(places, device=device).T
+        if layer is None:
+            out = forward(anat, batch, prefix=prefix, score=(row, column))
+        else:
+            hidden = forward(anat, batch, prefix=prefix, stop=layer + 1)
+            out = hidden[row.to(hidden.device), column.to(hidden.device)]
+    wanted = batch.input_ids[row, column + 1].to(out.device)
+    return Reading(out.float(), wanted, tuple(row.extra for row in rows), tuple(numbers))
+
+
+def passes(
+    items: Sequence[Sequence[TokenRow]], numbers: Sequence[int], *, tokens: int, learned: int
+) -> list[list[int]]:
+    """`numbers` cut into passes of rows of like length with at most so many `tokens` (padding included) and `learned`
+    ones, of which each costs a row of logits as wide as the vocabulary; an item is never cut."""
+    order = sorted(numbers, key=lambda i: (max(len(row) for row in items[i]), i))
+    found: list[list[int]] = []
+    width = rows = scored = 0
+    for i in order:
+        longest, count = max(len(row) for row in items[i]), sum(row.extra for row in items[i])
+        fits = (rows + len(items[i])) * max(width, longest) <= tokens and scored + count <= learned
+        if not found or not fits:
+            found.append([])
+            width = rows = scored = 0
+        found[-1].append(i)
+        width, rows, scored = max(width, longest), rows + len(items[i]), scored + count
+    return found

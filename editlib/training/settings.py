@@ -1,0 +1,70 @@
+"""How a training run goes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from editlib.errors import HparamsError
+
+Decay = Literal["constant", "linear", "cosine"]
+Precision = Literal["auto", "float32", "bfloat16"]
+LEAST_SHARE = 0.1  # of the learning rate, where it ends when it decays
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """AdamW (1711.05101) with a linear warm-up.
+
+    Args:
+        learning_rate: the largest one, after the warm-up.
+        steps: optimiser steps.
+        batch_size: items of each part of the loss in a step; the steps go through shuffled epochs one after another.
+        warmup_steps: until the learning rate is reached.
+        decay: "constant" afterwards, or down to a tenth at the last step. With "constant" a longer run passes through
+            the very weights that a shorter one ends at.
+        max_grad_norm: longer gradients are cut to this L2 norm; `None` leaves them.
+        precision: of the matrix products; weights, gradients and AdamW's moments are fp32 always. "auto" is bfloat16
+            where the processor has bf16 products.
+        seed: of the order of the items.
+
+    Raises:
+        HparamsError: a value out of range.
+    """
+
+    learning_rate: float = 1e-5
+    steps: int = 100
+    batch_size: int = 16
+    warmup_steps: int = 5
+    decay: Decay = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    precision: Precision = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1), ("warmup_steps", 0), ("weight_decay", 0)):
+            if not getattr(self, name) >= least:
+                raise HparamsError(f"{name} is {getattr(self, name)!r}; expected a number from {least} on")
+        if not 0 <= self.learning_rate < math.inf:
+            raise HparamsError(f"learning_rate is {self.learning_rate!r}; expected a number from 0 on")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise HparamsError(f"max_grad_norm is {self.max_grad_norm!r}; expected a number above 0, or none")
+        for name, kinds in (("decay", get_args(Decay)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in kinds:
+                raise HparamsError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(kinds)}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        if self.decay == "constant":
+            return self.learning_rate
+        gone = (step - self.warmup_steps) / max(self.steps - self.warmup_steps - 1, 1)
+        left = 1 - gone if self.decay == "linear" else (1 + math.cos(math.pi * gone)) / 2
+        return self.learning_rate * (LEAST_SHARE + (1 - LEAST_SHARE) * left)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)

@@ -1,0 +1,58 @@
+"""Which numbers of a model are trained: all of them, or a LoRA adapter that is merged at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from editlib.errors import ModelError
+from editlib.models.adapter import adapter
+from editlib.models.anatomy import Anatomy
+from editlib.models.precision import widened
+
+
+@contextmanager
+def trainable(anat: Anatomy, *, rank: int | None = None, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+    """The parameters to train by their names, in fp32 inside the block.
+
+    Args:
+        rank: of a LoRA adapter on every linear map of the layers (2106.09685), drawn from `seed` and merged into the
+            weights at the end of the block, unless it ends in an error; `None`: all parameters of the model.
+
+    Raises:
+        ModelError: a weight is offloaded, or `peft` is missing for an adapter.
+    """
+    check_whole(anat)
+    with widened(anat.model):
+        if rank is None:
+            yield dict(anat.model.named_parameters())
+            return
+        with adapter(anat, rank=rank, seed=seed) as parameters:
+            mine = {id(parameter) for parameter in parameters}
+            yield {name: p for name, p in anat.model.named_parameters() if id(p) in mine}
+            with torch.no_grad():
+                updates = {
+                    name: anat.model.get_submodule(name).get_delta_weight("default")
+                    for name in linear_maps_inside(anat)
+                }
+        with torch.no_grad():
+            for name, update in updates.items():
+                anat.model.get_submodule(name).weight += update
+
+
+def linear_maps_inside(anat: Anatomy) -> list[str]:
+    """The names of the modules that carry an adapter."""
+    return [name for name, module in anat.model.named_modules() if hasattr(module, "get_delta_weight")]
+
+
+def check_whole(anat: Anatomy) -> None:
+    """Raises `ModelError` when a parameter is offloaded: it cannot be trained then."""
+    for name, parameter in anat.model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(
+                f"{name} is offloaded and cannot be trained; load the model so that it fits in memory (device_map, or "
+                "dtype bfloat16)"
+            )
