@@ -30,10 +30,10 @@ class Baseline:
     kind: Kind = "gradient"
     forget: Make | None = None
     retain: Make | None = None
-    rate: float = 2e-5
+    rate: float = 5e-5
     steps: int = 40
-    low: float = 5e-6
-    high: float = 1e-4
+    low: float = 1e-5
+    high: float = 3e-4
     beta: float = 0.1
     weight: float = 1.0
     editor: str | None = None

@@ -82,7 +82,7 @@ def test_every_baseline_has_the_same_budget(tiny_llama, tok_chat, parts, monkeyp
     monkeypatch.setattr(module, "recalls", lambda *_: (0.5, 0.5))
     found = search("GA", tiny_llama, tok_chat, parts.forget, parts.retain, parts.validation, budget, SETTINGS)
     assert [(t.learning_rate, t.steps) for t in found.trials] == [(r, s) for r in rates("GA", 3) for s in (4, 8)]
-    assert rates("GA", 3) == pytest.approx([5e-6, math.sqrt(5e-10), 1e-4], rel=1e-2) and len(rates("GA", 1)) == 1
+    assert rates("GA", 3) == pytest.approx([1e-5, math.sqrt(3e-9), 3e-4], rel=1e-2) and len(rates("GA", 1)) == 1
 
 
 def test_trials_leave_the_model_as_it_was_and_go_on(tiny_llama, tok_chat, parts, tmp_path, monkeypatch):
@@ -119,11 +119,11 @@ def test_trials_leave_the_model_as_it_was_and_go_on(tiny_llama, tok_chat, parts,
 
 
 def test_the_best_at_an_edge_is_said_and_a_failed_trial_counts_nothing(tiny_llama, tok_chat, parts, monkeypatch):
-    points = {(5e-6, 2): 0.2, (5e-6, 4): 0.3, (1e-4, 2): 0.9, (1e-4, 4): 0.95}
+    points = {(1e-5, 2): 0.2, (1e-5, 4): 0.3, (3e-4, 2): 0.9, (3e-4, 4): 0.95}
 
     def apply(name, model, tok, forget, retain, run, *, watch, watched, **_):
         for steps in watched:
-            if (run.learning_rate, steps) == (1e-4, 4):
+            if (run.learning_rate, steps) == (3e-4, 4):
                 raise EditError("the loss is not finite")
             now.append(points[run.learning_rate, steps])
             watch(steps)
@@ -133,7 +133,7 @@ def test_the_best_at_an_edge_is_said_and_a_failed_trial_counts_nothing(tiny_llam
     monkeypatch.setattr(module, "recalls", lambda *_: (1 - now[-1], 0.5))
     found = search("GA", tiny_llama, tok_chat, parts.forget, parts.retain, parts.validation, BUDGET, SETTINGS)
     assert found.edges == ("learning_rate high", "steps low")
-    assert (found.chosen.learning_rate, found.chosen.steps) == (1e-4, 2)
+    assert (found.chosen.learning_rate, found.chosen.steps) == (3e-4, 2)
     assert found.trials[-1].failed == "the loss is not finite" and found.trials[-1].balance == 0
     json.dumps(found.to_dict())
     with pytest.raises(HparamsError, match="points"):
