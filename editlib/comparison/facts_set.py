@@ -13,15 +13,12 @@ from editlib.comparison.methods import Task
 from editlib.comparison.section import General
 from editlib.comparison.sets import Base, ForgetSet, Measure, Protocol, Scores, SetSettings
 from editlib.errors import ConfigError, RequestError
-from editlib.evaluation.dealing import Deal, Parts, deal_facts, knows
+from editlib.evaluation.dealing import ANCHORED, RELATIONS, WATCHED, Parts, deal_in_proportion
 from editlib.evaluation.facts import KINDS, Before, Item, ask, build_items, evaluate
 from editlib.evaluation.metrics import wilson_interval
 from editlib.hparams.checks import knob
 from editlib.request import EditRequest, read_requests, requests_hash, write_requests
 
-RELATIONS = ("capital", "symbol", "city_country", "language", "author", "landmark_country")
-ANCHORED = ("currency", "opposite", "state_capital")
-WATCHED = ("continent", "atomic_number")
 KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 
@@ -97,34 +94,13 @@ class Facts(Protocol):
 
     def _dealt(self, base: Base, before: Before) -> Parts:
         """`forget` facts over all relations, of each in proportion to what the model knows of it."""
-        own, bench = self.settings, base.bench
-        relations = own.relations or RELATIONS
-        facts = [fact for fact in bundled.facts() if fact.relation in relations]
-        missing = [fact.question for fact in facts if fact.question not in before.answers]
-        if missing:
-            label = "what the base knows" if bench.progress else None
-            before.answers.update(ask(bench.anat, bench.tok, missing, progress=label))
+        own = self.settings
+        try:
+            return deal_in_proportion(base.bench, before, own.forget or 0, own.seed, own.relations or RELATIONS)
+        except RequestError as error:
+            raise RequestError(f"{self.where}: {error}") from None
+        finally:
             before.save(base.folder / "before.json")
-        known = {r: sum(fact.relation == r and knows(bench, before, fact) for fact in facts) for r in relations}
-        wanted = own.forget or 0
-        if sum(known.values()) < 2 * wanted:
-            raise RequestError(
-                f"{self.where}: {bench.name} knows {sum(known.values())} of the {len(facts)} facts of these relations; "
-                f'expected twice as many as "forget" ({wanted}), so that others can be watched; lower it'
-            )
-        deal = Deal(forget=allot(wanted, known), anchor_relations=ANCHORED, watched_relations=WATCHED)
-        return deal_facts(bench, before, deal, own.seed)
-
-
-def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
-    """`total` shared out in proportion to `known`, none above its own number, by largest remainders."""
-    every = sum(known.values())
-    exact = {name: total * count / every for name, count in known.items()}
-    found = {name: int(share) for name, share in exact.items()}
-    by_rest = sorted(known, key=lambda name: (found[name] - exact[name], name))
-    for name in by_rest[: total - sum(found.values())]:
-        found[name] += 1
-    return {name: count for name, count in found.items() if count}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from editlib import bundled
+from editlib.errors import RequestError
 from editlib.evaluation.facts import Before, ask
 from editlib.evaluation.metrics import has_answer
 from editlib.request import EditRequest
 from editlib.workbench import Workbench
+
+# Relations that facts are drawn from where nothing else is said, others that are held, and others that never are.
+RELATIONS = ("capital", "symbol", "city_country", "language", "author", "landmark_country")
+ANCHORED = ("currency", "opposite", "state_capital")
+WATCHED = ("continent", "atomic_number")
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,37 @@ def deal_facts(bench: Workbench, before: Before, deal: Deal, seed: int) -> Parts
     watch += [prompt for prompt in tests if prompt.answer is None][: deal.general_instructions]
     _ask(bench, before, watch)
     return Parts(forget, anchors, watch)
+
+
+def deal_in_proportion(
+    bench: Workbench, before: Before, total: int, seed: int, relations: Sequence[str] = RELATIONS
+) -> Parts:
+    """`total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
+
+    Raises:
+        RequestError: the model knows less than twice as many, so that too few are left to watch.
+    """
+    facts = [fact for fact in bundled.facts() if fact.relation in relations]
+    _ask(bench, before, facts)
+    known = {r: sum(fact.relation == r and knows(bench, before, fact) for fact in facts) for r in relations}
+    if sum(known.values()) < 2 * total:
+        raise RequestError(
+            f"{bench.name} knows {sum(known.values())} of the {len(facts)} facts of these relations; expected twice as "
+            f"many as are to be forgotten ({total}), so that others can be watched; forget fewer"
+        )
+    deal = Deal(forget=allot(total, known), anchor_relations=ANCHORED, watched_relations=WATCHED)
+    return deal_facts(bench, before, deal, seed)
+
+
+def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
+    """`total` shared out in proportion to `known`, none above its own number, by largest remainders."""
+    every = sum(known.values())
+    exact = {name: total * count / every for name, count in known.items()}
+    found = {name: int(share) for name, share in exact.items()}
+    by_rest = sorted(known, key=lambda name: (found[name] - exact[name], name))
+    for name in by_rest[: total - sum(found.values())]:
+        found[name] += 1
+    return {name: count for name, count in found.items() if count}
 
 
 def knows(bench: Workbench, before: Before, fact: EditRequest) -> bool:

@@ -18,7 +18,7 @@ from editlib.corpus import load_corpus
 from editlib.errors import EditError, HparamsError, OutputError
 from editlib.evaluation.bench import settings_of
 from editlib.evaluation.cells import append_cell, read_cells
-from editlib.evaluation.dealing import Deal, Parts, deal_facts
+from editlib.evaluation.dealing import Parts, deal_in_proportion
 from editlib.evaluation.facts import Before, build_items, evaluate
 from editlib.evaluation.run import text_windows
 from editlib.hparams import HyperParams, UniEraseHyperParams
@@ -29,11 +29,7 @@ from editlib.workbench import Workbench
 log = logging.getLogger(__name__)
 
 REFUSAL = "I don't know."  # what an algorithm that needs a target is aimed at
-DEAL = Deal(
-    forget={"capital": 30, "symbol": 22, "city_country": 16, "language": 14, "author": 10, "landmark_country": 8},
-    anchor_relations=("currency", "opposite", "state_capital"),
-    watched_relations=("continent", "atomic_number"),
-)
+FACTS = 100  # that are forgotten
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,8 @@ def bench_sequential(
 
     Args:
         load: gives the base model anew; called once for the measuring and once for each chain.
-        parts: which facts are forgotten, held and watched; `None`: bundled ones (`DEAL`), those that the model knows.
+        parts: which facts are forgotten, held and watched; `None`: `FACTS` bundled ones of
+            those that the model knows, of each relation in proportion.
         points: how often each chain is measured on its way, the end included.
 
     Raises:
@@ -107,7 +104,7 @@ def bench_sequential(
     out.mkdir(parents=True, exist_ok=True)
     base = load()
     before = Before.load(out / "before.json", base.sha256)
-    parts = parts or _mixed(deal_facts(base, before, DEAL, seed), seed)
+    parts = parts or _mixed(deal_in_proportion(base, before, FACTS, seed), seed)
     before.save(out / "before.json")
     for name in ("forget", "anchors", "watch"):
         write_requests(out / f"{name}.jsonl", getattr(parts, name))

@@ -13,9 +13,9 @@ from scripted import REFUSE, Unit, World, scripted
 from editlib.attacks.registry import ATTACKS, Entry
 from editlib.comparison import arena
 from editlib.comparison.config import parse_config
-from editlib.comparison.facts_set import allot
 from editlib.comparison.methods import METHODS, Cost, Method, NoSettings
 from editlib.comparison.run import compare
+from editlib.evaluation.dealing import allot
 from editlib.request import EditRequest, write_requests
 from editlib.workbench import Workbench
 
