@@ -10,7 +10,8 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/ruff check .
-	$(BIN)/pytest
+	$(BIN)/editlib fetch smollm2-135m
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

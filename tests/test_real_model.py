@@ -15,7 +15,7 @@ from editlib.models.loading import load
 from editlib.models.packaged import fetch
 from editlib.workbench import Workbench
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]  # one worker: the job is run once
 
 FORGET = ("capital/france", "capital/japan", "symbol/oxygen", "symbol/gold")
 
