@@ -94,12 +94,11 @@ class Timer:
 @dataclass(frozen=True)
 class LayerKeys:
     """The keys that a layer's solve works with: per request the mean over its contexts and that of its plain prompt,
-    both `[d_ff, n]`, and how its contexts' keys lie around their mean, `[d_ff, contexts]`; of the anchors those at
-    every position to hold in place, `[d_ff, m]`, and those at their lookup positions, `[d_ff, anchors]`."""
+    both `[d_ff, n]`; of the anchors those at every position to hold in place, `[d_ff, m]`, and those at their lookup
+    positions, `[d_ff, anchors]`."""
 
     mean: Tensor
     plain: Tensor
-    spread: Tensor
     held: Tensor
     held_lookups: Tensor
 
@@ -150,7 +149,6 @@ def write_layers(
     try:
         stream = KeyStream(anat, [row for rows in contexts for row in rows], layers[0])
         plain = torch.tensor([0, *[len(rows) for rows in contexts[:-1]]]).cumsum(0)
-        owner = torch.repeat_interleave(torch.tensor([len(rows) for rows in contexts]))  # of each context, its request
         mean = torch.block_diag(*[_column(weights[i] if weights else None, rows) for i, rows in enumerate(contexts)])
         anchor_stream = KeyStream(anat, anchors, layers[0]) if anchors else None
         for i, layer in enumerate(layers):
@@ -172,8 +170,7 @@ def write_layers(
                     lookups = held = anchor_stream.keys().to(weight.device, dtype)
                 else:
                     lookups, held = (found.to(keys) for found in anchor_stream.keys_from(anchor_starts))
-            spread = every - keys[:, owner]
-            delta = solve(layer, LayerKeys(keys, every[:, plain], spread, held, lookups), residual)
+            delta = solve(layer, LayerKeys(keys, every[:, plain], held, lookups), residual)
             write(anat, layer, delta)
             written.deltas[layer], written.keys[layer] = delta, keys
     except BaseException:

@@ -116,7 +116,6 @@ def apply_unierase_to_model(
             held = [
                 keys.held * math.sqrt(hparams.anchor_weight),
                 keys.held_lookups * math.sqrt(hparams.anchor_lookup_weight),
-                keys.spread * math.sqrt(hparams.spread_weight),
                 state.past_block(layer, keys.mean),
             ]
             text = stats[layer].moment().to(keys.mean) * hparams.text_weight if hparams.text_weight else None

@@ -167,7 +167,6 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     anchors: bool = knob(True, "hold the keys of the retain prompts in place")
     anchor_weight: float = knob(1.0, "weight of an anchor against a request", min=0)
     anchor_lookup_weight: float = knob(0.0, "weight of its lookup position besides, where other subjects differ", min=0)
-    spread_weight: float = knob(0.0, "weight of what a request's surroundings change in its key, to be ignored", min=0)
     text_weight: float = knob(
         0.0, "weight of ordinary text, held as in MEMIT beside or instead of by the null space", min=0
     )

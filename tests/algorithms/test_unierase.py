@@ -113,9 +113,9 @@ def test_an_error_behind_the_gate_puts_everything_back(job, monkeypatch, part):
     assert all(torch.equal(value, plain[name]) for name, value in weights(model).items())
 
 
-@pytest.mark.parametrize("knob", ["anchor_lookup_weight", "spread_weight", "text_weight"])
+@pytest.mark.parametrize("knob", ["anchor_lookup_weight", "text_weight"])
 def test_what_weighs_more_is_moved_less(job, monkeypatch, knob):
-    """Anchors' lookup positions, what surroundings change in a key, and ordinary text."""
+    """Anchors' lookup positions, and ordinary text."""
     model, tok, rest = job
     generator, told, moved = torch.Generator().manual_seed(8), [], {}
     text = torch.randn(rest["stats"][0].mom2.shape[0], 5, generator=generator, dtype=torch.float64)
@@ -131,10 +131,10 @@ def test_what_weighs_more_is_moved_less(job, monkeypatch, knob):
     genuine = unierase.write_layers
     monkeypatch.setattr(unierase, "write_layers", write_layers)
     for weight in (0.0, 1e3):
-        options = OPTIONS | {"context_templates": ["{}", "Well. {}"], "anchor_weight": 1e-3, knob: weight}
+        options = OPTIONS | {"anchor_weight": 1e-3, knob: weight}
         result = apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**options), **rest)
         result.revert(model)
-        keys = {"anchor_lookup_weight": told[-2].held_lookups, "spread_weight": told[-2].spread, "text_weight": text}
+        keys = {"anchor_lookup_weight": told[-2].held_lookups, "text_weight": text}
         moved[weight] = float((result.deltas[0].dense() @ keys[knob]).norm())
     assert moved[1e3] < 0.2 * moved[0.0]
 
