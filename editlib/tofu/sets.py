@@ -13,7 +13,7 @@ from typing import Any
 import jsonlines
 
 from editlib.errors import RequestError
-from editlib.request import EditRequest, read_questions, tell_subjects
+from editlib.request import EditRequest, read_questions, read_requests, tell_subjects
 from editlib.subjects import Subject
 
 log = logging.getLogger(__name__)
@@ -158,12 +158,13 @@ def read_tofu(
 
 
 def questions_in(path: str | Path) -> frozenset[str]:
-    """The questions of a file in TOFU's form, such as one of what a model learned.
+    """The questions of what a model learned: a request file such as `editlib finetune` leaves (`learned.jsonl`), or one
+    in TOFU's form.
 
     Raises:
         RequestError: it cannot be read, or holds no questions.
     """
-    return frozenset(request.question for request, _ in read_questions(path))
+    return frozenset(request.question for request in read_requests(path))
 
 
 def _questions(path: Path, own: dict[str, str]) -> tuple[list[EditRequest], list[Subject | None]]:

@@ -6,6 +6,7 @@ import pytest
 from tofu_files import FORGOTTEN, KEPT, rows, write_tofu_files
 
 from editlib.errors import RequestError
+from editlib.request import read_requests, write_requests
 from editlib.tofu.sets import Asked, draw, questions_in, read_tofu
 
 
@@ -56,6 +57,12 @@ def test_what_was_not_learned_is_neither_forgotten_nor_kept(folder, tmp_path):
     assert sets.unlearned == {"forget": 4, "retain": 9}
     with pytest.raises(RequestError, match="none of 6 questions of forget01"):
         read_tofu(folder, learned={"Who?"})
+
+
+def test_what_finetune_leaves_says_what_was_learned(folder, tmp_path):
+    learned = tmp_path / "learned.jsonl"
+    write_requests(learned, read_requests(folder / "forget01.jsonl")[:2])
+    assert questions_in(learned) == set(asked_of(FORGOTTEN[0])[:2])
 
 
 def test_the_user_names_subjects_of_either_set(folder):
