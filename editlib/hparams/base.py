@@ -133,7 +133,7 @@ class ClosedFormHyperParams(HyperParams):
     )
     v_optimizer: str = knob("adam", "how a target state is found", choices=("adam", "normalised"))
     v_precision: str = knob(
-        "model", 'dtype that targets are found in; "fast" is bf16 on processors that have it', choices=("model", "fast")
+        "model", 'dtype that targets are found in; "fast" is bf16 where that is faster', choices=("model", "fast")
     )
     v_num_grad_steps: int = knob(25, "steps for a target state", min=1)
     v_lr: float = knob(0.5, "Adam's learning rate, or a normalised step's length in norms of the state", above=0)

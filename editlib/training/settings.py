@@ -26,7 +26,7 @@ class TrainSettings:
             the very weights that a shorter one ends at.
         max_grad_norm: longer gradients are cut to this L2 norm; `None` leaves them.
         precision: of the matrix products; weights, gradients and AdamW's moments are fp32 always. "auto" is bfloat16
-            where the processor has bf16 products.
+            where the processor's bf16 products are the faster ones.
         seed: of the order of the items.
 
     Raises:
