@@ -126,24 +126,33 @@ def alphaedit(
     return _finite(residual, right.T)
 
 
-def exact(delta: LowRank, keys: Tensor) -> LowRank:
+def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
     """Rescales an update so that it maps `keys [d_ff, n]` to its residual exactly, within the directions it has.
 
     The ridge and the constraints leave each key short of its residual by a different amount. With
     `M = right @ keys [n, n]`, `Δ = R M^-1 right` is the update of least cost among those with `Δ K = R`: the equality
     constraint of EMMET (2403.14236, eq. 9) with the constraints' keys in place of the covariance.
 
+    Args:
+        floor: no direction of `M` is scaled up by more than `1 / floor`. The singular values of an update by
+            `alphaedit` say which share of a residual it reaches, and they are small only where requests differ less
+            than the constraints allow for: two questions about one subject have nearly the same key. Telling those
+            apart would cost most and be for nothing, so they get the mean of their residuals.
+
     Raises:
-        EditError: keys too much alike to be given different outputs.
+        EditError: keys too much alike to be given different outputs, with a floor of zero.
     """
     short = delta.right @ keys
-    sizes = torch.linalg.svdvals(short) if torch.isfinite(short).all() else short.new_zeros(1)
-    if float(sizes.min()) <= len(short) * torch.finfo(short.dtype).eps * float(sizes.max()):
-        raise EditError(
-            "two requests (or two of their relations, in the answer gate) have the same key; the model is unchanged: "
-            'remove or reword one, or set `solve` to "ridge"'
-        )
-    return LowRank(torch.linalg.solve(short, delta.left, left=False), delta.right)
+    if not floor:
+        sizes = torch.linalg.svdvals(short) if torch.isfinite(short).all() else short.new_zeros(1)
+        if float(sizes.min()) <= len(short) * torch.finfo(short.dtype).eps * float(sizes.max()):
+            raise EditError(
+                "two requests (or two of their relations, in the answer gate) have the same key; the model is "
+                "unchanged: remove or reword one, or raise `exact_floor`"
+            )
+        return LowRank(torch.linalg.solve(short, delta.left, left=False), delta.right)
+    u, sizes, vh = torch.linalg.svd(short)
+    return LowRank(delta.left @ (vh.T / sizes.clamp_min(floor)) @ u.T, delta.right)
 
 
 def _last_columns(m: int, keys: Tensor) -> Tensor:

@@ -120,7 +120,9 @@ def apply_unierase_to_model(
             ]
             text = stats[layer].moment().to(keys.mean) * hparams.text_weight if hparams.text_weight else None
             delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=held, moment=text)
-            return exact(delta, spaces[layer].project(keys.mean)) if hparams.solve == "exact" else delta
+            if hparams.solve == "ridge":
+                return delta
+            return exact(delta, spaces[layer].project(keys.mean), floor=hparams.exact_floor)
 
         try:
             for layer, delta in gate.items():

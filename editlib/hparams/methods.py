@@ -157,6 +157,9 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         lambda: ["{}"], 'surroundings of the question that targets are found in; "{}" is the question'
     )
     solve: str = knob("ridge", "requests met by least squares, or exactly", choices=("ridge", "exact"))
+    exact_floor: float = knob(
+        0.1, "share of a residual that the ridge must reach for it to be met exactly; like keys share", min=0, max=1
+    )
     kl_subject_prompts: int = knob(0, "general prompts about the subject that the KL term also holds", min=0, max=11)
     kl_answer_tokens: int = knob(0, "how many tokens of the answers to them it holds", min=0)
     gate_layer: int | None = knob(None, "late layer that lifts [UNL] for the requests' relations; none: no gate", min=0)

@@ -163,3 +163,25 @@ def test_exact_refuses_keys_that_are_the_same():
     ridge = alphaedit(keys, residual, null_space(c, 1e-2), l2=1.0, constraints=[held])
     with pytest.raises(EditError, match="same key"):
         exact(ridge, keys)
+
+
+def test_with_a_floor_equal_keys_share_the_mean_of_their_residuals():
+    """TOFU: "What did <author> write?" and "What did <author> win?" have one key, up to the author."""
+    keys, residual, held, c = problem(8, 20, 5, 4, 3, 50)
+    keys[:, 3] = keys[:, 0]
+    ridge = alphaedit(keys, residual, null_space(c, 1e-2), l2=1e-6, constraints=[1e-3 * held])
+    wanted = residual.clone()
+    wanted[:, [0, 3]] = residual[:, [0, 3]].mean(dim=1, keepdim=True)
+    torch.testing.assert_close(exact(ridge, keys, floor=0.1) @ keys, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("floor", [0.01, 0.3, 1.0])
+def test_no_direction_is_scaled_up_by_more_than_the_floor_allows(floor):
+    """In the directions of `M = U S V^T` the update reaches `S / max(S, floor)` of what was asked."""
+    keys, residual, held, c = problem(9, 20, 5, 6, 8, 50)
+    keys[:, 1] = keys[:, 0] + 0.02 * keys[:, 1]
+    ridge = alphaedit(keys, residual, null_space(c, 1e-2), l2=1.0, constraints=[held])
+    values, vectors = torch.linalg.eigh(ridge.right @ keys)  # symmetric: K^T G^-1 K
+    reached = vectors @ torch.diag(values / values.clamp_min(floor)) @ vectors.T
+    assert values.min() < 0.01 < values.max()
+    torch.testing.assert_close(exact(ridge, keys, floor=floor) @ keys, residual @ reached, rtol=1e-6, atol=1e-8)
