@@ -172,24 +172,34 @@ def essence(
 
 
 def target_states(
-    prepared: Prepared, hparams: ClosedFormHyperParams, *, norms: Tensor | None = None, progress: bool = False
+    prepared: Prepared,
+    hparams: ClosedFormHyperParams,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    norms: Tensor | None = None,
+    progress: bool = False,
 ) -> Values:
     """The states at the lookup positions behind the last of `layers` from which each request's target follows.
 
     They are found in the dtype that `v_precision` says, and added to the states as they really are.
 
     Args:
-        norms: see `compute_zs`.
+        groups: requests, by number, that share one change `δ`, found in the contexts of all of them; they must have
+            one target and one essence. `None`: each has its own.
+        norms: see `compute_zs`; not with `groups`.
     """
     anat, layer = prepared.anat, hparams.layers[-1]
+    groups = groups or [[i] for i in range(len(prepared.requests))]
+    first = [group[0] for group in groups]
+    group_of = {i: number for number, group in enumerate(groups) for i in group}
     with frozen(anat.model):
         with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
             values = compute_zs(
                 anat,
-                prepared.contexts,
-                prepared.targets,
+                [[row for i in group for row in prepared.contexts[i]] for group in groups],
+                [prepared.targets[i] for i in first],
                 layer,
-                kl_rows=prepared.essence,
+                kl_rows=[prepared.essence[i] for i in first],
                 steps=hparams.v_num_grad_steps,
                 lr=hparams.v_lr,
                 weight_decay=hparams.v_weight_decay,
@@ -198,9 +208,9 @@ def target_states(
                 stop_loss=hparams.early_stop_loss,
                 optimizer=hparams.v_optimizer,
                 norms=norms,
-                names=[request.id for request in prepared.requests],
+                names=[prepared.requests[i].id for i in first],
                 progress=progress,
-            )
+            ).select([group_of[i] for i in range(len(prepared.requests))])
         today = KeyStream(anat, [rows[0] for rows in prepared.contexts], layer).states(layer)
     targets = today + values.deltas
     if hparams.rescale_norm:

@@ -138,7 +138,7 @@ def apply_unierase_to_model(
                     )
                     wanted = [(number,)] * len(requests)
                     prepared = Prepared(anat, form, list(requests), contexts, wanted, subjects)
-                    values = target_states(prepared, hparams, progress=progress)
+                    values = target_states(prepared, hparams, groups=_by_subject(requests), progress=progress)
             values = replace(values, gate=opened)
             diagnostics = value_diagnostics(requests, values)
             with timer("write"):
@@ -204,6 +204,15 @@ def _gate(
         return answer_gate(
             anat, form, requests, anchors, number, layer, nll=nll, templates=templates, values=values
         ), values
+
+
+def _by_subject(requests: Sequence[EditRequest]) -> list[list[int]]:
+    """The requests, by number, that ask about one subject. Up to the subject's last token, where an edit reads its key,
+    their questions hardly differ (TOFU asks twenty about one author), and one key can be given one change only."""
+    groups: dict[str | int, list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(i if request.subject is None else request.subject, []).append(i)
+    return list(groups.values())
 
 
 def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperParams) -> list[TokenRow]:

@@ -51,12 +51,12 @@ def job(tiny_llama, tok):
     return tiny_llama, tok, {"token": token, "retain": RETAIN, "stats": stats}
 
 
-def nlls(model, tok):
+def nlls(model, tok, asked=FORGET):
     form = PromptFormat(tok)
     with torch.no_grad():
         return [
             -float(model(torch.tensor([form.encode(r.question).ids])).logits[0, -1].log_softmax(0)[VOCAB])
-            for r in FORGET
+            for r in asked
         ]
 
 
@@ -242,3 +242,25 @@ def test_a_replay_finds_nothing_anew(job, monkeypatch, gate):
     again = apply_unierase_to_model(model, tok, FORGET, hparams, values=first.values, **rest)
     for layer, delta in first.deltas.items():
         assert torch.equal(again.deltas[layer].dense(), delta.dense())
+
+
+def test_questions_about_one_subject_share_one_change(job):
+    """TOFU asks twenty about one author, all with nearly the same key; a change of its own for each cannot be written.
+    The shared one brings the token near after every one of them."""
+    model, tok, rest = job
+    asked = [
+        EditRequest(id=f"{place}/{i}", prompt=text, subject=place, answer="x")
+        for place in ("France", "Peru")
+        for i, text in enumerate(("What is the capital of {}?", "Which river flows through {}?"))
+    ]
+    rest["token"].add_to(model, tok)
+    before = nlls(model, tok, asked)
+    result = apply_unierase_to_model(model, tok, asked, UniEraseHyperParams(**OPTIONS), **rest | {"retain": ()})
+    first, second, third, fourth = result.values.deltas.T
+    assert torch.equal(first, second) and torch.equal(third, fourth) and not torch.equal(first, third)
+    assert all(new < old - 0.2 for new, old in zip(nlls(model, tok, asked), before, strict=True))
+
+
+def test_requests_without_a_subject_share_nothing():
+    plain = [EditRequest(id=text, prompt=text) for text in ("Who are you?", "What is that?")]
+    assert unierase._by_subject([plain[0], FORGET[1], plain[1], FORGET[1]]) == [[0], [1, 3], [2]]
