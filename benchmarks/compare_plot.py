@@ -2,8 +2,8 @@
 
     python benchmarks/compare_plot.py runs/results-facts runs/results-tofu --out docs/images/results.png
 
-Each folder is one that `editlib compare --out` wrote; every set of it gets a panel. Methods on the Pareto front are
-filled, and their names are bold.
+Each folder is one that `editlib compare --out` wrote; every set of it gets a panel. Points on the Pareto front are
+filled.
 """
 
 from __future__ import annotations
@@ -27,26 +27,21 @@ LOOKS = {  # of the families: marker, colour
 
 def draw(panel: Axes, name: str, about: dict[str, Any]) -> None:
     """One set: forgetting to the right, keeping upwards; higher is better on both."""
-    for one in about["methods"]:
+    for number, one in enumerate(about["methods"], 1):
         x, y = one["forget"], one["retain"]
         if x is None or y is None:
             continue
         marker, colour = LOOKS.get(one["family"], ("o", "black"))
-        panel.plot(x, y, marker, color=colour, markersize=8, fillstyle="full" if one["front"] else "none")
-        left = x > 0.6
-        panel.annotate(
-            one["method"],
-            (x, y),
-            xytext=(-7 if left else 7, 5),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            fontsize=8,
-            fontweight="bold" if one["front"] else "normal",
-        )
+        style = "full" if one["front"] else "none"
+        label = f"{number} {one['method']}"
+        panel.plot(x, y, marker, color=colour, markersize=8, fillstyle=style, linestyle="none", label=label)
+        above = number % 2 == 0  # neighbouring points are often neighbours in the list
+        panel.annotate(str(number), (x, y), (0, 8 if above else -15), textcoords="offset points", ha="center")
     panel.set(title=name, xlim=(-0.03, 1.05), ylim=(-0.03, 1.08))
     panel.set_xlabel(f"forget: {about['axes'][0]}", fontsize=8)
     panel.set_ylabel(f"retain: {about['axes'][1]}", fontsize=8)
     panel.grid(color="#d5d9de")
+    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
 
 
 def main() -> None:
@@ -62,7 +57,7 @@ def main() -> None:
             raise SystemExit(
                 f"{folder}: no finished comparison ({error.strerror}); run `editlib compare` first"
             ) from None
-    figure = Figure(figsize=(5.2 * len(sets), 5), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(sets), 5.6), layout="constrained")
     for panel, (name, about) in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True):
         draw(panel, name, about)
     figure.savefig(args.out, dpi=110)
