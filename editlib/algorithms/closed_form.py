@@ -140,7 +140,7 @@ def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
             apart would cost most and be for nothing, so they get the mean of their residuals.
 
     Raises:
-        EditError: keys too much alike to be given different outputs, with a floor of zero.
+        EditError: keys too much alike to be given different outputs, with a floor of zero; numbers that are not finite.
     """
     short = delta.right @ keys
     if not floor:
@@ -151,6 +151,8 @@ def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
                 "unchanged: remove or reword one, or raise `exact_floor`"
             )
         return LowRank(torch.linalg.solve(short, delta.left, left=False), delta.right)
+    if not torch.isfinite(short).all():
+        raise EditError("the solve gave values that are not finite; the model is unchanged: raise `L2`")
     u, sizes, vh = torch.linalg.svd(short)
     return LowRank(delta.left @ (vh.T / sizes.clamp_min(floor)) @ u.T, delta.right)
 

@@ -185,3 +185,11 @@ def test_no_direction_is_scaled_up_by_more_than_the_floor_allows(floor):
     reached = vectors @ torch.diag(values / values.clamp_min(floor)) @ vectors.T
     assert values.min() < 0.01 < values.max()
     torch.testing.assert_close(exact(ridge, keys, floor=floor) @ keys, residual @ reached, rtol=1e-6, atol=1e-8)
+
+
+def test_a_floor_does_not_hide_what_is_not_finite():
+    keys, residual, held, c = problem(8, 20, 5, 4, 3, 50)
+    ridge = alphaedit(keys, residual, null_space(c, 1e-2), l2=1.0, constraints=[held])
+    keys[0, 0] = float("inf")
+    with pytest.raises(EditError, match="not finite"):
+        exact(ridge, keys, floor=0.1)
