@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ def apply_baseline_to_model(
     seed: int = 0,
     model_name: str | None = None,
     pairs: tuple[Pairs, Pairs | None] | None = None,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
     watch: Callable[[int], None] | None = None,
     watched: Sequence[int] = (),
     progress: bool = False,
@@ -48,6 +50,7 @@ def apply_baseline_to_model(
         settings: their `None`s stand for the baseline's defaults.
         model_name: what the model is called, for bundled settings and statistics; default: what it was loaded from.
         pairs: what `pairs_for` gave for this very model and seed, so that a search makes them once.
+        known_answers: see `make_pairs`.
         watch, watched: see `training.train`.
 
     Raises:
@@ -71,7 +74,7 @@ def apply_baseline_to_model(
     anat = anatomy(model)
     check_whole(anat)
     with unchanged_on_error(model):
-        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed)
+        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, known_answers=known_answers)
         stage = Stage(
             anat,
             *made,
@@ -106,11 +109,13 @@ def pairs_for(
     retain: Sequence[EditRequest],
     *,
     seed: int,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Pairs, Pairs | None]:
     """What a gradient baseline reads, by the model as it is: the pairs to forget, and those to keep where it has a use
     for them."""
-    kept = make_pairs(anat, tok, retain, seed=seed + 1) if entry.needs_retain else None
-    return make_pairs(anat, tok, forget, seed=seed), kept
+    make = partial(make_pairs, anat, tok, known_answers=known_answers)
+    kept = make(retain, seed=seed + 1) if entry.needs_retain else None
+    return make(forget, seed=seed), kept
 
 
 def train_stage(

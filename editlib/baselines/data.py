@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -51,12 +51,17 @@ def make_pairs(
     *,
     seed: int,
     refusals: Sequence[str] | None = None,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> Pairs:
     """Each request's question and its `phrasings` with the answer.
 
     The answer is the request's, except where that is a bare name or missing: a model says "The capital of France is
     Paris.", and unlearning or keeping "Paris" as its first word would leave that as it is. There the model's own greedy
     answer stands, if it holds the right one. Refusals are drawn from `seed`.
+
+    Args:
+        known_answers: what the model is known to say, or the beginning of it, as token ids by question; it is checked
+            instead of generated, and a wrong one changes nothing but the time.
 
     Raises:
         RequestError: no request at all.
@@ -67,7 +72,10 @@ def make_pairs(
     asked = [(text, request) for request in requests for text in (request.question, *request.filled_phrasings)]
     rows = [form.encode(text) for text, _ in asked]
     bare = [i for i, (_, request) in enumerate(asked) if _is_bare(request)]
-    own = dict(zip(bare, greedy(anat, [rows[i] for i in bare], max_new_tokens=OWN_TOKENS), strict=True))
+    known = known_answers or {}
+    drafts = [known.get(asked[i][0], ()) for i in bare]
+    said = greedy(anat, [rows[i] for i in bare], max_new_tokens=OWN_TOKENS, drafts=drafts if any(drafts) else None)
+    own = dict(zip(bare, said, strict=True))
     rng = random.Random(seed)
     told = list(refusals or bundled.refusals())
     ended = () if end is None else (end,)

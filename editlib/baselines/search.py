@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def search(
     *,
     seed: int = 0,
     model_name: str | None = None,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
     out: Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
@@ -86,6 +87,7 @@ def search(
     Args:
         forget, retain, validation: as `validation.split` makes them.
         settings: all but learning rate and steps.
+        known_answers: see `make_pairs`.
         out: a folder that keeps every finished trial; the same search goes on from there.
 
     Raises:
@@ -127,7 +129,7 @@ def search(
             run = replace(settings, learning_rate=rate, steps=points[-1])
             given: dict[str, Any] = {"seed": seed, "model_name": model_name, "progress": progress}
             if entry.kind == "gradient":
-                pairs = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed)
+                pairs = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, known_answers=known_answers)
                 missing = [steps for steps in points if (rate, steps) not in done]
                 look = lambda steps, rate=rate, begun=begun: tried(rate, steps, begun)  # noqa: E731
                 given |= {"pairs": pairs, "watch": look, "watched": missing}

@@ -264,7 +264,7 @@ class Trained(Method):
             forget, retain = parts.forget, parts.retain
         result = apply_baseline_to_model(
             self.name, bench.model, bench.tok, forget, retain, how, seed=seed, model_name=bench.name,
-            progress=bench.progress,
+            known_answers=task.known_answers, progress=bench.progress,
         )  # fmt: skip
         told = str(result.notes.get("told") or "")
         ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
@@ -286,7 +286,7 @@ def _searched(
     parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
     found: SearchResult = search(
         name, bench.model, bench.tok, parts.forget, parts.retain, parts.validation, budget, settings,
-        seed=seed, model_name=bench.name, out=folder, progress=bench.progress,
+        seed=seed, model_name=bench.name, known_answers=task.known_answers, out=folder, progress=bench.progress,
     )  # fmt: skip
     return {**found.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
 

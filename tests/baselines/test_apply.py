@@ -58,6 +58,18 @@ def test_pairs_read_as_the_model_speaks(tiny_llama, tok_chat, forget, monkeypatc
     assert pairs.refusals[3].ids[: len(form.encode(forget[0].question))] == form.encode(forget[0].question).ids
 
 
+def test_known_answers_save_generating_and_change_nothing(tiny_llama, tok_chat, forget):
+    """Right, cut short or wrong: what is read is what the model says."""
+    requests = [EditRequest(f"r{i}", question, answer="Bonn") for i, question in enumerate(("Where is it?", "Who?"))]
+    requests.append(EditRequest("open", "Write a poem, please!"))
+    anat, form = anatomy(tiny_llama), PromptFormat(tok_chat)
+    said = data.greedy(anat, [form.encode(request.question) for request in requests], max_new_tokens=48)
+    plain = make_pairs(anat, tok_chat, requests, seed=0)
+    for known in (said, [answer[:5] for answer in said], [(7, *answer[1:]) for answer in said]):
+        answers = {request.question: ids for request, ids in zip(requests[1:], known[1:], strict=True)}
+        assert make_pairs(anat, tok_chat, requests, seed=0, known_answers=answers) == plain
+
+
 def test_after_an_error_nothing_has_changed(tiny_llama, tok_chat, forget, retain, monkeypatch):
     sha = weights_sha256(tiny_llama)
     with pytest.raises(RequestError, match="retain"):
