@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from editlib.algorithms.anchors import Anchors, about
+from editlib.algorithms.anchor_keys import GateAnchors
+from editlib.algorithms.anchors import about
 from editlib.algorithms.closed_form import alphaedit, exact
 from editlib.algorithms.edit import solve_dtype
 from editlib.algorithms.keys import batches
@@ -40,7 +41,7 @@ def answer_gate(
     anat: Anatomy,
     form: PromptFormat,
     requests: Sequence[EditRequest],
-    anchors: Anchors,
+    anchored: GateAnchors | None,
     number: int,
     layer: int,
     *,
@@ -62,6 +63,7 @@ def answer_gate(
     relation `VALUE_ROWS` questions and `KEY_ROWS` prompts are used (see `_some`).
 
     Args:
+        anchored: the anchors' keys (`anchor_keys`); `None`: there are none.
         values: `δ_r` by relation, found by `gate_values` before; `None`: they are found.
     """
     groups = _by_relation(requests)
@@ -77,10 +79,12 @@ def answer_gate(
     weight = anat.weight(layer)
     kind = {"device": weight.device, "dtype": solve_dtype(weight.device)}
     mean = torch.stack(keys, dim=1).to(**kind)  # [d_ff, relations]
-    held = [block.to(**kind) for block in (*spread, *_held(anat, form, requests, anchors, layer))]
+    ends, moment = _held(anat, form, requests, anchored, layer)
+    held = [block.to(**kind) for block in (*spread, *ends)]
     ridge = RIDGE * float(mean.norm(dim=0).square().mean())
     targets = torch.stack([values[relation] for relation in groups], dim=1).to(**kind)
-    update = alphaedit(mean, targets, everything(mean), l2=ridge, constraints=held)
+    moment = None if moment is None else moment.to(**kind)
+    update = alphaedit(mean, targets, everything(mean), l2=ridge, constraints=held, moment=moment)
     return exact(update, mean)
 
 
@@ -127,55 +131,42 @@ def _by_relation(requests: Sequence[EditRequest]) -> dict[str | None, list[EditR
 
 
 def _held(
-    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], anchors: Anchors, layer: int
-) -> list[Tensor]:
-    """Keys that the gate must not open for: ends of other questions, and all other anchored positions."""
+    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], anchored: GateAnchors | None, layer: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """Keys that the gate must not open for, as blocks and as a moment: ends of other questions, and all other anchored
+    positions; of the requests' own relations only what follows the question."""
     gated = {request.relation for request in requests} - {None}
-    other = [relation not in gated or relation is None for relation in anchors.relations]
-    ends = [
-        TokenRow(row.ids[: len(row) - row.extra], len(row) - row.extra - 1)
-        for row, free in zip(anchors.rows, other, strict=True)
-        if free
-    ]
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
-    ends += [_end(form.encode(text)) for subject in subjects for text in about(subject)]
-    blocks = [_keys(anat, ends, layer)] if ends else []
-    if anchors.starts is not None and anchors.rows:
-        # Of the requests' own relations only what follows the question is held; what all rows begin with is left out.
-        shared = shared_length(list(anchors.rows)) if len(anchors.rows) > 1 else 0
-        starts = [shared if free else len(row) - row.extra for row, free in zip(anchors.rows, other, strict=True)]
-        blocks.append(ELSEWHERE**0.5 * _keys(anat, anchors.rows, layer, starts))
-    return blocks
+    general = [_end(form.encode(text)) for subject in subjects for text in about(subject)]
+    blocks = [_keys(anat, general, layer)] if general else []
+    if anchored is None:
+        return blocks, None
+    free = [i for i, relation in enumerate(anchored.relations) if relation not in gated]
+    blocks.append(anchored.ends[:, free])
+    some = [block for relation, block in anchored.questions.items() if relation not in gated]
+    elsewhere = [*some, anchored.answers]
+    blocks += [ELSEWHERE**0.5 * block.columns for block in elsewhere]
+    moments = [block.moment for block in elsewhere if block.moment is not None]
+    return blocks, ELSEWHERE * sum(moments[1:], moments[0]) if moments else None
 
 
-def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int, starts: Sequence[int] | None = None) -> Tensor:
-    """Keys of `layer` at the lookup positions, or at every position from `starts` on, `[d_ff, n]` in fp32 at least.
-
-    The tokens that all of several rows begin with are run once; `starts` lie behind them.
-    """
+def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
+    """Keys of `layer` at the lookup positions, `[d_ff, n]` in fp32 at least; the tokens that all of several rows begin
+    with are run once."""
     shared = shared_length(list(rows)) if len(rows) > 1 else 0
     fronts, rests = split(list(rows), [shared] * len(rows))
     prefix = encode_prefix(anat, fronts[:1]) if shared else None
     device = anat.device
-    found = []
+    found: list[Tensor] = []
     for group in batches(rests):
         batch = pad([rests[i] for i in group], device=device)
-        seen: list[Tensor] = []
+
+        def look(_: int, keys: Tensor, batch=batch) -> None:
+            found.append(keys[torch.arange(len(batch), device=keys.device), batch.lookup])
+
         with frozen(anat.model), torch.no_grad():
             some = None if prefix is None else prefix.select(torch.tensor(group, device=device))
-            forward(
-                anat,
-                batch,
-                stop=layer + 1,
-                prefix=some,
-                keys=lambda _, key, seen=seen: seen.append(key),
-                key_layers=(layer,),
-            )
-        if starts is None:
-            found.append(seen[0][torch.arange(len(batch), device=device), batch.lookup])
-        else:
-            first = torch.tensor([starts[i] - shared for i in group], device=device)
-            found.append(seen[0][batch.attention_mask.bool() & (batch.position_ids >= first[:, None])])
+            forward(anat, batch, stop=layer + 1, prefix=some, keys=look, key_layers=(layer,))
     keys = torch.cat(found).T
     return keys.to(torch.promote_types(keys.dtype, torch.float32))
 

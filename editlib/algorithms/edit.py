@@ -94,13 +94,10 @@ class Timer:
 @dataclass(frozen=True)
 class LayerKeys:
     """The keys that a layer's solve works with: per request the mean over its contexts and that of its plain prompt,
-    both `[d_ff, n]`; of the anchors those at every position to hold in place, `[d_ff, m]`, and those at their lookup
-    positions, `[d_ff, anchors]`."""
+    both `[d_ff, n]`."""
 
     mean: Tensor
     plain: Tensor
-    held: Tensor
-    held_lookups: Tensor
 
 
 Solve = Callable[[int, LayerKeys, Tensor], LowRank]
@@ -129,8 +126,6 @@ def write_layers(
     solve: Solve,
     *,
     weights: Sequence[Sequence[float]] | None = None,
-    anchors: Sequence[TokenRow] = (),
-    anchor_starts: Sequence[int] | None = None,
 ) -> Written:
     """Spreads the way to `targets [d_model, n]` over `layers` and writes each update (MEMIT, 2210.07229, alg. 1).
 
@@ -142,15 +137,12 @@ def write_layers(
     Args:
         contexts: per request its prompts, the plain one first, which gives `H`.
         weights: per request those of its contexts in its key, which sum to one; `None`: the mean over all.
-        anchors: rows whose keys are passed to `solve`, at their positions from `anchor_starts` on (`None`: at their
-            lookup positions only).
     """
     written = Written({}, {layer: anat.weight(layer).clone() for layer in layers}, {})
     try:
         stream = KeyStream(anat, [row for rows in contexts for row in rows], layers[0])
         plain = torch.tensor([0, *[len(rows) for rows in contexts[:-1]]]).cumsum(0)
         mean = torch.block_diag(*[_column(weights[i] if weights else None, rows) for i, rows in enumerate(contexts)])
-        anchor_stream = KeyStream(anat, anchors, layers[0]) if anchors else None
         for i, layer in enumerate(layers):
             weight = anat.weight(layer)
             dtype = solve_dtype(weight.device)
@@ -163,14 +155,7 @@ def write_layers(
             if not writing.plain:
                 read = states if writing.post is None else stream.inputs(writing.post)[:, plain]
                 residual = needed(writing, read, residual)
-            lookups = held = keys[:, :0]
-            if anchor_stream is not None:
-                anchor_stream.advance(layer)
-                if anchor_starts is None:
-                    lookups = held = anchor_stream.keys().to(weight.device, dtype)
-                else:
-                    lookups, held = (found.to(keys) for found in anchor_stream.keys_from(anchor_starts))
-            delta = solve(layer, LayerKeys(keys, every[:, plain], held, lookups), residual)
+            delta = solve(layer, LayerKeys(keys, every[:, plain]), residual)
             write(anat, layer, delta)
             written.deltas[layer], written.keys[layer] = delta, keys
     except BaseException:

@@ -66,14 +66,6 @@ class KeyStream:
         found = [_at(keys, batch) for keys, batch in zip(self._keys(), self._batches, strict=True)]
         return torch.cat(found)[self._places()].T
 
-    def keys_from(self, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The same, and `[d_ff, tokens]` at every position of the rows from their first one in `starts` on."""
-        asked, every = [], []
-        for keys, batch, group in zip(self._keys(), self._batches, self._order, strict=True):
-            asked.append(_at(keys, batch))
-            every.append(_at(keys, batch, [starts[i] for i in group]))
-        return torch.cat(asked)[self._places()].T, torch.cat(every).T
-
     def _keys(self) -> Iterator[Tensor]:
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
@@ -111,13 +103,10 @@ class KeyStream:
         return torch.argsort(flat)
 
 
-def _at(values: Tensor, batch: TokenBatch, starts: Sequence[int] | None = None) -> Tensor:
-    """`[n, T, d]` -> `[n, d]` at the lookup positions, or `[tokens, d]` from `starts` on; fp32 at least."""
+def _at(values: Tensor, batch: TokenBatch) -> Tensor:
+    """`[n, T, d]` -> `[n, d]` at the lookup positions, fp32 at least."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    if starts is None:
-        return values[torch.arange(len(batch), device=values.device), batch.lookup]
-    behind = batch.position_ids >= torch.tensor(starts, device=values.device)[:, None]
-    return values[batch.attention_mask.bool() & behind]
+    return values[torch.arange(len(batch), device=values.device), batch.lookup]
 
 
 def compute_ks(anat: Anatomy, rows: Sequence[TokenRow], layers: Sequence[int]) -> dict[int, Tensor]:

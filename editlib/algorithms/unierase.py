@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editlib.algorithms.anchor_keys import AnchorKeys, GateAnchors, anchor_keys
 from editlib.algorithms.anchors import Anchors, choose_anchors, encode_anchors
 from editlib.algorithms.answer_gate import answer_gate, gate_values
 from editlib.algorithms.closed_form import alphaedit, exact
@@ -61,6 +62,7 @@ def apply_unierase_to_model(
     stats_dir: str | Path = "stats",
     chat: bool | None = None,
     known_answers: Mapping[str, Sequence[int]] | None = None,
+    anchored: AnchorKeys | None = None,
     state: EditState | None = None,
     values: Values | None = None,
     seed: int = 0,
@@ -74,6 +76,8 @@ def apply_unierase_to_model(
         stats: second moments by layer; read from `stats_dir` when not given.
         chat: ask through the chat template (`None`: when the tokenizer has one).
         known_answers: what the model answers to retain prompts, as token ids by question; saves generating it.
+        anchored: what `hold_anchors` read of a model before any of several edits, in place of `retain`; an edit that
+            it is not given reads them of the model as it is.
         state: of the edits before (`result.state`), whose keys are held in place.
         values: target states found before (`result.values`), for a replay; `None`: they are optimised.
 
@@ -101,25 +105,31 @@ def apply_unierase_to_model(
     timer = Timer()
     with frozen(model):
         with timer("anchors"):
-            anchors = _anchors(anat, form, retain, requests, hparams, known_answers, seed, progress)
+            anchored = anchored or hold_anchors(
+                anat, form, retain, requests, hparams, known_answers=known_answers, seed=seed, progress=progress
+            )
         gate: dict[int, LowRank] = {}
         ungated: dict[int, Tensor] = {}
         opened: dict[str | None, Tensor] = {}
         if hparams.gate_layer is not None:
             with timer("gate"):
                 known = values and values.gate
-                update, opened = _gate(anat, form, requests, anchors, number, hparams, known)
+                update, opened = _gate(anat, form, requests, anchored.gate, number, hparams, known)
                 gate = {hparams.gate_layer: update}
                 ungated = {layer: anat.weight(layer).clone() for layer in gate}
 
         def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+            own = anchored.layers[layer]
             held = [
-                keys.held * math.sqrt(hparams.anchor_weight),
-                keys.held_lookups * math.sqrt(hparams.anchor_lookup_weight),
+                own.every.columns.to(keys.mean) * math.sqrt(hparams.anchor_weight),
+                own.lookups.to(keys.mean) * math.sqrt(hparams.anchor_lookup_weight),
                 state.past_block(layer, keys.mean),
             ]
-            text = stats[layer].moment().to(keys.mean) * hparams.text_weight if hparams.text_weight else None
-            delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=held, moment=text)
+            moment = None if own.every.moment is None else own.every.moment.to(keys.mean) * hparams.anchor_weight
+            if hparams.text_weight:
+                text = stats[layer].moment().to(keys.mean) * hparams.text_weight
+                moment = text if moment is None else moment + text
+            delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=held, moment=moment)
             if hparams.solve == "ridge":
                 return delta
             return exact(delta, spaces[layer].project(keys.mean), floor=hparams.exact_floor)
@@ -148,8 +158,6 @@ def apply_unierase_to_model(
                     contexts,
                     values.targets,
                     solve,
-                    anchors=anchors.rows,
-                    anchor_starts=anchors.starts,
                 )
         except BaseException:
             restore(anat, ungated)
@@ -161,7 +169,7 @@ def apply_unierase_to_model(
         diagnostics=diagnostics,
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
-        anchors=anchors.ids,
+        anchors=anchored.anchors.ids,
         state=state.with_keys(written.keys),
         values=values,
         keys=written.keys,
@@ -189,7 +197,7 @@ def _gate(
     anat: Anatomy,
     form: PromptFormat,
     requests: Sequence[EditRequest],
-    anchors: Anchors,
+    anchored: GateAnchors | None,
     number: int,
     hparams: UniEraseHyperParams,
     known: Mapping[str | None, Tensor] | None,
@@ -202,7 +210,7 @@ def _gate(
         values = {request.relation: known[request.relation] for request in requests}
         templates = hparams.gate_templates
         return answer_gate(
-            anat, form, requests, anchors, number, layer, nll=nll, templates=templates, values=values
+            anat, form, requests, anchored, number, layer, nll=nll, templates=templates, values=values
         ), values
 
 
@@ -221,26 +229,30 @@ def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperPa
     return encode_contexts(form, request, hparams.context_templates, place)
 
 
-def _anchors(
+def hold_anchors(
     anat: Anatomy,
     form: PromptFormat,
     retain: Sequence[EditRequest],
     requests: Sequence[EditRequest],
     hparams: UniEraseHyperParams,
-    known: Mapping[str, Sequence[int]] | None,
-    seed: int,
-    progress: bool,
-) -> Anchors:
+    *,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> AnchorKeys:
+    """The anchors of an edit, chosen from `retain`, and their keys in the model as it is; see
+    `apply_unierase_to_model`."""
     if not hparams.anchors:
-        return Anchors((), None, (), ())
+        return anchor_keys(anat, Anchors((), None, (), ()), hparams.layers, hparams.gate_layer)
     chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
-    return encode_anchors(
+    anchors = encode_anchors(
         anat,
         form,
         chosen,
         subjects=tuple(subjects) if hparams.anchor_subjects else (),
         everywhere=hparams.anchor_positions == "all",
-        known=known,
+        known=known_answers,
         progress=progress,
     )
+    return anchor_keys(anat, anchors, hparams.layers, hparams.gate_layer)

@@ -218,7 +218,7 @@ class Chain:
             try:
                 editor = desk.editor(self.record)
                 known = {question: ids for notes in self._notes for question, ids in notes.answers.items()}
-                anchored = editor.anchored(desk.base(self.record), new, self.requests, known, seed)
+                anchored = editor.anchored(new, self.requests, known)
                 batch, result = editor.edit(desk.position, new, anchored, seed)
                 ahead = desk.position.advanced(batch)
                 weights = ahead.write(bench.anat)

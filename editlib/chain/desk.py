@@ -62,7 +62,8 @@ class Desk:
         bench = self.at_end(record)
         if self._editor is None:
             means = means_of(self.store, record, bench, self._stats_dir)
-            self._editor = Editor(bench, record, record.settings, means, retain_of(self.store, record))
+            retain = retain_of(self.store, record)
+            self._editor = Editor(bench, record, record.settings, means, retain, self.base(record))
         self.put_token(record, bench)
         return self._editor
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from editlib import jobs
+from editlib.algorithms.anchor_keys import AnchorKeys
 from editlib.algorithms.anchors import answers_to, choose_anchors
 from editlib.algorithms.edit import EditResult
+from editlib.algorithms.unierase import hold_anchors
 from editlib.algorithms.values import Values
 from editlib.bundled import unasked
 from editlib.chain.batch import Batch
@@ -41,36 +44,37 @@ class Anchored:
         return cls(tuple(prompts), own, {question: ids for question, ids in own.items() if question not in kept})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Editor:
-    """What all batches of a chain are made with."""
+    """What all batches of a chain are made with; `start` is the base model."""
 
     bench: Workbench
     record: ChainRecord
     hparams: HyperParams
     means: jobs.Means
     retain: Sequence[EditRequest]
+    start: Position
+    _held: tuple[Any, AnchorKeys] | None = None  # the last anchors, and their keys
 
     def anchored(
         self,
-        start: Position,
         requests: Sequence[EditRequest],
         earlier: Sequence[EditRequest],
         known: Mapping[str, Sequence[int]],
-        seed: int,
     ) -> Anchored:
         """The anchors of a new batch: of the retain prompts that ask for nothing that the chain has forgotten.
 
-        Their answers are those of the base model (`start`), which the retain set is there to keep, so that no batch
-        depends on what earlier ones did to them; those `known` from earlier batches are not asked again.
+        Their answers are those of the base model, which the retain set is there to keep, so that no batch depends on
+        what earlier ones did to them; those `known` from earlier batches are not asked again. Where there are more than
+        `max_anchors`, the order that they are drawn in is the chain's, so that batches share what they can.
         """
         if not (isinstance(self.hparams, UniEraseHyperParams) and self.hparams.anchors):
             return Anchored()
         usable = unasked(self.retain, [*earlier, *requests])
-        chosen = choose_anchors(usable, requests, most=self.hparams.max_anchors, seed=seed)
+        chosen = choose_anchors(usable, requests, most=self.hparams.max_anchors, seed=self.record.seed)
         if self.hparams.anchor_positions != "all":
             return Anchored(tuple(chosen))
-        start.write(self.bench.anat)
+        self.start.write(self.bench.anat)
         form = PromptFormat(self.bench.tok, chat=self.record.chat)
         answers = answers_to(self.bench.anat, form, chosen, known=known, progress=self.bench.progress)
         return Anchored.of(chosen, answers, known)
@@ -85,16 +89,39 @@ class Editor:
     ) -> tuple[Batch, EditResult]:
         """Edits `requests` on top of `position`, with the model left in a state that the caller sets again."""
         anat = self.bench.anat
+        held = self._keys_of(anchored, requests, seed)
         position.write(anat)
         state = position.state(anat, self.record.templates)
         given = {"state": state, "values": values, "seed": seed, "chat": self.record.chat}
-        if isinstance(self.hparams, UniEraseHyperParams):
-            given |= {"retain": anchored.prompts, "known_answers": anchored.answers}
+        if held is not None:
+            given["anchored"] = held
         result = jobs.apply(self.bench, requests, self.hparams, self.means, **given)
         updates = result.deltas
         if position.pruned:
             updates = {layer: new_part(total, state.totals.get(layer)) for layer, total in result.state.totals.items()}
         return Batch.of(result, updates, requests, anchored.new), result
+
+    def _keys_of(self, anchored: Anchored, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
+        """The keys of a batch's anchors, of the base model: most batches have the anchors of the one before."""
+        if not isinstance(self.hparams, UniEraseHyperParams):
+            return None
+        subjects = [request.subject for request in requests] if self.hparams.anchor_subjects else []
+        asked = tuple(prompt.id for prompt in anchored.prompts), tuple(subjects)
+        if self._held is None or self._held[0] != asked:
+            self.start.write(self.bench.anat)
+            form = PromptFormat(self.bench.tok, chat=self.record.chat)
+            found = hold_anchors(
+                self.bench.anat,
+                form,
+                anchored.prompts,
+                requests,
+                self.hparams,
+                known_answers=anchored.answers,
+                seed=seed,
+                progress=self.bench.progress,
+            )
+            self._held = asked, found
+        return self._held[1]
 
 
 def entry_of(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import VOCAB
 
+from editlib.algorithms.anchor_keys import anchor_keys
 from editlib.algorithms.anchors import SUBJECT_PROMPTS, encode_anchors
 from editlib.algorithms.answer_gate import ELSEWHERE, RIDGE, _some, answer_gate
 from editlib.models.anatomy import anatomy
@@ -31,7 +32,7 @@ SAME = [request("capital", place, "What is the capital of {}?") for place in ("C
 def job(anat, tok):
     form = PromptFormat(tok)
     anchors = encode_anchors(anat, form, [*RETAIN, *SAME], answer_tokens=4)
-    return anat, form, anchors
+    return anat, form, anchor_keys(anat, anchors, [], LAYER)
 
 
 @torch.no_grad()
@@ -52,8 +53,8 @@ def key_and_state(anat, ids, layer=LAYER):
 
 def test_equals_the_dense_solve(job):
     """`Δ = δ k^T G^-1 / (k^T G^-1 k)` with `G` written straight down from full passes."""
-    anat, form, anchors = job
-    delta = answer_gate(anat, form, FORGET, anchors, NUMBER, LAYER, nll=1.0, templates=("{}", "Say: {}"))
+    anat, form, held = job
+    delta = answer_gate(anat, form, FORGET, held.gate, NUMBER, LAYER, nll=1.0, templates=("{}", "Say: {}"))
     asked = [t.replace("{}", r.question) for r in FORGET for t in ("{}", "Say: {}")]
     own = torch.stack([key_and_state(anat, form.encode(text).ids)[0][-1] for text in asked])
     mean = own.mean(0)
@@ -63,8 +64,8 @@ def test_equals_the_dense_solve(job):
     for ids in ends:
         k = key_and_state(anat, ids)[0][-1]
         gram += torch.outer(k, k)
-    shared = anchors.starts[1]
-    for i, row in enumerate(anchors.rows):
+    shared = held.anchors.starts[1]
+    for i, row in enumerate(held.anchors.rows):
         begin = shared if i < len(RETAIN) else len(row) - row.extra  # answers of the same relation start freely
         for k in key_and_state(anat, row.ids)[0][begin:]:
             gram += ELSEWHERE * torch.outer(k, k)
@@ -79,7 +80,7 @@ def test_equals_the_dense_solve(job):
 
 
 def test_the_token_comes_near_at_the_questions_and_stays_away_elsewhere(job):
-    anat, form, anchors = job
+    anat, form, held = job
     own = [form.encode(r.question).ids for r in FORGET]
     other = [form.encode(r.question).ids for r in RETAIN]
 
@@ -89,7 +90,7 @@ def test_the_token_comes_near_at_the_questions_and_stays_away_elsewhere(job):
 
     before = {ids: nll(ids) for ids in [*own, *other]}
     wanted = 0.5 * min(before[ids] for ids in own)
-    answer_gate(anat, form, FORGET, anchors, NUMBER, LAYER, nll=wanted).add_to(anat.weight(LAYER))
+    answer_gate(anat, form, FORGET, held.gate, NUMBER, LAYER, nll=wanted).add_to(anat.weight(LAYER))
     drop = [before[ids] - nll(ids) for ids in own]
     stray = [abs(before[ids] - nll(ids)) for ids in other]
     assert min(drop) > 0
@@ -97,25 +98,26 @@ def test_the_token_comes_near_at_the_questions_and_stays_away_elsewhere(job):
 
 
 def test_each_relation_has_its_own_value(job):
-    anat, form, anchors = job
+    anat, form, held = job
     both = [*FORGET[:2], *(request("sea", place, "Which sea is near {}?") for place in PLACES[2:])]
-    delta = answer_gate(anat, form, both, anchors, NUMBER, LAYER, nll=1.0)
+    delta = answer_gate(anat, form, both, held.gate, NUMBER, LAYER, nll=1.0)
     assert delta.left.shape[1] == 2
-    one = answer_gate(anat, form, FORGET, anchors, NUMBER, LAYER, nll=1.0)
+    one = answer_gate(anat, form, FORGET, held.gate, NUMBER, LAYER, nll=1.0)
     assert one.left.shape[1] == 1
 
 
 def test_it_needs_no_anchors(anat, tok):
     form = PromptFormat(tok)
-    anchors = encode_anchors(anat, form, [])
-    delta = answer_gate(anat, form, FORGET, anchors, NUMBER, LAYER, nll=1.0)
-    assert math.isfinite(delta.norm())
+    held = anchor_keys(anat, encode_anchors(anat, form, []), [], LAYER)
+    for gate in (held.gate, None):
+        delta = answer_gate(anat, form, FORGET, gate, NUMBER, LAYER, nll=1.0)
+        assert math.isfinite(delta.norm())
 
 
 def test_the_model_is_not_touched(job):
-    anat, form, anchors = job
+    anat, form, held = job
     before = copy.deepcopy(anat.model.state_dict())
-    answer_gate(anat, form, FORGET, anchors, NUMBER, LAYER, nll=1.0)
+    answer_gate(anat, form, FORGET, held.gate, NUMBER, LAYER, nll=1.0)
     after = anatomy(anat.model).model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -127,6 +129,6 @@ def test_at_most_so_many_prompts_from_first_to_last():
 
 
 def test_a_gate_that_falls_short_is_said(job, caplog):
-    anat, form, anchors = job
-    answer_gate(anat, form, FORGET, anchors, NUMBER, LAYER, nll=1e-6, steps=2)
+    anat, form, held = job
+    answer_gate(anat, form, FORGET, held.gate, NUMBER, LAYER, nll=1e-6, steps=2)
     assert "came to" in caplog.text and "layer 3" in caplog.text

@@ -79,16 +79,6 @@ def test_the_way_up_runs_each_layer_once_a_step(tiny_llama, draw):
         assert calls == [3]
 
 
-def test_every_position_from_a_start_on(anat, draw):
-    rows, starts = draw(9, 4, 7), [3, 0, 6]
-    stream = KeyStream(anat, rows, 2, batch_tokens=16)
-    got = stream.keys_from(starts)[1]
-    wanted = torch.cat([plain(anat, row, 2)[0][start:] for row, start in zip(rows, starts, strict=True)]).T
-    assert got.shape == wanted.shape == (64, 6 + 4 + 1)
-    # Their order is not promised; the Gram matrix is.
-    torch.testing.assert_close(got @ got.T, wanted @ wanted.T, rtol=1e-4, atol=1e-4)
-
-
 def test_compute_ks(anat, draw):
     rows = draw(9, 4, 7)
     found = compute_ks(anat, rows, [1, 2, 4])
