@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from editlib.evaluation.metrics import has_answer
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
 from editlib.models.prompts import PromptFormat, TokenRow
@@ -42,13 +43,15 @@ class Anchors:
     """Rows to hold in place, each from its position in `starts` on (`None`: at its lookup position only).
 
     `relations` says what each row asks for; `ids` which retain prompts the rows are (general prompts about the
-    subjects have none).
+    subjects have none); `known` which rows hold
+    a right answer of the model.
     """
 
     rows: tuple[TokenRow, ...]
     starts: tuple[int, ...] | None
     ids: tuple[str, ...]
     relations: tuple[str | None, ...]
+    known: tuple[bool, ...]
 
 
 def choose_anchors(
@@ -100,16 +103,24 @@ def encode_anchors(
         known: answers that the model is known to give, as token ids by question; the others are generated.
     """
     rows = [form.encode(prompt.question, prompt.subject) for prompt in prompts]
+    right = [False] * len(rows)
     if everywhere and rows:
         answers = answers_to(anat, form, prompts, most=answer_tokens, known=known, progress=progress)
         rows = [row.followed_by(answers[prompt.question]) for row, prompt in zip(rows, prompts, strict=True)]
+        right = [_is_right(form, prompt, answers[prompt.question]) for prompt in prompts]
     rows += [form.encode(text, subject) for subject in subjects for text in about(subject)]
     ids = tuple(prompt.id for prompt in prompts)
-    relations = (*(prompt.relation for prompt in prompts), *[None] * (len(rows) - len(prompts)))
+    more = len(rows) - len(prompts)
+    relations, known_rows = (*(prompt.relation for prompt in prompts), *[None] * more), (*right, *[False] * more)
     if not everywhere or not rows:
-        return Anchors(tuple(rows), None, ids, relations)
+        return Anchors(tuple(rows), None, ids, relations, known_rows)
     shared = shared_length(rows)
-    return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids, relations)
+    return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids, relations, known_rows)
+
+
+def _is_right(form: PromptFormat, prompt: EditRequest, answer: Sequence[int]) -> bool:
+    said = form.tok.decode(answer, skip_special_tokens=True)
+    return prompt.answer is not None and has_answer(said, (prompt.answer, *prompt.aliases))
 
 
 def answers_to(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -119,17 +120,12 @@ def apply_unierase_to_model(
                 ungated = {layer: anat.weight(layer).clone() for layer in gate}
 
         def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-            own = anchored.layers[layer]
-            held = [
-                own.every.columns.to(keys.mean) * math.sqrt(hparams.anchor_weight),
-                own.lookups.to(keys.mean) * math.sqrt(hparams.anchor_lookup_weight),
-                state.past_block(layer, keys.mean),
-            ]
-            moment = None if own.every.moment is None else own.every.moment.to(keys.mean) * hparams.anchor_weight
+            blocks, moment = _weighed(anchored, layer, hparams, keys.mean)
+            blocks.append(state.past_block(layer, keys.mean))
             if hparams.text_weight:
                 text = stats[layer].moment().to(keys.mean) * hparams.text_weight
                 moment = text if moment is None else moment + text
-            delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=held, moment=moment)
+            delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
             if hparams.solve == "ridge":
                 return delta
             return exact(delta, spaces[layer].project(keys.mean), floor=hparams.exact_floor)
@@ -214,6 +210,20 @@ def _gate(
         ), values
 
 
+def _weighed(
+    anchored: AnchorKeys, layer: int, hparams: UniEraseHyperParams, like: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
+    """The anchors' keys of a layer with their weights, as blocks `[d_ff, m]` and a moment, as `like` is kept."""
+    own, known = anchored.layers[layer], torch.tensor(anchored.anchors.known, device=like.device)
+    at_lookups = hparams.anchor_lookup_weight + hparams.anchor_known_weight * known.to(like)
+    blocks = [
+        own.every.columns.to(like) * math.sqrt(hparams.anchor_weight),
+        own.lookups.to(like) * at_lookups.sqrt(),
+    ]
+    moment = own.every.moment
+    return blocks, None if moment is None else moment.to(like) * hparams.anchor_weight
+
+
 def _by_subject(requests: Sequence[EditRequest]) -> list[list[int]]:
     """The requests, by number, that ask about one subject. Up to the subject's last token, where an edit reads its key,
     their questions hardly differ (TOFU asks twenty about one author), and one key can be given one change only."""
@@ -243,7 +253,7 @@ def hold_anchors(
     """The anchors of an edit, chosen from `retain`, and their keys in the model as it is; see
     `apply_unierase_to_model`."""
     if not hparams.anchors:
-        return anchor_keys(anat, Anchors((), None, (), ()), hparams.layers, hparams.gate_layer)
+        return anchor_keys(anat, Anchors((), None, (), (), ()), hparams.layers, hparams.gate_layer)
     chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
     anchors = encode_anchors(

@@ -170,6 +170,9 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     anchors: bool = knob(True, "hold the keys of the retain prompts in place")
     anchor_weight: float = knob(1.0, "weight of an anchor against a request", min=0)
     anchor_lookup_weight: float = knob(0.0, "weight of its lookup position besides, where other subjects differ", min=0)
+    anchor_known_weight: float = knob(
+        0.0, "weight of it besides where the model answers right: what else it knows has keys like these", min=0
+    )
     text_weight: float = knob(
         0.0, "weight of ordinary text, held as in MEMIT beside or instead of by the null space", min=0
     )

@@ -44,7 +44,7 @@ def anchors(request, draw):
     for i, row in enumerate(draw(*lengths)):
         ids = (*front, 10 + i, *row.ids)
         rows.append(TokenRow(ids, 4 + i % 2, 2))
-    return Anchors(tuple(rows), (0, 3, 3, 3, 3), tuple("abcde"), RELATIONS)
+    return Anchors(tuple(rows), (0, 3, 3, 3, 3), tuple("abcde"), RELATIONS, (True,) * 5)
 
 
 def test_lookups_and_every_position_of_the_edited_layers(anat, anchors):
@@ -72,7 +72,7 @@ def test_ends_questions_and_answers_of_the_gates_layer(anat, anchors):
 
 
 def test_lookup_positions_only(anat, anchors):
-    found = anchor_keys(anat, Anchors(anchors.rows, None, anchors.ids, RELATIONS), LAYERS, GATE)
+    found = anchor_keys(anat, Anchors(anchors.rows, None, anchors.ids, RELATIONS, (True,) * 5), LAYERS, GATE)
     for layer in LAYERS:
         wanted = torch.stack([plain(anat, row, layer)[row.lookup] for row in anchors.rows], 1)
         close(found.layers[layer].lookups, wanted)
@@ -82,7 +82,12 @@ def test_lookup_positions_only(anat, anchors):
 
 @pytest.mark.parametrize("rows", [(), (TokenRow((5, 6, 7, 8), 1, 1),)])
 def test_one_anchor_or_none(anat, rows):
-    found = anchor_keys(anat, Anchors(rows, (0,) * len(rows), ("a",) * len(rows), (None,) * len(rows)), LAYERS, GATE)
+    found = anchor_keys(
+        anat,
+        Anchors(rows, (0,) * len(rows), ("a",) * len(rows), (None,) * len(rows), (True,) * len(rows)),
+        LAYERS,
+        GATE,
+    )
     for layer in LAYERS:
         assert found.layers[layer].lookups.shape == (anat.d_ff, len(rows))
         assert found.layers[layer].every.columns.shape == (anat.d_ff, 4 * len(rows))

@@ -1,6 +1,7 @@
 """The whole edit on tiny models: what the gate adds, what is put back, what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,24 @@ def test_what_weighs_more_is_moved_less(job, monkeypatch, knob):
         keys = {"anchor_lookup_weight": told[-1].layers[0].lookups, "text_weight": text}
         moved[weight] = float((result.deltas[0].dense() @ keys[knob]).norm())
     assert moved[1e3] < 0.2 * moved[0.0]
+
+
+def test_anchors_that_the_model_answers_right_can_weigh_more(job):
+    """Only the one whose answer holds the right one."""
+    model, tok, rest = job
+    held = unierase.hold_anchors(anatomy(model), PromptFormat(tok), RETAIN, FORGET, UniEraseHyperParams(**OPTIONS))
+    row = held.anchors.rows[1]
+    said = tok.decode(row.ids[len(row) - row.extra :], skip_special_tokens=True)
+    answers = ("Nile", said, None)
+    rest["retain"] = [replace(prompt, answer=answer) for prompt, answer in zip(RETAIN, answers, strict=True)]
+    moved = {}
+    for weight in (0.0, 1e3):
+        options = OPTIONS | {"anchor_weight": 1e-3, "anchor_known_weight": weight}
+        result = apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**options), **rest)
+        result.revert(model)
+        moved[weight] = (result.deltas[0].dense() @ held.layers[0].lookups).norm(dim=0)
+    first, second, third = (moved[1e3][:3] / moved[0.0][:3]).tolist()
+    assert second < 0.2 < min(first, third)
 
 
 def test_a_gate_among_or_below_the_edited_layers_is_refused():
