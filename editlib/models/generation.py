@@ -18,6 +18,7 @@ from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.resume import forward, new_cache, shared_prefix
 
 BATCH_ROWS = 64
+BATCH_TOKENS = 32_768  # of all rows of a batch, since a model keeps keys and values of every one in every layer
 BATCH_SCORED = 1536
 
 
@@ -62,8 +63,8 @@ def greedy(
         ]
         bar.update(len(rows) - len(todo))
         todo.sort(key=lambda i: len(rows[i]) + len(known[i]))
-        for start in range(0, len(todo), batch_rows):
-            chunk = todo[start : start + batch_rows]
+        lengths = [len(row) + max_new_tokens for row in rows]
+        for chunk in _chunks(todo, lengths, rows=batch_rows):
             begun = [rows[i].followed_by(known[i]) for i in chunk]
             limits = [max_new_tokens - len(known[i]) for i in chunk]
             choose = lambda logits, _: _without(logits, banned).argmax(-1)  # noqa: E731
@@ -86,8 +87,8 @@ def _accept(
     accepted: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + len(drafts[i]))
     device = anat.device
-    for start in range(0, len(order), batch_rows):
-        chunk = order[start : start + batch_rows]
+    lengths = [len(row) + min(len(draft), limit) for row, draft in zip(rows, drafts, strict=True)]
+    for chunk in _chunks(order, lengths, rows=batch_rows):
         tried = [tuple(drafts[i])[: limit - 1] for i in chunk]
         prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
         batch = pad([rest.followed_by(draft) for rest, draft in zip(rests, tried, strict=True)], device=device)
@@ -144,8 +145,7 @@ def sample_each(
     ends = end_tokens(anat)
     found: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch_rows):
-        chunk = order[start : start + batch_rows]
+    for chunk in _chunks(order, [len(row) + max_new_tokens for row in rows], rows=batch_rows):
         generators = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
 
         def draw(logits: Tensor, alive: list[int], generators: list[torch.Generator] = generators) -> Tensor:
@@ -242,7 +242,8 @@ def teacher_forced(
         torch.no_grad(),
         tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar,
     ):
-        for chunk in _chunks(order, [len(answer) for answer in answers]):
+        lengths = [len(row) + len(answer) for row, answer in zip(rows, answers, strict=True)]
+        for chunk in _chunks(order, lengths, [len(answer) for answer in answers]):
             prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
             batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
             places = [(r, len(rests[r]) - 1 + j) for r, i in enumerate(chunk) for j in range(len(answers[i]))]
@@ -259,17 +260,19 @@ def teacher_forced(
     return found
 
 
-def _chunks(order: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """`order` in batches of at most `BATCH_ROWS` rows; long answers make them smaller, since every scored token costs a
-    row of logits as wide as the vocabulary."""
+def _chunks(
+    order: Sequence[int], lengths: Sequence[int], scored: Sequence[int] | None = None, *, rows: int = BATCH_ROWS
+) -> Iterator[list[int]]:
+    """`order` in batches of at most so many `rows`. Long ones make them smaller, and so do answers that are read: every
+    `scored` token costs a row of logits as wide as the vocabulary."""
     chunk: list[int] = []
-    scored = 0
+    width = read = 0
     for i in order:
-        if chunk and (len(chunk) == BATCH_ROWS or scored + sizes[i] > BATCH_SCORED):
+        width, read = max(width, lengths[i]), read + (scored[i] if scored else 0)
+        if chunk and (len(chunk) == rows or (len(chunk) + 1) * width > BATCH_TOKENS or read > BATCH_SCORED):
             yield chunk
-            chunk, scored = [], 0
+            chunk, width, read = [], lengths[i], scored[i] if scored else 0
         chunk.append(i)
-        scored += sizes[i]
     if chunk:
         yield chunk
 

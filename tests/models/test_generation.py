@@ -91,6 +91,26 @@ def test_drafts_change_nothing(anat, rows, wanted, change, batch_rows):
     assert greedy(anat, rows, max_new_tokens=NEW, drafts=drafts, batch_rows=batch_rows) == wanted
 
 
+@pytest.mark.parametrize("drafted", [False, True])
+def test_long_rows_come_in_small_batches(anat, rows, wanted, drafted, monkeypatch):
+    """A prompt of 200 forgotten questions in front of a hundred others took 20 GB for the keys and values."""
+    widest = 0
+    most = max(map(len, rows)) + NEW
+
+    def watch(anat, batch, **given):
+        nonlocal widest
+        past = 0 if given.get("prefix") is None else given["prefix"].attention_mask.shape[1]
+        widest = max(widest, len(batch) * (past + batch.input_ids.shape[1]))
+        return genuine(anat, batch, **given)
+
+    genuine = generation.forward
+    monkeypatch.setattr(generation, "forward", watch)
+    monkeypatch.setattr(generation, "BATCH_TOKENS", 2 * most)
+    drafts = [answer[:4] for answer in wanted] if drafted else None
+    assert greedy(anat, rows, max_new_tokens=NEW, drafts=drafts) == wanted
+    assert len(rows) > 2 and 0 < widest <= 2 * most
+
+
 def test_drafts_with_end_tokens_inside(anat, rows, wanted):
     end = min(end_tokens(anat))
     drafts = [(*answer, end, *answer) for answer in wanted]
