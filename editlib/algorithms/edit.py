@@ -27,13 +27,14 @@ class EditState:
 
     `past` holds the keys of earlier requests by layer; `templates` the surroundings that the model wrote for the first
     edit; `totals` (PRUNE only) the updates so far, before their spectrum was cut, and `bases` the weights that they are
-    updates of.
+    updates of; `opened` (UniErase only) the relations that the answer gate is open for.
     """
 
     past: dict[int, PastKeys] = field(default_factory=dict)
     templates: tuple[str, ...] = ()
     totals: dict[int, LowRank] = field(default_factory=dict)
     bases: dict[int, Tensor] = field(default_factory=dict)
+    opened: frozenset[str] = frozenset()
 
     def past_block(self, layer: int, like: Tensor) -> Tensor:
         """Past keys of `layer`, `[d_ff, m]`, in the dtype and on the device of `like [d_ff, ...]`."""

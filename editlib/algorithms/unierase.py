@@ -6,7 +6,7 @@ With `gate_layer` set, an answer gate (ours) goes the first half of the way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,14 +110,13 @@ def apply_unierase_to_model(
                 anat, form, retain, requests, hparams, known_answers=known_answers, seed=seed, progress=progress
             )
         gate: dict[int, LowRank] = {}
-        ungated: dict[int, Tensor] = {}
         opened: dict[str | None, Tensor] = {}
         if hparams.gate_layer is not None:
             with timer("gate"):
-                known = values and values.gate
-                update, opened = _gate(anat, form, requests, anchored.gate, number, hparams, known)
-                gate = {hparams.gate_layer: update}
-                ungated = {layer: anat.weight(layer).clone() for layer in gate}
+                known = dict(values.gate) if values else {}
+                opened = _gate_values(anat, form, requests, number, hparams, known, state.opened)
+                gate = _gate(anat, form, requests, anchored.gate, number, hparams, opened)
+        ungated = {layer: anat.weight(layer).clone() for layer in gate}
 
         def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
             blocks, moment = _weighed(anchored, layer, hparams, keys.mean)
@@ -166,7 +165,7 @@ def apply_unierase_to_model(
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
         anchors=anchored.anchors.ids,
-        state=state.with_keys(written.keys),
+        state=replace(state.with_keys(written.keys), opened=state.opened | relations_of(opened)),
         values=values,
         keys=written.keys,
     )
@@ -196,18 +195,40 @@ def _gate(
     anchored: GateAnchors | None,
     number: int,
     hparams: UniEraseHyperParams,
-    known: Mapping[str | None, Tensor] | None,
-) -> tuple[LowRank, dict[str | None, Tensor]]:
-    layer, nll = hparams.gate_layer, hparams.gate_nll
+    values: Mapping[str | None, Tensor],
+) -> dict[int, LowRank]:
+    """The gate's update by its layer; none where no relation needs it."""
+    layer, nll, templates = hparams.gate_layer, hparams.gate_nll, hparams.gate_templates
+    shut = [request for request in requests if values[request.relation].any()]
+    if not shut:
+        return {}
     with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
-        known = dict(known or {})
-        new = [request for request in requests if request.relation not in known]
-        known |= gate_values(anat, form, new, number, layer, nll=nll)
-        values = {request.relation: known[request.relation] for request in requests}
-        templates = hparams.gate_templates
-        return answer_gate(
-            anat, form, requests, anchored, number, layer, nll=nll, templates=templates, values=values
-        ), values
+        given = {"nll": nll, "templates": templates, "values": values}
+        return {layer: answer_gate(anat, form, shut, anchored, number, layer, **given)}
+
+
+def _gate_values(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    number: int,
+    hparams: UniEraseHyperParams,
+    known: Mapping[str | None, Tensor],
+    opened: Collection[str],
+) -> dict[str | None, Tensor]:
+    """How far the gate is still to be opened, `[d_model]` for each of the requests' relations: as `known`; no further
+    for those that are `opened`. Opening them again for every batch's hardest questions would open them for all others
+    too, until whatever is asked in the relation is refused."""
+    new = [request for request in requests if request.relation not in {*known, *opened}]
+    with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+        found = {**known, **gate_values(anat, form, new, number, hparams.gate_layer, nll=hparams.gate_nll)}
+    none = torch.zeros(anat.d_model)
+    return {request.relation: found.get(request.relation, none) for request in requests}
+
+
+def relations_of(gate: Mapping[str | None, Tensor]) -> frozenset[str]:
+    """The relations that a gate with these values opens."""
+    return frozenset(relation for relation, value in gate.items() if relation is not None and bool(value.any()))
 
 
 def _weighed(

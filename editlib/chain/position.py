@@ -18,6 +18,7 @@ from editlib.algorithms.edit import EditState
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.memit import restrained
 from editlib.algorithms.past_keys import PastKeys
+from editlib.algorithms.unierase import relations_of
 from editlib.chain.batch import Batch
 from editlib.errors import ChainError, EditError
 from editlib.hparams import HyperParams, PRUNEHyperParams, UniEraseHyperParams
@@ -33,14 +34,15 @@ def edited_layers(hparams: HyperParams) -> list[int]:
 @dataclass(frozen=True)
 class Position:
     """`base` and `sums` are `[d_model, d_ff]` by layer, on the CPU; `sums` in fp64, of the layers that a batch has
-    changed. `factors` (PRUNE only) are the same sums as factors, while these are thinner. A new object after each
-    batch."""
+    changed. `factors` (PRUNE only) are the same sums as factors, while these are thinner; `opened` are the relations
+    that UniErase's gate is open for. A new object after each batch."""
 
     base: Mapping[int, Tensor]
     pruned: bool = False
     sums: Mapping[int, Tensor] = field(default_factory=dict)
     factors: Mapping[int, LowRank] = field(default_factory=dict)
     past: Mapping[int, PastKeys] = field(default_factory=dict)
+    opened: frozenset[str] = frozenset()
 
     @classmethod
     def start(cls, anat: Anatomy, hparams: HyperParams, wanted: Mapping[str, str]) -> Position:
@@ -73,7 +75,8 @@ class Position:
                 factors[layer] = joined if joined.rank < len(dense) else LowRank.full(sums[layer])
         for layer, keys in batch.keys.items():
             past[layer] = past.get(layer, PastKeys.none(len(keys))).with_keys(keys)
-        return replace(self, sums=sums, factors=factors, past=past)
+        opened = self.opened | relations_of(batch.values.gate)
+        return replace(self, sums=sums, factors=factors, past=past, opened=opened)
 
     def weights(self) -> dict[int, Tensor]:
         """The weights here, in the base's dtype.
@@ -109,7 +112,7 @@ class Position:
             device = anat.weight(layer).device
             factors[layer] = LowRank(total.left.to(device), total.right.to(device))
         bases = {layer: self.base[layer].to(anat.weight(layer).device) for layer in factors}
-        return EditState(dict(self.past), tuple(templates), factors, bases)
+        return EditState(dict(self.past), tuple(templates), factors, bases, self.opened)
 
 
 def digest(weight: Tensor) -> str:

@@ -1,5 +1,7 @@
 """The same result whatever the road: undone, resumed, revoked."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from chain_cases import RETAIN, A, B, C, files, timeless
@@ -124,6 +126,25 @@ def test_a_later_batch_takes_over_the_gate_of_one_that_was_revoked(start, again)
     kept = [desk.batch(entry).values.gate for entry in chain.batches]
     assert list(kept[0]) == ["river"]
     assert torch.equal(kept[1]["capital"], parts[1] + parts[0])
+
+
+def test_the_gate_is_opened_once_for_a_relation(start, again):
+    """Opened again for every batch it came to refuse half of what else was asked in the relation."""
+    chain = start("UniErase gated", retain=RETAIN)
+    chain.add(A)
+    chain.add(B)
+    C_capital = [replace(request, id=f"{request.id} again", relation="capital") for request in C]
+    chain.add(C_capital)
+    desk = chain._desk
+    first, second, third = [desk.batch(entry) for entry in chain.batches]
+    assert first.values.gate["capital"].any() and 3 in first.updates
+    for later in (second, third):
+        assert not later.values.gate["capital"].any() and sorted(later.updates) == [1, 2]
+    again(chain).verify()
+    chain.undo()
+    other = again(chain)
+    other.add(C_capital)  # a new process knows, too
+    assert sorted(other._desk.batch(other.batches[-1]).updates) == [1, 2]
 
 
 def test_undo_after_a_revocation_takes_the_last_batch_as_it_stands(start, again):
