@@ -15,7 +15,7 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
 from editlib.models.prefix import Past, Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
-from editlib.models.resume import forward, new_cache, shared_prefix
+from editlib.models.resume import encode_prefix, forward, new_cache, shared_length, split
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 32_768  # of all rows of a batch, since a model keeps keys and values of every one in every layer
@@ -26,6 +26,28 @@ def end_tokens(anat: Anatomy) -> frozenset[int]:
     """The token ids at which generation ends, as the model's generation config states them."""
     ends = anat.model.generation_config.eos_token_id
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+@dataclass(frozen=True)
+class _Front:
+    """The `length` tokens that all rows of a job begin with, run once for all batches."""
+
+    prefix: Prefix | None
+    length: int
+
+    @classmethod
+    def of(cls, anat: Anatomy, rows: Sequence[TokenRow]) -> _Front:
+        length = shared_length(list(rows)) if rows else 0
+        if not length:
+            return cls(None, 0)
+        return cls(encode_prefix(anat, split([rows[0]], [length])[0]), length)
+
+    def cut(self, rows: Sequence[TokenRow]) -> tuple[Prefix | None, list[TokenRow]]:
+        """The front for each of some rows, and what remains of them."""
+        if self.prefix is None:
+            return None, list(rows)
+        zeros = torch.zeros(len(rows), dtype=torch.long, device=self.prefix.attention_mask.device)
+        return self.prefix.select(zeros), split(list(rows), [self.length] * len(rows))[1]
 
 
 def greedy(
@@ -56,8 +78,9 @@ def greedy(
         torch.no_grad(),
         tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
     ):
+        front = _Front.of(anat, rows)
         if drafts is not None:
-            known = _accept(anat, rows, drafts, max_new_tokens, ends, batch_rows, banned)
+            known = _accept(anat, rows, front, drafts, max_new_tokens, ends, batch_rows, banned)
         todo = [
             i for i in range(len(rows)) if len(known[i]) < max_new_tokens and not (known[i] and known[i][-1] in ends)
         ]
@@ -68,7 +91,7 @@ def greedy(
             begun = [rows[i].followed_by(known[i]) for i in chunk]
             limits = [max_new_tokens - len(known[i]) for i in chunk]
             choose = lambda logits, _: _without(logits, banned).argmax(-1)  # noqa: E731
-            for i, new in zip(chunk, _decode(anat, begun, limits, ends, choose), strict=True):
+            for i, new in zip(chunk, _decode(anat, begun, front, limits, ends, choose), strict=True):
                 known[i] = known[i] + new
             bar.update(len(chunk))
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in known]
@@ -77,6 +100,7 @@ def greedy(
 def _accept(
     anat: Anatomy,
     rows: Sequence[TokenRow],
+    front: _Front,
     drafts: Sequence[Sequence[int]],
     limit: int,
     ends: frozenset[int],
@@ -90,7 +114,7 @@ def _accept(
     lengths = [len(row) + min(len(draft), limit) for row, draft in zip(rows, drafts, strict=True)]
     for chunk in _chunks(order, lengths, rows=batch_rows):
         tried = [tuple(drafts[i])[: limit - 1] for i in chunk]
-        prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
+        prefix, rests = front.cut([rows[i] for i in chunk])
         batch = pad([rest.followed_by(draft) for rest, draft in zip(rests, tried, strict=True)], device=device)
         places = [(r, len(rests[r]) - 1 + j) for r, draft in enumerate(tried) for j in range(len(draft) + 1)]
         score = tuple(torch.tensor(places).T)
@@ -125,7 +149,7 @@ def sample(
 
     ends = end_tokens(anat)
     with frozen(anat.model), torch.no_grad():
-        found = _decode(anat, list(rows), [max_new_tokens] * len(rows), ends, draw)
+        found = _decode(anat, list(rows), _Front.of(anat, rows), [max_new_tokens] * len(rows), ends, draw)
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in found]
 
 
@@ -145,6 +169,8 @@ def sample_each(
     ends = end_tokens(anat)
     found: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    with frozen(anat.model), torch.no_grad():
+        front = _Front.of(anat, rows)
     for chunk in _chunks(order, [len(row) + max_new_tokens for row in rows], rows=batch_rows):
         generators = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
 
@@ -154,7 +180,7 @@ def sample_each(
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
         with frozen(anat.model), torch.no_grad():
-            drawn = _decode(anat, [rows[i] for i in chunk], [max_new_tokens] * len(chunk), ends, draw)
+            drawn = _decode(anat, [rows[i] for i in chunk], front, [max_new_tokens] * len(chunk), ends, draw)
         for i, answer in zip(chunk, drawn, strict=True):
             found[i] = answer[:-1] if answer and answer[-1] in ends else answer
     return found
@@ -168,6 +194,7 @@ def _without(logits: Tensor, banned: Collection[int]) -> Tensor:
 def _decode(
     anat: Anatomy,
     rows: list[TokenRow],
+    front: _Front,
     limits: list[int],
     ends: frozenset[int],
     choose: Callable[[Tensor, list[int]], Tensor],
@@ -175,7 +202,7 @@ def _decode(
     """Decoding of one batch, end tokens included. `choose` picks tokens `[n]` from logits `[n, vocab]` and the numbers
     of the rows that they belong to; rows that have ended are left out."""
     device = anat.device
-    prefix, rests = shared_prefix(anat, rows)
+    prefix, rests = front.cut(rows)
     batch = pad(rests, side="left", device=device)
     mask = batch.attention_mask if prefix is None else torch.cat([prefix.attention_mask, batch.attention_mask], dim=1)
     cache = new_cache(anat, len(rows)) if prefix is None else prefix.cache()
@@ -242,9 +269,10 @@ def teacher_forced(
         torch.no_grad(),
         tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar,
     ):
+        front = _Front.of(anat, [rows[i] for i in order])
         lengths = [len(row) + len(answer) for row, answer in zip(rows, answers, strict=True)]
         for chunk in _chunks(order, lengths, [len(answer) for answer in answers]):
-            prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
+            prefix, rests = front.cut([rows[i] for i in chunk])
             batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
             places = [(r, len(rests[r]) - 1 + j) for r, i in enumerate(chunk) for j in range(len(answers[i]))]
             logits = forward(anat, batch, prefix=prefix, score=tuple(torch.tensor(places).T)).float()

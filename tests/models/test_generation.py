@@ -111,6 +111,21 @@ def test_long_rows_come_in_small_batches(anat, rows, wanted, drafted, monkeypatc
     assert len(rows) > 2 and 0 < widest <= 2 * most
 
 
+def test_what_all_rows_begin_with_is_run_once(anat, draw, monkeypatch):
+    """However many batches there are: it may be a prompt of thousands of tokens."""
+    rows, run = draw(12, 10, 11, same=6), []
+    wanted = greedy(anat, rows, max_new_tokens=NEW)
+    answers = [answer or (7,) for answer in wanted]
+    read = teacher_forced(anat, rows, answers)
+    genuine = generation.encode_prefix
+    monkeypatch.setattr(generation, "encode_prefix", lambda anat, rows: run.append(len(rows[0])) or genuine(anat, rows))
+    monkeypatch.setattr(generation, "BATCH_TOKENS", 1)
+    assert greedy(anat, rows, max_new_tokens=NEW, drafts=wanted, batch_rows=1) == wanted and run == [6]
+    for one, other in zip(teacher_forced(anat, rows, answers), read, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-4)
+    assert run == [6, 6]
+
+
 def test_drafts_with_end_tokens_inside(anat, rows, wanted):
     end = min(end_tokens(anat))
     drafts = [(*answer, end, *answer) for answer in wanted]
