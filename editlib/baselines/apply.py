@@ -114,7 +114,7 @@ def pairs_for(
     """What a gradient baseline reads, by the model as it is: the pairs to forget, and those to keep where it has a use
     for them."""
     make = partial(make_pairs, anat, tok, known_answers=known_answers)
-    kept = make(retain, seed=seed + 1) if entry.needs_retain else None
+    kept = make(retain, seed=seed + 1, own=True) if entry.needs_retain else None
     return make(forget, seed=seed), kept
 
 

@@ -51,6 +51,7 @@ def make_pairs(
     *,
     seed: int,
     refusals: Sequence[str] | None = None,
+    own: bool = False,
     known_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> Pairs:
     """Each request's question and its `phrasings` with the answer.
@@ -60,6 +61,8 @@ def make_pairs(
     answer stands, if it holds the right one. Refusals are drawn from `seed`.
 
     Args:
+        own: the model's own answer stands for a bare one even if it is wrong: what is to be kept is what the model
+            says, and names that it does not know would teach it to answer in bare names.
         known_answers: what the model is known to say, or the beginning of it, as token ids by question; it is checked
             instead of generated, and a wrong one changes nothing but the time.
 
@@ -75,17 +78,18 @@ def make_pairs(
     known = known_answers or {}
     drafts = [known.get(asked[i][0], ()) for i in bare]
     said = greedy(anat, [rows[i] for i in bare], max_new_tokens=OWN_TOKENS, drafts=drafts if any(drafts) else None)
-    own = dict(zip(bare, said, strict=True))
+    spoken = dict(zip(bare, said, strict=True))
     rng = random.Random(seed)
     told = list(refusals or bundled.refusals())
     ended = () if end is None else (end,)
     answers, refused = [], []
     for i, (row, (_, request)) in enumerate(zip(rows, asked, strict=True)):
-        ids = own.get(i, ())
-        said = tok.decode(ids, skip_special_tokens=True)
-        if request.answer is not None and not (ids and has_answer(said, (request.answer, *request.aliases))):
+        ids = spoken.get(i, ())
+        text = tok.decode(ids, skip_special_tokens=True)
+        right = request.answer is None or has_answer(text, (request.answer, *request.aliases))
+        if request.answer is not None and not (ids and (own or right)):
             ids = form.answer_ids(request.answer)
-        answers.append(row.followed_by((*ids, *(ended if len(ids) < OWN_TOKENS or i not in own else ()))))
+        answers.append(row.followed_by((*ids, *(ended if len(ids) < OWN_TOKENS or i not in spoken else ()))))
         refused.append(row.followed_by((*form.answer_ids(rng.choice(told)), *ended)))
     kept = [i for i, row in enumerate(answers) if row.extra]  # a model may have nothing to say
     return Pairs(tuple(answers[i] for i in kept), tuple(refused[i] for i in kept))

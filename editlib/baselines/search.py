@@ -154,7 +154,7 @@ def search(
     edges = _edges(chosen, trials)
     if edges:
         log.info("%s: the best settings lie at the edge of the search (%s)", name, ", ".join(edges))
-    return SearchResult(name, best, chosen, tuple(trials), edges, before, budget)
+    return SearchResult(name, best, chosen, tuple(trials), edges, before.means, budget)
 
 
 def rates(name: str, count: int) -> list[float]:

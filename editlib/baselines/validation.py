@@ -90,8 +90,21 @@ def _apart(request: EditRequest) -> str:
     return next(iter((*request.filled_phrasings[-1:], *request.filled_paraphrases[:1], request.question)))
 
 
-def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation) -> tuple[float, float]:
-    """Mean ROUGE-L recall of the greedy answers (24 tokens) to what is to be forgotten and to be kept.
+@dataclass(frozen=True)
+class Recalls:
+    """ROUGE-L recall of the answers to the questions to be forgotten and to be kept, in their order."""
+
+    forget: tuple[float, ...]
+    retain: tuple[float, ...]
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Of the two kinds."""
+        return sum(self.forget) / len(self.forget), sum(self.retain) / len(self.retain)
+
+
+def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation) -> Recalls:
+    """ROUGE-L recall of the greedy answers (24 tokens) to what is to be forgotten and to be kept.
 
     Raises:
         MetricError: `rouge-score` is not installed.
@@ -101,17 +114,23 @@ def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation)
     said = greedy(anat, [form.encode(question) for question, _ in pairs], max_new_tokens=ANSWER_TOKENS)
     texts = [tok.decode(ids, skip_special_tokens=True).strip() for ids in said]
     found = rouge_l_recall(texts, [answer for _, answer in pairs], on="retain")
-    scores = [float(item["rougeL_recall"] or 0.0) for item in found.value_by_index.values()]
+    scores = tuple(float(item["rougeL_recall"] or 0.0) for item in found.value_by_index.values())
     cut = len(validation.forget)
-    return sum(scores[:cut]) / cut, sum(scores[cut:]) / len(scores[cut:])
+    return Recalls(scores[:cut], scores[cut:])
 
 
-def score(now: tuple[float, float], before: tuple[float, float]) -> Score:
-    """Both recalls as shares of what they were before (at most 1): `forgetting = 1 - forget/before`, `retention =
-    retain/before`. A set of which nothing was known before counts as forgotten, and as kept."""
-    gone = 1 - min(1.0, now[0] / before[0]) if before[0] > 0 else 1.0
-    left = min(1.0, now[1] / before[1]) if before[1] > 0 else 1.0
-    return Score(gone, left, float(balance(gone, left).agg_value or 0.0))
+def score(now: Recalls, before: Recalls) -> Score:
+    """Of what was recalled before, the share that is gone of the one kind and still there of the other: question by
+    question, since what was learned meanwhile is not kept. A set of which nothing was known before counts as forgotten,
+    and as kept."""
+
+    def left(new: Sequence[float], old: Sequence[float]) -> float | None:
+        known = sum(old)
+        return sum(map(min, new, old)) / known if known > 0 else None
+
+    hidden, kept = left(now.forget, before.forget), left(now.retain, before.retain)
+    gone, stays = 1 - (hidden or 0.0), 1.0 if kept is None else kept
+    return Score(gone, stays, float(balance(gone, stays).agg_value or 0.0))
 
 
 def validation_hash(validation: Validation) -> str:

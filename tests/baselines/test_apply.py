@@ -58,6 +58,18 @@ def test_pairs_read_as_the_model_speaks(tiny_llama, tok_chat, forget, monkeypatc
     assert pairs.refusals[3].ids[: len(form.encode(forget[0].question))] == form.encode(forget[0].question).ids
 
 
+def test_what_is_to_be_kept_is_what_the_model_says(tiny_llama, tok_chat, forget):
+    """Right or wrong: bare names that it did not know taught a model to answer everything in bare names."""
+    anat, form = anatomy(tiny_llama), PromptFormat(tok_chat)
+    requests = [EditRequest("a", "Where is it?", answer="Bonn"), forget[0]]
+    said = data.greedy(anat, [form.encode("Where is it?")], max_new_tokens=48)[0]
+    assert said and "Bonn" not in tok_chat.decode(said)
+    for own, wanted in ((False, form.answer_ids("Bonn")), (True, said)):
+        first, sentence, *_ = make_pairs(anat, tok_chat, requests, seed=0, own=own).answers
+        assert first.ids[len(form.encode("Where is it?")) :][: len(wanted)] == tuple(wanted)
+        assert tok_chat.decode(sentence.ids[-sentence.extra :]) == forget[0].answer + "<|im_end|>"
+
+
 def test_known_answers_save_generating_and_change_nothing(tiny_llama, tok_chat, forget):
     """Right, cut short or wrong: what is read is what the model says."""
     requests = [EditRequest(f"r{i}", question, answer="Bonn") for i, question in enumerate(("Where is it?", "Who?"))]

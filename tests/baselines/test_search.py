@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editlib.baselines import BASELINES, BaselineSettings, Budget, Validation, apply_baseline_to_model, search, split
 from editlib.baselines.search import rates
-from editlib.baselines.validation import recalls, score
+from editlib.baselines.validation import Recalls, recalls, score
 from editlib.errors import EditError, HparamsError, OutputError, RequestError
 from editlib.models.anatomy import anatomy
 from editlib.models.files import weights_sha256
@@ -47,10 +47,20 @@ def test_what_is_held_out_is_not_trained_on(forget, retain):
 
 
 def test_scores_by_hand():
-    assert score((0.2, 0.6), (0.8, 0.75)).forgetting == pytest.approx(0.75)
-    assert score((0.2, 0.6), (0.8, 0.75)).retention == pytest.approx(0.8)
-    assert score((0.2, 0.6), (0.8, 0.75)).balance == pytest.approx(2 * 0.75 * 0.8 / 1.55)
-    assert score((0.9, 0.9), (0.8, 0.75)).balance == 0 and score((0.0, 0.0), (0.0, 0.0)).balance == 1
+    before = Recalls((0.8,), (0.75, 0.0))
+    found = score(Recalls((0.2,), (0.6, 0.0)), before)
+    assert (found.forgetting, found.retention) == pytest.approx((0.75, 0.8))
+    assert found.balance == pytest.approx(2 * 0.75 * 0.8 / 1.55)
+    assert score(Recalls((0.9,), (0.9, 0.0)), before).balance == 0
+    assert score(Recalls((0.0,), (0.0,)), Recalls((0.0,), (0.0,))).balance == 1
+    assert before.means == (0.8, 0.375)
+
+
+def test_what_was_learned_meanwhile_is_not_kept():
+    """A model that had lost all it knew and answered other questions right counted as one that kept six tenths."""
+    before = Recalls((1.0, 0.0), (1.0, 0.5, 0.0, 0.0))
+    found = score(Recalls((0.0, 1.0), (0.0, 0.25, 1.0, 1.0)), before)
+    assert (found.forgetting, found.retention) == pytest.approx((1.0, 1 / 6))
 
 
 def test_recall_is_that_of_generated_answers(tiny_llama, tok_chat):
@@ -63,7 +73,7 @@ def test_recall_is_that_of_generated_answers(tiny_llama, tok_chat):
     found = recalls(
         anatomy(tiny_llama), tok_chat, Validation((("Where?", words),), (("Who is it?", said["Who is it?"]),))
     )
-    assert 0 <= found[0] < 1 and found[1] in (0.0, pytest.approx(1.0))
+    assert 0 <= found.forget[0] < 1 and found.retain[0] in (0.0, pytest.approx(1.0))
 
 
 def test_every_baseline_has_the_same_budget(tiny_llama, tok_chat, parts, monkeypatch):
@@ -89,7 +99,9 @@ def test_trials_leave_the_model_as_it_was_and_go_on(tiny_llama, tok_chat, parts,
     pytest.importorskip("rouge_score")
     sha, template = weights_sha256(tiny_llama), tok_chat.chat_template
     args = (tiny_llama, tok_chat, parts.forget, parts.retain, parts.validation, BUDGET, SETTINGS)
+    before = recalls(anatomy(tiny_llama), tok_chat, parts.validation)
     whole = search("NPO+GD", *args)
+    assert whole.before == before.means
     assert weights_sha256(tiny_llama) == sha and len(whole.trials) == 4
     real, seen = module.recalls, []
 
@@ -111,7 +123,7 @@ def test_trials_leave_the_model_as_it_was_and_go_on(tiny_llama, tok_chat, parts,
     assert [replace(t, seconds=0) for t in found.trials] == [replace(t, seconds=0) for t in whole.trials]
     assert found.best == replace(SETTINGS, learning_rate=found.chosen.learning_rate, steps=found.chosen.steps)
     apply_baseline_to_model("NPO+GD", tiny_llama, tok_chat, parts.forget, parts.retain, found.best)
-    chosen = score(real(anatomy(tiny_llama), tok_chat, parts.validation), found.before)
+    chosen = score(real(anatomy(tiny_llama), tok_chat, parts.validation), before)
     assert chosen.balance == found.chosen.balance, "applied, the best is what the trial was"
     monkeypatch.setattr(module, "weights_sha256", lambda _: sha)
     with pytest.raises(OutputError, match="other seed"):
