@@ -77,7 +77,7 @@ def test_recall_is_that_of_generated_answers(tiny_llama, tok_chat):
 
 
 def test_every_baseline_has_the_same_budget(tiny_llama, tok_chat, parts, monkeypatch):
-    monkeypatch.setattr(module, "recalls", lambda *_: (0.5, 0.5))
+    monkeypatch.setattr(module, "recalls", lambda *_: Recalls((0.5,), (0.5,)))
     budget = Budget(rates=3, steps=8, points=2, questions=1)
     assert budget.measured == (4, 8)
     for name, entry in BASELINES.items():
@@ -89,7 +89,7 @@ def test_every_baseline_has_the_same_budget(tiny_llama, tok_chat, parts, monkeyp
         assert len(found.trials) == len(calls) == (6 if entry.searched else 1)
         assert {run.steps for run in calls} == ({4, 8} if entry.searched else {None})
     monkeypatch.undo()
-    monkeypatch.setattr(module, "recalls", lambda *_: (0.5, 0.5))
+    monkeypatch.setattr(module, "recalls", lambda *_: Recalls((0.5,), (0.5,)))
     found = search("GA", tiny_llama, tok_chat, parts.forget, parts.retain, parts.validation, budget, SETTINGS)
     assert [(t.learning_rate, t.steps) for t in found.trials] == [(r, s) for r in rates("GA", 3) for s in (4, 8)]
     assert rates("GA", 3) == pytest.approx([1e-5, math.sqrt(3e-9), 3e-4], rel=1e-2) and len(rates("GA", 1)) == 1
@@ -142,7 +142,7 @@ def test_the_best_at_an_edge_is_said_and_a_failed_trial_counts_nothing(tiny_llam
 
     now = [0.0]
     monkeypatch.setattr(module, "apply_baseline_to_model", apply)
-    monkeypatch.setattr(module, "recalls", lambda *_: (1 - now[-1], 0.5))
+    monkeypatch.setattr(module, "recalls", lambda *_: Recalls((1 - now[-1],), (0.5,)))
     found = search("GA", tiny_llama, tok_chat, parts.forget, parts.retain, parts.validation, BUDGET, SETTINGS)
     assert found.edges == ("learning_rate high", "steps low")
     assert (found.chosen.learning_rate, found.chosen.steps) == (3e-4, 2)
