@@ -222,8 +222,8 @@ def _gate_values(
     new = [request for request in requests if request.relation not in {*known, *opened}]
     with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
         found = {**known, **gate_values(anat, form, new, number, hparams.gate_layer, nll=hparams.gate_nll)}
-    none = torch.zeros(anat.d_model)
-    return {request.relation: found.get(request.relation, none) for request in requests}
+    relations = dict.fromkeys(request.relation for request in requests)
+    return {relation: found[relation] if relation in found else torch.zeros(anat.d_model) for relation in relations}
 
 
 def relations_of(gate: Mapping[str | None, Tensor]) -> frozenset[str]:

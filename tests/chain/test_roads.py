@@ -133,17 +133,18 @@ def test_the_gate_is_opened_once_for_a_relation(start, again):
     chain = start("UniErase gated", retain=RETAIN)
     chain.add(A)
     chain.add(B)
-    C_capital = [replace(request, id=f"{request.id} again", relation="capital") for request in C]
-    chain.add(C_capital)
+    both = [replace(C[0], relation="capital"), C[1]]  # of two relations that are open
+    chain.add(both)
     desk = chain._desk
     first, second, third = [desk.batch(entry) for entry in chain.batches]
     assert first.values.gate["capital"].any() and 3 in first.updates
     for later in (second, third):
-        assert not later.values.gate["capital"].any() and sorted(later.updates) == [1, 2]
+        assert not any(value.any() for value in later.values.gate.values()) and sorted(later.updates) == [1, 2]
+    assert list(third.values.gate) == ["capital", "river"]
     again(chain).verify()
     chain.undo()
     other = again(chain)
-    other.add(C_capital)  # a new process knows, too
+    other.add(both)  # a new process knows, too
     assert sorted(other._desk.batch(other.batches[-1]).updates) == [1, 2]
 
 
