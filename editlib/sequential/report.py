@@ -49,7 +49,9 @@ def _draw(points: Sequence[Point], path: Path) -> None:
         panel.set(title=measure.replace("_", " "), xlabel="edits")
         panel.grid(color="#d5d9de")
         if measure == "perplexity_ratio":
-            panel.set_yscale("log")
+            # A destroyed model's is in the millions; within a decade a logarithmic axis has no readable ticks.
+            if max((point.perplexity_ratio for point in points), default=1.0) > 10:
+                panel.set_yscale("log")
         else:
             panel.set_ylim(-0.03, 1.03)
     figure.axes[0].legend(fontsize=8)
