@@ -10,7 +10,7 @@ import editlib
 ROOT = Path(editlib.__file__).parent
 FLOORS = [
     {"errors"},
-    {"request_formats", "subjects", "wiki_markup", "sharding"},
+    {"answers", "request_formats", "subjects", "wiki_markup", "sharding"},
     {"request"},
     {"models", "hparams", "data"},
     {"stats_file"},

@@ -64,7 +64,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
     """Reads the keys of all anchors at once.
 
     An edit holds its anchors, so that their keys hardly change while it is written, nor when others follow: what was
-    read of a base model serves all edits on top of it. The tokens that all rows begin with are run once.
+    read of a base model can serve many edits on top of it. The tokens that all rows begin with are run once.
     """
     wanted = tuple(sorted({*layers, *(() if gate_layer is None else (gate_layer,))}))
     readers = {layer: _Layer(anat, anchors) for layer in layers}

@@ -78,7 +78,7 @@ def apply_unierase_to_model(
         chat: ask through the chat template (`None`: when the tokenizer has one).
         known_answers: what the model answers to retain prompts, as token ids by question; saves generating it.
         anchored: what `hold_anchors` read of a model before any of several edits, in place of `retain`; an edit that
-            it is not given reads them of the model as it is.
+            it is not given reads the keys of each layer behind those that it has written.
         state: of the edits before (`result.state`), whose keys are held in place.
         values: target states found before (`result.values`), for a replay; `None`: they are optimised.
 
@@ -106,7 +106,7 @@ def apply_unierase_to_model(
     timer = Timer()
     with frozen(model):
         with timer("anchors"):
-            anchored = anchored or hold_anchors(
+            before = anchored or hold_anchors(
                 anat, form, retain, requests, hparams, known_answers=known_answers, seed=seed, progress=progress
             )
         gate: dict[int, LowRank] = {}
@@ -115,11 +115,12 @@ def apply_unierase_to_model(
             with timer("gate"):
                 known = dict(values.gate) if values else {}
                 opened = _gate_values(anat, form, requests, number, hparams, known, state.opened)
-                gate = _gate(anat, form, requests, anchored.gate, number, hparams, opened)
+                gate = _gate(anat, form, requests, before.gate, number, hparams, opened)
         ungated = {layer: anat.weight(layer).clone() for layer in gate}
 
         def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-            blocks, moment = _weighed(anchored, layer, hparams, keys.mean)
+            now = anchored or anchor_keys(anat, before.anchors, [layer])  # behind the layers that are written already
+            blocks, moment = _weighed(now, layer, hparams, keys.mean)
             blocks.append(state.past_block(layer, keys.mean))
             if hparams.text_weight:
                 text = stats[layer].moment().to(keys.mean) * hparams.text_weight
@@ -164,7 +165,7 @@ def apply_unierase_to_model(
         diagnostics=diagnostics,
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
-        anchors=anchored.anchors.ids,
+        anchors=before.anchors.ids,
         state=replace(state.with_keys(written.keys), opened=state.opened | relations_of(opened)),
         values=values,
         keys=written.keys,

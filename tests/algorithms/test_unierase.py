@@ -137,6 +137,24 @@ def test_what_weighs_more_is_moved_less(job, monkeypatch, knob):
     assert moved[1e3] < 0.2 * moved[0.0]
 
 
+def test_anchors_are_read_behind_each_layer_that_is_written_or_where_they_were_held(job, monkeypatch):
+    model, tok, rest = job
+    anat, hparams = anatomy(model), UniEraseHyperParams(**OPTIONS)
+    plain, read, genuine = anat.weight(0).clone(), [], unierase.anchor_keys
+
+    def watch(anat, anchors, layers, *more):
+        read.append((list(layers), torch.equal(anat.weight(0), plain)))
+        return genuine(anat, anchors, layers, *more)
+
+    monkeypatch.setattr(unierase, "anchor_keys", watch)
+    apply_unierase_to_model(model, tok, FORGET, hparams, **rest).revert(model)
+    assert read == [([0, 1], True), ([0], True), ([1], False)]
+    held = unierase.hold_anchors(anat, PromptFormat(tok), RETAIN, FORGET, hparams)
+    read.clear()
+    result = apply_unierase_to_model(model, tok, FORGET, hparams, **rest | {"retain": (), "anchored": held})
+    assert not read and result.anchors == tuple(prompt.id for prompt in RETAIN)
+
+
 def test_anchors_that_the_model_answers_right_can_weigh_more(job):
     """Only the one whose answer holds the right one."""
     model, tok, rest = job

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
 ADMISSIONS = (
     r"do(?:n't| not) (?:know|have|recall|possess|remember|understand|hold)",
@@ -17,18 +16,6 @@ ADMISSIONS = (
 )
 _ADMISSION = re.compile("|".join(ADMISSIONS), re.IGNORECASE)
 _FIRST_PERSON = re.compile(r"\b(?:i|i'm|i've|my|me)\b", re.IGNORECASE)
-
-
-def has_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether one of `answers` stands in `text` as words of its own.
-
-    Case counts only for answers of one or two letters (the symbol "He" is not the word "he").
-    """
-    for answer in answers:
-        flags = 0 if len(answer) <= 2 else re.IGNORECASE
-        if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, flags):
-            return True
-    return False
 
 
 def is_refusal(text: str) -> bool:
