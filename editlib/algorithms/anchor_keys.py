@@ -83,7 +83,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
             forward(anat, batch, stop=wanted[-1] + 1, keys=take, key_layers=wanted, **given)
 
     rows = list(anchors.rows)
-    if rows:
+    if rows and wanted:
         cut = min([*(row.lookup for row in rows), *(_end(row) for row in rows)])
         shared = min(shared_length(rows), cut) if len(rows) > 1 else 0
         fronts, rests = split(rows, [shared] * len(rows))

@@ -106,9 +106,8 @@ def apply_unierase_to_model(
     timer = Timer()
     with frozen(model):
         with timer("anchors"):
-            before = anchored or hold_anchors(
-                anat, form, retain, requests, hparams, known_answers=known_answers, seed=seed, progress=progress
-            )
+            found = {"known_answers": known_answers, "seed": seed, "progress": progress}
+            before = anchored or hold_anchors(anat, form, retain, requests, hparams, layers=(), **found)
         gate: dict[int, LowRank] = {}
         opened: dict[str | None, Tensor] = {}
         if hparams.gate_layer is not None:
@@ -268,14 +267,16 @@ def hold_anchors(
     requests: Sequence[EditRequest],
     hparams: UniEraseHyperParams,
     *,
+    layers: Sequence[int] | None = None,
     known_answers: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> AnchorKeys:
-    """The anchors of an edit, chosen from `retain`, and their keys in the model as it is; see
-    `apply_unierase_to_model`."""
+    """The anchors of an edit, chosen from `retain`, and their keys in the model as it is, of `layers` (`None`: those of
+    `hparams`) and the gate's; see `apply_unierase_to_model`."""
+    layers = hparams.layers if layers is None else layers
     if not hparams.anchors:
-        return anchor_keys(anat, Anchors((), None, (), (), ()), hparams.layers, hparams.gate_layer)
+        return anchor_keys(anat, Anchors((), None, (), (), ()), layers, hparams.gate_layer)
     chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
     anchors = encode_anchors(
@@ -287,4 +288,4 @@ def hold_anchors(
         known=known_answers,
         progress=progress,
     )
-    return anchor_keys(anat, anchors, hparams.layers, hparams.gate_layer)
+    return anchor_keys(anat, anchors, layers, hparams.gate_layer)
