@@ -60,7 +60,7 @@ def test_documented_defaults_fill_what_is_left_out():
         "mom2_dataset": None, "mom2_n_samples": None, "mom2_dtype": "float32", "notes": "",
         "nullspace_threshold": 0.02, "nullspace_rule": "absolute", "L2": 10.0, "anchors": True,
         "anchor_weight": 1.0, "anchor_positions": "all", "max_anchors": None,
-        "anchor_lookup_weight": 0.0, "anchor_known_weight": 0.0, "text_weight": 0.0,
+        "anchor_lookup_weight": 0.0, "anchor_known_weight": 0.0, "past_weight": 1.0, "text_weight": 0.0,
     }  # fmt: skip
     given = UniEraseHyperParams.from_dict({"layers": [4, 5]}).to_dict()
     assert {key: given[key] for key in expected} == expected
@@ -134,6 +134,7 @@ BAD_VALUES = [
     ("anchor_weight", -1, "at least 0"),
     ("anchor_lookup_weight", -1, "at least 0"),
     ("anchor_known_weight", -1, "at least 0"),
+    ("past_weight", -1, "at least 0"),
     ("text_weight", -0.5, "at least 0"),
     ("anchor_positions", "last", '"all" or "subject_last"'),
     ("anchors", 1, "true or false"),

@@ -43,8 +43,7 @@ class Anchors:
     """Rows to hold in place, each from its position in `starts` on (`None`: at its lookup position only).
 
     `relations` says what each row asks for; `ids` which retain prompts the rows are (general prompts about the
-    subjects have none); `known` which rows hold
-    a right answer of the model.
+    subjects have none); `known` which rows hold a right answer of the model.
     """
 
     rows: tuple[TokenRow, ...]

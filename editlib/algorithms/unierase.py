@@ -120,7 +120,7 @@ def apply_unierase_to_model(
         def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
             now = anchored or anchor_keys(anat, before.anchors, [layer])  # behind the layers that are written already
             blocks, moment = _weighed(now, layer, hparams, keys.mean)
-            blocks.append(state.past_block(layer, keys.mean))
+            blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))
             if hparams.text_weight:
                 text = stats[layer].moment().to(keys.mean) * hparams.text_weight
                 moment = text if moment is None else moment + text

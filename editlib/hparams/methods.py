@@ -173,6 +173,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     anchor_known_weight: float = knob(
         0.0, "weight of it besides where the model answers right: what else it knows has keys like these", min=0
     )
+    past_weight: float = knob(1.0, "weight of an earlier edit's key; 1 as published", min=0)
     text_weight: float = knob(
         0.0, "weight of ordinary text, held as in MEMIT beside or instead of by the null space", min=0
     )

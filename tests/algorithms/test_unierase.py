@@ -254,6 +254,24 @@ def test_a_second_edit_holds_the_keys_of_the_first_and_a_replay_needs_no_search(
     assert second.state.past[1].count == 3 and first.state.past[1].count == 2
 
 
+def test_the_weight_of_past_keys_is_that_of_the_published_term(job):
+    """`Δ = R K^T (K K^T + w K_p K_p^T + L2 I)^-1`, written out densely (UniErase, eq. 13, whose `w` is 1). With `w` 1,
+    the first of a hundred requests had got 1.3 times their change by the end of a chain."""
+    model, tok, rest = job
+    options = {**OPTIONS, "layers": [1], "solve": "ridge", "anchors": False, "L2": 0.1}
+    options |= {"nullspace_rule": "dimensions", "nullspace_threshold": 1.0}
+    first = apply_unierase_to_model(model, tok, FORGET[:2], UniEraseHyperParams(**options), **rest)
+    past = first.state.past[1].block.double()
+    for weight in (0.0, 1.0, 100.0):
+        hparams = UniEraseHyperParams(**options, past_weight=weight)
+        second = apply_unierase_to_model(model, tok, FORGET[2:], hparams, state=first.state, **rest)
+        second.revert(model)
+        keys, residual = second.keys[1].double(), second.values.deltas.double()
+        gram = keys @ keys.T + weight * past @ past.T + 0.1 * torch.eye(len(keys), dtype=torch.float64)
+        dense = residual @ torch.linalg.solve(gram, keys).T
+        torch.testing.assert_close(second.deltas[1].dense().double(), dense, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("gate", [None, 3])
 def test_a_replay_finds_nothing_anew(job, monkeypatch, gate):
     model, tok, rest = job
