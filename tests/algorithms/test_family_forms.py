@@ -57,7 +57,8 @@ def test_memit_agrees_with_the_published_formula(sizes, weight):
     if weight > 1:  # below, the condition of the system and not the way to solve it decides what fp32 can give
         single = memit(keys.float(), residual.float(), known, weight=weight, past=past.float())
         assert single.left.dtype == single.right.dtype == torch.float32
-        assert relative(single.dense(), wanted) < 1e-4
+        # Of the factors and not of their product, which may nearly cancel (3 x 1 with 25 keys was 1.5e-4 off).
+        assert float((single.dense().double() - wanted).norm()) < 2.5e-5 * float(got.left.norm() * got.right.norm())
 
 
 @settings(max_examples=100)
