@@ -58,7 +58,7 @@ def test_memit_agrees_with_the_published_formula(sizes, weight):
         single = memit(keys.float(), residual.float(), known, weight=weight, past=past.float())
         assert single.left.dtype == single.right.dtype == torch.float32
         # Of the factors and not of their product, which may nearly cancel (3 x 1 with 25 keys was 1.5e-4 off).
-        assert float((single.dense().double() - wanted).norm()) < 2.5e-5 * float(got.left.norm() * got.right.norm())
+        assert float((single.dense().double() - wanted).norm()) < 2.2e-5 * float(got.left.norm() * got.right.norm())
 
 
 @settings(max_examples=100)
