@@ -37,7 +37,7 @@ def apply_baseline_to_model(
     seed: int = 0,
     model_name: str | None = None,
     pairs: tuple[Pairs, Pairs | None] | None = None,
-    known_answers: Mapping[str, Sequence[int]] | None = None,
+    spoken: Mapping[str, Sequence[int]] | None = None,
     watch: Callable[[int], None] | None = None,
     watched: Sequence[int] = (),
     progress: bool = False,
@@ -50,7 +50,7 @@ def apply_baseline_to_model(
         settings: their `None`s stand for the baseline's defaults.
         model_name: what the model is called, for bundled settings and statistics; default: what it was loaded from.
         pairs: what `pairs_for` gave for this very model and seed, so that a search makes them once.
-        known_answers: see `make_pairs`.
+        spoken: see `make_pairs`.
         watch, watched: see `training.train`.
 
     Raises:
@@ -74,7 +74,7 @@ def apply_baseline_to_model(
     anat = anatomy(model)
     check_whole(anat)
     with unchanged_on_error(model):
-        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, known_answers=known_answers)
+        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, spoken=spoken)
         stage = Stage(
             anat,
             *made,
@@ -109,11 +109,11 @@ def pairs_for(
     retain: Sequence[EditRequest],
     *,
     seed: int,
-    known_answers: Mapping[str, Sequence[int]] | None = None,
+    spoken: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Pairs, Pairs | None]:
     """What a gradient baseline reads, by the model as it is: the pairs to forget, and those to keep where it has a use
     for them."""
-    make = partial(make_pairs, anat, tok, known_answers=known_answers)
+    make = partial(make_pairs, anat, tok, spoken=spoken)
     kept = make(retain, seed=seed + 1, own=True) if entry.needs_retain else None
     return make(forget, seed=seed), kept
 

@@ -52,7 +52,7 @@ def make_pairs(
     seed: int,
     refusals: Sequence[str] | None = None,
     own: bool = False,
-    known_answers: Mapping[str, Sequence[int]] | None = None,
+    spoken: Mapping[str, Sequence[int]] | None = None,
 ) -> Pairs:
     """Each request's question and its `phrasings` with the answer.
 
@@ -63,8 +63,7 @@ def make_pairs(
     Args:
         own: the model's own answer stands for a bare one even if it is wrong: what is to be kept is what the model
             says, and names that it does not know would teach it to answer in bare names.
-        known_answers: what the model is known to say, or the beginning of it, as token ids by question; it is checked
-            instead of generated, and a wrong one changes nothing but the time.
+        spoken: what `own_answers` gave for this very model and these requests, taken as it is; generated without it.
 
     Raises:
         RequestError: no request at all.
@@ -72,27 +71,46 @@ def make_pairs(
     if not requests:
         raise RequestError("no request was given to train on; give at least one")
     form, end = PromptFormat(tok), tok.eos_token_id
-    asked = [(text, request) for request in requests for text in (request.question, *request.filled_phrasings)]
+    spoken = own_answers(anat, tok, requests, known=spoken)
+    asked = [(text, request) for request in requests for text in _wordings(request)]
     rows = [form.encode(text) for text, _ in asked]
-    bare = [i for i, (_, request) in enumerate(asked) if _is_bare(request)]
-    known = known_answers or {}
-    drafts = [known.get(asked[i][0], ()) for i in bare]
-    said = greedy(anat, [rows[i] for i in bare], max_new_tokens=OWN_TOKENS, drafts=drafts if any(drafts) else None)
-    spoken = dict(zip(bare, said, strict=True))
     rng = random.Random(seed)
     told = list(refusals or bundled.refusals())
     ended = () if end is None else (end,)
     answers, refused = [], []
-    for i, (row, (_, request)) in enumerate(zip(rows, asked, strict=True)):
-        ids = spoken.get(i, ())
+    for row, (question, request) in zip(rows, asked, strict=True):
+        ids = tuple(spoken[question]) if _is_bare(request) else ()
         text = tok.decode(ids, skip_special_tokens=True)
         right = request.answer is None or has_answer(text, (request.answer, *request.aliases))
+        cut = len(ids) == OWN_TOKENS
         if request.answer is not None and not (ids and (own or right)):
-            ids = form.answer_ids(request.answer)
-        answers.append(row.followed_by((*ids, *(ended if len(ids) < OWN_TOKENS or i not in spoken else ()))))
+            ids, cut = form.answer_ids(request.answer), False
+        answers.append(row.followed_by((*ids, *(() if cut else ended))))
         refused.append(row.followed_by((*form.answer_ids(rng.choice(told)), *ended)))
     kept = [i for i, row in enumerate(answers) if row.extra]  # a model may have nothing to say
     return Pairs(tuple(answers[i] for i in kept), tuple(refused[i] for i in kept))
+
+
+def own_answers(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    *,
+    known: Mapping[str, Sequence[int]] | None = None,
+    progress: str | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """What the model says, greedily and in at most 48 tokens, to the wordings of the requests whose answer is a bare
+    name or missing: token ids by question, without the end token. The `known` ones are not asked again."""
+    found = {question: tuple(ids) for question, ids in (known or {}).items()}
+    wanted = [text for request in requests if _is_bare(request) for text in _wordings(request)]
+    missing = [text for text in dict.fromkeys(wanted) if text not in found]
+    form = PromptFormat(tok)
+    said = greedy(anat, [form.encode(text) for text in missing], max_new_tokens=OWN_TOKENS, progress=progress)
+    return found | dict(zip(missing, said, strict=True))
+
+
+def _wordings(request: EditRequest) -> tuple[str, ...]:
+    return request.question, *request.filled_phrasings
 
 
 def _is_bare(request: EditRequest) -> bool:

@@ -18,7 +18,7 @@ from editlib.baselines.apply import apply_baseline_to_model, check_baseline, kee
 from editlib.baselines.registry import baseline, spelling
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Score, Validation, recalls, score, validation_hash
-from editlib.errors import EditError, OutputError
+from editlib.errors import EditError, HparamsError, OutputError
 from editlib.evaluation.cells import append_cell, read_cells
 from editlib.models.anatomy import anatomy
 from editlib.models.files import atomic_path, weights_sha256
@@ -73,12 +73,12 @@ def search(
     *,
     seed: int = 0,
     model_name: str | None = None,
-    known_answers: Mapping[str, Sequence[int]] | None = None,
+    spoken: Mapping[str, Sequence[int]] | None = None,
     out: Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
-    """Tries `budget.rates` learning rates, spread evenly in their logarithm over the baseline's range, each at
-    `budget.points` numbers of steps, and takes the trial of the highest balance on `validation` (of equals the one
+    """Tries `budget.rates` learning rates, spread evenly in their logarithm over the range, each at `budget.points`
+    numbers of steps, and takes the trial of the highest balance on `validation` (of equals the one
     with fewer steps, then the smaller rate). The learning rate of a gradient run does not decay, so that one run is
     measured on its way at all numbers of steps; an editor runs once a trial. A baseline without either has one trial.
 
@@ -87,7 +87,7 @@ def search(
     Args:
         forget, retain, validation: as `validation.split` makes them.
         settings: all but learning rate and steps.
-        known_answers: see `make_pairs`.
+        spoken: see `make_pairs`.
         out: a folder that keeps every finished trial; the same search goes on from there.
 
     Raises:
@@ -129,7 +129,7 @@ def search(
             run = replace(settings, learning_rate=rate, steps=points[-1])
             given: dict[str, Any] = {"seed": seed, "model_name": model_name, "progress": progress}
             if entry.kind == "gradient":
-                pairs = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, known_answers=known_answers)
+                pairs = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, spoken=spoken)
                 missing = [steps for steps in points if (rate, steps) not in done]
                 look = lambda steps, rate=rate, begun=begun: tried(rate, steps, begun)  # noqa: E731
                 given |= {"pairs": pairs, "watch": look, "watched": missing}
@@ -157,10 +157,21 @@ def search(
     return SearchResult(name, best, chosen, tuple(trials), edges, before.means, budget)
 
 
-def rates(name: str, count: int) -> list[float]:
-    """`count` learning rates over a baseline's range, evenly spread in their logarithm; one alone is the middle."""
-    entry = baseline(name)
-    low, high = math.log(entry.low), math.log(entry.high)
+def rates(name: str, budget: Budget) -> list[float]:
+    """The learning rates that are tried: over the budget's range, or else the baseline's own, evenly spread in their
+    logarithm; one alone is the middle.
+
+    Raises:
+        HparamsError: the range is empty.
+    """
+    entry, count = baseline(name), budget.rates
+    ends = budget.low or entry.low, budget.high or entry.high
+    if ends[0] > ends[1]:
+        raise HparamsError(
+            f"a search for {name} from the learning rate {ends[0]:g} to {ends[1]:g}: expected a range from low to "
+            "high; change low or high"
+        )
+    low, high = map(math.log, ends)
     places = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
     return [float(f"{math.exp(low + (high - low) * place):.3g}") for place in places]
 
@@ -171,7 +182,7 @@ def _plan(name: str, budget: Budget) -> Iterator[tuple[float | None, tuple[int |
     if not entry.searched:
         yield None, (None,)
         return
-    for rate in rates(name, budget.rates):
+    for rate in rates(name, budget):
         if entry.kind == "gradient":
             yield rate, budget.measured
         else:

@@ -79,20 +79,27 @@ class Budget:
 
     Args:
         questions: asked of each kind (forget, retain) at a measurement, at most.
+        low, high: the ends of the range of learning rates; `None`: those of the baseline, see `registry.BASELINES`.
 
     Raises:
-        HparamsError: a number below 1.
+        HparamsError: a number out of range.
     """
 
     rates: int = 4
     steps: int = 60
     points: int = 3
     questions: int = 24
+    low: float | None = None
+    high: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
+        for name in ("rates", "steps", "points", "questions"):
+            if (value := getattr(self, name)) < 1:
                 raise HparamsError(f"{name} of a search is {value!r}; expected 1 or more")
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise HparamsError(f"{name} of a search is {value!r}; expected a learning rate above 0")
         if self.points > self.steps:
             raise HparamsError(f"a search measures at {self.points} points, but runs for {self.steps} steps; lower one")
 

@@ -81,6 +81,8 @@ def baseline(
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="of each rate of a search")] = 60,
     points: Annotated[int, typer.Option(min=1, help="numbers of steps that a rate is measured at")] = 3,
+    low: Annotated[float | None, typer.Option(help="lowest learning rate of a search; default: the method's")] = None,
+    high: Annotated[float | None, typer.Option(help="highest learning rate of a search; default: the method's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="without a search")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="without a search")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
@@ -103,6 +105,8 @@ def baseline(
 
     if search is not None and (learning_rate is not None or steps is not None):
         raise HparamsError("--search looks for learning rate and steps itself; leave --learning-rate and --steps out")
+    if search is None and (low is not None or high is not None):
+        raise HparamsError("--low and --high are the range of a search; give --search, or leave them out")
     settings = BaselineSettings(
         learning_rate=learning_rate,
         steps=steps,
@@ -114,7 +118,7 @@ def baseline(
         stats_dir=stats_dir,
         corpus=corpus,
     )
-    budget = None if search is None else Budget(rates=search, steps=max_steps, points=points)
+    budget = None if search is None else Budget(rates=search, steps=max_steps, points=points, low=low, high=high)
     receipt = baseline_folder(
         method, model, requests, out_dir, retain_file=retain, settings=settings, budget=budget,
         seed=seed, dtype=dtype, overwrite=overwrite,

@@ -14,9 +14,12 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unlearning_token import TokenHyperParams
 from editlib.baselines import BASELINES, BaselineSettings, Budget, SearchResult, apply_baseline_to_model, search, split
 from editlib.baselines.apply import check_baseline
+from editlib.baselines.data import own_answers
 from editlib.baselines.refusal_edit import REFUSAL
+from editlib.baselines.search import rates
 from editlib.comparison.section import General, Section, chosen
 from editlib.errors import ConfigError, HparamsError
+from editlib.evaluation.facts import Before
 from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, load_hparams
 from editlib.hparams.checks import knob, nearest, quote
 from editlib.request import EditRequest
@@ -25,6 +28,7 @@ from editlib.workbench import Workbench
 
 T = TypeVar("T")
 AIMED = "->refusal"
+OWN_ANSWERS = "own-answers.json"
 FAMILIES = {
     "none": "unedited: the model as it was",
     "closed form": "closed form: an update that is solved for",
@@ -50,13 +54,19 @@ class Cost:
 
     Args:
         update_bytes: what the change takes when it is stored by itself; `None`: the changed weights.
-        prepared: seconds of what is made once a model and kept (statistics, a token), by name; not in the method's own.
         notes: other words and numbers worth showing, JSON-ready.
     """
 
     update_bytes: int | None = None
-    prepared: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What `Method.prepare` found or made, and the `seconds` that making it took by name (statistics, a token, ...)."""
+
+    made: Any = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -86,25 +96,26 @@ class Method(ABC):
         """Whether `search` comes before `forget`."""
         return False
 
-    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
         """The best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
 
         Args:
             bench: the base model; it is loaded anew afterwards.
+            ready: what `prepare` made.
             folder: keeps what is done of a search that is stopped.
         """
         raise NotImplementedError
 
-    def prepare(self, bench: Workbench, seed: int) -> Any:
-        """Finds or makes what is kept beside the model; one process at a time."""
-        return None
+    def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
+        """Finds or makes what is made once a model and kept beside it; one process at a time."""
+        return Ready()
 
     @abstractmethod
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
         """Changes `bench.model` (and `bench.tok`) in place.
 
         Args:
-            ready: what `prepare` gave.
+            ready: what `prepare` made.
             found: what `search` gave, now or in an earlier run; `None` without one.
         """
 
@@ -153,8 +164,8 @@ class ClosedForm(Method):
         self.family = "closed form" if self.unlearns else "closed form, refusal"
         if algorithm == "FT":
             self.family = "fine-tuning"
-        self.budget = _budget(self.settings.search, where)
         self.tuned = f"{algorithm}-refusal"
+        self.budget = _budget(self.settings.search, self.tuned, where)
         if self.budget is not None and (self.tuned not in BASELINES or self.settings.settings):
             raise ConfigError(
                 f'{where}: "search" is for ROME, MEMIT and AlphaEdit aimed at a refusal, with "hparams" and no single '
@@ -165,7 +176,7 @@ class ClosedForm(Method):
     def searches(self) -> bool:
         return self.budget is not None
 
-    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
         given = BaselineSettings(hparams=self.settings.hparams, stats_dir=bench.stats_dir, corpus=self.general.corpus)
         return _searched(self.tuned, bench, task, given, self.budget, seed, folder)
 
@@ -182,7 +193,7 @@ class ClosedForm(Method):
         jobs.check_settings(bench, self.hparams)
         jobs.check_wanted(self._wanted(task), self.hparams)
 
-    def prepare(self, bench: Workbench, seed: int) -> tuple[jobs.Means, dict[str, float]]:
+    def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
         timer = Timer()
         path = None
         if self.unlearns and seed:  # the token is random, too: one for each seed, and the usual one for seed 0
@@ -192,10 +203,10 @@ class ClosedForm(Method):
                     bench.make_token(hparams=TokenHyperParams(seed=seed), path=path)
         made_from = {"corpus": self.general.corpus, "stats_tokens": self.general.stats_tokens}
         means = jobs.gather(bench, self.hparams, token=path, timer=timer, **made_from)
-        return means, timer.seconds
+        return Ready(means, timer.seconds)
 
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
-        means, prepared = ready
+        means: jobs.Means = ready
         hparams, best = self.hparams, (found or {}).get("best", {})
         if found is not None:
             chosen = {"v_lr": best["learning_rate"], "v_num_grad_steps": best["steps"]}
@@ -206,7 +217,7 @@ class ClosedForm(Method):
         result = jobs.apply(bench, self._wanted(task), hparams, means, **given)
         notes = {"layers": list(self.hparams.layers), **({"anchors": len(result.anchors)} if self.unlearns else {})}
         rows = 0 if means.token is None else _bytes(means.token.row_in) + _bytes(means.token.row_out)
-        return Cost(update_size(result) + rows, prepared, notes)
+        return Cost(update_size(result) + rows, notes)
 
     def _wanted(self, task: Task) -> list[EditRequest]:
         if self.unlearns:
@@ -232,7 +243,7 @@ class Trained(Method):
         super().__init__(name, label, settings, where, general)
         known = {key for key in BaselineSettings.__dataclass_fields__ if key not in ("hparams", "stats_dir", "corpus")}
         self.how = _made(BaselineSettings, self.settings.settings, known, f"{where}: settings")
-        self.budget = _budget(self.settings.search, where)
+        self.budget = _budget(self.settings.search, name, where)
         entry = BASELINES[name]
         self.family = "prompt" if entry.kind == "prompt" else "fine-tuning"
         self.seeded = entry.kind != "prompt"
@@ -252,8 +263,22 @@ class Trained(Method):
     def searches(self) -> bool:
         return self.budget is not None
 
-    def search(self, bench: Workbench, task: Task, seed: int, folder: Path) -> dict[str, Any]:
-        return _searched(self.name, bench, task, self.how, self.budget, seed, folder)
+    def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
+        """What the model itself says to the questions that a gradient method reads; the same for all of them."""
+        if BASELINES[self.name].kind != "gradient":
+            return Ready()
+        path, timer = bench.stats_dir / spelling(bench.name) / OWN_ANSWERS, Timer()
+        kept = Before.load(path, bench.sha256)
+        with timer("own answers"):
+            label = "own answers" if bench.progress else None
+            requests = [*task.forget, *task.retain]
+            said = own_answers(bench.anat, bench.tok, requests, known=kept.answers, progress=label)
+        if said != kept.answers:
+            Before(bench.sha256, said).save(path)
+        return Ready(said, timer.seconds)
+
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
+        return _searched(self.name, bench, task, self.how, self.budget, seed, folder, spoken=ready)
 
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
         how, forget, retain = self.how, task.forget, task.retain
@@ -264,12 +289,12 @@ class Trained(Method):
             forget, retain = parts.forget, parts.retain
         result = apply_baseline_to_model(
             self.name, bench.model, bench.tok, forget, retain, how, seed=seed, model_name=bench.name,
-            known_answers=task.known_answers, progress=bench.progress,
+            spoken=ready, progress=bench.progress,
         )  # fmt: skip
         told = str(result.notes.get("told") or "")
         ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
         notes = {"steps": result.steps, "learning_rate": how.learning_rate, "tokens": result.tokens, **ends}
-        return Cost(len(told.encode()) if self.family == "prompt" else None, notes=notes)
+        return Cost(len(told.encode()) if self.family == "prompt" else None, notes)
 
 
 def _searched(
@@ -280,22 +305,35 @@ def _searched(
     budget: Budget | None,
     seed: int,
     folder: Path,
+    *,
+    spoken: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """A search on questions that are neither trained on nor reported, JSON-ready."""
     budget = budget or Budget()
     parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
     found: SearchResult = search(
         name, bench.model, bench.tok, parts.forget, parts.retain, parts.validation, budget, settings,
-        seed=seed, model_name=bench.name, known_answers=task.known_answers, out=folder, progress=bench.progress,
+        seed=seed, model_name=bench.name, spoken=spoken, out=folder, progress=bench.progress,
     )  # fmt: skip
     return {**found.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
 
 
-def _budget(given: bool | Mapping[str, Any], where: str) -> Budget | None:
+def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | None:
+    """The budget of a search for the baseline `name`; `None` for no search.
+
+    Raises:
+        ConfigError: a key that it does not have, or a value that it does not take.
+    """
     if given is False:
         return None
     keys = {} if given is True else given
-    return _made(Budget, keys, set(Budget.__dataclass_fields__), f"{where}: search")
+    budget = _made(Budget, keys, set(Budget.__dataclass_fields__), f"{where}: search")
+    if name in BASELINES and BASELINES[name].searched:
+        try:
+            rates(name, budget)
+        except HparamsError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return budget
 
 
 def _searching(budget: Budget | None, general: General) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from editlib.comparison.arena import Arena, Part
 from editlib.comparison.config import Config
 from editlib.comparison.meter import metered, touched
-from editlib.comparison.methods import Cost, Method
+from editlib.comparison.methods import Cost, Method, Ready, Task
 from editlib.comparison.results import FORMAT, collect
 from editlib.comparison.sets import Base, Protocol
 from editlib.comparison.store import FAILED, Shelf, Store, taken
@@ -248,20 +248,23 @@ class _Run:
         protocol = next(one for one in self.config.sets if one.name == cell.set)
         arena = self._enter(protocol)
         task, method = arena.set.task, cell.method
-        searched = self._search(cell, arena) if method.searches else {"found": None, "seconds": 0.0}
+        searched = self._search(cell, arena) if method.searches else {"found": None, "seconds": 0.0, "prepared": {}}
         bench = self.load(protocol.model)
-        ready = self._prepare(method, bench, cell.seed)
+        ready = self._prepare(method, bench, task, cell.seed)
         with metered() as meter:
-            cost = method.forget(bench, task, cell.seed, ready=ready, found=searched["found"])
-        self._keep_edit(cell, arena, bench, cost, {**asdict(meter), "search_seconds": searched["seconds"]})
+            cost = method.forget(bench, task, cell.seed, ready=ready.made, found=searched["found"])
+        before = searched["prepared"]
+        prepared = {name: before.get(name, 0.0) + ready.seconds.get(name, 0.0) for name in {**before, **ready.seconds}}
+        took = {**asdict(meter), "search_seconds": searched["seconds"], "prepared": prepared}
+        self._keep_edit(cell, arena, bench, cost, took)
         failed = self._parts(cell, arena.parts(), bench)
         if failed:
             raise EditlibError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
 
     @staticmethod
-    def _prepare(method: Method, bench: Workbench, seed: int) -> Any:
+    def _prepare(method: Method, bench: Workbench, task: Task, seed: int) -> Ready:
         with taken(Shelf(bench.stats_dir / spelling(bench.name)), wait=True):
-            return method.prepare(bench, seed)
+            return method.prepare(bench, task, seed)
 
     def _search(self, cell: Cell, arena: Arena) -> dict[str, Any]:
         """The method's search on this set: done once, kept, and the same for all seeds.
@@ -269,7 +272,7 @@ class _Run:
         Raises:
             _Busy: another process is at it.
         """
-        method, seed = cell.method, self.config.general.seeds[0]
+        method, task, seed = cell.method, arena.set.task, self.config.general.seeds[0]
         shelf = self.store.search({**cell.identity, "seed": seed})
         with taken(shelf) as mine:
             kept = shelf.get(SEARCH)
@@ -277,10 +280,11 @@ class _Run:
                 raise _Busy
             if kept is None:
                 bench = self.load(arena.base.bench.name)
-                self._prepare(method, bench, seed)
+                ready = self._prepare(method, bench, task, seed)
                 log.info("%s: searching for settings", cell.label)
-                found = method.search(bench, arena.set.task, seed, shelf.path / "trials")
-                kept = {"found": found, "seconds": sum(trial["seconds"] for trial in found.get("trials", ()))}
+                found = method.search(bench, task, seed, shelf.path / "trials", ready=ready.made)
+                seconds = sum(trial["seconds"] for trial in found.get("trials", ()))
+                kept = {"found": found, "seconds": seconds, "prepared": dict(ready.seconds)}
                 shelf.put(SEARCH, kept)
         cell.shelf.put(SEARCH, kept)
         return kept
@@ -295,7 +299,7 @@ class _Run:
             cell.shelf.empty(SEARCH, "cell")
         changed = touched(arena.base.bench.model, bench.model)
         size = changed.bytes if cost.update_bytes is None else cost.update_bytes
-        told = {**took, "touched": asdict(changed), "update_bytes": size, "prepared": dict(cost.prepared)}
+        told = {**took, "touched": asdict(changed), "update_bytes": size}
         cell.shelf.put(EDIT, {"sha256": sha, "cost": told, "notes": dict(cost.notes)})
 
     def _parts(self, cell: Cell, parts: Sequence[Part], bench: Workbench) -> dict[str, str]:

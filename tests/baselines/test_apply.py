@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from editlib.baselines import BASELINES, BaselineSettings, apply_baseline_to_model, data
-from editlib.baselines.data import make_pairs
+from editlib.baselines.data import make_pairs, own_answers
 from editlib.baselines.in_context import RULE, refuse_in_context
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.models.anatomy import anatomy
@@ -70,16 +70,17 @@ def test_what_is_to_be_kept_is_what_the_model_says(tiny_llama, tok_chat, forget)
         assert tok_chat.decode(sentence.ids[-sentence.extra :]) == forget[0].answer + "<|im_end|>"
 
 
-def test_known_answers_save_generating_and_change_nothing(tiny_llama, tok_chat, forget):
-    """Right, cut short or wrong: what is read is what the model says."""
+def test_own_answers_save_generating_and_change_nothing(tiny_llama, tok_chat, forget, monkeypatch):
     requests = [EditRequest(f"r{i}", question, answer="Bonn") for i, question in enumerate(("Where is it?", "Who?"))]
-    requests.append(EditRequest("open", "Write a poem, please!"))
-    anat, form = anatomy(tiny_llama), PromptFormat(tok_chat)
-    said = data.greedy(anat, [form.encode(request.question) for request in requests], max_new_tokens=48)
-    plain = make_pairs(anat, tok_chat, requests, seed=0)
-    for known in (said, [answer[:5] for answer in said], [(7, *answer[1:]) for answer in said]):
-        answers = {request.question: ids for request, ids in zip(requests[1:], known[1:], strict=True)}
-        assert make_pairs(anat, tok_chat, requests, seed=0, known_answers=answers) == plain
+    requests += [EditRequest("open", "Write a poem, please!"), forget[0]]
+    anat = anatomy(tiny_llama)
+    plain = make_pairs(anat, tok_chat, requests, seed=0, own=True)
+    some = own_answers(anat, tok_chat, requests[:1])
+    assert list(some) == ["Where is it?"]
+    spoken = own_answers(anat, tok_chat, requests, known=some)
+    assert list(spoken) == ["Where is it?", "Who?", "Write a poem, please!"], "a sentence is not asked"
+    monkeypatch.setattr(data, "greedy", lambda _, rows, **__: [()] * len(rows) if not rows else pytest.fail("asked"))
+    assert make_pairs(anat, tok_chat, requests, seed=0, own=True, spoken=spoken) == plain
 
 
 def test_after_an_error_nothing_has_changed(tiny_llama, tok_chat, forget, retain, monkeypatch):

@@ -91,8 +91,19 @@ def test_every_baseline_has_the_same_budget(tiny_llama, tok_chat, parts, monkeyp
     monkeypatch.undo()
     monkeypatch.setattr(module, "recalls", lambda *_: Recalls((0.5,), (0.5,)))
     found = search("GA", tiny_llama, tok_chat, parts.forget, parts.retain, parts.validation, budget, SETTINGS)
-    assert [(t.learning_rate, t.steps) for t in found.trials] == [(r, s) for r in rates("GA", 3) for s in (4, 8)]
-    assert rates("GA", 3) == pytest.approx([1e-5, math.sqrt(3e-9), 3e-4], rel=1e-2) and len(rates("GA", 1)) == 1
+    assert [(t.learning_rate, t.steps) for t in found.trials] == [(r, s) for r in rates("GA", budget) for s in (4, 8)]
+    assert rates("GA", budget) == pytest.approx([1e-5, math.sqrt(3e-9), 3e-4], rel=1e-2)
+
+
+def test_the_range_of_rates_is_the_users_where_given():
+    assert rates("GA", Budget(rates=3, low=1e-4, high=4e-4)) == pytest.approx([1e-4, 2e-4, 4e-4])
+    assert rates("GA", Budget(rates=2, high=1e-3)) == pytest.approx([1e-5, 1e-3])
+    assert rates("GA", Budget(rates=1, low=1e-4, high=4e-4)) == pytest.approx([2e-4])
+    with pytest.raises(HparamsError, match=r"from the learning rate 0\.001 to 0\.0003: expected a range"):
+        rates("GA", Budget(rates=2, low=1e-3))
+    for bad in (0.0, -1e-4, math.inf, math.nan):
+        with pytest.raises(HparamsError, match="high of a search is"):
+            Budget(high=bad)
 
 
 def test_trials_leave_the_model_as_it_was_and_go_on(tiny_llama, tok_chat, parts, tmp_path, monkeypatch):
@@ -200,6 +211,9 @@ def test_bad_input_is_one_line(call, folder, files, tmp_path):
     out = ["--out", tmp_path / "out"]
     refused(call("baseline", folder, "--method", "NPX", *files, *out), "NPX", "NPO")
     refused(call("baseline", folder, "--method", "GA", *files, *out, "--search", 2, "--steps", 3), "--search")
+    refused(call("baseline", folder, "--method", "GA", *files, *out, "--low", 1e-5), "--search")
+    searched = [*out, "--search", 2, "--low", 1e-2]
+    refused(call("baseline", folder, "--method", "GA", *files, *searched), "0.01 to 0.0003")
     refused(call("baseline", folder, "--method", "GA", "--requests", tmp_path / "no.jsonl", *out), "no.jsonl")
     assert not (tmp_path / "out").exists()
     code, shown, _ = call("baselines")

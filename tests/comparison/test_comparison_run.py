@@ -10,7 +10,7 @@ import pytest
 
 from editlib.attacks.outcome import COLUMNS
 from editlib.comparison import arena
-from editlib.comparison.methods import METHODS
+from editlib.comparison.methods import METHODS, Ready
 from editlib.comparison.run import compare
 from editlib.comparison.store import Shelf, Store, taken
 from editlib.errors import ConfigError, OutputError
@@ -197,7 +197,7 @@ def test_a_search_that_another_process_is_at_keeps_nothing_else_waiting(bench):
     thread = threading.Thread(target=searches)
     thread.start()
     held.wait()
-    METHODS["forgets"].prepare = lambda *_: others.set()
+    METHODS["forgets"].prepare = lambda *_: others.set() or Ready()
     bench.runs()
     results = bench.compare(methods=methods, seeds=[0])
     thread.join()

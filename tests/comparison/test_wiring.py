@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import import_module
 
 import pytest
 
@@ -55,6 +56,27 @@ def test_a_baseline_gives_the_weights_that_it_gives_alone(folder, facts, tmp_pat
     assert cell["notes"]["steps"] == 2 and cell["cost"]["touched"]["weights"] > 1000
 
 
+def test_what_the_model_itself_says_is_asked_once_for_all_baselines(folder, facts, tmp_path, monkeypatch):
+    """A third of a gradient method's time was the same answers of the same model, before its search and behind it."""
+    pytest.importorskip("rouge_score")
+    data, asked = import_module("editlib.baselines.data"), []
+    real = data.greedy
+    monkeypatch.setattr(data, "greedy", lambda anat, rows, **how: asked.append(len(rows)) or real(anat, rows, **how))
+    settings = {"learning_rate": 1e-2, "steps": 2, "batch_size": 2, "warmup_steps": 1}
+    search = {"rates": 2, "steps": 2, "points": 1, "questions": 2}
+    methods = [{"method": "GA+GD", "settings": settings}, {"method": "NPO+GD", "search": search}, "in-context"]
+    results = go(folder, tmp_path, sets=[facts], methods=methods)
+    first, second = by(results, "GA+GD"), by(results, "NPO+GD")
+    assert first["failed"] is None and second["failed"] is None
+    assert [count for count in asked if count] == asked[:1] == [7]
+    assert first["cost"]["prepared"]["own answers"] > 0 and by(results, "in-context")["cost"]["prepared"] == {}
+    (kept,) = (tmp_path / "stats").rglob("own-answers.json")
+    kept.write_text(kept.read_text()[:50])  # torn: asked again
+    asked.clear()
+    again = go(folder, tmp_path / "again", sets=[facts], methods=methods[:1], stats_dir=str(tmp_path / "stats"))
+    assert asked[0] == 7 and by(again, "GA+GD")["weights_sha256"] == first["weights_sha256"]
+
+
 def test_a_search_is_judged_by_questions_that_are_not_scored(folder, facts, tmp_path):
     pytest.importorskip("rouge_score")
     search = {"rates": 1, "steps": 2, "points": 2, "questions": 2}
@@ -80,6 +102,7 @@ def test_bad_searches_are_told():
         ({"method": "in-context", "search": True}, "in-context has nothing to search for"),
         ({"method": "GA", "search": {"rate": 2}}, 'search: key "rate": unknown; expected "rates"'),
         ({"method": "GA", "search": {"rates": 0}}, "rates of a search is 0"),
+        ({"method": "GA", "search": {"low": 1e-2}}, "from the learning rate 0.01 to 0.0003"),
         ({"method": "GA", "settings": {"lr": 1}}, 'settings: key "lr": unknown'),
         ({"method": "UniErase", "search": True}, '"search" is for ROME, MEMIT and AlphaEdit'),
     ):
