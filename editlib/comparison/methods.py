@@ -18,10 +18,12 @@ from editlib.baselines.data import own_answers
 from editlib.baselines.refusal_edit import REFUSAL
 from editlib.baselines.search import rates
 from editlib.comparison.section import General, Section, chosen
+from editlib.comparison.store import digest
 from editlib.errors import ConfigError, HparamsError
 from editlib.evaluation.facts import Before
 from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, load_hparams
 from editlib.hparams.checks import knob, nearest, quote
+from editlib.models.prompts import PromptFormat
 from editlib.request import EditRequest
 from editlib.stats_store import spelling
 from editlib.workbench import Workbench
@@ -268,13 +270,15 @@ class Trained(Method):
         if BASELINES[self.name].kind != "gradient":
             return Ready()
         path, timer = bench.stats_dir / spelling(bench.name) / OWN_ANSWERS, Timer()
-        kept = Before.load(path, bench.sha256)
+        # Another chat template asks other questions of the same weights.
+        asks = digest([bench.sha256, PromptFormat(bench.tok).encode("?").ids])
+        kept = Before.load(path, asks)
         with timer("own answers"):
             label = "own answers" if bench.progress else None
             requests = [*task.forget, *task.retain]
             said = own_answers(bench.anat, bench.tok, requests, known=kept.answers, progress=label)
         if said != kept.answers:
-            Before(bench.sha256, said).save(path)
+            Before(asks, said).save(path)
         return Ready(said, timer.seconds)
 
     def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:

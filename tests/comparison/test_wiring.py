@@ -7,6 +7,7 @@ import json
 from importlib import import_module
 
 import pytest
+from transformers import AutoTokenizer
 
 from editlib.ability import run_ability
 from editlib.baselines import BaselineSettings, apply_baseline_to_model
@@ -75,6 +76,12 @@ def test_what_the_model_itself_says_is_asked_once_for_all_baselines(folder, fact
     asked.clear()
     again = go(folder, tmp_path / "again", sets=[facts], methods=methods[:1], stats_dir=str(tmp_path / "stats"))
     assert asked[0] == 7 and by(again, "GA+GD")["weights_sha256"] == first["weights_sha256"]
+    tok = AutoTokenizer.from_pretrained(folder)
+    tok.chat_template = "{{ messages[0]['content'] }}!"
+    tok.save_pretrained(folder)
+    asked.clear()
+    go(folder, tmp_path / "other", sets=[facts], methods=methods[:1], stats_dir=str(tmp_path / "stats"))
+    assert asked[0] == 7, "another chat template asks other questions"
 
 
 def test_a_search_is_judged_by_questions_that_are_not_scored(folder, facts, tmp_path):
