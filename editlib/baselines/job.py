@@ -12,7 +12,7 @@ from typing import Any
 from editlib import bundled
 from editlib.baselines.apply import apply_baseline_to_model, check_baseline
 from editlib.baselines.registry import BASELINES, baseline, spelling
-from editlib.baselines.search import SearchResult, rates, search
+from editlib.baselines.search import SearchResult, check_range, search
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Split, split
 from editlib.export import save_edited
@@ -84,7 +84,7 @@ def baseline_folder(
     retain = bundled.retain_prompts(requests) if retain_file is None else read_requests(retain_file)
     check_baseline(name, requests, retain, settings)
     if budget is not None:
-        rates(name, budget)
+        check_range(name, budget)
     parts = split(requests, retain, questions=budget.questions, seed=seed) if budget is not None else None
     loaded, tok = load(model, dtype=dtype)
     sha = weights_sha256(loaded)

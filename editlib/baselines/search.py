@@ -97,6 +97,7 @@ def search(
     name, budget, settings = spelling(name), budget or Budget(), settings or BaselineSettings()
     entry = baseline(name)
     check_baseline(name, forget, retain, settings)
+    check_range(name, budget)
     job = {
         "baseline": name,
         "model": weights_sha256(model),
@@ -159,21 +160,29 @@ def search(
 
 def rates(name: str, budget: Budget) -> list[float]:
     """The learning rates that are tried: over the budget's range, or else the baseline's own, evenly spread in their
-    logarithm; one alone is the middle.
-
-    Raises:
-        HparamsError: the range is empty.
-    """
-    entry, count = baseline(name), budget.rates
-    ends = budget.low or entry.low, budget.high or entry.high
-    if ends[0] > ends[1]:
-        raise HparamsError(
-            f"a search for {name} from the learning rate {ends[0]:g} to {ends[1]:g}: expected a range from low to "
-            "high; change low or high"
-        )
-    low, high = map(math.log, ends)
+    logarithm; one alone is the middle."""
+    count, (low, high) = budget.rates, map(math.log, _ends(name, budget))
     places = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
     return [float(f"{math.exp(low + (high - low) * place):.3g}") for place in places]
+
+
+def check_range(name: str, budget: Budget) -> None:
+    """Raises `HparamsError` where a search for this baseline has no learning rates between `low` and `high`."""
+    if not baseline(name).searched:
+        if (budget.low, budget.high) != (None, None):
+            raise HparamsError(f"{name} has no learning rate to search for; leave low and high out")
+        return
+    low, high = _ends(name, budget)
+    if low > high:
+        raise HparamsError(
+            f"a search for {name} from the learning rate {low:g} to {high:g}: expected a range from low to high; "
+            "change low or high"
+        )
+
+
+def _ends(name: str, budget: Budget) -> tuple[float, float]:
+    entry = baseline(name)
+    return budget.low or entry.low, budget.high or entry.high
 
 
 def _plan(name: str, budget: Budget) -> Iterator[tuple[float | None, tuple[int | None, ...]]]:

@@ -94,12 +94,13 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("rates", "steps", "points", "questions"):
-            if (value := getattr(self, name)) < 1:
-                raise HparamsError(f"{name} of a search is {value!r}; expected 1 or more")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise HparamsError(f"{name} of a search is {value!r}; expected a whole number, 1 or more")
         for name in ("low", "high"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise HparamsError(f"{name} of a search is {value!r}; expected a learning rate above 0")
+            if value is not None and not 0 < value <= 1000:
+                raise HparamsError(f"{name} of a search is {value:.4g}; expected a learning rate, above 0")
         if self.points > self.steps:
             raise HparamsError(f"a search measures at {self.points} points, but runs for {self.steps} steps; lower one")
 

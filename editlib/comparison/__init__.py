@@ -1,7 +1,7 @@
 """Methods x seeds x sets: each run once, kept, attacked, and laid side by side in one table and one page."""
 
 from editlib.comparison.config import Config, read_config
-from editlib.comparison.methods import METHODS, Cost, Method, Task
+from editlib.comparison.methods import METHODS, Cost, Method, Ready, Task
 from editlib.comparison.protocols import PROTOCOLS
 from editlib.comparison.run import compare
 from editlib.comparison.sets import ForgetSet, Measure, Protocol, Scores
@@ -15,6 +15,7 @@ __all__ = [
     "Measure",
     "Method",
     "Protocol",
+    "Ready",
     "Scores",
     "Task",
     "compare",

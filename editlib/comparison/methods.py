@@ -14,15 +14,15 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unlearning_token import TokenHyperParams
 from editlib.baselines import BASELINES, BaselineSettings, Budget, SearchResult, apply_baseline_to_model, search, split
 from editlib.baselines.apply import check_baseline
-from editlib.baselines.data import own_answers
+from editlib.baselines.data import OWN_TOKENS, own_answers
 from editlib.baselines.refusal_edit import REFUSAL
-from editlib.baselines.search import rates
+from editlib.baselines.search import check_range
 from editlib.comparison.section import General, Section, chosen
-from editlib.comparison.store import digest
+from editlib.comparison.store import Shelf, digest
 from editlib.errors import ConfigError, HparamsError
-from editlib.evaluation.facts import Before
 from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, load_hparams
 from editlib.hparams.checks import knob, nearest, quote
+from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat
 from editlib.request import EditRequest
 from editlib.stats_store import spelling
@@ -30,7 +30,7 @@ from editlib.workbench import Workbench
 
 T = TypeVar("T")
 AIMED = "->refusal"
-OWN_ANSWERS = "own-answers.json"
+OWN_ANSWERS = "own-answers"
 FAMILIES = {
     "none": "unedited: the model as it was",
     "closed form": "closed form: an update that is solved for",
@@ -43,7 +43,7 @@ FAMILIES = {
 @dataclass(frozen=True)
 class Task:
     """What a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token ids by
-    question), which saves generating it."""
+    question), which saves UniErase generating it."""
 
     forget: Sequence[EditRequest]
     retain: Sequence[EditRequest]
@@ -96,6 +96,11 @@ class Method(ABC):
     @property
     def searches(self) -> bool:
         """Whether `search` comes before `forget`."""
+        return False
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` has anything to do."""
         return False
 
     def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
@@ -177,6 +182,10 @@ class ClosedForm(Method):
     @property
     def searches(self) -> bool:
         return self.budget is not None
+
+    @property
+    def prepares(self) -> bool:
+        return True
 
     def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
         given = BaselineSettings(hparams=self.settings.hparams, stats_dir=bench.stats_dir, corpus=self.general.corpus)
@@ -265,20 +274,24 @@ class Trained(Method):
     def searches(self) -> bool:
         return self.budget is not None
 
+    @property
+    def prepares(self) -> bool:
+        return BASELINES[self.name].kind == "gradient"
+
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
         """What the model itself says to the questions that a gradient method reads; the same for all of them."""
-        if BASELINES[self.name].kind != "gradient":
-            return Ready()
-        path, timer = bench.stats_dir / spelling(bench.name) / OWN_ANSWERS, Timer()
-        # Another chat template asks other questions of the same weights.
-        asks = digest([bench.sha256, PromptFormat(bench.tok).encode("?").ids])
-        kept = Before.load(path, asks)
+        shelf, timer = Shelf(bench.stats_dir / spelling(bench.name)), Timer()
+        # The same weights say something else behind another chat template, or if they stop somewhere else.
+        form, ends = PromptFormat(bench.tok), sorted(end_tokens(bench.anat))
+        of = digest([bench.sha256, form.encode("?").ids, ends, OWN_TOKENS])
+        kept = shelf.get(OWN_ANSWERS) or {}
+        known = kept.get("answers", {}) if kept.get("of") == of else {}
+        requests = [*task.forget, *(task.retain if BASELINES[self.name].needs_retain else ())]
         with timer("own answers"):
             label = "own answers" if bench.progress else None
-            requests = [*task.forget, *task.retain]
-            said = own_answers(bench.anat, bench.tok, requests, known=kept.answers, progress=label)
-        if said != kept.answers:
-            Before(asks, said).save(path)
+            said = own_answers(bench.anat, bench.tok, requests, known=known, progress=label)
+        if len(said) > len(known):
+            shelf.put(OWN_ANSWERS, {"of": of, "answers": said})
         return Ready(said, timer.seconds)
 
     def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
@@ -332,9 +345,9 @@ def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | 
         return None
     keys = {} if given is True else given
     budget = _made(Budget, keys, set(Budget.__dataclass_fields__), f"{where}: search")
-    if name in BASELINES and BASELINES[name].searched:
+    if name in BASELINES:
         try:
-            rates(name, budget)
+            check_range(name, budget)
         except HparamsError as error:
             raise ConfigError(f"{where}: {error}") from None
     return budget

@@ -80,7 +80,7 @@ def compare(
     it. A cell that fails is recorded with its reason and tried again in the next run; the others go on.
 
     Several processes share the cells through locks in `out`, which must be a folder that all of them see. They wait for
-    nobody, but for the first one, which comes back when all cells are done.
+    what is made once a model and for nothing else, but for the first one, which comes back when all cells are done.
 
     Args:
         load: gives a base model anew by its name; default: `Workbench.load`.
@@ -248,12 +248,12 @@ class _Run:
         protocol = next(one for one in self.config.sets if one.name == cell.set)
         arena = self._enter(protocol)
         task, method = arena.set.task, cell.method
-        searched = self._search(cell, arena) if method.searches else {"found": None, "seconds": 0.0, "prepared": {}}
+        searched = self._search(cell, arena) if method.searches else {"found": None, "seconds": 0.0}
         bench = self.load(protocol.model)
         ready = self._prepare(method, bench, task, cell.seed)
         with metered() as meter:
             cost = method.forget(bench, task, cell.seed, ready=ready.made, found=searched["found"])
-        before = searched["prepared"]
+        before = searched.get("prepared", {})
         prepared = {name: before.get(name, 0.0) + ready.seconds.get(name, 0.0) for name in {**before, **ready.seconds}}
         took = {**asdict(meter), "search_seconds": searched["seconds"], "prepared": prepared}
         self._keep_edit(cell, arena, bench, cost, took)
@@ -263,6 +263,8 @@ class _Run:
 
     @staticmethod
     def _prepare(method: Method, bench: Workbench, task: Task, seed: int) -> Ready:
+        if not method.prepares:
+            return Ready()
         with taken(Shelf(bench.stats_dir / spelling(bench.name)), wait=True):
             return method.prepare(bench, task, seed)
 

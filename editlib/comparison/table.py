@@ -21,7 +21,8 @@ COST_HEADS = {
 COST_MEANINGS = {
     "search_seconds": "looking for the best settings, all trials together; - for a method that has nothing to search",
     "seconds": "the method itself, mean over seeds",
-    "prepared_seconds": "statistics and tokens, made once a model and kept; 0 where they were there already",
+    "prepared_seconds": "statistics, tokens and the model's own answers, made once a model and kept; 0 where they were "
+    "there already",
     "more_mb": "most memory above what was held when the method began, the model loaded; on an accelerator, the most "
     "that was allocated there",
     "touched": "numbers in the model that are other ones than before",

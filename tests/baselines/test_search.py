@@ -10,7 +10,7 @@ from test_cli import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editlib.baselines import BASELINES, BaselineSettings, Budget, Validation, apply_baseline_to_model, search, split
-from editlib.baselines.search import rates
+from editlib.baselines.search import check_range, rates
 from editlib.baselines.validation import Recalls, recalls, score
 from editlib.errors import EditError, HparamsError, OutputError, RequestError
 from editlib.models.anatomy import anatomy
@@ -100,7 +100,9 @@ def test_the_range_of_rates_is_the_users_where_given():
     assert rates("GA", Budget(rates=2, high=1e-3)) == pytest.approx([1e-5, 1e-3])
     assert rates("GA", Budget(rates=1, low=1e-4, high=4e-4)) == pytest.approx([2e-4])
     with pytest.raises(HparamsError, match=r"from the learning rate 0\.001 to 0\.0003: expected a range"):
-        rates("GA", Budget(rates=2, low=1e-3))
+        check_range("GA", Budget(rates=2, low=1e-3))
+    with pytest.raises(HparamsError, match="in-context has no learning rate"):
+        check_range("in-context", Budget(high=1e-3))
     for bad in (0.0, -1e-4, math.inf, math.nan):
         with pytest.raises(HparamsError, match="high of a search is"):
             Budget(high=bad)
@@ -214,6 +216,7 @@ def test_bad_input_is_one_line(call, folder, files, tmp_path):
     refused(call("baseline", folder, "--method", "GA", *files, *out, "--low", 1e-5), "--search")
     searched = [*out, "--search", 2, "--low", 1e-2]
     refused(call("baseline", folder, "--method", "GA", *files, *searched), "0.01 to 0.0003")
+    refused(call("baseline", folder, "--method", "in-context", *files, *searched), "no learning rate")
     refused(call("baseline", folder, "--method", "GA", "--requests", tmp_path / "no.jsonl", *out), "no.jsonl")
     assert not (tmp_path / "out").exists()
     code, shown, _ = call("baselines")

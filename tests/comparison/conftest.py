@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from editlib.comparison.config import Config, parse_config
-from editlib.comparison.methods import METHODS, Cost, Method
+from editlib.comparison.methods import METHODS, Cost, Method, Ready
 from editlib.comparison.protocols import PROTOCOLS
 from editlib.comparison.run import compare
 from editlib.comparison.section import Section
@@ -55,7 +55,13 @@ class Half(Forgets):
 
     searches = True
 
+    prepares = True
+
+    def prepare(self, bench, task, seed):
+        return Ready(made="sieve", seconds={"sieve": 0.25})
+
     def search(self, bench, task, seed, folder, *, ready):
+        assert ready == "sieve"
         self.looked.append(seed)
         weight(bench.model).fill_(9.0)  # the model comes anew afterwards
         return {"rate": 0.5, "trials": [{"seconds": 2.0}, {"seconds": 1.0}]}

@@ -181,6 +181,11 @@ def test_the_first_process_waits_for_the_others_and_takes_over_from_the_dead(ben
     thread.join()
 
 
+def test_what_a_search_made_first_is_counted(bench):
+    results = bench.compare(methods=["half"], seeds=[0])
+    assert results["cells"][0]["cost"]["prepared"] == {"sieve": 0.5}, "a quarter before the search, and behind it"
+
+
 def test_a_search_that_another_process_is_at_keeps_nothing_else_waiting(bench):
     methods = ["half", "forgets"]
     bench.compare(methods=methods, seeds=[0])
@@ -197,6 +202,7 @@ def test_a_search_that_another_process_is_at_keeps_nothing_else_waiting(bench):
     thread = threading.Thread(target=searches)
     thread.start()
     held.wait()
+    METHODS["forgets"].prepares = True
     METHODS["forgets"].prepare = lambda *_: others.set() or Ready()
     bench.runs()
     results = bench.compare(methods=methods, seeds=[0])
