@@ -32,7 +32,8 @@ TRIALS, JOB = "trials.jsonl", "search.json"
 @dataclass(frozen=True)
 class TrialRun:
     """One point that was tried: settings, what came of it on the validation questions, and the seconds that it took
-    (training so far and the measurement). `failed` says why there is no score; such a trial counts as balance 0."""
+    (training on from the trial before it of the same run, and the measurement): those of all trials add up to the
+    search's. `failed` says why there is no score; such a trial counts as balance 0."""
 
     learning_rate: float | None
     steps: int | None
@@ -112,37 +113,38 @@ def search(
     anat, kept, template = anatomy(model), keep(model), copy.copy(tok.chat_template)
     before = recalls(anat, tok, validation)
 
-    def tried(rate: float | None, steps: int | None, begun: float, failed: str | None = None) -> TrialRun:
+    def tried(rate: float | None, steps: int | None, failed: str | None = None) -> TrialRun:
+        nonlocal begun
         measured = Score(0.0, 0.0, 0.0) if failed else score(recalls(anat, tok, validation), before)
-        trial = TrialRun(rate, steps, **asdict(measured), seconds=time.perf_counter() - begun, failed=failed)
+        begun, since = time.perf_counter(), begun
+        trial = TrialRun(rate, steps, **asdict(measured), seconds=begun - since, failed=failed)
         log.info("%s: rate %s, steps %s: balance %.3f", name, rate, steps, trial.balance)
         if out is not None:
             append_cell(out / TRIALS, asdict(trial))
         done[rate, steps] = trial
         return trial
 
-    pairs = None
+    pairs, begun = None, time.perf_counter()
     try:
         for rate, points in _plan(name, budget):
             if all((rate, steps) in done for steps in points):
                 continue
-            begun = time.perf_counter()
             run = replace(settings, learning_rate=rate, steps=points[-1])
             given: dict[str, Any] = {"seed": seed, "model_name": model_name, "progress": progress}
             if entry.kind == "gradient":
                 pairs = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, spoken=spoken)
                 missing = [steps for steps in points if (rate, steps) not in done]
-                look = lambda steps, rate=rate, begun=begun: tried(rate, steps, begun)  # noqa: E731
+                look = lambda steps, rate=rate: tried(rate, steps)  # noqa: E731
                 given |= {"pairs": pairs, "watch": look, "watched": missing}
             try:
                 apply_baseline_to_model(name, model, tok, forget, retain, run, **given)
             except EditError as error:
                 for steps in points:
                     if (rate, steps) not in done:
-                        tried(rate, steps, begun, str(error))
+                        tried(rate, steps, str(error))
             else:
                 if entry.kind != "gradient":
-                    tried(rate, points[-1], begun)
+                    tried(rate, points[-1])
             put_back(model, kept)
             tok.chat_template = template
     finally:

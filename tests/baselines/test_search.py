@@ -165,6 +165,27 @@ def test_the_best_at_an_edge_is_said_and_a_failed_trial_counts_nothing(tiny_llam
         Budget(steps=2, points=3)
 
 
+def test_the_seconds_of_trials_are_those_of_the_search(tiny_llama, tok_chat, parts, monkeypatch):
+    """A trial's were counted from its run's beginning, and so the first steps of a run once for each of its trials."""
+
+    def apply(*_, watch, watched, **__):
+        begun = now[0]
+        for steps in watched:
+            now[0] = begun + 10.0 * steps
+            watch(steps)
+
+    def measure(*_):
+        now[0] += 1
+        return Recalls((0.5,), (0.5,))
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module, "apply_baseline_to_model", apply)
+    monkeypatch.setattr(module, "recalls", measure)
+    found = search("GA", tiny_llama, tok_chat, parts.forget, parts.retain, parts.validation, BUDGET, SETTINGS)
+    assert [trial.seconds for trial in found.trials] == [21.0, 20.0, 21.0, 20.0]
+
+
 # --- the command
 
 
