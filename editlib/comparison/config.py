@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from editlib.ability.tasks import load_tasks
 from editlib.attacks.registry import choose
 from editlib.attacks.settings import AttackSettings
-from editlib.comparison.methods import Method, read_method
+from editlib.comparison.method import Method
+from editlib.comparison.methods import read_method
 from editlib.comparison.protocols import PROTOCOLS
 from editlib.comparison.section import General, Section, chosen
 from editlib.comparison.sets import Protocol

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from editlib import bundled
 from editlib.attacks.asking import Target
-from editlib.comparison.methods import Task
+from editlib.comparison.method import Task
 from editlib.comparison.section import General
 from editlib.comparison.sets import Base, ForgetSet, Measure, Protocol, Scores, SetSettings
 from editlib.errors import ConfigError, RequestError

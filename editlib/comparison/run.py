@@ -15,7 +15,7 @@ from tqdm import tqdm
 from editlib.comparison.arena import Arena, Part
 from editlib.comparison.config import Config
 from editlib.comparison.meter import metered, touched
-from editlib.comparison.methods import Cost, Method, Ready, Task
+from editlib.comparison.method import Cost, Method, Ready, Task
 from editlib.comparison.results import FORMAT, collect
 from editlib.comparison.sets import Base, Protocol
 from editlib.comparison.store import FAILED, Shelf, Store, taken

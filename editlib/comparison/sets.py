@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from editlib.attacks.asking import Target
-from editlib.comparison.methods import Task
+from editlib.comparison.method import Task
 from editlib.comparison.section import General, Section
 from editlib.evaluation.facts import Before
 from editlib.hparams.checks import knob

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from editlib.comparison.config import Config, parse_config
-from editlib.comparison.methods import METHODS, Cost, Method, Ready
+from editlib.comparison.method import Cost, Method, Ready
+from editlib.comparison.methods import METHODS
 from editlib.comparison.protocols import PROTOCOLS
 from editlib.comparison.run import compare
 from editlib.comparison.section import Section

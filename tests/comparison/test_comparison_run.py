@@ -10,7 +10,8 @@ import pytest
 
 from editlib.attacks.outcome import COLUMNS
 from editlib.comparison import arena
-from editlib.comparison.methods import METHODS, Ready
+from editlib.comparison.method import Ready
+from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
 from editlib.comparison.store import Shelf, Store, taken
 from editlib.errors import ConfigError, OutputError

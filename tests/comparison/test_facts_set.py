@@ -13,7 +13,8 @@ from scripted import REFUSE, Unit, World, scripted
 from editlib.attacks.registry import ATTACKS, Entry
 from editlib.comparison import arena
 from editlib.comparison.config import parse_config
-from editlib.comparison.methods import METHODS, Cost, Method, NoSettings
+from editlib.comparison.method import Cost, Method
+from editlib.comparison.methods import METHODS, NoSettings
 from editlib.comparison.run import compare
 from editlib.evaluation.dealing import allot
 from editlib.request import EditRequest, write_requests

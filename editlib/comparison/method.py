@@ -1,0 +1,100 @@
+"""What a method is: settings that decide it, work that is shared, a search, and a change of a model in place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from editlib.comparison.section import General, Section
+from editlib.request import EditRequest
+from editlib.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token ids by
+    question), which saves UniErase generating it."""
+
+    forget: Sequence[EditRequest]
+    retain: Sequence[EditRequest]
+    known_answers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method says of its own work. The comparison itself takes its time, its memory and the weights it changed.
+
+    Args:
+        update_bytes: what the change takes when it is stored by itself; `None`: the changed weights.
+        notes: other words and numbers worth showing, JSON-ready.
+    """
+
+    update_bytes: int | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What `Method.prepare` found or made, and the `seconds` that making it took by name (statistics, a token, ...)."""
+
+    made: Any = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One way to forget, with its settings.
+
+    A subclass says what its settings are, and changes a model in place. `search` and `prepare` come first, where a
+    method needs them, and their time is counted apart.
+    """
+
+    Settings: ClassVar[type[Section]]
+    family: ClassVar[str]
+    seeded: ClassVar[bool] = True  # false: the same for every seed, and run for the first one alone
+
+    def __init__(self, name: str, label: str, settings: Section, where: str, general: General) -> None:
+        """Raises `EditlibError` for settings that cannot be used, whatever the model's weights are."""
+        self.name, self.label, self.settings, self.where, self.general = name, label, settings, where, general
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """All settings that decide what it does, JSON-ready."""
+
+    def check(self, bench: Workbench, task: Task) -> None:  # noqa: B027
+        """Raises `EditlibError` where this model or these requests are not for it; called before any long work."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether `search` comes before `forget`."""
+        return False
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` has anything to do."""
+        return False
+
+    def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
+        """The best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
+
+        Args:
+            bench: the base model; it is loaded anew afterwards.
+            ready: what `prepare` made.
+            folder: keeps what is done of a search that is stopped.
+        """
+        raise NotImplementedError
+
+    def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
+        """Finds or makes what is made once a model and kept beside it; one process at a time."""
+        return Ready()
+
+    @abstractmethod
+    def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
+        """Changes `bench.model` (and `bench.tok`) in place.
+
+        Args:
+            ready: what `prepare` made.
+            found: what `search` gave, now or in an earlier run; `None` without one.
+        """
