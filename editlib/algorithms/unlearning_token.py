@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -266,23 +267,23 @@ def _refusal_nll(
     return F.cross_entropy(logits.float(), padded.input_ids[places[0], places[1] + 1])
 
 
-class _noise:
-    """Gaussian noise on one layer's MLP output matrix, in units of its standard deviation; taken back bit for bit.
+@contextmanager
+def _noise(anat: Anatomy, layer: int | None, scale: float, generator: torch.Generator) -> Iterator[None]:
+    """Gaussian noise on one layer's MLP output matrix, in units of its standard deviation; taken back bit for bit, also
+    when it is interrupted while it is put on.
 
     UniErase eq. 10; its published code scales by the mean of the matrix, which is nearly zero.
     """
-
-    def __init__(self, anat: Anatomy, layer: int | None, scale: float, generator: torch.Generator) -> None:
-        self._anat, self._layer, self._scale, self._generator = anat, layer, scale, generator
-
-    def __enter__(self) -> None:
-        if self._layer is None:
-            return
-        weight = self._anat.weight(self._layer)
-        self._kept = weight.clone()
-        noise = torch.randn(weight.shape, generator=self._generator).to(weight.device)
-        weight.add_((noise * self._scale * weight.float().std()).to(weight.dtype))
-
-    def __exit__(self, *_: object) -> None:
-        if self._layer is not None:
-            self._anat.weight(self._layer).copy_(self._kept)
+    if layer is None:
+        yield
+        return
+    weight = anat.weight(layer)
+    kept = weight.clone()
+    try:
+        noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+        with torch.no_grad():
+            weight.add_((noise * scale * weight.float().std()).to(weight.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)

@@ -135,15 +135,34 @@ def test_noise_is_taken_back_bit_for_bit(tiny_llama):
         assert torch.equal(anat.weight(2), before)
 
 
+def test_an_interrupt_while_noise_is_put_on_leaves_the_weights(tiny_llama, monkeypatch):
+    anat = anatomy(tiny_llama)
+    before = anat.weight(2).clone()
+    add = torch.Tensor.add_
+
+    def interrupted(self, *args, **options):
+        add(self, *args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "add_", interrupted)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            unlearning_token._noise(anat, 2, 0.1, torch.Generator().manual_seed(0)),
+        ):
+            raise AssertionError("the noise is not on")
+    assert torch.equal(anat.weight(2), before)
+
+
 def test_noise_goes_over_the_layers_of_the_edit_in_the_last_steps(tiny_llama, tok, monkeypatch):
     seen = []
 
-    class Spy(unlearning_token._noise):
-        def __init__(self, anat, layer, scale, generator):
-            seen.append(layer)
-            super().__init__(anat, layer, scale, generator)
+    def spy(anat, layer, *args):
+        seen.append(layer)
+        return noise(anat, layer, *args)
 
-    monkeypatch.setattr(unlearning_token, "_noise", Spy)
+    noise = unlearning_token._noise
+    monkeypatch.setattr(unlearning_token, "_noise", spy)
     learn(tiny_llama, tok)
     assert seen[:5] == [None] * 5
     assert set(seen[5:]) == {1, 3}
