@@ -23,7 +23,7 @@ from editlib.export import library_version
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.files import atomic_folder, check_output, save_model, weights_sha256
 from editlib.models.generation import greedy, perplexity
-from editlib.models.loading import load
+from editlib.models.loading import DeviceMap, load
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.models.terms import terms_of
 from editlib.request import EditRequest, read_requests, requests_hash, write_requests
@@ -119,6 +119,7 @@ def finetune(
     settings: FinetuneSettings | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    device_map: DeviceMap = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def finetune(
     """
     out, settings = Path(out), settings or FinetuneSettings()
     pairs = read_pairs(files, authors)
-    loaded, tok = load(model, dtype=dtype)
+    loaded, tok = load(model, dtype=dtype, device_map=device_map)
     job = {
         "base": weights_sha256(loaded),
         "pairs": requests_hash(pairs),

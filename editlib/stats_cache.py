@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from editlib.errors import OutputError
 from editlib.models.files import atomic_path
+from editlib.models.precision import wide_dtype
 from editlib.stats_store import LayerStats
 
 log = logging.getLogger(__name__)
@@ -21,14 +23,25 @@ log = logging.getLogger(__name__)
 FORMAT = "1"  # raised when the content of kept files changes
 
 
-def kept_beside(stats: LayerStats, kind: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `compute` makes from `stats`, read from `<statistics file>.<kind>.safetensors` when they were
-    made from these very sums before, and written there otherwise.
+def kept_beside(
+    stats: LayerStats, kind: str, compute: Callable[[Tensor], dict[str, Tensor]], device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """The tensors that `compute` makes from the second moment, read from `<statistics file>.<kind>.safetensors` when
+    they were made from these very sums before, and written there otherwise.
 
     Statistics that lie in no file are computed from each time. A folder that cannot be written costs time only.
+
+    Args:
+        compute: given `C [d_ff, d_ff]` in fp64.
+        device: where it is computed, if it has fp64; the result is on the CPU in any case.
     """
+
+    def make() -> dict[str, Tensor]:
+        wide = device is not None and wide_dtype(device) == torch.float64
+        return {name: value.cpu() for name, value in compute(stats.moment().to(device if wide else "cpu")).items()}
+
     if stats.path is None:
-        return compute()
+        return make()
     path = stats.path.with_name(f"{stats.path.stem}.{kind}.safetensors")
     made_from = {"sums": stats.sha256(), "format": FORMAT}
     try:
@@ -37,7 +50,7 @@ def kept_beside(stats: LayerStats, kind: str, compute: Callable[[], dict[str, Te
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         pass  # none there, or one that was damaged
-    made = compute()
+    made = make()
     try:
         with atomic_path(path) as temporary:
             save_file({name: value.contiguous() for name, value in made.items()}, temporary, metadata=made_from)

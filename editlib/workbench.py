@@ -19,7 +19,7 @@ from editlib.export import library_version
 from editlib.layer_stats import layer_stats
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.files import weights_sha256
-from editlib.models.loading import load
+from editlib.models.loading import DeviceMap, load
 from editlib.models.precision import fast_dtype, reduced
 from editlib.moments import drop_checkpoint
 from editlib.self_stats import self_stats
@@ -67,7 +67,7 @@ class Workbench:
         stats_dir: str | Path = "stats",
         *,
         dtype: str | None = None,
-        device_map: str | dict | None = None,
+        device_map: DeviceMap = None,
         **options: Any,
     ) -> Workbench:
         """A packaged model, a local folder or a Hugging Face id, loaded as by `models.loading.load`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 import sys
 
@@ -118,6 +119,16 @@ def real():
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
         folder
     )
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> torch.device:
+    """The device beside the CPU, or what EDITLIB_TEST_DEVICE says; without one the test is skipped."""
+    if given := os.environ.get("EDITLIB_TEST_DEVICE"):
+        return torch.device(given)
+    if not torch.accelerator.is_available():
+        pytest.skip("no accelerator on this machine")
+    return torch.device(torch.accelerator.current_accelerator().type, 0)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from editlib.errors import MetricError
 from editlib.evaluation.bench_report import write_table
 from editlib.export import library_version
 from editlib.models.files import weights_sha256
-from editlib.models.loading import check_model, load
+from editlib.models.loading import DeviceMap, check_model, load
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def run_ability(
     seed: int | None = None,
     batch_size: int = BATCH_SIZE,
     dtype: str | None = None,
-    device_map: str | None = None,
+    device_map: DeviceMap = None,
     out: Path | None = None,
     overwrite: bool = False,
     bootstrap: int = BOOTSTRAP,
@@ -117,7 +117,7 @@ class _Plan:
     batch_size: int
     bootstrap: int
     dtype: str | None
-    device_map: str | None
+    device_map: DeviceMap
 
     @property
     def text_name(self) -> str:

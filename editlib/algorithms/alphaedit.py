@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlib.algorithms.closed_form import alphaedit
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.null_space import null_space_of
+from editlib.algorithms.null_space import null_spaces
 from editlib.algorithms.preparation import prepare
 from editlib.algorithms.solving import edit_at_once, find_statistics
 from editlib.algorithms.values import Values
@@ -51,10 +51,7 @@ def apply_alphaedit_to_model(
     state = state or EditState()
     prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
     stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
-    spaces = {
-        layer: null_space_of(stats[layer], hparams.nullspace_threshold, hparams.nullspace_rule)
-        for layer in hparams.layers
-    }
+    spaces = null_spaces(stats, hparams, prepared.anat.device)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
         past = state.past_block(layer, keys.mean)

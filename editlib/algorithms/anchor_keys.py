@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from editlib.algorithms.anchors import Anchors
-from editlib.algorithms.edit import solve_dtype
 from editlib.algorithms.keys import batches
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
+from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.resume import encode_prefix, forward, shared_length, split
 
@@ -28,7 +28,7 @@ class KeyBlock:
     @classmethod
     def none(cls, anat: Anatomy) -> KeyBlock:
         """No key at all."""
-        return cls(torch.zeros(anat.d_ff, 0, dtype=solve_dtype(anat.device), device=anat.device))
+        return cls(torch.zeros(anat.d_ff, 0, dtype=wide_dtype(anat.device), device=anat.device))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Sum:
 
     def add(self, keys: Tensor) -> None:
         """Adds keys `[m, d_ff]`."""
-        self.some.append(keys.to(solve_dtype(keys.device)))
+        self.some.append(keys.to(wide_dtype(keys.device)))
         self.count += len(keys)
         if self.count > keys.shape[1]:
             new = torch.cat(self.some)

@@ -18,13 +18,13 @@ from torch import Tensor
 from editlib.algorithms.anchor_keys import GateAnchors
 from editlib.algorithms.anchors import about
 from editlib.algorithms.closed_form import alphaedit, exact
-from editlib.algorithms.edit import solve_dtype
 from editlib.algorithms.keys import batches
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import everything
 from editlib.algorithms.values import compute_zs
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
+from editlib.models.precision import wide_dtype
 from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.models.resume import encode_prefix, forward, shared_length, split
 from editlib.request import EditRequest
@@ -77,7 +77,7 @@ def answer_gate(
         keys.append(each.mean(dim=1))
         spread.append(each - each.mean(dim=1, keepdim=True))
     weight = anat.weight(layer)
-    kind = {"device": weight.device, "dtype": solve_dtype(weight.device)}
+    kind = {"device": weight.device, "dtype": wide_dtype(weight.device)}
     mean = torch.stack(keys, dim=1).to(**kind)  # [d_ff, relations]
     ends, moment = _held(anat, form, requests, anchored, layer)
     held = [block.to(**kind) for block in (*spread, *ends)]

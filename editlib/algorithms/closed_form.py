@@ -104,6 +104,7 @@ def alphaedit(
     Raises:
         EditError: the system is not positive definite (L2 of zero with dependent keys) or the result not finite.
     """
+    null_space = null_space.like(keys)
     new = null_space.project(keys)
     blocks = [null_space.project(block) for block in constraints if block.shape[1]]
     kept_out = torch.cat(blocks, dim=1) if blocks else new[:, :0]

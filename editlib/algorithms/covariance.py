@@ -62,12 +62,12 @@ def covariance(moment: Tensor, name: str = "the layer") -> Covariance:
     raise StatsError(f"the second moment of {name} has negative directions; compute it again with `editlib stats`")
 
 
-def covariance_of(stats: LayerStats) -> Covariance:
-    """`covariance` of stored statistics; the factor is kept beside their file."""
+def covariance_of(stats: LayerStats, *, device: torch.device | None = None) -> Covariance:
+    """`covariance` of stored statistics, computed on `device` and kept beside their file; the factor is on the CPU."""
 
-    def compute() -> dict[str, Tensor]:
-        made = covariance(stats.moment(), stats.header.module if stats.header else str(stats.path or "the layer"))
+    def compute(moment: Tensor) -> dict[str, Tensor]:
+        made = covariance(moment, stats.header.module if stats.header else str(stats.path or "the layer"))
         return {"factor": made.factor, "jitter": torch.tensor(made.jitter, dtype=torch.float64)}
 
-    kept = kept_beside(stats, "cholesky", compute)
+    kept = kept_beside(stats, "cholesky", compute, device)
     return Covariance(kept["factor"], float(kept["jitter"]))

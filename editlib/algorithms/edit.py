@@ -17,6 +17,7 @@ from editlib.algorithms.past_keys import PastKeys
 from editlib.algorithms.values import Values
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenRow
 from editlib.models.reach import needed, writing_of
 
@@ -114,11 +115,6 @@ class Written:
     keys: dict[int, Tensor]
 
 
-def solve_dtype(device: torch.device) -> torch.dtype:
-    """fp64 where the device has it, fp32 otherwise."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def write_layers(
     anat: Anatomy,
     layers: Sequence[int],
@@ -146,7 +142,7 @@ def write_layers(
         mean = torch.block_diag(*[_column(weights[i] if weights else None, rows) for i, rows in enumerate(contexts)])
         for i, layer in enumerate(layers):
             weight = anat.weight(layer)
-            dtype = solve_dtype(weight.device)
+            dtype = wide_dtype(weight.device)
             stream.advance(layer)
             every = stream.keys().to(weight.device, dtype)
             keys = every @ mean.to(weight.device, dtype)

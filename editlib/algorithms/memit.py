@@ -59,7 +59,8 @@ def apply_memit_to_model(
     state = state or EditState()
     prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
     stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
-    covariances = {layer: covariance_of(stats[layer]) for layer in hparams.layers}
+    device = prepared.anat.device
+    covariances = {layer: covariance_of(stats[layer], device=device) for layer in hparams.layers}
     weight = hparams.mom2_update_weight
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from editlib.errors import HparamsError, StatsError
+from editlib.hparams.methods import NullSpaceHyperParams
 from editlib.stats_cache import kept_beside
 from editlib.stats_store import LayerStats
 
@@ -22,6 +24,10 @@ class NullSpace:
     basis: Tensor
     spans_kept: bool
     dim: int  # number of kept directions
+
+    def like(self, keys: Tensor) -> NullSpace:
+        """The same as `keys` are kept (device, dtype): those of statistics lie on the CPU."""
+        return replace(self, basis=self.basis.to(keys))
 
     def project(self, keys: Tensor) -> Tensor:
         """`P @ keys` for `keys [d_ff, n]`, without ever forming `P`."""
@@ -81,13 +87,23 @@ def null_space(moment: Tensor, threshold: float, rule: str = "absolute") -> Null
     return NullSpace(basis.contiguous(), spans_kept, kept)
 
 
-def null_space_of(stats: LayerStats, threshold: float, rule: str = "absolute") -> NullSpace:
-    """`null_space` of stored statistics; the basis is kept beside their file."""
+def null_space_of(
+    stats: LayerStats, threshold: float, rule: str = "absolute", *, device: torch.device | None = None
+) -> NullSpace:
+    """`null_space` of stored statistics, computed on `device` and kept beside their file; the basis is on the CPU."""
 
-    def compute() -> dict[str, Tensor]:
-        made = null_space(stats.moment(), threshold, rule)
+    def compute(moment: Tensor) -> dict[str, Tensor]:
+        made = null_space(moment, threshold, rule)
         return {"basis": made.basis, "kept": torch.tensor([made.spans_kept, made.dim])}
 
-    found = kept_beside(stats, f"null_space_{rule}_{threshold!r}", compute)
+    found = kept_beside(stats, f"null_space_{rule}_{threshold!r}", compute, device)
     spans_kept, dim = found["kept"].tolist()
     return NullSpace(found["basis"], bool(spans_kept), dim)
+
+
+def null_spaces(
+    stats: Mapping[int, LayerStats], hparams: NullSpaceHyperParams, device: torch.device
+) -> dict[int, NullSpace]:
+    """`null_space_of` the statistics of each layer that is to be edited."""
+    wanted = (hparams.nullspace_threshold, hparams.nullspace_rule)
+    return {layer: null_space_of(stats[layer], *wanted, device=device) for layer in hparams.layers}

@@ -63,7 +63,7 @@ def apply_rome_to_model(
     looked_up = None
     if hparams.mom2_adjustment:
         stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
-        looked_up = covariance_of(stats[layer])
+        looked_up = covariance_of(stats[layer], device=prepared.anat.device)
 
     def solve(_: int, keys: LayerKeys, residual: Tensor) -> LowRank:
         return rome(keys.mean, keys.plain, residual, looked_up)

@@ -29,7 +29,7 @@ from editlib.algorithms.edit import (
     write_layers,
 )
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.null_space import null_space_of
+from editlib.algorithms.null_space import null_spaces
 from editlib.algorithms.preparation import (
     Prepared,
     check_fit,
@@ -96,10 +96,7 @@ def apply_unierase_to_model(
     check_fit(anat, hparams)
     check_gate(anat, hparams)
     stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
-    spaces = {
-        layer: null_space_of(stats[layer], hparams.nullspace_threshold, hparams.nullspace_rule)
-        for layer in hparams.layers
-    }
+    spaces = null_spaces(stats, hparams, anat.device)
     form = PromptFormat(tok, chat=chat)
     contexts = [_contexts(form, request, hparams) for request in requests]
     number = token.add_to(model, tok)
@@ -127,7 +124,7 @@ def apply_unierase_to_model(
             delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
             if hparams.solve == "ridge":
                 return delta
-            return exact(delta, spaces[layer].project(keys.mean), floor=hparams.exact_floor)
+            return exact(delta, spaces[layer].like(keys.mean).project(keys.mean), floor=hparams.exact_floor)
 
         try:
             for layer, delta in gate.items():

@@ -14,7 +14,7 @@ from editlib.errors import RequestError
 from editlib.evaluation.bench_report import write_table
 from editlib.export import read_receipt
 from editlib.models.files import check_output, weights_sha256
-from editlib.models.loading import load
+from editlib.models.loading import DeviceMap, load
 from editlib.request import read_requests
 
 NOTE = (
@@ -37,6 +37,7 @@ def attack_folders(
     settings: AttackSettings | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    device_map: DeviceMap = None,
     overwrite: bool = False,
 ) -> AttackReport:
     """Loads both models, attacks (see `run_attacks`), and writes `attacks.json` and `table.md` to `out`.
@@ -54,7 +55,7 @@ def attack_folders(
     control = None if control_file is None else read_requests(control_file)
     known = None if known_file is None else read_requests(known_file)
     receipt = read_receipt(edited)
-    loaded = load(base, dtype=dtype)
+    loaded = load(base, dtype=dtype, device_map=device_map)
     if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(loaded[0]):
         raise RequestError(
             f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
@@ -63,7 +64,7 @@ def attack_folders(
         settings = replace(settings, token=receipt["token"]["token"])
     report = run_attacks(
         loaded,
-        load(edited, dtype=dtype),
+        load(edited, dtype=dtype, device_map=device_map),
         requests,
         control=control,
         known=known,

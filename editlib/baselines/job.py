@@ -18,7 +18,7 @@ from editlib.baselines.validation import Split, split
 from editlib.export import save_edited
 from editlib.export.receipt import origin
 from editlib.models.files import check_output, weights_sha256
-from editlib.models.loading import load
+from editlib.models.loading import DeviceMap, load
 from editlib.request import EditRequest, read_requests
 from editlib.training import TrainResult
 
@@ -58,6 +58,7 @@ def baseline_folder(
     budget: Budget | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    device_map: DeviceMap = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def baseline_folder(
     if budget is not None:
         check_range(name, budget)
     parts = split(requests, retain, questions=budget.questions, seed=seed) if budget is not None else None
-    loaded, tok = load(model, dtype=dtype)
+    loaded, tok = load(model, dtype=dtype, device_map=device_map)
     sha = weights_sha256(loaded)
     trials = out.parent / f".{out.name}.search"
     found = None

@@ -25,6 +25,7 @@ from editlib.chain.summary import summary
 from editlib.errors import ChainError, RequestError
 from editlib.hparams import HyperParams
 from editlib.models.anatomy import Anatomy
+from editlib.models.loading import DeviceMap
 from editlib.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -61,10 +62,11 @@ class Chain:
         *,
         model: str | None = None,
         stats_dir: str | Path | None = None,
+        device_map: DeviceMap = None,
         clock: Callable[[], str] = now,
     ) -> None:
         self._store, self._clock = Store(path), clock
-        self._desk = Desk(self._store, bench, model, None if stats_dir is None else Path(stats_dir))
+        self._desk = Desk(self._store, bench, model, None if stats_dir is None else Path(stats_dir), device_map)
         self._read()
 
     @classmethod
@@ -118,6 +120,7 @@ class Chain:
         *,
         model: str | None = None,
         stats_dir: str | Path | None = None,
+        device_map: DeviceMap = None,
         clock: Callable[[], str] = now,
     ) -> Chain:
         """The chain in `path`; every file of it is compared with its hash.
@@ -126,11 +129,12 @@ class Chain:
             bench: the base model, when it is loaded already; otherwise it is loaded when it is needed.
             model: where the base model lies now, if not where it was.
             stats_dir: where the statistics lie now, if not where they were.
+            device_map: where the base model is put when it is loaded; see `models.loading.load`.
 
         Raises:
             ChainError: no chain, or a file that is missing or damaged (named).
         """
-        return cls(path, bench, model=model, stats_dir=stats_dir, clock=clock)
+        return cls(path, bench, model=model, stats_dir=stats_dir, device_map=device_map, clock=clock)
 
     def _read(self) -> None:
         def look(entry: BatchEntry, raw: bytes) -> _Notes:
@@ -307,7 +311,7 @@ class Chain:
         Raises:
             ChainError: `model` is not the chain's base model, or not in its dtype.
         """
-        Desk(self._store, Workbench.of(model, tok), None, None).at_end(self.record)
+        Desk(self._store, Workbench.of(model, tok)).at_end(self.record)
 
     def status(self) -> dict[str, Any]:
         """What the chain is and holds, JSON-ready."""

@@ -15,16 +15,24 @@ from editlib.chain.starting import check_model, means_of, retain_of
 from editlib.chain.store import TOKEN, Store
 from editlib.errors import ChainError
 from editlib.hparams import PRUNEHyperParams
+from editlib.models.loading import DeviceMap
 from editlib.workbench import Workbench
 
 
 class Desk:
     """One loaded base model; `position` is where its weights stand, `None` when that is not known."""
 
-    def __init__(self, store: Store, bench: Workbench | None, name: str | None, stats_dir: Path | None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        bench: Workbench | None,
+        name: str | None = None,
+        stats_dir: Path | None = None,
+        device_map: DeviceMap = None,
+    ) -> None:
         self.store = store
         self.position: Position | None = None
-        self._bench, self._name, self._stats_dir = bench, name, stats_dir
+        self._bench, self._name, self._stats_dir, self._device_map = bench, name, stats_dir, device_map
         self._base: Position | None = None
         self._editor: Editor | None = None
 
@@ -39,7 +47,10 @@ class Desk:
             base = record.base
             if self._bench is None:
                 self._bench = Workbench.load(
-                    self._name or base["name"], self._stats_dir or "stats", dtype=base["dtype"]
+                    self._name or base["name"],
+                    self._stats_dir or "stats",
+                    dtype=base["dtype"],
+                    device_map=self._device_map,
                 )
             check_model(record, self._bench)
             self._base = Position.start(self._bench.anat, record.settings, base["layers"])

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from editlib.cli.options import Dtype, Overwrite, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, out
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ def ability(
     seed: Annotated[int | None, typer.Option(help="draw the --limit documents with this seed instead")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows at a time")] = 4,
     dtype: Dtype = None,
-    device_map: Annotated[str | None, typer.Option(help="auto, or a device; default: the CPU")] = None,
+    device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
     """What models can still do: perplexity and lm-eval's tasks, side by side; goes on where it was stopped."""

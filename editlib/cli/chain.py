@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.export import tell_adapter, tell_receipt
-from editlib.cli.options import Overwrite, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out
 from editlib.errors import OutputError
 
 chain_app = typer.Typer(
@@ -36,8 +36,9 @@ def init(
     stats_dir: Annotated[Path, typer.Option(help="where statistics and the token are kept")] = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
-    seed: Annotated[int, typer.Option(help="every random draw follows from it")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Starts a chain of edits of one model."""
     from editlib.chain import Chain
@@ -49,7 +50,7 @@ def init(
     settings = load_hparams(hparams, algorithm)
     check_start(folder, settings, retain=retain is not None, token=token_file is not None)
     kept = None if retain is None else read_requests(retain)
-    bench = Workbench.load(model, stats_dir, dtype=dtype)
+    bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map)
     chain = Chain.create(
         folder,
         bench,
@@ -69,13 +70,14 @@ def add(
     requests: Annotated[Path, typer.Option(help="what to forget or edit: JSONL, see docs/requests.md")],
     model: BaseModel = None,
     stats_dir: StatsDir = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Edits the requests of a file as one more batch."""
     from editlib.chain import Chain
     from editlib.request import read_requests
 
     wanted = read_requests(requests)
-    chain = Chain.open(folder, model=model, stats_dir=stats_dir)
+    chain = Chain.open(folder, model=model, stats_dir=stats_dir, device_map=device_map)
     chain.add(wanted)
     _table(chain.status()["batches"][-5:])
 
@@ -96,11 +98,12 @@ def revoke(
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="ids of requests, see `editlib chain log`")],
     model: BaseModel = None,
     stats_dir: StatsDir = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Takes single requests out of any batch and replays the later ones from what they found."""
     from editlib.chain import Chain
 
-    chain = Chain.open(folder, model=model, stats_dir=stats_dir)
+    chain = Chain.open(folder, model=model, stats_dir=stats_dir, device_map=device_map)
     taken = chain.revoke(ids)
     typer.echo(f"revoked: {', '.join(taken.ids)}; {len(chain.record.ids)} requests left")
 

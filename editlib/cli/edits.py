@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeltaFile, Dtype, Model, Overwrite, Requests, Seed, StatsDir, out, workbench
+from editlib.cli.options import DeltaFile, DeviceMap, Dtype, Model, Overwrite, Requests, Seed, StatsDir, out, workbench
 
 
 def register(app: typer.Typer) -> None:
@@ -25,11 +25,12 @@ def token(
     stats_dir: StatsDir = Path("stats"),
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Phase I: learns the unlearning token of a model, once; later edits reuse it."""
     from editlib.algorithms.unlearning_token import TokenHyperParams
 
-    bench = workbench(model, stats_dir, dtype)
+    bench = workbench(model, stats_dir, dtype, device_map)
     hparams = TokenHyperParams(steps=steps, robust_steps=steps // 3, seed=seed)
     learned = bench.make_token(refusals=refusals, hparams=hparams, path=out_file)
     numbers = learned.header.metrics
@@ -51,6 +52,7 @@ def unlearn(
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     delta: DeltaFile = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -64,7 +66,7 @@ def unlearn(
     settings = load_hparams(hparams, "UniErase")
     wanted = read_requests(requests)
     kept = None if retain is None else read_requests(retain)
-    bench = workbench(model, stats_dir, dtype)
+    bench = workbench(model, stats_dir, dtype, device_map)
     result, receipt = run(
         bench,
         wanted,
@@ -105,6 +107,7 @@ def edit(
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     delta: DeltaFile = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -119,11 +122,11 @@ def edit(
     if isinstance(settings, UniEraseHyperParams):
         unlearn(
             model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, seed=seed,
-            dtype=dtype, delta=delta, overwrite=overwrite,
+            dtype=dtype, device_map=device_map, delta=delta, overwrite=overwrite,
         )  # fmt: skip
         return
     wanted = read_requests(requests)
-    bench = workbench(model, stats_dir, dtype)
+    bench = workbench(model, stats_dir, dtype, device_map)
     result, receipt = run(
         bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite
     )

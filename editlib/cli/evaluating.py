@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import Dtype, Overwrite, Seed, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out
 from editlib.errors import RequestError
 
 
@@ -54,6 +54,7 @@ def evaluate(
     classifier: Annotated[str | None, typer.Option(help="tofu: an inference model, for entailment")] = None,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measures an edited model, or a chain, against its base on generated answers."""
@@ -82,13 +83,15 @@ def evaluate(
             judges=Judges(encoder, classifier),
             seed=seed,
             dtype=dtype,
+            device_map=device_map,
             progress=True,
         )
     else:
         raise RequestError(f"--protocol {protocol!r}: expected facts or tofu")
     metrics = evaluate_models(
-        chosen, base, edited, out_dir, mode=mode, request=request, dtype=dtype, overwrite=overwrite
-    )
+        chosen, base, edited, out_dir, mode=mode, request=request,
+        dtype=dtype, device_map=device_map, overwrite=overwrite,
+    )  # fmt: skip
     _print_table(chosen.table(metrics))
     if note := chosen.note(metrics):
         out.print(note, highlight=False)

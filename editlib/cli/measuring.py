@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import Dtype, Model, Overwrite, Requests, Seed, StatsDir, out, workbench
+from editlib.cli.options import DeviceMap, Dtype, Model, Overwrite, Requests, Seed, StatsDir, out, workbench
 
 bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a data set.")
 
@@ -43,6 +43,7 @@ def attack(
     samples: Annotated[int, typer.Option(help="answers drawn for each question by the attack `sampling`")] = 8,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Tries to bring every forgotten fact back, see docs/attacks.md; goes on where it was stopped."""
@@ -60,6 +61,7 @@ def attack(
         settings=AttackSettings(samples=samples),
         seed=seed,
         dtype=dtype,
+        device_map=device_map,
         overwrite=overwrite,
     )
     head, *rows = table_rows(report, short=True)
@@ -76,6 +78,7 @@ def ask(
     vs: Annotated[str | None, typer.Option(help="another model to ask too")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Asks a model, or two side by side, and prints the greedy answers."""
     from editlib.evaluation.facts import ask as ask_model
@@ -84,7 +87,7 @@ def ask(
 
     columns = {}
     for name in dict.fromkeys([model, *([vs] if vs else [])]):
-        loaded, tok = load(name, dtype=dtype)
+        loaded, tok = load(name, dtype=dtype, device_map=device_map)
         answers = ask_model(anatomy(loaded), tok, questions, max_new_tokens=max_new_tokens)
         columns[name] = {
             question: tok.decode(ids, skip_special_tokens=True).strip() for question, ids in answers.items()
@@ -114,6 +117,7 @@ def bench_counterfact(
     text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Efficacy, generalisation and specificity over numbers of edits; goes on where it was stopped."""
     from editlib.evaluation.bench import bench_counterfact as run
@@ -124,7 +128,7 @@ def bench_counterfact(
     plan = check_plan(model, algorithms, hparams or [], edits, modes)
     wanted = read_requests(requests)
     cells = run(
-        workbench(model, stats_dir, dtype),
+        workbench(model, stats_dir, dtype, device_map),
         wanted,
         plan.settings,
         out_dir,
@@ -160,6 +164,7 @@ def bench_sequential(
     text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Forgets 100 bundled facts that the model knows, batch after batch; goes on where it was stopped."""
     from editlib.sequential import bench_sequential as run
@@ -168,7 +173,13 @@ def bench_sequential(
 
     settings, wanted = check_plan(model, algorithms, hparams or [], sizes)
     found = run(
-        lambda: workbench(model, stats_dir, dtype), settings, wanted, out_dir, points=points, text=text, seed=seed
+        lambda: workbench(model, stats_dir, dtype, device_map),
+        settings,
+        wanted,
+        out_dir,
+        points=points,
+        text=text,
+        seed=seed,
     )
     head, *rows = table_rows(found)
     table = Table(*head)

@@ -19,6 +19,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output 
 Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/requests.md")]
 DeltaFile = Annotated[Path | None, typer.Option("--delta", help="write the edit alone, too: see `editlib apply`")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto, or a device such as mps or xpu:0; default: the CPU")]
 
 
 def layer_numbers(text: str) -> list[int]:
@@ -35,7 +36,7 @@ def layer_numbers(text: str) -> list[int]:
     return sorted(found)
 
 
-def workbench(model: str, stats_dir: Path, dtype: str | None, device_map: Any = None, **options: Any) -> Any:
+def workbench(model: str, stats_dir: Path, dtype: str | None, device_map: str | None, **options: Any) -> Any:
     """A loaded model with its statistics' folder."""
     from editlib.workbench import Workbench
 

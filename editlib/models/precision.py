@@ -29,6 +29,11 @@ def reduced(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]
             parameter.data = data
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that solves run in: fp64 where the device has it, fp32 otherwise."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
     """bf16 for a fp32 model on a processor whose bf16 products are the faster ones, `None` (as it is) otherwise.
 

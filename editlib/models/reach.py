@@ -22,6 +22,7 @@ from editlib.models.freezing import frozen
 from editlib.models.inversion import nearest
 from editlib.models.passes import run
 from editlib.models.placement import in_memory
+from editlib.models.precision import wide_dtype
 from editlib.models.tracing import Call, calls, edit_output, unwatched
 
 TOKENS = 3
@@ -174,7 +175,7 @@ def _factor(found: Tensor, given: Tensor, unit: float) -> float | None:
 
 def _precise(module: nn.Module, device: torch.device) -> tuple[nn.Module, torch.dtype]:
     """A twin of a small module with its parameters in fp64 (fp32 where there is none), without anyone's hooks."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = wide_dtype(device)
     twin = copy.copy(module)
     for name in ("forward", "_hf_hook", "_old_forward"):  # what accelerate puts on an instance
         twin.__dict__.pop(name, None)

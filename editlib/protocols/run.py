@@ -16,7 +16,7 @@ from editlib.evaluation.bench_report import write_table
 from editlib.export import library_version, read_receipt
 from editlib.models.anatomy import anatomy
 from editlib.models.files import check_output, weights_sha256
-from editlib.models.loading import load
+from editlib.models.loading import DeviceMap, load
 from editlib.protocols.shape import Protocol, Side
 from editlib.request import EditRequest
 
@@ -76,9 +76,9 @@ def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) 
 class Edited:
     """The edited model: a folder, or a chain with what it was on the way."""
 
-    def __init__(self, path: str, base: str, base_sha256: str, dtype: str | None) -> None:
-        self.path, self._dtype = path, dtype
-        self._chain = Chain.open(path, model=base) if is_chain(path) else None
+    def __init__(self, path: str, base: str, base_sha256: str, dtype: str | None, device_map: DeviceMap) -> None:
+        self.path, self._dtype, self._device_map = path, dtype, device_map
+        self._chain = Chain.open(path, model=base, device_map=device_map) if is_chain(path) else None
         self._receipt = None if self._chain is not None else read_receipt(path)
         receipt = self._receipt
         if receipt is not None and dtype is None and receipt["base"]["sha256"] != base_sha256:
@@ -95,7 +95,7 @@ class Edited:
                 chain = self._chain
                 self._side = Side(self.path, chain.anat, chain.tok, weights_sha256(chain.model), receipt)
             else:
-                model, tok = load(self.path, dtype=self._dtype)
+                model, tok = load(self.path, dtype=self._dtype, device_map=self._device_map)
                 self._side = Side(self.path, anatomy(model), tok, weights_sha256(model), self._receipt)
         return self._side
 
@@ -133,6 +133,7 @@ def evaluate_models(
     mode: str = "batch",
     request: str | None = None,
     dtype: str | None = None,
+    device_map: DeviceMap = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Loads both models, measures them by `protocol`, and writes what it writes to `out`.
@@ -148,9 +149,9 @@ def evaluate_models(
     out = Path(out)
     check_output(out, overwrite=overwrite)
     check_mode(protocol, edited, mode, request)
-    model, tok = load(base, dtype=dtype)
+    model, tok = load(base, dtype=dtype, device_map=device_map)
     before = Side(base, anatomy(model), tok, weights_sha256(model))
-    after = Edited(edited, base, before.sha256, dtype)
+    after = Edited(edited, base, before.sha256, dtype, device_map)
     measured = MODES[mode](protocol, before, after, request)
     side = after.side()
     metrics = {

@@ -10,7 +10,7 @@ from typing import Any
 from editlib.evaluation.facts import peak_rss_mb
 from editlib.evaluation.metrics import MetricResult, read_results
 from editlib.models.anatomy import anatomy
-from editlib.models.loading import load
+from editlib.models.loading import DeviceMap, load
 from editlib.protocols.shape import Side
 from editlib.request import EditRequest
 from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
@@ -33,11 +33,12 @@ class TofuProtocol:
         judges: Judges | None = None,
         max_new_tokens: int = ANSWER_TOKENS,
         dtype: str | None = None,
+        device_map: DeviceMap = None,
         progress: bool = False,
     ) -> None:
         self._sets, self._limit, self._seed, self._judges = sets, limit, seed, judges
-        self._reference, self._max_new_tokens, self._dtype = reference, max_new_tokens, dtype
-        self._progress = progress
+        self._reference, self._max_new_tokens, self._progress = reference, max_new_tokens, progress
+        self._dtype, self._device_map = dtype, device_map
         self._before: dict[Asked, Reading] = {}
         self._base_sha = ""
         self._retain_only: Mapping[str, MetricResult] | None = None
@@ -104,7 +105,7 @@ class TofuProtocol:
     def _ratios(self) -> Mapping[str, MetricResult] | None:
         """What the retain-only model comes to on the whole forget set, measured once where it is a model."""
         if self._retain_only is None and self._reference is not None:
-            model, tok = load(self._reference, dtype=self._dtype)
+            model, tok = load(self._reference, dtype=self._dtype, device_map=self._device_map)
             label = "retain-only" if self._progress else None
             only = self._sets.only("forget")
             self._retain_only = tofu_scores(anatomy(model), tok, only, max_new_tokens=1, progress=label)
