@@ -50,7 +50,7 @@ class Suffixes:
     def last(self, rows: Tensor, owner: Tensor, counts: Tensor) -> Reading:
         """The last `counts [r]` positions of each of `rows`, in order; fewer of them where they end before the row."""
         row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
-        back = torch.cat([torch.arange(int(count) - 1, -1, -1, device=rows.device) for count in counts])
+        back = counts.cumsum(0)[row] - 1 - torch.arange(len(row), device=rows.device)
         return Reading(rows, owner, row, self.batch.last[rows][row] - back)
 
     def logits(self, anat: Anatomy, layer: int, delta: Tensor, reading: Reading) -> Tensor:
