@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import typer
 
+from editlib.cli import app
 from editlib.cli.options import layer_numbers
 from editlib.errors import HparamsError
 
@@ -136,3 +138,27 @@ def test_interrupted_work_leaves_nothing(call, folder, requests, tmp_path, monke
     code, _, err = call("unlearn", folder, "--requests", requests, "--hparams", hparams, "--out", tmp_path / "out")
     assert code == 130 and "interrupted" in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def _commands(group, path=()):
+    if not hasattr(group, "commands"):
+        return [(" ".join(path), group)]
+    return [found for name, command in group.commands.items() for found in _commands(command, (*path, name))]
+
+
+def test_what_can_be_loaded_in_another_dtype_can_be_put_on_another_device():
+    """Edits and chains once ran on the CPU only, since nothing but `stats` and `ability` asked where."""
+    commands = _commands(typer.main.get_command(app))
+    takes = {path: {option.name for option in command.params} for path, command in commands}
+    assert {path for path, names in takes.items() if "dtype" in names} >= {"unlearn", "edit", "chain init", "eval"}
+    assert all("device_map" in names for names in takes.values() if "dtype" in names)
+    assert all("device_map" in takes[path] for path in ("chain add", "chain revoke"))
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cpu:1", "meta", ""])
+def test_a_device_that_is_not_there(call, folder, requests, tmp_path, device):
+    """PyTorch answers with a traceback, or takes the CPU without a word."""
+    out = tmp_path / "out"
+    code, _, err = call("unlearn", folder, "--requests", requests, "--out", out, "--device-map", device)
+    assert code == 2 and not out.exists()
+    assert err.count("\n") == 1 and f"device_map {device!r}: expected one of auto" in err and "cpu" in err

@@ -77,6 +77,7 @@ class Arena:
             "limit": plan and plan.limit,
             "seed": plan and plan.seed,
             "dtype": self.config.general.dtype,
+            "device_map": self.config.general.device_map,
         }
         base = {"base": self.base.bench.name}
         with taken(self.shelf, wait=True):  # the base is measured by one process

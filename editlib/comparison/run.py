@@ -96,7 +96,7 @@ def compare(
 
 def _loader(config: Config, shard: Shard) -> Load:
     general = config.general
-    place = None if shard.device is None else {"": str(shard.device)}
+    place = general.device_map or (None if shard.device is None else {"": str(shard.device)})
 
     def load(name: str) -> Workbench:
         return Workbench.load(name, general.stats_dir, dtype=general.dtype, device_map=place)

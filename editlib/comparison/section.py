@@ -57,6 +57,7 @@ class General(Section):
 
     model: str = knob(help="a packaged model, a local folder or a Hugging Face id")
     dtype: str | None = knob(None, "what the model is loaded in; none: as stored", choices=(*DTYPES, None))
+    device_map: str | None = knob(None, "auto, or a device; none: the CPU, under torchrun an accelerator each")
     stats_dir: str = knob("stats", "where statistics, tokens and a model's own answers are kept")
     corpus: str = knob("wiki-sample", "what missing statistics are made from")
     stats_tokens: int = knob(100_000, "tokens that they are made from", min=1)

@@ -91,7 +91,7 @@ class Tofu(Protocol):
         own = self.settings
         if self._only is not None or own.reference is None:
             return self._only
-        model, tok = load(own.reference, dtype=self.general.dtype)
+        model, tok = load(own.reference, dtype=self.general.dtype, device_map=self.general.device_map)
         path = base.folder / f"reference-{weights_sha256(model)[:24]}.json"
         if not path.is_file():
             found = tofu_scores(anatomy(model), tok, self.sets.only("forget"), max_new_tokens=1)
