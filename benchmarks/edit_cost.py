@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from editlib import apply_alphaedit_to_model, bundled, load
 from editlib.algorithms.closed_form import alphaedit as solve
-from editlib.algorithms.null_space import NullSpace
+from editlib.algorithms.null_space import NullSpace, null_space_of
 from editlib.hparams import AlphaEditHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loading import DTYPES
@@ -144,12 +144,12 @@ def compare_edits(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: ar
         say(f"editlib    {ours.line()}; {steps} steps of target states; " + ", ".join(
             f"{name} {seconds:.2f} s" for name, seconds in parts.items()
         ))  # fmt: skip
-        projectors = {layer: dense_projector(stats[layer], folder, device) for layer in layers}
+        projectors = {layer: dense_projector(stats[layer]) for layer in layers}
     plain = [anat.layers[layer] for layer in range(anat.n_layers)]
     matrices = [anat.mlp_output(layer) for layer in range(anat.n_layers)]
     compute_ks(model, matrices[layers[0]], asked[:2])
     for _ in range(args.repeats):
-        taken, _ = theirs.run(lambda: alphaedit(model, plain, matrices, asked, settings, projectors))
+        taken = theirs.run(lambda: alphaedit(model, plain, matrices, asked, settings, projectors))
         after = target_nll(model, asked)
         restore()
     say(f"published  {theirs.line()}; {taken} steps of target states")
@@ -188,13 +188,11 @@ def drawn_stats(anat: Anatomy, layers: list[int], folder: Path) -> dict[int, Lay
     return found
 
 
-def dense_projector(stats: LayerStats, folder: str, device: torch.device) -> Tensor:
-    """`P [d_ff, d_ff]` in fp32, from the basis that is kept."""
-    from editlib.algorithms.null_space import null_space_of
-
-    space = null_space_of(stats, KEPT, "dimensions", device=device)
-    inside = (space.basis.to(device).float()) @ space.basis.to(device).float().T
-    return inside if space.spans_kept else torch.eye(len(inside), device=device) - inside
+def dense_projector(stats: LayerStats) -> Tensor:
+    """`P [d_ff, d_ff]` in fp32 on the CPU, from the basis that is kept."""
+    space = null_space_of(stats, KEPT, "dimensions")
+    inside = space.basis.float() @ space.basis.float().T
+    return inside if space.spans_kept else torch.eye(len(inside)) - inside
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def padded(rows: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]
 
 
 def compute_z(model: nn.Module, layer: nn.Module, asked: Asked, settings: Settings) -> tuple[Tensor, int]:
-    """`z [d_model]` of one request, and the passes that it took."""
+    """`z [d_model]` of one request, and the steps that it took."""
     device = next(model.parameters()).device
     rows = [[*ids, *asked.target[:-1]] for ids, _ in asked.contexts] + [asked.about[0]]
     at = torch.tensor([place for _, place in asked.contexts] + [asked.about[1]], device=device)
@@ -82,10 +82,9 @@ def compute_z(model: nn.Module, layer: nn.Module, asked: Asked, settings: Settin
     for step in range(settings.steps):
         with hooked(layer, add):
             logits = model(**batch, use_cache=False).logits
-        taken += 1
         log_probs = logits[:n].float().log_softmax(-1)
         nll = -log_probs[each[:n, None], ends.to(device), target].mean()
-        now = logits[n, len(asked.about[0]) - 1].float().log_softmax(-1)
+        now = logits[n, asked.about[1]].float().log_softmax(-1)
         before = now.detach().clone() if before is None else before
         kl = settings.kl_factor * F.kl_div(before, now, log_target=True, reduction="sum")
         loss = nll + kl + settings.weight_decay * delta.norm() / start[0].norm() ** 2
@@ -94,6 +93,7 @@ def compute_z(model: nn.Module, layer: nn.Module, asked: Asked, settings: Settin
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        taken += 1
         largest = settings.clamp_norm_factor * start[0].norm()
         if delta.norm() > largest:
             with torch.no_grad():
@@ -133,27 +133,28 @@ def alphaedit(
     asked: Sequence[Asked],
     settings: Settings,
     projectors: dict[int, Tensor],
-) -> tuple[int, Tensor]:
-    """Edits the model in place; the steps that the target states took, and the keys of the last layer.
+) -> int:
+    """Edits the model in place; returns the steps that the target states took.
 
-    `layers` are the decoder layers, `matrices` their MLP output matrices, `projectors` the dense `P [d_ff, d_ff]`.
+    `layers` are the decoder layers, `matrices` their MLP output matrices, `projectors` the dense `P [d_ff, d_ff]`, kept
+    on the CPU and moved a layer at a time.
     """
+    model.requires_grad_(False)
     top = layers[settings.layers[-1]]
     found = [compute_z(model, top, one, settings) for one in asked]
     targets = torch.stack([z for z, _ in found], 1)  # [d_model, n]
     plain = [one.contexts[0] for one in asked]
-    keys = targets[:0]
     past = {layer: torch.zeros_like(projector) for layer, projector in projectors.items()}
     for i, layer in enumerate(settings.layers):
-        p, matrix = projectors[layer], matrices[layer]
+        p, matrix = projectors[layer].to(targets.device), matrices[layer]
         keys = compute_ks(model, matrix, asked)
         residual = (targets - look(model, top, plain, False).T) / (len(settings.layers) - i)
-        gram = keys @ keys.T + past[layer]
+        gram = keys @ keys.T + past[layer].to(targets.device)
         unit = torch.eye(len(p), dtype=p.dtype, device=p.device)
         update = torch.linalg.solve(p @ gram + settings.l2 * unit, p @ keys @ residual.T)
         with torch.no_grad():
             matrix.weight += update.T.to(matrix.weight.dtype)
     for layer in settings.layers:
         new = compute_ks(model, matrices[layer], asked)
-        past[layer] += new @ new.T
-    return sum(taken for _, taken in found), keys
+        past[layer] += (new @ new.T).cpu()
+    return sum(taken for _, taken in found)

@@ -20,6 +20,7 @@ from editlib.stats_store import LayerStats
 
 log = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", MemoryError)  # since torch 2.5
 FORMAT = "1"  # raised when the content of kept files changes
 
 
@@ -33,12 +34,17 @@ def kept_beside(
 
     Args:
         compute: given `C [d_ff, d_ff]` in fp64.
-        device: where it is computed, if it has fp64; the result is on the CPU in any case.
+        device: where it is computed, if it has fp64 and room; the result is on the CPU in any case. Devices round
+            otherwise, and what was kept first is what all later edits use.
     """
 
     def make() -> dict[str, Tensor]:
-        wide = device is not None and wide_dtype(device) == torch.float64
-        return {name: value.cpu() for name, value in compute(stats.moment().to(device if wide else "cpu")).items()}
+        if device is not None and wide_dtype(device) == torch.float64:
+            try:
+                return {name: value.cpu() for name, value in compute(stats.moment().to(device)).items()}
+            except OUT_OF_MEMORY:
+                log.info("the device has no room for the statistics beside the model: decomposing them on the CPU")
+        return compute(stats.moment())
 
     if stats.path is None:
         return make()

@@ -145,8 +145,10 @@ void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       used[i] = list;
     } else if (given[i].isOptionalTensorList()) {  // the places of an index, which may be the CPU's
       c10::List<std::optional<Tensor>> list;
-      for (const std::optional<Tensor> x : given[i].toOptionalTensorList())
+      for (const std::optional<Tensor> x : given[i].toOptionalTensorList()) {
+        TORCH_CHECK(own || !x.has_value() || !ours(*x), name, ": places on the device in a tensor of the CPU");
         list.push_back(x.has_value() ? std::optional<Tensor>(twin(*x)) : std::nullopt);
+      }
       used[i] = list;
     } else if (given[i].isGenerator()) {
       TORCH_CHECK(given[i].toGenerator().device().type() == KIND, name, ": the CPU's random generator, not the device's");

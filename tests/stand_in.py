@@ -4,7 +4,9 @@ the device of the tests that want one. It changes what PyTorch has for the whole
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import sysconfig
 import types
 from pathlib import Path
 
@@ -36,11 +38,17 @@ def _register() -> None:
     torch.utils.generate_methods_for_privateuse1_backend()
 
 
-try:
-    _build().start()
-except (RuntimeError, OSError, ImportError) as error:  # no compiler, no headers, no ninja
-    reason = str(error).strip().partition("\n")[0][:200]
-    sys.stderr.write(f"no stand-in for an accelerator could be built ({reason}); its tests are skipped\n")
+def _missing() -> list[str]:
+    """What it takes to build it and is not here."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    compiler = os.environ.get("CXX", "c++")
+    there = {compiler: shutil.which(compiler), str(headers): headers.is_file()}
+    return [name for name, found in there.items() if not found]
+
+
+if missing := _missing():
+    sys.stderr.write(f"no stand-in for an accelerator without {', '.join(missing)}; its tests are skipped\n")
 else:
+    _build().start()
     _register()
     os.environ["EDITLIB_TEST_DEVICE"] = f"{NAME}:0"

@@ -162,3 +162,28 @@ def test_a_device_that_is_not_there(call, folder, requests, tmp_path, device):
     code, _, err = call("unlearn", folder, "--requests", requests, "--out", out, "--device-map", device)
     assert code == 2 and not out.exists()
     assert err.count("\n") == 1 and f"device_map {device!r}: expected one of auto" in err and "cpu" in err
+
+
+TO_LOAD = {
+    "ask": "MODEL question",
+    "token": "MODEL --out OUT",
+    "edit": "MODEL --requests REQUESTS --hparams MEMIT/smollm2-135m --out OUT",
+    "eval": "MODEL MODEL --requests REQUESTS --out OUT",
+    "attack": "MODEL MODEL --requests REQUESTS --out OUT",
+    "ability": "MODEL --out OUT",
+    "baseline": "MODEL --method GA --requests REQUESTS --out OUT --steps 1 --learning-rate 0.1",
+    "finetune": "--model MODEL --data REQUESTS --out OUT",
+    "stats make": "MODEL --layers 1",
+    "bench counterfact": "--model MODEL --requests REQUESTS --algorithms MEMIT --hparams MEMIT/smollm2-135m",
+    "bench sequential": "--model MODEL --algorithms MEMIT --hparams MEMIT/smollm2-135m --out OUT",
+    "chain init": "OUT --model MODEL --hparams MEMIT/smollm2-135m",
+}
+
+
+@pytest.mark.parametrize("command", TO_LOAD)
+def test_the_device_reaches_what_loads_the_model(call, folder, requests, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    places = {"MODEL": folder, "REQUESTS": requests, "OUT": tmp_path / "out"}
+    args = [places.get(word, word) for word in TO_LOAD[command].split()]
+    code, _, err = call(*command.split(), *args, "--device-map", "nowhere")
+    assert code == 2 and "device_map 'nowhere': expected one of" in err

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from editlib.errors import StatsError
+from editlib.models.precision import wide_dtype
 from editlib.stats_cache import kept_beside
 from editlib.stats_store import LayerStats
 
@@ -27,8 +28,8 @@ class Covariance:
     jitter: float
 
     def solve(self, keys: Tensor) -> Tensor:
-        """`C^-1 keys` for `keys [d_ff, n]`, solved in the factor's dtype."""
-        factor = self.factor.to(keys.device)
+        """`C^-1 keys` for `keys [d_ff, n]`, solved in the widest dtype that their device has."""
+        factor = self.factor.to(keys.device, wide_dtype(keys.device))
         return torch.cholesky_solve(keys.to(factor), factor).to(keys)
 
 

@@ -123,9 +123,10 @@ def check_fit(anat: Anatomy, hparams: HyperParams) -> None:
     """What only the model can tell of its settings.
 
     Raises:
-        ModelError, HparamsError: a layer or a module template that this model does not have.
+        ModelError, HparamsError: a layer or a module template that this model does not have; layers on several devices.
     """
     anat.check_layers(hparams.layers)
+    anat.check_one_device()
     loss_layer = getattr(hparams, "v_loss_layer", None)
     if loss_layer not in (None, anat.n_layers - 1):
         raise HparamsError(

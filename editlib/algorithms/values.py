@@ -16,10 +16,8 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
 from editlib.models.prompts import TokenRow
 
-CHUNK_ROWS = 64  # prompts whose graphs are held at once on a CPU, and at least on an accelerator
-FEW_ROWS = 16  # up to here a pass on a CPU costs what reading the weights costs, and targets and essence share one
-GRAPH_BYTES = 2**31  # that the graphs may take on an accelerator, or a third of what the weights take
-GRAPH_STATES = 12  # states as wide as the model that a layer's graph holds of a token, beside four of the MLP's width
+CHUNK_ROWS = 64  # prompts whose graphs are held at once
+FEW_ROWS = 16  # up to here a pass costs what reading the weights costs, and targets and essence share one
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def compute_zs(
     essence = kl_rows or [()] * len(rows)
     parts: list[Values] = []
     with frozen(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
-        for chunk in _chunks(rows, essence, _rows_at_once(anat, rows, layer)):
+        for chunk in _chunks(rows, essence):
             called = [names[i] if names else f"number {i + 1}" for i in chunk]
             picked = ([source[i] for i in chunk] for source in (rows, targets, essence))
             units = None if norms is None else norms[chunk]
@@ -158,25 +156,13 @@ def compute_zs(
     return Values.joined(parts)
 
 
-def _rows_at_once(anat: Anatomy, rows: Sequence[Sequence[TokenRow]], layer: int) -> int:
-    """How many prompts' graphs to hold at once. A CPU gains nothing from many; on an accelerator a pass over few takes
-    as long as one over many, so as many as memory should bear. A function of the job alone, not of what is free."""
-    if anat.device.type == "cpu":
-        return CHUNK_ROWS
-    size = anat.embedding.weight.element_size()
-    a_token = (anat.n_layers - layer) * (GRAPH_STATES * anat.d_model + 4 * anat.d_ff) * size
-    longest = max((len(row) - row.lookup for contexts in rows for row in contexts), default=1)
-    weights = sum(parameter.numel() for parameter in anat.model.parameters()) * size
-    return max(CHUNK_ROWS, max(GRAPH_BYTES, weights // 3) // (a_token * longest))
-
-
-def _chunks(rows: Sequence[Sequence[TokenRow]], essence: Sequence[Sequence[TokenRow]], most: int) -> list[list[int]]:
-    """Requests in groups of at most `most` prompts, so that memory does not grow with their number."""
+def _chunks(rows: Sequence[Sequence[TokenRow]], essence: Sequence[Sequence[TokenRow]]) -> list[list[int]]:
+    """Requests in groups of at most `CHUNK_ROWS` prompts, so that memory does not grow with their number."""
     groups: list[list[int]] = []
-    held = most
+    held = CHUNK_ROWS
     for i in range(len(rows)):
         size = len(rows[i]) + len(essence[i])
-        if held + size > most:
+        if held + size > CHUNK_ROWS:
             groups.append([])
             held = 0
         groups[-1].append(i)
@@ -256,7 +242,7 @@ def _suffixes(
 ) -> tuple[Suffixes, _Essence | None]:
     """The batch of the targets' rows and what the KL term compares, in the same batch when they are few."""
     held = [row for prompts in kl_rows for row in prompts]
-    together = anat.device.type != "cpu" or len(flat) + len(held) <= FEW_ROWS
+    together = len(flat) + len(held) <= FEW_ROWS
     main = Suffixes.of(anat, flat + held if together else flat, layer)
     if not held:
         return main, None

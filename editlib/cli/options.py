@@ -19,7 +19,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output 
 Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/requests.md")]
 DeltaFile = Annotated[Path | None, typer.Option("--delta", help="write the edit alone, too: see `editlib apply`")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
-DeviceMap = Annotated[str | None, typer.Option(help="auto, or a device such as mps or xpu:0; default: the CPU")]
+DeviceMap = Annotated[str | None, typer.Option(help="a device that holds all layers, or auto; default: the CPU")]
 
 
 def layer_numbers(text: str) -> list[int]:

@@ -105,6 +105,16 @@ class Anatomy:
                 "choose layers in that range (hparams key `layers`, or --layers)"
             )
 
+    def check_one_device(self) -> None:
+        """Raises `ModelError` where the layers run on several devices: edits and answers set and read states of one
+        layer beside keys and values of all. Layers that accelerate offloads run where the others do."""
+        found = {p.device for layer in self.layers for p in layer.parameters() if not p.is_meta}
+        if len(found) > 1:
+            raise ModelError(
+                f"the layers lie on {', '.join(sorted(map(str, found)))}; edits and answers need all of them on one "
+                "device (statistics do not): name one that holds them as device_map, or load in a narrower dtype"
+            )
+
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
     """Finds the parts of `model`; costs a pass of one token through the first layer.

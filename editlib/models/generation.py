@@ -37,6 +37,7 @@ class _Front:
 
     @classmethod
     def of(cls, anat: Anatomy, rows: Sequence[TokenRow]) -> _Front:
+        anat.check_one_device()
         length = shared_length(list(rows)) if rows else 0
         if not length:
             return cls(None, 0)
@@ -175,7 +176,7 @@ def sample_each(
         generators = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
 
         def draw(logits: Tensor, alive: list[int], generators: list[torch.Generator] = generators) -> Tensor:
-            sums = logits.double().cpu().softmax(-1).cumsum(-1)
+            sums = logits.cpu().double().softmax(-1).cumsum(-1)
             uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in alive])
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 

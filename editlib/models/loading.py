@@ -76,8 +76,11 @@ def _packaged(name: str) -> bool:
 
 def _check_device(wanted: str) -> None:
     """What PyTorch says of a device that it does not have is a traceback, or nothing ("cpu:1")."""
-    there, api = ["cpu"], getattr(torch, "accelerator", None)  # since torch 2.6
-    if api is not None and api.is_available():
+    api = getattr(torch, "accelerator", None)
+    if api is None:  # before torch 2.6, which cannot tell
+        return
+    there = ["cpu", "cpu:0"]
+    if api.is_available():
         kind = api.current_accelerator().type
         there += [kind, *(f"{kind}:{i}" for i in range(api.device_count()))]
     if wanted not in (*SPREADS, *there):

@@ -155,7 +155,7 @@ def _observe(anat: Anatomy, layer: int, change: Callable[[Tensor], Tensor]) -> l
 
 
 def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+    return float(x.cpu().double().square().mean().sqrt())
 
 
 def _difference(moved: Tensor, base: Tensor) -> Tensor:

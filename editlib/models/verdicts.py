@@ -100,7 +100,7 @@ def _caches(anat: Anatomy) -> bool:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     """`|one - other| / |other|`; where both are the same infinity (a masked vocabulary) there is no difference."""
-    one, other = one.double(), other.double()
+    one, other = one.cpu().double(), other.cpu().double()
     same = one == other
     apart = torch.where(same, 0.0, one - other).norm()
     return float(apart / torch.where(other.isfinite(), other, 0.0).norm().clamp_min(torch.finfo(torch.float32).tiny))
