@@ -8,7 +8,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,12 +93,7 @@ def read_stats(path: Path) -> LayerStats:
             square, not finite, all zero, not symmetric, no token counted.
     """
     arrays = _arrays(path, ("mom2.mom2", "mom2.count", "editlib.header"))
-    header = None
-    if "editlib.header" in arrays:
-        try:
-            header = StatsHeader(**json.loads(str(arrays["editlib.header"])))
-        except (ValueError, TypeError) as error:
-            raise StatsError(f"{path}: its header cannot be read ({error}); {AGAIN}") from None
+    header = _header(path, arrays)
     mom2, count = arrays["mom2.mom2"], _count(path, arrays["mom2.count"])
     flaw = _flaw(mom2)
     if flaw:
@@ -110,6 +105,20 @@ def read_stats(path: Path) -> LayerStats:
 def read_count(path: Path) -> int:
     """The number of tokens in a file, without reading its matrix; raises like `read_stats`."""
     return _count(path, _arrays(path, ("mom2.count",))["mom2.count"])
+
+
+def read_header(path: Path) -> StatsHeader | None:
+    """The header of a file, `None` in those of other tools, without reading its matrix; raises like `read_stats`."""
+    return _header(path, _arrays(path, ("editlib.header",)))
+
+
+def _header(path: Path, arrays: Mapping[str, np.ndarray]) -> StatsHeader | None:
+    if "editlib.header" not in arrays:
+        return None
+    try:
+        return StatsHeader(**json.loads(str(arrays["editlib.header"])))
+    except (ValueError, TypeError) as error:
+        raise StatsError(f"{path}: its header cannot be read ({error}); {AGAIN}") from None
 
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from editlib.errors import StatsError
 from editlib.models.anatomy import Anatomy
-from editlib.stats_file import LayerStats, StatsHeader, read_count, read_stats, write_stats
+from editlib.stats_file import LayerStats, StatsHeader, read_count, read_header, read_stats, write_stats
 
 __all__ = [
     "LayerStats",
@@ -70,9 +71,14 @@ def spellings(model: str) -> list[str]:
 
 
 def save_stats(stats_dir: Path, stats: LayerStats) -> Path:
-    """Writes one layer's file to its place, atomically; sets and returns its path."""
+    """Writes one layer's file to its place, atomically; sets and returns its path. A file there of the same model's
+    other weights (another dtype, another revision) stays; this one goes to `<corpus>@<hash of its weights>_stats`."""
     assert stats.header is not None
     path = stats_path(stats_dir, stats.header)
+    own = stats.header.model_sha256
+    with contextlib.suppress(StatsError):  # a damaged file is replaced
+        if own and path.exists() and not _made_from(path, own):
+            path = path.parents[1] / f"{stats.header.corpus}@{own[:12]}_stats" / path.name
     if path.exists():
         log.info("%s is replaced", path)
     write_stats(path, stats)
@@ -93,7 +99,8 @@ def find_stats(
     """The file of one module, under any spelling of the model's name.
 
     Args:
-        corpus: take files of this corpus only (the folder `<corpus>_stats`).
+        corpus: take files of this corpus only (the folders `<corpus>_stats` and `<corpus>@..._stats`).
+        model_sha256: of the weights that the file must have been made from, if it says from which.
         dataset, samples: where several files are left, take those of this corpus, then those whose name ends in this
             number (hparams keys `mom2_dataset`, `mom2_n_samples`), as far as there are any; then the one with most
             tokens. Which one was taken is logged.
@@ -109,6 +116,8 @@ def find_stats(
             for name in spellings(model)
         )
         raise StatsNotFound(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
+    if model_sha256 and len(found) > 1:
+        found = [one for one in found if _made_from(one.path, model_sha256)] or found
     stats = read_stats(_choose(found, dataset, samples))
     check_stats(stats, module, d_ff, model_sha256)
     return stats
@@ -164,13 +173,19 @@ def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_
     """The files of a model, in a fixed order."""
     for name in spellings(model):
         for folder in sorted((Path(stats_dir) / name).glob("*_stats")):
-            of = folder.name.removesuffix("_stats")
+            of = folder.name.removesuffix("_stats").partition("@")[0]
             if corpus is not None and of != corpus:
                 continue
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 match = FILE.fullmatch(path.name)
                 if match:
                     yield _Stored(path, of, match["module"], int(match["number"]) if match["number"] else None)
+
+
+def _made_from(path: Path, model_sha256: str) -> bool:
+    """Whether a file was made from these weights, or does not say from which."""
+    header = read_header(path)
+    return header is None or header.model_sha256 in ("", model_sha256)
 
 
 def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
@@ -202,7 +217,8 @@ def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "
     if model_sha256 and stats.header.model_sha256 and stats.header.model_sha256 != model_sha256:
         raise StatsError(
             f"{stats.path}: comes from other weights of {stats.header.model} (hash {stats.header.model_sha256[:12]}, "
-            f"this model {model_sha256[:12]}); make statistics for this one with `editlib stats`"
+            f"this model {model_sha256[:12]}): another --dtype, revision or edit; make statistics for this one with "
+            "`editlib stats` and the same --dtype"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Sequence
@@ -84,7 +85,14 @@ class Workbench:
 
     @property
     def token_path(self) -> Path:
-        return self.stats_dir / spelling(self.name) / "unlearning_token.safetensors"
+        """Where the token of these weights is kept: under a name of its own where other weights of the model (another
+        dtype) were first."""
+        place = self.stats_dir / spelling(self.name) / "unlearning_token.safetensors"
+        with contextlib.suppress(TokenError):  # none there, or one that is damaged: the place is this model's
+            first = UnlearningToken.load(place).header.model_sha256
+            if first not in ("", self.sha256):
+                return place.with_name(f"unlearning_token@{self.sha256[:12]}.safetensors")
+        return place
 
     def make_stats(
         self,
@@ -242,6 +250,7 @@ class Workbench:
         if token.header.model_sha256 and token.header.model_sha256 != self.sha256:
             raise TokenError(
                 f"{place}: was learned for other weights ({token.header.model}, hash {token.header.model_sha256[:12]}; "
-                f"this model {self.sha256[:12]}); learn one for it with `editlib token`"
+                f"this model {self.sha256[:12]}): another --dtype, revision or edit; learn one for it with "
+                "`editlib token`"
             )
         return token

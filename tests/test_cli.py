@@ -90,6 +90,15 @@ def test_an_output_folder_that_is_not_empty(call, folder, requests, tmp_path):
     assert (out / "mine").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["./gone", "/gone/model", "~/gone", "smollm2-135", "SmolLM2-135m"])
+def test_a_model_that_is_nowhere(call, monkeypatch, name):
+    """A packaged name with a typo was asked of the Hub for half a minute, and a folder called no repository."""
+    monkeypatch.setattr("editlib.models.loading.AutoConfig", None)  # nothing is asked of anyone
+    code, _, err = call("ask", name, "question")
+    assert code == 2 and err.count("\n") == 1
+    assert f"{name}: no such folder" in err
+
+
 def test_models_of_the_wrong_kind(call, folder, requests, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     other = tmp_path / "other"
@@ -161,7 +170,11 @@ def test_a_device_that_is_not_there(call, folder, requests, tmp_path, device):
     out = tmp_path / "out"
     code, _, err = call("unlearn", folder, "--requests", requests, "--out", out, "--device-map", device)
     assert code == 2 and not out.exists()
-    assert err.count("\n") == 1 and f"device_map {device!r}: expected one of auto" in err and "cpu" in err
+    assert (
+        err.count("\n") == 1
+        and f"device_map {device!r}: not on this machine; expected one of auto" in err
+        and "cpu" in err
+    )
 
 
 TO_LOAD = {
@@ -186,4 +199,4 @@ def test_the_device_reaches_what_loads_the_model(call, folder, requests, tmp_pat
     places = {"MODEL": folder, "REQUESTS": requests, "OUT": tmp_path / "out"}
     args = [places.get(word, word) for word in TO_LOAD[command].split()]
     code, _, err = call(*command.split(), *args, "--device-map", "nowhere")
-    assert code == 2 and "device_map 'nowhere': expected one of" in err
+    assert code == 2 and "device_map 'nowhere': not on this machine" in err

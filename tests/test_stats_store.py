@@ -290,6 +290,21 @@ def test_statistics_of_other_weights_are_refused(tmp_path, stats):
     assert str(path) in str(caught.value)
 
 
+def test_statistics_of_two_dtypes_live_side_by_side(tmp_path, stats):
+    """Those in bf16 once replaced those in fp32, which chains had been started with, and then neither was found."""
+    first = save_stats(tmp_path, stats)
+    kept = first.read_bytes()
+    other = LayerStats(2 * stats.mom2, 100, 7, replace(stats.header, model_sha256="cd" * 32))
+    second = save_stats(tmp_path, other)
+    assert second != first and first.read_bytes() == kept
+    for sha, path in (("ab" * 32, first), ("cd" * 32, second)):
+        for corpus in (None, "wiki"):
+            assert find_stats(tmp_path, "org/tiny", corpus, MODULE, 64, model_sha256=sha).path == path
+    assert save_stats(tmp_path, other) == second
+    with pytest.raises(StatsError, match="another --dtype, revision or edit"):
+        find_stats(tmp_path, "org/tiny", "wiki", MODULE, 64, model_sha256="ef" * 32)
+
+
 @pytest.mark.parametrize("kind", ["not symmetric", "wrong shape", "empty"])
 def test_bad_statistics_are_refused_before_anything_is_edited_and_never_replaced(
     tmp_path, tiny_llama, tok_chat, kind, stats

@@ -79,6 +79,10 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
 
 
 def _sync(path: Path) -> None:
+    """To the disk, and as readable as any new file: safetensors writes 0600, whatever the umask says."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _check_device(wanted: str) -> None:
         kind = api.current_accelerator().type
         there += [kind, *(f"{kind}:{i}" for i in range(api.device_count()))]
     if wanted not in (*SPREADS, *there):
-        raise ModelError(f"device_map {wanted!r}: expected one of {', '.join((*SPREADS, *there))}")
+        raise ModelError(f"device_map {wanted!r}: not on this machine; expected one of {', '.join((*SPREADS, *there))}")
 
 
 def _check_kind(path: str, name: str, options: dict[str, Any]) -> None:
@@ -95,6 +96,10 @@ def _check_kind(path: str, name: str, options: dict[str, Any]) -> None:
 
 def _check_folder(path: str) -> None:
     folder = Path(path)
+    if not folder.exists() and path.startswith((".", "/", "~")):
+        raise ModelError(f"{path}: no such folder; give one written by save_pretrained, or a model id")
+    if not folder.exists() and difflib.get_close_matches(path.lower(), PACKAGED, cutoff=0.8):
+        raise ModelError(f"{path}: no such folder, and no packaged model, which are {', '.join(PACKAGED)}")
     if folder.is_file():
         raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
     if folder.is_dir() and not (folder / "config.json").is_file():

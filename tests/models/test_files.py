@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import make_llama
 from transformers import AutoModelForCausalLM
 
@@ -158,3 +159,14 @@ def test_hash_knows_swapped_and_renamed_weights(tiny_llama):
     one, two = (tiny_llama.model.layers[i].mlp.down_proj for i in (0, 1))
     one.weight, two.weight = two.weight, one.weight
     assert weights_sha256(tiny_llama) != before
+
+
+def test_what_is_written_is_as_readable_as_any_new_file(tmp_path):
+    """safetensors writes for its owner alone, so that a server under another user could not open a folder."""
+    (tmp_path / "any").write_text("x")
+    ordinary = (tmp_path / "any").stat().st_mode
+    with atomic_path(tmp_path / "file") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary / "file")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder" / "file").stat().st_mode == ordinary
