@@ -259,7 +259,7 @@ def _dumped(value: object) -> str:
 
 def _write_secret(path: Path, text: str) -> None:
     """A file that only its owner may read."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, private=True) as temporary:
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)

@@ -19,11 +19,15 @@ from editlib.models.placement import stored_tensors
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write; synced and renamed onto it on success, removed otherwise."""
+def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """A temporary file beside `path` to write; synced and renamed onto it on success, removed otherwise.
+
+    A `private` one keeps the mode that it was opened with."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if not private:
+            _open_up(temporary)
         _sync(temporary)
         os.replace(temporary, path)
     except EditlibError:
@@ -53,6 +57,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                _open_up(file)
                 _sync(file)
         if path.exists():
             os.replace(path, old)
@@ -78,11 +83,14 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"--out {path} exists and is not empty; choose another folder or add --overwrite")
 
 
-def _sync(path: Path) -> None:
-    """To the disk, and as readable as any new file: safetensors writes 0600, whatever the umask says."""
+def _open_up(path: Path) -> None:
+    """Makes a file as readable as any new one: safetensors writes 0600, whatever the umask says."""
     mask = os.umask(0o077)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

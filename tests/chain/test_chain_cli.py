@@ -72,7 +72,7 @@ def test_bad_input_is_one_line(call, job, base, tmp_path):
     before = files(folder)
     refused(call("chain", "add", folder, "--requests", home / "a.jsonl"), "a.jsonl:1", "'a1' is in the chain already")
     refused(call("chain", "revoke", folder, "zz"), "'zz' is not in", "chain log")
-    refused(call("chain", "verify", folder, "--model", tmp_path / "gone"), "gone cannot be loaded")
+    refused(call("chain", "verify", folder, "--model", tmp_path / "gone"), "gone: no such folder")
     assert files(folder) == before
     place = next((folder / "batches").iterdir())
     place.write_bytes(place.read_bytes()[:-1] + b"x")

@@ -127,7 +127,7 @@ def test_another_base_model(chain, base, tmp_path, bench):
     with pytest.raises(ChainError, match="layer 2 are not those of the chain's base model"):
         Chain.open(chain.path, used).add(B)
     gone = Chain.open(chain.path, model=str(tmp_path / "gone"))
-    with pytest.raises(ModelError, match="gone cannot be loaded"):
+    with pytest.raises(ModelError, match="gone: no such folder"):
         gone.verify()
     assert gone.status()["requests"] == 2
     Chain.open(chain.path, model=str(base / "tiny")).verify()
