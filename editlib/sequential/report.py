@@ -36,7 +36,7 @@ def _draw(points: Sequence[Point], path: Path) -> None:
     """One panel a measure, over the edits; a line a chain, the smallest batches dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.0), layout="constrained")
     largest = max((point.size for point in points), default=1)
     for panel, measure in zip(figure.subplots(1, len(PANELS), squeeze=False)[0], PANELS, strict=True):
         for algorithm, size in dict.fromkeys((point.algorithm, point.size) for point in points):
@@ -54,6 +54,6 @@ def _draw(points: Sequence[Point], path: Path) -> None:
                 panel.set_yscale("log")
         else:
             panel.set_ylim(-0.03, 1.03)
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
