@@ -74,7 +74,7 @@ def receipt(
 def tell_adapter(report: LoraReport, folder: Path) -> None:
     """What an adapter holds of each layer's update."""
     table = Table("layer", "rank", "|update|", "left out (share of the norm)")
-    for layer, one in report.layers.items():
+    for layer, one in sorted(report.layers.items(), key=lambda item: int(item[0])):
         table.add_row(str(layer), str(one.rank), f"{one.norm:.2f}", f"{one.error:.2e}" if one.error else "nothing")
     out.print(table)
     size = (folder / "adapter_model.safetensors").stat().st_size
