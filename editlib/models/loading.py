@@ -98,7 +98,7 @@ def _check_folder(path: str) -> None:
     folder = Path(path)
     if not folder.exists() and path.startswith((".", "/", "~")):
         raise ModelError(f"{path}: no such folder; give one written by save_pretrained, or a model id")
-    if not folder.exists() and difflib.get_close_matches(path.lower(), PACKAGED, cutoff=0.8):
+    if not folder.exists() and "/" not in path and difflib.get_close_matches(path.lower(), PACKAGED, cutoff=0.8):
         raise ModelError(f"{path}: no such folder, and no packaged model, which are {', '.join(PACKAGED)}")
     if folder.is_file():
         raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
