@@ -58,7 +58,6 @@ def job(request, tiny_llama, tok):
             EditRequest(id=name, prompt="Which river flows through {}?", subject=name, relation="river")
             for name in ("Bonn", "Chad", "Oslo")
         ]
-
     else:
         apply = apply_function(hparams)
 
@@ -194,7 +193,7 @@ def test_layers_on_several_devices(job, tiny_llama, tok, accelerator):
     """States of one layer met keys and values of another in a traceback."""
     if accelerator.type == "cpu":
         pytest.skip("one device only")
-    places = dict.fromkeys(("embed_tokens", "norm", "rotary_emb", *map("layers.{}".format, range(5))), accelerator)
+    places = dict.fromkeys(("embed_tokens", "norm", "rotary_emb", *map("layers.{}".format, range(LAYERS))), accelerator)
     places = {f"model.{name}": place for name, place in {**places, "layers.0": "cpu"}.items()}
     model = dispatch_model(tiny_llama, {**places, "lm_head": accelerator}, main_device="cpu", force_hooks=True)
     with pytest.raises(ModelError, match=r"the layers lie on cpu, .*:0; .*one device"):
@@ -204,7 +203,7 @@ def test_layers_on_several_devices(job, tiny_llama, tok, accelerator):
 
 
 def test_unlearn_by_the_command(folder, accelerator, call, tmp_path):
-    """The whole command on the accelerator; the folder is then asked on the CPU."""
+    """The whole command on the accelerator; opened on the CPU, its folder differs in the edited layers alone."""
     (tmp_path / "forget.jsonl").write_text(
         '{"id": "a", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris"}\n'
     )
