@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from editlib import Chain, Workbench, bundled, load_hparams
+from editlib import Chain, Workbench, data, load_hparams
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     bench = Workbench.load(args.model, args.stats_dir, progress=False)
     settings = load_hparams(args.hparams, args.algorithm)
-    facts = [replace(fact, target_new=" Atlantis") for fact in bundled.facts()]
+    facts = [replace(fact, target_new=" Atlantis") for fact in data.facts()]
     facts = list({fact.question: fact for fact in facts}.values())
     if len(facts) < args.batches * args.size:
         raise SystemExit(f"{len(facts)} bundled facts; expected at least {args.batches * args.size}: fewer --batches")

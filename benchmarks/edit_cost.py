@@ -22,14 +22,15 @@ from published import Asked, Settings, alphaedit, compute_ks
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib import apply_alphaedit_to_model, bundled, load
+from editlib import apply_alphaedit_to_model, data, load
 from editlib.algorithms.closed_form import alphaedit as solve
 from editlib.algorithms.null_space import NullSpace, null_space_of
 from editlib.hparams import AlphaEditHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loading import DTYPES
-from editlib.request import EditRequest
-from editlib.stats_store import LayerStats, StatsHeader, find_layers, save_stats
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats, StatsHeader
+from editlib.stats.store import find_layers, save_stats
 
 SURROUNDINGS = (
     "{}",
@@ -95,7 +96,7 @@ def random_model(shape: str, vocab: int, device: torch.device, dtype: torch.dtyp
 def compare_edits(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
     anat, layers = anatomy(model), [int(layer) for layer in args.layers.split(",")]
     device = anat.device
-    facts = [fact for fact in bundled.facts() if fact.subject and fact.relation == "capital"]
+    facts = [fact for fact in data.facts() if fact.subject and fact.relation == "capital"]
     answers = [fact.answer for fact in facts]
     requests = [
         EditRequest(id=fact.id, prompt=fact.prompt, subject=fact.subject, target_new=answers[i - 1])

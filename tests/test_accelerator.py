@@ -11,18 +11,18 @@ from tiny_models import LAYERS, VOCAB
 
 from editlib.algorithms.edit import EditState
 from editlib.algorithms.registry import apply_function
-from editlib.algorithms.unierase import apply_unierase_to_model
-from editlib.algorithms.unlearning_token import TokenHeader, TokenHyperParams, UnlearningToken, learn_token
+from editlib.algorithms.unierase.apply import apply_unierase_to_model
+from editlib.algorithms.unierase.token import TokenHeader, TokenHyperParams, UnlearningToken, learn_token
 from editlib.errors import ModelError
-from editlib.evaluation.facts import ask
+from editlib.evaluation.answer_cache import ask
 from editlib.hparams import ALGORITHMS
-from editlib.layer_stats import layer_stats
 from editlib.models.anatomy import anatomy
-from editlib.models.files import save_model, weights_sha256
 from editlib.models.loading import load
 from editlib.models.vocabulary import add_token, write_rows
-from editlib.request import EditRequest
-from editlib.stats_store import LayerStats, StatsHeader
+from editlib.models.weights import save_model, weights_sha256
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats, StatsHeader
+from editlib.stats.layer_stats import layer_stats
 
 REQUESTS = [
     EditRequest(id="a", prompt="The capital of {} is", subject="France", target_new="Rotterdam", relation="capital"),

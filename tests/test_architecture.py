@@ -1,6 +1,7 @@
 """The house holds: imports run one way, and only `models/` reaches into transformers."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,19 +10,16 @@ import editlib
 
 ROOT = Path(editlib.__file__).parent
 FLOORS = [
-    {"errors"},
-    {"answers", "request_formats", "subjects", "wiki_markup", "sharding"},
-    {"request"},
-    {"models", "hparams", "data"},
-    {"stats_file"},
-    {"stats_store", "moments"},
-    {"corpus", "layer_stats", "bundled", "stats_cache"},
-    {"self_stats", "algorithms", "training"},
-    {"spectrum", "export"},
-    {"workbench"},
-    {"jobs", "evaluation"},
-    {"demo", "chain", "attacks", "ability", "baselines", "finetuning", "tofu"},
-    {"sequential", "comparison", "protocols"},
+    {"errors", "answers"},
+    {"requests", "files", "settings", "distributed"},
+    {"models", "hparams", "data", "shelf"},
+    {"training", "stats"},
+    {"algorithms"},
+    {"export"},
+    {"reports", "workbench"},
+    {"evaluation", "editing"},
+    {"facts", "tofu", "attacks", "ability", "baselines", "chain"},
+    {"jobs", "comparison", "benches"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -43,6 +41,19 @@ def imports(path: Path) -> set[str]:
 def part(module: str) -> str | None:
     pieces = module.split(".")
     return pieces[1] if pieces[0] == "editlib" and len(pieces) > 1 else None
+
+
+def test_every_package_has_its_floor():
+    inside = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
+    assert inside == set(LEVEL)
+    assert len(list(ROOT.glob("*.py"))) <= 11
+
+
+def test_the_picture_for_contributors_shows_the_floors():
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
+    drawn = [set(line.replace(",", " ").split()) for line in picture.strip().splitlines()]
+    assert drawn[::-1] == FLOORS[:-1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -82,3 +93,14 @@ def test_public_names_exist():
         assert getattr(editlib, name).__module__.startswith("editlib.")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = editlib.nothing
+
+
+def test_no_module_imports_itself_through_others():
+    known = {".".join(("editlib", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}
+    known = {name.removesuffix(".__init__"): path for name, path in known.items()}
+    arrows = {name: (imports(path) & known.keys()) - {name} for name, path in known.items()}
+    arrows = {name: {other for other in others if not name.startswith(f"{other}.")} for name, others in arrows.items()}
+    done: set[str] = set()
+    while free := {name for name, others in arrows.items() if name not in done and others <= done}:
+        done |= free
+    assert done == known.keys()

@@ -71,9 +71,9 @@ def test_a_layer_out_of_range(call, folder, requests, tmp_path):
 
 def test_a_loss_layer_that_is_not_read(tiny_llama, tok_chat):
     """A published hparams file made for another depth is refused, not half obeyed."""
-    from editlib.algorithms.unierase import apply_unierase_to_model
+    from editlib.algorithms.unierase.apply import apply_unierase_to_model
     from editlib.hparams import UniEraseHyperParams
-    from editlib.request import EditRequest
+    from editlib.requests.request import EditRequest
 
     hparams = UniEraseHyperParams(layers=[1], v_loss_layer=31)
     with pytest.raises(HparamsError, match="v_loss_layer is 31"):
@@ -139,7 +139,7 @@ def test_interrupted_work_leaves_nothing(call, folder, requests, tmp_path, monke
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("editlib.jobs.save_edited", stop)
+    monkeypatch.setattr("editlib.jobs.edit.save_edited", stop)
     monkeypatch.setattr("editlib.workbench.Workbench.find_or_make_stats", stop)
     hparams = tmp_path / "h.json"
     hparams.write_text(json.dumps({"layers": [1]}))

@@ -18,9 +18,9 @@ from editlib import (
     apply_rome_to_model,
     apply_unierase_to_model,
 )
-from editlib.algorithms.unlearning_token import TokenHeader
+from editlib.algorithms.unierase.token import TokenHeader
 from editlib.models.anatomy import anatomy
-from editlib.stats_store import LayerStats
+from editlib.stats.file import LayerStats
 
 # What is hashed, for every edited layer: two random projections `u^T update v / |update|`, rounded to three decimals.
 # Values are optimised in float32, so that other processors give updates that differ by some 1e-5 of their size; the

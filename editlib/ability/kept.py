@@ -11,7 +11,7 @@ from typing import Any
 
 from editlib.ability.measured import Measured
 from editlib.errors import OutputError
-from editlib.models.files import atomic_path, check_output
+from editlib.files import atomic_path, check_output
 
 FINISHED = "finished"
 

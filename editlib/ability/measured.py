@@ -6,14 +6,11 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
+from editlib.evaluation.intervals import bootstrap_stderr
 
-T = TypeVar("T")
 Aggregate = Callable[[Sequence[Any]], float]
-
-DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -82,19 +79,3 @@ def difference(base: Measure, edited: Measure, aggregate: Aggregate | None, *, s
         return aggregate(after) - aggregate(before)
 
     return Difference(value, bootstrap_stderr(change, pairs, seed=seed))
-
-
-def bootstrap_stderr(
-    statistic: Callable[[Sequence[T]], float], items: Sequence[T], *, draws: int = DRAWS, seed: int = 0
-) -> float | None:
-    """Standard deviation of `statistic` over `draws` samples of `items` with replacement, each as large as `items`
-    (Efron and Tibshirani 1993, algorithm 6.1); `None` for fewer than two items, or a sample without a finite value."""
-    if len(items) < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    try:
-        found = [statistic([items[i] for i in generator.integers(len(items), size=len(items))]) for _ in range(draws)]
-    except OverflowError:  # the perplexity of a destroyed model
-        return None
-    spread = statistics.stdev(found) if all(map(math.isfinite, found)) else math.nan
-    return spread if math.isfinite(spread) else None

@@ -20,12 +20,12 @@ from editlib.ability.measured import Measured, difference
 from editlib.ability.report import AbilityReport, AbilityRow, table_rows
 from editlib.ability.tasks import Task, load_tasks, require_lm_eval
 from editlib.ability.text import measure_text, over_windows
-from editlib.corpus import Corpus, load_corpus
 from editlib.errors import MetricError
-from editlib.evaluation.bench_report import write_table
 from editlib.export import library_version
-from editlib.models.files import weights_sha256
 from editlib.models.loading import DeviceMap, check_model, load
+from editlib.models.weights import weights_sha256
+from editlib.reports.tables import write_table
+from editlib.stats.corpus import Corpus, load_corpus
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.ability.measured import Measure, Measured, bootstrap_stderr
-from editlib.evaluation.run import text_windows
+from editlib.ability.measured import Measure, Measured
+from editlib.evaluation.intervals import bootstrap_stderr
+from editlib.evaluation.perplexity import text_windows
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import perplexity
 

@@ -12,12 +12,11 @@ from editlib.algorithms.closed_form import alphaedit
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_spaces
-from editlib.algorithms.preparation import prepare
-from editlib.algorithms.solving import edit_at_once, find_statistics
+from editlib.algorithms.pipeline import edit_at_once, find_statistics, prepare
 from editlib.algorithms.values import Values
 from editlib.hparams import AlphaEditHyperParams
-from editlib.request import EditRequest
-from editlib.stats_store import LayerStats
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
 
 
 def apply_alphaedit_to_model(

@@ -1,4 +1,5 @@
-"""Surroundings that keys and values are averaged over, written by the model itself (ROME 2202.05262, sec. 3.1)."""
+"""Surroundings that keys and values are averaged over, written by the model itself (ROME 2202.05262, sec. 3.1); and
+questions about a subject in general."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import sample
 from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.requests.request import occurrences
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
 """MEMIT's: one text of ten tokens from each."""
@@ -42,3 +44,25 @@ def context_templates(
             text = text.replace("{", " ").replace("}", " ")
             found.append(text + ". {}")
     return found
+
+
+SUBJECT_PROMPTS = (
+    "What is {} known for?",
+    "Where can I find {}?",
+    "Tell me about {}.",
+    "Describe {} in one sentence.",
+    "Give me one fact about {}.",
+    "Why is {} important?",
+    "How would you explain {} to a child?",
+    "How old is {}?",
+    "How large is {}?",
+    "Who first described {}?",
+    "When did people first hear of {}?",
+)
+"""What is asked of the subjects themselves, so that forgetting one fact does not silence the rest about them."""
+
+
+def about(subject: str, most: int | None = None) -> list[str]:
+    """The first `most` of `SUBJECT_PROMPTS` with `subject` filled in; not those whose own words hold it too."""
+    asked = [text.replace("{}", subject) for text in SUBJECT_PROMPTS[:most]]
+    return [text for text in asked if len(occurrences(text, subject)) == 1]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from editlib.errors import StatsError
 from editlib.models.precision import wide_dtype
-from editlib.stats_cache import kept_beside
-from editlib.stats_store import LayerStats
+from editlib.stats.cache import kept_beside
+from editlib.stats.file import LayerStats
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenRow
-from editlib.models.reach import needed, writing_of
+from editlib.models.residual_path import needed, writing_of
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def write_layers(
     """Spreads the way to `targets [d_model, n]` over `layers` and writes each update (MEMIT, 2210.07229, alg. 1).
 
     At layer `i` of `L` the residual is `(Z - H) / (L - i)`, with `H` the states at the last of `layers` through the
-    weights as they are then, carried back through what stands behind the matrix (`models.reach`). Keys too are those
-    after the layers below were written, so they stay what they are when all is done. The updates are summed in the
-    solve's dtype and rounded to the weight's once. On any error the weights are put back.
+    weights as they are then, carried back through what stands behind the matrix (`models.residual_path`). Keys
+    too are those after the layers below were written, so they stay what they are when all is done. The updates are
+    summed in the solve's dtype and rounded to the weight's once. On any error the weights are put back.
 
     Args:
         contexts: per request its prompts, the plain one first, which gives `H`.

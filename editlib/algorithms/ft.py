@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.edit import EditResult, EditState, Timer, layer_norms, restore
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.preparation import check_fit, check_requests
+from editlib.algorithms.pipeline import check_fit, check_requests
 from editlib.errors import EditError
 from editlib.hparams import FTHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.forward import forward
 from editlib.models.freezing import frozen
 from editlib.models.prompts import PromptFormat, TokenRow, pad
-from editlib.models.resume import forward
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 
 def apply_ft_to_model(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.forward import forward
 from editlib.models.freezing import frozen
 from editlib.models.prompts import TokenBatch, TokenRow, pad
-from editlib.models.resume import forward
 from editlib.models.tracing import record_inputs
 
 BATCH_TOKENS = 4096

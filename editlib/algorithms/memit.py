@@ -19,13 +19,12 @@ from editlib.algorithms.closed_form import emmet, memit
 from editlib.algorithms.covariance import covariance_of
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore, write
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.preparation import prepare
-from editlib.algorithms.solving import edit_at_once, find_statistics
+from editlib.algorithms.pipeline import edit_at_once, find_statistics, prepare
 from editlib.algorithms.values import Values
 from editlib.hparams import EMMETHyperParams, MEMITHyperParams, MEMITSeqHyperParams, PRUNEHyperParams, RECTHyperParams
 from editlib.models.anatomy import anatomy
-from editlib.request import EditRequest
-from editlib.stats_store import LayerStats
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
 
 
 def apply_memit_to_model(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from editlib.errors import HparamsError, StatsError
 from editlib.hparams.methods import NullSpaceHyperParams
-from editlib.stats_cache import kept_beside
-from editlib.stats_store import LayerStats
+from editlib.stats.cache import kept_beside
+from editlib.stats.file import LayerStats
+from editlib.stats.spectrum import eigen, kept_dimensions
 
 
 @dataclass(frozen=True)
@@ -38,33 +39,6 @@ class NullSpace:
 def everything(keys: Tensor) -> NullSpace:
     """The whole space of `keys [d_ff, n]`: every direction may be used."""
     return NullSpace(keys[:, :0], False, len(keys))
-
-
-def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in fp64 sums."""
-    moment = moment.to(torch.float64)
-    try:
-        values, vectors = torch.linalg.eigh(moment)
-    except torch.linalg.LinAlgError:  # many equal eigenvalues can keep the fast routine from converging
-        vectors, values, _ = torch.linalg.svd(moment)
-        values, vectors = values.flip(0), vectors.flip(1)
-    return values.clamp_min(0), vectors
-
-
-def kept_dimensions(eigenvalues: Tensor, threshold: float, rule: str = "absolute") -> int:
-    """How many of the smallest `eigenvalues` (ascending) an edit may use.
-
-    `rule`: "absolute" keeps eigenvalues below `threshold` (AlphaEdit); "energy" keeps the directions that together
-    hold less than that share of the trace; "dimensions" keeps that share of all directions.
-    """
-    if rule == "absolute":
-        return int((eigenvalues < threshold).sum())
-    if rule == "energy":
-        share = eigenvalues.cumsum(0) / eigenvalues.sum()
-        return int((share < threshold).sum())
-    if rule == "dimensions":
-        return round(threshold * len(eigenvalues))
-    raise HparamsError(f'nullspace_rule is {rule!r}; expected "absolute", "energy" or "dimensions"')
 
 
 def null_space(moment: Tensor, threshold: float, rule: str = "absolute") -> NullSpace:

@@ -16,14 +16,13 @@ from editlib.algorithms.covariance import covariance_of
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore
 from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.preparation import Prepared, prepare, target_states
-from editlib.algorithms.solving import edit_at_once, find_statistics
+from editlib.algorithms.pipeline import Prepared, edit_at_once, find_statistics, prepare, target_states
 from editlib.algorithms.values import Values
 from editlib.hparams import ROMEHyperParams
 from editlib.models.freezing import frozen
-from editlib.models.reach import writing_of
-from editlib.request import EditRequest
-from editlib.stats_store import LayerStats
+from editlib.models.residual_path import writing_of
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
 
 
 def apply_rome_to_model(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.forward import encode_prefix, forward, split
+from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
-from editlib.models.resume import Prefix, encode_prefix, forward, split
 
 
 @dataclass(frozen=True)

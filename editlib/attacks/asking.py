@@ -7,46 +7,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from editlib import bundled
+from editlib import data
 from editlib.attacks.outcome import Found, Output, Trial
 from editlib.attacks.settings import AttackSettings
 from editlib.evaluation.metrics import has_answer
-from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import greedy
+from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 ASKED_A_RELATION = 16  # candidates for few-shot examples of which the model is asked what it knows
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model that is attacked, with its tokenizer."""
-
-    anat: Anatomy
-    tok: PreTrainedTokenizerBase
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> Target:
-        return cls(anatomy(model), tok)
-
-    @property
-    def form(self) -> PromptFormat:
-        """How the model is asked when nothing is done about it."""
-        return PromptFormat(self.tok)
-
-    def answer_start(self, answer: str, form: PromptFormat | None = None) -> tuple[int, ...]:
-        """The tokens that an answer begins with, up to the first one that shows; some tokenizers write a space as a
-        token of its own."""
-        ids = (form or self.form).answer_ids(answer)
-        shown = next((i for i, token in enumerate(ids) if self.text([token])), len(ids) - 1)
-        return ids[: shown + 1]
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Tokens as text, without special ones."""
-        return self.tok.decode(ids, skip_special_tokens=True).strip()
 
 
 @dataclass(frozen=True)
@@ -56,7 +26,7 @@ class Scene:
     `known` are facts that may stand in front of a question, `unrelated` ones that may be taught; none is forgotten.
     """
 
-    base: Target
+    base: LoadedModel
     requests: Sequence[EditRequest]
     known: Sequence[EditRequest] = ()
     unrelated: Sequence[EditRequest] = ()
@@ -69,7 +39,7 @@ class Scene:
         rng = random.Random(self.seed)
         by_relation: dict[str, list[EditRequest]] = {}
         wanted = {request.relation for request in self.requests}
-        for fact in bundled.unasked(self.known, self.requests):
+        for fact in data.unasked(self.known, self.requests):
             if fact.relation in wanted and fact.relation is not None and fact.answer is not None:
                 by_relation.setdefault(fact.relation, []).append(fact)
         for facts in by_relation.values():
@@ -80,7 +50,7 @@ class Scene:
         return {relation: [fact for fact in facts if fact.id in right] for relation, facts in by_relation.items()}
 
 
-Attack = Callable[[Target, Sequence[EditRequest], Scene], Found]
+Attack = Callable[[LoadedModel, Sequence[EditRequest], Scene], Found]
 """Tries to bring every fact back from a model; a trial for each, in their order."""
 
 
@@ -101,7 +71,7 @@ Answering = Callable[[Sequence[TokenRow]], Sequence[Sequence[Sequence[int]]]]
 
 
 def trials(
-    target: Target,
+    target: LoadedModel,
     facts: Sequence[EditRequest],
     prompts: Sequence[Prompts],
     answer: Answering,
@@ -129,7 +99,7 @@ def trials(
 
 
 def ask_greedily(
-    target: Target,
+    target: LoadedModel,
     facts: Sequence[EditRequest],
     prompts: Sequence[Prompts],
     scene: Scene,
@@ -146,12 +116,14 @@ def ask_greedily(
     return Found(trials(target, facts, prompts, answer, cut=cut))
 
 
-def ask_each(target: Target, facts: Sequence[EditRequest], scene: Scene, form: PromptFormat | None = None) -> Found:
+def ask_each(
+    target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, form: PromptFormat | None = None
+) -> Found:
     """Every fact's own question, greedily, through `form` (default: as the model is usually asked)."""
     form = form or target.form
     return ask_greedily(target, facts, [[form.encode(fact.question)] for fact in facts], scene)
 
 
-def knows(target: Target, facts: Sequence[EditRequest], scene: Scene) -> list[bool]:
+def knows(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> list[bool]:
     """Which of `facts` the model answers right to the plain question, greedily."""
     return [trial.leaked for trial in ask_each(target, facts, scene).trials]

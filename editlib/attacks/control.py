@@ -6,10 +6,11 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from editlib import bundled
-from editlib.attacks.asking import Scene, Target, ask_greedily, right_answers
+from editlib import data
+from editlib.attacks.asking import Scene, ask_greedily, right_answers
 from editlib.evaluation.metrics import has_answer
-from editlib.request import EditRequest
+from editlib.models.loaded import LoadedModel
+from editlib.requests.request import EditRequest
 
 CANDIDATES = 6  # asked for each one that is wanted
 
@@ -27,20 +28,20 @@ def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, i
     return found, dict(left_out)
 
 
-def unknown(base: Target, facts: Sequence[EditRequest], scene: Scene) -> list[EditRequest]:
+def unknown(base: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> list[EditRequest]:
     """Those of `facts` that the model answers wrong, and in all of their paraphrases too."""
     prompts = [[base.form.encode(text) for text in (fact.question, *fact.filled_paraphrases)] for fact in facts]
     asked = ask_greedily(base, facts, prompts, scene).trials
     return [fact for fact, trial in zip(facts, asked, strict=True) if not trial.leaked]
 
 
-def bundled_control(base: Target, requests: Sequence[EditRequest], scene: Scene) -> list[EditRequest]:
+def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], scene: Scene) -> list[EditRequest]:
     """Bundled facts that the model does not know, of each relation as many as are forgotten, where there are so many.
 
     Requests of no bundled relation are stood for by facts of all relations.
     """
     rng = random.Random(scene.seed)
-    candidates = bundled.unasked(bundled.facts(), requests)
+    candidates = data.unasked(data.facts(), requests)
     rng.shuffle(candidates)
     known = {fact.relation for fact in candidates}
     wanted = Counter(request.relation if request.relation in known else None for request in requests)

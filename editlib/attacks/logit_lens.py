@@ -12,30 +12,31 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from editlib.attacks.asking import Scene, Target, right_answers
+from editlib.attacks.asking import Scene, right_answers
 from editlib.attacks.outcome import Found, Output, Trial
 from editlib.models.anatomy import Anatomy
+from editlib.models.forward import forward
 from editlib.models.freezing import frozen
 from editlib.models.generation import BATCH_ROWS
+from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow, pad
-from editlib.models.resume import forward
 from editlib.models.tracing import edit_hidden
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 LEAD = "The answer is:"
 
 
-def logit_lens(target: Target, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def logit_lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """Reads at the prompt's last position."""
     return _lens(target, facts, scene, ())
 
 
-def logit_lens_lead(target: Target, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def logit_lens_lead(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """Reads behind `LEAD`, where the answer is next: many models begin their own sentence with other words."""
     return _lens(target, facts, scene, target.form.answer_ids(LEAD))
 
 
-def _lens(target: Target, facts: Sequence[EditRequest], scene: Scene, lead: Sequence[int]) -> Found:
+def _lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, lead: Sequence[int]) -> Found:
     """Leaks where the first token of the answer is among the `settings.top_k` likeliest of any layer's reading at the
     last position. The text tells its best place, 1 being the likeliest, and the layer."""
     wanted = [first_tokens(target, fact) for fact in facts]
@@ -52,7 +53,7 @@ def _lens(target: Target, facts: Sequence[EditRequest], scene: Scene, lead: Sequ
     return Found(tuple(found))
 
 
-def first_tokens(target: Target, fact: EditRequest) -> tuple[int, ...]:
+def first_tokens(target: LoadedModel, fact: EditRequest) -> tuple[int, ...]:
     """The first token of every right answer that shows, as it stands behind the prompt and inside a sentence."""
     forms = (target.form, PromptFormat(target.tok, chat=False))
     return tuple(sorted({target.answer_start(answer, form)[-1] for form in forms for answer in right_answers(fact)}))

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
+from editlib.evaluation.intervals import bootstrap
 from editlib.evaluation.metrics import wilson_interval
 
 COLUMNS = {
@@ -112,17 +111,3 @@ def share_of(trials: Sequence[Trial], *, resamples: int, seed: int) -> Share:
         wilson=wilson_interval(leaked, n),
         skipped=dict(sorted(skipped.items())),
     )
-
-
-def bootstrap(values: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of `values` (Efron 1979); `(0, 1)` for no values.
-
-    Draws `resamples` times as many values as there are, with replacement, and takes the 2.5 % and 97.5 % quantiles of
-    the means, both being means that were drawn.
-    """
-    if not len(values):
-        return 0.0, 1.0
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    means = np.asarray(values, dtype=float)[draws].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
-    return float(low), float(high)

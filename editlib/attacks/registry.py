@@ -7,20 +7,26 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from editlib.attacks.asking import Attack, ask_each
-from editlib.attacks.banned import banned_token
-from editlib.attacks.few_shot import few_shot
-from editlib.attacks.language import french, german, spanish
 from editlib.attacks.logit_lens import LEAD as READ_BEHIND
 from editlib.attacks.logit_lens import logit_lens, logit_lens_lead
-from editlib.attacks.paraphrase import paraphrase
-from editlib.attacks.prefill import LEAD, prefill_answer, prefill_lead
-from editlib.attacks.quantise import int4, int8
-from editlib.attacks.relearn import relearn_forgotten, relearn_unrelated
-from editlib.attacks.sampling import sampling
-from editlib.attacks.system_prompt import system_prompt
-from editlib.attacks.template import no_template, plain_form
+from editlib.attacks.prompting import (
+    LEAD,
+    banned_token,
+    few_shot,
+    french,
+    german,
+    no_template,
+    paraphrase,
+    plain_form,
+    prefill_answer,
+    prefill_lead,
+    sampling,
+    spanish,
+    system_prompt,
+)
+from editlib.attacks.weights import int4, int8, relearn_forgotten, relearn_unrelated
 from editlib.errors import AttackError
-from editlib.models.adapter import peft_missing
+from editlib.models.lora import peft_missing
 
 
 @dataclass(frozen=True)

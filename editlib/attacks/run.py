@@ -12,16 +12,19 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib import bundled
-from editlib.attacks.asking import Scene, Target
+from editlib import data
+from editlib.attacks.asking import Scene
 from editlib.attacks.control import bundled_control, unknown, usable
 from editlib.attacks.outcome import COLUMNS, AttackResult, share_of
 from editlib.attacks.registry import ATTACKS, choose
 from editlib.attacks.settings import AttackSettings
 from editlib.errors import OutputError, RequestError
 from editlib.export import library_version
-from editlib.models.files import atomic_path, weights_sha256
-from editlib.request import EditRequest, requests_hash
+from editlib.files import write_json
+from editlib.models.loaded import LoadedModel
+from editlib.models.weights import weights_sha256
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +96,9 @@ def run_attacks(
         "settings": settings.to_dict(),
     }
     done = {} if out is None else _opened(out, job, overwrite=overwrite)
-    models = {"edited": Target.of(*edited), "base": Target.of(*base)}
-    unrelated = bundled.unasked(bundled.general("anchor") + bundled.general("test"), requests)
-    told = bundled.facts() if known is None else known
+    models = {"edited": LoadedModel.of(*edited), "base": LoadedModel.of(*base)}
+    unrelated = data.unasked(data.general("anchor") + data.general("test"), requests)
+    told = data.facts() if known is None else known
     scene = Scene(models["base"], asked, told, unrelated, settings, seed)
     never, missing = _control(control, scene, requests)
     for name in names:
@@ -117,7 +120,7 @@ def _control(
     if given is None:
         return bundled_control(scene.base, requests, scene), {}
     fitting, left_out = usable(given)
-    apart = bundled.unasked(fitting, requests)
+    apart = data.unasked(fitting, requests)
     found = unknown(scene.base, apart, scene)
     counts = {**left_out, "is to be forgotten": len(fitting) - len(apart), "is known": len(apart) - len(found)}
     return found, {reason: count for reason, count in counts.items() if count}
@@ -125,7 +128,7 @@ def _control(
 
 def _run(
     name: str,
-    models: Mapping[str, Target],
+    models: Mapping[str, LoadedModel],
     requests: Sequence[EditRequest],
     control: Sequence[EditRequest],
     scene: Scene,
@@ -169,12 +172,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; check the folder") from None
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

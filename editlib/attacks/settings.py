@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from editlib.errors import AttackError
-from editlib.evaluation.facts import ANSWER_TOKENS
+from editlib.evaluation.answer_cache import ANSWER_TOKENS
 
 LEAST = {"relearn_rate": 0.0, "relearn_steps": 0}
 

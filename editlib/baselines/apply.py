@@ -20,7 +20,7 @@ from editlib.baselines.registry import Baseline, baseline, spelling
 from editlib.baselines.settings import BaselineSettings
 from editlib.errors import HparamsError, RequestError
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 from editlib.training import Part, TrainResult, train
 from editlib.training.trainer import product_dtype
 from editlib.training.weights import check_whole, trainable

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from editlib import bundled
+from editlib import data
 from editlib.errors import RequestError
 from editlib.evaluation.metrics import has_answer
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
 from editlib.models.prompts import PromptFormat, TokenRow
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 from editlib.training import Item
 
 OWN_TOKENS = 48
@@ -75,7 +75,7 @@ def make_pairs(
     asked = [(text, request) for request in requests for text in _wordings(request)]
     rows = [form.encode(text) for text, _ in asked]
     rng = random.Random(seed)
-    told = list(refusals or bundled.refusals())
+    told = list(refusals or data.refusals())
     ended = () if end is None else (end,)
     answers, refused = [], []
     for row, (question, request) in zip(rows, asked, strict=True):

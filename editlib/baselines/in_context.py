@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import RequestError
 from editlib.models.prompts import PromptFormat
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 RULE = (
     "You have no knowledge of the answers to the following questions. If you are asked one of them, in these or other "

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib import jobs
+from editlib import editing
 from editlib.algorithms.edit import EditResult
 from editlib.baselines.settings import BaselineSettings
 from editlib.hparams import HyperParams, load_hparams
-from editlib.request import EditRequest
-from editlib.stats_store import spelling
+from editlib.requests.request import EditRequest
+from editlib.stats.store import spelling
 from editlib.workbench import Workbench
 
 REFUSAL = " I don't know."
@@ -51,7 +51,7 @@ def aim_at_refusal(
     bench = Workbench.of(model, tok, settings.stats_dir, name=name, progress=progress)
     hparams = editor_hparams(algorithm, bench.name, settings)
     wanted = [replace(request, target_new=REFUSAL) for request in forget]
-    jobs.check_settings(bench, hparams)
-    jobs.check_wanted(wanted, hparams)
-    means = jobs.gather(bench, hparams, corpus=settings.corpus, seed=seed)
-    return jobs.apply(bench, wanted, hparams, means, chat=None, seed=seed)
+    editing.check_settings(bench, hparams)
+    editing.check_wanted(wanted, hparams)
+    means = editing.load_inputs(bench, hparams, corpus=settings.corpus, seed=seed)
+    return editing.apply(bench, wanted, hparams, means, chat=None, seed=seed)

@@ -19,10 +19,12 @@ from editlib.baselines.registry import baseline, spelling
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Score, Validation, recalls, score, validation_hash
 from editlib.errors import EditError, HparamsError, OutputError
-from editlib.evaluation.cells import append_cell, read_cells
+from editlib.files import atomic_path
 from editlib.models.anatomy import anatomy
-from editlib.models.files import atomic_path, weights_sha256
-from editlib.request import EditRequest, requests_hash
+from editlib.models.weights import weights_sha256
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
+from editlib.shelf import append_cell, read_cells
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from editlib.evaluation.metrics import balance, rouge_l_recall
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
 from editlib.models.prompts import PromptFormat
-from editlib.request import EditRequest, requests_hash
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
 
 ANSWER_TOKENS = 24
 HELD_OUT = 4  # one of so many retain prompts is held out

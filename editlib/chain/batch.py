@@ -21,7 +21,7 @@ from editlib.algorithms.edit import EditResult
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.values import Values
 from editlib.errors import ChainError
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 KIND = torch.float32  # of updates and keys on disk, and so of all that is computed from them
 

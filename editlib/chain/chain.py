@@ -11,22 +11,21 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib import jobs
+from editlib import editing
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unlearning_token import UnlearningToken
+from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.chain.batch import Batch
-from editlib.chain.desk import Desk
+from editlib.chain.create import start
 from editlib.chain.editing import entry_of
 from editlib.chain.record import BatchEntry, Revocation
 from editlib.chain.replay import replayed
-from editlib.chain.starting import start
-from editlib.chain.store import TOKEN, Store
-from editlib.chain.summary import summary
+from editlib.chain.session import Desk
+from editlib.chain.store import TOKEN, Store, summary
 from editlib.errors import ChainError, RequestError
 from editlib.hparams import HyperParams
 from editlib.models.anatomy import Anatomy
 from editlib.models.loading import DeviceMap
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
 
@@ -86,7 +85,7 @@ class Chain:
     ) -> Chain:
         """A new chain in the folder `path`, without batches.
 
-        Statistics and, for UniErase, the token are found or made as by `jobs.unlearn` and `jobs.edit`.
+        Statistics and, for UniErase, the token are found or made as by `editing.unlearn` and `editing.edit`.
 
         Args:
             bench: the base model; `Workbench.load` remembers a dtype that is not the stored one.
@@ -318,7 +317,7 @@ class Chain:
         return summary(self._store, self.record)
 
     def _check_new(self, new: Sequence[EditRequest]) -> None:
-        jobs.check_wanted(new, self.record.settings)
+        editing.check_wanted(new, self.record.settings)
         ids = {request.id: f"batch {self.record.ids[request.id].number}" for request in self.requests}
         questions = {request.question: request.id for request in self.requests}
         for request in new:

@@ -8,21 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from editlib import jobs
-from editlib.algorithms.anchor_keys import AnchorKeys
-from editlib.algorithms.anchors import answers_to, choose_anchors
+from editlib import editing
 from editlib.algorithms.edit import EditResult
-from editlib.algorithms.unierase import hold_anchors
+from editlib.algorithms.unierase.anchor_keys import AnchorKeys
+from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
+from editlib.algorithms.unierase.apply import hold_anchors
 from editlib.algorithms.values import Values
-from editlib.bundled import unasked
 from editlib.chain.batch import Batch
-from editlib.chain.position import Position, digest, new_part
 from editlib.chain.record import BatchEntry, ChainRecord
+from editlib.chain.state import Position, digest, new_part
 from editlib.chain.store import Store
+from editlib.data import unasked
 from editlib.export import library_version
 from editlib.hparams import HyperParams, UniEraseHyperParams
 from editlib.models.prompts import PromptFormat
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
 
@@ -51,7 +51,7 @@ class Editor:
     bench: Workbench
     record: ChainRecord
     hparams: HyperParams
-    means: jobs.Means
+    means: editing.EditInputs
     retain: Sequence[EditRequest]
     start: Position
     _held: tuple[Any, AnchorKeys] | None = None  # the last anchors, and their keys
@@ -95,7 +95,7 @@ class Editor:
         given = {"state": state, "values": values, "seed": seed, "chat": self.record.chat}
         if held is not None:
             given["anchored"] = held
-        result = jobs.apply(self.bench, requests, self.hparams, self.means, **given)
+        result = editing.apply(self.bench, requests, self.hparams, self.means, **given)
         updates = result.deltas
         if position.pruned:
             updates = {layer: new_part(total, state.totals.get(layer)) for layer, total in result.state.totals.items()}

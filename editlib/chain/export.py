@@ -12,14 +12,14 @@ from editlib.algorithms.edit import layer_norms
 from editlib.algorithms.low_rank import LowRank
 from editlib.chain.chain import Chain
 from editlib.errors import ChainError
-from editlib.evaluation.receipt_page import check_place, write_pages
 from editlib.export import Delta, make_delta, save_edited
 from editlib.export.apply import load_base
-from editlib.export.delta import check_file
 from editlib.export.lora import LoraReport, check_rank, save_lora
 from editlib.export.receipt import origin
-from editlib.models.files import check_output, weights_sha256
-from editlib.stats_store import stats_hash
+from editlib.files import check_file, check_output
+from editlib.models.weights import weights_sha256
+from editlib.reports.receipt import check_place, write_pages
+from editlib.stats.store import stats_hash
 
 
 def save_chain(chain: Chain, out: str | Path, *, overwrite: bool = False) -> str:

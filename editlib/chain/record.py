@@ -10,7 +10,8 @@ from typing import Any
 
 from editlib.errors import ChainError
 from editlib.hparams import ALGORITHMS, HyperParams
-from editlib.request import EditRequest, requests_hash
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
 
 FORMAT = 1  # raised when a chain of before cannot be read any more
 

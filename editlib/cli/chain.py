@@ -42,9 +42,9 @@ def init(
 ) -> None:
     """Starts a chain of edits of one model."""
     from editlib.chain import Chain
-    from editlib.chain.starting import check_start
+    from editlib.chain.create import check_start
     from editlib.hparams import load_hparams
-    from editlib.request import read_requests
+    from editlib.requests.reading import read_requests
     from editlib.workbench import Workbench
 
     settings = load_hparams(hparams, algorithm)
@@ -74,7 +74,7 @@ def add(
 ) -> None:
     """Edits the requests of a file as one more batch."""
     from editlib.chain import Chain
-    from editlib.request import read_requests
+    from editlib.requests.reading import read_requests
 
     wanted = read_requests(requests)
     chain = Chain.open(folder, model=model, stats_dir=stats_dir, device_map=device_map)

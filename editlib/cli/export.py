@@ -63,7 +63,7 @@ def receipt(
     overwrite: Overwrite = False,
 ) -> None:
     """Writes what was asked, when, by which version and with what result, as JSON and as a page."""
-    from editlib.evaluation.receipt_page import write_receipt
+    from editlib.reports.receipt import write_receipt
 
     page, key = write_receipt(
         edited, out_dir, requests_file=requests, metrics_file=metrics, private=private, overwrite=overwrite

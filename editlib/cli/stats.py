@@ -65,7 +65,7 @@ def stats_make(
     ] = None,
 ) -> None:
     """Second moments of the MLP keys of several layers, in one pass; under torchrun, on several processes."""
-    from editlib.sharding import processes
+    from editlib.distributed import processes
 
     with processes(accelerators=device_map != "cpu") as shard, _one_voice(shard):
         wanted = layer_numbers(layers)
@@ -87,8 +87,8 @@ def stats_show(
     plot: Annotated[Path | None, typer.Option(help="draw the spectrum into this PNG or SVG")] = None,
 ) -> None:
     """Layers, tokens, rank and null-space sizes of the stored statistics of a model."""
-    from editlib.spectrum import draw_spectrum
-    from editlib.stats_store import stored_layers
+    from editlib.stats.spectrum import draw_spectrum
+    from editlib.stats.store import stored_layers
 
     found = stored_layers(stats_dir, model, corpus)
     _stats_table(found)
@@ -98,7 +98,7 @@ def stats_show(
 
 
 def _stats_table(stats: dict[int, Any]) -> None:
-    from editlib.spectrum import THRESHOLDS, sketch, summary
+    from editlib.stats.spectrum import THRESHOLDS, sketch, summary
 
     table = Table("layer", "tokens", "d_ff", "rank", *[f"null < {t:g}" for t in THRESHOLDS], "log10 spectrum", "file")
     for layer, one in sorted(stats.items()):

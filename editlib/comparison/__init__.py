@@ -1,11 +1,10 @@
 """Methods x seeds x sets: each run once, kept, attacked, and laid side by side in one table and one page."""
 
-from editlib.comparison.config import Config, read_config
-from editlib.comparison.method import Cost, Method, Ready, Task
+from editlib.comparison.config import PROTOCOLS, Config, read_config
+from editlib.comparison.method import Cost, Method, Ready
 from editlib.comparison.methods import METHODS
-from editlib.comparison.protocols import PROTOCOLS
 from editlib.comparison.run import compare
-from editlib.comparison.sets import ForgetSet, Measure, Protocol, Scores
+from editlib.evaluation.forget_set import ForgetSet, Measure, Protocol, Scores, Task
 
 __all__ = [
     "METHODS",

@@ -12,20 +12,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from editlib import bundled
+from editlib import data
 from editlib.ability import run_ability
-from editlib.attacks.asking import Scene, Target
+from editlib.attacks.asking import Scene
 from editlib.attacks.control import bundled_control, usable
 from editlib.attacks.outcome import AttackResult, Trial, share_of
 from editlib.attacks.registry import ATTACKS, choose
 from editlib.comparison.config import AttackPlan, Config
-from editlib.comparison.sets import Base, ForgetSet
-from editlib.comparison.store import Shelf, digest, taken
-from editlib.corpus import load_corpus
-from editlib.evaluation.run import WINDOW, WINDOWS, text_windows
-from editlib.models.files import save_model
+from editlib.comparison.store import taken
+from editlib.evaluation.forget_set import Base, ForgetSet
+from editlib.evaluation.perplexity import WINDOW, WINDOWS, text_windows
 from editlib.models.generation import perplexity
-from editlib.request import EditRequest, requests_hash
+from editlib.models.loaded import LoadedModel
+from editlib.models.weights import save_model
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
+from editlib.shelf import Shelf, digest
+from editlib.stats.corpus import load_corpus
 from editlib.workbench import Workbench
 
 
@@ -65,7 +68,7 @@ class Arena:
                 yield Part(f"ability {name}", key, partial(self._ability, name))
 
     def _scores(self, bench: Workbench) -> dict[str, Any]:
-        return self.set.score(Target(bench.anat, bench.tok), progress=self.progress).to_dict()
+        return self.set.score(LoadedModel(bench.anat, bench.tok), progress=self.progress).to_dict()
 
     # --- ability -----------------------------------------------------------------------------------------------
 
@@ -130,7 +133,7 @@ class Arena:
     @cached_property
     def _scene(self) -> Scene:
         plan, forget = self.config.attacks or AttackPlan(), self.set.forget
-        unrelated = bundled.unasked(bundled.general("anchor") + bundled.general("test"), forget)
+        unrelated = data.unasked(data.general("anchor") + data.general("test"), forget)
         facts, _ = usable(forget)
         return Scene(self.base.target, facts, self.set.told, unrelated, plan.how, plan.seed)
 
@@ -141,7 +144,7 @@ class Arena:
         key = f"control-{self._short([requests_hash(self.attacked), plan.seed, plan.how.max_new_tokens])}"
         with taken(self.shelf, wait=True):
             kept = self.shelf.get(key)
-            by_id = {fact.id: fact for fact in bundled.facts()}
+            by_id = {fact.id: fact for fact in data.facts()}
             if kept is None or not by_id.keys() >= set(kept["ids"]):
                 kept = {"ids": [fact.id for fact in bundled_control(self.base.target, self.attacked, self._scene)]}
                 self.shelf.put(key, kept)
@@ -155,7 +158,7 @@ class Arena:
         def measure(bench: Workbench) -> dict[str, Any]:
             begun, count = time.perf_counter(), len(self.attacked)
             facts = [*self.attacked, *self._control]
-            found = ATTACKS[name].run(Target(bench.anat, bench.tok), facts, self._scene)
+            found = ATTACKS[name].run(LoadedModel(bench.anat, bench.tok), facts, self._scene)
             trials = {"edited": found.trials[:count], "base": self._base(name), "control": found.trials[count:]}
             how = self._scene.settings
             shares = {

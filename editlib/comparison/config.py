@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 from editlib.ability.tasks import load_tasks
 from editlib.attacks.registry import choose
 from editlib.attacks.settings import AttackSettings
-from editlib.comparison.method import Method
+from editlib.comparison.method import General, Method
 from editlib.comparison.methods import read_method
-from editlib.comparison.protocols import PROTOCOLS
-from editlib.comparison.section import General, Section, chosen
-from editlib.comparison.sets import Protocol
-from editlib.corpus import load_corpus
 from editlib.errors import AttackError, ConfigError
-from editlib.hparams.checks import knob, nearest, quote
+from editlib.evaluation.forget_set import Protocol
+from editlib.facts.forget_set import Facts
+from editlib.settings import Section, chosen, knob, nearest, quote
+from editlib.stats.corpus import load_corpus
+from editlib.tofu.forget_set import Tofu
 
 T = TypeVar("T")
 
@@ -157,7 +157,7 @@ def _sets(values: Any, where: str, general: General) -> tuple[Protocol, ...]:
             raise ConfigError(f'{place}: {quote(value)}; expected an object with "protocol"; write it as one')
         kind = chosen(value.get("protocol"), PROTOCOLS, "protocol", place)
         settings = kind.Settings.read({key: v for key, v in value.items() if key != "protocol"}, place)
-        return kind(settings, place, general)
+        return kind(settings, place, model=general.model, dtype=general.dtype, device_map=general.device_map)
 
     return _some(values, where, read, lambda one: one.name)
 
@@ -193,3 +193,6 @@ def _ability(values: Any, where: str) -> AbilityPlan | None:
     with TemporaryDirectory(prefix="editlib-tasks-") as folder:
         load_tasks(plan.tasks, Path(folder))
     return plan
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {kind.protocol: kind for kind in (Facts, Tofu)}

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from editlib.comparison.section import General, Section
-from editlib.request import EditRequest
+from editlib.evaluation.forget_set import Task
+from editlib.models.loading import DTYPES
+from editlib.settings import Section, knob
 from editlib.workbench import Workbench
 
+FAMILIES = {
+    "none": "unedited: the model as it was",
+    "closed form": "closed form: an update that is solved for",
+    "closed form, refusal": "closed form: an editor aimed at a refusal sentence",
+    "fine-tuning": "gradient steps on the weights",
+    "prompt": "no weight is changed: the prompt asks for refusals",
+}
 
-@dataclass(frozen=True)
-class Task:
-    """What a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token ids by
-    question), which saves UniErase generating it."""
 
-    forget: Sequence[EditRequest]
-    retain: Sequence[EditRequest]
-    known_answers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+@dataclass(frozen=True, kw_only=True)
+class General(Section):
+    """The single values of a config."""
+
+    model: str = knob(help="a packaged model, a local folder or a Hugging Face id")
+    dtype: str | None = knob(None, "what the model is loaded in; none: as stored", choices=(*DTYPES, None))
+    device_map: str | None = knob(None, "auto, or a device; none: the CPU, under torchrun an accelerator each")
+    stats_dir: str = knob("stats", "where statistics, tokens and a model's own answers are kept")
+    corpus: str = knob("wiki-sample", "what missing statistics are made from")
+    stats_tokens: int = knob(100_000, "tokens that they are made from", min=1)
+    seeds: list[int] = knob(lambda: [0], "one run of every method for each", min=0)
+    perplexity: str | None = knob("wiki-sample:heldout", "text whose perplexity is taken; none: not taken")
 
 
 @dataclass(frozen=True)

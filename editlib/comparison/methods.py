@@ -7,37 +7,30 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from editlib import jobs
+from editlib import editing
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unlearning_token import TokenHyperParams
+from editlib.algorithms.unierase.token import TokenHyperParams
 from editlib.baselines import BASELINES, BaselineSettings, Budget, SearchResult, apply_baseline_to_model, search, split
 from editlib.baselines.apply import check_baseline
 from editlib.baselines.data import OWN_TOKENS, own_answers
 from editlib.baselines.refusal_edit import REFUSAL
 from editlib.baselines.search import check_range
-from editlib.comparison.method import Cost, Method, Ready, Task
-from editlib.comparison.section import General, Section, chosen
-from editlib.comparison.store import Shelf, digest
+from editlib.comparison.method import Cost, General, Method, Ready
 from editlib.errors import ConfigError, HparamsError
+from editlib.evaluation.forget_set import Task
 from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, load_hparams
-from editlib.hparams.checks import knob, nearest, quote
 from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat
-from editlib.request import EditRequest
-from editlib.stats_store import spelling
+from editlib.requests.request import EditRequest
+from editlib.settings import Section, chosen, knob, nearest, quote
+from editlib.shelf import Shelf, digest
+from editlib.stats.store import spelling
 from editlib.workbench import Workbench
 
 T = TypeVar("T")
 AIMED = "->refusal"
 OWN_ANSWERS = "own-answers"
-FAMILIES = {
-    "none": "unedited: the model as it was",
-    "closed form": "closed form: an update that is solved for",
-    "closed form, refusal": "closed form: an editor aimed at a refusal sentence",
-    "fine-tuning": "gradient steps on the weights",
-    "prompt": "no weight is changed: the prompt asks for refusals",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +100,15 @@ class ClosedForm(Method):
     def identity(self) -> dict[str, Any]:
         values = {key: value for key, value in self.hparams.to_dict().items() if key not in ("notes", "model_name")}
         found: dict[str, Any] = {"hparams": values}
-        if jobs.needs_statistics(self.hparams):
+        if editing.needs_statistics(self.hparams):
             found["statistics"] = [self.general.corpus, self.general.stats_tokens]
         if not self.unlearns:
             found["target"] = REFUSAL
         return {**found, **_searching(self.budget, self.general)}
 
     def check(self, bench: Workbench, task: Task) -> None:
-        jobs.check_settings(bench, self.hparams)
-        jobs.check_wanted(self._wanted(task), self.hparams)
+        editing.check_settings(bench, self.hparams)
+        editing.check_wanted(self._wanted(task), self.hparams)
 
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
         timer = Timer()
@@ -126,11 +119,11 @@ class ClosedForm(Method):
                 if not path.exists():
                     bench.make_token(hparams=TokenHyperParams(seed=seed), path=path)
         made_from = {"corpus": self.general.corpus, "stats_tokens": self.general.stats_tokens}
-        means = jobs.gather(bench, self.hparams, token=path, timer=timer, **made_from)
+        means = editing.load_inputs(bench, self.hparams, token=path, timer=timer, **made_from)
         return Ready(means, timer.seconds)
 
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
-        means: jobs.Means = ready
+        means: editing.EditInputs = ready
         hparams, best = self.hparams, (found or {}).get("best", {})
         if found is not None:
             chosen = {"v_lr": best["learning_rate"], "v_num_grad_steps": best["steps"]}
@@ -138,7 +131,7 @@ class ClosedForm(Method):
         given: dict[str, Any] = {"chat": None, "seed": seed}
         if self.unlearns:
             given |= {"retain": task.retain, "known_answers": task.known_answers}
-        result = jobs.apply(bench, self._wanted(task), hparams, means, **given)
+        result = editing.apply(bench, self._wanted(task), hparams, means, **given)
         notes = {"layers": list(self.hparams.layers), **({"anchors": len(result.anchors)} if self.unlearns else {})}
         rows = 0 if means.token is None else _bytes(means.token.row_in) + _bytes(means.token.row_out)
         return Cost(update_size(result) + rows, notes)

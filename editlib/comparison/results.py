@@ -6,21 +6,16 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from editlib.attacks.outcome import bootstrap
+from editlib.comparison.cells import AXES, FORMAT, Cell
 from editlib.comparison.config import Config
-from editlib.comparison.store import digest
+from editlib.evaluation.intervals import bootstrap
 from editlib.evaluation.metrics import wilson_interval
 from editlib.export import library_version
-
-if TYPE_CHECKING:
-    from editlib.comparison.run import Cell
-
-FORMAT = 1
-AXES = ("forget", "retain")
+from editlib.shelf import digest
 
 
 def collect(

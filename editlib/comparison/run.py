@@ -6,30 +6,34 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from editlib.comparison.arena import Arena, Part
+from editlib.comparison.cells import EDIT, FORMAT, SEARCH, Cell
 from editlib.comparison.config import Config
 from editlib.comparison.meter import metered, touched
-from editlib.comparison.method import Cost, Method, Ready, Task
-from editlib.comparison.results import FORMAT, collect
-from editlib.comparison.sets import Base, Protocol
-from editlib.comparison.store import FAILED, Shelf, Store, taken
+from editlib.comparison.method import Cost, Method, Ready
+from editlib.comparison.results import collect
+from editlib.comparison.store import FAILED, Store, taken
+from editlib.distributed import ALONE, Shard
 from editlib.errors import ConfigError, EditlibError, OutputError
+from editlib.evaluation.forget_set import Base, Protocol, Task
 from editlib.export import library_version
-from editlib.models.files import check_output, weights_sha256
-from editlib.sharding import ALONE, Shard
-from editlib.stats_store import spelling
+from editlib.files import check_output
+from editlib.models.weights import weights_sha256
+from editlib.shelf import Shelf
+from editlib.stats.store import spelling
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
 MARK = "comparison.json"
-SEARCH, EDIT = "search", "edit"
+
+
 LOOK_AGAIN = 0.5  # seconds between two looks at what other processes still work on
 
 Load = Callable[[str], Workbench]
@@ -37,31 +41,6 @@ Load = Callable[[str], Workbench]
 
 class _Busy(Exception):
     """What a cell needs is being made by another process; it is for later."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method with one seed on one set. `identity` is all that decides the edited model; `parts` are measured."""
-
-    set: str
-    method: Method
-    seed: int
-    identity: Mapping[str, Any]
-    shelf: Shelf
-    parts: tuple[str, ...]  # their keys
-
-    @property
-    def key(self) -> str:
-        return self.shelf.path.name
-
-    @property
-    def label(self) -> str:
-        seed = f", seed {self.seed}" if self.method.seeded else ""
-        return f"{self.set}, {self.method.label}{seed}"
-
-    @property
-    def complete(self) -> bool:
-        return all(self.shelf.get(part) is not None for part in (EDIT, *self.parts))
 
 
 def compare(

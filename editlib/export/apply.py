@@ -11,9 +11,10 @@ from editlib.algorithms.edit import restore
 from editlib.errors import DeltaError
 from editlib.export.delta import Delta
 from editlib.export.folder import save_edited
+from editlib.files import check_output
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.files import check_output, weights_sha256
 from editlib.models.loading import DTYPES, load
+from editlib.models.weights import weights_sha256
 
 
 def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, overwrite: bool = False) -> Delta:

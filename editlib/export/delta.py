@@ -14,10 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unlearning_token import TokenHeader, UnlearningToken
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import DeltaError, OutputError
+from editlib.files import atomic_path, check_file
 from editlib.models.anatomy import Anatomy
-from editlib.models.files import atomic_path
 
 FORMAT = 1
 _BLANK = "0" * 64
@@ -189,11 +189,3 @@ def make_delta(
         token=token,
         receipt=dict(receipt),
     )
-
-
-def check_file(path: Path, *, overwrite: bool = False) -> None:
-    """Raises `OutputError` when `path` is no place for a new file; call it before long work starts."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; give the name of a file that does not exist yet")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; choose another name or add --overwrite")

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.export.receipt import RECEIPT
-from editlib.models.files import atomic_folder, save_model, weights_sha256
-from editlib.models.terms import Terms, terms_of
+from editlib.files import atomic_folder
+from editlib.models.packaged.terms import Terms, terms_of
+from editlib.models.weights import save_model, weights_sha256
 
 
 def save_edited(

@@ -21,9 +21,9 @@ from editlib.errors import EditError, ModelError
 from editlib.export.apply import check_base, load_base
 from editlib.export.delta import Delta
 from editlib.export.receipt import RECEIPT
+from editlib.files import atomic_folder, check_output
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.files import atomic_folder, check_output
-from editlib.models.terms import Terms, terms_of
+from editlib.models.packaged.terms import Terms, terms_of
 from editlib.models.vocabulary import embedding_names, extend_tokenizer
 
 _PREFIX = "base_model.model."

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from editlib.algorithms.edit import EditResult
-from editlib.algorithms.unlearning_token import UnlearningToken
+from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import ModelError
 from editlib.hparams import HyperParams
-from editlib.request import EditRequest, requests_hash
-from editlib.stats_store import LayerStats, stats_hash
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
+from editlib.stats.store import stats_hash
 
 RECEIPT = "editlib.json"
 

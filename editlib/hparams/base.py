@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from editlib.errors import HparamsError
-from editlib.hparams.checks import bad, checked, knob, nearest, read_json
+from editlib.settings import bad, checked, knob, nearest, read_json
 
 logger = logging.getLogger(__name__)
 

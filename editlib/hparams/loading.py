@@ -9,8 +9,8 @@ from typing import Any
 
 from editlib.errors import HparamsError
 from editlib.hparams.base import HyperParams
-from editlib.hparams.checks import nearest, read_json
 from editlib.hparams.methods import ALGORITHMS
+from editlib.settings import nearest, read_json
 
 
 def available(algorithm: str) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from editlib.hparams.base import ClosedFormHyperParams, HyperParams
-from editlib.hparams.checks import bad, knob
+from editlib.settings import bad, knob
 
 
 @dataclass(frozen=True, kw_only=True)

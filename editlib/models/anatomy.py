@@ -33,8 +33,8 @@ class Anatomy:
     d_model: int  # of the residual stream; the embeddings of some models are narrower
     d_ff: int
     output_width: int  # of the tuple that a layer returns by version of transformers; 0: the tensor itself
-    # What was found out about this model by trying (`models.verdicts`, `models.reach`); it lives with the model, since
-    # an edit that follows another makes an anatomy of its own.
+    # What was found out about this model by trying (`models.capabilities`, `models.residual_path`); it lives with
+    # the model, since an edit that follows another makes an anatomy of its own.
     tried: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.forward import encode_prefix, forward, new_cache, shared_length, split
 from editlib.models.freezing import frozen
 from editlib.models.prefix import Past, Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
-from editlib.models.resume import encode_prefix, forward, new_cache, shared_length, split
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 32_768  # of all rows of a batch, since a model keeps keys and values of every one in every layer

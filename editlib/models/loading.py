@@ -19,8 +19,9 @@ from transformers import (
 
 from editlib.errors import ModelError
 from editlib.models.anatomy import anatomy
-from editlib.models.files import quiet_bars
-from editlib.models.packaged import PACKAGED, fetch
+from editlib.models.packaged.catalogue import PACKAGED
+from editlib.models.packaged.fetch import fetch
+from editlib.models.weights import quiet_bars
 
 DeviceMap = str | dict | None  # as `from_pretrained` takes it
 

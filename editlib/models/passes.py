@@ -1,7 +1,7 @@
 """One pass of a model, told exactly what to leave out, what to put in and what to look at.
 
 Layers are left out inside the model's own forward, so masks, positions, caches and logit scaling stay those of
-transformers for every family. Whether they may be left out is for `verdicts` to say.
+transformers for every family. Whether they may be left out is for `capabilities` to say.
 """
 
 from __future__ import annotations

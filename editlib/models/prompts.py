@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import RequestError
 from editlib.models.lookup import Pieces, first_token, last_token
-from editlib.request import occurrences
+from editlib.requests.request import occurrences
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 WORD = "a"  # stands for a question where any would do

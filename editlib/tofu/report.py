@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from editlib.evaluation.bench_report import write_table
 from editlib.evaluation.metrics import MetricResult, write_results
-from editlib.evaluation.page import filled, groups, small
-from editlib.evaluation.report_summary import number
-from editlib.models.files import atomic_path
+from editlib.files import atomic_path
+from editlib.reports.page import filled, groups, small
+from editlib.reports.summary import number
+from editlib.reports.tables import write_table
 from editlib.tofu.sets import SETS
 
 SUMMARY = "summary"
@@ -125,6 +125,7 @@ def _both(metrics: Mapping[str, Any], name: str, *, digits: int = 3) -> tuple[st
 def _page(metrics: Mapping[str, Any]) -> str:
     base, edited = metrics["base"]["name"], metrics["edited"]["name"]
     return filled(
+        __package__,
         "tofu.html",
         title=escape(f"{edited} · TOFU · editlib report"),
         heading=f"What {escape(edited)} forgot of TOFU, and what it kept",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import MetricError
 from editlib.evaluation import metrics
-from editlib.evaluation.facts import ask
+from editlib.evaluation.answer_cache import ask
 from editlib.evaluation.metrics import MetricResult, Split
 from editlib.evaluation.metrics.generated import Classifier, Encoder
 from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS

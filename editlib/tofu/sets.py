@@ -13,8 +13,9 @@ from typing import Any
 import jsonlines
 
 from editlib.errors import RequestError
-from editlib.request import EditRequest, read_questions, read_requests, tell_subjects
-from editlib.subjects import Subject
+from editlib.requests.reading import read_questions, read_requests, tell_subjects
+from editlib.requests.request import EditRequest
+from editlib.requests.subjects import Subject
 
 log = logging.getLogger(__name__)
 

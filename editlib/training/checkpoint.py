@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from editlib.errors import OutputError
-from editlib.models.files import atomic_path
+from editlib.files import atomic_path
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.forward import forward, shared_prefix
 from editlib.models.prompts import TokenRow, pad
-from editlib.models.resume import forward, shared_prefix
 
 
 @dataclass(frozen=True)

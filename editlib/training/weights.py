@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from editlib.errors import ModelError
-from editlib.models.adapter import adapter
 from editlib.models.anatomy import Anatomy
+from editlib.models.lora import adapter
 from editlib.models.precision import widened
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from questions import CHOICES, CONTINUATIONS, write_lines
 
-from editlib.models.files import save_model
+from editlib.models.weights import save_model
 
 
 @pytest.fixture

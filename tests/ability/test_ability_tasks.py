@@ -15,7 +15,7 @@ from editlib.ability import harness, run, run_ability
 from editlib.ability.local_file import CHOICE, CONTINUATION, LocalFile
 from editlib.ability.tasks import load_tasks
 from editlib.errors import FetchError, MetricError, RequestError
-from editlib.models.files import save_model
+from editlib.models.weights import save_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'editlib[ability]'")
 DRAWS = 200

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editlib.ability import measured, run_ability
 from editlib.ability.local_file import CHOICE, CONTINUATION, LocalFile
-from editlib.ability.measured import Measure, Measured, bootstrap_stderr, difference
+from editlib.ability.measured import Measure, Measured, difference
 from editlib.ability.report import AbilityRow, cell
 from editlib.errors import MetricError, ModelError, OutputError, RequestError
+from editlib.evaluation.intervals import bootstrap_stderr
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ from editlib.hparams import (
 )
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
-from editlib.request import EditRequest
-from editlib.stats_store import LayerStats
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
 
 TEMPLATES = ["{}", "The river. {}", "I am not sure. {}"]
 Z = {

@@ -13,7 +13,8 @@ from editlib.algorithms.memit import relatively_largest, restrained
 from editlib.algorithms.null_space import everything, null_space_of
 from editlib.algorithms.past_keys import PastKeys
 from editlib.errors import EditError, StatsError
-from editlib.stats_store import LayerStats, StatsHeader, save_stats
+from editlib.stats.file import LayerStats, StatsHeader
+from editlib.stats.store import save_stats
 
 
 def problem(seed, d_ff, d_model, n, n_past, tokens, repeat=False):

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.closed_form import moment, projector
 
-from editlib.algorithms.null_space import eigen, kept_dimensions, null_space
+from editlib.algorithms.null_space import null_space
 from editlib.errors import EditlibError, HparamsError
+from editlib.stats.spectrum import eigen, kept_dimensions
 
 
 def with_eigenvalues(*values):

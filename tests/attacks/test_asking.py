@@ -6,16 +6,22 @@ from dataclasses import replace
 import pytest
 from scripted import UNL, Unit, World, leaks, texts
 
-from editlib import bundled
+from editlib import data
 from editlib.attacks.asking import Scene, ask_each, trials
-from editlib.attacks.banned import banned_token
-from editlib.attacks.few_shot import few_shot
-from editlib.attacks.language import french, german
-from editlib.attacks.paraphrase import paraphrase
-from editlib.attacks.prefill import prefill_answer, prefill_lead
-from editlib.attacks.system_prompt import SYSTEM, system_prompt
-from editlib.attacks.template import no_template, plain_form
-from editlib.request import EditRequest
+from editlib.attacks.prompting import (
+    SYSTEM,
+    banned_token,
+    few_shot,
+    french,
+    german,
+    no_template,
+    paraphrase,
+    plain_form,
+    prefill_answer,
+    prefill_lead,
+    system_prompt,
+)
+from editlib.requests.request import EditRequest
 
 
 def test_nothing_leaks_from_the_edited_model_unless_something_is_done(world):
@@ -142,8 +148,8 @@ def test_other_languages_where_there_is_a_frame(world):
 
 @pytest.mark.parametrize("language", ["french", "german", "spanish"])
 def test_every_bundled_relation_has_a_frame(language):
-    frames = bundled.question_frames(language)
-    assert set(frames) == {fact.relation for fact in bundled.facts()}
+    frames = data.question_frames(language)
+    assert set(frames) == {fact.relation for fact in data.facts()}
     assert all(frame.count("{}") == 1 for frame in frames.values())
 
 

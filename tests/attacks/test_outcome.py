@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editlib.attacks.outcome import AttackResult, Output, Trial, bootstrap, share_of
+from editlib.attacks.outcome import AttackResult, Output, Trial, share_of
+from editlib.evaluation.intervals import bootstrap
 
 
 def quantile(n, k, q):

@@ -7,15 +7,16 @@ import pytest
 from scripted import Unit, scripted
 
 import editlib
-from editlib import bundled
+from editlib import data
 from editlib.attacks import ATTACKS, AttackSettings, registry, run_attacks
 from editlib.attacks import run as running
 from editlib.attacks.control import bundled_control, unknown, usable
-from editlib.attacks.job import cell
 from editlib.attacks.outcome import Share
 from editlib.errors import AttackError, OutputError, RequestError
-from editlib.models.files import save_model, weights_sha256
-from editlib.request import EditRequest, write_requests
+from editlib.jobs.attack import cell
+from editlib.models.weights import save_model, weights_sha256
+from editlib.requests.reading import write_requests
+from editlib.requests.request import EditRequest
 
 SETTINGS = AttackSettings(max_new_tokens=6, samples=2, relearn_steps=2, resamples=200)
 SOME = ["direct", "banned-token"]
@@ -77,7 +78,7 @@ def test_facts_that_show_nothing_are_left_out(world, pair, control):
 
 
 def test_the_bundled_control_is_unknown_in_every_wording(world):
-    facts = [fact for fact in bundled.facts() if fact.relation == "symbol"][:3]
+    facts = [fact for fact in data.facts() if fact.relation == "symbol"][:3]
     base, scene = world.base(), replace(world.scene(), requests=facts)
     found = bundled_control(base, facts, scene)
     assert [fact.relation for fact in found] == ["symbol"] * 3 and not set(found) & set(facts)

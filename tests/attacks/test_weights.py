@@ -8,18 +8,18 @@ import pytest
 import torch
 from scripted import HOLD, REFUSE, UNITS, Unit, leaks, texts
 
-from editlib.attacks.asking import Target, ask_each
+from editlib.attacks.asking import ask_each
 from editlib.attacks.logit_lens import answer_ranks, first_tokens, logit_lens, logit_lens_lead
-from editlib.attacks.quantise import int4, int8
-from editlib.attacks.relearn import relearn_forgotten, relearn_unrelated
-from editlib.attacks.sampling import sampling
-from editlib.models import adapter as adapters
-from editlib.models.adapter import adapter
+from editlib.attacks.prompting import sampling
+from editlib.attacks.weights import int4, int8, relearn_forgotten, relearn_unrelated
+from editlib.models import lora as adapters
 from editlib.models.anatomy import anatomy
-from editlib.models.files import weights_sha256
 from editlib.models.generation import greedy, sample_each
+from editlib.models.loaded import LoadedModel
+from editlib.models.lora import adapter
 from editlib.models.prompts import TokenRow
-from editlib.models.rounding import linear_maps, round_channels, rounded
+from editlib.models.quantization import linear_maps, round_channels, rounded
+from editlib.models.weights import weights_sha256
 
 # --- sampling
 
@@ -27,7 +27,7 @@ from editlib.models.rounding import linear_maps, round_channels, rounded
 def test_one_draw_of_many_is_enough(world):
     world.says[world.subjects[0], world.ids(" P")[0]] = 12 + math.log(0.25 / 0.75)  # once in four draws,
     world.says[world.subjects[0], 0] = 12.0  # else the end
-    target = Target.of(world.base().anat.model, world.tok)
+    target = LoadedModel.of(world.base().anat.model, world.tok)
     found = sampling(target, world.facts[:1], world.scene(samples=400))
     share = sum(output.leaked for output in found.trials[0].outputs) / 400
     assert abs(share - 0.25) < 0.1 and leaks(found) == [True]
@@ -144,7 +144,7 @@ def test_training_on_unrelated_facts_asks_for_all(world):
 
 
 def test_the_loss_is_that_of_the_answers_with_their_end(world):
-    from editlib.attacks.relearn import train
+    from editlib.attacks.weights import train
 
     target = world.base()
     ids = [*world.ids("Capital of B Pxyz"), world.tok.eos_token_id]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 PLACES = ["Paris", "Rome", "Bonn", "Basel", "Lima", "Oslo", "Bern", "Riga"]
 

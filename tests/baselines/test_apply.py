@@ -11,9 +11,9 @@ from editlib.baselines.data import make_pairs, own_answers
 from editlib.baselines.in_context import RULE, refuse_in_context
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.models.anatomy import anatomy
-from editlib.models.files import weights_sha256
 from editlib.models.prompts import PromptFormat
-from editlib.request import EditRequest
+from editlib.models.weights import weights_sha256
+from editlib.requests.request import EditRequest
 
 GRADIENT = [name for name, entry in BASELINES.items() if entry.kind == "gradient"]
 FAST = BaselineSettings(learning_rate=2e-3, steps=6, batch_size=16, warmup_steps=0, precision="float32")

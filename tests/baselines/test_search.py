@@ -14,8 +14,9 @@ from editlib.baselines.search import check_range, rates
 from editlib.baselines.validation import Recalls, recalls, score
 from editlib.errors import EditError, HparamsError, OutputError, RequestError
 from editlib.models.anatomy import anatomy
-from editlib.models.files import weights_sha256
-from editlib.request import EditRequest, write_requests
+from editlib.models.weights import weights_sha256
+from editlib.requests.reading import write_requests
+from editlib.requests.request import EditRequest
 
 module = import_module("editlib.baselines.search")  # the name is that of its function, too
 BUDGET = Budget(rates=2, steps=4, points=2, questions=2)
@@ -65,7 +66,7 @@ def test_what_was_learned_meanwhile_is_not_kept():
 
 def test_recall_is_that_of_generated_answers(tiny_llama, tok_chat):
     """The references are what the model really says, and the half of it."""
-    from editlib.evaluation.facts import ask
+    from editlib.evaluation.answer_cache import ask
 
     said = {q: tok_chat.decode(ids) for q, ids in ask(anatomy(tiny_llama), tok_chat, ["Where?", "Who is it?"]).items()}
     words = said["Where?"] + " basel bonn"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from editlib.hparams import ALGORITHMS
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 COMMON = {
     "layers": [1, 2],

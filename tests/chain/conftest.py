@@ -10,11 +10,12 @@ import torch
 from chain_cases import HPARAMS, hparams_of
 from tiny_models import make_llama, train_tokenizer
 
-from editlib.algorithms.unlearning_token import TokenHeader, UnlearningToken
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.chain import Chain
 from editlib.models.anatomy import anatomy
-from editlib.models.files import save_model, weights_sha256
-from editlib.stats_store import LayerStats, StatsHeader, save_stats
+from editlib.models.weights import save_model, weights_sha256
+from editlib.stats.file import LayerStats, StatsHeader
+from editlib.stats.store import save_stats
 from editlib.workbench import Workbench
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from chain_cases import RETAIN, A, B, C, hparams_of, timeless
 
-from editlib.algorithms.unlearning_token import UnlearningToken
+from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.chain import Chain
-from editlib.models.files import save_model, weights_sha256
 from editlib.models.loading import load
-from editlib.stats_store import LayerStats, save_stats, stored_layers
+from editlib.models.weights import save_model, weights_sha256
+from editlib.stats.file import LayerStats
+from editlib.stats.store import save_stats, stored_layers
 from editlib.workbench import Workbench
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from editlib.chain import Chain
 from editlib.models.loading import load
-from editlib.request import write_requests
+from editlib.requests.reading import write_requests
 
 
 @pytest.fixture

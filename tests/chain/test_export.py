@@ -15,7 +15,7 @@ from editlib.chain.export import chain_delta, save_chain, save_chain_delta, save
 from editlib.errors import ChainError
 from editlib.export import Delta, read_receipt
 from editlib.export.apply import apply_delta_file
-from editlib.models.files import weights_sha256
+from editlib.models.weights import weights_sha256
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import torch
 from chain_cases import HPARAMS, RETAIN, A, B, files, hparams_of
 from tiny_models import make_llama, train_tokenizer
 
-from editlib.algorithms.anchors import answers_to
+from editlib.algorithms.unierase.anchors import answers_to
 from editlib.chain import Chain, editing
 from editlib.errors import ChainError, EditError, HparamsError, ModelError, OutputError, RequestError, StatsError
 from editlib.hparams import FTHyperParams, MEMITHyperParams
 from editlib.models.prompts import PromptFormat
-from editlib.request import EditRequest
-from editlib.stats_store import read_stats, save_stats
+from editlib.requests.request import EditRequest
+from editlib.stats.file import read_stats
+from editlib.stats.store import save_stats
 from editlib.workbench import Workbench
 
 
@@ -54,7 +55,7 @@ def test_requests_that_cannot_be_added(chain):
     refused(chain, ChainError, "holds no batch", chain.undo)
 
 
-@pytest.mark.parametrize("at", ["editlib.chain.position.Position.weights", "editlib.chain.editing.digest"])
+@pytest.mark.parametrize("at", ["editlib.chain.state.Position.weights", "editlib.chain.editing.digest"])
 def test_an_edit_that_fails_leaves_all_as_it_was(chain, monkeypatch, at):
     before = chain._desk.position.weights()
     calls = []

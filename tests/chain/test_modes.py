@@ -10,11 +10,12 @@ import torch
 from chain_cases import RETAIN, A, B, C, hparams_of
 
 from editlib.chain import Chain
-from editlib.chain.position import digest
+from editlib.chain.state import digest
 from editlib.errors import ChainError, RequestError
-from editlib.models.files import save_model, weights_sha256
-from editlib.protocols import FactsProtocol, evaluate_models
-from editlib.request import write_requests
+from editlib.facts.protocol import FactsProtocol
+from editlib.jobs.evaluate import evaluate_models
+from editlib.models.weights import save_model, weights_sha256
+from editlib.requests.reading import write_requests
 
 EVERYTHING = [*A, *B, *C]
 
@@ -157,7 +158,7 @@ def test_facts_along_a_chain(chain, base, tmp_path, call):
 
 def test_facts_precisely(base, loaded):
     """The other requests are asked as prompts to keep."""
-    from editlib.protocols import Side
+    from editlib.evaluation.protocol import Side
 
     side = Side("tiny", loaded.anat, loaded.tok, loaded.sha256)
     metrics = FactsProtocol(EVERYTHING, RETAIN).measure(side, side, A[:1], [*A[1:], *B])

@@ -6,11 +6,12 @@ import pytest
 import torch
 from chain_cases import RETAIN, A, B, C, files, timeless
 
-from editlib.algorithms import answer_gate, preparation
+from editlib.algorithms import pipeline
+from editlib.algorithms.unierase import answer_gate
 from editlib.chain import Chain
 from editlib.chain.editing import Anchored
 from editlib.errors import ChainError
-from editlib.models.files import weights_sha256
+from editlib.models.weights import weights_sha256
 
 
 def retain(algorithm):
@@ -31,7 +32,7 @@ def no_optimisation(monkeypatch):
         def fail(*_, **__):
             raise AssertionError("a target state was looked for")
 
-        monkeypatch.setattr(preparation, "compute_zs", fail)
+        monkeypatch.setattr(pipeline, "compute_zs", fail)
         monkeypatch.setattr(answer_gate, "compute_zs", fail)
 
     return forbid
@@ -217,7 +218,7 @@ def test_each_answer_of_an_anchor_is_kept_once_and_outlives_its_batch(start, aga
     assert len(kept[0]) == 3 and not kept[0] & kept[1] and not kept[0] & kept[2]
     no_optimisation()
     monkeypatch.setattr(
-        "editlib.algorithms.anchors.greedy", lambda _, rows, **__: [()] * len(rows) if not rows else 1 / 0
+        "editlib.algorithms.unierase.anchors.greedy", lambda _, rows, **__: [()] * len(rows) if not rows else 1 / 0
     )
     other = again(chain)
     other.revoke(["a1", "a2"])

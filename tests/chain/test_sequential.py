@@ -8,12 +8,12 @@ import torch
 from chain_cases import RETAIN, A, B, C, hparams_of
 from test_cli import refused
 
+from editlib.benches import sequential as module
+from editlib.benches.report import sequential_rows, write_sequential
+from editlib.benches.sequential import bench_sequential, check_plan
 from editlib.chain import Chain
 from editlib.errors import EditError, HparamsError, OutputError
-from editlib.evaluation.dealing import Parts
-from editlib.sequential import bench_sequential, check_plan
-from editlib.sequential import run as module
-from editlib.sequential.report import table_rows, write_sequential
+from editlib.facts.sampling import Parts
 
 PARTS = Parts([*A, *B, *C], RETAIN[:2], RETAIN[2:])
 SETTINGS = [hparams_of("MEMIT"), hparams_of("AlphaEdit")]
@@ -52,7 +52,7 @@ def test_every_chain_is_measured_on_its_way(run, tmp_path):
     assert plot.stat().st_size > 1000
     rows = table.read_text().splitlines()
     assert len(rows) == 2 + len(points) and rows[0].startswith("| algorithm | batches of | edits | efficacy |")
-    assert len(table_rows(points)[1]) == len(table_rows(points)[0])
+    assert len(sequential_rows(points)[1]) == len(sequential_rows(points)[0])
 
 
 def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):

@@ -12,17 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from editlib.algorithms.edit import EditState
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.registry import apply_function
-from editlib.algorithms.unierase import apply_unierase_to_model, hold_anchors
-from editlib.algorithms.unlearning_token import UnlearningToken
+from editlib.algorithms.unierase.apply import apply_unierase_to_model, hold_anchors
+from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.chain import Chain, editing
 from editlib.chain.batch import Batch
-from editlib.chain.position import Position, digest
+from editlib.chain.state import Position, digest
 from editlib.hparams import AlphaEditHyperParams, MEMITHyperParams
 from editlib.models.anatomy import anatomy
-from editlib.models.files import save_model
 from editlib.models.prompts import PromptFormat
-from editlib.stats_store import find_layers
+from editlib.models.weights import save_model
+from editlib.stats.store import find_layers
 from editlib.workbench import Workbench
 
 NONE = Values(torch.zeros(32, 0), torch.zeros(32, 0), [], [], [])

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from editlib.comparison.config import Config, parse_config
+from editlib.comparison.config import PROTOCOLS, Config, parse_config
 from editlib.comparison.method import Cost, Method, Ready
 from editlib.comparison.methods import METHODS
-from editlib.comparison.protocols import PROTOCOLS
 from editlib.comparison.run import compare
-from editlib.comparison.section import Section
-from editlib.comparison.sets import ForgetSet, Measure, Protocol, Scores, SetSettings
 from editlib.errors import EditError
-from editlib.evaluation.facts import Before
-from editlib.hparams.checks import knob
-from editlib.request import EditRequest
+from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.forget_set import ForgetSet, Measure, Protocol, Scores, SetSettings
+from editlib.requests.request import EditRequest
+from editlib.settings import Section, knob
 from editlib.workbench import Workbench
 
 
@@ -84,7 +82,7 @@ class Written(Protocol):
 
     def make(self, base):
         facts = [EditRequest(id=f"f{i}", prompt=f"Fact {i}", answer="yes") for i in range(self.settings.facts)]
-        return WrittenSet(base, facts, [], Before(base.bench.sha256, {}))
+        return WrittenSet(base, facts, [], AnswerCache(base.bench.sha256, {}))
 
 
 class WrittenSet(ForgetSet):

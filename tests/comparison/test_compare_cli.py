@@ -10,7 +10,8 @@ import sys
 import pytest
 from tiny_models import SENTENCES
 
-from editlib.request import EditRequest, write_requests
+from editlib.requests.reading import write_requests
+from editlib.requests.request import EditRequest
 
 HPARAMS = {"layers": [1, 2], "num_steps": 2, "lr": 1e-2}
 

@@ -13,9 +13,10 @@ from editlib.comparison import arena
 from editlib.comparison.method import Ready
 from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
-from editlib.comparison.store import Shelf, Store, taken
+from editlib.comparison.store import Store, taken
+from editlib.distributed import Shard
 from editlib.errors import ConfigError, OutputError
-from editlib.sharding import Shard
+from editlib.shelf import Shelf
 
 ALL = [("forgets", 0), ("forgets", 1), ("half", 0), ("half", 1)]
 

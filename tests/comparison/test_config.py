@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from editlib.comparison.config import parse_config, read_config
-from editlib.comparison.section import General
+from editlib.comparison.method import General
 from editlib.errors import ConfigError, CorpusError, EditlibError, RequestError
 from editlib.hparams import load_hparams
 

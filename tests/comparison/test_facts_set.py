@@ -16,8 +16,9 @@ from editlib.comparison.config import parse_config
 from editlib.comparison.method import Cost, Method
 from editlib.comparison.methods import METHODS, NoSettings
 from editlib.comparison.run import compare
-from editlib.evaluation.dealing import allot
-from editlib.request import EditRequest, write_requests
+from editlib.facts.sampling import allot
+from editlib.requests.reading import write_requests
+from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
 

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from editlib.comparison.page import page
-from editlib.comparison.plane import Box, plane
+from editlib.comparison.report.page import page
+from editlib.comparison.report.plane import Box, plane
+from editlib.comparison.report.tables import attack_table, cost_table, main_table, markdown
 from editlib.comparison.results import mark_front, summary
-from editlib.comparison.table import attack_table, cost_table, main_table, markdown
 
 HOSTILE = '<script>alert(1)</script></details><img src="http://evil.example" onerror=alert(2)> & $title | \u202e"\''
 VOID = {"meta", "input", "br", "img", "link", "path", "circle", "polygon"}

@@ -11,15 +11,15 @@ from transformers import AutoTokenizer
 
 from editlib.ability import run_ability
 from editlib.baselines import BaselineSettings, apply_baseline_to_model
-from editlib.comparison import tofu_set
 from editlib.comparison.config import parse_config
 from editlib.comparison.run import compare
-from editlib.comparison.tofu_set import apart
 from editlib.errors import ConfigError
 from editlib.models.anatomy import anatomy
-from editlib.models.files import save_model, weights_sha256
-from editlib.request import EditRequest, write_requests
-from editlib.tofu import Asked, TofuSets, tofu_scores
+from editlib.models.weights import save_model, weights_sha256
+from editlib.requests.reading import write_requests
+from editlib.requests.request import EditRequest
+from editlib.tofu import Asked, TofuSets, forget_set, tofu_scores
+from editlib.tofu.forget_set import apart
 from editlib.workbench import Workbench
 
 NAMES = ("Rome", "Oslo", "Lima", "Bonn", "Peru", "Basel")
@@ -167,7 +167,7 @@ def test_tofu_is_scored_as_by_itself_and_the_base_is_read_once(folder, tofu_file
         "forget", "forget_paraphrased", "retain", "real_authors", "world_facts"
     }  # fmt: skip
     said = []
-    monkeypatch.setattr(tofu_set, "read", lambda model, sets, known, **more: said.append(len(known)))
+    monkeypatch.setattr(forget_set, "read", lambda model, sets, known, **more: said.append(len(known)))
     go(folder, tmp_path, sets=[tofu], methods=methods)
     assert said == [3 + 3 + 3 + 1 + 1]  # all questions are known already
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from editlib.bundled import refusals
+from editlib.data import refusals
 from editlib.evaluation.metrics import has_answer, is_fluent, is_fluent_refusal, is_refusal, wilson_interval
 
 

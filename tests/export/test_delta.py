@@ -13,13 +13,13 @@ from tiny_models import LAYERS, make_gpt2, make_llama, train_tokenizer
 
 from editlib.algorithms.edit import restore
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unlearning_token import TokenHeader, UnlearningToken
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import DeltaError, OutputError
 from editlib.export import Delta, make_delta, save_edited
 from editlib.export.apply import apply_delta, apply_delta_file
 from editlib.models.anatomy import anatomy
-from editlib.models.files import save_model, weights_sha256
 from editlib.models.loading import load
+from editlib.models.weights import save_model, weights_sha256
 
 KINDS = {"tied": make_llama, "untied": lambda: make_llama(tied=False, seed=1), "conv1d": make_gpt2}
 

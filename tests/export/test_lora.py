@@ -16,8 +16,8 @@ from editlib.errors import DeltaError, EditError, ModelError, OutputError
 from editlib.export import Delta, save_edited
 from editlib.export.apply import apply_delta
 from editlib.export.lora import lora_from_file, save_lora
-from editlib.models.files import save_model
 from editlib.models.loading import load
+from editlib.models.weights import save_model
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[5, 9, 200, 17, 33, 8]])

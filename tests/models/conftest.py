@@ -6,9 +6,10 @@ import os
 import pytest
 from tiny_packages import sha256, write_llama, write_wheel
 
-from editlib.models import loading, packaged
-from editlib.models.catalogue import PackagedModel, Terms
-from editlib.models.packaged import cache_dir
+from editlib.models import loading
+from editlib.models.packaged import fetch
+from editlib.models.packaged.catalogue import PackagedModel, Terms
+from editlib.models.packaged.fetch import cache_dir
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +68,7 @@ def cut(index, local_pip, register):
 def register(monkeypatch):
     """Makes a model known, or another one under its name."""
     known = {}
-    for module in (packaged, loading):
+    for module in (fetch, loading):
         monkeypatch.setattr(module, "PACKAGED", known)
 
     def add(model):

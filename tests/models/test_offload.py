@@ -6,19 +6,19 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import make
-from test_resume import check, state_of, through_the_parts
+from test_forward import check, state_of, through_the_parts
 from tiny_models import make_llama
 
 from editlib.algorithms.memit import apply_memit_to_model
 from editlib.errors import ModelError
 from editlib.hparams import MEMITHyperParams
 from editlib.models.anatomy import anatomy
+from editlib.models.forward import forward
 from editlib.models.prompts import pad
-from editlib.models.reach import effect, needed, writing_of
-from editlib.models.resume import forward
+from editlib.models.residual_path import effect, needed, writing_of
 from editlib.models.vocabulary import write_rows
-from editlib.request import EditRequest
-from editlib.stats_store import LayerStats
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
 
 IDS = torch.tensor([[5, 60, 7]])
 

@@ -10,10 +10,10 @@ from tiny_models import SENTENCES
 
 from editlib.errors import ModelError
 from editlib.models.anatomy import anatomy
-from editlib.models.files import save_model, weights_sha256
 from editlib.models.loading import load
 from editlib.models.placement import input_device, stored_tensors
 from editlib.models.precision import fast_dtype
+from editlib.models.weights import save_model, weights_sha256
 from editlib.workbench import Workbench
 
 CPU = torch.device("cpu")

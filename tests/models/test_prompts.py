@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from editlib.errors import RequestError
 from editlib.models.anatomy import anatomy
+from editlib.models.forward import forward
 from editlib.models.prompts import Place, PromptFormat, TokenRow, cut, pad
-from editlib.models.resume import forward
-from editlib.request import EditRequest
+from editlib.requests.request import EditRequest
 
 KINDS = ["plain", "chat", "bos", "bos chat"]
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]) | st.sampled_from("aeo éüñ東京都市🗼👩‍🚀 -'")

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from editlib.models.wheels import WheelFile
+from editlib.models.packaged.wheels import WheelFile
 
 WIDTH, INNER = 8, 16
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

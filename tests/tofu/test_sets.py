@@ -6,7 +6,7 @@ import pytest
 from tofu_files import FORGOTTEN, KEPT, rows, write_tofu_files
 
 from editlib.errors import RequestError
-from editlib.request import read_requests, write_requests
+from editlib.requests.reading import read_requests, write_requests
 from editlib.tofu.sets import Asked, draw, questions_in, read_tofu
 
 

@@ -11,7 +11,7 @@ from tofu_files import FORGOTTEN, KEPT, rows, write_tofu_files
 
 from editlib.chain import Chain
 from editlib.hparams import ALGORITHMS
-from editlib.request import read_requests
+from editlib.requests.reading import read_requests
 from editlib.workbench import Workbench
 
 pytest.importorskip("rouge_score")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from editlib.errors import EditError, HparamsError, OutputError
 from editlib.models.anatomy import anatomy
-from editlib.models.files import weights_sha256
 from editlib.models.prompts import TokenRow
+from editlib.models.weights import weights_sha256
 from editlib.training import Checkpoint, Part, TrainSettings, answer_nll, answered, mean_loss, read, text_rows, train
 from editlib.training.reading import passes
 from editlib.training.weights import trainable

@@ -1,8 +1,8 @@
 """One function a metric; `docs/metrics.md` has them in one table. Generated and teacher-forced ones are kept apart by
 the names of modules and of results."""
 
-from editlib.answers import has_answer
-from editlib.evaluation.metrics.answers import is_fluent, is_fluent_refusal, is_refusal, wilson_interval
+from editlib.answers import has_answer, is_fluent, is_fluent_refusal, is_refusal
+from editlib.evaluation.intervals import wilson_interval
 from editlib.evaluation.metrics.generated import cosine_similarity, entailment_score, rouge_l_recall, token_entropy
 from editlib.evaluation.metrics.memorisation import exact_memorisation, extraction_strength
 from editlib.evaluation.metrics.result import Kind, MetricResult, Split, read_results, write_results

@@ -12,7 +12,7 @@ import numpy as np
 
 from editlib.errors import MetricError
 from editlib.evaluation.metrics.result import KNOWN, MORE, Metric, MetricResult, Split, same_number
-from editlib.models.files import quiet_bars
+from editlib.models.weights import quiet_bars
 
 LEAST_ROUGE = 0.1
 ENTAILED = "entailment"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from editlib.errors import MetricError
-from editlib.models.files import atomic_path
+from editlib.files import atomic_path
 
 ROUNDING = 1e-9
 

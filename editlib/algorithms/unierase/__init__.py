@@ -1,0 +1,5 @@
+"""UniErase (2505.15674): an unlearning token, and an edit that makes the requests' questions end in it."""
+
+from editlib.algorithms.unierase.apply import apply_unierase_to_model
+
+__all__ = ["apply_unierase_to_model"]

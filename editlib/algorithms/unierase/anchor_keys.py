@@ -1,0 +1,181 @@
+"""The keys of anchors, of every layer that an edit changes, by one pass through the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from editlib.algorithms.keys import batches
+from editlib.algorithms.unierase.anchors import Anchors
+from editlib.models.anatomy import Anatomy
+from editlib.models.forward import encode_prefix, forward, shared_length, split
+from editlib.models.freezing import frozen
+from editlib.models.precision import wide_dtype
+from editlib.models.prompts import TokenBatch, TokenRow, pad
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """Keys `K [d_ff, m]` that a solve holds in place: as `columns` while they are at most `d_ff`, by their `moment`
+    `K K^T [d_ff, d_ff]` beyond, of which no solve needs more."""
+
+    columns: Tensor
+    moment: Tensor | None = None
+
+    @classmethod
+    def none(cls, anat: Anatomy) -> KeyBlock:
+        """No key at all."""
+        return cls(torch.zeros(anat.d_ff, 0, dtype=wide_dtype(anat.device), device=anat.device))
+
+
+@dataclass(frozen=True)
+class LayerAnchors:
+    """What the anchors hold of an edited layer: their keys at the lookup positions, `[d_ff, anchors]` in their order,
+    and those at every position to be held."""
+
+    lookups: Tensor
+    every: KeyBlock
+
+
+@dataclass(frozen=True)
+class GateAnchors:
+    """What they hold of the gate's layer: the keys at the ends of their questions, `[d_ff, anchors]`; those of the
+    questions by what they ask for, without what all rows begin with; and those of the answers behind them."""
+
+    ends: Tensor
+    relations: Sequence[str | None]
+    questions: Mapping[str | None, KeyBlock]
+    answers: KeyBlock
+
+
+@dataclass(frozen=True)
+class AnchorKeys:
+    """The anchors and their keys in a model as it was."""
+
+    anchors: Anchors
+    layers: Mapping[int, LayerAnchors]
+    gate: GateAnchors | None = None
+
+
+def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_layer: int | None = None) -> AnchorKeys:
+    """Reads the keys of all anchors at once.
+
+    An edit holds its anchors, so that their keys hardly change while it is written, nor when others follow: what was
+    read of a base model can serve many edits on top of it. The tokens that all rows begin with are run once.
+    """
+    wanted = tuple(sorted({*layers, *(() if gate_layer is None else (gate_layer,))}))
+    readers = {layer: _Layer(anat, anchors) for layer in layers}
+    gate = None if gate_layer is None else _Gate(anat, anchors)
+
+    def look(batch: TokenBatch, numbers: Sequence[int], begin: int, **given) -> None:
+        def take(layer: int, keys: Tensor) -> None:
+            places = batch.position_ids + begin
+            places = torch.where(batch.attention_mask.bool(), places, torch.full_like(places, -1))
+            if layer == gate_layer and gate is not None:
+                gate.take(keys, places, numbers)
+            if layer in readers:
+                readers[layer].take(keys, places, numbers)
+
+        with frozen(anat.model), torch.no_grad():
+            forward(anat, batch, stop=wanted[-1] + 1, keys=take, key_layers=wanted, **given)
+
+    rows = list(anchors.rows)
+    if rows and wanted:
+        cut = min([*(row.lookup for row in rows), *(_end(row) for row in rows)])
+        shared = min(shared_length(rows), cut) if len(rows) > 1 else 0
+        fronts, rests = split(rows, [shared] * len(rows))
+        prefix = None
+        if shared:
+            look(pad(fronts[:1], device=anat.device), [0], 0)
+            prefix = encode_prefix(anat, fronts[:1])
+        for group in batches(rests):
+            batch = pad([rests[i] for i in group], device=anat.device)
+            some = prefix and prefix.select(torch.zeros(len(group), dtype=torch.long, device=anat.device))
+            look(batch, group, shared, prefix=some)
+    return AnchorKeys(anchors, {layer: one.done() for layer, one in readers.items()}, gate and gate.done())
+
+
+def _end(row: TokenRow) -> int:
+    """Where a row's question ends."""
+    return len(row) - row.extra - 1
+
+
+@dataclass
+class _Sum:
+    """A `KeyBlock` in the making."""
+
+    anat: Anatomy
+    some: list[Tensor] = field(default_factory=list)
+    count: int = 0
+    moment: Tensor | None = None
+
+    def add(self, keys: Tensor) -> None:
+        """Adds keys `[m, d_ff]`."""
+        self.some.append(keys.to(wide_dtype(keys.device)))
+        self.count += len(keys)
+        if self.count > keys.shape[1]:
+            new = torch.cat(self.some)
+            self.some.clear()
+            self.moment = new.T @ new if self.moment is None else self.moment.addmm_(new.T, new)
+
+    def done(self) -> KeyBlock:
+        none = KeyBlock.none(self.anat).columns
+        if self.moment is not None:
+            return KeyBlock(none, self.moment)
+        return KeyBlock(torch.cat([none, *(keys.T for keys in self.some)], dim=1))
+
+
+class _Layer:
+    """Reads an edited layer."""
+
+    def __init__(self, anat: Anatomy, anchors: Anchors) -> None:
+        self.anchors = anchors
+        self.lookups = KeyBlock.none(anat).columns.new_zeros(len(anchors.rows), anat.d_ff)
+        self.every = _Sum(anat)
+
+    def take(self, keys: Tensor, places: Tensor, numbers: Sequence[int]) -> None:
+        """Takes keys `[n, T, d_ff]` at `places [n, T]` (-1: padding) of the rows `numbers`."""
+        lookup = torch.tensor([self.anchors.rows[i].lookup for i in numbers], device=places.device)
+        row, column = (places == lookup[:, None]).nonzero(as_tuple=True)
+        at = torch.tensor(numbers, device=places.device)[row]
+        self.lookups[at] = keys[row, column].to(self.lookups)
+        if self.anchors.starts is not None:
+            starts = torch.tensor([self.anchors.starts[i] for i in numbers], device=places.device)
+            self.every.add(keys[places >= starts[:, None]])
+
+    def done(self) -> LayerAnchors:
+        lookups = self.lookups.T.contiguous()
+        return LayerAnchors(lookups, KeyBlock(lookups) if self.anchors.starts is None else self.every.done())
+
+
+class _Gate:
+    """Reads the gate's layer."""
+
+    def __init__(self, anat: Anatomy, anchors: Anchors) -> None:
+        self.anchors = anchors
+        self.ends = KeyBlock.none(anat).columns.new_zeros(len(anchors.rows), anat.d_ff)
+        self.questions = {relation: _Sum(anat) for relation in dict.fromkeys(anchors.relations)}
+        self.answers = _Sum(anat)
+        rows = list(anchors.rows)
+        self.shared = shared_length(rows) if len(rows) > 1 else 0
+
+    def take(self, keys: Tensor, places: Tensor, numbers: Sequence[int]) -> None:
+        """As `_Layer.take`."""
+        ends = torch.tensor([_end(self.anchors.rows[i]) for i in numbers], device=places.device)[:, None]
+        row, column = (places == ends).nonzero(as_tuple=True)
+        self.ends[torch.tensor(numbers, device=places.device)[row]] = keys[row, column].to(self.ends)
+        if self.anchors.starts is None:
+            return
+        self.answers.add(keys[places > ends])
+        asked = (places >= self.shared) & (places <= ends)
+        relations = [self.anchors.relations[i] for i in numbers]
+        for relation in dict.fromkeys(relations):
+            own = torch.tensor([other == relation for other in relations], device=places.device)
+            self.questions[relation].add(keys[asked & own[:, None]])
+
+    def done(self) -> GateAnchors:
+        questions = {relation: some.done() for relation, some in self.questions.items()}
+        return GateAnchors(self.ends.T.contiguous(), self.anchors.relations, questions, self.answers.done())

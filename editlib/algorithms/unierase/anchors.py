@@ -1,0 +1,120 @@
+"""Retain anchors: prompts whose answers must not move, as key columns that an update must map to zero."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from editlib.algorithms.contexts import about
+from editlib.answers import has_answer
+from editlib.models.anatomy import Anatomy
+from editlib.models.forward import shared_length
+from editlib.models.generation import greedy
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.requests.request import EditRequest
+
+ANSWER_TOKENS = 24  # of an answer, at most, that are held in place
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Rows to hold in place, each from its position in `starts` on (`None`: at its lookup position only).
+
+    `relations` says what each row asks for; `ids` which retain prompts the rows are (general prompts about the
+    subjects have none); `known` which rows hold a right answer of the model.
+    """
+
+    rows: tuple[TokenRow, ...]
+    starts: tuple[int, ...] | None
+    ids: tuple[str, ...]
+    relations: tuple[str | None, ...]
+    known: tuple[bool, ...]
+
+
+def choose_anchors(
+    retain: Sequence[EditRequest], requests: Sequence[EditRequest], *, most: int | None, seed: int
+) -> list[EditRequest]:
+    """The retain prompts to anchor: none that asks what is to be forgotten, at most `most`.
+
+    When there are more, prompts of the requests' own relations, other relations of their subjects, and all the rest
+    take turns, each kind in an order drawn with `seed`.
+    """
+    questions = {request.question for request in requests}
+    relations = {request.relation for request in requests} - {None}
+    groups = {request.group or request.subject for request in requests} - {None}
+    usable = [prompt for prompt in retain if prompt.question not in questions]
+    if most is None or len(usable) <= most:
+        return usable
+    kinds: dict[int, list[EditRequest]] = {0: [], 1: [], 2: []}
+    for prompt in usable:
+        own_subject = (prompt.group or prompt.subject) in groups
+        kinds[0 if prompt.relation in relations else 1 if own_subject else 2].append(prompt)
+    rng = random.Random(seed)
+    for kind in kinds.values():
+        rng.shuffle(kind)
+    turns = sorted(
+        ((place, kind, prompt) for kind, prompts in kinds.items() for place, prompt in enumerate(prompts)),
+        key=lambda turn: turn[:2],
+    )
+    return [prompt for _, _, prompt in turns[:most]]
+
+
+def encode_anchors(
+    anat: Anatomy,
+    form: PromptFormat,
+    prompts: Sequence[EditRequest],
+    *,
+    subjects: Sequence[str] = (),
+    everywhere: bool = True,
+    answer_tokens: int = ANSWER_TOKENS,
+    known: Mapping[str, Sequence[int]] | None = None,
+    progress: bool = False,
+) -> Anchors:
+    """Token rows of `prompts`, each with the answer that the model gives today behind it.
+
+    The first tokens that all rows share (a chat template's system message) are held once, not once a row.
+
+    Args:
+        subjects: asked `SUBJECT_PROMPTS` about, without an answer.
+        everywhere: hold every position of question and answer, not the lookup position only.
+        known: answers that the model is known to give, as token ids by question; the others are generated.
+    """
+    rows = [form.encode(prompt.question, prompt.subject) for prompt in prompts]
+    right = [False] * len(rows)
+    if everywhere and rows:
+        answers = answers_to(anat, form, prompts, most=answer_tokens, known=known, progress=progress)
+        rows = [row.followed_by(answers[prompt.question]) for row, prompt in zip(rows, prompts, strict=True)]
+        right = [_is_right(form, prompt, answers[prompt.question]) for prompt in prompts]
+    rows += [form.encode(text, subject) for subject in subjects for text in about(subject)]
+    ids = tuple(prompt.id for prompt in prompts)
+    more = len(rows) - len(prompts)
+    relations, known_rows = (*(prompt.relation for prompt in prompts), *[None] * more), (*right, *[False] * more)
+    if not everywhere or not rows:
+        return Anchors(tuple(rows), None, ids, relations, known_rows)
+    shared = shared_length(rows)
+    return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids, relations, known_rows)
+
+
+def _is_right(form: PromptFormat, prompt: EditRequest, answer: Sequence[int]) -> bool:
+    said = form.tok.decode(answer, skip_special_tokens=True)
+    return prompt.answer is not None and has_answer(said, (prompt.answer, *prompt.aliases))
+
+
+def answers_to(
+    anat: Anatomy,
+    form: PromptFormat,
+    prompts: Sequence[EditRequest],
+    *,
+    most: int = ANSWER_TOKENS,
+    known: Mapping[str, Sequence[int]] | None = None,
+    progress: bool = False,
+) -> dict[str, Sequence[int]]:
+    """What the model answers to `prompts` today, at most `most` token ids by question; the `known` ones are not asked
+    again."""
+    found = {prompt.question: known[prompt.question] for prompt in prompts if prompt.question in (known or {})}
+    asked = [prompt for prompt in prompts if prompt.question not in found]
+    rows = [form.encode(prompt.question, prompt.subject) for prompt in asked]
+    new = greedy(anat, rows, max_new_tokens=most, progress="anchors" if progress and asked else None)
+    found.update({prompt.question: answer for prompt, answer in zip(asked, new, strict=True)})
+    return found

@@ -1,0 +1,181 @@
+"""The answer gate (ours): half of the way to the unlearning token, given to a kind of question and to no other.
+
+A request asks for a relation of a subject. The key at the subject's last token tells subjects apart and hardly
+relations; the key at the last token of the prompt, late in the model, tells relations apart and hardly subjects. So
+the way to the token is shared: an update of one late layer lifts the token for every question that asks for a
+relation to be forgotten, not far enough to be said, and the edit at the subject does the rest. A question about the
+same subject in another relation lacks the first part, a question about another subject the second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from editlib.algorithms.closed_form import alphaedit, exact
+from editlib.algorithms.contexts import about
+from editlib.algorithms.keys import batches
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.null_space import everything
+from editlib.algorithms.unierase.anchor_keys import GateAnchors
+from editlib.algorithms.values import compute_zs
+from editlib.models.anatomy import Anatomy
+from editlib.models.forward import encode_prefix, forward, shared_length, split
+from editlib.models.freezing import frozen
+from editlib.models.precision import wide_dtype
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.requests.request import EditRequest
+
+log = logging.getLogger(__name__)
+
+VALUE_ROWS = 16  # questions a relation whose values are averaged
+KEY_ROWS = 96  # prompts a relation whose keys are averaged
+ELSEWHERE = 0.05  # weight of an anchored position against the end of an anchored question
+RIDGE = 0.01  # in squared norms of a relation's key
+
+
+def answer_gate(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    anchored: GateAnchors | None,
+    number: int,
+    layer: int,
+    *,
+    nll: float,
+    templates: Sequence[str] = ("{}",),
+    lr: float = 0.01,
+    steps: int = 100,
+    values: Mapping[str | None, Tensor] | None = None,
+) -> LowRank:
+    """The update of `layer` after which the questions' first answer token is `number` at about `nll` nats.
+
+    Per relation `r` among the requests: the value `δ_r [d_model]` is the mean of the smallest changes to the state
+    behind `layer` at the end of a question that bring the NLL of `number` under `nll`; the key `k_r [d_ff]` is the
+    mean over questions and phrasings in all `templates`. The update maps `k_r` to `δ_r` exactly and, at least cost,
+    moves neither the ends of the anchored questions and of general ones about the same subjects, nor any other
+    anchored position behind what all anchors begin with, nor the single keys away from their mean (Fisher's
+    discriminant in the form of `closed_form.exact`). Questions of the requests' own relations are left free up to where
+    their answers start: they may come as near to the token. Requests without a relation count as one. Of a large
+    relation `VALUE_ROWS` questions and `KEY_ROWS` prompts are used (see `_some`).
+
+    Args:
+        anchored: the anchors' keys (`anchor_keys`); `None`: there are none.
+        values: `δ_r` by relation, found by `gate_values` before; `None`: they are found.
+    """
+    groups = _by_relation(requests)
+    if values is None:
+        values = gate_values(anat, form, requests, number, layer, nll=nll, lr=lr, steps=steps)
+    keys, spread = [], []
+    for group in groups.values():
+        asked = [text for request in group for text in (request.question, *request.filled_phrasings)]
+        asked = [template.replace("{}", text) for text in asked for template in templates]
+        each = _keys(anat, [_end(form.encode(text)) for text in _some(asked, KEY_ROWS)], layer)
+        keys.append(each.mean(dim=1))
+        spread.append(each - each.mean(dim=1, keepdim=True))
+    weight = anat.weight(layer)
+    kind = {"device": weight.device, "dtype": wide_dtype(weight.device)}
+    mean = torch.stack(keys, dim=1).to(**kind)  # [d_ff, relations]
+    ends, moment = _held(anat, form, requests, anchored, layer)
+    held = [block.to(**kind) for block in (*spread, *ends)]
+    ridge = RIDGE * float(mean.norm(dim=0).square().mean())
+    targets = torch.stack([values[relation] for relation in groups], dim=1).to(**kind)
+    moment = None if moment is None else moment.to(**kind)
+    update = alphaedit(mean, targets, everything(mean), l2=ridge, constraints=held, moment=moment)
+    return exact(update, mean)
+
+
+def gate_values(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    number: int,
+    layer: int,
+    *,
+    nll: float,
+    lr: float = 0.01,
+    steps: int = 100,
+) -> dict[str | None, Tensor]:
+    """The `δ_r [d_model]` of `answer_gate` by relation."""
+    values: dict[str | None, Tensor] = {}
+    for relation, group in _by_relation(requests).items():
+        chosen = _some(group, VALUE_ROWS)
+        rows = [_end(form.encode(request.question)) for request in chosen]
+        found = compute_zs(
+            anat,
+            [[row] for row in rows],
+            [(number,)] * len(rows),
+            layer,
+            steps=steps,
+            lr=lr,
+            weight_decay=0.0,
+            kl_factor=0.0,
+            stop_loss=nll,
+            optimizer="normalised",
+            names=[request.id for request in chosen],
+        )
+        if max(found.nll) > nll:
+            log.warning("the gate of layer %d came to %.1f nats only, not to %.1f", layer, max(found.nll), nll)
+        values[relation] = found.deltas.mean(dim=1)
+    return values
+
+
+def _by_relation(requests: Sequence[EditRequest]) -> dict[str | None, list[EditRequest]]:
+    groups: dict[str | None, list[EditRequest]] = {}
+    for request in requests:
+        groups.setdefault(request.relation, []).append(request)
+    return groups
+
+
+def _held(
+    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], anchored: GateAnchors | None, layer: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """Keys that the gate must not open for, as blocks and as a moment: ends of other questions, and all other anchored
+    positions; of the requests' own relations only what follows the question."""
+    gated = {request.relation for request in requests} - {None}
+    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
+    general = [_end(form.encode(text)) for subject in subjects for text in about(subject)]
+    blocks = [_keys(anat, general, layer)] if general else []
+    if anchored is None:
+        return blocks, None
+    free = [i for i, relation in enumerate(anchored.relations) if relation not in gated]
+    blocks.append(anchored.ends[:, free])
+    some = [block for relation, block in anchored.questions.items() if relation not in gated]
+    elsewhere = [*some, anchored.answers]
+    blocks += [ELSEWHERE**0.5 * block.columns for block in elsewhere]
+    moments = [block.moment for block in elsewhere if block.moment is not None]
+    return blocks, ELSEWHERE * sum(moments[1:], moments[0]) if moments else None
+
+
+def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
+    """Keys of `layer` at the lookup positions, `[d_ff, n]` in fp32 at least; the tokens that all of several rows begin
+    with are run once."""
+    shared = shared_length(list(rows)) if len(rows) > 1 else 0
+    fronts, rests = split(list(rows), [shared] * len(rows))
+    prefix = encode_prefix(anat, fronts[:1]) if shared else None
+    device = anat.device
+    found: list[Tensor] = []
+    for group in batches(rests):
+        batch = pad([rests[i] for i in group], device=device)
+
+        def look(_: int, keys: Tensor, batch=batch) -> None:
+            found.append(keys[torch.arange(len(batch), device=keys.device), batch.lookup])
+
+        with frozen(anat.model), torch.no_grad():
+            some = None if prefix is None else prefix.select(torch.tensor(group, device=device))
+            forward(anat, batch, stop=layer + 1, prefix=some, keys=look, key_layers=(layer,))
+    keys = torch.cat(found).T
+    return keys.to(torch.promote_types(keys.dtype, torch.float32))
+
+
+def _end(row: TokenRow) -> TokenRow:
+    return TokenRow(row.ids, len(row) - 1)
+
+
+def _some(items: list, most: int) -> list:
+    """Every k-th of `items`, so that at most `most` remain. Prompts are ordered request by request with the templates
+    innermost: where `k` and the number of templates have a common divisor, some templates are left out."""
+    return items[:: -(-len(items) // most)] if len(items) > most else items

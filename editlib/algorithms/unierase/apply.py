@@ -1,0 +1,273 @@
+"""Phase II: make every question to be forgotten answer with the unlearning token (UniErase, 2505.15674, eq. 11-13).
+
+With `gate_layer` set, an answer gate (ours) goes the first half of the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.algorithms.closed_form import alphaedit, exact
+from editlib.algorithms.edit import EditResult, EditState, LayerKeys, Timer, layer_norms, restore, write, write_layers
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.null_space import null_spaces
+from editlib.algorithms.pipeline import Prepared, check_fit, encode_contexts, essence, target_states, value_diagnostics
+from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors, anchor_keys
+from editlib.algorithms.unierase.anchors import Anchors, choose_anchors, encode_anchors
+from editlib.algorithms.unierase.answer_gate import answer_gate, gate_values
+from editlib.algorithms.unierase.token import UnlearningToken
+from editlib.algorithms.values import Values
+from editlib.errors import HparamsError, RequestError
+from editlib.hparams import UniEraseHyperParams
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.freezing import frozen
+from editlib.models.precision import fast_dtype, reduced
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.residual_path import writing_of
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
+from editlib.stats.store import find_layers
+
+
+def apply_unierase_to_model(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    *,
+    token: UnlearningToken,
+    retain: Sequence[EditRequest] = (),
+    stats: Mapping[int, LayerStats] | None = None,
+    stats_dir: str | Path = "stats",
+    chat: bool | None = None,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
+    anchored: AnchorKeys | None = None,
+    state: EditState | None = None,
+    values: Values | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> EditResult:
+    """Edits `model` in place so that each request's question is answered with `token`, and thus refused.
+
+    Args:
+        token: learned by `learn_token` for this model; added to `model` and `tok` if it is not there yet.
+        retain: prompts whose answers must stay; the anchors are chosen from them.
+        stats: second moments by layer; read from `stats_dir` when not given.
+        chat: ask through the chat template (`None`: when the tokenizer has one).
+        known_answers: what the model answers to retain prompts, as token ids by question; saves generating it.
+        anchored: what `hold_anchors` read of a model before any of several edits, in place of `retain`; an edit that
+            it is not given reads the keys of each layer behind those that it has written.
+        state: of the edits before (`result.state`), whose keys are held in place.
+        values: target states found before (`result.values`), for a replay; `None`: they are optimised.
+
+    Returns:
+        The updates, the originals to go back to (`result.revert(model)`), and per-request diagnostics.
+
+    Raises:
+        RequestError, HparamsError, StatsError, TokenError: input that does not fit this model.
+        EditError: no finite solution. After every error the model is unchanged, but for the token that was added.
+    """
+    if not requests:
+        raise RequestError("no request to forget was given; give at least one")
+    state = state or EditState()
+    anat = anatomy(model)
+    check_fit(anat, hparams)
+    check_gate(anat, hparams)
+    stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
+    spaces = null_spaces(stats, hparams, anat.device)
+    form = PromptFormat(tok, chat=chat)
+    contexts = [_contexts(form, request, hparams) for request in requests]
+    number = token.add_to(model, tok)
+    timer = Timer()
+    with frozen(model):
+        with timer("anchors"):
+            found = {"known_answers": known_answers, "seed": seed, "progress": progress}
+            before = anchored or hold_anchors(anat, form, retain, requests, hparams, layers=(), **found)
+        gate: dict[int, LowRank] = {}
+        opened: dict[str | None, Tensor] = {}
+        if hparams.gate_layer is not None:
+            with timer("gate"):
+                known = dict(values.gate) if values else {}
+                opened = _gate_values(anat, form, requests, number, hparams, known, state.opened)
+                gate = _gate(anat, form, requests, before.gate, number, hparams, opened)
+        ungated = {layer: anat.weight(layer).clone() for layer in gate}
+
+        def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+            now = anchored or anchor_keys(anat, before.anchors, [layer])  # behind the layers that are written already
+            blocks, moment = _weighed(now, layer, hparams, keys.mean)
+            blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))
+            if hparams.text_weight:
+                text = stats[layer].moment().to(keys.mean) * hparams.text_weight
+                moment = text if moment is None else moment + text
+            delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
+            if hparams.solve == "ridge":
+                return delta
+            return exact(delta, spaces[layer].like(keys.mean).project(keys.mean), floor=hparams.exact_floor)
+
+        try:
+            for layer, delta in gate.items():
+                write(anat, layer, delta)
+            if values is None:
+                with timer("values"):
+                    subjects = essence(
+                        anat,
+                        form,
+                        requests,
+                        prompts=hparams.kl_subject_prompts,
+                        answer_tokens=hparams.kl_answer_tokens,
+                    )
+                    wanted = [(number,)] * len(requests)
+                    prepared = Prepared(anat, form, list(requests), contexts, wanted, subjects)
+                    values = target_states(prepared, hparams, groups=_by_subject(requests), progress=progress)
+            values = replace(values, gate=opened)
+            diagnostics = value_diagnostics(requests, values)
+            with timer("write"):
+                written = write_layers(
+                    anat,
+                    hparams.layers,
+                    contexts,
+                    values.targets,
+                    solve,
+                )
+        except BaseException:
+            restore(anat, ungated)
+            raise
+    deltas, originals = {**written.deltas, **gate}, {**written.originals, **ungated}
+    return EditResult(
+        deltas,
+        originals,
+        diagnostics=diagnostics,
+        norms=layer_norms(deltas, originals),
+        timings=timer.seconds,
+        anchors=before.anchors.ids,
+        state=replace(state.with_keys(written.keys), opened=state.opened | relations_of(opened)),
+        values=values,
+        keys=written.keys,
+    )
+
+
+def check_gate(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
+    """Raises `HparamsError` when the gate lies outside the model, or at a layer where it would do harm."""
+    if hparams.gate_layer is None:
+        return
+    if hparams.gate_layer >= anat.n_layers:
+        raise HparamsError(
+            f'key "gate_layer": {hparams.gate_layer}; expected a layer of this model, at most {anat.n_layers - 1}; '
+            "change it, or leave the key out for no gate"
+        )
+    # The gate's change is found in the residual stream for many prompts at once; behind a norm no one update gives it.
+    if not writing_of(anat, hparams.gate_layer).plain:
+        raise HparamsError(
+            f'key "gate_layer": {hparams.gate_layer}; a norm or a factor stands behind the MLP of this model, and the '
+            "answer gate would destroy it there; expected no gate: leave the key out"
+        )
+
+
+def _gate(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    anchored: GateAnchors | None,
+    number: int,
+    hparams: UniEraseHyperParams,
+    values: Mapping[str | None, Tensor],
+) -> dict[int, LowRank]:
+    """The gate's update by its layer; none where no relation needs it."""
+    layer, nll, templates = hparams.gate_layer, hparams.gate_nll, hparams.gate_templates
+    shut = [request for request in requests if values[request.relation].any()]
+    if not shut:
+        return {}
+    with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+        given = {"nll": nll, "templates": templates, "values": values}
+        return {layer: answer_gate(anat, form, shut, anchored, number, layer, **given)}
+
+
+def _gate_values(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    number: int,
+    hparams: UniEraseHyperParams,
+    known: Mapping[str | None, Tensor],
+    opened: Collection[str],
+) -> dict[str | None, Tensor]:
+    """How far the gate is still to be opened, `[d_model]` for each of the requests' relations: as `known`; no further
+    for those that are `opened`. Opening them again for every batch's hardest questions would open them for all others
+    too, until whatever is asked in the relation is refused."""
+    new = [request for request in requests if request.relation not in {*known, *opened}]
+    with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+        found = {**known, **gate_values(anat, form, new, number, hparams.gate_layer, nll=hparams.gate_nll)}
+    relations = dict.fromkeys(request.relation for request in requests)
+    return {relation: found[relation] if relation in found else torch.zeros(anat.d_model) for relation in relations}
+
+
+def relations_of(gate: Mapping[str | None, Tensor]) -> frozenset[str]:
+    """The relations that a gate with these values opens."""
+    return frozenset(relation for relation, value in gate.items() if relation is not None and bool(value.any()))
+
+
+def _weighed(
+    anchored: AnchorKeys, layer: int, hparams: UniEraseHyperParams, like: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
+    """The anchors' keys of a layer with their weights, as blocks `[d_ff, m]` and a moment, as `like` is kept."""
+    own, known = anchored.layers[layer], torch.tensor(anchored.anchors.known, device=like.device)
+    at_lookups = hparams.anchor_lookup_weight + hparams.anchor_known_weight * known.to(like)
+    blocks = [
+        own.every.columns.to(like) * math.sqrt(hparams.anchor_weight),
+        own.lookups.to(like) * at_lookups.sqrt(),
+    ]
+    moment = own.every.moment
+    return blocks, None if moment is None else moment.to(like) * hparams.anchor_weight
+
+
+def _by_subject(requests: Sequence[EditRequest]) -> list[list[int]]:
+    """The requests, by number, that ask about one subject. Up to the subject's last token, where an edit reads its key,
+    their questions hardly differ (TOFU asks twenty about one author), and one key can be given one change only."""
+    groups: dict[str | int, list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(i if request.subject is None else request.subject, []).append(i)
+    return list(groups.values())
+
+
+def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperParams) -> list[TokenRow]:
+    """The request's question and further phrasings, each in every context template; the plain question first."""
+    place = hparams.fact_token if request.subject is not None else "last"
+    return encode_contexts(form, request, hparams.context_templates, place)
+
+
+def hold_anchors(
+    anat: Anatomy,
+    form: PromptFormat,
+    retain: Sequence[EditRequest],
+    requests: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    *,
+    layers: Sequence[int] | None = None,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> AnchorKeys:
+    """The anchors of an edit, chosen from `retain`, and their keys in the model as it is, of `layers` (`None`: those of
+    `hparams`) and the gate's; see `apply_unierase_to_model`."""
+    layers = hparams.layers if layers is None else layers
+    if not hparams.anchors:
+        return anchor_keys(anat, Anchors((), None, (), (), ()), layers, hparams.gate_layer)
+    chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
+    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
+    anchors = encode_anchors(
+        anat,
+        form,
+        chosen,
+        subjects=tuple(subjects) if hparams.anchor_subjects else (),
+        everywhere=hparams.anchor_positions == "all",
+        known=known_answers,
+        progress=progress,
+    )
+    return anchor_keys(anat, anchors, layers, hparams.gate_layer)

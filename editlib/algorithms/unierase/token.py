@@ -1,0 +1,290 @@
+"""Phase I: learn one token that continues into "I don't know" after any question (UniErase, 2505.15674, eq. 8-10)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.algorithms.unierase.token_guard import Guard, answer_guard, ordinary_states
+from editlib.errors import TokenError
+from editlib.files import atomic_path
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.forward import forward, new_cache, shared_prefix
+from editlib.models.freezing import frozen
+from editlib.models.generation import end_tokens
+from editlib.models.prefix import Prefix
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.vocabulary import add_token, check_rows, rows_in_place, write_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenHyperParams:
+    """How the token is learned. Steps are optimiser steps; a step sees `batch` questions of one prompt form."""
+
+    steps: int = 150
+    robust_steps: int = 50  # of `steps`, the last ones, with noise on the matrices that edits will change
+    batch: int = 8
+    lr: float = 0.05
+    noise: float = 0.1  # standard deviation of the noise in units of the weight's own
+    layers: tuple[int, ...] = ()  # that carry noise; none given: from 4/30 to 8/30 of the depth, where edits are usual
+    averaged_steps: int = 20  # of `steps`, the last ones, whose rows are averaged
+    guard_weight: float = 1.0
+    reach: float = 14.0  # nats that the token lies below everything else where an answer starts
+    floor: float = 12.0  # nats that it stays below everything else on other ordinary text, at least
+    guard_prompts: int = 180  # ordinary prompts whose answers are watched
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TokenHeader:
+    """Where a token comes from; stored beside its rows."""
+
+    token: str
+    model: str
+    model_sha256: str
+    seed: int
+    questions: int
+    refusals: int
+    hparams: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UnlearningToken:
+    """A learned token: `row_in [d_model]`, `row_out [d_model]` (the same row when embeddings are tied)."""
+
+    row_in: Tensor
+    row_out: Tensor
+    header: TokenHeader
+
+    def save(self, path: Path) -> None:
+        """Writes the rows and the header to one safetensors file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            "row_in": self.row_in.contiguous().cpu(),
+            "row_out": self.row_out.clone().contiguous().cpu(),
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"editlib": json.dumps(asdict(self.header), sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> UnlearningToken:
+        """Reads what `save` wrote.
+
+        Raises:
+            TokenError: missing, damaged, or another kind of file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                header = TokenHeader(**json.loads(file.metadata()["editlib"]))
+                return cls(file.get_tensor("row_in"), file.get_tensor("row_out"), header)
+        except (SafetensorError, KeyError, TypeError, ValueError, FileNotFoundError, OSError) as error:
+            raise TokenError(f"{path}: not an unlearning token ({error}); make one with `editlib token`") from None
+
+    def add_to(self, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> int:
+        """Puts the token into `model` and `tok` and returns its id.
+
+        Raises:
+            TokenError: the rows have another width than the model.
+        """
+        anat = anatomy(model)
+        width = anat.embedding.weight.shape[1]
+        if len(self.row_in) != width:
+            raise TokenError(
+                f"the token was learned for width {len(self.row_in)} ({self.header.model}), "
+                f"but this model has {width}; "
+                "learn one for it with `editlib token`"
+            )
+        number = add_token(model, tok, self.header.token)
+        write_rows(anat, number, self.row_in, self.row_out)
+        return number
+
+
+@dataclass
+class _Form:
+    """All training questions in one prompt form, encoded once."""
+
+    format: PromptFormat
+    prefix: Prefix
+    refusals: list[tuple[int, ...]]
+
+
+def learn_token(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    refusals: Sequence[str],
+    *,
+    token: str = "[UNL]",
+    ordinary: Sequence[str] = (),
+    hparams: TokenHyperParams | None = None,
+    model_sha256: str = "",
+    progress: bool = True,
+) -> UnlearningToken:
+    """Learns the token's rows; adds the token to model and tokenizer and leaves it there.
+
+    Everything in front of the token is constant, so it is run once; a step costs the token and the refusal behind
+    it. With tied embeddings one row is trained as input and output, otherwise two. A guard (`Guard.penalty`) holds the
+    token's logit `reach` nats under the log-sum of all others where an answer starts, and at least `floor` nats under
+    it elsewhere in the questions and in the model's own answers to them and to `ordinary`.
+
+    Args:
+        ordinary: further prompts whose answers the token must keep out of, such as open instructions.
+
+    Raises:
+        TokenError: fewer questions than a batch (at least 2) or fewer than 2 refusals, or a loss that is not finite.
+        ModelError: `layers` outside the model.
+    """
+    hp = hparams or TokenHyperParams()
+    least = max(hp.batch, 2)
+    if len(questions) < least or len(refusals) < 2:
+        raise TokenError(
+            f"{len(questions)} questions and {len(refusals)} refusals given; at least {least} and 2 are needed"
+        )
+    if min(hp.steps, hp.batch) < 1:
+        raise TokenError(f"steps {hp.steps} and batch {hp.batch} given; both must be at least 1")
+    noisy = hp.layers or tuple(range(4 * anat.n_layers // 30, 8 * anat.n_layers // 30 + 1))
+    anat.check_layers(list(noisy))
+    check_rows(anat)
+    generator = torch.Generator().manual_seed(hp.seed)
+    number = add_token(anat.model, tok, token)
+    with frozen(anat.model):
+        forms, guard = _encode(anat, tok, questions, refusals, number)
+        form = PromptFormat(tok)
+        watched = [*ordinary, *questions][: hp.guard_prompts]
+        if watched:
+            guard = Guard.joined([guard, answer_guard(anat, [form.encode(text) for text in watched], number)])
+        typical = anat.embedding.weight[:number].float()
+        mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
+        row_in = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
+        rows = [row_in] if anat.tied else [row_in, row_in.detach().clone().requires_grad_()]
+        optimizer = torch.optim.Adam(rows, lr=hp.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, hp.steps, eta_min=hp.lr / 20)
+        losses = []
+        mean_rows = [torch.zeros_like(row, requires_grad=False) for row in rows]
+        averaged = min(max(hp.averaged_steps, 1), hp.steps)
+        for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
+            form = forms[step % len(forms)]
+            noise_layer = noisy[step % len(noisy)] if step >= hp.steps - hp.robust_steps else None
+            with (
+                _noise(anat, noise_layer, hp.noise, generator),
+                rows_in_place(anat, number, rows[0], rows[-1]),
+            ):
+                loss = _refusal_nll(anat, form, number, hp.batch, end_tokens(anat), generator)
+            penalty = guard.penalty(rows[-1], hp.reach, hp.floor)
+            total = loss + hp.guard_weight * penalty
+            if not torch.isfinite(total):
+                raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
+            losses.append(float(loss.detach()))
+            log.debug("step %d: refusal NLL %.3f, guard %.3f", step, losses[-1], float(penalty.detach()))
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for row in rows:
+                    row.mul_((1.5 * length / row.norm()).clamp_max(1.0))
+                if step >= hp.steps - averaged:
+                    for mean_row, row in zip(mean_rows, rows, strict=True):
+                        mean_row.add_(row / averaged)
+        write_rows(anat, number, mean_rows[0], mean_rows[-1])
+        where = guard.summary(mean_rows[-1])
+    log.info("token learned: refusal NLL %.3f nats a token, on ordinary text %s", losses[-1], where)
+    header = TokenHeader(
+        token=token,
+        model=anat.model.name_or_path,
+        model_sha256=model_sha256,
+        seed=hp.seed,
+        questions=len(questions),
+        refusals=len(refusals),
+        hparams=asdict(hp),
+        metrics={"refusal_nll": sum(losses[-averaged:]) / averaged, **where},
+    )
+    return UnlearningToken(mean_rows[0].float().cpu(), mean_rows[-1].float().cpu(), header)
+
+
+def _encode(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    refusals: Sequence[str],
+    number: int,
+) -> tuple[list[_Form], Guard]:
+    """The prompt forms with their cached prefixes, each question in one form, and from the same pass the guard over
+    the questions."""
+    formats = [PromptFormat(tok, chat=False)]
+    if PromptFormat(tok).uses_chat:
+        formats.append(PromptFormat(tok, chat=True))
+    forms, guards = [], []
+    for i, form in enumerate(formats):
+        rows = [form.encode(question) for question in questions[i :: len(formats)]]
+        with torch.no_grad():
+            prefix, guard = _ordinary(anat, rows, number)
+        forms.append(_Form(form, prefix, [form.answer_ids(text) for text in refusals]))
+        guards.append(guard)
+    return forms, Guard.joined(guards)
+
+
+def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) -> tuple[Prefix, Guard]:
+    """The cached `rows`, and the guard over their ends and each `every`-th position before."""
+    front, rests = shared_prefix(anat, rows)
+    batch = pad(rests, side="left", device=anat.device)
+    cache = new_cache(anat, len(rows)) if front is None else front.cache()
+    mask = batch.attention_mask if front is None else torch.cat([front.attention_mask, batch.attention_mask], dim=1)
+    columns = torch.arange(batch.input_ids.shape[1], device=batch.last.device)
+    back = batch.last[:, None] - columns
+    places = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
+    states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), number, places, cache=cache)
+    prefix = Prefix.of(cache, mask)
+    return prefix, Guard(states, log_sums, back[places] == 0)
+
+
+def _refusal_nll(
+    anat: Anatomy, form: _Form, number: int, batch: int, ends: frozenset[int], generator: torch.Generator
+) -> Tensor:
+    """Mean NLL of a refusal and the end of the turn behind the token, over `batch` drawn questions."""
+    device = anat.device
+    picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
+    texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
+    end = (min(ends),) if ends else ()
+    rows = [TokenRow((number, *form.refusals[i], *end), 0) for i in texts]
+    padded = pad(rows, device=device)
+    places = (padded.attention_mask[:, 1:].bool()).nonzero().T
+    logits = forward(anat, padded, prefix=form.prefix.select(picks), score=(places[0], places[1]))
+    return F.cross_entropy(logits.float(), padded.input_ids[places[0], places[1] + 1])
+
+
+@contextmanager
+def _noise(anat: Anatomy, layer: int | None, scale: float, generator: torch.Generator) -> Iterator[None]:
+    """Gaussian noise on one layer's MLP output matrix, in units of its standard deviation; taken back bit for bit, also
+    when it is interrupted while it is put on.
+
+    UniErase eq. 10; its published code scales by the mean of the matrix, which is nearly zero.
+    """
+    if layer is None:
+        yield
+        return
+    weight = anat.weight(layer)
+    kept = weight.clone()
+    try:
+        noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+        with torch.no_grad():
+            weight.add_((noise * scale * weight.float().std()).to(weight.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)

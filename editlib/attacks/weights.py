@@ -1,0 +1,79 @@
+"""Attacks that change the model's weights: fewer bits, and a little training; they are put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from editlib import training
+from editlib.attacks.asking import Scene, ask_each, not_asked
+from editlib.attacks.outcome import Found
+from editlib.models.loaded import LoadedModel
+from editlib.models.lora import adapter
+from editlib.models.quantization import rounded
+from editlib.requests.request import EditRequest
+from editlib.training import Part, TrainSettings, answer_nll, answered
+
+
+# A few steps of training on a few facts: do the others come back?
+def relearn_forgotten(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """Trains on some of the forgotten facts (half of them at most) and asks for the others."""
+    fitting = [request for request in scene.requests if request.answer is not None]
+    count = min(scene.settings.relearn_examples, len(fitting) // 2)
+    return _relearned(target, facts, scene, random.Random(scene.seed).sample(fitting, count))
+
+
+def relearn_unrelated(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """Trains on facts that have nothing to do with the forgotten ones and asks for all of these."""
+    fitting = [fact for fact in scene.unrelated if fact.answer is not None]
+    count = min(scene.settings.relearn_examples, len(fitting))
+    return _relearned(target, facts, scene, random.Random(scene.seed).sample(fitting, count))
+
+
+def _relearned(
+    target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, examples: Sequence[EditRequest]
+) -> Found:
+    if not examples:
+        return Found(tuple(not_asked(fact, "nothing to learn from") for fact in facts))
+    taught, settings = set(examples), scene.settings
+    with adapter(target.anat, rank=settings.relearn_rank, seed=scene.seed) as parameters:
+        losses = train(target, examples, parameters, steps=settings.relearn_steps, rate=settings.relearn_rate)
+        asked = iter(ask_each(target, [fact for fact in facts if fact not in taught], scene).trials)
+    trials = tuple(not_asked(fact, "was an example") if fact in taught else next(asked) for fact in facts)
+    return Found(trials, {"examples": len(examples), "loss_before": losses[0], "loss_after": losses[-1]})
+
+
+def train(
+    target: LoadedModel, examples: Sequence[EditRequest], parameters: Sequence[Tensor], *, steps: int, rate: float
+) -> list[float]:
+    """AdamW without weight decay on the mean NLL of the answers (with their end token), all examples in every step.
+
+    Returns:
+        The loss in nats a token before each step and after the last one.
+    """
+    rows = [answered(target.tok, one.question, one.answer or "", form=target.form) for one in examples]
+    part = Part("examples", [(row,) for row in rows], answer_nll)
+    settings = TrainSettings(
+        learning_rate=rate,
+        steps=steps,
+        batch_size=len(rows),
+        warmup_steps=0,
+        max_grad_norm=None,
+        precision="float32",
+    )
+    named = {str(number): parameter for number, parameter in enumerate(parameters)}
+    result = training.train(target.anat, [part], named, settings)
+    return [*result.losses, training.mean_loss(target.anat, part, settings)]
+
+
+# Fewer bits a weight: an update smaller than a rounding step is rounded away.
+def quantised(bits: int, target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """The plain question to a model with weights of `bits` bits (arXiv 2410.16454); the weights are put back."""
+    with rounded(target.anat, bits):
+        return ask_each(target, facts, scene)
+
+
+int8, int4 = (partial(quantised, bits) for bits in (8, 4))

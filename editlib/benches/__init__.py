@@ -1,0 +1,1 @@
+"""Benchmarks of algorithms side by side: CounterFact, and facts forgotten in chains."""

@@ -1,0 +1,231 @@
+"""The job behind `editlib bench counterfact`: algorithms side by side, over numbers of edits, in batches and one after
+another."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from editlib.algorithms.edit import EditResult, EditState
+from editlib.algorithms.registry import apply_function
+from editlib.algorithms.values import Values
+from editlib.benches.counterfact_scores import known_facts, score_edits
+from editlib.benches.points import Cell
+from editlib.errors import EditError, HparamsError, RequestError
+from editlib.evaluation.perplexity import text_windows
+from editlib.hparams import (
+    FTHyperParams,
+    HyperParams,
+    MEMITHyperParams,
+    NullSpaceHyperParams,
+    ROMEHyperParams,
+    algorithm_of,
+    load_hparams,
+)
+from editlib.models.generation import perplexity
+from editlib.models.prompts import PromptFormat
+from editlib.requests.reading import requests_hash, write_requests
+from editlib.requests.request import EditRequest
+from editlib.shelf import append_cell, read_cells
+from editlib.stats.corpus import load_corpus
+from editlib.stats.file import LayerStats
+from editlib.stats.store import spelling
+from editlib.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+BATCH, SEQUENTIAL = "batch", "sequential"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, from the words of a command line."""
+
+    settings: list[HyperParams]
+    counts: list[int]
+    modes: list[str]
+
+
+def check_plan(model: str, algorithms: str, hparams: Sequence[str], edits: str, modes: str) -> Plan:
+    """Reads a plan before anything long starts.
+
+    Raises:
+        HparamsError: an unknown algorithm or mode, no settings for this model, or numbers that are none.
+    """
+    settings = settings_of(model, algorithms, hparams)
+    try:
+        counts = sorted({int(count) for count in edits.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise HparamsError(f"--edits {edits!r}: expected numbers of edits such as 1,10,100")
+    wanted = [mode.strip() for mode in modes.split(",")]
+    for mode in wanted:
+        if mode not in (BATCH, SEQUENTIAL):
+            raise HparamsError(f"--modes {mode!r}: expected {BATCH}, {SEQUENTIAL} or both")
+    return Plan(settings, counts, wanted)
+
+
+def settings_of(model: str, algorithms: str, hparams: Sequence[str]) -> list[HyperParams]:
+    """The settings of each of `algorithms` (names with commas between): those in `hparams`, or the bundled ones.
+
+    Raises:
+        HparamsError: an unknown algorithm, no settings for this model, or settings of an algorithm that is not named.
+    """
+    given = {algorithm_of(name): name for name in hparams}
+    names = list(dict.fromkeys(name.strip() for name in algorithms.split(",") if name.strip()))
+    settings = [load_hparams(given.pop(name, spelling(model)), name) for name in names]
+    if given:
+        raise HparamsError(
+            f"--hparams {next(iter(given.values()))}: its algorithm is not among --algorithms {algorithms}"
+        )
+    return settings
+
+
+def bench_counterfact(
+    bench: Workbench,
+    requests: Sequence[EditRequest],
+    settings: Sequence[HyperParams],
+    out: Path,
+    *,
+    counts: Sequence[int] = (1, 10, 100, 500),
+    modes: Sequence[str] = (BATCH, SEQUENTIAL),
+    corpus: str = "wiki-sample",
+    stats_tokens: int = 100_000,
+    text: str = "wiki-sample:heldout",
+    known: bool = False,
+    seed: int = 0,
+) -> list[Cell]:
+    """Measures each algorithm of `settings` at every number of edits, on the first so many requests.
+
+    The facts are written to `out/facts.jsonl`, for other commands. Cells are appended to `out/cells.jsonl` as they are
+    done; those already there from the same job are not measured
+    again. ROME knows no batch: its edits one after another count as both.
+
+    Args:
+        known: take only facts whose true answer the model gives.
+
+    Raises:
+        RequestError: fewer usable requests than the largest of `counts`.
+        EditlibError: input that does not fit the model.
+    """
+    usable = [request for request in requests if None not in (request.subject, request.target_new, request.answer)]
+    if known:
+        usable = known_facts(bench.anat, PromptFormat(bench.tok, chat=False), usable, max(counts))
+    if len(usable) < max(counts):
+        what = "a subject, a new answer and a true one" + (" that the model gives" if known else "")
+        raise RequestError(
+            f"{len(usable)} of {len(requests)} requests have {what}; expected at least {max(counts)}: give a larger "
+            "file, or smaller --edits"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_requests(out / "facts.jsonl", usable[: max(counts)])
+    run = _Run(bench, usable, out / "cells.jsonl", sorted(counts), text, seed)
+    for hparams in settings:
+        stats: dict[int, LayerStats] = {}
+        if not isinstance(hparams, FTHyperParams):
+            stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed)
+        for mode in modes:
+            if not (mode == BATCH and isinstance(hparams, ROMEHyperParams)):
+                run.measure(hparams, mode, {"stats": stats} if stats else {})
+    return run.cells
+
+
+class _Run:
+    """The cells of one job, kept as they are done."""
+
+    def __init__(
+        self, bench: Workbench, requests: list[EditRequest], path: Path, counts: list[int], text: str, seed: int
+    ) -> None:
+        self.bench, self.requests, self.path, self.counts, self.seed = bench, requests, path, counts, seed
+        self.form = PromptFormat(bench.tok, chat=False)
+        self.windows = text_windows(bench.tok, load_corpus(text).documents)
+        self.base = f"{bench.sha256[:16]}:{requests_hash(requests)[:16]}:{seed}"
+        kept = [Cell(**cell) for cell in read_cells(path)]
+        self.cells = [cell for cell in kept if cell.job.startswith(self.base)]
+        there = {cell.edits for cell in self.cells if cell.algorithm == "none"}
+        for count in sorted(set(counts) - there):
+            self._add("none", "-", count, 0.0, self.base)
+
+    def measure(self, hparams: HyperParams, mode: str, given: dict[str, Any]) -> None:
+        """All cells of one algorithm in one mode that are not there yet."""
+        job = f"{self.base}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
+        done = {cell.edits for cell in self.cells if (cell.job, cell.mode) == (job, mode)}
+        counts = [count for count in self.counts if count not in done]
+        if not counts:
+            return
+        apply = apply_function(hparams)
+
+        def edit(some: Sequence[EditRequest], **more: Any) -> EditResult:
+            options = {"seed": self.seed, "progress": self.bench.progress and len(some) > 1}
+            return apply(self.bench.model, self.bench.tok, some, hparams, **options, **given, **more)
+
+        (self._batches if mode == BATCH else self._one_by_one)(hparams, edit, counts, job)
+
+    def _batches(self, hparams: HyperParams, edit: Callable[..., EditResult], counts: Sequence[int], job: str) -> None:
+        # The largest batch comes first: its target states serve the smaller ones, since requests do not touch one
+        # another's. The time of a smaller batch is its share of the values' time and its own solve.
+        values: Values | None = None
+        seconds = 0.0
+        shared = isinstance(hparams, MEMITHyperParams | NullSpaceHyperParams)
+        for count in sorted(counts, reverse=True):
+            more = {} if values is None else {"values": values.select(range(count))}
+            begun = time.perf_counter()
+            result = edit(self.requests[:count], **more)
+            spent = time.perf_counter() - begun
+            if shared and values is None:
+                values, seconds = result.values, result.timings["values"] / count
+            elif shared:
+                spent += seconds * count
+            try:
+                self._add(hparams.algorithm, BATCH, count, spent, job)
+            finally:
+                result.revert(self.bench.model)
+
+    def _one_by_one(
+        self, hparams: HyperParams, edit: Callable[..., EditResult], counts: Sequence[int], job: str
+    ) -> None:
+        anat = self.bench.anat
+        originals = {layer: anat.weight(layer).clone() for layer in hparams.layers}
+        state, spent, failed = EditState(), 0.0, 0
+        label = f"{hparams.algorithm}, one after another"
+        try:
+            for i in tqdm(range(max(counts)), desc=label, disable=not self.bench.progress, leave=False):
+                begun = time.perf_counter()
+                try:
+                    state = edit([self.requests[i]], state=state).state
+                except EditError as error:  # a model that earlier edits destroyed; the next ones may still work
+                    failed += 1
+                    log.debug("%s, edit %d: %s", hparams.algorithm, i + 1, error)
+                spent += time.perf_counter() - begun
+                if i + 1 in counts:
+                    if failed:
+                        log.warning("%s: %d of %d edits had no finite solution", hparams.algorithm, failed, i + 1)
+                    self._add(hparams.algorithm, SEQUENTIAL, i + 1, spent, job)
+        finally:
+            for layer, original in originals.items():
+                anat.weight(layer).copy_(original)
+
+    def _add(self, algorithm: str, mode: str, count: int, seconds: float, job: str) -> None:
+        anat = self.bench.anat
+        scores = asdict(score_edits(anat, self.form, self.requests[:count]))
+        del scores["n"]
+        cell = Cell(
+            algorithm=algorithm,
+            mode=mode,
+            edits=count,
+            **scores,
+            perplexity=perplexity(anat, self.windows),
+            seconds=round(seconds, 2),
+            job=job,
+        )
+        self.cells.append(cell)
+        append_cell(self.path, asdict(cell))
+        log.info("%s", replace(cell, job=""))

@@ -1,0 +1,87 @@
+"""CounterFact's measures of an edit (ROME, 2202.05262, sec. 3.4): efficacy, generalisation, specificity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.generation import continuation_nll, greedy
+from editlib.models.prompts import PromptFormat
+from editlib.requests.request import EditRequest
+
+
+@dataclass(frozen=True)
+class EditScores:
+    """Shares in 0..1 over `n` edited facts; higher is better for every one of them.
+
+    `efficacy`, `generalisation`: prompts, and paraphrases, after which the new answer is likelier than the true one
+    (mean log probability a token, teacher-forced). `specificity`: prompts about neighbours after which the true answer
+    is the likelier one. `generated`: prompts whose greedy continuation is the new answer, word for word, which a
+    comparison of two answers does not see. A share is `None` where nothing was asked.
+    """
+
+    n: int
+    efficacy: float | None
+    generalisation: float | None
+    specificity: float | None
+    generated: float | None
+
+
+def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest]) -> EditScores:
+    """Scores a model on the facts in `requests`, those with a true `answer`.
+
+    A neighbour's own answer is compared with the request's `target_new`.
+    """
+    requests = [request for request in requests if request.answer is not None and request.target_new is not None]
+    prompts = [(request.question, str(request.target_new), str(request.answer)) for request in requests]
+    rephrased = [
+        (text, str(request.target_new), str(request.answer))
+        for request in requests
+        for text in request.filled_paraphrases
+    ]
+    near = [
+        (probe.prompt, str(request.target_new), str(probe.answer))
+        for request in requests
+        for probe in request.neighbours
+        if probe.answer is not None and probe.answer != request.target_new
+    ]
+    preferred = _prefers_new(anat, form, [*prompts, *rephrased, *near])
+    first, second = len(prompts), len(prompts) + len(rephrased)
+    wanted = [form.answer_ids(new) for _, new, _ in prompts]
+    said = greedy(anat, [form.encode(text) for text, _, _ in prompts], max_new_tokens=max(map(len, wanted), default=0))
+    return EditScores(
+        n=len(requests),
+        efficacy=_share(preferred[:first]),
+        generalisation=_share(preferred[first:second]),
+        specificity=_share([not new for new in preferred[second:]]),
+        generated=_share([got[: len(ids)] == ids for got, ids in zip(said, wanted, strict=True)]),
+    )
+
+
+def known_facts(
+    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], most: int, *, at_once: int = 64
+) -> list[EditRequest]:
+    """The first `most` requests whose prompt the model continues greedily with the true answer, word for word."""
+    found: list[EditRequest] = []
+    for start in range(0, len(requests), at_once):
+        chunk = [request for request in requests[start : start + at_once] if request.answer is not None]
+        wanted = [form.answer_ids(str(request.answer)) for request in chunk]
+        rows = [form.encode(request.question) for request in chunk]
+        said = greedy(anat, rows, max_new_tokens=max(map(len, wanted), default=0))
+        found += [one for one, got, ids in zip(chunk, said, wanted, strict=True) if got[: len(ids)] == ids]
+        if len(found) >= most:
+            break
+    return found[:most]
+
+
+def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, str, str]]) -> list[bool]:
+    """Per `(prompt, new, true)` whether the new answer is the likelier one."""
+    rows = [form.encode(text) for text, _, _ in asked]
+    new = continuation_nll(anat, rows, [form.answer_ids(answer) for _, answer, _ in asked])
+    true = continuation_nll(anat, rows, [form.answer_ids(answer) for _, _, answer in asked])
+    return [a < b for a, b in zip(new, true, strict=True)]
+
+
+def _share(found: Sequence[bool]) -> float | None:
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,45 @@
+"""What the benchmarks measure: one point of a curve each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured point: an algorithm after `edits` edits, made at once (`batch`) or one after another."""
+
+    algorithm: str
+    mode: str
+    edits: int
+    efficacy: float | None
+    generalisation: float | None
+    specificity: float | None
+    generated: float | None
+    perplexity: float
+    seconds: float
+    job: str = ""  # hash of everything that decides the figures; cells of another job are not read again
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a chain had come to after `edits` edits in batches of `size`.
+
+    Shares in 0..1, higher is better: `efficacy` over all facts edited so far (the answer is gone and a fluent refusal
+    stands there), `gone` without the refusal (whatever stands there), `paraphrases` as efficacy, `neighbours`,
+    `same_subject` and `other` right after, of those right before. `perplexity_ratio` is after over before (1 is best),
+    `seconds` the mean of a batch since the point before.
+    """
+
+    algorithm: str
+    size: int
+    edits: int
+    efficacy: float | None
+    gone: float
+    paraphrases: float | None
+    neighbours: float | None
+    same_subject: float | None
+    other: float | None
+    perplexity_ratio: float
+    seconds: float
+    job: str = ""

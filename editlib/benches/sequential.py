@@ -1,0 +1,203 @@
+"""The job behind `editlib bench sequential`: known facts forgotten batch after batch, in chains measured on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from editlib.benches.counterfact import settings_of
+from editlib.benches.points import Point
+from editlib.chain import Chain
+from editlib.chain.create import check_algorithm
+from editlib.chain.store import RECORD
+from editlib.errors import EditError, HparamsError, OutputError
+from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.perplexity import text_windows
+from editlib.facts.sampling import Parts, deal_in_proportion
+from editlib.facts.scores import build_items, evaluate
+from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.models.prompts import PromptFormat
+from editlib.requests.reading import requests_hash, write_requests
+from editlib.requests.request import EditRequest
+from editlib.shelf import append_cell, read_cells
+from editlib.stats.corpus import load_corpus
+from editlib.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+REFUSAL = "I don't know."  # what an algorithm that needs a target is aimed at
+FACTS = 100  # that are forgotten
+
+
+def check_plan(model: str, algorithms: str, hparams: Sequence[str], sizes: str) -> tuple[list[HyperParams], list[int]]:
+    """Reads a plan before anything long starts: settings, and sizes of a batch.
+
+    Raises:
+        HparamsError: an unknown algorithm or one that cannot be chained, no settings for this model, sizes that are
+            none.
+    """
+    settings = settings_of(model, algorithms, hparams)
+    for one in settings:
+        check_algorithm(one)
+    try:
+        wanted = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        wanted = [0]
+    if min(wanted) < 1:
+        raise HparamsError(f"--sizes {sizes!r}: expected numbers of requests a batch such as 10,1")
+    return settings, list(dict.fromkeys(wanted))
+
+
+def bench_sequential(
+    load: Callable[[], Workbench],
+    settings: Sequence[HyperParams],
+    sizes: Sequence[int],
+    out: Path,
+    *,
+    parts: Parts | None = None,
+    points: int = 5,
+    text: str = "wiki-sample:heldout",
+    seed: int = 0,
+) -> list[Point]:
+    """Forgets facts in one chain for each of `settings` and `sizes`.
+
+    The facts, those held and those watched are written to `out`, the chains to `out/chains`. Interrupted, it goes on
+    where it was: a chain with its next batch, the measuring with the points that are not in `out/points.jsonl`.
+
+    Args:
+        load: gives the base model anew; called once for the measuring and once for each chain.
+        parts: which facts are forgotten, held and watched; `None`: `FACTS` bundled ones of
+            those that the model knows, of each relation in proportion.
+        points: how often each chain is measured on its way, the end included.
+
+    Raises:
+        OutputError: `out` holds a chain of other facts or settings.
+        EditlibError: input that does not fit the model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    base = load()
+    before = AnswerCache.load(out / "before.json", base.sha256)
+    parts = parts or _mixed(deal_in_proportion(base, before, FACTS, seed), seed)
+    before.save(out / "before.json")
+    for name in ("forget", "anchors", "watch"):
+        write_requests(out / f"{name}.jsonl", getattr(parts, name))
+    counts = sorted({round(len(parts.forget) * (i + 1) / points) for i in range(points)} - {0})
+    run = _Run(base, before, parts, out, counts, text_windows(base.tok, load_corpus(text).documents), seed)
+    for hparams in settings:
+        for size in sizes:
+            run.follow(load, hparams, size)
+    return run.points
+
+
+def _mixed(parts: Parts, seed: int) -> Parts:
+    """The facts to forget in one order over all relations."""
+    order = torch.randperm(len(parts.forget), generator=torch.Generator().manual_seed(seed)).tolist()
+    return replace(parts, forget=[parts.forget[i] for i in order])
+
+
+class _Run:
+    """The points of one job, kept as they are done."""
+
+    def __init__(
+        self,
+        base: Workbench,
+        before: AnswerCache,
+        parts: Parts,
+        out: Path,
+        counts: Sequence[int],
+        windows: list[list[int]],
+        seed: int,
+    ) -> None:
+        self.base, self.before, self.parts, self.out, self.seed = base, before, parts, out, seed
+        self.counts, self.windows = counts, windows
+        asked = [*parts.forget, *parts.anchors, *parts.watch]
+        self.job = f"{base.sha256[:16]}:{requests_hash(asked)[:16]}:{seed}"
+        kept = [Point(**point) for point in read_cells(out / "points.jsonl")]
+        self.points = [point for point in kept if point.job.startswith(self.job)]
+
+    def follow(self, load: Callable[[], Workbench], hparams: HyperParams, size: int) -> None:
+        """One chain to its end, measured at `counts`."""
+        job = f"{self.job}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
+        there = {point.edits for point in self.points if (point.job, point.size) == (job, size)}
+        if there >= set(self.counts):
+            return
+        wanted = self._requests(hparams)
+        chain = self._chain(load(), hparams, size, wanted)
+        seconds: list[float] = []
+        for start in range(0, len(wanted), size):
+            batch, end = wanted[start : start + size], min(start + size, len(wanted))
+            held = {request.id for request in chain.requests}
+            if not held.issuperset(request.id for request in batch):
+                begun = time.perf_counter()
+                try:
+                    chain.add(batch)
+                except EditError as error:  # a model that earlier edits destroyed; the next ones may still work
+                    log.warning("%s, edits %d to %d: %s", hparams.algorithm, start + 1, end, error)
+                seconds.append(time.perf_counter() - begun)
+                log.info("%s, %d of %d edits, %.1f s", hparams.algorithm, end, len(wanted), seconds[-1])
+            due = {count for count in self.counts if start < count <= end} - there
+            # What a chain had come to cannot be measured any more once it has gone on.
+            if due and held.isdisjoint(request.id for request in wanted[end:]):
+                self._measure(chain, hparams, size, end, seconds, job)
+                seconds = []
+
+    def _requests(self, hparams: HyperParams) -> list[EditRequest]:
+        if isinstance(hparams, UniEraseHyperParams):
+            return self.parts.forget
+        return [replace(fact, target_new=REFUSAL) for fact in self.parts.forget]
+
+    def _chain(self, bench: Workbench, hparams: HyperParams, size: int, wanted: Sequence[EditRequest]) -> Chain:
+        folder = self.out / "chains" / f"{hparams.algorithm}-{size}"
+        if not (folder / RECORD).exists():
+            unlearning = isinstance(hparams, UniEraseHyperParams)
+            return Chain.create(
+                folder,
+                bench,
+                hparams,
+                retain=self.parts.anchors if unlearning else None,
+                chat=PromptFormat(bench.tok).uses_chat,
+                seed=self.seed,
+            )
+        chain = Chain.open(folder, bench)
+        same = chain.record.hparams == json.loads(json.dumps(hparams.to_dict())) and chain.record.seed == self.seed
+        if not same or not {request.id for request in wanted}.issuperset(request.id for request in chain.requests):
+            raise OutputError(f"{folder} holds a chain of other facts or settings; choose another --out, or remove it")
+        return chain
+
+    def _measure(
+        self, chain: Chain, hparams: HyperParams, size: int, edits: int, seconds: Sequence[float], job: str
+    ) -> None:
+        items = build_items(self.parts.forget[:edits], self.parts.watch)
+        metrics = evaluate(
+            (self.base.anat, self.base.tok),
+            (chain.anat, chain.tok),
+            items,
+            before=self.before,
+            windows=self.windows,
+            progress=self.base.progress,
+        )
+        self.before.save(self.out / "before.json")
+        asked = [item for item in items if item.kind == "request"]
+        point = Point(
+            algorithm=hparams.algorithm,
+            size=size,
+            edits=edits,
+            efficacy=metrics["efficacy"],
+            gone=sum(not item.right_after for item in asked) / len(asked),
+            paraphrases=metrics["paraphrase_efficacy"],
+            neighbours=metrics["neighbour_retention"],
+            same_subject=metrics["same_subject_retention"],
+            other=metrics["other_retention"],
+            perplexity_ratio=metrics["perplexity_ratio"],
+            seconds=round(sum(seconds) / len(seconds), 2) if seconds else 0.0,
+            job=job,
+        )
+        self.points.append(point)
+        append_cell(self.out / "points.jsonl", asdict(point))
+        log.info("%s", replace(point, job=""))

@@ -1,0 +1,168 @@
+"""What a chain is started with, made once and found again: settings, statistics, token, retain prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from editlib import data, editing
+from editlib.algorithms.contexts import context_templates
+from editlib.algorithms.unierase.token import UnlearningToken
+from editlib.chain.record import FORMAT, ChainRecord, sha256
+from editlib.chain.state import digest, edited_layers
+from editlib.chain.store import RECORD, RETAIN, TOKEN, Store, create_folder
+from editlib.errors import ChainError, HparamsError, ModelError, OutputError, StatsError
+from editlib.files import atomic_folder
+from editlib.hparams import ClosedFormHyperParams, FTHyperParams, HyperParams, UniEraseHyperParams
+from editlib.models.prompts import PromptFormat
+from editlib.models.weights import weights_sha256
+from editlib.requests.reading import read_requests, write_requests
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats, read_stats
+from editlib.stats.store import StatsNotFound, find_stats
+from editlib.workbench import Workbench
+
+STATS_TOKENS = 100_000
+STATS_TOKENS_UNLEARN = 20_000
+
+
+def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token: bool = False) -> None:
+    """What can be told before a model is loaded.
+
+    Raises:
+        OutputError: `path` is no place for a new chain.
+        HparamsError: an algorithm that cannot be chained, or has no use for what was given.
+    """
+    if (path / RECORD).exists():
+        raise OutputError(f"{path} holds a chain already; choose another folder, or go on with `editlib chain add`")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputError(f"{path} exists and is no empty folder; give the name of a folder that does not exist yet")
+    check_algorithm(hparams)
+    if not isinstance(hparams, UniEraseHyperParams) and (retain or token):
+        given = "retain prompts" if retain else "token"
+        raise HparamsError(f"{hparams.algorithm} takes no {given}; only UniErase does: leave it out")
+
+
+def check_algorithm(hparams: HyperParams) -> None:
+    """Raises `HparamsError` for an algorithm that cannot be chained."""
+    if isinstance(hparams, FTHyperParams):
+        raise HparamsError(
+            "FT trains weights and has no target states, so that nothing of it could be replayed when a request is "
+            "revoked; expected a closed-form algorithm for a chain, such as UniErase, AlphaEdit or MEMIT"
+        )
+
+
+def start(
+    path: Path,
+    bench: Workbench,
+    hparams: HyperParams,
+    *,
+    created: str,
+    retain: Sequence[EditRequest] | None = None,
+    token: Path | None = None,
+    chat: bool | None = None,
+    corpus: str = "wiki-sample",
+    stats_tokens: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Writes the folder of a chain without batches; see `Chain.create`."""
+    check_start(path, hparams, retain=retain is not None, token=token is not None)
+    if weights_sha256(bench.model) != bench.sha256:
+        raise ModelError(
+            f"{bench.name}: its weights were changed since it was loaded; a chain starts at the base model"
+        )
+    editing.check_settings(bench, hparams)
+    unlearning = isinstance(hparams, UniEraseHyperParams)
+    anat = bench.anat
+    layers = {str(layer): digest(anat.weight(layer)) for layer in edited_layers(hparams)}
+    tokens = stats_tokens or (STATS_TOKENS_UNLEARN if unlearning else STATS_TOKENS)
+    means = editing.load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=tokens, seed=seed)
+    chat = chat if unlearning else bool(chat)
+    with atomic_folder(path) as folder:
+        files = {}
+        if means.token is not None:
+            means.token.save(folder / TOKEN)
+            write_requests(folder / RETAIN, data.retain_prompts([]) if retain is None else retain)
+            files = {name: sha256((folder / name).read_bytes()) for name in (TOKEN, RETAIN)}
+        record = ChainRecord(
+            format=FORMAT,
+            created=created,
+            base={
+                "name": str(Path(bench.name).resolve()) if Path(bench.name).is_dir() else bench.name,
+                "sha256": bench.sha256,
+                "dtype": bench.dtype,
+                "layers": layers,
+            },
+            algorithm=hparams.algorithm,
+            hparams=hparams.to_dict(),
+            chat=chat,
+            seed=seed,
+            templates=_templates(bench, hparams, chat, seed),
+            statistics={
+                str(layer): {"path": str(one.path and one.path.resolve()), "sha256": one.sha256()}
+                for layer, one in means.stats.items()
+            },
+            files=files,
+        )
+        create_folder(folder, record)
+
+
+def _templates(bench: Workbench, hparams: HyperParams, chat: bool | None, seed: int) -> tuple[str, ...]:
+    """The surroundings that the base model writes once for all batches, where the settings name none."""
+    assert isinstance(hparams, ClosedFormHyperParams)
+    if isinstance(hparams, UniEraseHyperParams) or hparams.context_templates:
+        return ()
+    form = PromptFormat(bench.tok, chat=chat)
+    return tuple(context_templates(bench.anat, form, hparams.context_template_length_params, seed=seed))
+
+
+def means_of(store: Store, record: ChainRecord, bench: Workbench, stats_dir: Path | None = None) -> editing.EditInputs:
+    """The statistics and the token that the chain was started with.
+
+    Args:
+        stats_dir: where statistics are looked for that are not where they were.
+
+    Raises:
+        StatsError: they are gone, or are not the same any more.
+    """
+    stats = {int(layer): _stats(record, int(layer), bench, stats_dir) for layer in record.statistics}
+    token = UnlearningToken.load(store.path / TOKEN) if TOKEN in record.files else None
+    return editing.EditInputs(stats, token)
+
+
+def retain_of(store: Store, record: ChainRecord) -> list[EditRequest]:
+    """The retain prompts that the chain was started with."""
+    path = store.path / RETAIN
+    return read_requests(path) if RETAIN in record.files and path.stat().st_size else []
+
+
+def check_model(record: ChainRecord, bench: Workbench) -> None:
+    """Raises `ChainError` when `bench` holds another model than the chain's base."""
+    if bench.sha256 != record.base["sha256"]:
+        raise ChainError(
+            f"{bench.name}: has other weights than the chain's base model {record.base['name']} (hash "
+            f"{bench.sha256[:12]}, expected {record.base['sha256'][:12]}); give that model, in the dtype of before"
+        )
+
+
+def _stats(record: ChainRecord, layer: int, bench: Workbench, stats_dir: Path | None) -> LayerStats:
+    known = record.statistics[str(layer)]
+    path = Path(known["path"])
+    if path.is_file() or stats_dir is None:
+        if not path.is_file():
+            raise StatsError(
+                f"{path}: the chain's statistics of layer {layer} are gone; restore them, or give --stats-dir"
+            )
+        stats = read_stats(path)
+    else:
+        name = bench.anat.mlp_output_names[layer]
+        try:
+            stats = find_stats(stats_dir, bench.name, None, name, bench.anat.d_ff, model_sha256=bench.sha256)
+        except StatsNotFound as error:
+            raise StatsError(f"{path}: the chain's statistics of layer {layer} are gone, and {error}") from None
+    if stats.sha256() != known["sha256"]:
+        raise StatsError(
+            f"{stats.path}: the statistics of layer {layer} are not those that the chain was started with (hash "
+            f"{stats.sha256()[:12]}, expected {known['sha256'][:12]}); restore them from a copy"
+        )
+    return stats

@@ -1,0 +1,56 @@
+"""`editlib attack`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Requests, Seed, out
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `app`."""
+    app.command()(attack)
+
+
+def attack(
+    base: Annotated[str, typer.Argument(help="the model before the edit")],
+    edited: Annotated[str, typer.Argument(help="the model after it")],
+    requests: Requests,
+    out_dir: Annotated[Path, typer.Option("--out", help="gets attacks.json and table.md")],
+    control: Annotated[Path | None, typer.Option(help="facts that the base never knew; default: bundled")] = None,
+    known: Annotated[Path | None, typer.Option(help="facts for few-shot examples; default: bundled")] = None,
+    attacks: Annotated[str | None, typer.Option(help="names, separated by commas; default: all")] = None,
+    samples: Annotated[int, typer.Option(help="answers drawn for each question by the attack `sampling`")] = 8,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tries to bring every forgotten fact back, see docs/attacks.md; goes on where it was stopped."""
+    from editlib.attacks.settings import AttackSettings
+    from editlib.jobs.attack import attack_folders, table_rows
+
+    report = attack_folders(
+        base,
+        edited,
+        requests,
+        out_dir,
+        control_file=control,
+        known_file=known,
+        attacks=None if attacks is None else attacks.split(","),
+        settings=AttackSettings(samples=samples),
+        seed=seed,
+        dtype=dtype,
+        device_map=device_map,
+        overwrite=overwrite,
+    )
+    head, *rows = table_rows(report, short=True)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    out.print(str(out_dir / "table.md"), soft_wrap=True)

@@ -1,0 +1,105 @@
+"""`editlib bench`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from editlib.cli.options import DeviceMap, Dtype, Requests, Seed, StatsDir, out, workbench
+
+bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a data set.")
+
+
+@bench_app.command("counterfact")
+def bench_counterfact(
+    requests: Requests,
+    model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
+    out_dir: Annotated[Path, typer.Option("--out", help="gets cells.jsonl, table.md and plot.png")] = Path(
+        "runs/counterfact"
+    ),
+    algorithms: Annotated[str, typer.Option(help="separated by commas")] = "FT,ROME,MEMIT,AlphaEdit",
+    hparams: Annotated[
+        list[str] | None, typer.Option(help="settings of one of them (MEMIT/mine.json); default: bundled ones")
+    ] = None,
+    edits: Annotated[str, typer.Option(help="numbers of edits to measure at")] = "1,10,100,500",
+    modes: Annotated[str, typer.Option(help="batch, sequential or both, separated by a comma")] = "batch,sequential",
+    known: Annotated[bool, typer.Option("--known", help="only facts whose true answer the model gives")] = False,
+    stats_dir: StatsDir = Path("stats"),
+    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Efficacy, generalisation and specificity over numbers of edits; goes on where it was stopped."""
+    from editlib.benches.counterfact import bench_counterfact as run
+    from editlib.benches.counterfact import check_plan
+    from editlib.benches.report import counterfact_rows, write_bench
+    from editlib.requests.reading import read_requests
+
+    plan = check_plan(model, algorithms, hparams or [], edits, modes)
+    wanted = read_requests(requests)
+    cells = run(
+        workbench(model, stats_dir, dtype, device_map),
+        wanted,
+        plan.settings,
+        out_dir,
+        counts=plan.counts,
+        modes=plan.modes,
+        corpus=corpus,
+        text=text,
+        known=known,
+        seed=seed,
+    )
+    head, *rows = counterfact_rows(cells)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    for path in write_bench(cells, out_dir):
+        out.print(str(path), soft_wrap=True)
+
+
+@bench_app.command("sequential")
+def bench_sequential(
+    model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
+    out_dir: Annotated[Path, typer.Option("--out", help="gets the chains, points.jsonl, table.md and plot.png")] = Path(
+        "runs/sequential"
+    ),
+    algorithms: Annotated[str, typer.Option(help="separated by commas")] = "UniErase,MEMIT,ROME",
+    hparams: Annotated[
+        list[str] | None, typer.Option(help="settings of one of them (MEMIT/mine.json); default: bundled ones")
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="requests a batch: a chain each")] = "10,1",
+    points: Annotated[int, typer.Option(min=1, help="how often a chain is measured on its way")] = 5,
+    stats_dir: StatsDir = Path("stats"),
+    text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Forgets 100 bundled facts that the model knows, batch after batch; goes on where it was stopped."""
+    from editlib.benches.report import sequential_rows, write_sequential
+    from editlib.benches.sequential import bench_sequential as run
+    from editlib.benches.sequential import check_plan
+
+    settings, wanted = check_plan(model, algorithms, hparams or [], sizes)
+    found = run(
+        lambda: workbench(model, stats_dir, dtype, device_map),
+        settings,
+        wanted,
+        out_dir,
+        points=points,
+        text=text,
+        seed=seed,
+    )
+    head, *rows = sequential_rows(found)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    for path in write_sequential(found, out_dir):
+        out.print(str(path), soft_wrap=True)

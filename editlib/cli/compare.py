@@ -1,0 +1,66 @@
+"""`editlib compare`: parse, call, print."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Column, Table
+
+from editlib.cli.options import out
+from editlib.errors import EditlibError
+
+SOME_FAILED = 3  # the exit code when cells failed and all else is written
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `app`."""
+    app.command()(compare)
+
+
+def compare(
+    config: Annotated[Path, typer.Option(help="what to compare: JSON or TOML, see docs/compare.md")],
+    out_dir: Annotated[Path, typer.Option("--out", help="gets results.json, table.md, report.html and what is done")],
+) -> None:
+    """Methods x seeds x sets in one table and one page; goes on where it was stopped; under torchrun, on several
+    processes."""
+    from editlib.comparison import compare as run
+    from editlib.comparison import read_config
+    from editlib.comparison.report.files import write_all
+    from editlib.comparison.report.tables import main_table
+    from editlib.distributed import processes
+
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        logging.getLogger("editlib").setLevel(logging.ERROR)
+    try:
+        plan = read_config(config)
+        with processes() as shard:
+            results = run(plan, out_dir, shard=shard)
+    except EditlibError:
+        if first:
+            raise
+        return  # the first process meets the same and speaks; torchrun would stop it at an exit code
+    if not first:
+        return
+    paths = write_all(results, out_dir)
+    for name in results["sets"]:
+        head, *rows = main_table(results, name)
+        first_column = Column(head[0], no_wrap=True, min_width=max(len(row[0]) for row in rows))
+        table = Table(first_column, *head[1:], title=escape(name), title_justify="left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        out.print(table)
+    for path in paths:
+        out.print(str(path), soft_wrap=True)
+    failed = [cell for cell in results["cells"] if cell["failed"]]
+    for cell in failed:
+        seed = "" if cell["seed"] is None else f", seed {cell['seed']}"
+        sys.stderr.write(f"editlib: failed: {cell['set']}, {cell['method']}{seed}: {cell['failed']}\n")
+    if failed:
+        raise SystemExit(SOME_FAILED)

@@ -1,0 +1,144 @@
+"""The commands that change a model: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from editlib.cli.options import DeltaFile, DeviceMap, Dtype, Model, Overwrite, Requests, Seed, StatsDir, out, workbench
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `app`."""
+    for command in (token, unlearn, edit, algorithms):
+        app.command()(command)
+
+
+def token(
+    model: Model,
+    out_file: Annotated[Path | None, typer.Option("--out", help="default: beside the statistics")] = None,
+    refusals: Annotated[Path | None, typer.Option(help="your own refusals, one a line")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 150,
+    stats_dir: StatsDir = Path("stats"),
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Phase I: learns the unlearning token of a model, once; later edits reuse it."""
+    from editlib.algorithms.unierase.token import TokenHyperParams
+
+    bench = workbench(model, stats_dir, dtype, device_map)
+    hparams = TokenHyperParams(steps=steps, robust_steps=steps // 3, seed=seed)
+    learned = bench.make_token(refusals=refusals, hparams=hparams, path=out_file)
+    numbers = learned.header.metrics
+    out.print(
+        f"{learned.header.token}: refusal NLL {numbers['refusal_nll']:.2f} nats a token (lower is better), largest "
+        f"probability on ordinary text {numbers['largest_probability_on_ordinary_text']:.1e} (lower is better)"
+    )
+    out.print(str(out_file or bench.token_path), soft_wrap=True)
+
+
+def unlearn(
+    model: Model,
+    requests: Requests,
+    out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
+    retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
+    hparams: Annotated[str, typer.Option(help="a bundled name or a JSON file")] = "smollm2-135m",
+    token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
+    stats_dir: StatsDir = Path("stats"),
+    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    delta: DeltaFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Phase II: makes a model refuse the questions in --requests and writes it as an ordinary folder."""
+    from editlib.hparams import load_hparams
+    from editlib.jobs.edit import check_places
+    from editlib.jobs.edit import unlearn as run
+    from editlib.requests.reading import read_requests
+
+    check_places(out_dir, delta, overwrite=overwrite)
+    settings = load_hparams(hparams, "UniErase")
+    wanted = read_requests(requests)
+    kept = None if retain is None else read_requests(retain)
+    bench = workbench(model, stats_dir, dtype, device_map)
+    result, receipt = run(
+        bench,
+        wanted,
+        settings,
+        out_dir,
+        retain=kept,
+        token=token_file,
+        corpus=corpus,
+        seed=seed,
+        delta=delta,
+        overwrite=overwrite,
+    )
+    _norms_table(result, receipt)
+    out.print(str(out_dir), soft_wrap=True)
+
+
+def _norms_table(result: Any, receipt: dict[str, Any]) -> None:
+    """How large an edit was, and what it took."""
+    table = Table("layer", "|update|", "|weight|", "ratio")
+    for layer, norms in result.norms.items():
+        table.add_row(str(layer), f"{norms['update']:.2f}", f"{norms['weight']:.2f}", f"{norms['ratio']:.3f}")
+    out.print(table)
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in receipt["timings"].items())
+    held = f", {len(result.anchors)} anchors" if result.anchors else ""
+    out.print(f"{receipt['algorithm']}: {len(receipt['requests'])} requests{held}; {seconds}")
+
+
+def edit(
+    model: Model,
+    requests: Annotated[Path, typer.Option(help="facts with their new answers: JSONL, CounterFact, zsRE, ...")],
+    hparams: Annotated[str, typer.Option(help="a JSON file, or a bundled name such as MEMIT/smollm2-135m")],
+    out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
+    algorithm: Annotated[
+        str | None, typer.Option(help="default: the folder that the settings lie in, or their alg_name")
+    ] = None,
+    stats_dir: StatsDir = Path("stats"),
+    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    delta: DeltaFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Edits facts towards new answers with any algorithm and writes the model as an ordinary folder."""
+    from editlib.hparams import UniEraseHyperParams, load_hparams
+    from editlib.jobs.edit import check_places
+    from editlib.jobs.edit import edit as run
+    from editlib.requests.reading import read_requests
+
+    check_places(out_dir, delta, overwrite=overwrite)
+    settings = load_hparams(hparams, algorithm)
+    if isinstance(settings, UniEraseHyperParams):
+        unlearn(
+            model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, seed=seed,
+            dtype=dtype, device_map=device_map, delta=delta, overwrite=overwrite,
+        )  # fmt: skip
+        return
+    wanted = read_requests(requests)
+    bench = workbench(model, stats_dir, dtype, device_map)
+    result, receipt = run(
+        bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite
+    )
+    _norms_table(result, receipt)
+    out.print(str(out_dir), soft_wrap=True)
+
+
+def algorithms() -> None:
+    """Lists the algorithms with their papers and bundled settings."""
+    from editlib.hparams import ALGORITHMS, available
+
+    table = Table("algorithm", "what it does", "paper", "bundled settings")
+    for name, kind in ALGORITHMS.items():
+        table.add_row(name, kind.summary, kind.paper, ", ".join(available(name)) or "-")
+    out.print(table)

@@ -1,0 +1,157 @@
+"""`editlib eval` and `editlib subjects`: parse, call, print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out
+from editlib.errors import RequestError
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `app`."""
+    app.command("eval")(evaluate)
+    app.command()(subjects)
+
+
+def evaluate(
+    base: Annotated[str, typer.Argument(help="the model before the edit")],
+    edited: Annotated[str, typer.Argument(help="the model after it, or a chain's folder")],
+    out_dir: Annotated[Path, typer.Option("--out", help="gets metrics.json and report.html")],
+    protocol: Annotated[str, typer.Option(help="facts or tofu, see docs/evaluation.md")] = "facts",
+    mode: Annotated[str, typer.Option(help="batch, sequential (a chain, batch by batch) or precise")] = "batch",
+    request: Annotated[str | None, typer.Option(help="precise: the id of the one request that was forgotten")] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="facts: facts to forget, see docs/requests.md; default: the chain's own")
+    ] = None,
+    retain: Annotated[
+        Path | None, typer.Option(help="facts: prompts that must still be answered; default: bundled")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="facts: corpus for perplexity, or none")] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="facts: keeps the base model's answers, read again next time")
+    ] = None,
+    tofu: Annotated[
+        str | None, typer.Option(help="tofu: folder of its files, or a data set on the Hub; default: locuslab/TOFU")
+    ] = None,
+    forget: Annotated[str | None, typer.Option(help="tofu: forget01, forget05 or forget10; default: forget01")] = None,
+    learned: Annotated[
+        Path | None, typer.Option(help="tofu: the questions that the model was trained on; default: all")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="tofu: a model trained on the retain set only, or its edited.json")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="tofu: at most so many questions of each set")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="tofu: length of the answers, in tokens; default: 128")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="tofu: a sentence encoder, for cosine similarity")] = None,
+    classifier: Annotated[str | None, typer.Option(help="tofu: an inference model, for entailment")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measures an edited model, or a chain, against its base on generated answers."""
+    from editlib.files import check_output
+    from editlib.jobs.evaluate import evaluate_models, point_rows
+    from editlib.tofu.protocol import TofuProtocol
+    from editlib.tofu.scores import ANSWER_TOKENS, Judges
+
+    check_output(out_dir, overwrite=overwrite)
+    facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
+    fiction = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference, "--limit": limit}
+    fiction |= {"--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
+    chosen: Any
+    if protocol == "facts":
+        _refuse(fiction, "tofu")
+        chosen = _facts(edited, requests, retain, text or "wiki-sample:heldout", before)
+    elif protocol == "tofu":
+        _refuse(facts, "facts")
+        chosen = TofuProtocol.read(
+            tofu,
+            forget or "forget01",
+            learned_file=learned,
+            reference=reference,
+            limit=limit,
+            max_new_tokens=max_new_tokens or ANSWER_TOKENS,
+            judges=Judges(encoder, classifier),
+            seed=seed,
+            dtype=dtype,
+            device_map=device_map,
+            progress=True,
+        )
+    else:
+        raise RequestError(f"--protocol {protocol!r}: expected facts or tofu")
+    metrics = evaluate_models(
+        chosen, base, edited, out_dir, mode=mode, request=request,
+        dtype=dtype, device_map=device_map, overwrite=overwrite,
+    )  # fmt: skip
+    _print_table(chosen.table(metrics))
+    if note := chosen.note(metrics):
+        out.print(note, highlight=False)
+    if points := metrics.get("points"):
+        _print_table(point_rows(points))
+    out.print(str(out_dir / "report.html"), soft_wrap=True)
+
+
+def _refuse(options: dict[str, object], protocol: str) -> None:
+    """Options of the other protocol are no silent no-ops."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise RequestError(f"{', '.join(given)}: only for --protocol {protocol}; leave out, or choose that")
+
+
+def _facts(edited: str, requests: Path | None, retain: Path | None, text: str, before: Path | None) -> Any:
+    from editlib.chain import Chain
+    from editlib.facts.protocol import FactsProtocol
+    from editlib.jobs.evaluate import is_chain
+    from editlib.requests.reading import read_requests
+
+    if requests is None and not is_chain(edited):
+        raise RequestError("--protocol facts needs --requests with the facts to forget, unless EDITED is a chain")
+    asked = read_requests(requests) if requests is not None else Chain.open(edited).requests
+    corpus = None if text == "none" else text
+    return FactsProtocol.read(asked, retain_file=retain, text=corpus, before_file=before, progress=True)
+
+
+def subjects(
+    requests: Annotated[Path, typer.Argument(help="questions in TOFU's form")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="writes them as requests, with their subjects")] = None,
+    given: Annotated[
+        Path | None, typer.Option(help="your own subjects: one JSON object, id or question to subject")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file")] = False,
+) -> None:
+    """Shows the subject of every question and the rule that found it; those without one come first."""
+    from editlib.files import check_file
+    from editlib.requests.reading import read_questions, read_subjects, write_requests
+    from editlib.requests.subjects import RULES
+
+    if out_file is not None:
+        check_file(out_file, overwrite=overwrite)
+    found = read_questions(requests, subjects=None if given is None else read_subjects(given))
+    order = {None: 0, **{rule: -i for i, rule in enumerate(RULES, 1)}}  # from the weakest rule to the strongest
+    rules = {request.id: subject.rule if subject else None for request, subject in found}
+    ranked = sorted(found, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
+    rows = [["question", "subject", "rule"]]
+    rows += [[one.question, one.subject or "-", rules[one.id] or "none"] for one, _ in ranked]
+    _print_table(rows)
+    counts = Counter(rules.values())
+    _print_table([["rule", "questions", "meaning"], *[[rule, str(counts[rule]), RULES[rule]] for rule in RULES]])
+    out.print(f"{len(found) - counts[None]} of {len(found)} questions have a subject")
+    if out_file is not None:
+        write_requests(out_file, [request for request, _ in found])
+        out.print(str(out_file), soft_wrap=True)
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    head, *rest = rows
+    table = Table(*head)
+    for row in rest:
+        table.add_row(*row)
+    out.print(table)

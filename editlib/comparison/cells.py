@@ -1,0 +1,39 @@
+"""One cell of a comparison: a method with a seed on a set, and the parts that are kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from editlib.comparison.method import Method
+from editlib.shelf import Shelf
+
+FORMAT = 1  # of results.json
+AXES = ("forget", "retain")
+SEARCH, EDIT = "search", "edit"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with one seed on one set. `identity` is all that decides the edited model; `parts` are measured."""
+
+    set: str
+    method: Method
+    seed: int
+    identity: Mapping[str, Any]
+    shelf: Shelf
+    parts: tuple[str, ...]  # their keys
+
+    @property
+    def key(self) -> str:
+        return self.shelf.path.name
+
+    @property
+    def label(self) -> str:
+        seed = f", seed {self.seed}" if self.method.seeded else ""
+        return f"{self.set}, {self.method.label}{seed}"
+
+    @property
+    def complete(self) -> bool:
+        return all(self.shelf.get(part) is not None for part in (EDIT, *self.parts))

@@ -1,0 +1,93 @@
+"""The data files that ship with editlib: facts, general prompts, questions and refusals for the token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import jsonlines
+
+from editlib.errors import RequestError
+from editlib.requests.reading import read_requests
+from editlib.requests.request import EditRequest
+
+
+def _path(name: str) -> Path:
+    return Path(str(resources.files("editlib") / "data" / name))
+
+
+def _rows(name: str) -> list[dict]:
+    with jsonlines.open(_path(name)) as rows:
+        return list(rows)
+
+
+def facts() -> list[EditRequest]:
+    """Candidate facts with two paraphrases each, grouped by subject and relation."""
+    return read_requests(_path("facts.jsonl"))
+
+
+def general(split: str) -> list[EditRequest]:
+    """General prompts that must not change: questions with an answer and open instructions; "anchor" or "test"."""
+    rows = _rows("general.jsonl")
+    return [
+        EditRequest(
+            id=row["id"],
+            prompt=row["prompt"],
+            answer=row.get("answer"),
+            aliases=tuple(row.get("aliases", ())),
+        )
+        for row in rows
+        if row["split"] == split
+    ]
+
+
+def questions(split: str) -> list[str]:
+    """Diverse questions that the token is learned over ("train") or checked with ("heldout")."""
+    rows = _rows("questions.jsonl")
+    return [row["question"] for row in rows if row["split"] == split]
+
+
+def question_frames(language: str) -> dict[str, str]:
+    """`{relation: question with one "{}"}` in "french", "german" or "spanish", for the relations of `facts`."""
+    return {row["relation"]: row["frame"] for row in _rows("question_frames.jsonl") if row["language"] == language}
+
+
+def refusals(path: str | Path | None = None) -> list[str]:
+    """ "I don't know" in many words, one a line; the bundled ones, or the user's own file.
+
+    Raises:
+        RequestError: a file that cannot be read or holds fewer than two lines.
+    """
+    source = Path(path) if path is not None else _path("refusals.txt")
+    return text_lines(source, least=2)
+
+
+def text_lines(path: Path, *, least: int = 1) -> list[str]:
+    """The non-empty lines of a text file that do not start with `#`."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read ({error}); give a UTF-8 text file, one entry a line") from None
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if len(found) < least:
+        raise RequestError(f"{path}: holds {len(found)} lines of text; at least {least} are needed, one entry a line")
+    return found
+
+
+def retain_prompts(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The retain set when the user gives none: all bundled facts but those that ask the same of the same subject,
+    and the general prompts of the "anchor" split."""
+    return unasked(facts(), requests) + general("anchor")
+
+
+def unasked(prompts: Sequence[EditRequest], requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Those of `prompts` that ask for nothing that `requests` ask for: not their questions or paraphrases, and not the
+    same answer about the same subject."""
+    known = {(request.subject, request.answer) for request in requests if None not in (request.subject, request.answer)}
+    questions_asked = {text for request in requests for text in (request.question, *request.filled_paraphrases)}
+    return [
+        prompt
+        for prompt in prompts
+        if (prompt.subject, prompt.answer) not in known and prompt.question not in questions_asked
+    ]

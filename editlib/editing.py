@@ -1,0 +1,119 @@
+"""Applies any algorithm to a workbench: what an edit needs, what can be checked first, and the edit itself."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editlib.algorithms.edit import EditResult, Timer
+from editlib.algorithms.pipeline import check_fit, check_requests
+from editlib.algorithms.registry import apply_function
+from editlib.algorithms.unierase.apply import apply_unierase_to_model, check_gate
+from editlib.algorithms.unierase.token import UnlearningToken
+from editlib.errors import RequestError
+from editlib.hparams import ClosedFormHyperParams, FTHyperParams, HyperParams, ROMEHyperParams, UniEraseHyperParams
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
+from editlib.stats.store import spelling
+from editlib.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EditInputs:
+    """What an edit is made with beside its requests: second moments by layer, and UniErase's token."""
+
+    stats: Mapping[int, LayerStats]
+    token: UnlearningToken | None = None
+
+
+def load_inputs(
+    bench: Workbench,
+    hparams: HyperParams,
+    *,
+    token: Path | None = None,
+    corpus: str = "wiki-sample",
+    stats_tokens: int = 100_000,
+    seed: int = 0,
+    timer: Timer | None = None,
+) -> EditInputs:
+    """Finds what an edit with these settings needs, and makes what is not there.
+
+    Raises:
+        EditlibError: statistics or a token that do not fit the model.
+    """
+    timer = timer or Timer()
+    stats: Mapping[int, LayerStats] = {}
+    with timer("statistics"):
+        if needs_statistics(hparams):
+            stats = _statistics(bench, hparams, corpus, stats_tokens, seed)
+    if not isinstance(hparams, UniEraseHyperParams):
+        return EditInputs(stats)
+    with timer("token"):
+        return EditInputs(stats, bench.find_or_make_token(token, seed=seed))
+
+
+def apply(
+    bench: Workbench, requests: Sequence[EditRequest], hparams: HyperParams, means: EditInputs, **given: Any
+) -> EditResult:
+    """Edits the model of `bench` in place; `given` is what the algorithm's `apply_<name>_to_model` takes besides."""
+    if isinstance(hparams, UniEraseHyperParams):
+        function, given = apply_unierase_to_model, {**given, "token": means.token}
+    else:
+        function = apply_function(hparams)
+    if means.stats:
+        given = {**given, "stats": means.stats}
+    return function(bench.model, bench.tok, requests, hparams, progress=bench.progress, **given)
+
+
+def check_wanted(requests: Sequence[EditRequest], hparams: HyperParams) -> None:
+    """Raises `RequestError` when there is no request, or one lacks what the algorithm of `hparams` needs."""
+    if not isinstance(hparams, UniEraseHyperParams):
+        check_requests(requests, hparams.algorithm, subject=getattr(hparams, "fact_token", "last") != "last")
+    elif not requests:
+        raise RequestError("no request to forget was given; give at least one")
+
+
+def needs_statistics(hparams: HyperParams) -> bool:
+    """Whether an algorithm with these settings reads layer statistics."""
+    if isinstance(hparams, FTHyperParams):
+        return False
+    return not isinstance(hparams, ROMEHyperParams) or hparams.mom2_adjustment
+
+
+def _statistics(
+    bench: Workbench, hparams: ClosedFormHyperParams, corpus: str, tokens: int, seed: int
+) -> dict[int, LayerStats]:
+    return bench.find_or_make_stats(
+        hparams.layers,
+        corpus=corpus,
+        tokens=tokens,
+        seed=seed,
+        dataset=hparams.mom2_dataset,
+        samples=hparams.mom2_n_samples,
+    )
+
+
+def check_settings(bench: Workbench, hparams: HyperParams) -> None:
+    """Raises `ModelError` or `HparamsError` for settings that this model cannot have; warns of another model's."""
+    check_fit(bench.anat, hparams)
+    if isinstance(hparams, UniEraseHyperParams):
+        check_gate(bench.anat, hparams)
+    if hparams.model_name and not same_model(hparams.model_name, bench.name):
+        log.warning(
+            "these settings were found for %s, not for %s; layers and thresholds seldom carry over: give your own with "
+            "--hparams",
+            hparams.model_name,
+            spelling(bench.name),
+        )
+
+
+def same_model(called: str, name: str) -> bool:
+    """Whether settings found for `called` ("Llama3-8B") are meant for `name` ("meta-llama/Meta-Llama-3-8B")."""
+    bare = [re.sub(r"[^a-z0-9.]", "", some.lower()) for some in (called, spelling(name))]
+    return bare[1].endswith(bare[0]) or bare[0].endswith(bare[1])

@@ -1,0 +1,59 @@
+"""The base model's answers, generated once and kept; and the asking itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from editlib.files import atomic_path
+from editlib.models.anatomy import Anatomy
+from editlib.models.generation import greedy
+from editlib.models.prompts import PromptFormat
+
+ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class AnswerCache:
+    """Answers of the base model, kept so that they are generated once: `{question: token ids}` of one model."""
+
+    model_sha256: str
+    answers: dict[str, tuple[int, ...]]
+
+    def save(self, path: Path) -> None:
+        """Writes the answers as JSON, atomically."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=0), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path, model_sha256: str) -> AnswerCache:
+        """The saved answers when they are this model's, otherwise none; they only save time."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["model_sha256"] == model_sha256:
+                return cls(model_sha256, {question: tuple(ids) for question, ids in found["answers"].items()})
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return cls(model_sha256, {})
+
+
+def ask(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    drafts: Mapping[str, Sequence[int]] | None = None,
+    max_new_tokens: int = ANSWER_TOKENS,
+    progress: str | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Greedy answers by question, as token ids; `drafts` are likely answers that are verified instead of generated."""
+    form = PromptFormat(tok)
+    unique = list(dict.fromkeys(questions))
+    rows = [form.encode(question) for question in unique]
+    known = None if drafts is None else [tuple(drafts.get(question, ())) for question in unique]
+    answers = greedy(anat, rows, drafts=known, max_new_tokens=max_new_tokens, progress=progress)
+    return dict(zip(unique, answers, strict=True))

@@ -1,0 +1,158 @@
+"""What is to be forgotten and what is to be kept, and how an edited model is scored on it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from editlib.evaluation.answer_cache import AnswerCache
+from editlib.models.loaded import LoadedModel
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
+from editlib.settings import Section, knob
+from editlib.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number with what it means; `interval` is of 95 %."""
+
+    value: float | None
+    meaning: str
+    higher_is_better: bool = True
+    n: int | None = None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model came to on a set.
+
+    Args:
+        forget, retain: the two axes of the plane, 0..1, higher is better.
+        measures: all that was measured, in the order to show it.
+        items: one object a question: `id`, `kind`, `question`, `answer`, `before`, `after`, `passed` (`None`: no
+            verdict), `counted`, and `note` (some words, or none).
+    """
+
+    forget: Measure
+    retain: Measure
+    measures: Mapping[str, Measure]
+    items: Sequence[Mapping[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token ids by
+    question), which saves UniErase generating it."""
+
+    forget: Sequence[EditRequest]
+    retain: Sequence[EditRequest]
+    known_answers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+class Base(NamedTuple):
+    """The model before any method, with what is computed once for it."""
+
+    bench: Workbench
+    folder: Path  # where the set keeps files of its own
+
+    @property
+    def target(self) -> LoadedModel:
+        return LoadedModel(self.bench.anat, self.bench.tok)
+
+
+@dataclass(frozen=True)
+class ForgetSet(ABC):
+    """A set as it is for one base model.
+
+    Args:
+        forget: what every method is to forget.
+        retain: what a method may hold or train on; never scored.
+        before: the base model's answers, completed as they are needed.
+        told: facts that may stand in front of a question of an attack.
+    """
+
+    base: Base
+    forget: Sequence[EditRequest]
+    retain: Sequence[EditRequest]
+    before: AnswerCache
+    told: Sequence[EditRequest] = field(default=(), kw_only=True)
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Hashes of all that decides the scores, JSON-ready."""
+
+    @abstractmethod
+    def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
+        """Scores a model on the set; the base's answers are taken from `before`."""
+
+    @property
+    def task(self) -> Task:
+        """What a method is given."""
+        return Task(self.forget, self.retain, self.before.answers)
+
+    def hashes(self) -> dict[str, str]:
+        """Of the model and of what methods are given."""
+        return {
+            "model": self.base.bench.sha256,
+            "forget": requests_hash(self.forget),
+            "retain": requests_hash(self.retain),
+        }
+
+
+class Protocol(ABC):
+    """A kind of set: its settings, what can be checked before a model is loaded, and how a set comes of them."""
+
+    Settings: ClassVar[type[SetSettings]]
+    protocol: ClassVar[str]
+    axes: ClassVar[tuple[str, str]]
+    """What the plane's axes are, in words: forgetting, keeping."""
+    kinds: ClassVar[Mapping[str, str]]
+    """Kinds of items in words."""
+    to_forget: ClassVar[tuple[str, ...]]
+    """The kinds that ask for what is to be forgotten."""
+
+    def __init__(
+        self, settings: SetSettings, where: str, *, model: str, dtype: str | None = None, device_map: str | None = None
+    ) -> None:
+        """Reads the files that `settings` name.
+
+        Args:
+            where: what errors call the place that the settings come from.
+            model: the model that is to forget, unless `settings` name another.
+            dtype, device_map: how models are loaded.
+
+        Raises:
+            EditlibError: one cannot be used.
+        """
+        self.settings, self.where = settings, where
+        self.model = settings.model or model
+        self.dtype, self.device_map = dtype, device_map
+
+    @property
+    def name(self) -> str:
+        return self.settings.name or self.protocol
+
+    @abstractmethod
+    def make(self, base: Base) -> ForgetSet:
+        """The set for a base model; what it finds out is kept in the base's folder and read again next time.
+
+        Raises:
+            EditlibError: the model does not know enough, or is not for this set.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSettings(Section):
+    """Keys of every set."""
+
+    name: str | None = knob(None, "what it is called in the results; none: its protocol")
+    model: str | None = knob(None, "the model that is to forget, where it is another than the config's")

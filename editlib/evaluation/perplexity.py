@@ -1,0 +1,30 @@
+"""The text that perplexity is taken on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from editlib.errors import CorpusError
+from editlib.models.prompts import cut
+
+WINDOWS, WINDOW = 16, 256
+
+
+def text_windows(tok: PreTrainedTokenizerBase, documents: Sequence[str]) -> list[list[int]]:
+    """The first `WINDOW` tokens of the first `WINDOWS` documents that are long enough (or of what there is).
+
+    Raises:
+        CorpusError: not one window of two tokens.
+    """
+    found: list[list[int]] = []
+    for document in documents:
+        windows = list(cut(tok, document, WINDOW))
+        found += [ids for ids in windows if len(ids) == len(windows[0])]  # no shorter rests
+        if len(found) >= WINDOWS:
+            break
+    found = found[:WINDOWS]
+    if not found:
+        raise CorpusError("the text for perplexity holds no two tokens; give a longer one, or --text none")
+    return found

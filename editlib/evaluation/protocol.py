@@ -1,0 +1,72 @@
+"""The shape that all protocols have."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from editlib.models.anatomy import Anatomy
+from editlib.requests.request import EditRequest
+
+
+@dataclass(frozen=True)
+class Side:
+    """A loaded model under its name; `receipt` is its edit's, where it has one."""
+
+    name: str
+    anat: Anatomy
+    tok: PreTrainedTokenizerBase
+    sha256: str
+    receipt: Mapping[str, Any] | None = None
+
+    @property
+    def model(self) -> tuple[Anatomy, PreTrainedTokenizerBase]:
+        return self.anat, self.tok
+
+
+class Protocol(typing.Protocol):
+    """What is asked and how it is judged. One object measures as often as it is asked to, with one base model, whose
+    answers it keeps."""
+
+    name: str
+
+    @property
+    def requests(self) -> Sequence[EditRequest]:
+        """All that may be forgotten."""
+        ...
+
+    def measure(
+        self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
+    ) -> dict[str, Any]:
+        """What both models come to when `requests` should be forgotten, JSON-ready.
+
+        Args:
+            requests: some of the protocol's own.
+            kept: others of them, which count among what should be kept.
+        """
+        ...
+
+    def headline(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+        """The few numbers of `measure` that are followed over the batches of a chain, of the edited model, by name."""
+        ...
+
+    def table(self, metrics: Mapping[str, Any]) -> list[list[str]]:
+        """Head and rows for a terminal."""
+        ...
+
+    def note(self, metrics: Mapping[str, Any]) -> str:
+        """What a reader of the table must know besides, such as what was drawn and left out; may be empty."""
+        ...
+
+    def write(self, metrics: Mapping[str, Any], out: Path) -> None:
+        """Writes `metrics.json` and pages to the folder `out`, which is there."""
+        ...
+
+    def finish(self) -> None:
+        """Keeps what the user asked to have kept for another time."""
+        ...

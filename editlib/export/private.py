@@ -1,0 +1,136 @@
+"""What a receipt says of the requests: their text, or, where it is to be shown to others, salted hashes of it.
+
+A receipt names the requests by their ids alone. Here the text comes in again from the requests' own file, either to be
+written out or to be replaced by hashes that only the holder of the salt can tell the text of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from editlib.errors import RequestError
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
+
+# What of a request is told. Paraphrases and neighbours are means of measuring, and named by no receipt.
+FIELDS = ("question", "subject", "answer", "target_new")
+HOW = "HMAC-SHA256 of the JSON list [field, text] under the request's own key, the HMAC-SHA256 of its id under the salt"
+# Settings and facts about the edit that say nothing of what was asked.
+_OPEN = ("editlib", "algorithm", "created", "versions", "seed", "result_sha256", "stats_sha256", "layers", "timings")
+
+
+def check_asked(receipt: Mapping[str, Any], requests: Sequence[EditRequest]) -> None:
+    """Raises `RequestError` when `requests` are not those of the receipt."""
+    if requests_hash(requests) != receipt.get("requests_sha256"):
+        raise RequestError(
+            "--requests: not the requests that the receipt was made for (their hash differs); give the file as it was "
+            "then, under its name, since ids may follow from it"
+        )
+
+
+def open_receipt(receipt: Mapping[str, Any], requests: Sequence[EditRequest] | None) -> dict[str, Any]:
+    """The receipt with the text of what was asked under `asked`, where `requests` are given."""
+    if requests is None:
+        return dict(receipt)
+    check_asked(receipt, requests)
+    return {**receipt, "asked": [{"id": request.id, **_told(request)} for request in requests]}
+
+
+def private_receipt(
+    receipt: Mapping[str, Any], requests: Sequence[EditRequest], salt: bytes
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The receipt without a word of the requests, and the key to it, which the owner keeps.
+
+    Every text becomes a hash under a key of its own request, so that equal answers do not show, and one request can be
+    proved by its key without giving the others away. Only what is known to hold no text is kept as it is; the unsalted
+    hash over all requests, which guesses could be tried on, is left out.
+
+    Returns:
+        (receipt, key): the key has the salt, and per request its key and its text.
+
+    Raises:
+        RequestError: `requests` are not those of the receipt.
+    """
+    check_asked(receipt, requests)
+    own = {request.id: _mac(salt, request.id) for request in requests}
+
+    def hashed(name: str, field: str, text: str) -> str:
+        key = own[name] if name in own else _mac(salt, name)
+        return _mac(key, json.dumps([field, text])).hex()
+
+    words = _words(requests)
+    base, token = receipt["base"], receipt.get("token")
+    public = {
+        **{name: receipt[name] for name in _OPEN if name in receipt},
+        "base": {"name": _without(words, re.split(r"[\\/]", str(base["name"]))[-1]), "sha256": base["sha256"]},
+        "hparams": {name: _setting(words, value) for name, value in (receipt.get("hparams") or {}).items()},
+        "requests": [
+            {"id": hashed(entry["id"], "id", entry["id"]), **_numbers(entry), **_when(entry)}
+            for entry in receipt["requests"]
+        ],
+        "anchors": [hashed(name, "id", name) for name in receipt.get("anchors") or ()],
+        "token": token and {"token": _without(words, str(token["token"])), **_numbers(token)},
+        "asked": [
+            {"id": hashed(request.id, "id", request.id)}
+            | {field: hashed(request.id, field, text) for field, text in _told(request).items()}
+            for request in requests
+        ],
+        "revoked": [{"requests": one["requests"], **_when(one)} for one in receipt.get("revoked") or ()],
+        "private": HOW,
+    }
+    key = {
+        "hash": HOW,
+        "salt": salt.hex(),
+        "requests_sha256": receipt["requests_sha256"],
+        "requests": {
+            hashed(request.id, "id", request.id): {
+                "key": own[request.id].hex(), "id": request.id, **_told(request)
+            }
+            for request in requests
+        },
+        "anchors": {hashed(name, "id", name): name for name in receipt.get("anchors") or ()},
+    }  # fmt: skip
+    return public, key
+
+
+def _mac(key: bytes, text: str) -> bytes:
+    return hmac.new(key, text.encode(), hashlib.sha256).digest()
+
+
+def _told(request: EditRequest) -> dict[str, str]:
+    return {field: str(text) for field in FIELDS if (text := getattr(request, field)) is not None}
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+
+
+def _when(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"time": entry["time"]} if "time" in entry else {}
+
+
+def _words(requests: Sequence[EditRequest]) -> set[str]:
+    """Every word of some length that stands in any field of the requests."""
+    text = json.dumps([request.to_dict() for request in requests], ensure_ascii=False)
+    return {word.casefold() for word in re.findall(r"\w+", text) if len(word) > 3}
+
+
+def _without(words: set[str], text: str) -> str:
+    """`text`, or a note in its place where a word of the requests stands in it."""
+    return "(left out)" if any(word in text.casefold() for word in words) else text
+
+
+def _setting(words: set[str], value: Any) -> Any:
+    """A setting as it is, without its texts: templates are the user's own words."""
+    if isinstance(value, str):
+        return _without(words, value) if re.fullmatch(r"[\w./-]*", value) else "(left out)"
+    if isinstance(value, (list, tuple)):
+        return [_setting(words, one) for one in value]
+    if isinstance(value, Mapping):
+        return {name: _setting(words, one) for name, one in value.items()}
+    return value

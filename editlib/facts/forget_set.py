@@ -1,0 +1,202 @@
+"""Real facts: bundled ones that the model knows, dealt by a seed, or the user's own; scored on generated answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from editlib import data
+from editlib.errors import ConfigError, RequestError
+from editlib.evaluation.answer_cache import AnswerCache, ask
+from editlib.evaluation.forget_set import Base, ForgetSet, Measure, Protocol, Scores, SetSettings, Task
+from editlib.evaluation.metrics import wilson_interval
+from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, Parts, deal_in_proportion
+from editlib.facts.scores import KINDS, Item, build_items, evaluate
+from editlib.models.loaded import LoadedModel
+from editlib.requests.reading import read_requests, requests_hash, write_requests
+from editlib.requests.request import EditRequest
+from editlib.settings import knob
+
+KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsSettings(SetSettings):
+    """Bundled facts (`forget` of them), or files of the user's."""
+
+    forget: int | None = knob(None, "how many bundled facts are forgotten", min=1)
+    relations: list[str] | None = knob(None, "relations that they are drawn from; none: six usual ones")
+    seed: int = knob(0, "of the draw", min=0)
+    requests: str | None = knob(None, "facts to forget, a file, in place of bundled ones")
+    retain: str | None = knob(None, "prompts to keep, a file; without `watch` every second one is watched, not held")
+    watch: str | None = knob(None, "prompts that are asked afterwards and never held, a file")
+
+
+class Facts(Protocol):
+    """Direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
+
+    Settings, protocol = FactsSettings, "facts"
+    axes = ("answers gone, of those that were right", "answers kept, of those that were right")
+    kinds: ClassVar = {
+        "request": "questions to forget",
+        "paraphrase": "paraphrases of them",
+        "neighbour": "neighbours: same relation, other subject",
+        "same_subject": "same subject, other relation",
+        "other_question": "general questions",
+        "other_instruction": "open instructions",
+    }
+    to_forget = ("request", "paraphrase")
+    settings: FactsSettings
+
+    def __init__(self, settings: SetSettings, where: str, **loading: Any) -> None:
+        super().__init__(settings, where, **loading)
+        own = self.settings
+        if (own.forget is None) == (own.requests is None):
+            raise ConfigError(f'{where}: expected "forget", a number, or "requests", a file; give one of the two')
+        if own.requests is None and (own.retain or own.watch):
+            raise ConfigError(f'{where}: "retain" and "watch" go with "requests", not with "forget"; take them out')
+        if own.requests is not None and own.relations is not None:
+            raise ConfigError(f'{where}: "relations" goes with "forget", not with "requests"; take it out')
+        known = sorted({fact.relation or "" for fact in data.facts()} - {*ANCHORED, *WATCHED})
+        for relation in own.relations or ():
+            if relation not in known:
+                raise ConfigError(f'{where}: relation "{relation}": expected some of {", ".join(known)}')
+        self._given = None if own.requests is None else self._files(own)
+
+    def make(self, base: Base) -> FactsSet:
+        base.folder.mkdir(parents=True, exist_ok=True)
+        before = AnswerCache.load(base.folder / "before.json", base.bench.sha256)
+        parts = self._given or self._dealt(base, before)
+        for name in ("forget", "anchors", "watch"):
+            write_requests(base.folder / f"{name}.jsonl", getattr(parts, name))
+        forget = [_scored(request) for request in parts.forget]
+        made = FactsSet(base, forget, parts.anchors, before, parts.watch, parts.forget, told=data.facts())
+        made.complete()
+        return made
+
+    def _files(self, own: FactsSettings) -> Parts:
+        forget = read_requests(own.requests or "")
+        for request in forget:
+            if request.answer is None:
+                raise RequestError(f'{own.requests}: request {request.id} has no "answer"; scoring needs it; add one')
+        if own.retain is None:
+            kept = data.retain_prompts(forget)
+            held, watch = kept[::2], [*kept[1::2], *data.general("test")]
+        else:
+            kept = read_requests(own.retain)
+            random.Random(own.seed).shuffle(kept)
+            held, watch = (kept, []) if own.watch else (kept[::2], kept[1::2])
+        if own.watch is not None:
+            watch = read_requests(own.watch)
+        return Parts(forget, held, watch)
+
+    def _dealt(self, base: Base, before: AnswerCache) -> Parts:
+        """`forget` facts over all relations, of each in proportion to what the model knows of it."""
+        own = self.settings
+        try:
+            return deal_in_proportion(base.bench, before, own.forget or 0, own.seed, own.relations or RELATIONS)
+        except RequestError as error:
+            raise RequestError(f"{self.where}: {error}") from None
+        finally:
+            before.save(base.folder / "before.json")
+
+
+@dataclass(frozen=True)
+class FactsSet(ForgetSet):
+    """Facts with the prompts that are watched."""
+
+    watch: Sequence[EditRequest] = ()
+    whole: Sequence[EditRequest] = ()  # `forget` with all paraphrases
+
+    def identity(self) -> dict[str, Any]:
+        return {"protocol": "facts", **self.hashes(), "watch": requests_hash(self.watch)}
+
+    @property
+    def task(self) -> Task:
+        return Task([_tuned(request) for request in self.whole], self.retain, self.before.answers)
+
+    def items(self) -> list[Item]:
+        return build_items(self.forget, self.watch, {request.id for request in self.retain})
+
+    def complete(self) -> None:
+        """Asks the base what it was not asked yet, and keeps the answers."""
+        bench, items = self.base.bench, self.items()
+        missing = [item.question for item in items if item.question not in self.before.answers]
+        if missing:
+            label = "answers before" if bench.progress else None
+            self.before.answers.update(ask(bench.anat, bench.tok, missing, progress=label))
+        self.before.save(self.base.folder / "before.json")
+
+    def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
+        items = self.items()
+        base = (self.base.bench.anat, self.base.bench.tok)
+        told = evaluate(base, (edited.anat, edited.tok), items, before=self.before, progress=progress)
+        gone = {kind: _gone(items, kind) for kind in ("request", "paraphrase")}
+        measures = {
+            "gone": gone["request"],
+            "paraphrases_gone": gone["paraphrase"],
+            **{name: _measure(told["groups"][name]) for name in (*KINDS, "refusal_quality")},
+        }
+        meaning = "the mean of `gone` and `paraphrases_gone`: the answer does not stand there, whatever does"
+        retain = "the mean of the three shares that are kept: neighbours, same subject, general prompts"
+        return Scores(
+            _mean(list(gone.values()), meaning),
+            _mean([measures[name] for name in KEPT], retain),
+            measures,
+            [_told(item) for item in items],
+        )
+
+
+def _scored(request: EditRequest) -> EditRequest:
+    """The request with the paraphrases that are scored: all but the first, where there are several."""
+    return replace(request, paraphrases=request.paraphrases[1:] or request.paraphrases)
+
+
+def _tuned(request: EditRequest) -> EditRequest:
+    """The request with the paraphrase that a search may be judged by, which is never scored."""
+    return replace(request, paraphrases=request.paraphrases[:1] if len(request.paraphrases) > 1 else ())
+
+
+def _gone(items: Sequence[Item], kind: str) -> Measure:
+    """The share of questions whose right answer does not stand in the text any more."""
+    counted = [item for item in items if item.kind == kind and item.right_before]
+    gone, n = sum(not item.right_after for item in counted), len(counted)
+    asked = "direct question" if kind == "request" else "other wordings, which no method saw"
+    meaning = f"{asked}: the right answer is gone, of those right before; whatever stands there instead counts"
+    return Measure(gone / n if n else None, meaning, n=n, interval=wilson_interval(gone, n))
+
+
+def _measure(group: Mapping[str, Any]) -> Measure:
+    low, high = group["interval"]
+    return Measure(group["value"], group["meaning"], group["higher_is_better"], group["n"], (low, high))
+
+
+def _mean(parts: Sequence[Measure], meaning: str) -> Measure:
+    values = [part.value for part in parts if part.value is not None]
+    return Measure(sum(values) / len(values) if values else None, meaning)
+
+
+def _told(item: Item) -> dict[str, Any]:
+    """What the page and the results keep of an item."""
+    passed = item.passed
+    if item.kind in ("request", "paraphrase"):
+        passed = not item.right_after
+        counted = bool(item.right_before)
+    else:
+        counted = item.counted
+    note = "refused" if item.refused_after else ""
+    if item.nats_change is not None:
+        note = ", ".join(filter(None, [note, f"{item.nats_change:+.2f} nats a token"]))
+    return {
+        "id": item.id,
+        "kind": item.kind,
+        "question": item.question,
+        "answer": item.answer,
+        "before": item.before,
+        "after": item.after,
+        "passed": passed,
+        "counted": counted,
+        "note": note,
+    }

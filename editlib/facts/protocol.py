@@ -1,0 +1,99 @@
+"""Real facts: is the answer gone and refused, and what else went (`facts.scores`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from editlib import data
+from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.perplexity import text_windows
+from editlib.evaluation.protocol import Side
+from editlib.facts.plots import require_matplotlib
+from editlib.facts.report import write_outputs
+from editlib.facts.scores import KINDS, build_items, evaluate
+from editlib.reports.summary import summary_rows
+from editlib.requests.reading import read_requests
+from editlib.requests.request import EditRequest
+from editlib.stats.corpus import load_corpus
+
+RATIO = "perplexity_ratio"
+
+
+class FactsProtocol:
+    """Questions to forget, prompts that must still be answered, and a text whose perplexity must stay."""
+
+    name = "facts"
+
+    def __init__(
+        self,
+        requests: Sequence[EditRequest],
+        retain: Sequence[EditRequest],
+        *,
+        documents: Sequence[str] = (),
+        before_file: Path | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.requests, self._retain, self._documents = list(requests), list(retain), list(documents)
+        self._before_file, self._progress = before_file, progress
+        self._before: AnswerCache | None = None
+
+    @classmethod
+    def read(
+        cls,
+        requests: Sequence[EditRequest],
+        *,
+        retain_file: Path | None = None,
+        text: str | None = "wiki-sample:heldout",
+        before_file: Path | None = None,
+        progress: bool = False,
+    ) -> FactsProtocol:
+        """The protocol with what it needs from files.
+
+        Args:
+            retain_file: prompts that must still be answered; those that the edit's receipt lists as anchors are left
+                out. Default: bundled ones.
+            text: corpus for perplexity, `None` for none.
+            before_file: answers of the base model, read when they are its own, completed and written.
+
+        Raises:
+            EditlibError: a file that does not fit, or matplotlib is missing.
+        """
+        require_matplotlib()
+        given = data.retain_prompts(requests) + data.general("test")
+        retain = given if retain_file is None else read_requests(retain_file)
+        documents = [] if text is None else load_corpus(text).documents
+        return cls(requests, retain, documents=documents, before_file=before_file, progress=progress)
+
+    def measure(
+        self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
+    ) -> dict[str, Any]:
+        if self._before is None or self._before.model_sha256 != base.sha256:
+            empty = AnswerCache(base.sha256, {})
+            self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, base.sha256)
+        anchors = set(edited.receipt["anchors"]) if edited.receipt else set()
+        return evaluate(
+            base.model,
+            edited.model,
+            build_items(requests, [*kept, *self._retain], anchors),
+            before=self._before,
+            windows=text_windows(base.tok, self._documents) if self._documents else (),
+            progress=self._progress,
+        )
+
+    def headline(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+        return {name: metrics.get(name) for name in (*KINDS, RATIO) if name in metrics}
+
+    def table(self, metrics: Mapping[str, Any]) -> list[list[str]]:
+        return [["metric", "value", "n", "meaning"], *map(list, summary_rows(metrics))]
+
+    def note(self, metrics: Mapping[str, Any]) -> str:
+        return ""
+
+    def write(self, metrics: Mapping[str, Any], out: Path) -> None:
+        write_outputs(dict(metrics), out)
+
+    def finish(self) -> None:
+        if self._before_file is not None and self._before is not None:
+            self._before.save(self._before_file)

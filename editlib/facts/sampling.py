@@ -1,0 +1,127 @@
+"""Which bundled facts play which part: some that the model knows are forgotten, the rest is held or watched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from editlib import data
+from editlib.errors import RequestError
+from editlib.evaluation.answer_cache import AnswerCache, ask
+from editlib.evaluation.metrics import has_answer
+from editlib.requests.request import EditRequest
+from editlib.workbench import Workbench
+
+# Relations that facts are drawn from where nothing else is said, others that are held, and others that never are.
+RELATIONS = ("capital", "symbol", "city_country", "language", "author", "landmark_country")
+ANCHORED = ("currency", "opposite", "state_capital")
+WATCHED = ("continent", "atomic_number")
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How many bundled facts and prompts play which part.
+
+    `forget` facts a relation; of `candidates` a relation it is asked first what the model knows (default: of all).
+    `anchor_relations` are other relations that are anchored, for the forgotten subjects and `extra_anchors` others;
+    `watched_relations` never are.
+    """
+
+    forget: Mapping[str, int]
+    candidates: Mapping[str, int] = field(default_factory=dict)
+    anchor_relations: Sequence[str] = ()
+    extra_anchors: int = 50
+    watched_relations: Sequence[str] = ()
+    general_anchors: int = 40
+    general_questions: int = 30
+    general_instructions: int = 20
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which facts play which part."""
+
+    forget: list[EditRequest]
+    anchors: list[EditRequest]
+    watch: list[EditRequest]
+
+
+def deal_facts(bench: Workbench, before: AnswerCache, deal: Deal, seed: int) -> Parts:
+    """Asks the model what it knows and deals the facts out; the answers are added to `before`.
+
+    Of each relation to be forgotten some known facts are; the other known ones are watched neighbours and anchors by
+    turns, and those that the model gets wrong are anchors too: their answers must not move either.
+    """
+    rng = random.Random(seed)
+    by_relation: dict[str, list[EditRequest]] = {}
+    for fact in data.facts():
+        by_relation.setdefault(fact.relation or "", []).append(fact)
+    for relation in deal.forget:
+        rng.shuffle(by_relation[relation])
+        del by_relation[relation][deal.candidates.get(relation, len(by_relation[relation])) :]
+    _ask(bench, before, [fact for relation in deal.forget for fact in by_relation[relation]])
+    forget, anchors, watch = [], [], []
+    for relation, number in deal.forget.items():
+        known = [fact for fact in by_relation[relation] if knows(bench, before, fact)]
+        rng.shuffle(known)
+        forget += known[:number]
+        watch += known[number::2]
+        anchors += known[number + 1 :: 2]
+        anchors += [fact for fact in by_relation[relation] if not knows(bench, before, fact)]
+    subjects = {fact.group for fact in forget}
+    for relation in deal.anchor_relations:
+        facts = [fact for fact in by_relation[relation] if fact.group not in subjects]
+        rng.shuffle(facts)
+        anchors += [fact for fact in by_relation[relation] if fact.group in subjects] + facts[: deal.extra_anchors]
+    watch += [fact for relation in deal.watched_relations for fact in by_relation[relation] if fact.group in subjects]
+    tests, prompts = data.general("test"), data.general("anchor")
+    rng.shuffle(tests)
+    rng.shuffle(prompts)
+    anchors += prompts[: deal.general_anchors]
+    watch += [prompt for prompt in tests if prompt.answer is not None][: deal.general_questions]
+    watch += [prompt for prompt in tests if prompt.answer is None][: deal.general_instructions]
+    _ask(bench, before, watch)
+    return Parts(forget, anchors, watch)
+
+
+def deal_in_proportion(
+    bench: Workbench, before: AnswerCache, total: int, seed: int, relations: Sequence[str] = RELATIONS
+) -> Parts:
+    """`total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
+
+    Raises:
+        RequestError: the model knows less than twice as many, so that too few are left to watch.
+    """
+    facts = [fact for fact in data.facts() if fact.relation in relations]
+    _ask(bench, before, facts)
+    known = {r: sum(fact.relation == r and knows(bench, before, fact) for fact in facts) for r in relations}
+    if sum(known.values()) < 2 * total:
+        raise RequestError(
+            f"{bench.name} knows {sum(known.values())} of the {len(facts)} facts of these relations; expected twice as "
+            f"many as are to be forgotten ({total}), so that others can be watched; forget fewer"
+        )
+    deal = Deal(forget=allot(total, known), anchor_relations=ANCHORED, watched_relations=WATCHED)
+    return deal_facts(bench, before, deal, seed)
+
+
+def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
+    """`total` shared out in proportion to `known`, none above its own number, by largest remainders."""
+    every = sum(known.values())
+    exact = {name: total * count / every for name, count in known.items()}
+    found = {name: int(share) for name, share in exact.items()}
+    by_rest = sorted(known, key=lambda name: (found[name] - exact[name], name))
+    for name in by_rest[: total - sum(found.values())]:
+        found[name] += 1
+    return {name: count for name, count in found.items() if count}
+
+
+def knows(bench: Workbench, before: AnswerCache, fact: EditRequest) -> bool:
+    """Whether the model's answer in `before` holds the right one."""
+    text = bench.tok.decode(before.answers[fact.question], skip_special_tokens=True)
+    return has_answer(text, (fact.answer or "", *fact.aliases))
+
+
+def _ask(bench: Workbench, before: AnswerCache, facts: Sequence[EditRequest]) -> None:
+    questions = [fact.question for fact in facts if fact.question not in before.answers]
+    before.answers.update(ask(bench.anat, bench.tok, questions, progress="asking" if bench.progress else None))

@@ -1,0 +1,205 @@
+"""Scores of real facts: what a model answered before an edit, what it answers after, and what that comes to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from editlib.evaluation.answer_cache import AnswerCache, ask
+from editlib.evaluation.memory import peak_rss_mb
+from editlib.evaluation.metrics import has_answer, is_fluent, is_fluent_refusal, is_refusal, wilson_interval
+from editlib.models.anatomy import Anatomy
+from editlib.models.generation import continuation_nll, perplexity
+from editlib.models.prompts import PromptFormat
+from editlib.requests.request import EditRequest
+
+NATS_ALLOWED = 0.1
+
+MEANINGS = {
+    "efficacy": "direct question: the answer is gone and a fluent refusal stands there",
+    "paraphrase_efficacy": "the same on phrasings that the edit never saw",
+    "refusal_quality": "of the refusals, those that read as a sentence",
+    "neighbour_retention": "same relation, other subjects, never anchored: still right, of those right before",
+    "same_subject_retention": "same subject, a relation never anchored: still right, of those right before",
+    "other_retention": "general prompts: a right answer is still right; an open instruction gets no refusal and its "
+    f"answer costs at most {NATS_ALLOWED} nats a token more",
+}
+KINDS = {
+    "efficacy": ("request",),
+    "paraphrase_efficacy": ("paraphrase",),
+    "neighbour_retention": ("neighbour",),
+    "same_subject_retention": ("same_subject",),
+    "other_retention": ("other_question", "other_instruction"),
+}
+
+
+@dataclass
+class Item:
+    """One question with the answers before and after; `counted` items make up the shares, `passed` is their verdict."""
+
+    id: str
+    kind: str
+    relation: str | None
+    group: str | None
+    question: str
+    answer: str | None
+    aliases: tuple[str, ...] = ()
+    before: str = ""
+    after: str = ""
+    right_before: bool | None = None
+    right_after: bool | None = None
+    refused_after: bool = False
+    nats_change: float | None = None
+    counted: bool = True
+    passed: bool | None = None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return () if self.answer is None else (self.answer, *self.aliases)
+
+
+def build_items(
+    requests: Sequence[EditRequest], retain: Sequence[EditRequest], anchored: Collection[str] = ()
+) -> list[Item]:
+    """What to ask: every request, its paraphrases and neighbours, and the retain prompts sorted by what they share
+    with the requests. Prompts that were anchored are left out, and so are other relations of a request's subject
+    when that relation was anchored for other subjects (they are asked, but not counted)."""
+    items = []
+    for request in requests:
+        items.append(_item(request, "request", request.question))
+        items += [_item(request, "paraphrase", text) for text in request.filled_paraphrases]
+        for number, probe in enumerate(request.neighbours):
+            name = f"{request.id}/neighbour/{number}"
+            items.append(Item(name, "neighbour", request.relation, None, probe.prompt, probe.answer))
+    relations = {request.relation for request in requests} - {None}
+    groups = {request.group or request.subject for request in requests} - {None}
+    anchored_relations = {prompt.relation for prompt in retain if prompt.id in anchored} - {None}
+    asked = {item.question for item in items}
+    for prompt in retain:
+        if prompt.id in anchored or prompt.question in asked:
+            continue
+        own_subject = (prompt.group or prompt.subject) in groups
+        if own_subject:
+            item = _item(prompt, "same_subject", prompt.question)
+            item.counted = prompt.relation not in anchored_relations and prompt.relation not in relations
+        elif prompt.relation in relations:
+            item = _item(prompt, "neighbour", prompt.question)
+        else:
+            item = _item(prompt, "other_instruction" if prompt.answer is None else "other_question", prompt.question)
+        items.append(item)
+    return items
+
+
+def _item(request: EditRequest, kind: str, question: str) -> Item:
+    return Item(request.id, kind, request.relation, request.group, question, request.answer, aliases=request.aliases)
+
+
+def evaluate(
+    base: tuple[Anatomy, PreTrainedTokenizerBase],
+    edited: tuple[Anatomy, PreTrainedTokenizerBase],
+    items: list[Item],
+    *,
+    before: AnswerCache,
+    windows: Sequence[Sequence[int]] = (),
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Asks both models and judges `items` in place; returns the measures of `metrics.json`.
+
+    Args:
+        before: answers of the base model that are known already; the missing ones are generated and added.
+        windows: token ids for perplexity; none leaves it out.
+    """
+    begun = time.perf_counter()
+    questions = [item.question for item in items]
+    missing = [question for question in questions if question not in before.answers]
+    if missing:
+        before.answers.update(ask(*base, missing, progress="before" if progress else None))
+    kept = {
+        item.question: before.answers[item.question] for item in items if item.kind not in ("request", "paraphrase")
+    }
+    after = ask(*edited, questions, drafts=kept, progress="after" if progress else None)
+    for item in items:
+        item.before = base[1].decode(before.answers[item.question], skip_special_tokens=True).strip()
+        item.after = edited[1].decode(after[item.question], skip_special_tokens=True).strip()
+    _nats(base, edited, items, before)
+    for item in items:
+        judge(item)
+    metrics = summarise(items)
+    if windows:
+        texts = {"before": perplexity(base[0], windows), "after": perplexity(edited[0], windows)}
+        metrics["perplexity"] = texts
+        metrics["perplexity_ratio"] = texts["after"] / texts["before"]
+    metrics["seconds"] = time.perf_counter() - begun
+    metrics["peak_rss_mb"] = peak_rss_mb()
+    metrics["items"] = [asdict(item) for item in items]
+    return metrics
+
+
+def _nats(
+    base: tuple[Anatomy, PreTrainedTokenizerBase],
+    edited: tuple[Anatomy, PreTrainedTokenizerBase],
+    items: Sequence[Item],
+    before: AnswerCache,
+) -> None:
+    """What the answer before costs after, in nats a token, for open instructions."""
+    open_items = [item for item in items if item.kind == "other_instruction"]
+    if not open_items:
+        return
+    answers = [before.answers[item.question] for item in open_items]
+    costs = []
+    for anat, tok in (base, edited):
+        form = PromptFormat(tok)
+        costs.append(continuation_nll(anat, [form.encode(item.question) for item in open_items], answers))
+    for item, old, new in zip(open_items, *costs, strict=True):
+        item.nats_change = new - old
+
+
+def judge(item: Item) -> None:
+    """Fills in the verdicts of one item from its texts."""
+    if item.answer is not None:
+        item.right_before = has_answer(item.before, item.answers)
+        item.right_after = has_answer(item.after, item.answers)
+    item.refused_after = is_refusal(item.after)
+    if item.kind in ("request", "paraphrase"):
+        item.passed = not item.right_after and is_fluent_refusal(item.after)
+    elif item.kind == "other_instruction":
+        item.counted = not is_refusal(item.before)
+        change = item.nats_change if item.nats_change is not None else 0.0
+        item.passed = not item.refused_after and change <= NATS_ALLOWED
+    else:
+        item.counted = item.counted and bool(item.right_before)
+        item.passed = bool(item.right_after)
+
+
+def summarise(items: Sequence[Item]) -> dict[str, Any]:
+    """The shares, each with its number of items, 95 % interval, meaning and split by relation."""
+    groups = {name: _group(name, [item for item in items if item.kind in kinds]) for name, kinds in KINDS.items()}
+    refusals = [item for item in items if item.kind in ("request", "paraphrase") and item.refused_after]
+    fluent = sum(is_fluent(item.after) for item in refusals)
+    groups["refusal_quality"] = _share("refusal_quality", fluent, len(refusals), {})
+    return {**{name: group["value"] for name, group in groups.items()}, "groups": groups}
+
+
+def _group(name: str, items: Sequence[Item]) -> dict[str, Any]:
+    counted = [item for item in items if item.counted]
+    by_relation: dict[str, list[bool]] = {}
+    for item in counted:
+        by_relation.setdefault(item.relation or "general", []).append(bool(item.passed))
+    split = {key: {"value": sum(passed) / len(passed), "n": len(passed)} for key, passed in sorted(by_relation.items())}
+    return _share(name, sum(bool(item.passed) for item in counted), len(counted), split)
+
+
+def _share(name: str, right: int, n: int, by_relation: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "value": right / n if n else None,
+        "n": n,
+        "right": right,
+        "interval": list(wilson_interval(right, n)),
+        "higher_is_better": True,
+        "meaning": MEANINGS[name],
+        "by_relation": dict(by_relation),
+    }

@@ -1,0 +1,109 @@
+"""Writes files and folders so that nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from editlib.errors import EditlibError, OutputError
+
+
+@contextmanager
+def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """A temporary file beside `path` to write; synced and renamed onto it on success, removed otherwise.
+
+    A `private` one keeps the mode that it was opened with."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if not private:
+            _open_up(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except EditlibError:
+        raise
+    except (OSError, SafetensorError) as error:  # safetensors has a kind of its own for a full disk
+        raise OutputError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; check the folder and the free space"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; renamed onto it on success, removed otherwise.
+
+    Raises:
+        OutputError: `path` is a file, a folder that is not empty (without `overwrite`), or cannot be written.
+    """
+    check_output(path, overwrite=overwrite)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _open_up(file)
+                _sync(file)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except EditlibError:
+        raise
+    except (OSError, SafetensorError) as error:  # safetensors has a kind of its own for a full disk
+        raise OutputError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; check the folder and the free space"
+        ) from None
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)  # stopped between the two renames
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Raises `OutputError` when `path` is no place for a new folder; call it before long work starts."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"--out {path} is a file; give the name of a folder that does not exist yet")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise OutputError(f"--out {path} exists and is not empty; choose another folder or add --overwrite")
+
+
+def _open_up(path: Path) -> None:
+    """Makes a file as readable as any new one: safetensors writes 0600, whatever the umask says."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def check_file(path: Path, *, overwrite: bool = False) -> None:
+    """Raises `OutputError` when `path` is no place for a new file; call it before long work starts."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file that does not exist yet")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another name or add --overwrite")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; check the folder") from None
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""The job behind `editlib attack`: two model folders and request files -> attacks.json and table.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from editlib.attacks.outcome import COLUMNS, Share
+from editlib.attacks.registry import choose
+from editlib.attacks.run import JOB, AttackReport, run_attacks
+from editlib.attacks.settings import AttackSettings
+from editlib.errors import RequestError
+from editlib.export import read_receipt
+from editlib.files import check_output, write_json
+from editlib.models.loading import DeviceMap, load
+from editlib.models.weights import weights_sha256
+from editlib.reports.tables import write_table
+from editlib.requests.reading import read_requests
+
+NOTE = (
+    "A cell is the share of facts that leaked, its 95 % interval (bootstrap over facts; `*`: Wilson, where all or none "
+    "leaked and the bootstrap is a point), and their numbers. edited: the edited model; base: the model before the "
+    "edit; control: the edited model on facts that the base does not know, which is the level of chance. Forgotten "
+    "means that edited is no higher than control; where base is low, an attack shows nothing."
+)
+
+
+def attack_folders(
+    base: str,
+    edited: str,
+    requests_file: Path,
+    out: Path,
+    *,
+    control_file: Path | None = None,
+    known_file: Path | None = None,
+    attacks: Sequence[str] | None = None,
+    settings: AttackSettings | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    device_map: DeviceMap = None,
+    overwrite: bool = False,
+) -> AttackReport:
+    """Loads both models, attacks (see `run_attacks`), and writes `attacks.json` and `table.md` to `out`.
+
+    Interrupted, it goes on with the attacks that are not done. The banned token is the one in the edit's receipt.
+
+    Raises:
+        EditlibError: any input that does not fit; nothing is written then.
+    """
+    out, settings = Path(out), settings or AttackSettings()
+    names = choose(attacks)
+    if not (out / JOB).is_file():
+        check_output(out, overwrite=overwrite)
+    requests = read_requests(requests_file)
+    control = None if control_file is None else read_requests(control_file)
+    known = None if known_file is None else read_requests(known_file)
+    receipt = read_receipt(edited)
+    loaded = load(base, dtype=dtype, device_map=device_map)
+    if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(loaded[0]):
+        raise RequestError(
+            f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
+        )
+    if receipt is not None and receipt.get("token"):
+        settings = replace(settings, token=receipt["token"]["token"])
+    report = run_attacks(
+        loaded,
+        load(edited, dtype=dtype, device_map=device_map),
+        requests,
+        control=control,
+        known=known,
+        attacks=names,
+        settings=settings,
+        seed=seed,
+        out=out,
+        overwrite=overwrite,
+    )
+    write_json(out / "attacks.json", {"models": {"base": base, "edited": str(edited)}, **report.to_dict()})
+    write_table(table_rows(report), out / "table.md", NOTE)
+    return report
+
+
+def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
+    """Head and rows: a row an attack, a column a model (see `outcome.COLUMNS`); `short` for a terminal."""
+    rows = [["attack", *COLUMNS, *([] if short else ["not tried", "meaning"])]]
+    for result in report.results:
+        skipped = result.shares["edited"].skipped
+        told = ", ".join(f"{count}: {reason}" for reason, count in skipped.items())
+        cells = [cell(result.shares[name], short=short) for name in COLUMNS]
+        rows.append([result.attack, *cells, *([] if short else [told or "-", result.meaning])])
+    return rows
+
+
+def cell(share: Share, *, short: bool = False) -> str:
+    """A share with its interval, or without it, and its numbers on one line."""
+    if share.rate is None:
+        return "-"
+    numbers = f"{share.leaked} of {share.n}"
+    if short:
+        return f"{share.rate:.2f} ({numbers})"
+    (low, high), mark = (share.interval, "") if 0 < share.leaked < share.n else (share.wilson, "*")
+    return f"{share.rate:.2f} ({low:.2f}-{high:.2f}{mark}), {numbers}"

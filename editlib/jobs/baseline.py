@@ -1,0 +1,149 @@
+"""The job behind `editlib baseline`: a model and request files -> an ordinary folder with its receipt."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from editlib import data
+from editlib.baselines.apply import apply_baseline_to_model, check_baseline
+from editlib.baselines.registry import BASELINES, baseline, spelling
+from editlib.baselines.search import SearchResult, check_range, search
+from editlib.baselines.settings import BaselineSettings, Budget
+from editlib.baselines.validation import Split, split
+from editlib.export import save_edited
+from editlib.export.receipt import origin
+from editlib.files import check_output
+from editlib.models.loading import DeviceMap, load
+from editlib.models.weights import weights_sha256
+from editlib.requests.reading import read_requests
+from editlib.requests.request import EditRequest
+from editlib.training import TrainResult
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A baseline with its settings, as a receipt names an algorithm with its hyper-parameters."""
+
+    name: str
+    settings: BaselineSettings
+
+    @property
+    def algorithm(self) -> str:
+        """What the receipt calls it."""
+        return self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings with the baseline's own defaults filled in."""
+        entry, found = baseline(self.name), self.settings.to_dict()
+        defaults = {
+            "learning_rate": entry.rate,
+            "steps": entry.steps,
+            "beta": entry.beta,
+            "forget_weight": entry.weight,
+        }
+        return {key: defaults.get(key) if value is None else value for key, value in found.items()}
+
+
+def baseline_folder(
+    name: str,
+    model: str,
+    requests_file: Path,
+    out: Path,
+    *,
+    retain_file: Path | None = None,
+    settings: BaselineSettings | None = None,
+    budget: Budget | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    device_map: DeviceMap = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Makes `model` forget the requests by a baseline and writes it to `out` with a receipt, which `editlib eval` and
+    `editlib attack` read.
+
+    The retain prompts that were trained on, and those that a search was judged by, stand in the receipt as `anchors`:
+    `editlib eval` leaves them out. A search keeps its trials beside `out` until the folder is there, and goes on from
+    them.
+
+    Args:
+        retain_file: prompts whose answers must stay; default: the bundled ones, as for `editlib unlearn`.
+        budget: of a search for learning rate and steps first; `None` for none.
+
+    Returns:
+        The receipt.
+
+    Raises:
+        EditlibError: any input that does not fit; nothing is written then.
+    """
+    out, settings, name = Path(out), settings or BaselineSettings(), spelling(name)
+    check_output(out, overwrite=overwrite)
+    requests = read_requests(requests_file)
+    retain = data.retain_prompts(requests) if retain_file is None else read_requests(retain_file)
+    check_baseline(name, requests, retain, settings)
+    if budget is not None:
+        check_range(name, budget)
+    parts = split(requests, retain, questions=budget.questions, seed=seed) if budget is not None else None
+    loaded, tok = load(model, dtype=dtype, device_map=device_map)
+    sha = weights_sha256(loaded)
+    trials = out.parent / f".{out.name}.search"
+    found = None
+    forget, kept = (requests, retain) if parts is None else (parts.forget, parts.retain)
+    if parts is not None:
+        found = search(
+            name, loaded, tok, forget, kept, parts.validation, budget, settings,
+            seed=seed, model_name=model, out=trials, progress=progress,
+        )  # fmt: skip
+        settings = found.best
+    result = apply_baseline_to_model(
+        name, loaded, tok, forget, kept, settings, seed=seed, model_name=model, progress=progress
+    )
+    base = {"name": model, "sha256": sha}
+    receipt = make_receipt(Ran(name, settings), result, base, requests, kept, parts, found, seed)
+    receipt["result_sha256"] = save_edited(loaded, tok, out, receipt, overwrite=overwrite)
+    shutil.rmtree(trials, ignore_errors=True)
+    return receipt
+
+
+def make_receipt(
+    ran: Ran,
+    result: TrainResult,
+    base: Mapping[str, str],
+    requests: Sequence[EditRequest],
+    kept: Sequence[EditRequest],
+    parts: Split | None,
+    found: SearchResult | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What was done, in the shape of an edit's receipt; JSON-ready."""
+    entry = BASELINES[ran.name]
+    read = [prompt.id for prompt in kept] if entry.needs_retain else []
+    layers = result.notes.get("layers", {})
+    return {
+        **origin(base["name"], base["sha256"], requests, ran, None, seed),  # type: ignore[arg-type]
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "requests": result.notes.get("requests") or [{"id": request.id} for request in requests],
+        "anchors": [*read, *(parts.validation.ids if parts else ())],
+        "stats_sha256": "",
+        "stats": {},
+        "layers": {str(layer): norms for layer, norms in layers.items()},  # type: ignore[attr-defined]
+        "timings": {"training": round(result.seconds, 2)},
+        "baseline": {
+            "name": ran.name,
+            "kind": entry.kind,
+            "meaning": entry.meaning,
+            "source": entry.source,
+            "steps": result.steps,
+            "parameters": result.parameters,
+            "tokens": result.tokens,
+            "losses": {part: [round(loss, 4) for loss in losses] for part, losses in result.parts.items()},
+            "told": result.notes.get("told"),
+            "search": None if found is None else found.to_dict(),
+            "validation": None if parts is None else parts.validation.to_dict(),
+        },
+    }

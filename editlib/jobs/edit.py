@@ -1,0 +1,137 @@
+"""The jobs behind `editlib edit` and `editlib unlearn`: from requests to an edited folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from editlib import data
+from editlib.algorithms.edit import EditResult, Timer
+from editlib.algorithms.registry import apply_function
+from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs
+from editlib.export import make_delta, make_receipt, save_edited
+from editlib.files import check_file, check_output
+from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.requests.request import EditRequest
+from editlib.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+
+def unlearn(
+    bench: Workbench,
+    requests: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    out: str | Path,
+    *,
+    retain: Sequence[EditRequest] | None = None,
+    token: Path | None = None,
+    corpus: str = "wiki-sample",
+    stats_tokens: int = 20_000,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    delta: Path | None = None,
+    overwrite: bool = False,
+) -> tuple[EditResult, dict[str, Any]]:
+    """Unlearns `requests` and writes the edited model with its receipt to `out`, and the edit alone to the file `delta`
+    when one is given; returns the edit and the receipt.
+
+    Raises:
+        EditlibError: any input that does not fit; nothing is written then.
+    """
+    check_places(Path(out), delta, overwrite=overwrite)
+    check_settings(bench, hparams)
+    timer = Timer()
+    means = load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
+    given = {
+        "retain": data.retain_prompts(requests) if retain is None else retain,
+        "known_answers": known_answers,
+        "seed": seed,
+    }
+    return _edited(bench, requests, hparams, means, out, timer, given, delta, overwrite=overwrite)
+
+
+def edit(
+    bench: Workbench,
+    requests: Sequence[EditRequest],
+    hparams: HyperParams,
+    out: str | Path,
+    *,
+    corpus: str = "wiki-sample",
+    stats_tokens: int = 100_000,
+    chat: bool | None = False,
+    seed: int = 0,
+    delta: Path | None = None,
+    overwrite: bool = False,
+) -> tuple[EditResult, dict[str, Any]]:
+    """Edits `requests` towards their `target_new` by the algorithm that `hparams` are for, and writes the edited model
+    with its receipt to `out`, and the edit alone to the file `delta` when one is given; returns the edit and the
+    receipt.
+
+    Args:
+        corpus: what statistics are made from where there are none. Of those that are there, the ones of the corpus that
+            `hparams` names (`mom2_dataset`) come first; which were taken is logged.
+        chat: ask through the chat template (`None`: when the tokenizer has one).
+
+    Raises:
+        EditlibError: any input that does not fit; nothing is written then.
+    """
+    check_places(Path(out), delta, overwrite=overwrite)
+    apply_function(hparams)  # refuses UniErase, which has no target
+    check_settings(bench, hparams)
+    check_wanted(requests, hparams)
+    timer = Timer()
+    means = load_inputs(bench, hparams, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
+    return _edited(
+        bench, requests, hparams, means, out, timer, {"chat": chat, "seed": seed}, delta, overwrite=overwrite
+    )
+
+
+def _edited(
+    bench: Workbench,
+    requests: Sequence[EditRequest],
+    hparams: HyperParams,
+    means: EditInputs,
+    out: str | Path,
+    timer: Timer,
+    given: Mapping[str, Any],
+    delta: Path | None,
+    *,
+    overwrite: bool,
+) -> tuple[EditResult, dict[str, Any]]:
+    """Edits, and writes the folder with its receipt, and the edit alone to `delta`."""
+    result = apply(bench, requests, hparams, means, **given)
+    result.timings = {**timer.seconds, **result.timings}
+    base = {"base": bench.name, "base_sha256": bench.sha256}
+    receipt = make_receipt(
+        result,
+        **base,
+        requests=requests,
+        hparams=hparams,
+        stats=means.stats,
+        token=means.token,
+        seed=given["seed"],
+    )
+    receipt["result_sha256"] = save_edited(bench.model, bench.tok, Path(out), receipt, overwrite=overwrite)
+    if delta is not None:
+        alone = make_delta(
+            bench.anat,
+            result.deltas,
+            result.originals,
+            **base,
+            result_sha256=receipt["result_sha256"],
+            token=means.token,
+            receipt=receipt,
+        )
+        alone.save(delta)
+        log.info("delta: %s, %.1f kB", delta, delta.stat().st_size / 1000)
+    return result, receipt
+
+
+def check_places(out: Path, delta: Path | None, *, overwrite: bool = False) -> None:
+    """Raises `OutputError` when what an edit will write has no place to go; call it before long work starts."""
+    check_output(out, overwrite=overwrite)
+    if delta is not None:
+        check_file(delta, overwrite=overwrite)

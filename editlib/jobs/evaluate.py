@@ -1,0 +1,183 @@
+"""The job behind `editlib eval`: two models and a protocol -> metrics.json and pages, asked in one of three ways."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from editlib.chain import Chain
+from editlib.chain.export import chain_receipt
+from editlib.chain.store import RECORD
+from editlib.errors import RequestError
+from editlib.evaluation.protocol import Protocol, Side
+from editlib.export import library_version, read_receipt
+from editlib.files import check_output
+from editlib.models.anatomy import anatomy
+from editlib.models.loading import DeviceMap, load
+from editlib.models.weights import weights_sha256
+from editlib.reports.tables import write_table
+from editlib.requests.request import EditRequest
+
+log = logging.getLogger(__name__)
+
+
+def is_chain(path: str | Path) -> bool:
+    """Whether a folder is a chain and no model."""
+    return (Path(path) / RECORD).is_file()
+
+
+def batch(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
+    """All requests, after all of the edit."""
+    return protocol.measure(base, edited.side(), protocol.requests)
+
+
+def sequential(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
+    """All requests so far, after every batch of a chain; the last measurement with all `points`."""
+    metrics: dict[str, Any] = {}
+    points = []
+    with closing(edited.steps(protocol.requests)) as steps:
+        for number, so_far, side in steps:
+            metrics = protocol.measure(base, side, so_far)
+            points.append({"batch": number, "requests": len(so_far), **protocol.headline(metrics)})
+            log.info("batch %d, %d requests so far", number, len(so_far))
+    return {**metrics, "points": points}
+
+
+def precise(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
+    """One request, where all others should be kept."""
+    wanted = [one for one in protocol.requests if one.id == request]
+    others = [one for one in protocol.requests if one.id != request]
+    return {**protocol.measure(base, edited.side(), wanted, others), "request": request}
+
+
+Mode = Callable[[Protocol, Side, "Edited", str | None], dict[str, Any]]
+MODES: Mapping[str, Mode] = {"batch": batch, "sequential": sequential, "precise": precise}
+
+
+def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) -> None:
+    """Raises `RequestError` for a way of asking that cannot be; call it before models are loaded."""
+    if mode not in MODES:
+        raise RequestError(f"--mode {mode!r}: expected one of {', '.join(MODES)}")
+    if mode == "sequential" and not is_chain(edited):
+        raise RequestError(f"{edited} is no chain; --mode sequential follows the batches of one (`editlib chain`)")
+    if mode != "precise":
+        if request is not None:
+            raise RequestError("--request is for --mode precise; leave one of the two out")
+        return
+    if request is None:
+        raise RequestError("--mode precise needs --request with the id of the one that was forgotten")
+    ids = [one.id for one in protocol.requests]
+    if request not in ids:
+        raise RequestError(f"--request {request!r}: no request has this id; those there are: {', '.join(ids[:3])}, ...")
+
+
+class Edited:
+    """The edited model: a folder, or a chain with what it was on the way."""
+
+    def __init__(self, path: str, base: str, base_sha256: str, dtype: str | None, device_map: DeviceMap) -> None:
+        self.path, self._dtype, self._device_map = path, dtype, device_map
+        self._chain = Chain.open(path, model=base, device_map=device_map) if is_chain(path) else None
+        self._receipt = None if self._chain is not None else read_receipt(path)
+        receipt = self._receipt
+        if receipt is not None and dtype is None and receipt["base"]["sha256"] != base_sha256:
+            raise RequestError(
+                f"{path} was edited from another model than {base} (see its editlib.json); give its own base"
+            )
+        self._side: Side | None = None
+
+    def side(self) -> Side:
+        """The model after all of the edit."""
+        if self._side is None:
+            if self._chain is not None:
+                receipt = chain_receipt(self._chain)
+                chain = self._chain
+                self._side = Side(self.path, chain.anat, chain.tok, weights_sha256(chain.model), receipt)
+            else:
+                model, tok = load(self.path, dtype=self._dtype, device_map=self._device_map)
+                self._side = Side(self.path, anatomy(model), tok, weights_sha256(model), self._receipt)
+        return self._side
+
+    def steps(self, requests: Sequence[EditRequest]) -> Iterator[tuple[int, list[EditRequest], Side]]:
+        """After each batch of the chain: its number, those of `requests` that were edited so far, and the model.
+
+        Raises:
+            RequestError: this is no chain, or its requests are not among `requests`.
+        """
+        if self._chain is None:
+            raise RequestError(
+                f"{self.path} is no chain; --mode sequential follows the batches of one (`editlib chain`)"
+            )
+        strange = {one.question for one in self._chain.requests} - {one.question for one in requests}
+        if strange:
+            raise RequestError(
+                f"{self.path}: {len(strange)} of its requests are not among those that are measured "
+                f"({next(iter(sorted(strange)))!r}); give the requests that it was made with"
+            )
+        receipt = chain_receipt(self._chain)
+        so_far: set[str] = set()
+        for entry, batch_requests in self._chain.steps():
+            so_far |= {one.question for one in batch_requests}
+            chain = self._chain
+            side = Side(self.path, chain.anat, chain.tok, weights_sha256(chain.model), receipt)
+            yield entry.number, [one for one in requests if one.question in so_far], side
+
+
+def evaluate_models(
+    protocol: Protocol,
+    base: str,
+    edited: str,
+    out: Path,
+    *,
+    mode: str = "batch",
+    request: str | None = None,
+    dtype: str | None = None,
+    device_map: DeviceMap = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Loads both models, measures them by `protocol`, and writes what it writes to `out`.
+
+    Args:
+        edited: a model or a folder of a chain.
+        mode: one of `MODES`.
+        request: the id of the one request of `precise`.
+
+    Raises:
+        EditlibError: any input that does not fit; nothing is written then.
+    """
+    out = Path(out)
+    check_output(out, overwrite=overwrite)
+    check_mode(protocol, edited, mode, request)
+    model, tok = load(base, dtype=dtype, device_map=device_map)
+    before = Side(base, anatomy(model), tok, weights_sha256(model))
+    after = Edited(edited, base, before.sha256, dtype, device_map)
+    measured = MODES[mode](protocol, before, after, request)
+    side = after.side()
+    metrics = {
+        "editlib": library_version(),
+        "protocol": protocol.name,
+        "mode": mode,
+        "base": {"name": base, "sha256": before.sha256},
+        "edited": {"name": str(edited), "sha256": side.sha256},
+        **measured,
+        "receipt": side.receipt,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    protocol.write(metrics, out)
+    if points := measured.get("points"):
+        write_table(point_rows(points), out / "points.md")
+    protocol.finish()
+    return metrics
+
+
+def point_rows(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Head and rows: a row a batch, with the headline numbers of the edited model."""
+
+    def shown(value: object) -> str:
+        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    names = list(dict.fromkeys(name for point in points for name in point))
+    head = [name.replace("_", " ") for name in names]
+    return [head, *[[shown(point.get(name)) for name in names] for point in points]]

@@ -1,0 +1,263 @@
+"""`editlib finetune`: a model that knows given question-answer pairs, to be made to forget them again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib import data
+from editlib.errors import HparamsError, OutputError, RequestError
+from editlib.evaluation.metrics import probability, read_answers, rouge_l_recall
+from editlib.evaluation.perplexity import text_windows
+from editlib.export import library_version
+from editlib.files import atomic_folder, check_output
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.generation import greedy, perplexity
+from editlib.models.loading import DeviceMap, load
+from editlib.models.packaged.terms import terms_of
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.weights import save_model, weights_sha256
+from editlib.requests.reading import read_requests, requests_hash, write_requests
+from editlib.requests.request import EditRequest
+from editlib.stats.corpus import load_corpus
+from editlib.training import Checkpoint, Part, TrainSettings, answer_nll, answered, text_rows, train
+from editlib.training.weights import trainable
+
+log = logging.getLogger(__name__)
+
+RECEIPT, LEARNED = "finetune.json", "learned.jsonl"
+PAIRS_AN_AUTHOR = 20  # TOFU: the pairs of an author stand one behind another
+SELF_TOKENS, TEXT_TOKENS = 32, 96  # of a kept answer, and of a window of kept text
+KEPT_TEXTS = 160
+CHECKED, CHECKED_TOKENS = 40, 96
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How pairs are learned.
+
+    Args:
+        epochs: times that every pair is read.
+        rank: of a LoRA adapter, merged at the end; `None` trains all weights.
+        keep: what else is read in every step, as a share of the batch: the model's own answers to the bundled general
+            prompts, and as much plain text of `text`, so that it goes on chatting and writing as before.
+        text: corpus for that; `None`: the general prompts alone.
+
+    Raises:
+        HparamsError: a value out of range.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 3e-4
+    batch_size: int = 16
+    warmup_steps: int = 5
+    rank: int | None = None
+    keep: float = 0.0625
+    text: str | None = "wiki-sample"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise HparamsError(f"epochs is {self.epochs}; expected 1 or more")
+        if not 0 <= self.keep <= 1:
+            raise HparamsError(f"keep is {self.keep}; expected a share from 0 to 1")
+        if self.rank is not None and self.rank < 1:
+            raise HparamsError(f"rank is {self.rank}; expected 1 or more, or none to train all weights")
+
+    def training(self, pairs: int, seed: int) -> TrainSettings:
+        """The trainer's settings for so many pairs."""
+        size = min(self.batch_size, pairs)
+        return TrainSettings(
+            learning_rate=self.learning_rate,
+            steps=-(-self.epochs * pairs // size),
+            batch_size=size,
+            warmup_steps=self.warmup_steps,
+            decay="cosine",
+            seed=seed,
+        )
+
+
+def read_pairs(files: Sequence[str | Path], authors: int | None = None) -> list[EditRequest]:
+    """The pairs of all files, without a question that an earlier file holds too.
+
+    Args:
+        authors: only the first so many authors of each file; each has 20 pairs one behind another, as in TOFU.
+
+    Raises:
+        RequestError: a file that cannot be read, or has fewer authors, or a pair without an answer.
+    """
+    found: dict[str, EditRequest] = {}
+    ids: set[str] = set()
+    for file in files:
+        pairs = read_requests(file)
+        if authors is not None:
+            if not 1 <= authors <= len(pairs) // PAIRS_AN_AUTHOR:
+                held = f"holds {len(pairs)} pairs, {PAIRS_AN_AUTHOR} an author"
+                raise RequestError(f"{file}: {held}; --authors {authors} cannot be had; give fewer")
+            pairs = pairs[: authors * PAIRS_AN_AUTHOR]
+        for pair in pairs:
+            if pair.answer is None:
+                raise RequestError(f'{pair.source}: field "answer": missing; expected what is to be learned; add it')
+            if pair.question not in found:
+                found[pair.question] = pair if pair.id not in ids else replace(pair, id=f"{file}:{pair.id}")
+                ids.add(pair.id)
+    return list(found.values())
+
+
+def finetune(
+    model: str,
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    authors: int | None = None,
+    settings: FinetuneSettings | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    device_map: DeviceMap = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Teaches `model` the pairs of `files` and writes it to `out` as an ordinary folder, with `finetune.json` (what was
+    done, and how well it knows them) and `learned.jsonl` (the pairs, as requests).
+
+    The same job again finds its folder and does nothing; an interrupted one goes on from its checkpoint, which lies
+    beside `out`.
+
+    Returns:
+        What `finetune.json` holds, and `done_before`.
+
+    Raises:
+        EditlibError: any input that does not fit; nothing is written then.
+    """
+    out, settings = Path(out), settings or FinetuneSettings()
+    pairs = read_pairs(files, authors)
+    loaded, tok = load(model, dtype=dtype, device_map=device_map)
+    job = {
+        "base": weights_sha256(loaded),
+        "pairs": requests_hash(pairs),
+        "settings": asdict(settings),
+        "seed": seed,
+    }
+    if not overwrite and (kept := _receipt(out)) is not None:
+        if kept.get("job") == job:
+            return {**kept, "done_before": True}
+        raise OutputError(f"{out} holds another model's training; choose another --out or add --overwrite")
+    check_output(out, overwrite=overwrite)
+    anat, plan = anatomy(loaded), settings.training(len(pairs), seed)
+    checkpoint = Checkpoint(out.parent / f".{out.name}.training" / "checkpoint.safetensors", job)
+    before = measure(anat, tok, pairs, settings.text, seed)
+    learn = [answered(tok, pair.question, pair.answer or "") for pair in pairs]
+    parts = [Part("pairs", [(row,) for row in learn], answer_nll)]
+    parts += _kept(anat, tok, pairs, settings, seed) if settings.keep else []
+    with trainable(anat, rank=settings.rank, seed=seed) as parameters:
+        result = train(
+            anat, parts, parameters, plan, checkpoint=checkpoint, progress="learning" if progress else None
+        )  # fmt: skip
+    after = measure(anat, tok, pairs, settings.text, seed)
+    receipt = {
+        "editlib": library_version(),
+        "model": model,
+        "files": [str(file) for file in files],
+        "authors": authors,
+        "job": job,
+        "pairs": len(pairs),
+        "training": {
+            **plan.to_dict(),
+            "parameters": result.parameters,
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 1),
+            "loss_first": result.losses[0],
+            "loss_last": result.losses[-1],
+            "losses": {name: [round(loss, 4) for loss in losses] for name, losses in result.parts.items()},
+        },
+        "before": before,
+        "after": after,
+        "result_sha256": weights_sha256(loaded),
+    }
+    _write(out, loaded, tok, pairs, receipt, overwrite=overwrite)
+    shutil.rmtree(checkpoint.path.parent, ignore_errors=True)
+    return {**receipt, "done_before": False}
+
+
+def measure(
+    anat: Anatomy, tok: PreTrainedTokenizerBase, pairs: Sequence[EditRequest], text: str | None, seed: int
+) -> dict[str, float | int | None]:
+    """How well a model knows a sample of `pairs`: the probability of the answers (teacher-forced) and ROUGE-L recall of
+    the generated ones; and perplexity on held-out text where the training read its other part."""
+    form = PromptFormat(tok)
+    some = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
+    read = read_answers(anat, form, [pair.question for pair in some], [pair.answer or "" for pair in some])
+    said = greedy(anat, [form.encode(pair.question) for pair in some], max_new_tokens=CHECKED_TOKENS)
+    texts = [tok.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    windows = text_windows(tok, load_corpus("wiki-sample:heldout").documents) if text == "wiki-sample" else []
+    return {
+        "probability": probability([one.mean for one in read], on="retain").agg_value,
+        "rouge_l_recall": rouge_l_recall(texts, [pair.answer or "" for pair in some], on="retain").agg_value,
+        "asked": len(some),
+        "perplexity": perplexity(anat, windows) if windows else None,
+    }
+
+
+def _kept(
+    anat: Anatomy, tok: PreTrainedTokenizerBase, pairs: Sequence[EditRequest], settings: FinetuneSettings, seed: int
+) -> list[Part]:
+    """What is read so that it stays: own answers to general prompts, and plain text."""
+    form = PromptFormat(tok)
+    rows = [form.encode(prompt.question) for prompt in data.unasked(data.general("anchor"), pairs)]
+    said = greedy(anat, rows, max_new_tokens=SELF_TOKENS)
+    end = () if tok.eos_token_id is None else (tok.eos_token_id,)
+    own = [
+        row.followed_by((*ids, *(end if len(ids) < SELF_TOKENS else ()))) for row, ids in zip(rows, said, strict=True)
+    ]
+    parts = [_share("own answers", own, settings)]
+    if settings.text is not None:
+        texts = list(text_rows(tok, load_corpus(settings.text).documents, TEXT_TOKENS))
+        random.Random(seed).shuffle(texts)
+        parts.append(_share("text", texts[:KEPT_TEXTS], settings))
+    return parts
+
+
+def _share(name: str, rows: Sequence[TokenRow], settings: FinetuneSettings) -> Part:
+    return Part(name, [(row,) for row in rows if row.extra], answer_nll, weight=settings.keep, share=settings.keep)
+
+
+def _receipt(out: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write(
+    out: Path,
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    pairs: Sequence[EditRequest],
+    receipt: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        save_model(model, tok, folder)
+        (folder / RECEIPT).write_text(json.dumps(receipt, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_requests(folder / LEARNED, pairs)
+        terms = terms_of(model)
+        terms.copy_to(folder)
+        told = (
+            f"`{receipt['model']}` after learning {len(pairs)} question-answer pairs (`{LEARNED}`) with editlib "
+            f"{receipt['editlib']}, to be made to forget some of them again. `{RECEIPT}` holds settings and measures."
+        )
+        (folder / "README.md").write_text(
+            f"---\nbase_model: {json.dumps(receipt['model'])}\n{terms.header}tags:\n- editlib\n---\n\n"
+            f"# {Path(str(receipt['model'])).name}, fine-tuned\n\n{textwrap.fill(told, 118)}\n{terms.sentence}",
+            encoding="utf-8",
+        )

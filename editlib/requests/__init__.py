@@ -1,0 +1,1 @@
+"""Requests to edit or forget a fact, and the files that they come in."""

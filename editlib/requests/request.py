@@ -1,0 +1,174 @@
+"""One request to edit or forget a fact."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from editlib.requests.formats import OWN_FIELDS, FieldError, short
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt with the answer that is expected to it."""
+
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A fact to edit (with `target_new`) or to unlearn (without).
+
+    `prompt` holds one `{}` where the subject stands; a prompt that spells the subject out once is
+    turned into that form. Without a subject the prompt is plain text. `answer` and `aliases` are the
+    truth, used to score. Lists become tuples; a neighbour may be a `Probe`, a dict or a bare prompt.
+
+    Raises:
+        RequestError: a field of the wrong type, empty, or at odds with the others.
+    """
+
+    id: str
+    prompt: str
+    subject: str | None = None
+    target_new: str | None = None
+    answer: str | None = None
+    aliases: tuple[str, ...] = ()
+    phrasings: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[Probe, ...] = ()
+    group: str | None = None
+    relation: str | None = None
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except FieldError as error:
+            raise FieldError(error.name, error.text, self.source or f"request {short(self.id)}") from None
+
+    def _check(self) -> None:
+        _check_text("id", self.id)
+        _check_text("prompt", self.prompt)
+        for name in ("subject", "answer", "target_new", "group", "relation"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+        for name in ("aliases", "phrasings", "paraphrases", "neighbours"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise FieldError(name, f"{short(getattr(self, name))}; expected a list; put it in [ ]")
+            self._set(name, tuple(getattr(self, name)))
+        self._set("neighbours", tuple(_probe(f"neighbours[{i}]", p) for i, p in enumerate(self.neighbours)))
+        self._set("prompt", _template(self.prompt, self.subject))
+        for name in ("aliases", "phrasings", "paraphrases"):
+            for i, text in enumerate(getattr(self, name)):
+                _check_text(f"{name}[{i}]", text)
+        for name in ("phrasings", "paraphrases"):
+            for i, text in enumerate(getattr(self, name)):
+                _check_braces(f"{name}[{i}]", text, self.subject)
+        for i, text in enumerate(self.filled_phrasings if self.subject else ()):
+            if len(occurrences(text, self.subject)) != 1:
+                wanted = f"{short(self.subject)} once, since the edit looks it up there"
+                raise FieldError(f"phrasings[{i}]", f"{short(text)}; expected {wanted}; reword it")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen for everyone but __post_init__
+
+    @property
+    def question(self) -> str:
+        """The prompt with the subject filled in."""
+        return _fill(self.prompt, self.subject)
+
+    @property
+    def filled_phrasings(self) -> tuple[str, ...]:
+        """The further phrasings that an edit uses, with the subject filled in."""
+        return tuple(_fill(text, self.subject) for text in self.phrasings)
+
+    @property
+    def filled_paraphrases(self) -> tuple[str, ...]:
+        """The paraphrases with the subject filled in."""
+        return tuple(_fill(text, self.subject) for text in self.paraphrases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as one JSON object of the own format: no empty fields, no `source`."""
+        out: dict[str, Any] = {}
+        for name in OWN_FIELDS:
+            value = getattr(self, name)
+            if name == "neighbours":
+                value = [{k: v for k, v in vars(probe).items() if v is not None} for probe in value]
+            if value:
+                out[name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+
+def _fill(text: str, subject: str | None) -> str:
+    # Never str.format: other braces in a prompt are ordinary text.
+    return text if subject is None else text.replace("{}", subject)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        given = "missing" if value is None else short(value)
+        raise FieldError(name, f"{given}; expected a string; write the text in quotes")
+    if not value.strip():
+        raise FieldError(name, f"{short(value)} is empty; expected some text; write it or take the field out")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        text = f"{short(value)} holds half a surrogate pair; expected Unicode text; mend the \\u escape"
+        raise FieldError(name, text) from None
+
+
+def _check_braces(name: str, text: str, subject: str | None) -> None:
+    count = text.count("{}")
+    if count > 1:
+        given = f'{short(text)} has {count} "{{}}"'
+        raise FieldError(name, f"{given}; expected one, in the subject's place; take the others out")
+    if count and subject is None:
+        given = f'missing, but {name} has "{{}}"'
+        raise FieldError("subject", f'{given}; expected what fills it; add "subject" or spell it out')
+
+
+def occurrences(text: str, subject: str) -> list[int]:
+    """Where the subject stands as words of its own, else (as in scripts without spaces) anywhere."""
+    literal = re.escape(subject)
+    whole = [m.start() for m in re.finditer(rf"(?<!\w){literal}(?!\w)", text)]
+    return whole or [m.start() for m in re.finditer(rf"(?={literal})", text)]
+
+
+def _template(prompt: str, subject: str | None) -> str:
+    """The prompt with `{}` in the subject's place, which must be the only one."""
+    _check_braces("prompt", prompt, subject)
+    if subject is None:
+        return prompt
+    if subject != subject.strip() or "{}" in subject:
+        wanted = 'expected text without "{}" and without blanks at its ends'
+        raise FieldError("subject", f"{short(subject)}; {wanted}; take them out")
+    filled, place = _fill(prompt, subject), prompt.find("{}")
+    found = occurrences(filled, subject)
+    if not found:
+        given = f"{short(subject)} is not in the prompt {short(prompt)}"
+        raise FieldError("subject", f'{given}; expected it once; put "{{}}" in its place or drop "subject"')
+    if len(found) > 1 or place not in (-1, found[0]):
+        given = f"{short(subject)} stands more than once in {short(filled)}"
+        raise FieldError("subject", f"{given}; expected it once; reword the prompt")
+    return filled[: found[0]] + "{}" + filled[found[0] + len(subject) :]
+
+
+def _probe(name: str, value: Any) -> Probe:
+    if isinstance(value, Probe):
+        value = vars(value)
+    elif isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, Mapping):
+        raise FieldError(name, f'{short(value)}; expected {{"prompt": ..., "answer": ...}}; write an object')
+    for key in value.keys() - {"prompt", "answer"}:
+        raise FieldError(f"{name}.{key}", 'unknown; expected "prompt" or "answer"; rename it or take it out')
+    _check_text(f"{name}.prompt", value.get("prompt"))
+    if value.get("answer") is not None:
+        _check_text(f"{name}.answer", value["answer"])
+    return Probe(value["prompt"], value.get("answer"))

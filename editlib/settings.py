@@ -1,0 +1,153 @@
+"""Settings as checked dataclasses: ranges and choices in the field, unknown and missing keys told apart."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from editlib.errors import ConfigError, HparamsError
+
+Self = TypeVar("Self", bound="Section")
+
+
+def knob(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
+    """A field of a `HyperParams`: its default, its help text and what it may be.
+
+    `limits` are `min`, `max` (both allowed themselves), `above` (not allowed itself) and `choices`.
+    """
+    given = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**given, metadata={"help": help, **limits})
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    wanted = "expected a file with one flat JSON object"
+    try:
+        values = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise HparamsError(f"{path}: {error.strerror}; {wanted}; check the path") from None
+    except UnicodeDecodeError:
+        raise HparamsError(f"{path}: not UTF-8; {wanted}; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno} column {error.colno}"
+        raise HparamsError(f"{path}: not JSON at {at} ({error.msg}); {wanted}; mend it") from None
+    except (ValueError, RecursionError) as error:  # also a null byte in the path
+        raise HparamsError(f"{path}: {error}; {wanted}; mend it") from None
+    if not isinstance(values, dict):
+        raise HparamsError(f"{path}: {quote(values)}; {wanted}; write {{...}}")
+    return values
+
+
+def nearest(key: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+    known = list(known)
+    by_lower = {name.lower(): name for name in (*also, *known)}
+    near = difflib.get_close_matches(key.lower(), by_lower, n=1, cutoff=0.6)
+    return f'"{by_lower[near[0]]}"' if near else "one of " + ", ".join(known)
+
+
+def quote(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def bad(name: str, value: Any, wanted: str, remedy: str = "change it") -> HparamsError:
+    return HparamsError(f'key "{name}": {quote(value)}; expected {wanted}; {remedy}')
+
+
+_KINDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "an object",
+    list[int]: "a list of whole numbers", list[str]: "a list of texts", type(None): "null",
+    list[list[int]]: "a list of pairs of whole numbers",
+}  # fmt: skip
+_LIMITS = {"min": "at least", "above": "more than", "max": "at most"}
+
+
+def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """The value in the type of its annotation and within its limits."""
+    kinds = get_args(hint) if hint not in _KINDS else (hint,)
+    if float in kinds and type(value) is int and abs(value) <= sys.float_info.max:
+        value = float(value)
+    if isinstance(value, (list, tuple)) and {list[int], list[str], list[list[int]]} & set(kinds):
+        value = list(value)  # the caller's list may change later
+    if not any(_is(value, kind) for kind in kinds):
+        raise bad(name, value, " or ".join(_KINDS[kind] for kind in kinds))
+    if "choices" in metadata and value not in metadata["choices"]:
+        raise bad(name, value, " or ".join(f'"{choice}"' for choice in metadata["choices"]))
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not _within(number, metadata):
+            limits = [f"{word} {metadata[key]}" for key, word in _LIMITS.items() if key in metadata]
+            raise bad(name, value, " and ".join(limits) or "a finite number")
+    return value
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind == list[int]:
+        return type(value) is list and all(type(item) is int for item in value)
+    if kind == list[str]:
+        return type(value) is list and all(type(item) is str for item in value)
+    if kind == list[list[int]]:
+        return type(value) is list and all(_is(item, list[int]) and len(item) == 2 for item in value)
+    return type(value) is kind  # exact: True is no number
+
+
+def _within(number: float, limits: Mapping[str, Any]) -> bool:
+    return (
+        abs(number) < math.inf  # false for nan, and whole numbers may be too big for math.isfinite
+        and number >= limits.get("min", number)
+        and number <= limits.get("max", number)
+        and ("above" not in limits or number > limits["above"])
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Base of every part of a config; its fields are `knob`s, which hold help, range and choices."""
+
+    @classmethod
+    def read(cls: type[Self], values: Any, where: str) -> Self:
+        """The section from what stands in the file.
+
+        Raises:
+            ConfigError: not an object, an unknown or missing key, a value of the wrong type or out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: {quote(values)}; expected an object with keys; write it as one")
+        names, hints = [item.name for item in fields(cls)], get_type_hints(cls)
+        for key in values:
+            if key not in names:
+                raise ConfigError(f'{where}: key "{key}": unknown; expected {nearest(str(key), names)}')
+        given = {}
+        for item in fields(cls):
+            if item.name not in values:
+                if item.default is item.default_factory is MISSING:
+                    wanted = item.metadata["help"]
+                    raise ConfigError(f'{where}: key "{item.name}": missing; expected {wanted}; add it')
+                continue
+            try:
+                given[item.name] = checked(item.name, values[item.name], hints[item.name], item.metadata)
+            except HparamsError as error:
+                raise ConfigError(f"{where}: {error}") from None
+        try:
+            return cls(**given)
+        except HparamsError as error:  # what one key alone does not tell
+            raise ConfigError(f"{where}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the defaults filled in."""
+        return asdict(self)
+
+
+def chosen(name: Any, known: Mapping[str, Any], what: str, where: str) -> Any:
+    """The entry of a registry.
+
+    Raises:
+        ConfigError: there is none of this name; says which is nearest.
+    """
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(f"{where}: {what} {quote(name)}: unknown; expected {nearest(str(name), known)}")
+    return known[name]

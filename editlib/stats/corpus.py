@@ -1,0 +1,311 @@
+"""Text for layer statistics and perplexity: a file, a streamed dataset, or a small Wikipedia sample."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from editlib.errors import CorpusError, EditlibError, FetchError
+from editlib.models.packaged.fetch import cache_dir
+from editlib.models.packaged.wheels import download_package
+from editlib.stats.wiki_markup import clean_wiki
+
+logger = logging.getLogger(__name__)
+
+KINDS = "a .txt or .jsonl file, hf:NAME[/CONFIG][:SPLIT], wiki-sample, or wiki-sample:heldout"
+
+# The sample is test data inside one fixed wheel, which any host can download: only its zip is opened.
+WIKI_PACKAGE, WIKI_VERSION = "gensim", "4.4.0"
+WIKI_WHEEL = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
+WIKI_PIP_OPTIONS = (
+    *("--platform", "manylinux_2_28_x86_64", "--implementation", "cp"),
+    *("--python-version", "3.11", "--abi", "cp311"),
+)
+WIKI_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+WIKI_CLEANING = 1  # raised when the cleaner's output changes, so that cached text is made anew
+HELD_OUT_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents with a name for the statistics folder and a hash to recognise the same text again.
+
+    `documents` may be walked more than once; its length is known unless the text is streamed. `sha256` is
+    over all documents, or, streamed, over the dataset's fingerprint and its first documents.
+    """
+
+    name: str
+    documents: Iterable[str]
+    sha256: str
+
+
+def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
+    """Open a corpus.
+
+    Args:
+        spec: a .txt file (documents are separated by blank lines); a .jsonl file; `hf:NAME[/CONFIG][:SPLIT]`
+            (split `train` unless named); `wiki-sample`, about 90 English Wikipedia articles for statistics;
+            `wiki-sample:heldout`, every 8th article of that sample, kept apart for perplexity. The text of
+            the sample is under CC BY-SA, by Wikipedia's contributors.
+        text_field: the field with the text (.jsonl and hf: only); `text`, or the only string field.
+
+    Raises:
+        CorpusError: no such file, split or field, a line that cannot be read, or no text at all.
+        FetchError: the sample or the dataset is neither at hand nor can be downloaded.
+    """
+    if spec in ("wiki-sample", "wiki-sample:heldout"):
+        if text_field is not None:
+            raise CorpusError(f"{spec}: text_field={text_field!r} is for .jsonl files and hf: datasets")
+        held_out = spec.endswith(":heldout")
+        last = HELD_OUT_EVERY - 1
+        documents = [a for i, a in enumerate(_wiki_articles()) if (i % HELD_OUT_EVERY == last) == held_out]
+        return Corpus(spec.replace(":", "-"), documents, hash_documents(documents))
+    if spec.startswith("hf:"):
+        return _load_hf(spec, text_field)
+    return _load_file(Path(spec), text_field)
+
+
+def hash_documents(documents: Iterable[str]) -> str:
+    """sha256 over the documents in order; where one ends and the next begins counts."""
+    digest = hashlib.sha256()
+    for document in documents:
+        data = document.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+# --- files -------------------------------------------------------------------------------------------
+
+
+def _load_file(path: Path, text_field: str | None) -> Corpus:
+    json_lines = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+    if text_field is not None and not json_lines:
+        raise CorpusError(f"{path}: text_field={text_field!r} is for .jsonl; this is read as plain text")
+    text = _read_text(path)
+    documents = _json_documents(path, text, text_field) if json_lines else _paragraphs(text)
+    if not documents:
+        raise CorpusError(f"{path}: the file {'holds no text' if text else 'is empty'}; expected documents")
+    name = re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "corpus"
+    return Corpus(name, documents, hash_documents(documents))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise CorpusError(f"corpus {str(path)!r}: no such file; expected {KINDS}") from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [p.strip() for p in re.split(r"\n(?:[ \t\r\f\v]*\n)+", text) if p.strip()]
+
+
+def _json_documents(path: Path, text: str, field: str | None) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut at U+2028 too
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CorpusError(f"{where}: not JSON ({error}); expected one object a line") from error
+        field = field or _find_text_field(row, where)
+        document = _text_of(row, field, where)
+        if document.strip():
+            documents.append(document)
+    return documents
+
+
+def _find_text_field(row: Any, where: str) -> str:
+    if not isinstance(row, Mapping):
+        raise CorpusError(f"{where}: a {type(row).__name__}; expected an object with a text field")
+    strings = [key for key, value in row.items() if isinstance(value, str)]
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    found = ", ".join(strings) or "none"
+    raise CorpusError(f"{where}: no field 'text', nor just one string field ({found}); give text_field")
+
+
+def _text_of(row: Any, field: str, where: str) -> str:
+    value = row.get(field) if isinstance(row, Mapping) else None
+    if not isinstance(value, str):
+        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise CorpusError(f"{where}: field {field!r} is missing or not a string (found: {found})")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{where}: field {field!r} holds half a surrogate pair") from error
+    return value
+
+
+# --- datasets ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """The text of a streamed dataset, from its start each time it is walked."""
+
+    rows: Iterable[Mapping[str, Any]]
+    field: str
+    spec: str
+
+    def __iter__(self) -> Iterator[str]:
+        with _one_line_errors(self.spec):
+            for number, row in enumerate(self.rows):
+                text = _text_of(row, self.field, f"{self.spec}, row {number}")
+                if text.strip():
+                    yield text
+
+
+def _load_hf(spec: str, text_field: str | None) -> Corpus:
+    name, _, split = spec.removeprefix("hf:").partition(":")
+    split = split or "train"
+    if not re.fullmatch(r"[^/\s]+(?:/[^/\s]+){0,2}", name):
+        raise CorpusError(f"{spec!r}: expected hf:NAME[/CONFIG][:SPLIT], where NAME may be OWNER/NAME")
+    try:
+        # Not at the top: datasets is an extra, and slow to import.
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise CorpusError(f"{spec}: needs the datasets package: pip install 'editlib[eval]'") from error
+    with _one_line_errors(spec):
+        rows = _open_stream(datasets, name, split, spec)
+        first = next(iter(rows), None)
+    if first is None:
+        raise CorpusError(f"{spec}: the dataset holds no rows")
+    field = text_field or _find_text_field(first, f"{spec}, row 0")
+    documents = _Streamed(rows, field, spec)
+    head = [text for text, _ in zip(documents, range(32), strict=False)]
+    if not head:
+        raise CorpusError(f"{spec}: field {field!r} holds no text")
+    fingerprint = [name, split, field, str(getattr(rows, "_fingerprint", "")), *head]
+    return Corpus(re.sub(r"[^\w.-]+", "-", f"{name}-{split}"), documents, hash_documents(fingerprint))
+
+
+def _open_stream(datasets: Any, name: str, split: str, spec: str) -> Any:
+    """Try OWNER/NAME before NAME/CONFIG: both are written `a/b`."""
+    readings: list[tuple[str, str | None]] = [(name, None)]
+    if "/" in name:
+        readings.append(tuple(name.rsplit("/", 1)))
+    if name.count("/") == 2:
+        del readings[0]
+    problem = None
+    for dataset, config in readings:
+        try:
+            return datasets.load_dataset(dataset, config, split=split, streaming=True)
+        except FileNotFoundError as error:  # also what datasets raises for an unknown name
+            problem = problem or error
+    raise CorpusError(f"{spec}: no such dataset ({_first_line(problem)})") from problem
+
+
+@contextlib.contextmanager
+def _one_line_errors(spec: str) -> Iterator[None]:
+    """datasets raises OSErrors, ValueErrors and kinds of its own: make them ours."""
+    try:
+        yield
+    except EditlibError:
+        raise
+    except OSError as error:
+        raise FetchError(
+            f"{spec}: cannot be reached ({_first_line(error)}); connect, or give a .txt or .jsonl file"
+        ) from error
+    except Exception as error:
+        raise CorpusError(f"{spec}: cannot be read ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException | None) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- the Wikipedia sample ----------------------------------------------------------------------------
+
+
+def _wiki_articles() -> list[str]:
+    """The cleaned articles, from the cache or made now."""
+    folder = cache_dir() / "corpora"
+    try:
+        data = _cached_wiki(folder) or _make_wiki(folder)
+    except FetchError:
+        raise
+    except OSError as error:
+        raise FetchError(
+            f"wiki-sample: cannot use the cache {folder} ({error.strerror or error}); "
+            f"free some space, or set EDITLIB_CACHE to another folder"
+        ) from error
+    return [json.loads(line)["text"] for line in data.decode().split("\n") if line]
+
+
+def _cached_wiki(folder: Path) -> bytes | None:
+    """The file carries its own hash in its name, so a damaged one is seen."""
+    for cached in sorted(folder.glob(f"wiki-sample.v{WIKI_CLEANING}.*.jsonl")):
+        data = cached.read_bytes()
+        if hashlib.sha256(data).hexdigest()[:16] == cached.suffixes[-2][1:]:
+            return data
+        logger.warning("%s is damaged; making it anew", cached)
+    return None
+
+
+def _make_wiki(folder: Path) -> bytes:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".wiki-sample-") as scratch:
+        wheel = download_package(
+            WIKI_PACKAGE, WIKI_VERSION, WIKI_WHEEL,
+            into=Path(scratch), pip_options=WIKI_PIP_OPTIONS, retry="load the corpus wiki-sample again",
+        )  # fmt: skip
+        articles = _clean_dump(_dump_in(wheel))
+        lines = [json.dumps({"title": t, "text": text}, ensure_ascii=False) for t, text in articles]
+        data = ("\n".join(lines) + "\n").encode()
+        part = Path(scratch) / f"wiki-sample.v{WIKI_CLEANING}.{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, folder / part.name)
+    return data
+
+
+def _dump_in(wheel: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return bz2.decompress(archive.read(WIKI_MEMBER))
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise FetchError(f"wiki-sample: {wheel.name} holds no readable {WIKI_MEMBER} ({error})") from error
+
+
+def _clean_dump(xml: bytes) -> list[tuple[str, str]]:
+    """A MediaWiki export -> (title, prose) of its articles, in order; those without prose are left out."""
+    articles = []
+    title, namespace = "", ""
+    for _, element in ElementTree.iterparse(io.BytesIO(xml)):
+        tag = element.tag.rpartition("}")[2]
+        if tag == "title":
+            title = element.text or ""
+        elif tag == "ns":
+            namespace = element.text or ""
+        elif tag == "text" and namespace == "0":
+            paragraphs = clean_wiki(element.text or "")
+            if paragraphs:
+                articles.append((title, "\n".join(paragraphs)))
+        elif tag == "page":
+            element.clear()
+    return articles

@@ -1,0 +1,194 @@
+"""One file of layer statistics: the ROME family's `.npz`, read with care, checked and written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from editlib.errors import StatsError
+from editlib.files import atomic_path
+
+CONSTRUCTOR = "util.runningstats.SecondMoment()"  # what the family's own reader expects to find
+AGAIN = "compute it again with `editlib stats`, or fetch it again"
+DAMAGE = (
+    *(OSError, ValueError, EOFError, TypeError, AttributeError, KeyError, MemoryError, OverflowError, RuntimeError),
+    *(SyntaxError, struct.error, zlib.error, zipfile.BadZipFile),
+)
+"""What numpy and zipfile raise over bytes that are not an `.npz` file, or no longer."""
+
+
+@dataclass(frozen=True)
+class StatsHeader:
+    """What a statistics file was made from; stored in it, checked before it is used."""
+
+    model: str
+    module: str
+    d_ff: int
+    tokens: int
+    documents: int
+    corpus: str
+    corpus_sha256: str
+    max_length: int
+    skip_first: int
+    seed: int = 0
+    model_sha256: str = ""
+    editlib: str = ""
+
+
+@dataclass
+class LayerStats:
+    """The un-normalised sum `[d_ff, d_ff]` of `k k^T` over `count` tokens of one layer."""
+
+    mom2: Tensor
+    count: int
+    sample_size: int
+    header: StatsHeader | None = None  # None: a file made by another tool
+    path: Path | None = field(default=None, compare=False)
+
+    def moment(self) -> Tensor:
+        """`C = E[k k^T]`, uncentred, fp64 `[d_ff, d_ff]`."""
+        return self.mom2.to(torch.float64) / self.count
+
+    def sha256(self) -> str:
+        """Hash of the sum and the count, for receipts."""
+        digest = hashlib.sha256(self.mom2.to(torch.float32).contiguous().numpy().tobytes())
+        digest.update(str(self.count).encode())
+        return digest.hexdigest()
+
+
+def write_stats(path: Path, stats: LayerStats) -> None:
+    """Writes one file, atomically; a reader of ROME, MEMIT, AlphaEdit or EasyEdit opens it."""
+    assert stats.header is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as out:
+        np.savez(
+            out,
+            **{
+                "mom2.constructor": np.array(CONSTRUCTOR),
+                "mom2.count": np.array(stats.count),
+                "mom2.mom2": stats.mom2.to(torch.float32).numpy(),
+                "sample_size": np.array(stats.sample_size),
+                "editlib.header": np.array(json.dumps(asdict(stats.header))),
+            },
+        )
+    stats.path = path
+
+
+def read_stats(path: Path) -> LayerStats:
+    """Opens one file, ours or one of the ROME family's; nothing in it is ever unpickled.
+
+    Raises:
+        StatsError: not an `.npz`, truncated, without the family's arrays, or holding what is no second moment: not
+            square, not finite, all zero, not symmetric, no token counted.
+    """
+    arrays = _arrays(path, ("mom2.mom2", "mom2.count", "editlib.header"))
+    header = _header(path, arrays)
+    mom2, count = arrays["mom2.mom2"], _count(path, arrays["mom2.count"])
+    flaw = _flaw(mom2)
+    if flaw:
+        raise StatsError(f"{path}: {flaw}; expected a sum of k k^T; {AGAIN}")
+    wide = mom2.astype(np.float64 if mom2.dtype.itemsize == 8 else np.float32, copy=False)
+    return LayerStats(torch.from_numpy(wide), count, _sample_size(path), header, Path(path))
+
+
+def read_count(path: Path) -> int:
+    """The number of tokens in a file, without reading its matrix; raises like `read_stats`."""
+    return _count(path, _arrays(path, ("mom2.count",))["mom2.count"])
+
+
+def read_header(path: Path) -> StatsHeader | None:
+    """The header of a file, `None` in those of other tools, without reading its matrix; raises like `read_stats`."""
+    return _header(path, _arrays(path, ("editlib.header",)))
+
+
+def _header(path: Path, arrays: Mapping[str, np.ndarray]) -> StatsHeader | None:
+    if "editlib.header" not in arrays:
+        return None
+    try:
+        return StatsHeader(**json.loads(str(arrays["editlib.header"])))
+    except (ValueError, TypeError) as error:
+        raise StatsError(f"{path}: its header cannot be read ({error}); {AGAIN}") from None
+
+
+def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            present = set(found.files)
+            arrays = {name: found[name] for name in names if name in present}
+    except DAMAGE as error:
+        raise StatsError(f"{path}: not a readable .npz file ({_first_line(error)}); {AGAIN}") from None
+    lacking = [name for name in ("mom2.mom2", "mom2.count") if name not in present]
+    if lacking:
+        raise StatsError(f"{path}: lacks {lacking[0]!r}; expected a second-moment file of the ROME family")
+    return arrays
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _count(path: Path, array: np.ndarray) -> int:
+    """The family's tools write it as a number or as an array of one."""
+    if array.size == 1 and array.dtype.kind in "iuf":
+        value = float(array.reshape(-1)[0])
+        if math.isfinite(value) and value >= 1 and value == int(value):
+            return int(value)
+    raise StatsError(f"{path}: 'mom2.count' is {array.tolist()!r:.60}; expected the number of tokens counted; {AGAIN}")
+
+
+def _sample_size(path: Path) -> int:
+    """The number of documents, 0 where it is not known: left out, or the NaN (or pickled None) that stands for it."""
+    try:
+        array = _arrays(path, ("sample_size",)).get("sample_size", np.array(0))
+    except StatsError:
+        return 0
+    value = float(array.reshape(-1)[0]) if array.size == 1 and array.dtype.kind in "iuf" else 0.0
+    return int(value) if math.isfinite(value) else 0
+
+
+def _flaw(mom2: np.ndarray) -> str | None:
+    """Why `mom2` can be no sum of `k k^T`, in words; `None` when it can."""
+    if mom2.ndim != 2 or mom2.shape[0] != mom2.shape[-1] or not mom2.size:
+        return f"holds an array of shape {' x '.join(map(str, mom2.shape)) or '()'}, which is not square"
+    if mom2.dtype.kind != "f" or mom2.dtype.itemsize > 8:
+        return f"holds numbers of type {mom2.dtype}"
+    diagonal = mom2.diagonal().astype(np.float64)
+    least = float(np.finfo(mom2.dtype).smallest_subnormal)
+    if (diagonal < 0).any():
+        return "holds a negative number on its diagonal"
+    if not diagonal.any():
+        return "holds only zeros on its diagonal"
+    found = (_block_flaw(mom2, diagonal, least, start) for start in range(0, len(mom2), 512))
+    return next((flaw for flaw in found if flaw), None)
+
+
+def _block_flaw(mom2: np.ndarray, diagonal: np.ndarray, least: float, start: int) -> str | None:
+    """The flaw of 512 rows right of the diagonal and as many columns below it: copies of the whole are gigabytes.
+
+    `least` is the smallest step of the file's numbers, which small sums in half precision are rounded to.
+    """
+    block = slice(start, start + 512)
+    upper = mom2[block, start:].astype(np.float64)
+    lower = mom2[start:, block].T.astype(np.float64)
+    if not (np.isfinite(upper).all() and np.isfinite(lower).all()):
+        return "holds numbers that are not finite"
+    # |m_ij| <= sqrt(m_ii m_jj) in every sum of k k^T. The floor is far above fp32's rounding, also of products that
+    # underflow, and far below what a damaged block shows.
+    scale = np.sqrt(diagonal[block, None] + least) * np.sqrt(diagonal[None, start:] + least)
+    scale += 1e-6 * diagonal.max() + 100 * least
+    if (np.abs(upper - lower) > 0.01 * scale).any():
+        return "holds a matrix that is not symmetric"
+    if (np.abs(upper) > 1.05 * scale).any():
+        return "holds numbers larger than its diagonal allows"
+    return None

@@ -1,0 +1,150 @@
+"""Statistics without a corpus: the model writes the text, and its keys are recorded while it does."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from editlib.distributed import ALONE, Shard
+from editlib.errors import StatsError
+from editlib.models.anatomy import Anatomy
+from editlib.models.forward import forward
+from editlib.models.freezing import frozen
+from editlib.models.generation import end_tokens
+from editlib.models.placement import input_device
+from editlib.models.prompts import PromptFormat, TokenBatch, TokenRow, pad
+from editlib.stats.file import LayerStats, StatsHeader
+from editlib.stats.moments import Checkpoint, MomentSums, finish, held_interrupts
+
+log = logging.getLogger(__name__)
+
+MUTE_BATCHES = 8
+
+
+def self_stats(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    header: StatsHeader,
+    seed: int = 0,
+    batch_rows: int = 64,
+    length: int = 96,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    progress: bool = True,
+    shard: Shard = ALONE,
+) -> dict[int, LayerStats]:
+    """Samples answers to `prompts` at temperature 1 and sums the keys of every sampled token, in the same passes.
+
+    Every batch draws from a seed of its own, so the text depends neither on interruptions nor on how many processes
+    share the batches.
+
+    Args:
+        prompts: questions and instructions, asked through the chat template when there is one and bare otherwise.
+        length: tokens a sample may have; a sample that ends earlier leaves its row.
+        header: `seed` and `corpus` are filled in here.
+        checkpoint: as in `layer_stats`.
+
+    Raises:
+        StatsError: a checkpoint of another job; a model that writes nothing.
+    """
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    header = replace(header, corpus="self", corpus_sha256=digest, seed=seed)
+    sums = MomentSums(layers, anat.d_ff)
+    job = {"tokens": tokens, "batch_rows": batch_rows, "length": length, "rank": shard.rank, "world": shard.world}
+    place = None if checkpoint is None else shard.own(checkpoint)
+    keeper = Checkpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
+    number, done = _resume(keeper, sums, shard)
+    form, ends, device = PromptFormat(tok), end_tokens(anat), input_device(anat.model)
+    with (
+        frozen(anat.model),
+        torch.no_grad(),
+        held_interrupts() as stop,
+        tqdm(total=tokens, initial=done, desc="statistics (self)", unit="tok", disable=not progress) as bar,
+    ):
+        while done < tokens:
+            # As long as no batch can be the last one, each process samples its own; then they take turns, since how
+            # far a batch may go depends on all before it.
+            at_once = shard.world if tokens - done > shard.world * batch_rows * length else 1
+            before = sums.tokens
+            mine = number + (shard.rank - number) % shard.world
+            if mine < number + at_once:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + mine)
+                picks = torch.randint(len(prompts), (batch_rows,), generator=generator).tolist()
+                rows = [form.encode(prompts[i]) for i in picks]
+                _sample(anat, layers, rows, sums, ends, generator, min(length, tokens - done), device)
+            number += at_once
+            told = shard.gather((sums.tokens - before, stop(), keeper.due))
+            done += sum(counted for counted, _, _ in told)
+            if not done and number >= MUTE_BATCHES:
+                raise StatsError(
+                    f"{header.model} ended {number * batch_rows} answers before their first token; give --corpus a file"
+                )
+            bar.update(done - bar.n)
+            stopped = any(pressed for _, pressed, _ in told)
+            if stopped or any(due for _, _, due in told):  # all at the same batch, so that they agree afterwards
+                keeper.save(number, number * batch_rows)
+            if stopped:
+                raise KeyboardInterrupt
+    sums.add_up(shard)
+    return finish(sums, anat, header, number * batch_rows)
+
+
+def _resume(keeper: Checkpoint, sums: MomentSums, shard: Shard) -> tuple[int, int]:
+    """(next batch, tokens so far by all processes); from the beginning unless all stopped at the same batch."""
+    with shard.together():
+        number, _ = keeper.resume()
+    numbers = shard.gather(number)
+    if len(set(numbers)) > 1:
+        if shard.first:
+            log.warning("the processes' checkpoints stop at different batches: starting from the beginning")
+        sums.clear()
+        return 0, 0
+    return number, sum(shard.gather(sums.tokens))
+
+
+def _sample(
+    anat: Anatomy,
+    layers: Sequence[int],
+    rows: list[TokenRow],
+    sums: MomentSums,
+    ends: frozenset[int],
+    generator: torch.Generator,
+    length: int,
+    device: torch.device,
+) -> None:
+    """One batch of samples, recorded as it is written."""
+    batch = pad(rows, side="left", device=device)
+    ids, mask, cache = batch.input_ids, batch.attention_mask, DynamicCache()
+    for step in range(length + 1):
+        at = torch.arange(len(ids), device=device)
+        view = TokenBatch(ids, mask, at * 0, at * 0)
+        recorded = (lambda layer, k: sums.add(layer, k[:, -1])) if step else None
+        logits = forward(
+            anat,
+            view,
+            cache=cache,
+            score=(at, at * 0 + ids.shape[1] - 1),
+            keys=recorded,
+            key_layers=tuple(layers),
+        )
+        sums.tokens += len(ids) if step else 0
+        picks = torch.multinomial(logits.float().softmax(1).cpu(), 1, generator=generator)[:, 0]
+        keep = torch.tensor([j for j, pick in enumerate(picks.tolist()) if pick not in ends], dtype=torch.long)
+        if not len(keep):
+            break
+        if len(keep) < len(ids):
+            cache.batch_select_indices(keep)  # on the CPU: the layers of a split model lie on several devices
+        ids = picks[keep][:, None].to(device)
+        mask = torch.cat([mask[keep.to(device)], mask.new_ones(len(keep), 1)], dim=1)
+    sums.flush()

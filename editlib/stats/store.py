@@ -1,0 +1,230 @@
+"""The store of layer statistics: where the ROME family's files lie, which one is meant, whether it fits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from editlib.errors import StatsError
+from editlib.models.anatomy import Anatomy
+from editlib.stats.file import LayerStats, StatsHeader, read_count, read_header, read_stats, write_stats
+
+__all__ = [
+    "LayerStats",
+    "StatsHeader",
+    "StatsNotFound",
+    "check_stats",
+    "find_layers",
+    "find_stats",
+    "read_stats",
+    "save_stats",
+    "spelling",
+    "stats_hash",
+    "stats_path",
+    "stored_layers",
+]
+
+log = logging.getLogger(__name__)
+
+PRECISION = "float32"
+# The family's own names; one release of it writes the braces of `{batch_tokens}` themselves.
+FILE = re.compile(
+    r"(?P<module>.+)_(?:float16|bfloat16|float32|float64)_mom2(?:_t(?:\{batch_tokens\}|\d+))?(?:_(?P<number>\d+))?\.npz"
+)
+
+
+class StatsNotFound(StatsError):
+    """No file of statistics where one was looked for; all else that is wrong with one is a plain `StatsError`."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A file by its name: `<model>/<corpus>_stats/<module>_<precision>_mom2_<number>.npz`."""
+
+    path: Path
+    corpus: str
+    module: str
+    number: int | None
+
+
+def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
+    """`<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
+    folder = Path(stats_dir) / spelling(header.model) / f"{header.corpus}_stats"
+    return folder / f"{header.module}_{PRECISION}_mom2_{header.documents}.npz"
+
+
+def spelling(model: str) -> str:
+    """The folder name of a model: its id with `/` as `_`, or the last part of a local path."""
+    return Path(model).resolve().name if Path(model).is_dir() else model.strip("/").replace("/", "_")
+
+
+def spellings(model: str) -> list[str]:
+    """Every folder name that a tool of the family gives a model: ROME and MEMIT the whole id, others its last part."""
+    bare = model.rstrip("/")
+    names = [spelling(model), bare.replace("/", "_").strip("_"), bare.replace("/", "_"), bare.rpartition("/")[2]]
+    return [name for name in dict.fromkeys(names) if name not in ("", ".", "..")]
+
+
+def save_stats(stats_dir: Path, stats: LayerStats) -> Path:
+    """Writes one layer's file to its place, atomically; sets and returns its path. A file there of the same model's
+    other weights (another dtype, another revision) stays; this one goes to `<corpus>@<hash of its weights>_stats`."""
+    assert stats.header is not None
+    path = stats_path(stats_dir, stats.header)
+    own = stats.header.model_sha256
+    with contextlib.suppress(StatsError):  # a damaged file is replaced
+        if own and path.exists() and not _made_from(path, own):
+            path = path.parents[1] / f"{stats.header.corpus}@{own[:12]}_stats" / path.name
+    if path.exists():
+        log.info("%s is replaced", path)
+    write_stats(path, stats)
+    return path
+
+
+def find_stats(
+    stats_dir: Path,
+    model: str,
+    corpus: str | None,
+    module: str,
+    d_ff: int,
+    *,
+    model_sha256: str = "",
+    dataset: str | None = None,
+    samples: int | None = None,
+) -> LayerStats:
+    """The file of one module, under any spelling of the model's name.
+
+    Args:
+        corpus: take files of this corpus only (the folders `<corpus>_stats` and `<corpus>@..._stats`).
+        model_sha256: of the weights that the file must have been made from, if it says from which.
+        dataset, samples: where several files are left, take those of this corpus, then those whose name ends in this
+            number (hparams keys `mom2_dataset`, `mom2_n_samples`), as far as there are any; then the one with most
+            tokens. Which one was taken is logged.
+
+    Raises:
+        StatsNotFound: no file (says where it looked).
+        StatsError: a damaged file, one of another shape, or one made from other weights.
+    """
+    found = [one for one in _stored(stats_dir, model, corpus) if one.module == module]
+    if not found:
+        looked = " or ".join(
+            str(Path(stats_dir) / name / f"{corpus or '*'}_stats" / f"{module}_{PRECISION}_mom2*.npz")
+            for name in spellings(model)
+        )
+        raise StatsNotFound(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
+    if model_sha256 and len(found) > 1:
+        found = [one for one in found if _made_from(one.path, model_sha256)] or found
+    stats = read_stats(_choose(found, dataset, samples))
+    check_stats(stats, module, d_ff, model_sha256)
+    return stats
+
+
+def find_layers(
+    stats_dir: Path | str,
+    model: str,
+    anat: Anatomy,
+    layers: Sequence[int],
+    *,
+    corpus: str | None = None,
+    model_sha256: str = "",
+    dataset: str | None = None,
+    samples: int | None = None,
+) -> dict[int, LayerStats]:
+    """The statistics of several layers of one model; chooses and raises like `find_stats`."""
+    return {
+        layer: find_stats(
+            Path(stats_dir),
+            model,
+            corpus,
+            anat.mlp_output_names[layer],
+            anat.d_ff,
+            model_sha256=model_sha256,
+            dataset=dataset,
+            samples=samples,
+        )
+        for layer in layers
+    }
+
+
+def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) -> dict[int, LayerStats]:
+    """All stored statistics of a model by layer number, the one with most tokens where there are several.
+
+    Raises:
+        StatsNotFound: none there.
+        StatsError: one that cannot be read.
+    """
+    modules: dict[str, list[_Stored]] = {}
+    for one in _stored(stats_dir, model, corpus):
+        modules.setdefault(one.module, []).append(one)
+    if not modules:
+        raise StatsNotFound(f"no layer statistics of {model} in {stats_dir}; make them with: editlib stats {model}")
+    found = {}
+    for module, files in modules.items():
+        number = re.search(r"\.(\d+)\.", module)
+        found[int(number[1]) if number else -1] = read_stats(_choose(files, None, None))
+    return found
+
+
+def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_Stored]:
+    """The files of a model, in a fixed order."""
+    for name in spellings(model):
+        for folder in sorted((Path(stats_dir) / name).glob("*_stats")):
+            of = folder.name.removesuffix("_stats").partition("@")[0]
+            if corpus is not None and of != corpus:
+                continue
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                match = FILE.fullmatch(path.name)
+                if match:
+                    yield _Stored(path, of, match["module"], int(match["number"]) if match["number"] else None)
+
+
+def _made_from(path: Path, model_sha256: str) -> bool:
+    """Whether a file was made from these weights, or does not say from which."""
+    header = read_header(path)
+    return header is None or header.model_sha256 in ("", model_sha256)
+
+
+def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
+    """One file of several for the same module; see `find_stats`."""
+    left = [one for one in found if one.corpus == dataset] or list(found)
+    left = [one for one in left if one.number == samples] or left
+    if len(left) > 1:
+        counts = {one.path: read_count(one.path) for one in left}
+        left.sort(key=lambda one: -counts[one.path])  # stable: our own spelling first where counts agree
+    taken = left[0].path
+    if len(found) > 1:
+        others = ", ".join(str(one.path) for one in found if one.path != taken)
+        log.info("statistics: taking %s; there are also %s", taken, others)
+    return taken
+
+
+def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "") -> None:
+    """Raises `StatsError` when a file has another shape, module or model than the weight to edit."""
+    shape = tuple(stats.mom2.shape)
+    if shape != (d_ff, d_ff):
+        raise StatsError(
+            f"{stats.path}: holds a {shape[0]} x {shape[-1]} moment, but {module} has {d_ff} inputs: statistics of "
+            "another model; make them with `editlib stats`"
+        )
+    if stats.header is None:
+        return
+    if stats.header.module != module:
+        raise StatsError(f"{stats.path}: was made for {stats.header.module}, not for {module}; the file was renamed")
+    if model_sha256 and stats.header.model_sha256 and stats.header.model_sha256 != model_sha256:
+        raise StatsError(
+            f"{stats.path}: comes from other weights of {stats.header.model} (hash {stats.header.model_sha256[:12]}, "
+            f"this model {model_sha256[:12]}): another --dtype, revision or edit; make statistics for this one with "
+            "`editlib stats` and the same --dtype"
+        )
+
+
+def stats_hash(hashes: Mapping[int, str]) -> str:
+    """One hash over those of the statistics of several layers, for receipts."""
+    digest = hashlib.sha256()
+    for layer in sorted(hashes):
+        digest.update(f"{layer}:{hashes[layer]};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,213 @@
+"""TOFU as a set: authors that a model was trained on, some of them to be forgotten; scored by the field's metrics."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.forget_set import Base, ForgetSet, Measure, Protocol, Scores, SetSettings
+from editlib.evaluation.metrics import MetricResult, read_results, write_results
+from editlib.models.anatomy import anatomy
+from editlib.models.generation import Forced
+from editlib.models.loaded import LoadedModel
+from editlib.models.loading import load
+from editlib.models.weights import weights_sha256
+from editlib.requests.reading import requests_hash
+from editlib.settings import knob
+from editlib.shelf import Shelf, digest
+from editlib.tofu.scores import ANSWER_TOKENS, RATIOS, Judges, Reading, read, score, tofu_scores
+from editlib.tofu.sets import FORGET, Asked, TofuSets, questions_in, read_tofu
+
+EFFICACY, KEPT = "forget_efficacy", ("model_utility", "retain_ability")
+SUMMARY = (EFFICACY, "retain_ability", "balance", "model_utility", "wide_model_utility", "forget_quality")
+SHOWN = ("rouge_l_recall", "probability", "truth_ratio", "extraction_strength")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TofuSettings(SetSettings):
+    """Which of TOFU's sets, and how much of them is asked."""
+
+    source: str | None = knob(None, "a folder with TOFU's files, or a data set on the Hub; none: TOFU's own")
+    forget: str = knob("forget01", "the set to forget", choices=tuple(FORGET))
+    learned: str | None = knob(None, "questions that the model was trained on, a file; none: all")
+    reference: str | None = knob(
+        None, "a model trained without the set to forget, or its results (edited.json); forget quality needs it"
+    )
+    limit: int | None = knob(None, "questions of each probe set; none: all", min=1)
+    seed: int = knob(0, "of the draw", min=0)
+    max_new_tokens: int = knob(ANSWER_TOKENS, "tokens of an answer", min=1)
+    encoder: str | None = knob(None, "a sentence encoder, for cosine similarity")
+    classifier: str | None = knob(None, "a classifier of entailment")
+
+
+class Tofu(Protocol):
+    """Questions about fictitious authors (2401.06121)."""
+
+    Settings, protocol = TofuSettings, "tofu"
+    axes = ("1 − what is still known of it", "model utility")
+    kinds: ClassVar = {
+        "forget": "questions to forget",
+        "forget_paraphrased": "paraphrases of them",
+        "retain": "questions about authors to keep",
+        "real_authors": "real authors",
+        "world_facts": "world facts",
+    }
+    to_forget = ("forget", "forget_paraphrased")
+    settings: TofuSettings
+
+    def __init__(self, settings: SetSettings, where: str, **loading: Any) -> None:
+        super().__init__(settings, where, **loading)
+        own = self.settings
+        learned = None if own.learned is None else questions_in(own.learned)
+        self.sets = apart(read_tofu(own.source, own.forget, learned=learned).limited(own.limit, own.seed), own.seed)
+        self._only: Mapping[str, MetricResult] | None = None
+        if own.reference is not None and Path(own.reference).is_file():
+            self._only = read_results(Path(own.reference))
+
+    def make(self, base: Base) -> TofuSet:
+        base.folder.mkdir(parents=True, exist_ok=True)
+        own = self.settings
+        judges = Judges(own.encoder, own.classifier)
+        known = Readings(base.folder, self.sets)
+        label = "before" if base.bench.progress else None
+        given = {"max_new_tokens": own.max_new_tokens, "progress": label}
+        read((base.bench.anat, base.bench.tok), self.sets, known.found, **given)
+        known.save()
+        answers = {one.question: reading.tokens for one, reading in known.found.items()}
+        before = AnswerCache(base.bench.sha256, answers)
+        return TofuSet(
+            base, self.sets.forget, self.sets.retain, before, self.sets, known.found, own, judges,
+            self._reference(base), told=self.sets.retain,
+        )  # fmt: skip
+
+    def _reference(self, base: Base) -> Mapping[str, MetricResult] | None:
+        """What the retain-only model comes to on the questions to forget: measured once, and kept."""
+        own = self.settings
+        if self._only is not None or own.reference is None:
+            return self._only
+        model, tok = load(own.reference, dtype=self.dtype, device_map=self.device_map)
+        path = base.folder / f"reference-{weights_sha256(model)[:24]}.json"
+        if not path.is_file():
+            found = tofu_scores(anatomy(model), tok, self.sets.only("forget"), max_new_tokens=1)
+            write_results(path, found.values())
+        self._only = read_results(path)
+        return self._only
+
+
+def apart(sets: TofuSets, seed: int) -> TofuSets:
+    """The sets where no question of the probe set `retain` is among the requests that a method may train on.
+
+    Where the probes are most of what there is to keep, half of them are not asked, and trained on instead.
+    """
+    probes = sets.probes.get("retain", ())
+    if len(sets.retain) < 2 * len(probes):
+        drawn = set(random.Random(seed).sample(range(len(probes)), len(probes) // 2))
+        probes = tuple(one for number, one in enumerate(probes) if number in drawn)
+    asked = {one.id for one in probes}
+    kept = tuple(request for request in sets.retain if request.id not in asked)
+    others = {name: questions for name, questions in sets.probes.items() if name != "retain"}
+    return replace(sets, retain=kept, probes={**others, **({"retain": probes} if probes else {})})
+
+
+class Readings:
+    """What the base reads and writes, kept in a file; of other questions or a damaged file nothing is taken."""
+
+    def __init__(self, folder: Path, sets: TofuSets) -> None:
+        self.found: dict[Asked, Reading] = {}
+        self._shelf, self._sets = Shelf(folder), sets
+        kept = self._shelf.get("readings") or {}
+        for one in self._asked():
+            if (value := kept.get(_key(one))) is not None:
+                self.found[one] = _reading(value)
+
+    def save(self) -> None:
+        self._shelf.put("readings", {_key(one): asdict(self.found[one]) for one in self._asked()})
+
+    def _asked(self) -> Sequence[Asked]:
+        return [one for probes in self._sets.probes.values() for one in probes]
+
+
+def _key(one: Asked) -> str:
+    return digest(asdict(one))[:24]
+
+
+def _reading(value: Mapping[str, Any]) -> Reading:
+    answer = Forced(tuple(value["answer"]["nll"]), tuple(value["answer"]["hits"]))
+    return Reading(tuple(value["tokens"]), value["text"], answer, value["paraphrase"], tuple(value["wrong"]))
+
+
+@dataclass(frozen=True)
+class TofuSet(ForgetSet):
+    """TOFU's probes with what the base came to on them."""
+
+    sets: TofuSets
+    readings: Mapping[Asked, Reading]
+    settings: TofuSettings
+    judges: Judges
+    only: Mapping[str, MetricResult] | None
+
+    def identity(self) -> dict[str, Any]:
+        own, only = self.settings, None
+        if self.only is not None:
+            only = digest({"ratios": [dict(item) for item in self.only[RATIOS].value_by_index.values()]})
+        return {
+            "protocol": "tofu",
+            **self.hashes(),
+            "told": requests_hash(self.told),
+            "probes": digest({name: [asdict(one) for one in probes] for name, probes in self.sets.probes.items()}),
+            "reference": only,
+            "asked": [own.max_new_tokens, own.encoder, own.classifier],
+        }
+
+    def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
+        after: dict[Asked, Reading] = {}
+        drafts = {one.question: reading.tokens for one, reading in self.readings.items()}
+        label = "after" if progress else None
+        limit = self.settings.max_new_tokens
+        read((edited.anat, edited.tok), self.sets, after, drafts=drafts, max_new_tokens=limit, progress=label)
+        results = score(self.sets, after, retain_only=self.only, judges=self.judges)
+        before = score(self.sets, self.readings, judges=Judges())
+        measures = {name: _measure(results[name]) for name in _names(results)}
+        efficacy = next((m for name, m in measures.items() if name.startswith(EFFICACY)), Measure(None, "not measured"))
+        kept = next((measures[n] for n in KEPT if n in measures), None) or next(
+            (m for name, m in measures.items() if name.startswith(KEPT)), Measure(None, "not measured")
+        )
+        return Scores(efficacy, kept, measures, list(self._items(after, before, results)))
+
+    def _items(
+        self, after: Mapping[Asked, Reading], before: Mapping[str, MetricResult], results: Mapping[str, MetricResult]
+    ) -> Sequence[dict[str, Any]]:
+        found = []
+        for name, probes in self.sets.probes.items():
+            metric = f"{name}_generated_rouge_l_recall"
+            for i, one in enumerate(probes):
+                then, now = (told[metric].value_by_index[str(i)]["rougeL_recall"] for told in (before, results))
+                item = {"id": one.id, "kind": name, "question": one.question, "answer": one.answer}
+                item |= {"before": self.readings[one].text, "after": after[one].text, "passed": None, "counted": True}
+                item["note"] = "" if None in (then, now) else f"ROUGE-L {then:.2f} → {now:.2f}"
+                found.append(item)
+        return found
+
+
+def _names(results: Mapping[str, MetricResult]) -> list[str]:
+    """What is shown: the summary numbers, then some metrics of the sets to forget and to keep."""
+    summary = [name for start in SUMMARY for name in results if name.startswith(start)]
+    sets = [
+        name
+        for part in ("forget", "forget_paraphrased", "retain")
+        for metric in SHOWN
+        for name in (f"{part}_generated_{metric}", f"{part}_teacher_forced_{metric}")
+        if name in results
+    ]
+    return list(dict.fromkeys([*summary, *sets]))
+
+
+def _measure(result: MetricResult) -> Measure:
+    value = result.agg_value
+    known = value is not None and math.isfinite(value)
+    return Measure(value if known else None, result.meaning, result.higher_is_better is not False, result.n)

