@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, out, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -47,9 +46,5 @@ def ability(
         out=out_dir,
         overwrite=overwrite,
     )
-    head, *rows = table_rows(report)
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    print_table(table_rows(report))
     out.print(str(out_dir / "table.md"), soft_wrap=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Requests, Seed, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Requests, Seed, out, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -48,9 +47,5 @@ def attack(
         device_map=device_map,
         overwrite=overwrite,
     )
-    head, *rows = table_rows(report, short=True)
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    print_table(table_rows(report, short=True))
     out.print(str(out_dir / "table.md"), soft_wrap=True)

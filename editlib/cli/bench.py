@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Requests, Seed, StatsDir, out, workbench
+from editlib.cli.options import DeviceMap, Dtype, Requests, Seed, StatsDir, out, print_table, workbench
 
 bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a data set.")
 
@@ -54,11 +53,7 @@ def bench_counterfact(
         known=known,
         seed=seed,
     )
-    head, *rows = counterfact_rows(cells)
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    print_table(counterfact_rows(cells))
     for path in write_bench(cells, out_dir):
         out.print(str(path), soft_wrap=True)
 
@@ -96,10 +91,6 @@ def bench_sequential(
         text=text,
         seed=seed,
     )
-    head, *rows = sequential_rows(found)
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    print_table(sequential_rows(found))
     for path in write_sequential(found, out_dir):
         out.print(str(path), soft_wrap=True)

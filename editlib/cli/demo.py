@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import Overwrite, Seed, out
+from editlib.cli.options import Overwrite, Seed, out, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -21,10 +21,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     """The headline table in the terminal."""
     from editlib.reports.summary import summary_rows
 
-    table = Table("metric", "value", "n", "meaning")
-    for row in summary_rows(metrics):
-        table.add_row(*row)
-    out.print(table)
+    print_table([["metric", "value", "n", "meaning"], *summary_rows(metrics)])
 
 
 def demo(

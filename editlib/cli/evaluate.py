@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out, print_table
 from editlib.errors import RequestError
 
 
@@ -92,11 +91,11 @@ def evaluate(
         chosen, base, edited, out_dir, mode=mode, request=request,
         dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
-    _print_table(chosen.table(metrics))
+    print_table(chosen.table(metrics))
     if note := chosen.note(metrics):
         out.print(note, highlight=False)
     if points := metrics.get("points"):
-        _print_table(point_rows(points))
+        print_table(point_rows(points))
     out.print(str(out_dir / "report.html"), soft_wrap=True)
 
 
@@ -140,18 +139,10 @@ def subjects(
     ranked = sorted(found, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
     rows = [["question", "subject", "rule"]]
     rows += [[one.question, one.subject or "-", rules[one.id] or "none"] for one, _ in ranked]
-    _print_table(rows)
+    print_table(rows)
     counts = Counter(rules.values())
-    _print_table([["rule", "questions", "meaning"], *[[rule, str(counts[rule]), RULES[rule]] for rule in RULES]])
+    print_table([["rule", "questions", "meaning"], *[[rule, str(counts[rule]), RULES[rule]] for rule in RULES]])
     out.print(f"{len(found) - counts[None]} of {len(found)} questions have a subject")
     if out_file is not None:
         write_requests(out_file, [request for request, _ in found])
         out.print(str(out_file), soft_wrap=True)
-
-
-def _print_table(rows: list[list[str]]) -> None:
-    head, *rest = rows
-    table = Table(*head)
-    for row in rest:
-        table.add_row(*row)
-    out.print(table)

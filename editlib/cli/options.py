@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from editlib.errors import HparamsError
 
@@ -20,6 +22,15 @@ Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/r
 DeltaFile = Annotated[Path | None, typer.Option("--delta", help="write the edit alone, too: see `editlib apply`")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
 DeviceMap = Annotated[str | None, typer.Option(help="a device that holds all layers, or auto; default: the CPU")]
+
+
+def print_table(rows: Iterable[Sequence[str]]) -> None:
+    """Prints head and rows as a table."""
+    head, *rest = rows
+    table = Table(*head)
+    for row in rest:
+        table.add_row(*row)
+    out.print(table)
 
 
 def layer_numbers(text: str) -> list[int]:
