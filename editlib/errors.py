@@ -1,8 +1,14 @@
 """The one family of errors that a user of editlib can cause.
 
 Every message is one line that says what was given, what was expected and what to do about it; the
-command line prints it to stderr and leaves with exit code 2.
+command line prints it to stderr and leaves with exit code 2. The words that messages share are made here, too.
 """
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable
 
 
 class EditlibError(Exception):
@@ -63,3 +69,36 @@ class OutputError(EditlibError, OSError):
 
 class FetchError(EditlibError, OSError):
     """A packaged model or corpus that is neither cached nor can be downloaded."""
+
+
+def first_line(error: BaseException | None) -> str:
+    """Gives the first line of an exception's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def quote(value: object) -> str:
+    """Gives a value as messages quote it: on one line of at most 80 characters."""
+    brief = reprlib.Repr()  # however deep and long the value is
+    brief.maxstring = brief.maxother = brief.maxlong = 200
+    brief.maxlist = brief.maxdict = 40
+    text = brief.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def closest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Finds at most `n` known names that are spelled like `name`, whatever their case; the most alike comes first."""
+    by_lower = {one.lower(): one for one in known}
+    return [by_lower[near] for near in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=cutoff)]
+
+
+def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+    """Says what an unknown name may have been meant for: the closest known one (or one of `also`), else all known."""
+    known = list(known)
+    near = closest(name, (*also, *known))
+    return f'"{near[0]}"' if near else "one of " + ", ".join(known)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Gives the closest known name as a question in brackets, with a blank before it; nothing where none is close."""
+    near = closest(name, known)
+    return f" (did you mean {near[0]}?)" if near else ""

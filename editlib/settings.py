@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from editlib.errors import ConfigError, HparamsError
+from editlib.errors import ConfigError, HparamsError, nearest, quote
 
 Self = TypeVar("Self", bound="Section")
 
@@ -41,18 +40,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise HparamsError(f"{path}: {quote(values)}; {wanted}; write {{...}}")
     return values
-
-
-def nearest(key: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
-    known = list(known)
-    by_lower = {name.lower(): name for name in (*also, *known)}
-    near = difflib.get_close_matches(key.lower(), by_lower, n=1, cutoff=0.6)
-    return f'"{by_lower[near[0]]}"' if near else "one of " + ", ".join(known)
-
-
-def quote(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def bad(name: str, value: Any, wanted: str, remedy: str = "change it") -> HparamsError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import random
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from editlib.ability.local_file import SUFFIXES, LocalFile
-from editlib.errors import EditlibError, FetchError, MetricError, RequestError
+from editlib.errors import EditlibError, FetchError, MetricError, RequestError, closest, first_line
 
 TASK_FILES = (".yaml", ".yml")
 RANDOM_SEED, OTHER_SEED = 0, 1234  # lm_eval.defaults
@@ -110,7 +109,7 @@ def _check_name(name: str, manager: Any) -> None:
             f"task {name!r}: expected a name that lm-eval knows, a file of questions ({', '.join(SUFFIXES)}) or a task "
             f"file of lm-eval ({', '.join(TASK_FILES)})"
         )
-    near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+    near = closest(name, manager.all_tasks, n=3, cutoff=0.5)
     raise MetricError(
         f"task {name!r}: lm-eval knows none of this name"
         + (f" (near: {', '.join(near)})" if near else "")
@@ -129,11 +128,11 @@ def _load(manager: Any, spec: str, wanted: Any) -> dict[str, Any]:
         raise
     except OSError as error:  # what datasets and the hub's client raise without a network is one of these
         raise FetchError(
-            f"task {spec}: its documents cannot be had ({_first_line(error)}); connect once, or give a file of "
+            f"task {spec}: its documents cannot be had ({first_line(error)[:160]}); connect once, or give a file of "
             "questions"
         ) from None
     except Exception as error:  # lm-eval and task files raise of all kinds
-        raise MetricError(f"task {spec}: lm-eval can make no task of it ({_first_line(error)})") from None
+        raise MetricError(f"task {spec}: lm-eval can make no task of it ({first_line(error)[:160]})") from None
     if not loaded:
         raise MetricError(f"task {spec}: lm-eval finds no task in it; give the name or file of a task")
     return loaded
@@ -166,7 +165,3 @@ def _quiet_bars() -> Iterator[None]:
     finally:
         if not hidden:
             datasets.enable_progress_bars()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from editlib.attacks.asking import Attack, ask_each
 from editlib.attacks.logit_lens import LEAD as READ_BEHIND
@@ -25,7 +24,7 @@ from editlib.attacks.prompting import (
     system_prompt,
 )
 from editlib.attacks.weights import int4, int8, relearn_forgotten, relearn_unrelated
-from editlib.errors import AttackError
+from editlib.errors import AttackError, did_you_mean
 from editlib.models.lora import peft_missing
 
 
@@ -70,8 +69,7 @@ def choose(names: Sequence[str] | None = None) -> list[str]:
     wanted = list(ATTACKS) if names is None else [name.strip() for name in names if name.strip()]
     for name in wanted:
         if name not in ATTACKS:
-            near = get_close_matches(name, ATTACKS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(name, ATTACKS)
             raise AttackError(f"attack {name!r} does not exist{hint}; expected some of {', '.join(ATTACKS)}")
     if not wanted:
         raise AttackError(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
 from editlib.baselines import gradient
 from editlib.baselines.gradient import Make
-from editlib.errors import HparamsError
+from editlib.errors import HparamsError, did_you_mean
 
 Kind = Literal["gradient", "prompt", "editor"]
 
@@ -135,8 +134,7 @@ def baseline(name: str) -> Baseline:
     for known, entry in BASELINES.items():
         if known.lower() == name.lower():
             return entry
-    near = get_close_matches(name, BASELINES, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = did_you_mean(name, BASELINES)
     raise HparamsError(f"baseline {name!r} does not exist{hint}; expected one of {', '.join(BASELINES)}")
 
 

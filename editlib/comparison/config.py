@@ -15,10 +15,10 @@ from editlib.attacks.registry import choose
 from editlib.attacks.settings import AttackSettings
 from editlib.comparison.method import General, Method
 from editlib.comparison.methods import read_method
-from editlib.errors import AttackError, ConfigError
+from editlib.errors import AttackError, ConfigError, nearest, quote
 from editlib.evaluation.forget_set import Protocol
 from editlib.facts.forget_set import Facts
-from editlib.settings import Section, chosen, knob, nearest, quote
+from editlib.settings import Section, chosen, knob
 from editlib.stats.corpus import load_corpus
 from editlib.tofu.forget_set import Tofu
 

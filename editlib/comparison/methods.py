@@ -17,13 +17,13 @@ from editlib.baselines.data import OWN_TOKENS, own_answers
 from editlib.baselines.refusal_edit import REFUSAL
 from editlib.baselines.search import check_range
 from editlib.comparison.method import Cost, General, Method, Ready
-from editlib.errors import ConfigError, HparamsError
+from editlib.errors import ConfigError, HparamsError, nearest, quote
 from editlib.evaluation.forget_set import Task
 from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, load_hparams
 from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
-from editlib.settings import Section, chosen, knob, nearest, quote
+from editlib.settings import Section, chosen, knob
 from editlib.shelf import Shelf, digest
 from editlib.stats.store import spelling
 from editlib.workbench import Workbench

@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
-from editlib.errors import HparamsError
-from editlib.settings import bad, checked, knob, nearest, read_json
+from editlib.errors import HparamsError, nearest
+from editlib.settings import bad, checked, knob, read_json
 
 logger = logging.getLogger(__name__)
 

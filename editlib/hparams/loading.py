@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from editlib.errors import HparamsError
+from editlib.errors import HparamsError, nearest
 from editlib.hparams.base import HyperParams
 from editlib.hparams.methods import ALGORITHMS
-from editlib.settings import nearest, read_json
+from editlib.settings import read_json
 
 
 def available(algorithm: str) -> list[str]:

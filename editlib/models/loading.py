@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from editlib.errors import ModelError
+from editlib.errors import ModelError, closest, first_line
 from editlib.models.anatomy import anatomy
 from editlib.models.packaged.catalogue import PACKAGED
 from editlib.models.packaged.fetch import fetch
@@ -99,7 +98,7 @@ def _check_folder(path: str) -> None:
     folder = Path(path)
     if not folder.exists() and path.startswith((".", "/", "~")):
         raise ModelError(f"{path}: no such folder; give one written by save_pretrained, or a model id")
-    if not folder.exists() and "/" not in path and difflib.get_close_matches(path.lower(), PACKAGED, cutoff=0.8):
+    if not folder.exists() and "/" not in path and closest(path, PACKAGED, cutoff=0.8):
         raise ModelError(f"{path}: no such folder, and no packaged model, which are {', '.join(PACKAGED)}")
     if folder.is_file():
         raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
@@ -121,9 +120,8 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         known = ", ".join(PACKAGED)
         raise ModelError(
-            f"{name} cannot be loaded ({first[:160]}); give a local folder, a Hugging Face id (needs a network or its "
-            f"cache), or a packaged model ({known})"
+            f"{name} cannot be loaded ({first_line(error)[:160]}); give a local folder, a Hugging Face id (needs a "
+            f"network or its cache), or a packaged model ({known})"
         ) from None

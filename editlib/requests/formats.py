@@ -6,13 +6,11 @@ formats that have no place here are passed over; an unknown field of the own for
 
 from __future__ import annotations
 
-import difflib
 import json
-import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from editlib.errors import RequestError
+from editlib.errors import RequestError, closest, quote
 
 Row = dict[str, Any]
 
@@ -28,13 +26,6 @@ class FieldError(RequestError):
     def __init__(self, name: str, text: str, where: str = "request") -> None:
         super().__init__(f"{where}: field {json.dumps(name)}: {text}")  # dumps: the message stays one line
         self.name, self.text = name, text
-
-
-def short(value: object) -> str:
-    """The value as it is quoted in messages: one line, cut in the middle."""
-    brief = reprlib.Repr()
-    brief.maxstring = brief.maxother = 80
-    return brief.repr(value)
 
 
 def unzip(row: Row) -> list[Row]:
@@ -80,7 +71,7 @@ def own(row: Row) -> Row:
     """Our format, which also holds plain prompts."""
     for name in row:
         if name not in OWN_FIELDS + FREE_FIELDS:
-            near = difflib.get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.5) or OWN_FIELDS
+            near = closest(name, OWN_FIELDS, cutoff=0.5) or OWN_FIELDS
             meant = ", ".join(f'"{field}"' for field in near)
             raise FieldError(name, f'unknown; expected {meant}; rename it, or put remarks under "note"')
     return {name: value for name, value in row.items() if name in OWN_FIELDS}
@@ -90,7 +81,7 @@ def counterfact(row: Row) -> Row:
     """CounterFact, or one of ROME's request dicts, which are its `requested_rewrite` alone."""
     rewrite = row.get("requested_rewrite", row)
     if not isinstance(rewrite, dict):
-        text = f"{short(rewrite)}; expected one object; give each rewrite an object of its own"
+        text = f"{quote(rewrite)}; expected one object; give each rewrite an object of its own"
         raise FieldError("requested_rewrite", text)
     targets = (rewrite.get("target_new"), rewrite.get("target_true"))
     new, true = (target.get("str") if isinstance(target, dict) else target for target in targets)
@@ -197,7 +188,7 @@ def _locality(value: Any) -> list[Row]:
     if isinstance(value, list):
         return [probe for item in value for probe in _locality(item)]
     if not isinstance(value, dict):
-        raise FieldError("locality", f'{short(value)}; expected "prompt" and "ground_truth"; write an object')
+        raise FieldError("locality", f'{quote(value)}; expected "prompt" and "ground_truth"; write an object')
     if "prompt" not in value:
         return [probe for item in value.values() for probe in _locality(item)]
     prompts, answers = value["prompt"], value.get("ground_truth")

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from editlib.errors import OutputError, RequestError
-from editlib.requests.formats import FieldError, format_of, name_in, own, short, tofu, unzip
+from editlib.errors import OutputError, RequestError, quote
+from editlib.requests.formats import FieldError, format_of, name_in, own, tofu, unzip
 from editlib.requests.request import EditRequest
 from editlib.requests.subjects import Subject, find_subjects
 
@@ -52,10 +52,10 @@ def _read(path: Path) -> tuple[list[EditRequest], list[int]]:
     for line, value in _objects(path, _read_text(path)):
         where = f"{path}:{line}"
         if not isinstance(value, dict):
-            raise RequestError(f"{where}: {short(value)}; expected a JSON object; write {{...}}")
+            raise RequestError(f"{where}: {quote(value)}; expected a JSON object; write {{...}}")
         for request, is_question in _to_requests(value, where, path.stem, len(requests) + 1):
             if request.id in lines:
-                given = f"{short(request.id)} is taken by line {lines[request.id]}"
+                given = f"{quote(request.id)} is taken by line {lines[request.id]}"
                 raise FieldError("id", f"{given}; expected one of its own; rename one of the two", where)
             lines[request.id] = line
             questions += [len(requests)] if is_question else []
@@ -99,7 +99,7 @@ def with_subjects(
     known = {name for request in requests for name in (request.id, request.question)}
     for name in subjects.keys() - known:
         wanted = "expected the id or the question of one; mend the mapping"
-        raise RequestError(f"subjects: {short(name)} is no request's; {wanted}")
+        raise RequestError(f"subjects: {quote(name)} is no request's; {wanted}")
     found = find_subjects([request.question for request in requests], [request.answer or "" for request in requests])
     pairs: list[tuple[EditRequest, Subject | None]] = []
     for request, subject in zip(requests, found, strict=True):
@@ -124,7 +124,7 @@ def read_subjects(path: str | Path) -> dict[str, str]:
     path = Path(path)
     found = _loads(path, _read_text(path), 1)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise RequestError(f"{path}: {short(found)}; expected one JSON object, from id or question to subject")
+        raise RequestError(f"{path}: {quote(found)}; expected one JSON object, from id or question to subject")
     return found
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from editlib.requests.formats import OWN_FIELDS, FieldError, short
+from editlib.errors import quote
+from editlib.requests.formats import OWN_FIELDS, FieldError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class EditRequest:
         try:
             self._check()
         except FieldError as error:
-            raise FieldError(error.name, error.text, self.source or f"request {short(self.id)}") from None
+            raise FieldError(error.name, error.text, self.source or f"request {quote(self.id)}") from None
 
     def _check(self) -> None:
         _check_text("id", self.id)
@@ -60,7 +61,7 @@ class EditRequest:
                 _check_text(name, getattr(self, name))
         for name in ("aliases", "phrasings", "paraphrases", "neighbours"):
             if not isinstance(getattr(self, name), (list, tuple)):
-                raise FieldError(name, f"{short(getattr(self, name))}; expected a list; put it in [ ]")
+                raise FieldError(name, f"{quote(getattr(self, name))}; expected a list; put it in [ ]")
             self._set(name, tuple(getattr(self, name)))
         self._set("neighbours", tuple(_probe(f"neighbours[{i}]", p) for i, p in enumerate(self.neighbours)))
         self._set("prompt", _template(self.prompt, self.subject))
@@ -72,8 +73,8 @@ class EditRequest:
                 _check_braces(f"{name}[{i}]", text, self.subject)
         for i, text in enumerate(self.filled_phrasings if self.subject else ()):
             if len(occurrences(text, self.subject)) != 1:
-                wanted = f"{short(self.subject)} once, since the edit looks it up there"
-                raise FieldError(f"phrasings[{i}]", f"{short(text)}; expected {wanted}; reword it")
+                wanted = f"{quote(self.subject)} once, since the edit looks it up there"
+                raise FieldError(f"phrasings[{i}]", f"{quote(text)}; expected {wanted}; reword it")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone but __post_init__
@@ -112,21 +113,21 @@ def _fill(text: str, subject: str | None) -> str:
 
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
-        given = "missing" if value is None else short(value)
+        given = "missing" if value is None else quote(value)
         raise FieldError(name, f"{given}; expected a string; write the text in quotes")
     if not value.strip():
-        raise FieldError(name, f"{short(value)} is empty; expected some text; write it or take the field out")
+        raise FieldError(name, f"{quote(value)} is empty; expected some text; write it or take the field out")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        text = f"{short(value)} holds half a surrogate pair; expected Unicode text; mend the \\u escape"
+        text = f"{quote(value)} holds half a surrogate pair; expected Unicode text; mend the \\u escape"
         raise FieldError(name, text) from None
 
 
 def _check_braces(name: str, text: str, subject: str | None) -> None:
     count = text.count("{}")
     if count > 1:
-        given = f'{short(text)} has {count} "{{}}"'
+        given = f'{quote(text)} has {count} "{{}}"'
         raise FieldError(name, f"{given}; expected one, in the subject's place; take the others out")
     if count and subject is None:
         given = f'missing, but {name} has "{{}}"'
@@ -147,14 +148,14 @@ def _template(prompt: str, subject: str | None) -> str:
         return prompt
     if subject != subject.strip() or "{}" in subject:
         wanted = 'expected text without "{}" and without blanks at its ends'
-        raise FieldError("subject", f"{short(subject)}; {wanted}; take them out")
+        raise FieldError("subject", f"{quote(subject)}; {wanted}; take them out")
     filled, place = _fill(prompt, subject), prompt.find("{}")
     found = occurrences(filled, subject)
     if not found:
-        given = f"{short(subject)} is not in the prompt {short(prompt)}"
+        given = f"{quote(subject)} is not in the prompt {quote(prompt)}"
         raise FieldError("subject", f'{given}; expected it once; put "{{}}" in its place or drop "subject"')
     if len(found) > 1 or place not in (-1, found[0]):
-        given = f"{short(subject)} stands more than once in {short(filled)}"
+        given = f"{quote(subject)} stands more than once in {quote(filled)}"
         raise FieldError("subject", f"{given}; expected it once; reword the prompt")
     return filled[: found[0]] + "{}" + filled[found[0] + len(subject) :]
 
@@ -165,7 +166,7 @@ def _probe(name: str, value: Any) -> Probe:
     elif isinstance(value, str):
         value = {"prompt": value}
     if not isinstance(value, Mapping):
-        raise FieldError(name, f'{short(value)}; expected {{"prompt": ..., "answer": ...}}; write an object')
+        raise FieldError(name, f'{quote(value)}; expected {{"prompt": ..., "answer": ...}}; write an object')
     for key in value.keys() - {"prompt", "answer"}:
         raise FieldError(f"{name}.{key}", 'unknown; expected "prompt" or "answer"; rename it or take it out')
     _check_text(f"{name}.prompt", value.get("prompt"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from editlib.errors import CorpusError, EditlibError, FetchError
+from editlib.errors import CorpusError, EditlibError, FetchError, first_line
 from editlib.models.packaged.fetch import cache_dir
 from editlib.models.packaged.wheels import download_package
 from editlib.stats.wiki_markup import clean_wiki
@@ -215,7 +215,7 @@ def _open_stream(datasets: Any, name: str, split: str, spec: str) -> Any:
             return datasets.load_dataset(dataset, config, split=split, streaming=True)
         except FileNotFoundError as error:  # also what datasets raises for an unknown name
             problem = problem or error
-    raise CorpusError(f"{spec}: no such dataset ({_first_line(problem)})") from problem
+    raise CorpusError(f"{spec}: no such dataset ({first_line(problem)})") from problem
 
 
 @contextlib.contextmanager
@@ -227,14 +227,10 @@ def _one_line_errors(spec: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise FetchError(
-            f"{spec}: cannot be reached ({_first_line(error)}); connect, or give a .txt or .jsonl file"
+            f"{spec}: cannot be reached ({first_line(error)}); connect, or give a .txt or .jsonl file"
         ) from error
     except Exception as error:
-        raise CorpusError(f"{spec}: cannot be read ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorpusError(f"{spec}: cannot be read ({first_line(error)})") from error
 
 
 # --- the Wikipedia sample ----------------------------------------------------------------------------

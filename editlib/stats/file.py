@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from editlib.errors import StatsError
+from editlib.errors import StatsError, first_line
 from editlib.files import atomic_path
 
 CONSTRUCTOR = "util.runningstats.SecondMoment()"  # what the family's own reader expects to find
@@ -127,15 +127,11 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             present = set(found.files)
             arrays = {name: found[name] for name in names if name in present}
     except DAMAGE as error:
-        raise StatsError(f"{path}: not a readable .npz file ({_first_line(error)}); {AGAIN}") from None
+        raise StatsError(f"{path}: not a readable .npz file ({first_line(error)}); {AGAIN}") from None
     lacking = [name for name in ("mom2.mom2", "mom2.count") if name not in present]
     if lacking:
         raise StatsError(f"{path}: lacks {lacking[0]!r}; expected a second-moment file of the ROME family")
     return arrays
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _count(path: Path, array: np.ndarray) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from editlib.errors import MetricError
+from editlib.errors import MetricError, first_line
 from editlib.evaluation.metrics.result import KNOWN, MORE, Metric, MetricResult, Split, same_number
 from editlib.models.weights import quiet_bars
 
@@ -211,5 +211,4 @@ def _load_classifier(name: str | Path) -> Classifier:
 
 
 def _not_loaded(what: str, name: str | Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"cannot load the {what} {name}: {reason}; give the name or the folder of one"
+    return f"cannot load the {what} {name}: {first_line(error)}; give the name or the folder of one"

