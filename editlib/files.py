@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -100,10 +101,29 @@ def check_file(path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"{path} exists; choose another name or add --overwrite")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """Writes a JSON file, atomically. Numbers that JSON does not have (NaN, infinities) become `null`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    layout = {"indent": 1, "ensure_ascii": False, "allow_nan": False, "sort_keys": sort_keys}
+    try:
+        text = json.dumps(value, **layout)
+    except ValueError:
+        text = json.dumps(_finite(value), **layout)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; check the folder") from None
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes((text + "\n").encode("utf-8", "replace"))  # a model may write half a surrogate pair
+
+
+def _finite(value: Any) -> Any:
+    """The value with `None` in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,6 @@
 """Nobody sees half a file, and a hash that knows every bit of a model."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from editlib import files
 from editlib.errors import FetchError, OutputError
-from editlib.files import atomic_folder, atomic_path, check_output
+from editlib.files import atomic_folder, atomic_path, check_output, write_json
 from editlib.models.weights import weights_sha256
 
 
@@ -171,3 +172,15 @@ def test_what_is_written_is_as_readable_as_any_new_file(tmp_path):
     with atomic_folder(tmp_path / "folder") as temporary:
         save_file({"x": torch.zeros(1)}, temporary / "file")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder" / "file").stat().st_mode == ordinary
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    write_json(path, {"b": [1.5, float("nan")], "a": (float("inf"), {"c": -float("inf")}), "text": "half \ud800"})
+    assert json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail) == {
+        "b": [1.5, None],
+        "a": [None, {"c": None}],
+        "text": "half ?",
+    }
+    write_json(path, {"b": 1, "a": 2}, sort_keys=True)
+    assert path.read_text(encoding="utf-8") == '{\n "a": 2,\n "b": 1\n}\n'

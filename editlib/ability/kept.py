@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from editlib.ability.measured import Measured
-from editlib.errors import OutputError
-from editlib.files import atomic_path, check_output
+from editlib.files import check_output, write_json
 
 FINISHED = "finished"
 
@@ -57,17 +56,3 @@ class Kept:
 
 def _digest(job: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file, atomically.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; check the folder") from None
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,13 +15,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from editlib.ability.harness import aggregate_function, chosen, measure_task, wrap
-from editlib.ability.kept import Kept, write_json
+from editlib.ability.kept import Kept
 from editlib.ability.measured import Measured, difference
 from editlib.ability.report import AbilityReport, AbilityRow, table_rows
 from editlib.ability.tasks import Task, load_tasks, require_lm_eval
 from editlib.ability.text import measure_text, over_windows
 from editlib.errors import MetricError
 from editlib.export import library_version
+from editlib.files import write_json
 from editlib.models.loading import DeviceMap, check_model, load
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table

@@ -19,7 +19,7 @@ from editlib.baselines.registry import baseline, spelling
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Score, Validation, recalls, score, validation_hash
 from editlib.errors import EditError, HparamsError, OutputError
-from editlib.files import atomic_path
+from editlib.files import write_json
 from editlib.models.anatomy import anatomy
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
@@ -226,7 +226,6 @@ def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | No
         what = ", ".join(sorted(key for key in job if kept.get(key) != job[key]))
         raise OutputError(f"{out} holds another search (other {what}); choose another folder, or remove it")
     if kept is None:
-        with atomic_path(out / JOB) as temporary:
-            temporary.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
+        write_json(out / JOB, job)
     trials = [TrialRun(**cell) for cell in read_cells(out / TRIALS)]
     return {(trial.learning_rate, trial.steps): trial for trial in trials}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from editlib.files import atomic_path
+from editlib.files import write_json
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
 from editlib.models.prompts import PromptFormat
@@ -26,8 +26,7 @@ class AnswerCache:
 
     def save(self, path: Path) -> None:
         """Writes the answers as JSON, atomically."""
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=0), encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path, model_sha256: str) -> AnswerCache:

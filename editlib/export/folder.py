@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.export.receipt import RECEIPT
-from editlib.files import atomic_folder
+from editlib.files import atomic_folder, write_json
 from editlib.models.packaged.terms import Terms, terms_of
 from editlib.models.weights import save_model, weights_sha256
 
@@ -35,7 +35,7 @@ def save_edited(
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         save_model(model, tok, folder)
         whole = {**receipt, "result_sha256": result}
-        (folder / RECEIPT).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(folder / RECEIPT, whole, sort_keys=True)
         terms = terms_of(model)
         terms.copy_to(folder)
         (folder / "README.md").write_text(_card(whole, terms), encoding="utf-8")

@@ -21,7 +21,7 @@ from editlib.errors import EditError, ModelError
 from editlib.export.apply import check_base, load_base
 from editlib.export.delta import Delta
 from editlib.export.receipt import RECEIPT
-from editlib.files import atomic_folder, check_output
+from editlib.files import atomic_folder, check_output, write_json
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.packaged.terms import Terms, terms_of
 from editlib.models.vocabulary import embedding_names, extend_tokenizer
@@ -113,8 +113,8 @@ def save_lora(
     config = _config(base or delta.base, ranks, tokens, transposed)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_json(folder / "adapter_config.json", config)
-        _write_json(folder / RECEIPT, delta.receipt)
+        write_json(folder / "adapter_config.json", config, sort_keys=True)
+        write_json(folder / RECEIPT, delta.receipt, sort_keys=True)
         tok.save_pretrained(folder)
         terms = terms_of(model)
         terms.copy_to(folder)
@@ -154,10 +154,6 @@ def _config(base: str, ranks: dict[str, int], tokens: dict[str, list[int]], tran
         "lora_dropout": 0.0,
         "bias": "none",
     }
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _card(delta: Delta, base: str, report: LoraReport, terms: Terms) -> str:

@@ -5,14 +5,13 @@ Every word of a model stands in it escaped, the same numbers give the same bytes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from editlib.facts.plots import ReportError, plot_png, plots, require_matplotlib
-from editlib.files import atomic_path
+from editlib.files import atomic_path, write_json
 from editlib.reports.page import filled, groups, headline, small
 from editlib.reports.summary import number, rows, summary_rows, verdict
 
@@ -165,5 +164,4 @@ def write_outputs(metrics: dict[str, Any], out: Path) -> None:
     """Writes `metrics.json` and `report.html`, each atomically."""
     out.mkdir(parents=True, exist_ok=True)
     write_report(metrics, out / "report.html")
-    with atomic_path(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "metrics.json", metrics)

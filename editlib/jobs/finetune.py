@@ -19,7 +19,7 @@ from editlib.errors import HparamsError, OutputError, RequestError
 from editlib.evaluation.metrics import probability, read_answers, rouge_l_recall
 from editlib.evaluation.perplexity import text_windows
 from editlib.export import library_version
-from editlib.files import atomic_folder, check_output
+from editlib.files import atomic_folder, check_output, write_json
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import greedy, perplexity
 from editlib.models.loading import DeviceMap, load
@@ -248,7 +248,7 @@ def _write(
 ) -> None:
     with atomic_folder(out, overwrite=overwrite) as folder:
         save_model(model, tok, folder)
-        (folder / RECEIPT).write_text(json.dumps(receipt, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / RECEIPT, receipt)
         write_requests(folder / LEARNED, pairs)
         terms = terms_of(model)
         terms.copy_to(folder)

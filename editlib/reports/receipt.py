@@ -13,7 +13,7 @@ from typing import Any
 from editlib.errors import ModelError, RequestError
 from editlib.export import Delta, read_receipt
 from editlib.export.private import open_receipt, private_receipt
-from editlib.files import atomic_folder, atomic_path, check_file, check_output
+from editlib.files import atomic_folder, atomic_path, check_file, check_output, write_json
 from editlib.reports.page import filled, groups, headline, plain
 from editlib.reports.summary import RATIO, SHARES, number, rows, verdict
 from editlib.requests.reading import read_requests
@@ -89,7 +89,7 @@ def write_pages(
         told["metrics"] = numbers_of(_metrics_of(metrics_file, receipt))
     text = page(told)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        (folder / "receipt.json").write_text(_dumped(told), encoding="utf-8")
+        write_json(folder / "receipt.json", told, sort_keys=True)
         (folder / "receipt.html").write_bytes(text.encode("utf-8", "replace"))
         if key_file is not None:
             _write_secret(key_file, _dumped(key))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from editlib.evaluation.metrics import MetricResult, write_results
-from editlib.files import atomic_path
+from editlib.files import atomic_path, write_json
 from editlib.reports.page import filled, groups, small
 from editlib.reports.summary import number
 from editlib.reports.tables import write_table
@@ -32,9 +31,7 @@ KINDS = ("generated", "teacher_forced")
 def write_tofu(metrics: Mapping[str, Any], out: Path) -> None:
     """Writes all of it to the folder `out`, each file atomically: `metrics.json`; `base.json` and `edited.json`, in
     open-unlearning's shape and fit for `--reference`; `table.md`; `report.html`."""
-    with atomic_path(out / "metrics.json") as temporary:
-        text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(out / "metrics.json", metrics)
     for side, scores in metrics["scores"].items():
         results = [MetricResult.from_dict({name: body}) for name, body in scores.items()]
         write_results(out / f"{side}.json", results)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from editlib.errors import MetricError, quote
-from editlib.files import atomic_path
+from editlib.files import write_json
 
 ROUNDING = 1e-9
 
@@ -157,9 +157,7 @@ def write_results(path: Path, results: Iterable[MetricResult]) -> None:
         if result.name in whole:
             raise MetricError(f"two results are named {result.name!r}; rename one with dataclasses.replace")
         whole |= result.to_dict()
-    text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(path, whole)
 
 
 def read_results(path: Path) -> dict[str, MetricResult]:
