@@ -15,7 +15,7 @@ from editlib.algorithms.registry import apply_function
 from editlib.algorithms.unierase.apply import apply_unierase_to_model, check_gate
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import RequestError
-from editlib.hparams import ClosedFormHyperParams, FTHyperParams, HyperParams, ROMEHyperParams, UniEraseHyperParams
+from editlib.hparams import ClosedFormHyperParams, HyperParams
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import spelling
@@ -50,9 +50,9 @@ def load_inputs(
     timer = timer or Timer()
     stats: Mapping[int, LayerStats] = {}
     with timer("statistics"):
-        if needs_statistics(hparams):
+        if hparams.uses_statistics:
             stats = _statistics(bench, hparams, corpus, stats_tokens, seed)
-    if not isinstance(hparams, UniEraseHyperParams):
+    if not hparams.uses_token:
         return EditInputs(stats)
     with timer("token"):
         return EditInputs(stats, bench.find_or_make_token(token, seed=seed))
@@ -62,7 +62,7 @@ def apply(
     bench: Workbench, requests: Sequence[EditRequest], hparams: HyperParams, means: EditInputs, **given: Any
 ) -> EditResult:
     """Edits the model of `bench` in place; `given` is what the algorithm's `apply_<name>_to_model` takes besides."""
-    if isinstance(hparams, UniEraseHyperParams):
+    if hparams.uses_token:
         function, given = apply_unierase_to_model, {**given, "token": means.token}
     else:
         function = apply_function(hparams)
@@ -73,17 +73,10 @@ def apply(
 
 def check_wanted(requests: Sequence[EditRequest], hparams: HyperParams) -> None:
     """Raises `RequestError` when there is no request, or one lacks what the algorithm of `hparams` needs."""
-    if not isinstance(hparams, UniEraseHyperParams):
+    if hparams.has_target:
         check_requests(requests, hparams.algorithm, subject=getattr(hparams, "fact_token", "last") != "last")
     elif not requests:
         raise RequestError("no request to forget was given; give at least one")
-
-
-def needs_statistics(hparams: HyperParams) -> bool:
-    """Whether an algorithm with these settings reads layer statistics."""
-    if isinstance(hparams, FTHyperParams):
-        return False
-    return not isinstance(hparams, ROMEHyperParams) or hparams.mom2_adjustment
 
 
 def _statistics(
@@ -102,7 +95,7 @@ def _statistics(
 def check_settings(bench: Workbench, hparams: HyperParams) -> None:
     """Raises `ModelError` or `HparamsError` for settings that this model cannot have; warns of another model's."""
     check_fit(bench.anat, hparams)
-    if isinstance(hparams, UniEraseHyperParams):
+    if hparams.uses_token:
         check_gate(bench.anat, hparams)
     if hparams.model_name and not same_model(hparams.model_name, bench.name):
         log.warning(

@@ -21,7 +21,7 @@ from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norm
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.pipeline import edit_at_once, find_statistics, prepare
 from editlib.algorithms.values import Values
-from editlib.hparams import EMMETHyperParams, MEMITHyperParams, MEMITSeqHyperParams, PRUNEHyperParams, RECTHyperParams
+from editlib.hparams import EMMETHyperParams, MEMITHyperParams, MEMITSeqHyperParams, RECTHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
@@ -71,7 +71,7 @@ def apply_memit_to_model(
             return relatively_largest(delta, prepared.anat.weight(layer), hparams.rect_share)
         return delta
 
-    if isinstance(hparams, PRUNEHyperParams):
+    if hparams.refits_totals:
         return _pruned(model, state, lambda: edit_at_once(prepared, hparams, solve, state, values, progress))
     return edit_at_once(prepared, hparams, solve, state, values, progress)
 

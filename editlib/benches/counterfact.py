@@ -21,11 +21,7 @@ from editlib.benches.points import Cell
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.evaluation.perplexity import text_windows
 from editlib.hparams import (
-    FTHyperParams,
     HyperParams,
-    MEMITHyperParams,
-    NullSpaceHyperParams,
-    ROMEHyperParams,
     algorithm_of,
     load_hparams,
 )
@@ -130,10 +126,10 @@ def bench_counterfact(
     run = _Run(bench, usable, out / "cells.jsonl", sorted(counts), text, seed)
     for hparams in settings:
         stats: dict[int, LayerStats] = {}
-        if not isinstance(hparams, FTHyperParams):
+        if hparams.uses_statistics:
             stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed)
         for mode in modes:
-            if not (mode == BATCH and isinstance(hparams, ROMEHyperParams)):
+            if hparams.takes_batches or mode != BATCH:
                 run.measure(hparams, mode, {"stats": stats} if stats else {})
     return run.cells
 
@@ -174,7 +170,7 @@ class _Run:
         # another's. The time of a smaller batch is its share of the values' time and its own solve.
         values: Values | None = None
         seconds = 0.0
-        shared = isinstance(hparams, MEMITHyperParams | NullSpaceHyperParams)
+        shared = hparams.values_first
         for count in sorted(counts, reverse=True):
             more = {} if values is None else {"values": values.select(range(count))}
             begun = time.perf_counter()

@@ -21,7 +21,7 @@ from editlib.evaluation.answer_cache import AnswerCache
 from editlib.evaluation.perplexity import text_windows
 from editlib.facts.sampling import Parts, deal_in_proportion
 from editlib.facts.scores import build_items, evaluate
-from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.hparams import HyperParams
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import requests_hash, write_requests
 from editlib.requests.request import EditRequest
@@ -148,19 +148,18 @@ class _Run:
                 seconds = []
 
     def _requests(self, hparams: HyperParams) -> list[EditRequest]:
-        if isinstance(hparams, UniEraseHyperParams):
+        if not hparams.has_target:
             return self.parts.forget
         return [replace(fact, target_new=REFUSAL) for fact in self.parts.forget]
 
     def _chain(self, bench: Workbench, hparams: HyperParams, size: int, wanted: Sequence[EditRequest]) -> Chain:
         folder = self.out / "chains" / f"{hparams.algorithm}-{size}"
         if not (folder / RECORD).exists():
-            unlearning = isinstance(hparams, UniEraseHyperParams)
             return Chain.create(
                 folder,
                 bench,
                 hparams,
-                retain=self.parts.anchors if unlearning else None,
+                retain=self.parts.anchors if hparams.uses_token else None,
                 chat=PromptFormat(bench.tok).uses_chat,
                 seed=self.seed,
             )

@@ -9,11 +9,11 @@ from editlib import data, editing
 from editlib.algorithms.contexts import context_templates
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.chain.record import FORMAT, ChainRecord, sha256
-from editlib.chain.state import digest, edited_layers
+from editlib.chain.state import digest
 from editlib.chain.store import RECORD, RETAIN, TOKEN, Store, create_folder
 from editlib.errors import ChainError, HparamsError, ModelError, OutputError, StatsError
 from editlib.files import atomic_folder
-from editlib.hparams import ClosedFormHyperParams, FTHyperParams, HyperParams, UniEraseHyperParams
+from editlib.hparams import ClosedFormHyperParams, HyperParams
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import read_requests, write_requests
@@ -38,17 +38,18 @@ def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise OutputError(f"{path} exists and is no empty folder; give the name of a folder that does not exist yet")
     check_algorithm(hparams)
-    if not isinstance(hparams, UniEraseHyperParams) and (retain or token):
+    if (retain or token) and not hparams.uses_token:
         given = "retain prompts" if retain else "token"
         raise HparamsError(f"{hparams.algorithm} takes no {given}; only UniErase does: leave it out")
 
 
 def check_algorithm(hparams: HyperParams) -> None:
     """Raises `HparamsError` for an algorithm that cannot be chained."""
-    if isinstance(hparams, FTHyperParams):
+    if not hparams.chainable:
         raise HparamsError(
-            "FT trains weights and has no target states, so that nothing of it could be replayed when a request is "
-            "revoked; expected a closed-form algorithm for a chain, such as UniErase, AlphaEdit or MEMIT"
+            f"{hparams.algorithm} trains weights and has no target states, so that nothing of it could be replayed "
+            "when a request is revoked; expected a closed-form algorithm for a chain, such as UniErase, AlphaEdit or "
+            "MEMIT"
         )
 
 
@@ -72,12 +73,11 @@ def start(
             f"{bench.name}: its weights were changed since it was loaded; a chain starts at the base model"
         )
     editing.check_settings(bench, hparams)
-    unlearning = isinstance(hparams, UniEraseHyperParams)
     anat = bench.anat
-    layers = {str(layer): digest(anat.weight(layer)) for layer in edited_layers(hparams)}
-    tokens = stats_tokens or (STATS_TOKENS_UNLEARN if unlearning else STATS_TOKENS)
+    layers = {str(layer): digest(anat.weight(layer)) for layer in hparams.edited_layers}
+    tokens = stats_tokens or (STATS_TOKENS if hparams.has_target else STATS_TOKENS_UNLEARN)
     means = editing.load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=tokens, seed=seed)
-    chat = chat if unlearning else bool(chat)
+    chat = bool(chat) if hparams.has_target else chat
     with atomic_folder(path) as folder:
         files = {}
         if means.token is not None:
@@ -110,7 +110,7 @@ def start(
 def _templates(bench: Workbench, hparams: HyperParams, chat: bool | None, seed: int) -> tuple[str, ...]:
     """The surroundings that the base model writes once for all batches, where the settings name none."""
     assert isinstance(hparams, ClosedFormHyperParams)
-    if isinstance(hparams, UniEraseHyperParams) or hparams.context_templates:
+    if hparams.context_templates:
         return ()
     form = PromptFormat(bench.tok, chat=chat)
     return tuple(context_templates(bench.anat, form, hparams.context_template_length_params, seed=seed))

@@ -20,7 +20,7 @@ from editlib.chain.state import Position, digest, new_part
 from editlib.chain.store import Store
 from editlib.data import unasked
 from editlib.export import library_version
-from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.hparams import HyperParams
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
@@ -68,7 +68,7 @@ class Editor:
         what earlier ones did to them; those `known` from earlier batches are not asked again. Where there are more than
         `max_anchors`, the order that they are drawn in is the chain's, so that batches share what they can.
         """
-        if not (isinstance(self.hparams, UniEraseHyperParams) and self.hparams.anchors):
+        if not self.hparams.holds_anchors:
             return Anchored()
         usable = unasked(self.retain, [*earlier, *requests])
         chosen = choose_anchors(usable, requests, most=self.hparams.max_anchors, seed=self.record.seed)
@@ -103,7 +103,7 @@ class Editor:
 
     def _keys_of(self, anchored: Anchored, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
         """The keys of a batch's anchors, of the base model: most batches have the anchors of the one before."""
-        if not isinstance(self.hparams, UniEraseHyperParams):
+        if not self.hparams.uses_token:
             return None
         subjects = [request.subject for request in requests] if self.hparams.anchor_subjects else []
         asked = tuple(prompt.id for prompt in anchored.prompts), tuple(subjects)

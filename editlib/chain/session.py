@@ -14,7 +14,6 @@ from editlib.chain.record import BatchEntry, ChainRecord
 from editlib.chain.state import Position, digest
 from editlib.chain.store import TOKEN, Store
 from editlib.errors import ChainError
-from editlib.hparams import PRUNEHyperParams
 from editlib.models.loading import DeviceMap
 from editlib.workbench import Workbench
 
@@ -117,7 +116,7 @@ class Desk:
 
     def updates(self, record: ChainRecord) -> dict[int, LowRank]:
         """What all batches together add to the base weights, as factors; only PRUNE's need the base model."""
-        if isinstance(record.settings, PRUNEHyperParams):
+        if record.settings.refits_totals:
             return self.built(self.base(record), record.batches).cut()
         found: dict[int, LowRank] = {}
         for entry in record.batches:

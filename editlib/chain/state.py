@@ -21,14 +21,8 @@ from editlib.algorithms.past_keys import PastKeys
 from editlib.algorithms.unierase.apply import relations_of
 from editlib.chain.batch import Batch
 from editlib.errors import ChainError, EditError
-from editlib.hparams import HyperParams, PRUNEHyperParams, UniEraseHyperParams
+from editlib.hparams import HyperParams
 from editlib.models.anatomy import Anatomy
-
-
-def edited_layers(hparams: HyperParams) -> list[int]:
-    """The layers that an edit with these settings writes, rising."""
-    gate = hparams.gate_layer if isinstance(hparams, UniEraseHyperParams) else None
-    return sorted({*hparams.layers, *([] if gate is None else [gate])})
 
 
 @dataclass(frozen=True)
@@ -54,14 +48,14 @@ class Position:
         Raises:
             ChainError: a weight is not the base model's.
         """
-        base = {layer: anat.weight(layer).detach().cpu().clone() for layer in edited_layers(hparams)}
+        base = {layer: anat.weight(layer).detach().cpu().clone() for layer in hparams.edited_layers}
         for layer, weight in base.items():
             if digest(weight) != wanted.get(str(layer)):
                 raise ChainError(
                     f"the weights of layer {layer} are not those of the chain's base model: the model given was "
                     "edited, or loaded in another dtype; load the base model"
                 )
-        return cls(base, isinstance(hparams, PRUNEHyperParams))
+        return cls(base, hparams.refits_totals)
 
     def advanced(self, batch: Batch) -> Position:
         """The position after one more batch."""

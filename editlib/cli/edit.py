@@ -112,14 +112,14 @@ def edit(
     overwrite: Overwrite = False,
 ) -> None:
     """Edits facts towards new answers with any algorithm and writes the model as an ordinary folder."""
-    from editlib.hparams import UniEraseHyperParams, load_hparams
+    from editlib.hparams import load_hparams
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import edit as run
     from editlib.requests.reading import read_requests
 
     check_places(out_dir, delta, overwrite=overwrite)
     settings = load_hparams(hparams, algorithm)
-    if isinstance(settings, UniEraseHyperParams):
+    if not settings.has_target:
         unlearn(
             model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, seed=seed,
             dtype=dtype, device_map=device_map, delta=delta, overwrite=overwrite,

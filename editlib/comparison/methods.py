@@ -19,7 +19,7 @@ from editlib.baselines.search import check_range
 from editlib.comparison.method import Cost, General, Method, Ready
 from editlib.errors import ConfigError, HparamsError, nearest, quote
 from editlib.evaluation.forget_set import Task
-from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, load_hparams
+from editlib.hparams import ALGORITHMS, HyperParams, load_hparams
 from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
@@ -73,7 +73,7 @@ class ClosedForm(Method):
             self.hparams: HyperParams = type(found).from_dict({**found.to_dict(), **self.settings.settings}, "settings")
         except HparamsError as error:
             raise ConfigError(f"{where}: {error}") from None
-        self.unlearns = isinstance(self.hparams, UniEraseHyperParams)
+        self.unlearns = not self.hparams.has_target
         self.family = "closed form" if self.unlearns else "closed form, refusal"
         if algorithm == "FT":
             self.family = "fine-tuning"
@@ -100,7 +100,7 @@ class ClosedForm(Method):
     def identity(self) -> dict[str, Any]:
         values = {key: value for key, value in self.hparams.to_dict().items() if key not in ("notes", "model_name")}
         found: dict[str, Any] = {"hparams": values}
-        if editing.needs_statistics(self.hparams):
+        if self.hparams.uses_statistics:
             found["statistics"] = [self.general.corpus, self.general.stats_tokens]
         if not self.unlearns:
             found["target"] = REFUSAL

@@ -45,6 +45,14 @@ class HyperParams:
     paper: ClassVar[str] = ""  # where it comes from
     summary: ClassVar[str] = ""  # what it does, in one line
 
+    # What others must know of an algorithm without knowing which one it is.
+    chainable: ClassVar[bool] = True  # finds values that can be replayed, which a chain needs
+    has_target: ClassVar[bool] = True  # edits towards a request's `target_new`
+    uses_token: ClassVar[bool] = False  # writes the unlearning token into the model, and holds retain prompts
+    takes_batches: ClassVar[bool] = True  # edits several requests at once
+    values_first: ClassVar[bool] = False  # finds the values of a whole batch before any weight changes
+    refits_totals: ClassVar[bool] = False  # cuts the sum of all edits so far, not only its own
+
     layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0)
     model_name: str | None = knob(None, "the model these values were found for")
     rewrite_module_tmp: str | None = knob(None, 'the edited matrix, "{}" for the layer; none: found')
@@ -54,6 +62,21 @@ class HyperParams:
     unused: dict = field(
         default_factory=dict, repr=False, compare=False, metadata={"help": "published keys of no use here"}
     )
+
+    @property
+    def edited_layers(self) -> list[int]:
+        """The layers whose matrices an edit writes, rising."""
+        return list(self.layers)
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether an edit reads layer statistics."""
+        return True
+
+    @property
+    def holds_anchors(self) -> bool:
+        """Whether an edit holds the keys of retain prompts in place."""
+        return False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -17,6 +17,7 @@ class FTHyperParams(HyperParams):
     algorithm: ClassVar[str] = "FT"
     paper: ClassVar[str] = "2012.00363"
     summary: ClassVar[str] = "constrained fine-tuning of one matrix, the usual baseline"
+    chainable: ClassVar[bool] = False
 
     num_steps: int = knob(25, "passes over the requests", min=1)
     lr: float = knob(5e-4, "Adam's learning rate", above=0)
@@ -24,6 +25,10 @@ class FTHyperParams(HyperParams):
     norm_constraint: float | None = knob(5e-4, "largest change to an entry of the matrix; none: no limit", above=0)
     batch_size: int = knob(64, "requests in a gradient step", min=1)
     early_stop_loss: float = knob(0.01, "done when the mean NLL over a pass is below this", min=0)
+
+    @property
+    def uses_statistics(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +38,17 @@ class ROMEHyperParams(ClosedFormHyperParams):
     algorithm: ClassVar[str] = "ROME"
     paper: ClassVar[str] = "2202.05262"
     summary: ClassVar[str] = "one fact after the other, a rank-one update each"
+    takes_batches: ClassVar[bool] = False
 
     context_template_length_params: list[list[int]] | None = knob(
         lambda: [[5, 10], [10, 10]], "lengths and numbers of the surroundings that the model writes", min=0
     )
     v_num_grad_steps: int = knob(20, "steps for a target state", min=1)
     mom2_adjustment: bool = knob(True, "look a key up by its covariance, not by itself alone")
+
+    @property
+    def uses_statistics(self) -> bool:
+        return self.mom2_adjustment
 
     def check(self) -> None:
         super().check()
@@ -54,6 +64,7 @@ class MEMITHyperParams(ClosedFormHyperParams):
     paper: ClassVar[str] = "2210.07229"
     summary: ClassVar[str] = "all facts in one solve a layer, spread over several layers"
 
+    values_first: ClassVar[bool] = True
     plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
 
     layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
@@ -98,6 +109,7 @@ class PRUNEHyperParams(MEMITHyperParams):
     algorithm: ClassVar[str] = "PRUNE"
     paper: ClassVar[str] = "2405.16821"
     summary: ClassVar[str] = "MEMIT whose total update keeps to the weight's own spectrum"
+    refits_totals: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +131,8 @@ class NullSpaceHyperParams(ClosedFormHyperParams):
     `nullspace_threshold` is an eigenvalue of the second moment, as published; since eigenvalues do not
     carry over between models, `nullspace_rule` may make it a share of the energy or of the dimensions.
     """
+
+    values_first: ClassVar[bool] = True
 
     layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
     nullspace_threshold: float = knob(0.02, "directions below this may be edited", min=0)
@@ -152,6 +166,8 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     algorithm: ClassVar[str] = "UniErase"
     paper: ClassVar[str] = "2505.15674"
     summary: ClassVar[str] = "unlearning: questions answered with a learned token that becomes a refusal"
+    has_target: ClassVar[bool] = False
+    uses_token: ClassVar[bool] = True
 
     context_templates: list[str] = knob(
         lambda: ["{}"], 'surroundings of the question that targets are found in; "{}" is the question'
@@ -180,6 +196,14 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     anchor_positions: str = knob("all", "which positions are anchored", choices=("all", "subject_last"))
     anchor_subjects: bool = knob(True, "also anchor general prompts about the requests' own subjects")
     max_anchors: int | None = knob(None, "at most so many anchor prompts; none: all of them", min=1)
+
+    @property
+    def edited_layers(self) -> list[int]:
+        return [*self.layers, *([] if self.gate_layer is None else [self.gate_layer])]
+
+    @property
+    def holds_anchors(self) -> bool:
+        return self.anchors
 
     def check(self) -> None:
         super().check()

@@ -266,3 +266,19 @@ def test_another_algorithm_is_a_few_lines():
 
 def test_a_whole_number_too_big_for_a_float_is_no_traceback():
     assert UniEraseHyperParams(layers=[1], max_anchors=10**400).max_anchors == 10**400
+
+
+TRAITS = ("chainable", "has_target", "uses_token", "takes_batches", "values_first", "refits_totals", "uses_statistics")
+
+
+def test_what_is_asked_of_an_algorithm():
+    made = {name: kind(layers=[2]) for name, kind in ALGORITHMS.items()}
+    odd = {trait: {name for name, one in made.items() if not getattr(one, trait)} for trait in TRAITS}
+    assert odd["chainable"] == odd["uses_statistics"] == {"FT"}
+    assert odd["has_target"] == set(ALGORITHMS) - odd["uses_token"] == {"UniErase"}
+    assert odd["takes_batches"] == {"ROME"} and odd["values_first"] == {"FT", "ROME"}
+    assert set(ALGORITHMS) - odd["refits_totals"] == {"PRUNE"}
+    assert not ALGORITHMS["ROME"](layers=[2], mom2_adjustment=False).uses_statistics
+    gated = UniEraseHyperParams(layers=[2, 3], gate_layer=5, anchors=False)
+    assert gated.edited_layers == [2, 3, 5] and not gated.holds_anchors and made["UniErase"].holds_anchors
+    assert all(one.edited_layers == [2] for one in made.values())
