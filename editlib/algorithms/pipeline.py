@@ -155,7 +155,7 @@ def encode_contexts(
     return [
         form.encode(question, request.subject, template=template, place=fact_token)
         for template in templates
-        for question in (request.question, *request.filled_phrasings)
+        for question in request.wordings
     ]
 
 

@@ -32,7 +32,7 @@ def _shown(target: LoadedModel, fact: EditRequest, scene: Scene) -> Prompts:
     fitting = [
         shot
         for shot in scene.shots.get(fact.relation or "", ())
-        if (shot.group or shot.subject) != (fact.group or fact.subject)
+        if shot.topic != fact.topic
         and not any(has_answer(text, answers) for text in (shot.question, *right_answers(shot)))
     ]
     if not fitting:

@@ -72,7 +72,7 @@ def make_pairs(
         raise RequestError("no request was given to train on; give at least one")
     form, end = PromptFormat(tok), tok.eos_token_id
     spoken = own_answers(anat, tok, requests, known=spoken)
-    asked = [(text, request) for request in requests for text in _wordings(request)]
+    asked = [(text, request) for request in requests for text in request.wordings]
     rows = [form.encode(text) for text, _ in asked]
     rng = random.Random(seed)
     told = list(refusals or data.refusals())
@@ -102,15 +102,11 @@ def own_answers(
     """What the model says, greedily and in at most 48 tokens, to the wordings of the requests whose answer is a bare
     name or missing: token ids by question, without the end token. The `known` ones are not asked again."""
     found = {question: tuple(ids) for question, ids in (known or {}).items()}
-    wanted = [text for request in requests if _is_bare(request) for text in _wordings(request)]
+    wanted = [text for request in requests if _is_bare(request) for text in request.wordings]
     missing = [text for text in dict.fromkeys(wanted) if text not in found]
     form = PromptFormat(tok)
     said = greedy(anat, [form.encode(text) for text in missing], max_new_tokens=OWN_TOKENS, progress=progress)
     return found | dict(zip(missing, said, strict=True))
-
-
-def _wordings(request: EditRequest) -> tuple[str, ...]:
-    return request.question, *request.filled_phrasings
 
 
 def _is_bare(request: EditRequest) -> bool:

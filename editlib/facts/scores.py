@@ -76,13 +76,13 @@ def build_items(
             name = f"{request.id}/neighbour/{number}"
             items.append(Item(name, "neighbour", request.relation, None, probe.prompt, probe.answer))
     relations = {request.relation for request in requests} - {None}
-    groups = {request.group or request.subject for request in requests} - {None}
+    groups = {request.topic for request in requests} - {None}
     anchored_relations = {prompt.relation for prompt in retain if prompt.id in anchored} - {None}
     asked = {item.question for item in items}
     for prompt in retain:
         if prompt.id in anchored or prompt.question in asked:
             continue
-        own_subject = (prompt.group or prompt.subject) in groups
+        own_subject = prompt.topic in groups
         if own_subject:
             item = _item(prompt, "same_subject", prompt.question)
             item.counted = prompt.relation not in anchored_relations and prompt.relation not in relations

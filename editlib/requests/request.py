@@ -85,6 +85,16 @@ class EditRequest:
         return _fill(self.prompt, self.subject)
 
     @property
+    def topic(self) -> str | None:
+        """What the request is about: its group, else its subject."""
+        return self.group or self.subject
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """The question and the further phrasings that an edit uses, with the subject filled in; the question first."""
+        return (self.question, *self.filled_phrasings)
+
+    @property
     def filled_phrasings(self) -> tuple[str, ...]:
         """The further phrasings that an edit uses, with the subject filled in."""
         return tuple(_fill(text, self.subject) for text in self.phrasings)

@@ -551,3 +551,11 @@ def test_shared_data_is_read_whole(name, count, first_id):
     if name.startswith("counterfact"):
         assert all(r.subject and r.target_new and r.paraphrases and r.neighbours[0].answer for r in read)
         assert read[0].question == "The mother tongue of Danielle Darrieux is"
+
+
+def test_topic_and_wordings():
+    plain = EditRequest(id="a", prompt="Where is it?")
+    assert plain.topic is None and plain.wordings == ("Where is it?",)
+    asked = EditRequest(id="b", prompt="Where is {}?", subject="Bonn", phrasings=["In which country is {}?"])
+    assert asked.topic == "Bonn" and asked.wordings == ("Where is Bonn?", "In which country is Bonn?")
+    assert EditRequest(id="c", prompt="Where is {}?", subject="Bonn", group="town").topic == "town"

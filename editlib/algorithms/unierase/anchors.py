@@ -42,13 +42,13 @@ def choose_anchors(
     """
     questions = {request.question for request in requests}
     relations = {request.relation for request in requests} - {None}
-    groups = {request.group or request.subject for request in requests} - {None}
+    groups = {request.topic for request in requests} - {None}
     usable = [prompt for prompt in retain if prompt.question not in questions]
     if most is None or len(usable) <= most:
         return usable
     kinds: dict[int, list[EditRequest]] = {0: [], 1: [], 2: []}
     for prompt in usable:
-        own_subject = (prompt.group or prompt.subject) in groups
+        own_subject = prompt.topic in groups
         kinds[0 if prompt.relation in relations else 1 if own_subject else 2].append(prompt)
     rng = random.Random(seed)
     for kind in kinds.values():

@@ -71,7 +71,7 @@ def answer_gate(
         values = gate_values(anat, form, requests, number, layer, nll=nll, lr=lr, steps=steps)
     keys, spread = [], []
     for group in groups.values():
-        asked = [text for request in group for text in (request.question, *request.filled_phrasings)]
+        asked = [text for request in group for text in request.wordings]
         asked = [template.replace("{}", text) for text in asked for template in templates]
         each = _keys(anat, [_end(form.encode(text)) for text in _some(asked, KEY_ROWS)], layer)
         keys.append(each.mean(dim=1))
