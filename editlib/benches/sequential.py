@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from editlib.baselines.refusal_edit import REFUSAL
 from editlib.benches.counterfact import settings_of
 from editlib.benches.points import Point
 from editlib.chain import Chain
@@ -31,7 +32,6 @@ from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
-REFUSAL = "I don't know."  # what an algorithm that needs a target is aimed at
 FACTS = 100  # that are forgotten
 
 
@@ -150,7 +150,7 @@ class _Run:
     def _requests(self, hparams: HyperParams) -> list[EditRequest]:
         if not hparams.has_target:
             return self.parts.forget
-        return [replace(fact, target_new=REFUSAL) for fact in self.parts.forget]
+        return [replace(fact, target_new=REFUSAL.lstrip()) for fact in self.parts.forget]
 
     def _chain(self, bench: Workbench, hparams: HyperParams, size: int, wanted: Sequence[EditRequest]) -> Chain:
         folder = self.out / "chains" / f"{hparams.algorithm}-{size}"

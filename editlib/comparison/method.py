@@ -80,6 +80,11 @@ class Method(ABC):
         """Raises `EditlibError` where this model or these requests are not for it; called before any long work."""
 
     @property
+    def stored_name(self) -> str:
+        """The name that finished cells are found by: the one of the version that kept the first of them."""
+        return self.name
+
+    @property
     def searches(self) -> bool:
         """Whether `search` comes before `forget`."""
         return False

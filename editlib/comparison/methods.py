@@ -29,7 +29,8 @@ from editlib.stats.store import spelling
 from editlib.workbench import Workbench
 
 T = TypeVar("T")
-AIMED = "->refusal"
+AIMED = "-refusal"
+AIMED_BEFORE = "->refusal"  # what configs may still say, and what kept cells are found by
 OWN_ANSWERS = "own-answers"
 
 
@@ -77,13 +78,17 @@ class ClosedForm(Method):
         self.family = "closed form" if self.unlearns else "closed form, refusal"
         if algorithm == "FT":
             self.family = "fine-tuning"
-        self.tuned = f"{algorithm}-refusal"
+        self.tuned = f"{algorithm}{AIMED}"
         self.budget = _budget(self.settings.search, self.tuned, where)
         if self.budget is not None and (self.tuned not in BASELINES or self.settings.settings):
             raise ConfigError(
                 f'{where}: "search" is for ROME, MEMIT and AlphaEdit aimed at a refusal, with "hparams" and no single '
                 '"settings"; take one of the two out'
             )
+
+    @property
+    def stored_name(self) -> str:
+        return self.name if self.unlearns else self.name.removesuffix(AIMED) + AIMED_BEFORE
 
     @property
     def searches(self) -> bool:
@@ -318,6 +323,8 @@ def read_method(value: Any, where: str, general: General) -> Method:
     if not isinstance(value, Mapping):
         raise ConfigError(f'{where}: {quote(value)}; expected a name, or an object with "method"; write one of them')
     name, label = value.get("method"), value.get("label")
+    if isinstance(name, str) and name.endswith(AIMED_BEFORE):
+        name = name.removesuffix(AIMED_BEFORE) + AIMED
     kind = chosen(name, METHODS, "method", where)
     if label is not None and not (isinstance(label, str) and label.strip()):
         raise ConfigError(f'{where}: key "label": {quote(label)}; expected some text; write it or take it out')

@@ -162,7 +162,7 @@ class _Run:
                     "format": FORMAT,
                     "editlib": library_version(),
                     "set": arena.identity,
-                    "method": [method.name, method.identity()],
+                    "method": [method.stored_name, method.identity()],
                     "seed": seed if method.seeded else None,
                     "dtype": self.config.general.dtype,
                 }

@@ -36,7 +36,7 @@ def config(folder, tmp_path):
         "sets": [
             {"protocol": "facts", "requests": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "keep.jsonl")}
         ],
-        "methods": ["none", {"method": "FT->refusal", "hparams": str(tmp_path / "FT.json")}],
+        "methods": ["none", {"method": "FT-refusal", "hparams": str(tmp_path / "FT.json")}],
     }
 
     def write(**changes):
@@ -48,10 +48,10 @@ def config(folder, tmp_path):
 
 
 def test_it_leaves_a_table_a_page_and_the_results(config, call, tmp_path):
-    methods = ["none", {"method": "MEMIT->refusal", "hparams": str(tmp_path / "MEMIT.json")}]
+    methods = ["none", {"method": "MEMIT-refusal", "hparams": str(tmp_path / "MEMIT.json")}]
     code, told, said = call("compare", "--config", config(methods=methods), "--out", tmp_path / "out")
     assert code == 0, said
-    assert "MEMIT->refusal" in told and "report.html" in told
+    assert "MEMIT-refusal" in told and "report.html" in told
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     none, memit = results["cells"]
     assert none["perplexity"]["ratio"] == 1.0 and memit["perplexity"]["ratio"] != 1.0
@@ -64,10 +64,10 @@ def test_it_leaves_a_table_a_page_and_the_results(config, call, tmp_path):
 
 
 def test_a_failed_cell_is_told_by_the_exit_code(config, call, tmp_path):
-    methods = ["none", {"method": "FT->refusal", "hparams": str(tmp_path / "FT.json"), "settings": {"lr": 1e38}}]
+    methods = ["none", {"method": "FT-refusal", "hparams": str(tmp_path / "FT.json"), "settings": {"lr": 1e38}}]
     code, told, said = call("compare", "--config", config(methods=methods), "--out", tmp_path / "out")
-    assert code == 3 and "FT->refusal (0 of 1 runs)" in told
-    assert said.splitlines()[-1].startswith("editlib: failed: facts, FT->refusal, seed 0: ")
+    assert code == 3 and "FT-refusal (0 of 1 runs)" in told
+    assert said.splitlines()[-1].startswith("editlib: failed: facts, FT-refusal, seed 0: ")
     assert (tmp_path / "out" / "report.html").exists()
 
 
@@ -75,7 +75,7 @@ def test_a_slip_leaves_nothing(config, call, tmp_path):
     code, _, said = call("compare", "--config", config(methdos=[]), "--out", tmp_path / "out")
     assert code == 2 and 'key "methdos": unknown; expected "methods"' in said and said.count("\n") == 1
     layers = {"layers": [7]}
-    methods = [{"method": "FT->refusal", "hparams": str(tmp_path / "FT.json"), "settings": layers}]
+    methods = [{"method": "FT-refusal", "hparams": str(tmp_path / "FT.json"), "settings": layers}]
     code, _, said = call("compare", "--config", config(methods=methods), "--out", tmp_path / "out")
     assert code == 2 and "on the set facts" in said and not (tmp_path / "out" / "results.json").exists()
 
@@ -83,7 +83,7 @@ def test_a_slip_leaves_nothing(config, call, tmp_path):
 def test_two_processes_share_the_cells(config, tmp_path):
     methods = [
         {
-            "method": "FT->refusal",
+            "method": "FT-refusal",
             "label": f"FT {n}",
             "hparams": str(tmp_path / "FT.json"),
             "settings": {"num_steps": n},

@@ -24,7 +24,7 @@ protocol = "facts"
 forget = 6
 
 [[methods]]
-method = "MEMIT->refusal"
+method = "MEMIT-refusal"
 label = "weak MEMIT"
 settings.v_num_grad_steps = 5
 """
@@ -64,6 +64,17 @@ def test_the_documented_example_is_one():
         assert f"`{key}`" in text, key
 
 
+def test_an_older_name_of_an_editor_aimed_at_a_refusal():
+    """Both name one method, and cells that were kept under the older name are found."""
+    one, other = (parse_config({**GOOD, "methods": [f"MEMIT{mark}refusal"]}).methods[0] for mark in ("-", "->"))
+    assert one.name == one.label == other.name == "MEMIT-refusal" and one.identity() == other.identity()
+    assert one.stored_name == other.stored_name == "MEMIT->refusal"
+    assert {parse_config({**GOOD, "methods": [name]}).methods[0].stored_name for name in ("none", "NPO")} == {
+        "none",
+        "NPO",
+    }
+
+
 def test_no_text_for_perplexity():
     assert parse_config({**GOOD, "perplexity": "none"}).general.perplexity is None
 
@@ -82,7 +93,7 @@ BAD = {
         "sets": [{"protocol": "facts", "forget": 6, "relations": ["capitals"]}]
     },
     "two entries are called 'facts'": {"sets": GOOD["sets"] * 2},
-    "method 'MEMIT->refusals': unknown; expected \"MEMIT->refusal\"": {"methods": ["MEMIT->refusals"]},
+    "method 'MEMIT-refusals': unknown; expected \"MEMIT-refusal\"": {"methods": ["MEMIT-refusals"]},
     'entry 2: key "hparam": unknown; expected "hparams"': {"methods": ["none", {"method": "UniErase", "hparam": "x"}]},
     'key "L3": unknown; expected': {"methods": [{"method": "UniErase", "settings": {"L3": 1}}]},
     "no bundled hparams for UniErase": {"methods": [{"method": "UniErase", "hparams": "nothing"}]},

@@ -87,7 +87,7 @@ def results():
         cell("none", "none", 0.0, 1.0, seed=None),
         cell("UniErase", "closed form", 0.95, 0.9, after=HOSTILE),
         cell("UniErase", "closed form", 0.85, 0.8, seed=1),
-        cell("MEMIT->refusal", "closed form, refusal", 0.88, 0.5),
+        cell("MEMIT-refusal", "closed form, refusal", 0.88, 0.5),
         failed,
     )
 
@@ -138,7 +138,7 @@ def test_what_a_model_wrote_stands_escaped(results):
 
 def test_methods_with_one_text_share_a_row_and_the_filter_finds_each(results):
     rows = re.findall(r'<tr class="(\w+)" data-m="([\d ]+)"><th scope="row">(.*?)</th>', page(results))
-    assert ("pass", "0 2", "none, MEMIT → refusal") in rows and ("pass", "1", "UniErase") in rows
+    assert ("pass", "0 2", "none, MEMIT-refusal") in rows and ("pass", "1", "UniErase") in rows
     assert ("fail", "1", "UniErase") in rows  # the neighbour that was lost
 
 
