@@ -151,7 +151,7 @@ def _by_title(one: _Asked, about: str | None) -> Iterator[Subject]:
 def _described(one: _Asked, about: str | None) -> Iterator[Subject]:
     for found in _DESCRIPTION.findall(one.question):
         if any(word[0].isupper() or word[0].isdigit() for word in _WORD.findall(found)):
-            yield Subject(found.strip().rstrip(".,"), "description", about)
+            yield Subject(found.strip().rstrip(".,").strip(), "description", about)
 
 
 def _lone(one: _Asked) -> Iterator[Subject]:

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from editlib.errors import RequestError
@@ -92,6 +92,7 @@ TEXTS = st.lists(WORDS, max_size=12).map(" ".join)
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), max_size=12))
+@example([("the author born What ,", "")])
 def test_what_is_found_can_be_looked_up(rows):
     for (question, _), subject in zip(rows, found(rows), strict=True):
         if subject is not None:
