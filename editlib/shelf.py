@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from editlib.errors import OutputError
-from editlib.files import atomic_path
+from editlib.files import atomic_path, check_output, write_json
+
+T = TypeVar("T")
+FINISHED = "finished"
 
 
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON value, the same on every machine and in every run."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def read_kept(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file that an earlier run wrote; a damaged file counts as not there."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def differing(kept: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """The keys in which the job of an earlier run is another one, for a message."""
+    return ", ".join(sorted(key for key in {*kept, *job} if kept.get(key) != job.get(key)))
 
 
 @dataclass(frozen=True)
@@ -26,11 +44,7 @@ class Shelf:
     path: Path
 
     def get(self, part: str) -> dict[str, Any] | None:
-        try:
-            value = json.loads(self._file(part).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
+        return read_kept(self._file(part))
 
     def put(self, part: str, value: Mapping[str, Any]) -> None:
         """Raises `OutputError` where the folder cannot be written."""
@@ -51,6 +65,47 @@ class Shelf:
 
     def _file(self, part: str) -> Path:
         return self.path / f"{part}.json"
+
+
+class Finished:
+    """The folder `out/finished` of measurements, each in a file of its own and found again by the hash of its job.
+
+    Args:
+        out: `None`: nothing is kept.
+        overwrite: measure again what is there; and use a folder that holds other things.
+
+    Raises:
+        OutputError: `out` is a file, or a folder with something else in it.
+    """
+
+    def __init__(self, out: Path | None, *, overwrite: bool = False) -> None:
+        self.folder = None if out is None else out / FINISHED
+        self.overwrite = overwrite
+        if out is not None and not (out / FINISHED).is_dir():
+            check_output(out, overwrite=overwrite)
+
+    def find(self, job: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T | None:
+        """What an earlier run measured in the same job, as `read` makes it of its JSON; `None` where there is none."""
+        if self.folder is None or self.overwrite:
+            return None
+        for path in sorted(self.folder.glob(f"*.{_short_digest(job)}.json")):  # the same job may have had another name
+            try:
+                kept = read_kept(path) or {}
+                if kept["job"] == job:
+                    return read(kept["measured"])
+            except (ValueError, KeyError, TypeError):
+                continue
+        return None
+
+    def keep(self, label: str, job: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+        """Writes one measurement; in the file's name, the label is for the eye and the hash for the machine."""
+        if self.folder is not None:
+            name = re.sub(r"[^A-Za-z0-9.-]+", "-", label)[-60:].strip("-")
+            write_json(self.folder / f"{name}.{_short_digest(job)}.json", {"job": job, "measured": measured})
+
+
+def _short_digest(job: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_folder(path: Path) -> None:

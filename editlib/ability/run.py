@@ -15,7 +15,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from editlib.ability.harness import aggregate_function, chosen, measure_task, wrap
-from editlib.ability.kept import Kept
 from editlib.ability.measured import Measured, difference
 from editlib.ability.report import AbilityReport, AbilityRow, table_rows
 from editlib.ability.tasks import Task, load_tasks, require_lm_eval
@@ -26,6 +25,7 @@ from editlib.files import write_json
 from editlib.models.loading import DeviceMap, check_model, load
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
+from editlib.shelf import Finished
 from editlib.stats.corpus import Corpus, load_corpus
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def run_ability(
     _check(models, tasks, text, limit, batch_size)
     if tasks:
         require_lm_eval()
-    kept = Kept(out, overwrite=overwrite)
+    kept = Finished(out, overwrite=overwrite)
     for where in models.values():
         check_model(str(where))
     corpus = None if text is None else load_corpus(text)
@@ -110,7 +110,7 @@ def _check(models: Mapping[str, Any], tasks: Sequence[str], text: str | None, li
 class _Plan:
     """What every model is measured with."""
 
-    kept: Kept
+    kept: Finished
     corpus: Corpus | None
     tasks: tuple[Task, ...]
     limit: int | None
@@ -143,11 +143,11 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
 
     def once(task: str, job: Mapping[str, Any], measure: Callable[[], Measured]) -> None:
         label = f"{name}, {task}"
-        measured = plan.kept.find(job)
+        measured = plan.kept.find(job, Measured.from_dict)
         if measured is None:
             log.info("%s", label)
             measured = measure()
-            plan.kept.keep(label, job, measured)
+            plan.kept.keep(label, job, measured.to_dict())
         else:
             log.info("%s: kept from an earlier run", label)
         found[task] = measured

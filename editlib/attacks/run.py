@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,11 @@ from editlib.models.loaded import LoadedModel
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
+from editlib.shelf import FINISHED, differing, read_kept
 
 log = logging.getLogger(__name__)
 
-JOB, FINISHED = "job.json", "finished"
+JOB = "job.json"
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ def _run(
 
 def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, AttackResult]:
     """The finished attacks of `job` in `out`, which is made ready for more."""
-    kept = _read(out / JOB)
+    kept = read_kept(out / JOB)
     if kept is not None and kept != job and not overwrite:
-        what = ", ".join(sorted(key for key in {*kept, *job} if kept.get(key) != job.get(key)))
+        what = differing(kept, job)
         raise OutputError(f"{out} holds another job's attacks (other {what}); choose another --out or add --overwrite")
     files = sorted((out / FINISHED).glob("*.json"))
     if kept != job or overwrite:
@@ -162,13 +162,5 @@ def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, 
             file.unlink(missing_ok=True)
         write_json(out / JOB, job)
         return {}
-    found = [value for file in files if (value := _read(file)) is not None]
+    found = [value for file in files if (value := read_kept(file)) is not None]
     return {value["attack"]: AttackResult.from_dict(value) for value in found}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -24,7 +24,7 @@ from editlib.models.anatomy import anatomy
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
-from editlib.shelf import append_cell, read_cells
+from editlib.shelf import append_cell, differing, read_cells
 
 log = logging.getLogger(__name__)
 
@@ -223,8 +223,9 @@ def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | No
     except ValueError:
         kept = {}
     if kept is not None and kept != job:
-        what = ", ".join(sorted(key for key in job if kept.get(key) != job[key]))
-        raise OutputError(f"{out} holds another search (other {what}); choose another folder, or remove it")
+        raise OutputError(
+            f"{out} holds another search (other {differing(kept, job)}); choose another folder, or remove it"
+        )
     if kept is None:
         write_json(out / JOB, job)
     trials = [TrialRun(**cell) for cell in read_cells(out / TRIALS)]
