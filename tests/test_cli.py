@@ -24,7 +24,7 @@ def refused(result, *words):
 BAD_LINES = {
     "no JSON": ("{nonsense", "requests.jsonl:2"),
     "no subject in the prompt": (json.dumps({**GOOD, "id": "b", "prompt": "What is it?"}), '"subject"'),
-    "the subject twice": (json.dumps({**GOOD, "id": "b", "prompt": "France? {}?"}), "more than once"),
+    "the subject twice": (json.dumps({**GOOD, "id": "b", "prompt": "France? France?"}), "more than once"),
     "an empty answer": (json.dumps({**GOOD, "id": "b", "answer": ""}), '"answer"'),
     "a duplicate id": (json.dumps(GOOD), "line 1"),
 }

@@ -10,7 +10,7 @@ import torch
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import sample
 from editlib.models.prompts import PromptFormat, TokenRow
-from editlib.requests.request import occurrences
+from editlib.requests.templates import occurrences
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
 """MEMIT's: one text of ten tokens from each."""

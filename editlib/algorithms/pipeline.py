@@ -26,7 +26,8 @@ from editlib.models.freezing import frozen
 from editlib.models.generation import greedy
 from editlib.models.precision import fast_dtype, reduced
 from editlib.models.prompts import PromptFormat, TokenRow
-from editlib.requests.request import EditRequest, occurrences
+from editlib.requests.request import EditRequest
+from editlib.requests.templates import occurrences
 from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
 
@@ -153,9 +154,9 @@ def encode_contexts(
 ) -> list[TokenRow]:
     """A request's prompt and further phrasings in every template, at their lookup positions; the plain prompt first."""
     return [
-        form.encode(question, request.subject, template=template, place=fact_token)
+        form.encode(wording.text, request.subject, start=wording.start, template=template, place=fact_token)
         for template in templates
-        for question in request.wordings
+        for wording in request.filled_wordings
     ]
 
 

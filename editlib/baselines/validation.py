@@ -15,6 +15,7 @@ from editlib.models.generation import greedy
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
+from editlib.requests.templates import literal
 
 ANSWER_TOKENS = 24
 HELD_OUT = 4  # one of so many retain prompts is held out
@@ -138,7 +139,6 @@ def validation_hash(validation: Validation) -> str:
     """The same for the same questions."""
     pairs = [("forget", *pair) for pair in validation.forget] + [("retain", *pair) for pair in validation.retain]
     requests = [
-        EditRequest(f"{kind}:{i}", question.replace("{}", "{ }"), answer=answer)
-        for i, (kind, question, answer) in enumerate(pairs)
+        EditRequest(f"{kind}:{i}", literal(question), answer=answer) for i, (kind, question, answer) in enumerate(pairs)
     ]
     return requests_hash(requests)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Requests, Seed, out, print_table
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Requests, Seed, SkipBad, out, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +24,7 @@ def attack(
     known: Annotated[Path | None, typer.Option(help="facts for few-shot examples; default: bundled")] = None,
     attacks: Annotated[str | None, typer.Option(help="names, separated by commas; default: all")] = None,
     samples: Annotated[int, typer.Option(help="answers drawn for each question by the attack `sampling`")] = 8,
+    skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -42,6 +43,7 @@ def attack(
         known_file=known,
         attacks=None if attacks is None else attacks.split(","),
         settings=AttackSettings(samples=samples),
+        skip_bad=skip_bad,
         seed=seed,
         dtype=dtype,
         device_map=device_map,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Model, Overwrite, Requests, Seed, StatsDir, out
+from editlib.cli.options import DeviceMap, Dtype, Model, Overwrite, Requests, Seed, SkipBad, StatsDir, out
 
 
 def register(app: typer.Typer) -> None:
@@ -41,6 +41,7 @@ def baseline(
     hparams: Annotated[str | None, typer.Option(help="settings of an editor; default: those of the model")] = None,
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for an editor's statistics that have to be made first")] = "wiki-sample",
+    skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -69,7 +70,7 @@ def baseline(
     budget = None if search is None else Budget(rates=search, steps=max_steps, points=points, low=low, high=high)
     receipt = baseline_folder(
         method, model, requests, out_dir, retain_file=retain, settings=settings, budget=budget,
-        seed=seed, dtype=dtype, device_map=device_map, overwrite=overwrite,
+        skip_bad=skip_bad, seed=seed, dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
     found = receipt["baseline"]["search"]
     if found is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Requests, Seed, StatsDir, out, print_table, workbench
+from editlib.cli.options import DeviceMap, Dtype, Requests, Seed, SkipBad, StatsDir, out, print_table, workbench
 
 bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a data set.")
 
@@ -29,6 +29,7 @@ def bench_counterfact(
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -40,7 +41,7 @@ def bench_counterfact(
     from editlib.requests.reading import read_requests
 
     plan = check_plan(model, algorithms, hparams or [], edits, modes)
-    wanted = read_requests(requests)
+    wanted = read_requests(requests, skip_bad=skip_bad)
     cells = run(
         workbench(model, stats_dir, dtype, device_map),
         wanted,

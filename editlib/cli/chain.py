@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.export import tell_adapter, tell_receipt
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, SkipBad, out
 from editlib.errors import OutputError
 
 chain_app = typer.Typer(
@@ -36,6 +36,7 @@ def init(
     stats_dir: Annotated[Path, typer.Option(help="where statistics and the token are kept")] = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
+    skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -49,7 +50,7 @@ def init(
 
     settings = load_hparams(hparams, algorithm)
     check_start(folder, settings, retain=retain is not None, token=token_file is not None)
-    kept = None if retain is None else read_requests(retain)
+    kept = None if retain is None else read_requests(retain, skip_bad=skip_bad)
     bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map)
     chain = Chain.create(
         folder,
@@ -68,6 +69,7 @@ def init(
 def add(
     folder: Folder,
     requests: Annotated[Path, typer.Option(help="what to forget or edit: JSONL, see docs/requests.md")],
+    skip_bad: SkipBad = False,
     model: BaseModel = None,
     stats_dir: StatsDir = None,
     device_map: DeviceMap = None,
@@ -76,7 +78,7 @@ def add(
     from editlib.chain import Chain
     from editlib.requests.reading import read_requests
 
-    wanted = read_requests(requests)
+    wanted = read_requests(requests, skip_bad=skip_bad)
     chain = Chain.open(folder, model=model, stats_dir=stats_dir, device_map=device_map)
     chain.add(wanted)
     _table(chain.status()["batches"][-5:])

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeltaFile, DeviceMap, Dtype, Model, Overwrite, Requests, Seed, StatsDir, out, workbench
+from editlib.cli.options import (
+    DeltaFile,
+    DeviceMap,
+    Dtype,
+    Model,
+    Overwrite,
+    Requests,
+    Seed,
+    SkipBad,
+    StatsDir,
+    out,
+    workbench,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -54,18 +66,18 @@ def unlearn(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     delta: DeltaFile = None,
+    skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Phase II: makes a model refuse the questions in --requests and writes it as an ordinary folder."""
     from editlib.hparams import load_hparams
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import unlearn as run
-    from editlib.requests.reading import read_requests
+    from editlib.requests.reading import read_with_retain
 
     check_places(out_dir, delta, overwrite=overwrite)
     settings = load_hparams(hparams, "UniErase")
-    wanted = read_requests(requests)
-    kept = None if retain is None else read_requests(retain)
+    wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
     bench = workbench(model, stats_dir, dtype, device_map)
     result, receipt = run(
         bench,
@@ -109,6 +121,7 @@ def edit(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     delta: DeltaFile = None,
+    skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Edits facts towards new answers with any algorithm and writes the model as an ordinary folder."""
@@ -122,10 +135,10 @@ def edit(
     if not settings.has_target:
         unlearn(
             model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, seed=seed,
-            dtype=dtype, device_map=device_map, delta=delta, overwrite=overwrite,
+            dtype=dtype, device_map=device_map, delta=delta, skip_bad=skip_bad, overwrite=overwrite,
         )  # fmt: skip
         return
-    wanted = read_requests(requests)
+    wanted = read_requests(requests, skip_bad=skip_bad)
     bench = workbench(model, stats_dir, dtype, device_map)
     result, receipt = run(
         bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite

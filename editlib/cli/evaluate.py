@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out, print_table
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, SkipBad, out, print_table
 from editlib.errors import RequestError
 
 
@@ -32,6 +32,9 @@ def evaluate(
         Path | None, typer.Option(help="facts: prompts that must still be answered; default: bundled")
     ] = None,
     text: Annotated[str | None, typer.Option(help="facts: corpus for perplexity, or none")] = None,
+    skip_bad: Annotated[
+        bool | None, typer.Option("--skip-bad", help="facts: leave rows that cannot be used out, and count them")
+    ] = None,
     before: Annotated[
         Path | None, typer.Option(help="facts: keeps the base model's answers, read again next time")
     ] = None,
@@ -64,12 +67,13 @@ def evaluate(
 
     check_output(out_dir, overwrite=overwrite)
     facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
+    facts |= {"--skip-bad": skip_bad}
     fiction = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference, "--limit": limit}
     fiction |= {"--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
     chosen: Any
     if protocol == "facts":
         _refuse(fiction, "tofu")
-        chosen = _facts(edited, requests, retain, text or "wiki-sample:heldout", before)
+        chosen = _facts(edited, requests, retain, text or "wiki-sample:heldout", before, skip_bad=bool(skip_bad))
     elif protocol == "tofu":
         _refuse(facts, "facts")
         chosen = TofuProtocol.read(
@@ -105,7 +109,9 @@ def _refuse(options: dict[str, object], protocol: str) -> None:
         raise RequestError(f"{', '.join(given)}: only for --protocol {protocol}; leave out, or choose that")
 
 
-def _facts(edited: str, requests: Path | None, retain: Path | None, text: str, before: Path | None) -> Any:
+def _facts(
+    edited: str, requests: Path | None, retain: Path | None, text: str, before: Path | None, *, skip_bad: bool
+) -> Any:
     from editlib.chain import Chain
     from editlib.facts.protocol import FactsProtocol
     from editlib.jobs.evaluate import is_chain
@@ -113,9 +119,11 @@ def _facts(edited: str, requests: Path | None, retain: Path | None, text: str, b
 
     if requests is None and not is_chain(edited):
         raise RequestError("--protocol facts needs --requests with the facts to forget, unless EDITED is a chain")
-    asked = read_requests(requests) if requests is not None else Chain.open(edited).requests
+    asked = Chain.open(edited).requests if requests is None else read_requests(requests, skip_bad=skip_bad)
     corpus = None if text == "none" else text
-    return FactsProtocol.read(asked, retain_file=retain, text=corpus, before_file=before, progress=True)
+    return FactsProtocol.read(
+        asked, retain_file=retain, text=corpus, before_file=before, skip_bad=skip_bad, progress=True
+    )
 
 
 def subjects(
@@ -124,6 +132,7 @@ def subjects(
     given: Annotated[
         Path | None, typer.Option(help="your own subjects: one JSON object, id or question to subject")
     ] = None,
+    skip_bad: SkipBad = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file")] = False,
 ) -> None:
     """Shows the subject of every question and the rule that found it; those without one come first."""
@@ -133,7 +142,7 @@ def subjects(
 
     if out_file is not None:
         check_file(out_file, overwrite=overwrite)
-    found = read_questions(requests, subjects=None if given is None else read_subjects(given))
+    found = read_questions(requests, subjects=None if given is None else read_subjects(given), skip_bad=skip_bad)
     order = {None: 0, **{rule: -i for i, rule in enumerate(RULES, 1)}}  # from the weakest rule to the strongest
     rules = {request.id: subject.rule if subject else None for request, subject in found}
     ranked = sorted(found, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from editlib.cli.options import Overwrite, out
+from editlib.cli.options import Overwrite, SkipBad, out
 
 if TYPE_CHECKING:
     from editlib.export.lora import LoraReport
@@ -60,14 +60,16 @@ def receipt(
     private: Annotated[
         bool, typer.Option("--private", help="salted hashes instead of texts; the key is written beside the folder")
     ] = False,
+    skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Writes what was asked, when, by which version and with what result, as JSON and as a page."""
     from editlib.reports.receipt import write_receipt
 
     page, key = write_receipt(
-        edited, out_dir, requests_file=requests, metrics_file=metrics, private=private, overwrite=overwrite
-    )
+        edited, out_dir, requests_file=requests, metrics_file=metrics, private=private,
+        skip_bad=skip_bad, overwrite=overwrite,
+    )  # fmt: skip
     tell_receipt(page, key)
 
 

@@ -19,6 +19,7 @@ StatsDir = Annotated[Path, typer.Option(help="where statistics and the token are
 Seed = Annotated[int, typer.Option(help="every random draw follows from it")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output folder that is not empty")]
 Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/requests.md")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave rows that cannot be used out, and count them")]
 DeltaFile = Annotated[Path | None, typer.Option("--delta", help="write the edit alone, too: see `editlib apply`")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
 DeviceMap = Annotated[str | None, typer.Option(help="a device that holds all layers, or auto; default: the CPU")]

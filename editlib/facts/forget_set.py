@@ -32,6 +32,7 @@ class FactsSettings(SetSettings):
     requests: str | None = knob(None, "facts to forget, a file, in place of bundled ones")
     retain: str | None = knob(None, "prompts to keep, a file; without `watch` every second one is watched, not held")
     watch: str | None = knob(None, "prompts that are asked afterwards and never held, a file")
+    skip_bad: bool = knob(False, "leave rows of these files out that cannot be used, and count them")
 
 
 class Facts(Protocol):
@@ -77,7 +78,7 @@ class Facts(Protocol):
         return made
 
     def _files(self, own: FactsSettings) -> Parts:
-        forget = read_requests(own.requests or "")
+        forget = read_requests(own.requests or "", skip_bad=own.skip_bad)
         for request in forget:
             if request.answer is None:
                 raise RequestError(f'{own.requests}: request {request.id} has no "answer"; scoring needs it; add one')
@@ -85,11 +86,11 @@ class Facts(Protocol):
             kept = data.retain_prompts(forget)
             held, watch = kept[::2], [*kept[1::2], *data.general("test")]
         else:
-            kept = read_requests(own.retain)
+            kept = read_requests(own.retain, skip_bad=own.skip_bad)
             random.Random(own.seed).shuffle(kept)
             held, watch = (kept, []) if own.watch else (kept[::2], kept[1::2])
         if own.watch is not None:
-            watch = read_requests(own.watch)
+            watch = read_requests(own.watch, skip_bad=own.skip_bad)
         return Parts(forget, held, watch)
 
     def _dealt(self, base: Base, before: AnswerCache) -> Parts:

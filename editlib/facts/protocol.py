@@ -47,6 +47,7 @@ class FactsProtocol:
         retain_file: Path | None = None,
         text: str | None = "wiki-sample:heldout",
         before_file: Path | None = None,
+        skip_bad: bool = False,
         progress: bool = False,
     ) -> FactsProtocol:
         """The protocol with what it needs from files.
@@ -56,13 +57,14 @@ class FactsProtocol:
                 out. Default: bundled ones.
             text: corpus for perplexity, `None` for none.
             before_file: answers of the base model, read when they are its own, completed and written.
+            skip_bad: leave rows of `retain_file` out that cannot be used, see `read_requests`.
 
         Raises:
             EditlibError: a file that does not fit, or matplotlib is missing.
         """
         require_matplotlib()
         given = data.retain_prompts(requests) + data.general("test")
-        retain = given if retain_file is None else read_requests(retain_file)
+        retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad)
         documents = [] if text is None else load_corpus(text).documents
         return cls(requests, retain, documents=documents, before_file=before_file, progress=progress)
 

@@ -36,6 +36,7 @@ def attack_folders(
     known_file: Path | None = None,
     attacks: Sequence[str] | None = None,
     settings: AttackSettings | None = None,
+    skip_bad: bool = False,
     seed: int = 0,
     dtype: str | None = None,
     device_map: DeviceMap = None,
@@ -45,6 +46,9 @@ def attack_folders(
 
     Interrupted, it goes on with the attacks that are not done. The banned token is the one in the edit's receipt.
 
+    Args:
+        skip_bad: leave rows of the files out that cannot be used, see `read_requests`.
+
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
     """
@@ -52,9 +56,9 @@ def attack_folders(
     names = choose(attacks)
     if not (out / JOB).is_file():
         check_output(out, overwrite=overwrite)
-    requests = read_requests(requests_file)
-    control = None if control_file is None else read_requests(control_file)
-    known = None if known_file is None else read_requests(known_file)
+    requests = read_requests(requests_file, skip_bad=skip_bad)
+    control = None if control_file is None else read_requests(control_file, skip_bad=skip_bad)
+    known = None if known_file is None else read_requests(known_file, skip_bad=skip_bad)
     receipt = read_receipt(edited)
     loaded = load(base, dtype=dtype, device_map=device_map)
     if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(loaded[0]):

@@ -20,7 +20,7 @@ from editlib.export.receipt import origin
 from editlib.files import check_output
 from editlib.models.loading import DeviceMap, load
 from editlib.models.weights import weights_sha256
-from editlib.requests.reading import read_requests
+from editlib.requests.reading import read_with_retain
 from editlib.requests.request import EditRequest
 from editlib.training import TrainResult
 
@@ -58,6 +58,7 @@ def baseline_folder(
     retain_file: Path | None = None,
     settings: BaselineSettings | None = None,
     budget: Budget | None = None,
+    skip_bad: bool = False,
     seed: int = 0,
     dtype: str | None = None,
     device_map: DeviceMap = None,
@@ -74,6 +75,7 @@ def baseline_folder(
     Args:
         retain_file: prompts whose answers must stay; default: the bundled ones, as for `editlib unlearn`.
         budget: of a search for learning rate and steps first; `None` for none.
+        skip_bad: leave rows of the files out that cannot be used, see `read_requests`.
 
     Returns:
         The receipt.
@@ -83,8 +85,8 @@ def baseline_folder(
     """
     out, settings, name = Path(out), settings or BaselineSettings(), spelling(name)
     check_output(out, overwrite=overwrite)
-    requests = read_requests(requests_file)
-    retain = data.retain_prompts(requests) if retain_file is None else read_requests(retain_file)
+    requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad)
+    retain = data.retain_prompts(requests) if given is None else given
     check_baseline(name, requests, retain, settings)
     if budget is not None:
         check_range(name, budget)

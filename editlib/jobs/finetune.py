@@ -85,11 +85,12 @@ class FinetuneSettings:
         )
 
 
-def read_pairs(files: Sequence[str | Path], authors: int | None = None) -> list[EditRequest]:
+def read_pairs(files: Sequence[str | Path], authors: int | None = None, *, skip_bad: bool = False) -> list[EditRequest]:
     """The pairs of all files, without a question that an earlier file holds too.
 
     Args:
         authors: only the first so many authors of each file; each has 20 pairs one behind another, as in TOFU.
+        skip_bad: leave rows out that cannot be used, see `read_requests`.
 
     Raises:
         RequestError: a file that cannot be read, or has fewer authors, or a pair without an answer.
@@ -97,7 +98,7 @@ def read_pairs(files: Sequence[str | Path], authors: int | None = None) -> list[
     found: dict[str, EditRequest] = {}
     ids: set[str] = set()
     for file in files:
-        pairs = read_requests(file)
+        pairs = read_requests(file, skip_bad=skip_bad)
         if authors is not None:
             if not 1 <= authors <= len(pairs) // PAIRS_AN_AUTHOR:
                 held = f"holds {len(pairs)} pairs, {PAIRS_AN_AUTHOR} an author"
@@ -119,6 +120,7 @@ def finetune(
     *,
     authors: int | None = None,
     settings: FinetuneSettings | None = None,
+    skip_bad: bool = False,
     seed: int = 0,
     dtype: str | None = None,
     device_map: DeviceMap = None,
@@ -138,7 +140,7 @@ def finetune(
         EditlibError: any input that does not fit; nothing is written then.
     """
     out, settings = Path(out), settings or FinetuneSettings()
-    pairs = read_pairs(files, authors)
+    pairs = read_pairs(files, authors, skip_bad=skip_bad)
     loaded, tok = load(model, dtype=dtype, device_map=device_map)
     job = {
         "base": weights_sha256(loaded),

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import RequestError
 from editlib.models.lookup import Pieces, first_token, last_token
-from editlib.requests.request import occurrences
+from editlib.requests.templates import occurrences
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 WORD = "a"  # stands for a question where any would do
@@ -141,6 +141,7 @@ class PromptFormat:
         question: str,
         subject: str | None = None,
         *,
+        start: int | None = None,
         place: Place = "subject_last",
         template: str = "{}",
     ) -> TokenRow:
@@ -148,6 +149,7 @@ class PromptFormat:
 
         Args:
             subject: stands in the question once; without it the lookup position is the prompt's last token.
+            start: the character of the question that the subject begins at, where it is there more than once.
             place: which token is looked up. A token that reaches across an end of the subject counts as the
                 subject's, so the space in front of it belongs to its first token where the two are one token.
             template: what surrounds the question, which stands at its last `{}`. All else in it is plain text: other
@@ -168,10 +170,13 @@ class PromptFormat:
         ids = self._front() + pieces.ids
         if place == "last" or subject is None:
             return TokenRow(ids, len(ids) - 1)
-        places = occurrences(question, subject)
-        if len(places) != 1:
-            raise RequestError(f"subject {subject!r} stands {len(places)} times in {question!r}; it must stand once")
-        start = self._start(text, whole) + len(before) + places[0]
+        if start is None:
+            places = occurrences(question, subject)
+            if len(places) != 1:
+                given = f"subject {subject!r} stands {len(places)} times in {question!r}"
+                raise RequestError(f"{given}; it must stand once, or the request's prompt have {{}} in its place")
+            start = places[0]
+        start += self._start(text, whole) + len(before)
         find = first_token if place == "subject_first" else last_token
         lookup = len(ids) - len(pieces.ids) + find(pieces, start, start + len(subject))
         return TokenRow(ids, min(lookup + (place == "subject_first_after_last"), len(ids) - 1))

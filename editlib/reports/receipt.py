@@ -35,6 +35,7 @@ def write_receipt(
     requests_file: Path | None = None,
     metrics_file: Path | None = None,
     private: bool = False,
+    skip_bad: bool = False,
     overwrite: bool = False,
 ) -> tuple[Path, Path | None]:
     """Writes `receipt.json` and `receipt.html` for an edited folder, or a delta file, to the folder `out`.
@@ -42,6 +43,7 @@ def write_receipt(
     Args:
         requests_file: what was asked; without it the receipt tells ids only.
         metrics_file, private: see `write_pages`.
+        skip_bad: leave rows of `requests_file` out that cannot be used, see `read_requests`.
 
     Returns:
         The page, and the key's file when `private`.
@@ -51,7 +53,7 @@ def write_receipt(
     """
     check_place(Path(out), private=private, overwrite=overwrite)
     receipt = _receipt_of(edited)
-    requests = None if requests_file is None else read_requests(requests_file)
+    requests = None if requests_file is None else read_requests(requests_file, skip_bad=skip_bad)
     return write_pages(receipt, requests, Path(out), metrics_file=metrics_file, private=private, overwrite=overwrite)
 
 

@@ -1,34 +1,143 @@
-"""One JSON object of any known data set -> the arguments of `EditRequest`.
-
-Each reader only moves fields; what they may hold is checked once, by `EditRequest`. Fields of foreign
-formats that have no place here are passed over; an unknown field of the own format is an error.
-"""
+"""Which format an object is in, found out by its fields, and the several requests that one object may hold."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
-from editlib.errors import RequestError, closest, quote
+from editlib.errors import quote
+from editlib.requests import readers
+from editlib.requests.fields import FieldError, Row
 
-Row = dict[str, Any]
+Reader = Callable[[Row], Row]
 
-OWN_FIELDS = ("id", "prompt", "subject", "target_new", "answer", "aliases", "phrasings", "paraphrases", "neighbours")
-OWN_FIELDS += ("group", "relation")
-FREE_FIELDS = ("kind", "split", "source", "note", "meta")
-"""Fields of the own format that the reader passes over: room for the user's own remarks."""
+EASYEDIT_MARKS = frozenset(
+    {"prompts", "ground_truth", "labels", "concept", "portability", "portability_inputs"}
+    | {"rephrase", "rephrase_prompt", "rephrase_prompts"}
+    | {"locality", "locality_prompt", "locality_inputs"}
+)
+UNNAMED = frozenset({readers.tofu, readers.unke, readers.rwku})
+"""Formats that do not say whose fact a question asks for, or not always: `editlib.requests.subjects` finds it."""
+
+NAMES: dict[Reader, dict[str, str]] = {
+    readers.counterfact: {"answer": "target_true", "paraphrases": "paraphrase_prompts",
+                          "neighbours": "neighborhood_prompts", "relation": "relation_id"},
+    readers.zsre: {"prompt": "src", "target_new": "alt", "answer": "answers", "aliases": "answers",
+                   "paraphrases": "rephrase", "neighbours": "loc"},
+    readers.easyedit: {"answer": "ground_truth", "aliases": "ground_truth", "paraphrases": "rephrase_prompt",
+                       "neighbours": "locality_prompt", "relation": "relation_id"},
+    readers.fastedit: {"target_new": "target", "paraphrases": "queries"},
+    readers.known: {"answer": "attribute", "relation": "relation_id"},
+    readers.tofu: {"prompt": "question", "paraphrases": "paraphrased_question"},
+    readers.unke: {"prompt": "question", "target_new": "answer", "paraphrases": "para_question"},
+    readers.rwku: {"prompt": "query", "relation": "type", "group": "subject"},
+    readers.muse: {"answer": "gt"},
+    readers.ripple: {"prompt": "edit.prompt", "subject": "edit.subject", "target_new": "edit.prompt",
+                     "answer": "edit.original_fact.prompt", "relation": "edit.relation",
+                     "neighbours": "Relation_Specificity"},
+}  # fmt: skip
+IDS = ("id", "case_id", "known_id")
+"""Fields that name an object, in the order in which they are looked for; the own format has the first only."""
+
+LISTS = {"K_F": "K_R", "success": "locality"}
+"""KnowEdit's Sanitation is one object of lists: what is to be forgotten, and beside it what is to be kept."""
+
+PASSAGE = (
+    "a text without a question; expected a prompt; read the questions of that set instead: RWKU's forget_level2, "
+    "MUSE's knowmem"
+)
 
 
-class FieldError(RequestError):
-    """A complaint about one field, under our name for it; `read_requests` puts in the file's name."""
+def format_of(row: Row) -> Reader:  # noqa: PLR0911
+    """Finds the reader for an object by its fields.
 
-    def __init__(self, name: str, text: str, where: str = "request") -> None:
-        super().__init__(f"{where}: field {json.dumps(name)}: {text}")  # dumps: the message stays one line
-        self.name, self.text = name, text
+    Raises:
+        FieldError: a known format that holds no questions, or that another file of the same set replaces.
+    """
+    names = row.keys()
+    if (
+        "requested_rewrite" in row
+        or isinstance(row.get("target_new"), dict)
+        or {"target_true", "target_false"} <= names
+    ):
+        return readers.counterfact
+    if "src" in row:
+        return readers.zsre
+    if "edit" in row:
+        return readers.ripple
+    if "known_id" in row or {"attribute", "template"} <= names:
+        return readers.known
+    if not EASYEDIT_MARKS.isdisjoint(names):
+        return readers.easyedit
+    if "target" in row and names <= {"prompt", "subject", "target", "queries"}:
+        return readers.fastedit
+    if {"query", "answer"} <= names:
+        return readers.rwku
+    if "gt" in row and "prompt" in row:
+        return readers.muse
+    if "para_question" in row:
+        return readers.unke
+    if "question" in row and "prompt" not in row:
+        return readers.tofu
+    _refuse_others(row)
+    return readers.own
 
 
-def unzip(row: Row) -> list[Row]:
+def name_in(reader: Reader, name: str) -> str:
+    """What a format calls our field: `paraphrases[0]` -> `queries[0]`."""
+    ours, bracket, rest = name.partition("[")
+    return NAMES.get(reader, {}).get(ours, ours) + bracket + rest
+
+
+def id_of(row: Row, reader: Reader) -> Any:
+    """The name that an object gives itself, or `None`."""
+    names = IDS[:1] if reader is readers.own else IDS
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def ambiguous(row: Row, reader: Reader) -> str | None:
+    """Says which of two fields is taken where a format has two for one thing; `None` where it is plain."""
+    if reader is readers.zsre and row.get("alt") and row.get("answers"):
+        return (
+            'edits go to "alt", as in MEND and EasyEdit, and "answers" is the truth; MEMIT edits to "answers": take '
+            '"alt" out for that'
+        )
+    if reader is readers.known and row.get("template") is not None:
+        asked = str(row["template"]).replace("{}", str(row.get("subject")))
+        if asked != row.get("prompt"):
+            return '"template" and "prompt" differ; "prompt" is asked, as in ROME\'s causal trace'
+    return None
+
+
+def unfold(row: Row) -> list[Row]:
+    """The rows that one object holds: parallel lists (EasyEdit), several rewrites (MQuAKE) or Sanitation's list.
+
+    Raises:
+        FieldError: parallel lists of different lengths.
+    """
+    for forget in LISTS:
+        if isinstance(row.get(forget), list):
+            return [one if isinstance(one, dict) else _no_row(forget, one) for one in row[forget]]
+    if isinstance(row.get("requested_rewrite"), list):
+        rewrites = row["requested_rewrite"]
+        if not rewrites or not all(isinstance(one, dict) for one in rewrites):
+            _no_row("requested_rewrite", rewrites)
+        own_id = row.get("case_id", row.get("id"))
+        names = [own_id if own_id is None or len(rewrites) == 1 else f"{own_id}.{i}" for i in range(len(rewrites))]
+        return [{"id": name, "requested_rewrite": one} for name, one in zip(names, rewrites, strict=True)]
+    return _unzip(row)
+
+
+def left_out(row: Row) -> str | None:
+    """Says what of an object is not read as requests, and where it belongs; `None` where all is."""
+    for forget, keep in LISTS.items():
+        if isinstance(row.get(forget), list) and isinstance(row.get(keep), list):
+            given = f'"{forget}" is read, what is to be forgotten'
+            return f'{given}; the {len(row[keep])} rows of "{keep}" are to be kept: give them as a file to --retain'
+    return None
+
+
+def _unzip(row: Row) -> list[Row]:
     """EasyEdit's one object of parallel lists (`prompts: [...], subject: [...]`) as one row a prompt."""
     if not isinstance(row.get("prompts"), list):
         return [row]
@@ -44,156 +153,23 @@ def unzip(row: Row) -> list[Row]:
             raise FieldError(name, f"{given}; expected one for each prompt; mend the list")
         return value[i]
 
-    names = row.keys() & {"id", "case_id", "prompts", *_NAMES[easyedit].values(), *_EASYEDIT_MARKS}
+    fields = {"prompt", "subject", "target_new", "relation_id", "ground_truth", "rephrase_prompt", "locality_prompt"}
+    names = row.keys() & {"id", "case_id", *fields, *EASYEDIT_MARKS}
     return [{name: pick(name, row[name], i) for name in sorted(names)} for i in range(count)]
 
 
-def format_of(row: Row) -> Callable[[Row], Row]:
-    """The reader for an object, found out by its fields."""
-    if "requested_rewrite" in row or isinstance(row.get("target_new"), dict):
-        return counterfact
-    if "src" in row:
-        return zsre
-    if not _EASYEDIT_MARKS.isdisjoint(row):
-        return easyedit
-    if "target" in row and row.keys() <= {"prompt", "subject", "target", "queries"}:
-        return fastedit
-    return tofu if "question" in row and "prompt" not in row else own
+def _no_row(name: str, value: Any) -> Row:
+    raise FieldError(name, f"{quote(value)}; expected one object, or a list of them; mend it")
 
 
-def name_in(reader: Callable[[Row], Row], name: str) -> str:
-    """What a format calls our field: `paraphrases[0]` -> `queries[0]`."""
-    ours, bracket, rest = name.partition("[")
-    return _NAMES.get(reader, {}).get(ours, ours) + bracket + rest
-
-
-def own(row: Row) -> Row:
-    """Our format, which also holds plain prompts."""
-    for name in row:
-        if name not in OWN_FIELDS + FREE_FIELDS:
-            near = closest(name, OWN_FIELDS, cutoff=0.5) or OWN_FIELDS
-            meant = ", ".join(f'"{field}"' for field in near)
-            raise FieldError(name, f'unknown; expected {meant}; rename it, or put remarks under "note"')
-    return {name: value for name, value in row.items() if name in OWN_FIELDS}
-
-
-def counterfact(row: Row) -> Row:
-    """CounterFact, or one of ROME's request dicts, which are its `requested_rewrite` alone."""
-    rewrite = row.get("requested_rewrite", row)
-    if not isinstance(rewrite, dict):
-        text = f"{quote(rewrite)}; expected one object; give each rewrite an object of its own"
-        raise FieldError("requested_rewrite", text)
-    targets = (rewrite.get("target_new"), rewrite.get("target_true"))
-    new, true = (target.get("str") if isinstance(target, dict) else target for target in targets)
-    return {
-        "prompt": rewrite.get("prompt"),
-        "subject": _subject(rewrite.get("subject")),
-        "target_new": new,
-        "answer": true,
-        "paraphrases": _leaves(row.get("paraphrase_prompts")),
-        # The neighbours are other subjects that share the true object.
-        "neighbours": [{"prompt": p, "answer": true} for p in _leaves(row.get("neighborhood_prompts"))],
-        "relation": rewrite.get("relation_id"),
-    }
-
-
-def zsre(row: Row) -> Row:
-    """zsRE: EasyEdit edits to `alt`; MEMIT to the true answer, which is what is left without `alt`."""
-    answers, loc = _leaves(row.get("answers")), row.get("loc")
-    if isinstance(loc, str) and loc and not loc.endswith("?"):
-        loc += "?"  # as MEMIT asks it
-    return {
-        "prompt": row.get("src"),
-        "subject": _subject(row.get("subject")),
-        "target_new": row.get("alt") or _first(answers),
-        "answer": _first(answers),
-        "aliases": answers[1:],
-        "paraphrases": _leaves(row.get("rephrase")),
-        "neighbours": [{"prompt": loc, "answer": _first(row.get("loc_ans"))}] if loc else [],
-    }
-
-
-def easyedit(row: Row) -> Row:
-    """EasyEdit's flat CounterFact, its `edit()` arguments, and the rows of KnowEdit."""
-    truth = _leaves(row.get("ground_truth"))
-    flat = {"prompt": row.get("locality_prompt"), "ground_truth": row.get("locality_ground_truth")}
-    return {
-        "prompt": _first([row.get("prompt"), row.get("prompts"), row.get("text")]),
-        "subject": _subject([row.get("subject"), row.get("concept")]),
-        "target_new": _first([row.get("target_new"), row.get("labels")]),
-        "answer": _first(truth),
-        "aliases": truth[1:],
-        "paraphrases": _leaves([row.get(f"rephrase{end}") for end in ("", "_prompt", "_prompts")]),
-        "neighbours": _locality(row.get("locality", row.get("locality_inputs", flat))),
-        "relation": row.get("relation_id"),
-    }
-
-
-def fastedit(row: Row) -> Row:
-    """FastEdit's `prompt, subject, target, queries`."""
-    return {
-        "prompt": row.get("prompt"),
-        "subject": _subject(row.get("subject")),
-        "target_new": row.get("target"),
-        "paraphrases": _leaves(row.get("queries")),
-    }
-
-
-def tofu(row: Row) -> Row:
-    """TOFU and other question-and-answer sets, with UniErase's `subject` where there is one."""
-    return {
-        "prompt": row.get("question"),
-        "subject": _subject(row.get("subject")),
-        "answer": row.get("answer"),
-        "paraphrases": _leaves(row.get("paraphrased_question")),
-    }
-
-
-_EASYEDIT_MARKS = frozenset(
-    {"prompts", "ground_truth", "labels", "concept", "portability", "portability_inputs"}
-    | {"rephrase", "rephrase_prompt", "rephrase_prompts"}
-    | {"locality", "locality_prompt", "locality_inputs"}
-)
-_NAMES = {
-    counterfact: {"answer": "target_true", "paraphrases": "paraphrase_prompts",
-                  "neighbours": "neighborhood_prompts", "relation": "relation_id"},
-    zsre: {"prompt": "src", "target_new": "alt", "answer": "answers", "aliases": "answers",
-           "paraphrases": "rephrase", "neighbours": "loc"},
-    easyedit: {"prompt": "prompt", "subject": "subject", "target_new": "target_new", "answer": "ground_truth",
-               "aliases": "ground_truth", "paraphrases": "rephrase_prompt", "neighbours": "locality_prompt",
-               "relation": "relation_id"},
-    fastedit: {"target_new": "target", "paraphrases": "queries"},
-    tofu: {"prompt": "question", "paraphrases": "paraphrased_question"},
-}  # fmt: skip
-
-
-def _leaves(value: Any) -> list[Any]:
-    """The non-empty values of a scalar or a nested list, as data sets write one answer or several."""
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [] if value is None or value == "" else [value]
-
-
-def _first(value: Any) -> Any:
-    return next(iter(_leaves(value)), None)
-
-
-def _subject(value: Any) -> Any:
-    subject = _first(value)
-    return subject.strip() if isinstance(subject, str) else subject
-
-
-def _locality(value: Any) -> list[Row]:
-    """Probes from `{prompt, ground_truth}`, whose values may be lists, however deep it is nested."""
-    if isinstance(value, list):
-        return [probe for item in value for probe in _locality(item)]
-    if not isinstance(value, dict):
-        raise FieldError("locality", f'{quote(value)}; expected "prompt" and "ground_truth"; write an object')
-    if "prompt" not in value:
-        return [probe for item in value.values() for probe in _locality(item)]
-    prompts, answers = value["prompt"], value.get("ground_truth")
-    if isinstance(prompts, list) and isinstance(answers, list) and len(prompts) == len(answers):
-        pairs = list(zip(prompts, answers, strict=True))
-    else:
-        pairs = [(prompt, answers) for prompt in _leaves(prompts)]
-    return [{"prompt": _first(p), "answer": _first(a)} for p, a in pairs if _leaves(p)]
+def _refuse_others(row: Row) -> None:
+    """Says what to read instead of files of known sets that hold no requests."""
+    if "prompt" in row:
+        return
+    if "text" in row:
+        raise FieldError("text", PASSAGE)
+    if {"target", "intro"} <= row.keys():
+        raise FieldError("intro", PASSAGE)
+    if {"input", "output"} <= row.keys():
+        wanted = "expected MEND's form of zsRE (src, subject, alt, answers); read zsre_mend_eval.json instead"
+        raise FieldError("input", f"zsRE in KILT's form, which names no subject; {wanted}")

@@ -6,81 +6,83 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from editlib.errors import OutputError, RequestError, quote
-from editlib.requests.formats import FieldError, format_of, name_in, own, tofu, unzip
+from editlib.requests.contradictions import warn_of_contradictions, warn_of_kept
+from editlib.requests.parsing import parse_file
 from editlib.requests.request import EditRequest
+from editlib.requests.rows import parse_json, read_text
 from editlib.requests.subjects import Subject, find_subjects
+from editlib.requests.templates import literal
 
 log = logging.getLogger(__name__)
 
 
-def read_requests(path: str | Path, *, subjects: Mapping[str, str] | None = None) -> list[EditRequest]:
-    """Read requests from a JSONL file or a JSON array.
+def read_requests(
+    path: str | Path, *, subjects: Mapping[str, str] | None = None, skip_bad: bool = False
+) -> list[EditRequest]:
+    """Read requests from JSON Lines, a JSON array, a Parquet file or a folder by `datasets.save_to_disk`.
 
-    The format is found out by the fields of each object: the own one (see `EditRequest`), CounterFact
-    (nested, or EasyEdit's flat form), zsRE, FastEdit, KnowEdit, TOFU, or plain prompts. A request
-    without `id` or `case_id` is called `<file stem>:<position in the file>`. Questions of TOFU get
-    their subjects from `editlib.requests.subjects`; those that none is found for are logged, and have none.
+    The format is found out by the fields of each object: the own one (see `EditRequest`) or one of those that
+    `docs/requests.md` lists. A request without an id is called `<file stem>:<position in the file>`. Questions of sets
+    that name no subject get theirs from `editlib.requests.subjects`; those that none is found for are logged, and have
+    none. Logs, too, which of two fields is taken where a format has two, and requests that contradict one another.
 
     Args:
-        subjects: the user's own for questions of TOFU, by id or by question.
+        subjects: the user's own for such questions, by id or by question.
+        skip_bad: leave rows that cannot be used out, and log their numbers and what is wrong with them.
 
     Raises:
-        RequestError: the file cannot be read or an object cannot be used; names file, line and field.
+        RequestError: the file cannot be read or rows cannot be used; names the file, every such line or row, and the
+            field.
     """
-    requests, questions = _read(Path(path))
-    found = with_subjects([requests[i] for i in questions], subjects)
-    for i, (request, _) in zip(questions, found, strict=True):
+    path = Path(path)
+    parsed = parse_file(path, skip_bad=skip_bad)
+    requests = parsed.requests
+    found = with_subjects([requests[i] for i in parsed.questions], subjects)
+    for i, (request, _) in zip(parsed.questions, found, strict=True):
         requests[i] = request
     if any(subject is None or subject.rule != "given" for _, subject in found):
-        tell_subjects(Path(path).name, found)
+        tell_subjects(path.name, found)
+    warn_of_contradictions(path.name, requests)
     return requests
 
 
-def _read(path: Path) -> tuple[list[EditRequest], list[int]]:
-    """The requests of a file as they stand there, and which of them are in a format that has no subjects."""
-    requests: list[EditRequest] = []
-    questions: list[int] = []
-    lines: dict[str, int] = {}
-    for line, value in _objects(path, _read_text(path)):
-        where = f"{path}:{line}"
-        if not isinstance(value, dict):
-            raise RequestError(f"{where}: {quote(value)}; expected a JSON object; write {{...}}")
-        for request, is_question in _to_requests(value, where, path.stem, len(requests) + 1):
-            if request.id in lines:
-                given = f"{quote(request.id)} is taken by line {lines[request.id]}"
-                raise FieldError("id", f"{given}; expected one of its own; rename one of the two", where)
-            lines[request.id] = line
-            questions += [len(requests)] if is_question else []
-            requests.append(request)
-    if not requests:
-        raise RequestError(f"{path}: holds no request; expected at least one JSON object; add a line")
-    return requests, questions
+def read_with_retain(
+    path: str | Path, retain: str | Path | None, *, skip_bad: bool = False
+) -> tuple[list[EditRequest], list[EditRequest] | None]:
+    """Read requests, and the prompts to be kept where there is a file of them; logs those that are in both.
+
+    Raises:
+        RequestError: see `read_requests`.
+    """
+    requests = read_requests(path, skip_bad=skip_bad)
+    kept = None if retain is None else read_requests(retain, skip_bad=skip_bad)
+    warn_of_kept(requests, kept or ())
+    return requests, kept
 
 
 def read_questions(
-    path: str | Path, *, subjects: Mapping[str, str] | None = None
+    path: str | Path, *, subjects: Mapping[str, str] | None = None, skip_bad: bool = False
 ) -> list[tuple[EditRequest, Subject | None]]:
     """The questions of a file in TOFU's form, each with how its subject was found, `None` where it was not.
 
     Args:
         subjects: see `with_subjects`.
+        skip_bad: see `read_requests`.
 
     Raises:
         RequestError: as `read_requests`; or the file holds none.
     """
-    requests, questions = _read(Path(path))
-    if not questions:
+    parsed = parse_file(Path(path), skip_bad=skip_bad)
+    if not parsed.questions:
         wanted = 'expected objects with "question" and "answer"; other formats say their subjects themselves'
         raise RequestError(f"{path}: holds no question in TOFU's form; {wanted}")
-    return with_subjects([requests[i] for i in questions], subjects)
+    return with_subjects([parsed.requests[i] for i in parsed.questions], subjects)
 
 
 def with_subjects(
@@ -109,8 +111,9 @@ def with_subjects(
         if subject is None:
             pairs.append((request, None))
             continue
-        # The question spelled out: a `{}` of another subject in it would stay where it was.
-        named = replace(request, prompt=request.question, subject=subject.text, group=request.group or subject.about)
+        # The question spelled out, where it is about another subject: its `{}` would stay where it was.
+        prompt = request.prompt if subject.text == request.subject else literal(request.question)
+        named = replace(request, prompt=prompt, subject=subject.text, group=request.group or subject.about)
         pairs.append((named, subject))
     return pairs
 
@@ -122,7 +125,7 @@ def read_subjects(path: str | Path) -> dict[str, str]:
         RequestError: it cannot be read, or is anything else.
     """
     path = Path(path)
-    found = _loads(path, _read_text(path), 1)
+    found = parse_json(path, read_text(path), 1)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise RequestError(f"{path}: {quote(found)}; expected one JSON object, from id or question to subject")
     return found
@@ -144,70 +147,6 @@ def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]]
             ", ".join(missing[:5]),
             more,
         )
-
-
-def _to_requests(value: dict[str, Any], where: str, stem: str, position: int) -> Iterator[tuple[EditRequest, bool]]:
-    """The requests of one object, and whether they are in a format that has no subjects."""
-    reader = own
-    try:
-        for i, row in enumerate(unzip(value), position):
-            given = {name: v for name, v in row.items() if v is not None}
-            reader = format_of(given)
-            arguments = {"prompt": None, **reader(given)}
-            given_id = given.get("id") if reader is own else given.get("id", given.get("case_id"))
-            arguments["id"] = f"{stem}:{i}" if given_id is None else given_id
-            if type(given_id) is int:  # not a bool
-                arguments["id"] = str(given_id)
-            yield EditRequest(**arguments, source=where), reader is tofu
-    except FieldError as error:
-        raise FieldError(name_in(reader, error.name), error.text, where) from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RequestError(f"{path}: {reason}; expected a JSONL or JSON file; check the path") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise RequestError(f"{path}:{line}: not UTF-8; expected UTF-8 text; save the file as UTF-8") from None
-
-
-def _objects(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The JSON values of a file, each with the line that it starts on."""
-    if text.lstrip().startswith("["):
-        return _array(path, text)
-    try:
-        whole = json.loads(text)  # one object, printed over several lines
-    except (ValueError, RecursionError):
-        # Only "\n" ends a line: str.splitlines would cut a string at U+2028.
-        rows = ((line, row) for line, row in enumerate(text.split("\n"), 1) if row.strip())
-        return ((line, _loads(path, row, line)) for line, row in rows)
-    return iter([(1 + text[: text.index(text.lstrip()[0])].count("\n"), whole)])
-
-
-def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    position, line, end = text.index("[") + 1, 1, 0
-    for value in _loads(path, text, 1):
-        position = gap.match(text, position).end()  # type: ignore[union-attr]
-        line += text.count("\n", end, position)
-        yield line, value
-        end, position = position, decoder.raw_decode(text, position)[1]
-
-
-def _loads(path: Path, text: str, line: int) -> Any:
-    wanted = "expected one JSON object; mend the line"
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        given = f"not JSON at column {error.colno} ({error.msg})"
-        raise RequestError(f"{path}:{line + error.lineno - 1}: {given}; {wanted}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100 000 brackets
-        raise RequestError(f"{path}:{line}: not usable as JSON ({error}); {wanted}") from None
 
 
 def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:

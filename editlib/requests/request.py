@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from editlib.errors import quote
-from editlib.requests.formats import OWN_FIELDS, FieldError
+from editlib.requests.fields import OWN_FIELDS, FieldError
+from editlib.requests.templates import Filled, fill, template_of
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ class EditRequest:
     """A fact to edit (with `target_new`) or to unlearn (without).
 
     `prompt` holds one `{}` where the subject stands; a prompt that spells the subject out once is
-    turned into that form. Without a subject the prompt is plain text. `answer` and `aliases` are the
+    turned into that form. `{}` decides where the subject is there more than once; braces that are only braces:
+    see `editlib.requests.templates`. Without a subject the prompt is plain text. `answer` and `aliases` are the
     truth, used to score. Lists become tuples; a neighbour may be a `Probe`, a dict or a bare prompt.
 
     Raises:
@@ -46,6 +47,9 @@ class EditRequest:
     group: str | None = None
     relation: str | None = None
     source: str = field(default="", compare=False)
+    _asked: Filled = field(init=False, repr=False, compare=False)
+    _phrasings: tuple[Filled, ...] = field(init=False, repr=False, compare=False)
+    _paraphrases: tuple[Filled, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -64,17 +68,19 @@ class EditRequest:
                 raise FieldError(name, f"{quote(getattr(self, name))}; expected a list; put it in [ ]")
             self._set(name, tuple(getattr(self, name)))
         self._set("neighbours", tuple(_probe(f"neighbours[{i}]", p) for i, p in enumerate(self.neighbours)))
-        self._set("prompt", _template(self.prompt, self.subject))
+        if self.subject is not None:
+            self._set("prompt", template_of(self.prompt, self.subject))
+        self._set("_asked", fill("prompt", self.prompt, self.subject))
         for name in ("aliases", "phrasings", "paraphrases"):
             for i, text in enumerate(getattr(self, name)):
                 _check_text(f"{name}[{i}]", text)
         for name in ("phrasings", "paraphrases"):
-            for i, text in enumerate(getattr(self, name)):
-                _check_braces(f"{name}[{i}]", text, self.subject)
-        for i, text in enumerate(self.filled_phrasings if self.subject else ()):
-            if len(occurrences(text, self.subject)) != 1:
-                wanted = f"{quote(self.subject)} once, since the edit looks it up there"
-                raise FieldError(f"phrasings[{i}]", f"{quote(text)}; expected {wanted}; reword it")
+            texts = enumerate(getattr(self, name))
+            self._set(f"_{name}", tuple(fill(f"{name}[{i}]", text, self.subject) for i, text in texts))
+        for i, text in enumerate(self._phrasings if self.subject else ()):
+            if text.start is None:
+                wanted = f"{quote(self.subject)} once, or {{}} in its place, since the edit looks it up there"
+                raise FieldError(f"phrasings[{i}]", f"{quote(text.text)}; expected {wanted}; reword it")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone but __post_init__
@@ -82,7 +88,17 @@ class EditRequest:
     @property
     def question(self) -> str:
         """The prompt with the subject filled in."""
-        return _fill(self.prompt, self.subject)
+        return self._asked.text
+
+    @property
+    def subject_start(self) -> int | None:
+        """The character of `question` that the subject begins at; `None` without a subject."""
+        return self._asked.start
+
+    @property
+    def filled_wordings(self) -> tuple[Filled, ...]:
+        """The question and the further phrasings that an edit uses, with where the subject begins in each."""
+        return (self._asked, *self._phrasings)
 
     @property
     def topic(self) -> str | None:
@@ -97,12 +113,12 @@ class EditRequest:
     @property
     def filled_phrasings(self) -> tuple[str, ...]:
         """The further phrasings that an edit uses, with the subject filled in."""
-        return tuple(_fill(text, self.subject) for text in self.phrasings)
+        return tuple(filled.text for filled in self._phrasings)
 
     @property
     def filled_paraphrases(self) -> tuple[str, ...]:
         """The paraphrases with the subject filled in."""
-        return tuple(_fill(text, self.subject) for text in self.paraphrases)
+        return tuple(filled.text for filled in self._paraphrases)
 
     def to_dict(self) -> dict[str, Any]:
         """The request as one JSON object of the own format: no empty fields, no `source`."""
@@ -116,11 +132,6 @@ class EditRequest:
         return out
 
 
-def _fill(text: str, subject: str | None) -> str:
-    # Never str.format: other braces in a prompt are ordinary text.
-    return text if subject is None else text.replace("{}", subject)
-
-
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         given = "missing" if value is None else quote(value)
@@ -132,42 +143,6 @@ def _check_text(name: str, value: object) -> None:
     except UnicodeEncodeError:
         text = f"{quote(value)} holds half a surrogate pair; expected Unicode text; mend the \\u escape"
         raise FieldError(name, text) from None
-
-
-def _check_braces(name: str, text: str, subject: str | None) -> None:
-    count = text.count("{}")
-    if count > 1:
-        given = f'{quote(text)} has {count} "{{}}"'
-        raise FieldError(name, f"{given}; expected one, in the subject's place; take the others out")
-    if count and subject is None:
-        given = f'missing, but {name} has "{{}}"'
-        raise FieldError("subject", f'{given}; expected what fills it; add "subject" or spell it out')
-
-
-def occurrences(text: str, subject: str) -> list[int]:
-    """Where the subject stands as words of its own, else (as in scripts without spaces) anywhere."""
-    literal = re.escape(subject)
-    whole = [m.start() for m in re.finditer(rf"(?<!\w){literal}(?!\w)", text)]
-    return whole or [m.start() for m in re.finditer(rf"(?={literal})", text)]
-
-
-def _template(prompt: str, subject: str | None) -> str:
-    """The prompt with `{}` in the subject's place, which must be the only one."""
-    _check_braces("prompt", prompt, subject)
-    if subject is None:
-        return prompt
-    if subject != subject.strip() or "{}" in subject:
-        wanted = 'expected text without "{}" and without blanks at its ends'
-        raise FieldError("subject", f"{quote(subject)}; {wanted}; take them out")
-    filled, place = _fill(prompt, subject), prompt.find("{}")
-    found = occurrences(filled, subject)
-    if not found:
-        given = f"{quote(subject)} is not in the prompt {quote(prompt)}"
-        raise FieldError("subject", f'{given}; expected it once; put "{{}}" in its place or drop "subject"')
-    if len(found) > 1 or place not in (-1, found[0]):
-        given = f"{quote(subject)} stands more than once in {quote(filled)}"
-        raise FieldError("subject", f"{given}; expected it once; reword the prompt")
-    return filled[: found[0]] + "{}" + filled[found[0] + len(subject) :]
 
 
 def _probe(name: str, value: Any) -> Probe:

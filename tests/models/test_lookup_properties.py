@@ -12,7 +12,7 @@ from tokenisers import BYTE_LEVEL, LOSSY, SENTENCEPIECE, START, byte_level_bytes
 
 from editlib.errors import RequestError
 from editlib.models.prompts import MARK, PromptFormat, TokenRow, pad
-from editlib.requests.request import occurrences
+from editlib.requests.templates import occurrences
 
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Co"], exclude_characters="▁\ufffd")
 FAMILIAR = st.sampled_from("aeo éãüñ東京都市🗼 -'.?")

@@ -91,6 +91,10 @@ def test_without_a_subject_the_last_token_counts(tok, tok_bos, tok_chat):
 def test_subject_must_stand_once(tok, tok_chat):
     with pytest.raises(RequestError, match="'Rome' stands 2 times"):
         PromptFormat(tok).encode("Is Rome Rome?", "Rome")
+    for each in (tok, tok_chat):
+        rows = [PromptFormat(each).encode("Is Rome Rome?", "Rome", start=start) for start in (3, 8)]
+        ends = [each.decode(row.ids[: row.lookup + 1]) for row in rows]
+        assert ends[0].endswith("Is Rome") and ends[1].endswith("Is Rome Rome") and rows[0].ids == rows[1].ids
     with pytest.raises(RequestError, match="'Rome' stands 0 times"):
         PromptFormat(tok).encode("Is it?", "Rome")
     tok_chat.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"

@@ -92,10 +92,8 @@ BAD_ROWS = [
     ({"prompt": ["p"]}, "prompt", "['p']; expected a string"),
     ({"prompt": "{} and {}"}, "prompt", '2 "{}"'),
     ({"prompt": "The capital is"}, "subject", "'France' is not in the prompt 'The capital is'"),
-    ({"prompt": "Is {} in France?"}, "subject", "stands more than once in 'Is France in France?'"),
-    ({"prompt": "France or France?"}, "subject", "stands more than once"),
-    ({"prompt": "France{}land"}, "subject", "stands more than once"),
-    ({"prompt": "{}land or France?"}, "subject", "stands more than once"),
+    ({"prompt": "France or France?"}, "subject", "write, say, '{} or France?'"),
+    ({"prompt": "{subject} or {subject}?"}, "prompt", '2 "{subject}"'),
     ({"question": "Where is France?"}, "question", "unknown; expected"),
     ({"subject": None}, "subject", 'missing, but prompt has "{}"'),
     ({"subject": ""}, "subject", "'' is empty"),
@@ -120,7 +118,7 @@ BAD_ROWS = [
     ({"neighbours": [{"answer": "x"}]}, "neighbours[0].prompt", "missing"),
     ({"neighbours": ["p", {"prompt": "p", "answer": ""}]}, "neighbours[1].answer", "'' is empty"),
     ({"neighbours": [{"promt": "p"}]}, "neighbours[0].promt", "unknown"),
-    ({"group": 3}, "group", "expected a string"),
+    ({"group": True}, "group", "expected a string"),
     ({"relation": []}, "relation", "expected a string"),
     ({"id": ""}, "id", "'' is empty"),
     ({"id": True}, "id", "True; expected a string"),
@@ -183,7 +181,7 @@ BAD_FILES = [
     (b'[{"prompt": "a"},\n {"prompt": "b"}', ":2", "not JSON at column"),
     (b'{"prompt": "a"}\n["b"]', ":2", "['b']; expected a JSON object"),
     (b'{"prompt": "a"}\n"What?"', ":2", "'What?'; expected a JSON object"),
-    (b'[\n{"prompt": "a"},\n\n3]', ":4", "3; expected a JSON object"),
+    (b'[\n{"prompt": "a"},\n\n3]', ": row 2", "3; expected a JSON object"),
     (b"7", ":1", "7; expected a JSON object"),
     (b"prompt,answer\n", ":1", "not JSON at column 1"),
     (b'{"prompt": "a"}\n{"prompt": "\xe9"}', ":2", "not UTF-8"),
@@ -438,19 +436,12 @@ def test_format_is_found_out_by_its_fields(tmp_path, name, layout):
 
 
 @pytest.mark.parametrize("indent", [None, 0, 2])
-def test_line_of_an_array_item_is_its_own(tmp_path, indent):
+def test_items_of_an_array_are_named_by_their_number(tmp_path, indent):
     path = tmp_path / "facts.json"
     path.write_text("\n" + json.dumps([{"prompt": "a,\n [{"}, {"prompt": "b"}], indent=indent))
-    lines = path.read_text().split("\n")
     for i, (request, prompt) in enumerate(zip(read_requests(path), ('"a,', '"b"'), strict=True), 1):
-        name, _, line = request.source.rpartition(":")
-        assert name == str(path)
-        assert request.id == f"facts:{i}"
-        if indent is None:
-            assert line == "2"
-        else:
-            assert lines[int(line) - 1].strip() == "{"
-            assert prompt in lines[int(line)]
+        assert request.source == f"{path}: row {i}"
+        assert request.id == f"facts:{i}" and prompt.strip('"') in request.prompt
 
 
 def test_array_and_blank_lines_do_not_shift_lines_or_ids(tmp_path):

@@ -80,7 +80,7 @@ def encode_anchors(
         everywhere: hold every position of question and answer, not the lookup position only.
         known: answers that the model is known to give, as token ids by question; the others are generated.
     """
-    rows = [form.encode(prompt.question, prompt.subject) for prompt in prompts]
+    rows = [form.encode(prompt.question, prompt.subject, start=prompt.subject_start) for prompt in prompts]
     right = [False] * len(rows)
     if everywhere and rows:
         answers = answers_to(anat, form, prompts, most=answer_tokens, known=known, progress=progress)
@@ -114,7 +114,7 @@ def answers_to(
     again."""
     found = {prompt.question: known[prompt.question] for prompt in prompts if prompt.question in (known or {})}
     asked = [prompt for prompt in prompts if prompt.question not in found]
-    rows = [form.encode(prompt.question, prompt.subject) for prompt in asked]
+    rows = [form.encode(prompt.question, prompt.subject, start=prompt.subject_start) for prompt in asked]
     new = greedy(anat, rows, max_new_tokens=most, progress="anchors" if progress and asked else None)
     found.update({prompt.question: answer for prompt, answer in zip(asked, new, strict=True)})
     return found

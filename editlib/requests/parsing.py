@@ -1,0 +1,160 @@
+"""Rows of a file -> requests, with everything that is wrong or ambiguous in them gathered, to be told at once."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from editlib.errors import RequestError, quote
+from editlib.requests import formats, readers
+from editlib.requests.fields import FieldError, Row
+from editlib.requests.request import EditRequest
+from editlib.requests.rows import FileRow, file_rows
+
+log = logging.getLogger(__name__)
+
+NAMED_ROWS = 5
+"""So many bad rows are told with what is wrong with them; of the others only their numbers."""
+REPEATED = "rewrites that ask the same as an earlier one are left out"
+
+
+@dataclass
+class Parsed:
+    """What a file holds."""
+
+    requests: list[EditRequest] = field(default_factory=list)
+    questions: list[int] = field(default_factory=list)
+    """Which of the requests are in a format that does not say whose fact is asked for."""
+    bad: list[tuple[FileRow, str]] = field(default_factory=list)
+    """Rows that cannot be used, with the complaint about each."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What is to be said about the file, with how many rows it is true of."""
+    rows: int = 0
+
+
+def parse_file(path: Path, *, skip_bad: bool = False) -> Parsed:
+    """Reads a file's requests as they stand there and logs what is ambiguous in it.
+
+    Args:
+        skip_bad: leave rows out that cannot be used, and log how many and what is wrong with them.
+
+    Raises:
+        RequestError: the file cannot be read or holds no request, or (without `skip_bad`) rows cannot be used; names
+            every one of them.
+    """
+    parsed = Parsed()
+    places: dict[str, FileRow] = {}
+    position = 1
+    for row in file_rows(path):
+        parsed.rows += 1
+        position += _take(row, path, position, parsed, places)
+    if parsed.bad and not skip_bad:
+        raise RequestError(_complaint(path, parsed))
+    if not parsed.requests:
+        if parsed.bad:
+            raise RequestError(f"{_complaint(path, parsed)}; no row is left")
+        raise RequestError(f"{path}: holds no request; expected at least one JSON object; add a line")
+    if parsed.bad:
+        told = "; ".join(_told(parsed.bad))
+        log.warning("%s: %d of %d rows left out: %s", path.name, len(parsed.bad), parsed.rows, told)
+    for note, count in parsed.notes.items():
+        log.warning("%s: %s (%d of %d rows)", path.name, note, count, parsed.rows)
+    return parsed
+
+
+def _take(row: FileRow, path: Path, position: int, parsed: Parsed, places: dict[str, FileRow]) -> int:
+    """Puts the requests of one row, whose first has this `position` in the file, into `parsed`; returns how many."""
+    several = False
+    made: list[tuple[EditRequest, formats.Reader]] = []
+    try:
+        objects = formats.unfold(_object(row))
+        several = isinstance(row.value.get("requested_rewrite"), list)
+        if note := formats.left_out(row.value):
+            parsed.notes[note] += 1
+    except FieldError as error:
+        parsed.bad.append((row, _field_said(error, readers.own)))
+        return 1
+    except RequestError as error:
+        parsed.bad.append((row, str(error)))
+        return 1
+    asked = {(one.question, one.target_new) for one in parsed.requests} if several else set()
+    for i, one in enumerate(objects):
+        reader: formats.Reader = readers.own
+        at = row if len(objects) == 1 else FileRow(f"{row.place}, number {i + 1}", one)
+        try:
+            given = {name: value for name, value in one.items() if value is not None}
+            reader = formats.format_of(given)
+            request = _request(given, reader, row.where(path), f"{path.stem}:{position + i}")
+            if (request.question, request.target_new) in asked:
+                parsed.notes[REPEATED] += 1
+                continue
+            if (first := places.get(request.id)) is not None:
+                taken = f"{quote(request.id)} is taken by {first.place}"
+                raise FieldError("id", f"{taken}; expected one of its own; rename one of the two")
+        except FieldError as error:
+            parsed.bad.append((at, _field_said(error, reader)))
+            continue
+        places[request.id] = row
+        if note := formats.ambiguous(given, reader):
+            parsed.notes[note] += 1
+        made.append((request, reader))
+        asked.add((request.question, request.target_new)) if several else None
+    for request, reader in made:
+        if reader in formats.UNNAMED:
+            parsed.questions.append(len(parsed.requests))
+        parsed.requests.append(request)
+    return len(objects)
+
+
+def _object(row: FileRow) -> Row:
+    if row.complaint is not None:
+        raise RequestError(row.complaint)
+    if isinstance(row.value, str):
+        raise RequestError(f"{quote(row.value)}; expected a JSON object; {formats.PASSAGE}")
+    if not isinstance(row.value, dict):
+        raise RequestError(f"{quote(row.value)}; expected a JSON object; write {{...}}")
+    return row.value
+
+
+def _request(given: Row, reader: formats.Reader, where: str, name: str) -> EditRequest:
+    """The request of one object; `name` where it has none of its own."""
+    arguments = {"prompt": None, **reader(given)}
+    own_id = formats.id_of(given, reader)
+    arguments["id"] = name if own_id is None else own_id
+    for label in ("id", "group", "relation"):  # names, which data sets also number
+        if type(arguments.get(label)) is int:  # not a bool
+            arguments[label] = str(arguments[label])
+    return EditRequest(**arguments, source=where)
+
+
+def _field_said(error: FieldError, reader: formats.Reader) -> str:
+    return str(FieldError(formats.name_in(reader, error.name), error.text, "")).removeprefix(": ")
+
+
+def _complaint(path: Path, parsed: Parsed) -> str:
+    if len(parsed.bad) == 1:
+        row, said = parsed.bad[0]
+        others = "" if parsed.rows == 1 else "; or leave it out with --skip-bad"
+        return f"{row.where(path)}{_name_of(row)}: {said}{others}"
+    told = "; ".join(_told(parsed.bad))
+    given = f"{path}: {len(parsed.bad)} of {parsed.rows} rows cannot be used: {told}"
+    return f"{given}; mend them, or leave them out with --skip-bad"
+
+
+def _told(bad: Sequence[tuple[FileRow, str]]) -> list[str]:
+    """Every bad row by its number, the first of them with what is wrong."""
+    told = [f"{row.place}{_name_of(row)}: {said}" for row, said in bad[:NAMED_ROWS]]
+    if more := [row.place for row, _ in bad[NAMED_ROWS:]]:
+        told.append("and " + ", ".join(more))
+    return told
+
+
+def _name_of(row: FileRow) -> str:
+    """An object's own name in brackets, with a blank before it; nothing where it has none, or its line is enough."""
+    if not isinstance(row.value, dict) or row.place.startswith("line"):
+        return ""
+    names = [(name, row.value[name]) for name in formats.IDS if type(row.value.get(name)) in (int, str)]
+    return f" ({names[0][0]} {quote(names[0][1])})" if names else ""

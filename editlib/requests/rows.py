@@ -1,0 +1,155 @@
+"""Objects out of a file: JSON Lines, a JSON array, Parquet, or a folder that `datasets` saved.
+
+A row that cannot be had is a row with a complaint, so that a reader can name all of them at once; a file that cannot be
+read at all is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editlib.errors import RequestError, first_line
+
+WANTED = "expected a JSONL or JSON file"
+EXTRA = 'install it with: pip install "editlib[eval]"'
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """A value with its place in the file, `line 3` of JSON Lines or `row 3` of anything else, counted from 1."""
+
+    place: str
+    value: Any
+    complaint: str | None = None
+
+    def where(self, path: Path) -> str:
+        """The place with its file, as messages begin: `facts.jsonl:3` or `facts.json: row 3`."""
+        kind, number = self.place.split(" ", 1)
+        return f"{path}:{number}" if kind == "line" else f"{path}: {self.place}"
+
+
+def file_rows(path: Path) -> Iterator[FileRow]:
+    """The objects of a file or folder, in order.
+
+    Raises:
+        RequestError: it cannot be read, or needs a package that is not installed.
+    """
+    if _is_saved(path):
+        return _numbered(_saved(path))
+    if path.suffix.lower() == ".parquet":
+        return _numbered(_parquet(path))
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        return _numbered(parse_json(path, text, 1))
+    try:
+        whole = json.loads(text)  # one object, printed over several lines
+    except (ValueError, RecursionError):
+        return _lines(text)
+    line = 1 + text[: text.index(text.lstrip()[0])].count("\n")
+    return iter([FileRow(f"line {line}", whole)])
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        RequestError: it is not there, cannot be read, or is not UTF-8.
+    """
+    try:
+        raw = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        if path_is_folder(path):
+            reason = "Is a directory"  # Windows says that it may not be read
+        raise RequestError(f"{path}: {reason}; {WANTED}; check the path") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RequestError(f"{path}:{line}: not UTF-8; expected UTF-8 text; save the file as UTF-8") from None
+
+
+def parse_json(path: Path, text: str, line: int) -> Any:
+    """The value of a JSON text that begins at `line` of a file.
+
+    Raises:
+        RequestError: it is not JSON; says where.
+    """
+    complaint = _json_complaint(text)
+    if isinstance(complaint, tuple):
+        at, said = complaint
+        raise RequestError(f"{path}:{line + at - 1}: {said}")
+    return json.loads(text)
+
+
+def path_is_folder(path: Path) -> bool:
+    """Whether a path is a folder; a name that no file can have is none."""
+    try:
+        return path.is_dir()
+    except ValueError:  # a null byte, before Python 3.13
+        return False
+
+
+def _json_complaint(text: str) -> tuple[int, str] | None:
+    """The line of a JSON text that is wrong and what is wrong there, or `None`."""
+    wanted = "expected one JSON object; mend the line"
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.lineno, f"not JSON at column {error.colno} ({error.msg}); {wanted}"
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100 000 brackets
+        return 1, f"not usable as JSON ({first_line(error)}); {wanted}"
+    return None
+
+
+def _lines(text: str) -> Iterator[FileRow]:
+    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut a string at U+2028
+        if line.strip():
+            complaint = _json_complaint(line)
+            value = None if complaint else json.loads(line)
+            yield FileRow(f"line {number}", value, complaint[1] if complaint else None)
+
+
+def _numbered(values: list[Any]) -> Iterator[FileRow]:
+    return (FileRow(f"row {number}", value) for number, value in enumerate(values, 1))
+
+
+def _is_saved(path: Path) -> bool:
+    return path_is_folder(path) and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _saved(path: Path) -> list[Any]:
+    """The rows of a folder by `datasets.save_to_disk`."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(item.name for item in path.iterdir() if (item / "state.json").is_file())
+        if len(splits) != 1:
+            given = f"{path}: holds the splits {', '.join(splits) or 'none'}; expected one"
+            raise RequestError(f"{given}; give the folder of one, as {path / (splits or ['train'])[0]}")
+        path = path / splits[0]
+    datasets = _package("datasets", path)
+    try:
+        return list(datasets.load_from_disk(str(path)))
+    except Exception as error:  # whatever of datasets, pyarrow and json reads a damaged folder
+        raise RequestError(f"{path}: cannot be read ({first_line(error)[:160]}); save it again") from None
+
+
+def _parquet(path: Path) -> list[Any]:
+    if not path.is_file():
+        read_text(path)  # says what is wrong with it
+    parquet = _package("pyarrow.parquet", path)
+    try:
+        return parquet.read_table(str(path)).to_pylist()
+    except Exception as error:  # pyarrow has many of its own
+        raise RequestError(f"{path}: not Parquet ({first_line(error)[:160]}); {WANTED}, or write it again") from None
+
+
+def _package(name: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise RequestError(f"{path}: needs the package datasets to be read; {EXTRA}, or give JSONL") from None

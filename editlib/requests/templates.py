@@ -1,0 +1,109 @@
+"""Where the subject is in a text, and braces that are only braces.
+
+Three ways to say where it is, of which the first that is there decides: `{subject}`; a single `{}`; the subject itself,
+spelled out once. All other braces are ordinary text, and `{{}}` is how a text says `{}` where that would be the place.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from editlib.errors import quote
+from editlib.requests.fields import FieldError
+
+PLACE, NAMED, BRACES = "{}", "{subject}", "{{}}"
+_MARKS = re.compile(r"\{\{\}\}|\{\}")
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A text with its subject filled in, which begins at character `start`; `None` where it does not hold it."""
+
+    text: str
+    start: int | None
+
+
+def fill(name: str, text: str, subject: str | None) -> Filled:
+    """Fills the subject in where the text has a place for it.
+
+    Args:
+        name: of the field, for what is said about it.
+
+    Raises:
+        FieldError: a place without a subject, or more places than one.
+    """
+    marks = [mark[0] for mark in _MARKS.finditer(text)]
+    if subject is None:
+        if PLACE in marks:
+            given = f'missing, but {name} has "{{}}"'
+            wanted = 'expected what fills it; add "subject", spell it out, or write braces as "{{}}"'
+            raise FieldError("subject", f"{given}; {wanted}")
+        return Filled(_unescaped(text), None)
+    if (places := text.count(NAMED)) > 1:
+        given = f'{quote(text)} has {places} "{NAMED}"'
+        raise FieldError(name, f"{given}; expected one, in the subject's place; take the others out")
+    if places:
+        before, _, behind = text.partition(NAMED)
+        return _joined(before, subject, behind)
+    spelled = occurrences(_unescaped(text), subject)
+    if marks.count(PLACE) == 1:
+        place = next(mark for mark in _MARKS.finditer(text) if mark[0] == PLACE)
+        return _joined(_unescaped(text[: place.start()]), subject, _unescaped(text[place.end() :]))
+    if marks == [BRACES] and len(spelled) != 1:  # a subject in braces
+        before, _, behind = text.partition(PLACE)
+        return _joined(before, subject, behind)
+    if PLACE in marks and len(spelled) != 1:
+        given = f'{quote(text)} has {marks.count(PLACE)} "{{}}"'
+        raise FieldError(name, f'{given}; expected one, in the subject\'s place; write the others as "{{{{}}}}"')
+    return Filled(_unescaped(text), spelled[0] if len(spelled) == 1 else None)
+
+
+def template_of(prompt: str, subject: str) -> str:
+    """The prompt in its one form: `{}` in the subject's place, or `{subject}` where other braces could be taken for it.
+
+    Raises:
+        FieldError: see `fill`; or the subject is not in the prompt, or more than once without a place.
+    """
+    if subject != subject.strip() or PLACE in subject or NAMED in subject:
+        wanted = 'expected text without "{}" and without blanks at its ends'
+        raise FieldError("subject", f"{quote(subject)}; {wanted}; take them out")
+    filled = fill("prompt", prompt, subject)
+    if filled.start is None:
+        found = occurrences(filled.text, subject)
+        if not found:
+            given = f"{quote(subject)} is not in the prompt {quote(prompt)}"
+            raise FieldError("subject", f'{given}; expected it once; put "{{}}" in its place or drop "subject"')
+        given = f"{quote(subject)} stands more than once in {quote(filled.text)}"
+        one = filled.text[: found[0]] + PLACE + filled.text[found[0] + len(subject) :]
+        raise FieldError("subject", f'{given}; expected "{{}}" in the place that is meant; write, say, {quote(one)}')
+    before, behind = filled.text[: filled.start], filled.text[filled.start + len(subject) :]
+    plain = before + PLACE + behind
+    return plain if _reads(plain, subject, filled) else before + NAMED + behind
+
+
+def literal(text: str) -> str:
+    """The text with its `{}` written so that they are text."""
+    return text.replace(PLACE, BRACES)
+
+
+def occurrences(text: str, subject: str) -> list[int]:
+    """Where the subject stands as words of its own, else (as in scripts without spaces) anywhere."""
+    spelled = re.escape(subject)
+    whole = [m.start() for m in re.finditer(rf"(?<!\w){spelled}(?!\w)", text)]
+    return whole or [m.start() for m in re.finditer(rf"(?={spelled})", text)]
+
+
+def _reads(text: str, subject: str, wanted: Filled) -> bool:
+    try:
+        return fill("prompt", text, subject) == wanted
+    except FieldError:
+        return False
+
+
+def _joined(before: str, subject: str, behind: str) -> Filled:
+    return Filled(before + subject + behind, len(before))
+
+
+def _unescaped(text: str) -> str:
+    return text.replace(BRACES, PLACE) if BRACES in text else text
