@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from editlib.errors import ConfigError, HparamsError, nearest, quote
+from editlib.errors import ConfigError, HparamsError, first_line, nearest, quote
 
 Self = TypeVar("Self", bound="Section")
 
@@ -24,10 +25,18 @@ def knob(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
     return field(**given, metadata={"help": help, **limits})
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    wanted = "expected a file with one flat JSON object"
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Reads a file with one flat object: YAML where its name ends in `.yaml` or `.yml`, else JSON.
+
+    Raises:
+        HparamsError: it cannot be read, or holds anything else.
+    """
+    yaml = Path(path).suffix.lower() in (".yaml", ".yml")
+    kind = "YAML" if yaml else "JSON"
+    wanted = f"expected a file with one flat {kind} object"
     try:
-        values = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        values = _yaml(text) if yaml else json.loads(text)
     except OSError as error:
         raise HparamsError(f"{path}: {error.strerror}; {wanted}; check the path") from None
     except UnicodeDecodeError:
@@ -38,8 +47,33 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # also a null byte in the path
         raise HparamsError(f"{path}: {error}; {wanted}; mend it") from None
     if not isinstance(values, dict):
-        raise HparamsError(f"{path}: {quote(values)}; {wanted}; write {{...}}")
+        raise HparamsError(f"{path}: {quote(values)}; {wanted}; write {'keys with their values' if yaml else '{...}'}")
     return values
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML text, in which `5e-1` is a number, as EasyEdit means it; YAML 1.1 asks for `5.0e-1`.
+
+    Raises:
+        ValueError: it is not YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Reads numbers without a point, too."""
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.yaml_implicit_resolvers = {
+        key: list(found) for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for first in "-+.0123456789":
+        Loader.yaml_implicit_resolvers.setdefault(first, []).insert(0, ("tag:yaml.org,2002:float", number))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = "" if mark is None else f" at line {mark.line + 1} column {mark.column + 1}"
+        raise ValueError(f"not YAML{at} ({getattr(error, 'problem', None) or first_line(error)})") from None
 
 
 def bad(name: str, value: Any, wanted: str, remedy: str = "change it") -> HparamsError:

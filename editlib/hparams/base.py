@@ -10,22 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from editlib.errors import HparamsError, nearest
-from editlib.settings import bad, checked, knob, read_json
+from editlib.hparams.published import FAMILY_KEYS, as_ours
+from editlib.settings import bad, checked, knob, read_settings
 
 logger = logging.getLogger(__name__)
-
-FAMILY_KEYS = frozenset(
-    # ROME, MEMIT, AlphaEdit, FT
-    {"mom2_adjustment", "mom2_update_weight", "context_template_length_params", "layer_selection"}
-    | {"attn_module_tmp", "ln_f_module", "lm_head_module", "nullspace_threshold", "L2"}
-    | {"num_steps", "lr", "weight_decay", "norm_constraint", "objective_optimization"}
-    # EasyEdit
-    | {"alg_name", "stats_dir", "P_loc", "device", "model_parallel", "fp16", "batch_size", "max_length"}
-    # EMMET, FastMEMIT, NSE
-    | {"calculate_objective_value", "update_norm_lambda", "emmet_lambda", "dynamic", "dynamic_multiplier"}
-    | {"alpha", "upper_bound", "max_iterations", "neuron_threshold"}
-)
-"""Keys of the family's published files; where an algorithm has no use for one, it is kept in `unused`."""
 
 Self = TypeVar("Self", bound="HyperParams")
 
@@ -101,15 +89,17 @@ class HyperParams:
         Raises:
             HparamsError: an unknown or missing key, or a bad value; starts with `where`.
         """
+        values, idle = as_ours(values)
         names = [item.name for item in fields(cls) if item.name != "unused"]
         for key in values:
             if key not in names and key not in FAMILY_KEYS | CLOSED_FORM_KEYS:
-                raise HparamsError(f'{where}: key "{key}": unknown; expected {nearest(key, names, FAMILY_KEYS)}')
+                near = nearest(str(key), names, FAMILY_KEYS)
+                raise HparamsError(f'{where}: key "{key}": unknown; expected {near}; rename it, or take it out')
         for item in fields(cls):
             if item.name not in values and item.default is item.default_factory is MISSING:
                 wanted = item.metadata["help"]
                 raise HparamsError(f'{where}: key "{item.name}": missing; expected {wanted}; add it')
-        unused = {key: value for key, value in values.items() if key not in names}
+        unused = idle | {key: value for key, value in values.items() if key not in names}
         if unused:
             logger.info("%s: of no use to %s: %s", where, cls.algorithm or cls.__name__, ", ".join(unused))
         try:
@@ -119,12 +109,12 @@ class HyperParams:
 
     @classmethod
     def from_json(cls: type[Self], path: str | Path) -> Self:
-        """Read one flat JSON object.
+        """Read one flat JSON or YAML object.
 
         Raises:
             HparamsError: the file cannot be read, or see `from_dict`.
         """
-        return cls.from_dict(read_json(path), str(path))
+        return cls.from_dict(read_settings(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """All keys with their values, ready for JSON and for `from_dict`; without `unused`."""

@@ -10,7 +10,8 @@ from typing import Any
 from editlib.errors import HparamsError, nearest
 from editlib.hparams.base import HyperParams
 from editlib.hparams.methods import ALGORITHMS
-from editlib.settings import read_json
+from editlib.hparams.published import RELATIVES, SAME
+from editlib.settings import read_settings
 
 
 def available(algorithm: str) -> list[str]:
@@ -25,10 +26,10 @@ def available(algorithm: str) -> list[str]:
 
 
 def load_hparams(name_or_path: str | Path, algorithm: str | None = None) -> HyperParams:
-    """Load the settings of an algorithm from a JSON file, or bundled ones by their name.
+    """Load the settings of an algorithm from a JSON or YAML file, or bundled ones by their name.
 
     Args:
-        name_or_path: `smollm2-135m` with an `algorithm`, `MEMIT/smollm2-135m` without, or a JSON file.
+        name_or_path: `smollm2-135m` with an `algorithm`, `MEMIT/smollm2-135m` without, or a file.
         algorithm: its name in any case; `None`: see `algorithm_of`.
 
     Raises:
@@ -42,7 +43,7 @@ def load_hparams(name_or_path: str | Path, algorithm: str | None = None) -> Hype
     if given in names:
         text = (_bundled(cls.algorithm) / f"{given}.json").read_text(encoding="utf-8")
         return cls.from_dict(json.loads(text), f"{cls.algorithm}/{given}.json")
-    if given.endswith(".json") or Path(given).exists():
+    if given.endswith((".json", ".yaml", ".yml")) or Path(given).exists():
         return cls.from_json(given)
     wanted = f"{nearest(given, names)}, or a JSON file" if names else "the path of a JSON file"
     raise HparamsError(f"{given}: no bundled hparams for {cls.algorithm}; expected {wanted}")
@@ -56,13 +57,13 @@ def algorithm_of(name_or_path: str | Path) -> str:
         HparamsError: neither says it, or the file cannot be read.
     """
     path = Path(name_or_path)
-    named = read_json(path).get("alg_name") if path.is_file() else None
+    named = read_settings(path).get("alg_name") if path.is_file() else None
     if isinstance(named, str):
         return _class_of(named).algorithm
     folder = path.absolute().parent.name if path.is_file() else path.parent.name
-    for name in ALGORITHMS:
+    for name in (*ALGORITHMS, *SAME, *RELATIVES):
         if name.lower() == folder.lower():
-            return name
+            return _class_of(name).algorithm
     raise HparamsError(
         f"{name_or_path}: does not say which algorithm it is for; expected it in a folder such as MEMIT/, or the key "
         f'"alg_name"; or name it with --algorithm: {", ".join(ALGORITHMS)}'
@@ -74,7 +75,14 @@ def _bundled(algorithm: str) -> Any:  # a Traversable, whose home moved between 
 
 
 def _class_of(algorithm: str) -> type[HyperParams]:
-    for name, cls in ALGORITHMS.items():
+    by_lower = {name.lower(): cls for name, cls in ALGORITHMS.items()}
+    by_lower |= {name.lower(): ALGORITHMS[ours] for name, ours in SAME.items()}
+    if (cls := by_lower.get(algorithm.lower())) is not None:
+        return cls
+    for name, (ours, meaning) in RELATIVES.items():
         if name.lower() == algorithm.lower():
-            return cls
+            raise HparamsError(
+                f"algorithm {algorithm!r} ({meaning}): not here; expected one of {', '.join(ALGORITHMS)}; its settings "
+                f"load with --algorithm {ours}"
+            )
     raise HparamsError(f"algorithm {algorithm!r}: unknown; expected {nearest(algorithm, ALGORITHMS)}")

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from editlib.editing import same_model
 from editlib.errors import HparamsError
@@ -103,6 +105,119 @@ def test_a_file_that_does_not_say_its_algorithm(tmp_path):
     assert load_hparams(path, "rome").layers == [1]
     with pytest.raises(HparamsError, match=r"ROMEE.*unknown"):
         load_hparams(written(tmp_path, "other", {"layers": [1], "alg_name": "ROMEE"}))
+
+
+YAML = """\
+# EasyEdit's form
+alg_name: "AlphaEdit"
+model_name: "Qwen/Qwen2.5-7B-Instruct"
+stats_dir: "./data/stats"
+P_loc: "./null_space_project.pt"
+device: 0
+layers: [4, 5, 6, 7, 8]
+clamp_norm_factor: 4
+fact_token: "subject_last"
+v_num_grad_steps: 25
+v_lr: 5e-1
+v_loss_layer: 27
+v_weight_decay: 1e-3
+kl_factor: 0.0625
+mom2_adjustment: true
+rewrite_module_tmp: "model.layers.{}.mlp.down_proj"
+nullspace_threshold: 2e-2
+L2: 1
+"""
+
+
+def text_file(folder, name, text):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b.yaml", "Ordner für Modelle/ключ.YML"])
+def test_yaml_loads_as_json_does(tmp_path, name):
+    loaded = load_hparams(text_file(tmp_path, name, YAML))
+    assert loaded.algorithm == "AlphaEdit" and loaded.layers == [4, 5, 6, 7, 8]
+    assert (loaded.v_lr, loaded.v_weight_decay, loaded.nullspace_threshold, loaded.L2) == (0.5, 1e-3, 0.02, 1.0)
+    assert loaded.model_name == "Qwen/Qwen2.5-7B-Instruct" and set(loaded.unused) == {
+        "alg_name", "stats_dir", "P_loc", "device", "mom2_adjustment",
+    }  # fmt: skip
+
+
+@given(value=st.floats(1e-30, 1e30), text=st.sampled_from(["{:e}", "{:g}", "{:.0e}", "{!r}"]))
+def test_every_way_to_write_a_number_in_yaml(tmp_path_factory, value, text):
+    number = text.format(value)
+    path = text_file(tmp_path_factory.mktemp("yaml"), "a.yaml", f"layers: [1]\nv_lr: {number}\n")
+    assert load_hparams(path, "MEMIT").v_lr == float(number)
+
+
+def test_a_name_that_begins_like_a_number_stays_a_name(tmp_path):
+    path = text_file(tmp_path, "a.yaml", "layers: [1]\nmodel_name: 7e2b-model\n")
+    assert load_hparams(path, "MEMIT").model_name == "7e2b-model"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("layers: [1\n", r"not YAML at line 2 column 1"),
+        ("- 1\n", r"\[1\]; expected a file with one flat YAML object"),
+        ("", "None; expected"),
+        ("layers: [1]\nvlr: 1\n", r'key "vlr": unknown; expected "v_lr"; rename it, or take it out'),
+        ("layers: [1]\n3: 1\n", 'key "3": unknown'),
+        ("layers: !!python/object:os.system [1]\n", "not YAML"),
+    ],
+)
+def test_bad_yaml_is_one_line(tmp_path, text, said):
+    with pytest.raises(HparamsError, match=said) as caught:
+        load_hparams(text_file(tmp_path, "a.yaml", text), "MEMIT")
+    assert str(caught.value).count("\n") == 0
+
+
+FASTEDIT = {
+    **LLAMA, "layers": [5], **VALUES, "v_num_grad_steps": 20, "v_lr": 0.1, "v_loss_layer": 31, "v_weight_decay": 0.001,
+    "clamp_norm_factor": 4, "mom2_adjustment": False, "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
+    "mom2_dtype": "float16",
+}  # fmt: skip
+EASYEDIT_FT = {
+    "alg_name": "FT", "model_name": "./hugging_cache/Qwen2.5-7B", "device": 1, "layers": [27], "num_steps": 25,
+    "batch_size": 1, "max_length": 40, "lr": 5e-4, "weight_decay": 0, "kl_factor": 0, "norm_constraint": False,
+    "objective_optimization": "prompt_last", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj.weight",
+    "model_parallel": False,
+}  # fmt: skip
+PIECES = {**PUBLISHED["AlphaEdit/Llama3-8B"], "fact_token": "last", "window_size": 50, "overlap": 0}
+NSE = {**PUBLISHED["MEMIT/gpt2-xl"], "alpha": 35, "upper_bound": 150, "max_iterations": 3, "neuron_threshold": 1.0}
+
+
+def test_fastedits_statistics_say_nothing(tmp_path):
+    loaded = load_hparams(written(tmp_path, "llama-7b", FASTEDIT), "ROME")
+    assert loaded.mom2_adjustment is False and loaded.unused["mom2_dtype"] == "float16"
+    with pytest.raises(HparamsError, match='mom2_dtype": \'float16\'; expected "float32"'):
+        load_hparams(written(tmp_path, "used", {**FASTEDIT, "mom2_adjustment": True}), "ROME")
+
+
+def test_easyedits_ft_has_no_limit_and_names_the_weight(tmp_path):
+    loaded = load_hparams(written(tmp_path, "ft", EASYEDIT_FT))
+    assert loaded.norm_constraint is None and loaded.rewrite_module_tmp == "model.layers.{}.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("folder", "content", "ours", "idle"),
+    [("AlphaEdit_ARE", PIECES, "AlphaEdit", "window_size"), ("NSE", NSE, "MEMIT", "neuron_threshold")],
+)
+def test_relatives_say_which_algorithm_their_settings_load_for(tmp_path, folder, content, ours, idle):
+    path = written(tmp_path, f"{folder}/llama", content)
+    for each in (path, written(tmp_path, "named", {**content, "alg_name": folder})):
+        with pytest.raises(HparamsError, match=rf"{folder}.*not here.*--algorithm {ours}$"):
+            load_hparams(each)
+        assert idle in load_hparams(each, ours).unused
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("MEMIT_rect", "RECT"), ("MEMIT_prune", "PRUNE")])
+def test_other_names_of_our_algorithms(tmp_path, theirs, ours):
+    path = written(tmp_path, f"{theirs}/gpt2-xl", PUBLISHED["MEMIT/gpt2-xl"])
+    assert load_hparams(path).algorithm == load_hparams(path, theirs).algorithm == ours
 
 
 MODELS = ("gpt2-xl", "gpt-j-6b", "llama-3-8b", "llama-3.1-8b", "llama-3.2-1b", "llama-3.2-3b", "qwen2.5-7b")

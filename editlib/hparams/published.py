@@ -1,0 +1,52 @@
+"""What settings files of the ROME family hold that is named, written or meant differently here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FAMILY_KEYS = frozenset(
+    # ROME, MEMIT, AlphaEdit, FT
+    {"mom2_adjustment", "mom2_update_weight", "context_template_length_params", "layer_selection"}
+    | {"attn_module_tmp", "ln_f_module", "lm_head_module", "nullspace_threshold", "L2"}
+    | {"num_steps", "lr", "weight_decay", "norm_constraint", "objective_optimization"}
+    # EasyEdit
+    | {"alg_name", "stats_dir", "P_loc", "device", "model_parallel", "fp16", "batch_size", "max_length"}
+    # EMMET, FastMEMIT, NSE
+    | {"calculate_objective_value", "update_norm_lambda", "emmet_lambda", "dynamic", "dynamic_multiplier"}
+    | {"alpha", "upper_bound", "max_iterations", "neuron_threshold"}
+    # AnyEdit's edits in pieces
+    | {"window_size", "overlap"}
+)
+"""Keys of the family's published files; where an algorithm has no use for one, it is kept in `unused`."""
+
+SAME = {"MEMIT_rect": "RECT", "MEMIT_prune": "PRUNE", "MEMIT_RECT": "RECT", "FT_uns": "FT", "FastEdit": "ROME"}
+"""Other names of our algorithms, as folders and `alg_name` have them."""
+
+RELATIVES = {
+    "NSE": ("MEMIT", "MEMIT on the neurons that matter most"),
+    "NCMIT": ("MEMIT", "MEMIT with noise"),
+    "MEMIT_ARE": ("MEMIT", "AnyEdit: MEMIT in pieces of a long answer"),
+    "AlphaEdit_ARE": ("AlphaEdit", "AnyEdit: AlphaEdit in pieces of a long answer"),
+    "R-ROME": ("ROME", "ROME with another average of keys"),
+    "FT-L": ("FT", "fine-tuning of one matrix"),
+    "FT-M": ("FT", "fine-tuning of one matrix"),
+}
+"""Algorithms that are not here, whose settings load for one that is."""
+
+
+def as_ours(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Gives the values as ours are written, and those that have no meaning beside the others.
+
+    `norm_constraint: false` is no limit (EasyEdit); a matrix is named without its `.weight` (FT); the dtype of layer
+    statistics says nothing where they are not used (FastEdit's `mom2_adjustment: false`).
+    """
+    ours, idle = dict(values), {}
+    if ours.get("norm_constraint") is False:
+        ours["norm_constraint"] = None
+    name = ours.get("rewrite_module_tmp")
+    if isinstance(name, str):
+        ours["rewrite_module_tmp"] = name.removesuffix(".weight")
+    if ours.get("mom2_adjustment") is False and ours.get("mom2_dtype") in ("float16", "bfloat16"):
+        idle["mom2_dtype"] = ours.pop("mom2_dtype")
+    return ours, idle
