@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -15,6 +17,11 @@ from safetensors import SafetensorError
 
 from editlib.errors import EditlibError, OutputError
 
+log = logging.getLogger(__name__)
+
+CANNOT_SYNC = {errno.EBADF, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTSUP, errno.ENOSYS}
+"""How a system says that it does not sync such a handle, in contrast to a disk that failed."""
+
 
 @contextmanager
 def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
@@ -26,7 +33,7 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
         yield temporary
         if not private:
             _open_up(temporary)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except EditlibError:
         raise
@@ -56,7 +63,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _open_up(file)
-                _sync(file)
+                sync(file)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
@@ -88,9 +95,37 @@ def _open_up(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk; a system that cannot do that does without.
+
+    Windows syncs no folder, and a file only where it may be written; some network drives sync nothing.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    try:
+        handle = _opened(path)
+    except PermissionError as error:
+        log.debug("%s is not synced: %s", path, error)
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        log.debug("%s is not synced: %s", path, error)
+    finally:
+        os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    binary = getattr(os, "O_BINARY", 0)  # Windows would open it as a text
+    if path.is_dir():
+        return os.open(path, os.O_RDONLY | binary)
+    try:
+        return os.open(path, os.O_RDWR | binary)
+    except PermissionError:  # a file that is read-only already
+        return os.open(path, os.O_RDONLY | binary)
 
 
 def check_file(path: Path, *, overwrite: bool = False) -> None:

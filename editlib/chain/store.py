@@ -8,7 +8,6 @@ it, or at the next writing.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from editlib.chain.record import BatchEntry, ChainRecord, sha256
 from editlib.errors import ChainError, OutputError
-from editlib.files import atomic_path
+from editlib.files import atomic_path, sync
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -114,10 +113,10 @@ class Store:
         Raises:
             OutputError: it cannot be written; the chain is what it was.
         """
-        _sync_folder(self.path / BATCHES)  # the names of new batches are on disk before anything refers to them
+        sync(self.path / BATCHES)  # the names of new batches are on disk before anything refers to them
         with atomic_path(self.path / RECORD) as temporary:
             temporary.write_bytes(record.to_bytes())
-        _sync_folder(self.path)
+        sync(self.path)
         self._sweep()
 
     def discard(self) -> None:
@@ -154,20 +153,6 @@ def _bytes(place: Path) -> bytes:
         raise ChainError(f"{place}: missing; restore it from a copy") from None
     except OSError as error:
         raise ChainError(f"{place}: cannot be read ({error.strerror}); check the file") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names are only safe once their folder is on disk; systems that cannot sync a folder do without."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        log.debug("%s: %s", folder, error)
-    finally:
-        os.close(handle)
 
 
 def summary(store: Store, record: ChainRecord) -> dict[str, Any]:

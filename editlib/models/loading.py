@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from transformers import (
 )
 
 from editlib.errors import ModelError, closest, first_line
+from editlib.models.adapters import base_of, is_adapter, merge
 from editlib.models.anatomy import anatomy
 from editlib.models.packaged.catalogue import PACKAGED
 from editlib.models.packaged.fetch import fetch
 from editlib.models.weights import quiet_bars
+
+log = logging.getLogger(__name__)
 
 DeviceMap = str | dict | None  # as `from_pretrained` takes it
 
@@ -40,7 +44,8 @@ def load(
     """Loads a decoder-only model that can be edited, in eval mode, and its tokenizer.
 
     Args:
-        name: a packaged model (`smollm2-135m`, fetched into the cache once), a local folder, or a Hugging Face id.
+        name: a packaged model (`smollm2-135m`, fetched into the cache once), a local folder (that of a PEFT adapter is
+            merged into its base), or a Hugging Face id.
         dtype: "float32", "bfloat16" or "float16"; `None` keeps the dtype the weights are stored in.
         device_map: a device, one of `SPREADS`, or a mapping of modules to devices; `None`: the CPU.
 
@@ -52,6 +57,8 @@ def load(
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if isinstance(device_map, str):
         _check_device(device_map)
+    if is_adapter(name):
+        return _merged(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress)
     path = str(fetch(name, progress=progress)) if _packaged(name) else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     options = {key: value for key, value in options.items() if value}
@@ -64,9 +71,30 @@ def load(
     return model.eval(), tok
 
 
+def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that an adapter was trained on, loaded with `options`, with the adapter in its weights."""
+    base = _base_of(folder)
+    log.info("%s is an adapter of %s: merged into its weights", folder, base)
+    model, tok = load(base, **options)
+    with _one_line_errors(folder), quiet_bars():
+        model, tok = merge(model, tok, folder)
+    anatomy(model)
+    return model.eval(), tok
+
+
+def _base_of(folder: str) -> str:
+    """The base of an adapter, which is no adapter itself."""
+    base = base_of(folder)
+    if is_adapter(base):
+        raise ModelError(f"{folder} is an adapter of {base}, an adapter itself; merge that into its model first")
+    return base
+
+
 def check_model(name: str) -> None:
     """Raises `ModelError` where `load` would for a missing model or a kind that cannot be edited, without reading any
     weights; call it before long work starts."""
+    if is_adapter(name):
+        name = _base_of(name)
     if not _packaged(name):
         _check_kind(name, name, {})
 

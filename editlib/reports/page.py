@@ -12,13 +12,13 @@ from editlib.reports.summary import Row
 
 def filled(package: str, template: str, **parts: str) -> str:
     """Fills the page `template`, a file of `package`, with its `parts`, which are markup, and with the common style."""
-    page = files(package).joinpath(template).read_text("utf-8")
+    page = files(package).joinpath(template).read_text(encoding="utf-8")
     return Template(page).substitute(style=page_style(), **parts)
 
 
 def page_style() -> str:
     """The style sheet that all pages share."""
-    return files(__package__).joinpath("page.css").read_text("utf-8")
+    return files(__package__).joinpath("page.css").read_text(encoding="utf-8")
 
 
 def headline(row: Row) -> str:

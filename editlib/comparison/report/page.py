@@ -38,7 +38,7 @@ def page(results: Mapping[str, Any]) -> str:
     seeds = len(results["config"]["seeds"])
     about = f"{len(methods)} methods on <b>{escape(models)}</b>, {seeds} seed{'s' if seeds > 1 else ''}"
     style = page_style()
-    template = files(__package__).joinpath("compare.html").read_text("utf-8")
+    template = files(__package__).joinpath("compare.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         style=style,
         title=escape(title),

