@@ -81,6 +81,7 @@ def evaluate(
             forget or "forget01",
             learned_file=learned,
             reference=reference,
+            whole=mode != "precise",
             limit=limit,
             max_new_tokens=max_new_tokens or ANSWER_TOKENS,
             judges=Judges(encoder, classifier),

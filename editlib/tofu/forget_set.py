@@ -20,7 +20,7 @@ from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.settings import knob
 from editlib.shelf import Shelf, digest
-from editlib.tofu.scores import ANSWER_TOKENS, RATIOS, Judges, Reading, read, score, tofu_scores
+from editlib.tofu.scores import ANSWER_TOKENS, RATIOS, Judges, Reading, read, reference_results, score, tofu_scores
 from editlib.tofu.sets import FORGET, Asked, TofuSets, questions_in, read_tofu
 
 EFFICACY, KEPT = "forget_efficacy", ("model_utility", "retain_ability")
@@ -67,7 +67,7 @@ class Tofu(Protocol):
         self.sets = apart(read_tofu(own.source, own.forget, learned=learned).limited(own.limit, own.seed), own.seed)
         self._only: Mapping[str, MetricResult] | None = None
         if own.reference is not None and Path(own.reference).is_file():
-            self._only = read_results(Path(own.reference))
+            self._only = reference_results(Path(own.reference), self.sets)
 
     def make(self, base: Base) -> TofuSet:
         base.folder.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from editlib.evaluation.memory import peak_rss_mb
-from editlib.evaluation.metrics import MetricResult, read_results
+from editlib.evaluation.metrics import MetricResult
 from editlib.evaluation.protocol import Side
 from editlib.models.anatomy import anatomy
 from editlib.models.loading import DeviceMap, load
 from editlib.requests.request import EditRequest
 from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
-from editlib.tofu.scores import ANSWER_TOKENS, Judges, Reading, compare_tofu, document, tofu_scores
+from editlib.tofu.scores import ANSWER_TOKENS, Judges, Reading, compare_tofu, document, reference_results, tofu_scores
 from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
 
 
@@ -51,6 +51,7 @@ class TofuProtocol:
         *,
         learned_file: Path | None = None,
         reference: str | None = None,
+        whole: bool = True,
         **options: Any,
     ) -> TofuProtocol:
         """The protocol with its sets from a folder or the Hub; see `read_tofu` and, for `options`, the class.
@@ -59,6 +60,7 @@ class TofuProtocol:
             learned_file: the questions that the model was trained on, in TOFU's form; default: all.
             reference: a model that was trained on the retain set only, or the results of one that an earlier run of
                 this protocol wrote (`edited.json`); forget quality needs it.
+            whole: the whole forget set will be asked about, not one request of it: a reference must hold all questions.
 
         Raises:
             EditlibError: a file that does not fit, or sets that cannot be reached.
@@ -66,7 +68,8 @@ class TofuProtocol:
         learned = None if learned_file is None else questions_in(learned_file)
         made = cls(read_tofu(source, forget, learned=learned), reference=reference, **options)
         if reference is not None and Path(reference).is_file():
-            made._retain_only = read_results(Path(reference))
+            sets = made._sets.limited(made._limit, made._seed)
+            made._retain_only = reference_results(Path(reference), sets, whole=whole)
         return made
 
     @property

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from editlib.errors import MetricError
 from editlib.evaluation import metrics
 from editlib.evaluation.answer_cache import ask
-from editlib.evaluation.metrics import MetricResult, Split
+from editlib.evaluation.metrics import MetricResult, Split, read_results
 from editlib.evaluation.metrics.generated import Classifier, Encoder
 from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
 from editlib.models.anatomy import Anatomy
@@ -243,17 +243,49 @@ def _paired_ratios(
     Raises:
         MetricError: the retain-only model's are not of these questions.
     """
-    if RATIOS not in retain_only:
-        raise MetricError(f"the retain-only model's results hold no {RATIOS}; expected those of `editlib eval`")
-    other = {str(item.get("id")): item.get("score") for item in retain_only[RATIOS].value_by_index.values()}
     items = list(own.value_by_index.values())
-    if missing := [item["id"] for item in items if other.get(item["id"]) is None]:
-        raise MetricError(
-            f"the retain-only model's results lack {len(missing)} of {len(items)} questions ({missing[0]}); measure it "
-            "with the same --forget, --limit and --seed"
-        )
+    other = _ratios_of(retain_only, [item["id"] for item in items], "the retain-only model's results")
     pairs = [(item["score"], other[item["id"]]) for item in items if item["score"] is not None]
     return [one for one, _ in pairs], [two for _, two in pairs]
+
+
+def reference_results(path: Path, sets: TofuSets, *, whole: bool = True) -> dict[str, MetricResult]:
+    """The results of a retain-only model that an earlier run wrote (`edited.json`), checked to be of the forget set.
+
+    Args:
+        whole: every question of the set must be among them; else one of them is enough.
+
+    Raises:
+        MetricError: no results, no truth ratios among them (open-unlearning's are of questions without ids), or those
+            of other questions.
+    """
+    found = read_results(path)
+    ids = [one.id for one in sets.probes["forget"]]
+    held = [name for name in ids if name in _ids(found)]
+    _ratios_of(found, ids if whole or not held else held, str(path))
+    return found
+
+
+def _ids(results: Mapping[str, MetricResult]) -> set[str]:
+    return {str(item.get("id")) for item in results[RATIOS].value_by_index.values()} if RATIOS in results else set()
+
+
+def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: str) -> dict[str, float]:
+    """The truth ratios of a retain-only model by question, of all `ids`; `what` they are in for what is said."""
+    if RATIOS not in results:
+        theirs = "forget_truth_ratio" in results
+        near = " (open-unlearning's results do not tell which question is which)" if theirs else ""
+        raise MetricError(
+            f"{what}: no {RATIOS}{near}; expected the edited.json of `editlib eval --protocol tofu` for the "
+            "retain-only model, or that model itself"
+        )
+    ratios = {str(item.get("id")): item.get("score") for item in results[RATIOS].value_by_index.values()}
+    if missing := [name for name in ids if ratios.get(name) is None]:
+        raise MetricError(
+            f"{what}: lacks {len(missing)} of {len(ids)} questions ({missing[0]}); measure the retain-only model with "
+            "the same --forget, --limit and --seed"
+        )
+    return {name: float(ratios[name]) for name in ids}
 
 
 def document(scores: TofuScores) -> dict[str, Any]:

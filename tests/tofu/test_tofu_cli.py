@@ -62,6 +62,32 @@ def test_all_of_it(call, folder, tofu, tmp_path):
     assert metrics["sets"]["forget"] == 1 and metrics["request"] == one
 
 
+REFERENCES = {
+    "open-unlearning's results": (
+        {"forget_truth_ratio": {"agg_value": 0.6, "value_by_index": {"0": {"score": 0.6}}}}, "which question is which",
+    ),
+    "no results": ({"forget_quality": {"agg_value": 0.9}}, "no forget_teacher_forced_truth_ratio"),
+    "other questions": (
+        {"forget_teacher_forced_truth_ratio": {"agg_value": 1.0, "value_by_index": {"0": {"id": "x", "score": 1.0}}}},
+        "lacks 2 of 2 questions",
+    ),
+    "no object": ([1], "expected an object of metrics"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+@pytest.mark.parametrize("mode", ["batch", "precise"])
+def test_a_reference_that_does_not_fit_is_refused_before_any_model_is_loaded(call, tofu, tmp_path, case, mode):
+    content, said = REFERENCES[case]
+    path = tmp_path / "reference.json"
+    path.write_text(json.dumps(content))
+    given = ("--protocol", "tofu", "--tofu", tofu, *FEW, "--reference", path, "--mode", mode, "--out", tmp_path / "out")
+    more = ("--request", "x") if mode == "precise" else ()
+    code, _, err = call("eval", "./no-such-model", "./no-such-model", *given, *more)
+    assert code == 2 and said in err and "no-such-model" not in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_what_was_learned(call, folder, tofu, tmp_path):
     learned = tmp_path / "learned.jsonl"
     learned.write_text("".join(json.dumps(row) + "\n" for name in (FORGOTTEN[0], KEPT[1]) for row in rows(name)))
