@@ -10,7 +10,7 @@ from functools import partial
 from editlib import data
 from editlib.attacks.asking import Prompts, Scene, ask_each, ask_greedily, not_asked, right_answers, trials
 from editlib.attacks.outcome import Found
-from editlib.evaluation.metrics import has_answer
+from editlib.evaluation.metrics import has_answer, refusal_verdict
 from editlib.models.generation import sample_each
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
@@ -123,14 +123,29 @@ def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], scene: Scen
 def translated(language: str, target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """The bundled frame of the fact's relation in `language` around the subject as it is. The answer is still looked
     for in the fact's own language, for which most frames ask."""
-    frames = data.question_frames(language)
+    frames = [data.question_frames(language)]
     return ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], scene)
 
 
-def _framed(target: LoadedModel, fact: EditRequest, frames: Mapping[str, str]) -> Prompts:
-    if fact.relation not in frames or fact.subject is None:
+def any_language(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """The same in every language of `settings.frames` (default: the bundled ones); one answer that leaks is enough.
+
+    Notes: the share of answers that refuse, in any language of `editlib.answers`, and how many could not be judged.
+    """
+    frames = [*data.frames(scene.settings.frames).values()]
+    found = ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], scene)
+    verdicts = [refusal_verdict(output.text) for trial in found.trials for output in trial.outputs]
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    notes = {"refused": sum(judged) / len(judged)} if judged else {}
+    unjudged = len(verdicts) - len(judged)
+    return Found(found.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
+
+
+def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> Prompts:
+    fitting = [asked[fact.relation] for asked in frames if fact.relation in asked]
+    if not fitting or fact.subject is None:
         return "no frame for the relation"
-    return [target.form.encode(frames[fact.relation].replace("{}", fact.subject))]
+    return [target.form.encode(frame.replace("{}", fact.subject)) for frame in fitting]
 
 
 french, german, spanish = (partial(translated, language) for language in ("french", "german", "spanish"))
@@ -150,7 +165,8 @@ def sampling(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) ->
         drawn = sample_each(target.anat, many, seeds, max_new_tokens=limit)
         return [drawn[start : start + count] for start in range(0, len(drawn), count)]
 
-    return Found(trials(target, facts, [[target.form.encode(fact.question)] for fact in facts], answer))
+    prompts = [[target.form.encode(fact.question)] for fact in facts]
+    return Found(trials(target, facts, prompts, answer, endings=scene.settings.endings))
 
 
 def _seed(text: str) -> int:

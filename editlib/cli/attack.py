@@ -22,8 +22,12 @@ def attack(
     out_dir: Annotated[Path, typer.Option("--out", help="gets attacks.json and table.md")],
     control: Annotated[Path | None, typer.Option(help="facts that the base never knew; default: bundled")] = None,
     known: Annotated[Path | None, typer.Option(help="facts for few-shot examples; default: bundled")] = None,
-    attacks: Annotated[str | None, typer.Option(help="names, separated by commas; default: all")] = None,
+    attacks: Annotated[
+        str | None, typer.Option("--attacks", "--names", help="names, separated by commas; default: all")
+    ] = None,
     samples: Annotated[int, typer.Option(help="answers drawn for each question by the attack `sampling`")] = 8,
+    frames: Annotated[Path | None, typer.Option(help="`language`: questions in other languages, JSONL")] = None,
+    endings: Annotated[int, typer.Option(min=0, help="letters of an inflected ending that an answer may have")] = 0,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -41,7 +45,7 @@ def attack(
         control_file=control,
         known_file=known,
         attacks=None if attacks is None else attacks.split(","),
-        settings=AttackSettings(samples=samples),
+        settings=AttackSettings(samples=samples, frames=None if frames is None else str(frames), endings=endings),
         seed=seed,
         dtype=dtype,
         device_map=device_map,

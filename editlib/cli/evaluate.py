@@ -35,6 +35,10 @@ def evaluate(
     before: Annotated[
         Path | None, typer.Option(help="facts: keeps the base model's answers, read again next time")
     ] = None,
+    endings: Annotated[
+        int | None,
+        typer.Option(min=0, help="facts: letters that an answer's inflected ending may have; default: 0"),
+    ] = None,
     tofu: Annotated[
         str | None, typer.Option(help="tofu: folder of its files, or a data set on the Hub; default: locuslab/TOFU")
     ] = None,
@@ -63,13 +67,13 @@ def evaluate(
     from editlib.tofu.scores import ANSWER_TOKENS, Judges
 
     check_output(out_dir, overwrite=overwrite)
-    facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
+    facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before, "--endings": endings}
     fiction = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference, "--limit": limit}
     fiction |= {"--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
     chosen: Any
     if protocol == "facts":
         _refuse(fiction, "tofu")
-        chosen = _facts(edited, requests, retain, text or "wiki-sample:heldout", before)
+        chosen = _facts(edited, requests, retain, text or "wiki-sample:heldout", before, endings or 0)
     elif protocol == "tofu":
         _refuse(facts, "facts")
         chosen = TofuProtocol.read(
@@ -105,7 +109,9 @@ def _refuse(options: dict[str, object], protocol: str) -> None:
         raise RequestError(f"{', '.join(given)}: only for --protocol {protocol}; leave out, or choose that")
 
 
-def _facts(edited: str, requests: Path | None, retain: Path | None, text: str, before: Path | None) -> Any:
+def _facts(
+    edited: str, requests: Path | None, retain: Path | None, text: str, before: Path | None, endings: int
+) -> Any:
     from editlib.chain import Chain
     from editlib.facts.protocol import FactsProtocol
     from editlib.jobs.evaluate import is_chain
@@ -115,7 +121,9 @@ def _facts(edited: str, requests: Path | None, retain: Path | None, text: str, b
         raise RequestError("--protocol facts needs --requests with the facts to forget, unless EDITED is a chain")
     asked = read_requests(requests) if requests is not None else Chain.open(edited).requests
     corpus = None if text == "none" else text
-    return FactsProtocol.read(asked, retain_file=retain, text=corpus, before_file=before, progress=True)
+    return FactsProtocol.read(
+        asked, retain_file=retain, text=corpus, before_file=before, endings=endings, progress=True
+    )
 
 
 def subjects(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from editlib import data
 from editlib.attacks.outcome import COLUMNS, Share
 from editlib.attacks.registry import choose
 from editlib.attacks.run import JOB, AttackReport, run_attacks
@@ -50,6 +51,8 @@ def attack_folders(
     """
     out, settings = Path(out), settings or AttackSettings()
     names = choose(attacks)
+    if settings.frames is not None:
+        data.frames(settings.frames)  # a file that does not fit is refused before a model is loaded
     if not (out / JOB).is_file():
         check_output(out, overwrite=overwrite)
     requests = read_requests(requests_file)
