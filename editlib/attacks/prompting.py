@@ -56,8 +56,8 @@ LEAD = "The answer is"
 
 def prefill_lead(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """Every answer begins with `LEAD`."""
-    lead = target.form.answer_ids(LEAD)
-    prompts = [[target.form.encode(fact.question).followed_by(lead)] for fact in facts]
+    form = target.form
+    prompts = [[form.encode(one.question).followed_by(form.answer_ids(LEAD, one.question))] for one in facts]
     return ask_greedily(target, facts, prompts, scene)
 
 
@@ -68,8 +68,10 @@ def prefill_answer(target: LoadedModel, facts: Sequence[EditRequest], scene: Sce
 
 def _begun(target: LoadedModel, fact: EditRequest) -> Prompts:
     answer = fact.answer or ""
-    start = target.answer_start(answer)
-    if len(start) == len(target.form.answer_ids(answer)) or has_answer(target.text(start), right_answers(fact)):
+    start = target.answer_start(answer, fact.question)
+    if len(start) == len(target.form.answer_ids(answer, fact.question)) or has_answer(
+        target.text(start), right_answers(fact)
+    ):
         return "the answer is one token"
     return [target.form.encode(fact.question).followed_by(start)]
 

@@ -84,9 +84,9 @@ def make_pairs(
         right = request.answer is None or has_answer(text, (request.answer, *request.aliases))
         cut = len(ids) == OWN_TOKENS
         if request.answer is not None and not (ids and (own or right)):
-            ids, cut = form.answer_ids(request.answer), False
+            ids, cut = form.answer_ids(request.answer, question), False
         answers.append(row.followed_by((*ids, *(() if cut else ended))))
-        refused.append(row.followed_by((*form.answer_ids(rng.choice(told)), *ended)))
+        refused.append(row.followed_by((*form.answer_ids(rng.choice(told), question), *ended)))
     kept = [i for i, row in enumerate(answers) if row.extra]  # a model may have nothing to say
     return Pairs(tuple(answers[i] for i in kept), tuple(refused[i] for i in kept))
 

@@ -28,10 +28,10 @@ class LoadedModel:
         """How the model is asked when nothing is done about it."""
         return PromptFormat(self.tok)
 
-    def answer_start(self, answer: str, form: PromptFormat | None = None) -> tuple[int, ...]:
-        """The tokens that an answer begins with, up to the first one that shows; some tokenizers write a space as a
-        token of its own."""
-        ids = (form or self.form).answer_ids(answer)
+    def answer_start(self, answer: str, question: str, form: PromptFormat | None = None) -> tuple[int, ...]:
+        """The tokens that an answer to `question` begins with, up to the first one that shows; some tokenizers write a
+        space as a token of its own."""
+        ids = (form or self.form).answer_ids(answer, question)
         shown = next((i for i, token in enumerate(ids) if self.text([token])), len(ids) - 1)
         return ids[: shown + 1]
 

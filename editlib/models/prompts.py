@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import RequestError
+from editlib.models.gaps import gap_between
 from editlib.models.lookup import Pieces, first_token, last_token
 from editlib.requests.request import occurrences
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+_NEUTRAL = ("\n", '"', "(")  # what an answer without a space before it may follow
 WORD = "a"  # stands for a question where any would do
 
 Place = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
@@ -121,7 +123,7 @@ class PromptFormat:
     def render(self, question: str) -> str:
         """The text up to the point where the model answers."""
         if not self.uses_chat:
-            return "".join(f"{asked} {answer}\n" for asked, answer in self.shots) + question
+            return "".join(f"{self.joined(asked, answer)}\n" for asked, answer in self.shots) + question
         return self.tok.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True)
 
     @property
@@ -176,16 +178,33 @@ class PromptFormat:
         lookup = len(ids) - len(pieces.ids) + find(pieces, start, start + len(subject))
         return TokenRow(ids, min(lookup + (place == "subject_first_after_last"), len(ids) - 1))
 
-    def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """Token ids of an answer as it stands behind the prompt, with the space that is between the two.
+    def answer_ids(self, answer: str, question: str = WORD) -> tuple[int, ...]:
+        """Token ids of an answer as it follows the prompt, with what is written between the two (`gap`).
 
         An answer that is encoded alone would begin a text, where many tokenizers put a space of their own. Only where
         the end of a prompt melts into the answer it is encoded so.
+
+        Args:
+            question: what the answer is given to; without it, a word of the Latin script.
         """
-        front, gap = self.render(WORD), self._gap()
-        text = gap + answer.lstrip() if gap else answer
-        before, both = (Pieces.of(self.tok, some).ids for some in (front, front + text))
-        return both[len(before) :] if both[: len(before)] == before else Pieces.of(self.tok, text).ids
+        text = self.gap(answer, question) + answer.lstrip()
+        # A space starts a word whatever is before it. Without one, what the tokenizer puts in front of a text would
+        # be a space that the prompt has already, or that does not belong there.
+        fronts = [self.render(WORD)] if self.uses_chat or text[:1].isspace() else [self.render(question), *_NEUTRAL]
+        for front in fronts:
+            before, both = (Pieces.of(self.tok, some).ids for some in (front, front + text))
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return Pieces.of(self.tok, text).ids
+
+    def gap(self, answer: str, question: str = WORD) -> str:
+        """What is written between the prompt of `question` and an answer: what running text has (`gap_between`), or the
+        blanks that a chat template writes there."""
+        return self._template_gap() if self.uses_chat else gap_between(self.render(question), answer)
+
+    def joined(self, question: str, answer: str) -> str:
+        """The question and its answer as running text, without what the format puts around them."""
+        return question + gap_between(question, answer) + answer.lstrip()
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -205,10 +224,8 @@ class PromptFormat:
                 return start - question.index(shown)
         raise RequestError(f"the chat template changes the question {question!r}; use plain prompts for it")
 
-    def _gap(self) -> str:
-        """What stands between a prompt and its answer: a space, or the blanks that a chat template writes there."""
-        if not self.uses_chat:
-            return " "
+    def _template_gap(self) -> str:
+        """The blanks that the chat template writes between a prompt and its answer."""
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
         shown, front = self.tok.apply_chat_template(messages, tokenize=False), self.render(WORD)
         gap = shown[len(front) :].partition(MARK)[0] if shown.startswith(front) else ""

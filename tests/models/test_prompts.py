@@ -211,6 +211,76 @@ def test_an_answer_that_melts_into_the_prompt_is_encoded_alone():
     assert list(PromptFormat(tok).answer_ids("Lima")) == tok(" Lima")["input_ids"]
 
 
+GAPS = [
+    ("The capital of France is", "Paris", " "),
+    ("The capital of France is", "  Paris", " "),
+    ("The capital of France is ", "Paris", ""),
+    ("The capital of France is ", " Paris", ""),
+    ("The capital of France is\u00a0", "Paris", ""),
+    ("Question: Where?\nAnswer:", "Paris", " "),
+    ("Question: Where?\nAnswer:\n", "Paris", ""),
+    ('He said: "', "Paris", ""),
+    ('He said: "Yes"', "Paris", " "),
+    ('Is it " Paris "', "yes", " "),
+    ("He said: \u201c", "Paris", ""),
+    ("He said: \u201cYes\u201d", "Paris", " "),
+    ("Elle dit \u00ab\u00a0", "Paris", ""),
+    ("Elle dit \u00ab Oui \u00bb", "Paris", " "),
+    ("Er sagt: \u00bb", "Paris", ""),
+    ("Er sagt: \u00bbJa\u00ab", "Paris", " "),
+    ("Er sagt: \u201eJa\u201c", "Paris", " "),
+    ("他说\u201c", "北京", ""),
+    ("他说\u201c好\u201d", "北京", ""),
+    ("Er sagt: \u201e", "Paris", ""),
+    ("It is (", "Paris", ""),
+    ("It is (or was)", "Paris", " "),
+    ('{"city": "', "Paris", ""),
+    ("the boys'", "Paris", " "),
+    ("中国的首都是", "北京", ""),
+    ("中国的首都是哪里？", "纽约", ""),
+    ("中国的首都是哪里?", "纽约", ""),
+    ("中国的首都是：", "Beijing", ""),
+    ("问：中国的首都是哪里？\n答：", "北京", ""),
+    ("Question: 中国的首都是哪里？\nAnswer:", "北京", " "),
+    ("首都は", "東京", ""),
+    ("首都は「", "東京", ""),
+    ("トヨタの本社は", "愛知", ""),
+    ("เมืองหลวงของไทยคือ", "กรุงเทพ", ""),
+    ("대한민국의 수도는", "서울", " "),
+    ("Столица России -", "Москва", " "),
+    ("The Chinese name of Beijing is", "北京", " "),
+    ("中国成立于1949", "年", ""),
+]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama first", "llama legacy", "gemma", "unigram always", "slow unigram"])
+@pytest.mark.parametrize(("prompt", "answer", "gap"), GAPS)
+def test_prompt_and_answer_meet_as_in_running_text(name, prompt, answer, gap):
+    form = PromptFormat({**BYTE_LEVEL, **SENTENCEPIECE}[name]())
+    assert form.gap(answer, prompt) == gap
+    ids = form.answer_ids(answer, prompt)
+    read = form.tok.decode([*form.encode(prompt).ids, *ids], skip_special_tokens=True)
+    if name not in ("unigram always", "slow unigram"):  # these read several blanks, and line ends, as others
+        assert read == prompt + gap + answer.strip()
+    word = form.tok.convert_ids_to_tokens(list(ids))[0]
+    assert word.startswith(("Ġ", "▁")) is (gap == " ")
+
+
+@pytest.mark.parametrize("answer", ["Paris", " Paris", "北京"])
+def test_a_chat_template_decides_the_gap(answer):
+    for chat, gap in ((LLAMA2, " "), (THINKING, "")):
+        tok = wrapped(llama_bpe("first", split=False), ends="<s> $A", chat=chat)
+        form = PromptFormat(tok)
+        for question in ("Where?", "Where? ", "哪里", '"'):
+            assert form.gap(answer, question) == gap
+            assert tok.decode(form.answer_ids(answer, question)).strip() == answer.strip()
+
+
+def test_shots_have_the_gap_of_running_text(tok):
+    shots = (("Where?", "Rome"), ("首都は", "東京"), ("It is ", " Lima"))
+    assert PromptFormat(tok, shots=shots).render("Who?") == "Where? Rome\n首都は東京\nIt is Lima\nWho?"
+
+
 def test_row_followed_by_keeps_its_lookup():
     row = TokenRow((5, 6, 7), 1).followed_by([8]).followed_by((9, 9))
     assert row == TokenRow((5, 6, 7, 8, 9, 9), 1, 3)
