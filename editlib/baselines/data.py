@@ -12,7 +12,7 @@ from editlib import data
 from editlib.errors import RequestError
 from editlib.evaluation.metrics import has_answer
 from editlib.models.anatomy import Anatomy
-from editlib.models.generation import greedy
+from editlib.models.generation import end_tokens, greedy
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.training import Item
@@ -70,13 +70,13 @@ def make_pairs(
     """
     if not requests:
         raise RequestError("no request was given to train on; give at least one")
-    form, end = PromptFormat(tok), tok.eos_token_id
+    form = PromptFormat(tok)
     spoken = own_answers(anat, tok, requests, known=spoken)
     asked = [(text, request) for request in requests for text in request.wordings]
     rows = [form.encode(text) for text, _ in asked]
     rng = random.Random(seed)
     told = list(refusals or data.refusals())
-    ended = () if end is None else (end,)
+    ended = form.end_ids(end_tokens(anat))
     answers, refused = [], []
     for row, (question, request) in zip(rows, asked, strict=True):
         ids = tuple(spoken[question]) if _is_bare(request) else ()

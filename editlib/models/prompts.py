@@ -5,7 +5,7 @@ Everything is encoded from the rendered text as a whole; padding is ours, so the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -124,7 +124,7 @@ class PromptFormat:
         """The text up to the point where the model answers."""
         if not self.uses_chat:
             return "".join(f"{self.joined(asked, answer)}\n" for asked, answer in self.shots) + question
-        return self.tok.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True)
+        return self._apply(self._messages(question), ask=True)
 
     @property
     def tells_system(self) -> bool:
@@ -206,6 +206,34 @@ class PromptFormat:
         """The question and its answer as running text, without what the format puts around them."""
         return question + gap_between(question, answer) + answer.lstrip()
 
+    def end_ids(self, ends: Collection[int] = ()) -> tuple[int, ...]:
+        """The token that ends an answer: the first special one that the chat template writes after it (`<|eot_id|>`,
+        `<end_of_turn>`); without a template, or where it writes none, the tokenizer's end of text.
+
+        Args:
+            ends: where the model stops generating (`end_tokens`). One of them is preferred, among what the template
+                writes, and without a template among them and the tokenizer's own.
+        """
+        written = self._written_after() if self.uses_chat else ()
+        usual = () if self.tok.eos_token_id is None else (self.tok.eos_token_id,)
+        stopping = [[token for token in tokens if token in ends] for tokens in (written, usual)]
+        return tuple((*stopping[0], *written, *stopping[1], *sorted(ends), *usual)[:1])
+
+    def _written_after(self) -> tuple[int, ...]:
+        """The special tokens that the chat template writes after an answer, up to the next turn."""
+        special = set(self.tok.all_special_ids) | set(self.tok.get_added_vocab().values())
+        messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
+        for last in ([], [{"role": "user", "content": WORD}]):  # some end only answers that others follow
+            shown = self._apply([*messages, *last]).rpartition(MARK)[2]
+            found = tuple(token for token in Pieces.of(self.tok, shown).ids if token in special)
+            if found:
+                return found
+        return ()
+
+    def _apply(self, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
+        """`messages` as the chat template writes them; with `ask` up to where the model answers."""
+        return self.tok.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+
     def _messages(self, question: str) -> list[dict[str, str]]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for asked, answer in self.shots:
@@ -227,6 +255,6 @@ class PromptFormat:
     def _template_gap(self) -> str:
         """The blanks that the chat template writes between a prompt and its answer."""
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
-        shown, front = self.tok.apply_chat_template(messages, tokenize=False), self.render(WORD)
+        shown, front = self._apply(messages), self.render(WORD)
         gap = shown[len(front) :].partition(MARK)[0] if shown.startswith(front) else ""
         return "" if gap.strip() else gap

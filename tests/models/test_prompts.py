@@ -338,3 +338,46 @@ def test_every_window_of_a_text_begins_as_a_text_does(request, kind):
     assert [token for window in windows for token in window[len(front) :]] == ids
     assert all(len(window) == 10 for window in windows[:-1])
     assert list(cut(tok, "", 10)) == []
+
+
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' +"
+    " m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role'])"
+    " + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+QWEN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ONLY_BETWEEN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if not loop.last %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("chat", "special", "eos", "stops", "end"),
+    [
+        (LLAMA3, ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], 1, (0, 1, 2), "<|eot_id|>"),
+        (LLAMA3, ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], 0, (0,), "<|eot_id|>"),  # not where generation stops
+        (GEMMA, ["<eos>", "<end_of_turn>"], 0, (0, 1), "<end_of_turn>"),
+        (QWEN, ["<|endoftext|>", "<|im_end|>"], 1, (1, 0), "<|im_end|>"),
+        (ONLY_BETWEEN, ["<|endoftext|>", "<|im_end|>"], 0, (0, 1), "<|im_end|>"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", ["<a>", "<b>"], 1, (0, 1), "<b>"),
+        (None, ["<a>", "<b>"], 1, (0, 1), "<b>"),
+        (None, ["<a>", "<b>"], None, (0, 1), "<a>"),
+        (None, ["<a>", "<b>"], 1, (), "<b>"),
+        (None, ["<a>", "<b>"], None, (), None),
+    ],
+)
+def test_an_answer_ends_with_what_the_template_writes_after_it(tok, chat, special, eos, stops, end):
+    tok.add_tokens([*special, "<|start_header_id|>", "<start_of_turn>", "<|im_start|>"], special_tokens=True)
+    ids = tok.convert_tokens_to_ids(special)
+    tok.chat_template, tok.eos_token = chat, None if eos is None else special[eos]
+    found = PromptFormat(tok).end_ids([ids[i] for i in stops])
+    assert tok.convert_ids_to_tokens(list(found)) == ([] if end is None else [end])

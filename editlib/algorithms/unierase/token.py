@@ -120,7 +120,7 @@ class _Form:
 
     format: PromptFormat
     prefix: Prefix
-    refusals: list[tuple[int, ...]]
+    refusals: list[tuple[int, ...]]  # each with the token that ends an answer
 
 
 def learn_token(
@@ -184,7 +184,7 @@ def learn_token(
                 _noise(anat, noise_layer, hp.noise, generator),
                 rows_in_place(anat, number, rows[0], rows[-1]),
             ):
-                loss = _refusal_nll(anat, form, number, hp.batch, end_tokens(anat), generator)
+                loss = _refusal_nll(anat, form, number, hp.batch, generator)
             penalty = guard.penalty(rows[-1], hp.reach, hp.floor)
             total = loss + hp.guard_weight * penalty
             if not torch.isfinite(total):
@@ -232,9 +232,10 @@ def _encode(
     forms, guards = [], []
     for i, form in enumerate(formats):
         rows = [form.encode(question) for question in questions[i :: len(formats)]]
+        end = form.end_ids(end_tokens(anat)) if end_tokens(anat) else ()  # a model that never stops is taught no end
         with torch.no_grad():
             prefix, guard = _ordinary(anat, rows, number)
-        forms.append(_Form(form, prefix, [form.answer_ids(text) for text in refusals]))
+        forms.append(_Form(form, prefix, [(*form.answer_ids(text), *end) for text in refusals]))
         guards.append(guard)
     return forms, Guard.joined(guards)
 
@@ -253,15 +254,12 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) 
     return prefix, Guard(states, log_sums, back[places] == 0)
 
 
-def _refusal_nll(
-    anat: Anatomy, form: _Form, number: int, batch: int, ends: frozenset[int], generator: torch.Generator
-) -> Tensor:
+def _refusal_nll(anat: Anatomy, form: _Form, number: int, batch: int, generator: torch.Generator) -> Tensor:
     """Mean NLL of a refusal and the end of the turn behind the token, over `batch` drawn questions."""
     device = anat.device
     picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
     texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
-    end = (min(ends),) if ends else ()
-    rows = [TokenRow((number, *form.refusals[i], *end), 0) for i in texts]
+    rows = [TokenRow((number, *form.refusals[i]), 0) for i in texts]
     padded = pad(rows, device=device)
     places = (padded.attention_mask[:, 1:].bool()).nonzero().T
     logits = forward(anat, padded, prefix=form.prefix.select(picks), score=(places[0], places[1]))
