@@ -51,7 +51,7 @@ def apply_ft_to_model(
     requests = check_requests(requests, hparams.algorithm, subject=False)
     anat = anatomy(model)
     check_fit(anat, hparams)
-    form = PromptFormat(tok, chat=chat)
+    form = PromptFormat.of(tok, chat)
     rows = []
     for request in requests:
         target = form.answer_ids(str(request.target_new), request.question)

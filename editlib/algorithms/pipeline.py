@@ -83,7 +83,7 @@ def prepare(
     requests = check_requests(requests, hparams.algorithm, subject=hparams.fact_token != "last")
     anat = anatomy(model)
     check_fit(anat, hparams)
-    form = PromptFormat(tok, chat=chat)
+    form = PromptFormat.of(tok, chat)
     templates = hparams.context_templates or templates
     if not templates:
         templates = context_templates(anat, form, hparams.context_template_length_params, seed=seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from editlib import data
@@ -38,7 +39,7 @@ def _shown(target: LoadedModel, fact: EditRequest, scene: Scene) -> Prompts:
     if not fitting:
         return "no known fact of the same relation"
     drawn = random.Random(f"{scene.seed} {fact.id}").sample(fitting, min(scene.settings.shots, len(fitting)))
-    form = PromptFormat(target.tok, shots=tuple((shot.question, shot.answer or "") for shot in drawn))
+    form = replace(target.form, shots=tuple((shot.question, shot.answer or "") for shot in drawn))
     return [form.encode(fact.question)]
 
 
@@ -114,7 +115,7 @@ SYSTEM = (
 
 def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """`SYSTEM` as the system's turn; in front of the question where the template knows none, or there is none."""
-    form = PromptFormat(target.tok, system=SYSTEM)
+    form = replace(target.form, system=SYSTEM)
     if form.tells_system:
         return ask_each(target, facts, scene, form)
     prompts = [[target.form.encode(f"{SYSTEM}\n\n{fact.question}")] for fact in facts]

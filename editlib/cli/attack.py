@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Requests, Seed, out, print_table
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Requests, Seed, out, print_table, prompt_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +28,7 @@ def attack(
     samples: Annotated[int, typer.Option(help="answers drawn for each question by the attack `sampling`")] = 8,
     frames: Annotated[Path | None, typer.Option(help="`language`: questions in other languages, JSONL")] = None,
     endings: Annotated[int, typer.Option(min=0, help="letters of an inflected ending that an answer may have")] = 0,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -46,6 +47,7 @@ def attack(
         known_file=known,
         attacks=None if attacks is None else attacks.split(","),
         settings=AttackSettings(samples=samples, frames=None if frames is None else str(frames), endings=endings),
+        prompts=prompt_settings(prompts),
         seed=seed,
         dtype=dtype,
         device_map=device_map,

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.export import tell_adapter, tell_receipt
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, out, prompt_settings
 from editlib.errors import OutputError
 
 chain_app = typer.Typer(
@@ -36,6 +36,7 @@ def init(
     stats_dir: Annotated[Path, typer.Option(help="where statistics and the token are kept")] = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -50,7 +51,8 @@ def init(
     settings = load_hparams(hparams, algorithm)
     check_start(folder, settings, retain=retain is not None, token=token_file is not None)
     kept = None if retain is None else read_requests(retain)
-    bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map)
+    how = prompt_settings(prompts)
+    bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, prompts=how)
     chain = Chain.create(
         folder,
         bench,

@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeltaFile, DeviceMap, Dtype, Model, Overwrite, Requests, Seed, StatsDir, out, workbench
+from editlib.cli.options import (
+    DeltaFile,
+    DeviceMap,
+    Dtype,
+    Model,
+    Overwrite,
+    Prompts,
+    Requests,
+    Seed,
+    StatsDir,
+    out,
+    prompt_settings,
+    workbench,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +36,7 @@ def token(
     refusals: Annotated[Path | None, typer.Option(help="your own refusals, one a line")] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 150,
     stats_dir: StatsDir = Path("stats"),
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -30,7 +44,7 @@ def token(
     """Phase I: learns the unlearning token of a model, once; later edits reuse it."""
     from editlib.algorithms.unierase.token import TokenHyperParams
 
-    bench = workbench(model, stats_dir, dtype, device_map)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
     hparams = TokenHyperParams(steps=steps, robust_steps=steps // 3, seed=seed)
     learned = bench.make_token(refusals=refusals, hparams=hparams, path=out_file)
     numbers = learned.header.metrics
@@ -50,6 +64,7 @@ def unlearn(
     token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -66,7 +81,8 @@ def unlearn(
     settings = load_hparams(hparams, "UniErase")
     wanted = read_requests(requests)
     kept = None if retain is None else read_requests(retain)
-    bench = workbench(model, stats_dir, dtype, device_map)
+    how = prompt_settings(prompts)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     result, receipt = run(
         bench,
         wanted,
@@ -105,6 +121,7 @@ def edit(
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -121,12 +138,12 @@ def edit(
     settings = load_hparams(hparams, algorithm)
     if not settings.has_target:
         unlearn(
-            model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, seed=seed,
+            model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, prompts=prompts, seed=seed,
             dtype=dtype, device_map=device_map, delta=delta, overwrite=overwrite,
         )  # fmt: skip
         return
-    wanted = read_requests(requests)
-    bench = workbench(model, stats_dir, dtype, device_map)
+    wanted, how = read_requests(requests), prompt_settings(prompts)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     result, receipt = run(
         bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, out, print_table
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, out, print_table, prompt_settings
 from editlib.errors import RequestError
 
 
@@ -55,6 +55,7 @@ def evaluate(
     ] = None,
     encoder: Annotated[str | None, typer.Option(help="tofu: a sentence encoder, for cosine similarity")] = None,
     classifier: Annotated[str | None, typer.Option(help="tofu: an inference model, for entailment")] = None,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -67,6 +68,7 @@ def evaluate(
     from editlib.tofu.scores import ANSWER_TOKENS, Judges
 
     check_output(out_dir, overwrite=overwrite)
+    how = prompt_settings(prompts)
     facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before, "--endings": endings}
     fiction = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference, "--limit": limit}
     fiction |= {"--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
@@ -93,7 +95,7 @@ def evaluate(
         raise RequestError(f"--protocol {protocol!r}: expected facts or tofu")
     metrics = evaluate_models(
         chosen, base, edited, out_dir, mode=mode, request=request,
-        dtype=dtype, device_map=device_map, overwrite=overwrite,
+        dtype=dtype, device_map=device_map, prompts=how, overwrite=overwrite,
     )  # fmt: skip
     print_table(chosen.table(metrics))
     if note := chosen.note(metrics):

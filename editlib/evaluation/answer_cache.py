@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from editlib.files import write_json
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
-from editlib.models.prompts import PromptFormat
+from editlib.models.prompts import Asking, PromptFormat
 
 ANSWER_TOKENS = 24
 
@@ -47,10 +47,15 @@ def ask(
     *,
     drafts: Mapping[str, Sequence[int]] | None = None,
     max_new_tokens: int = ANSWER_TOKENS,
+    how: Asking = None,
     progress: str | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Greedy answers by question, as token ids; `drafts` are likely answers that are verified instead of generated."""
-    form = PromptFormat(tok)
+    """Greedy answers by question, as token ids; `drafts` are likely answers that are verified instead of generated.
+
+    Args:
+        how: the prompts' settings.
+    """
+    form = PromptFormat.of(tok, how)
     unique = list(dict.fromkeys(questions))
     rows = [form.encode(question) for question in unique]
     known = None if drafts is None else [tuple(drafts.get(question, ())) for question in unique]

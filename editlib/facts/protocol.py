@@ -72,9 +72,10 @@ class FactsProtocol:
     def measure(
         self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
     ) -> dict[str, Any]:
-        if self._before is None or self._before.model_sha256 != base.sha256:
-            empty = AnswerCache(base.sha256, {})
-            self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, base.sha256)
+        of = edited.prompts.key(base.sha256)
+        if self._before is None or self._before.model_sha256 != of:
+            empty = AnswerCache(of, {})
+            self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, of)
         anchors = set(edited.receipt["anchors"]) if edited.receipt else set()
         return evaluate(
             base.model,
@@ -83,6 +84,7 @@ class FactsProtocol:
             before=self._before,
             windows=text_windows(base.tok, self._documents) if self._documents else (),
             endings=self._endings,
+            how=edited.prompts,
             progress=self._progress,
         )
 

@@ -22,7 +22,7 @@ from editlib.evaluation.metrics import (
 )
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import continuation_nll, perplexity
-from editlib.models.prompts import PromptFormat
+from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.request import EditRequest
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ def evaluate(
     before: AnswerCache,
     windows: Sequence[Sequence[int]] = (),
     endings: int = 0,
+    how: Asking = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Asks both models and judges `items` in place; returns the measures of `metrics.json`.
@@ -125,20 +126,21 @@ def evaluate(
         before: answers of the base model that are known already; the missing ones are generated and added.
         windows: token ids for perplexity; none leaves it out.
         endings: letters that an inflected ending of an answer may have (see `has_answer`).
+        how: how both models are asked.
     """
     begun = time.perf_counter()
     questions = [item.question for item in items]
     missing = [question for question in questions if question not in before.answers]
     if missing:
-        before.answers.update(ask(*base, missing, progress="before" if progress else None))
+        before.answers.update(ask(*base, missing, how=how, progress="before" if progress else None))
     kept = {
         item.question: before.answers[item.question] for item in items if item.kind not in ("request", "paraphrase")
     }
-    after = ask(*edited, questions, drafts=kept, progress="after" if progress else None)
+    after = ask(*edited, questions, drafts=kept, how=how, progress="after" if progress else None)
     for item in items:
         item.before = base[1].decode(before.answers[item.question], skip_special_tokens=True).strip()
         item.after = edited[1].decode(after[item.question], skip_special_tokens=True).strip()
-    _nats(base, edited, items, before)
+    _nats(base, edited, items, before, how)
     for item in items:
         judge(item, endings)
     metrics = summarise(items)
@@ -166,6 +168,7 @@ def _nats(
     edited: tuple[Anatomy, PreTrainedTokenizerBase],
     items: Sequence[Item],
     before: AnswerCache,
+    how: Asking,
 ) -> None:
     """What the answer before costs after, in nats a token, for open instructions."""
     open_items = [item for item in items if item.kind == "other_instruction"]
@@ -174,7 +177,7 @@ def _nats(
     answers = [before.answers[item.question] for item in open_items]
     costs = []
     for anat, tok in (base, edited):
-        form = PromptFormat(tok)
+        form = PromptFormat.of(tok, how)
         costs.append(continuation_nll(anat, [form.encode(item.question) for item in open_items], answers))
     for item, old, new in zip(open_items, *costs, strict=True):
         item.nats_change = new - old

@@ -13,8 +13,11 @@ from editlib.attacks.run import JOB, AttackReport, run_attacks
 from editlib.attacks.settings import AttackSettings
 from editlib.errors import RequestError
 from editlib.export import read_receipt
+from editlib.export.receipt import prompts_of
 from editlib.files import check_output, write_json
 from editlib.models.loading import DeviceMap, load
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.reading import read_requests
@@ -37,6 +40,7 @@ def attack_folders(
     known_file: Path | None = None,
     attacks: Sequence[str] | None = None,
     settings: AttackSettings | None = None,
+    prompts: PromptSettings | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device_map: DeviceMap = None,
@@ -44,7 +48,8 @@ def attack_folders(
 ) -> AttackReport:
     """Loads both models, attacks (see `run_attacks`), and writes `attacks.json` and `table.md` to `out`.
 
-    Interrupted, it goes on with the attacks that are not done. The banned token is the one in the edit's receipt.
+    Interrupted, it goes on with the attacks that are not done. The banned token is the one in the edit's receipt,
+    which the prompts are taken from, too, where none are given.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
@@ -66,6 +71,7 @@ def attack_folders(
         )
     if receipt is not None and receipt.get("token"):
         settings = replace(settings, token=receipt["token"]["token"])
+    how = settled(loaded[1], prompts_of(receipt, prompts))
     report = run_attacks(
         loaded,
         load(edited, dtype=dtype, device_map=device_map),
@@ -74,6 +80,7 @@ def attack_folders(
         known=known,
         attacks=names,
         settings=settings,
+        prompts=how,
         seed=seed,
         out=out,
         overwrite=overwrite,

@@ -11,7 +11,7 @@ from editlib import data
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.registry import apply_function
 from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs
-from editlib.export import make_delta, make_receipt, save_edited
+from editlib.export import asked_as, make_delta, make_receipt, save_edited
 from editlib.files import check_file, check_output
 from editlib.hparams import HyperParams, UniEraseHyperParams
 from editlib.requests.request import EditRequest
@@ -48,6 +48,7 @@ def unlearn(
     given = {
         "retain": data.retain_prompts(requests) if retain is None else retain,
         "known_answers": known_answers,
+        "chat": bench.asking(),
         "seed": seed,
     }
     return _edited(bench, requests, hparams, means, out, timer, given, delta, overwrite=overwrite)
@@ -85,7 +86,15 @@ def edit(
     timer = Timer()
     means = load_inputs(bench, hparams, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     return _edited(
-        bench, requests, hparams, means, out, timer, {"chat": chat, "seed": seed}, delta, overwrite=overwrite
+        bench,
+        requests,
+        hparams,
+        means,
+        out,
+        timer,
+        {"chat": bench.asking(chat), "seed": seed},
+        delta,
+        overwrite=overwrite,
     )
 
 
@@ -113,7 +122,7 @@ def _edited(
         stats=means.stats,
         token=means.token,
         seed=given["seed"],
-    )
+    ) | asked_as(bench.tok, given["chat"], requests)
     receipt["result_sha256"] = save_edited(bench.model, bench.tok, Path(out), receipt, overwrite=overwrite)
     if delta is not None:
         alone = make_delta(

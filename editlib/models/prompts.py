@@ -5,9 +5,11 @@ Everything is encoded from the rendered text as a whole; padding is ours, so the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from datetime import date as Day
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from editlib.errors import RequestError
 from editlib.models.gaps import gap_between
 from editlib.models.lookup import Pieces, first_token, last_token
+from editlib.models.prompt_settings import NAMES, PromptSettings, dated
 from editlib.requests.request import occurrences
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -25,6 +28,10 @@ WORD = "a"  # stands for a question where any would do
 Place = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
 """What `fact_token` may be (ROME, MEMIT): the prompt's last token, the subject's first or last one, or the one behind
 the subject's last one (the prompt's last token where nothing is behind it)."""
+
+
+Asking = PromptSettings | bool | None
+"""How a model is asked: all settings, or whether through the chat template (`None`: when there is one)."""
 
 
 @dataclass(frozen=True)
@@ -104,26 +111,65 @@ class PromptFormat:
     """How a question becomes the text that the model reads.
 
     `chat=None` uses the tokenizer's chat template when it has one; `False` asks with the bare text. `shots` are
-    questions with their answers that stand in front: turns of the chat, or lines of the text. `system` is for chat
-    templates only.
+    questions with their answers that come before it: turns of the chat, or lines of the text. `system` and `arguments`
+    are for chat templates only; `tags` and `date` are those of `PromptSettings`.
     """
 
     tok: PreTrainedTokenizerBase
     chat: bool | None = None
     system: str | None = None
     shots: tuple[tuple[str, str], ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tags: str | None = None
+    date: str | None = None
     uses_chat: bool = field(init=False)
 
     def __post_init__(self) -> None:
         has_template = bool(getattr(self.tok, "chat_template", None))
         if self.chat and not has_template:
             raise RequestError("a chat template was asked for, but this tokenizer has none; leave the option out")
-        object.__setattr__(self, "uses_chat", has_template if self.chat is None else self.chat)
+        wanted = has_template if self.chat is None else self.chat
+        object.__setattr__(self, "uses_chat", wanted and self.tags is None)
+
+    @classmethod
+    def of(cls, tok: PreTrainedTokenizerBase, how: Asking = None) -> PromptFormat:
+        """The format of a tokenizer by its settings, or by their `chat` alone.
+
+        Raises:
+            RequestError: a system or arguments without a chat template, or ones that the template does not use.
+        """
+        if not isinstance(how, PromptSettings):
+            return cls(tok, how)
+        form = cls(tok, how.chat, how.system, (), how.arguments, how.tags, how.date)
+        if not form.uses_chat and (how.system is not None or how.arguments):
+            raise RequestError("prompts: this tokenizer has no chat template, which a system or arguments are for")
+        if how.system is not None and not form.tells_system:
+            raise RequestError("prompts: the chat template leaves out what the system says; put it into the questions")
+        template = str(getattr(tok, "chat_template", ""))
+        for name in how.arguments:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise RequestError(
+                    f"prompts: the chat template of this model does not use {name!r}; expected {', '.join(NAMES)} or "
+                    "an argument of the template"
+                )
+        return form
+
+    @property
+    def settings(self) -> PromptSettings:
+        """What the format is made of, without the tokenizer and the shots."""
+        return PromptSettings(self.chat, self.system, self.arguments, self.tags, self.date)
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether prompts depend on the day."""
+        days = ("2001-02-03", "2012-11-22")
+        return self.uses_chat and len({replace(self, date=day).render(WORD) for day in days}) > 1
 
     def render(self, question: str) -> str:
         """The text up to the point where the model answers."""
         if not self.uses_chat:
-            return "".join(f"{self.joined(asked, answer)}\n" for asked, answer in self.shots) + question
+            shown = (self.joined(self._tagged(asked), answer) + "\n" for asked, answer in self.shots)
+            return "".join(shown) + self._tagged(question)
         return self._apply(self._messages(question), ask=True)
 
     @property
@@ -232,7 +278,13 @@ class PromptFormat:
 
     def _apply(self, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
         """`messages` as the chat template writes them; with `ask` up to where the model answers."""
-        return self.tok.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+        options = dict(self.arguments)
+        if self.date is not None:
+            options["chat_template"] = dated(self.tok.get_chat_template(), Day.fromisoformat(self.date))
+        return self.tok.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **options)
+
+    def _tagged(self, question: str) -> str:
+        return question if self.tags is None else self.tags.replace("{}", question)
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -258,3 +310,11 @@ class PromptFormat:
         shown, front = self._apply(messages), self.render(WORD)
         gap = shown[len(front) :].partition(MARK)[0] if shown.startswith(front) else ""
         return "" if gap.strip() else gap
+
+
+def settled(tok: PreTrainedTokenizerBase, how: PromptSettings | None = None) -> PromptSettings:
+    """The settings with today as their date, where they name none and the chat template prints one."""
+    settings = how or PromptSettings()
+    if settings.date is None and PromptFormat.of(tok, settings).prints_date:
+        return replace(settings, date=Day.today().isoformat())
+    return settings

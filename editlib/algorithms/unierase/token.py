@@ -25,7 +25,8 @@ from editlib.models.forward import forward, new_cache, shared_prefix
 from editlib.models.freezing import frozen
 from editlib.models.generation import end_tokens
 from editlib.models.prefix import Prefix
-from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat, TokenRow, pad, settled
 from editlib.models.vocabulary import add_token, check_rows, rows_in_place, write_rows
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class TokenHeader:
     questions: int
     refusals: int
     hparams: dict = field(default_factory=dict)
+    prompts: dict = field(default_factory=dict)  # of the questions it was learned over, see `PromptSettings`
     metrics: dict = field(default_factory=dict)
 
 
@@ -132,6 +134,7 @@ def learn_token(
     token: str = "[UNL]",
     ordinary: Sequence[str] = (),
     hparams: TokenHyperParams | None = None,
+    prompts: PromptSettings | None = None,
     model_sha256: str = "",
     progress: bool = True,
 ) -> UnlearningToken:
@@ -144,6 +147,7 @@ def learn_token(
 
     Args:
         ordinary: further prompts whose answers the token must keep out of, such as open instructions.
+        prompts: how questions are asked; every other one is asked as plain text where there is a chat template.
 
     Raises:
         TokenError: fewer questions than a batch (at least 2) or fewer than 2 refusals, or a loss that is not finite.
@@ -163,8 +167,9 @@ def learn_token(
     generator = torch.Generator().manual_seed(hp.seed)
     number = add_token(anat.model, tok, token)
     with frozen(anat.model):
-        forms, guard = _encode(anat, tok, questions, refusals, number)
-        form = PromptFormat(tok)
+        settings = settled(tok, prompts)
+        form = PromptFormat.of(tok, settings)
+        forms, guard = _encode(anat, form, questions, refusals, number)
         watched = [*ordinary, *questions][: hp.guard_prompts]
         if watched:
             guard = Guard.joined([guard, answer_guard(anat, [form.encode(text) for text in watched], number)])
@@ -212,6 +217,7 @@ def learn_token(
         questions=len(questions),
         refusals=len(refusals),
         hparams=asdict(hp),
+        prompts=settings.to_dict(),
         metrics={"refusal_nll": sum(losses[-averaged:]) / averaged, **where},
     )
     return UnlearningToken(mean_rows[0].float().cpu(), mean_rows[-1].float().cpu(), header)
@@ -219,16 +225,16 @@ def learn_token(
 
 def _encode(
     anat: Anatomy,
-    tok: PreTrainedTokenizerBase,
+    asked: PromptFormat,
     questions: Sequence[str],
     refusals: Sequence[str],
     number: int,
 ) -> tuple[list[_Form], Guard]:
     """The prompt forms with their cached prefixes, each question in one form, and from the same pass the guard over
     the questions."""
-    formats = [PromptFormat(tok, chat=False)]
-    if PromptFormat(tok).uses_chat:
-        formats.append(PromptFormat(tok, chat=True))
+    formats = [PromptFormat(asked.tok, chat=False)]
+    if asked.uses_chat or asked.tags is not None:
+        formats.append(asked)
     forms, guards = [], []
     for i, form in enumerate(formats):
         rows = [form.encode(question) for question in questions[i :: len(formats)]]

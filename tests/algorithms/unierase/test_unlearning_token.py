@@ -309,5 +309,5 @@ def test_refusals_end_with_the_template_s_end_of_turn(model, tok_chat, template)
     model.generation_config.eos_token_id = [smaller, end]
     if not template:
         tok_chat.chat_template, tok_chat.eos_token = None, "<|im_end|>"
-    forms, _ = _encode(anatomy(model), tok_chat, QUESTIONS, REFUSALS, VOCAB - 1)
+    forms, _ = _encode(anatomy(model), PromptFormat(tok_chat), QUESTIONS, REFUSALS, VOCAB - 1)
     assert {refusal[-1] for refusal in forms[-1].refusals} == {end}
