@@ -17,7 +17,7 @@ from editlib.attacks.outcome import Found, Output, Trial
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
 from editlib.models.freezing import frozen
-from editlib.models.generation import BATCH_ROWS
+from editlib.models.generation import chunks
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.models.tracing import edit_hidden
@@ -45,10 +45,10 @@ def _lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, lead:
         leads = [target.form.answer_ids(lead, fact.question) for fact in facts]
         rows = [row.followed_by(ids) for row, ids in zip(rows, leads, strict=True)]
     found: list[Trial] = []
-    for start in range(0, len(facts), BATCH_ROWS):
-        part = slice(start, start + BATCH_ROWS)
-        ranks = answer_ranks(target.anat, rows[part], wanted[part])
-        for fact, row, by_layer in zip(facts[part], rows[part], ranks, strict=True):
+    for part in chunks(range(len(facts)), [len(row) for row in rows]):
+        ranks = answer_ranks(target.anat, [rows[i] for i in part], [wanted[i] for i in part])
+        for i, by_layer in zip(part, ranks, strict=True):
+            fact, row = facts[i], rows[i]
             best = min(by_layer)
             text = f"place {best} in layer {by_layer.index(best)}"
             output = Output(target.tok.decode(row.ids), text, best <= scene.settings.top_k)

@@ -21,7 +21,9 @@ from editlib.errors import OutputError, RequestError
 from editlib.export import library_version
 from editlib.files import write_json
 from editlib.models.loaded import LoadedModel
+from editlib.models.positions import check_requests_fit
 from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
@@ -88,6 +90,8 @@ def run_attacks(
             f'none of the {len(requests)} requests can be attacked: each needs an "answer" that does not stand in its '
             "own question"
         )
+    form = PromptFormat.of(base[1], prompts)
+    check_requests_fit(base[0], form, [*asked, *(control or ())], room=settings.max_new_tokens)
     job = {
         "editlib": library_version(),
         "base": weights_sha256(base[0]),

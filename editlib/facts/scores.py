@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from editlib.evaluation.answer_cache import AnswerCache, ask
+from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
 from editlib.evaluation.memory import peak_rss_mb
 from editlib.evaluation.metrics import (
     has_answer,
@@ -22,6 +22,7 @@ from editlib.evaluation.metrics import (
 )
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import continuation_nll, perplexity
+from editlib.models.positions import check_prompts
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.request import EditRequest
 
@@ -130,6 +131,8 @@ def evaluate(
     """
     begun = time.perf_counter()
     questions = [item.question for item in items]
+    form = PromptFormat.of(base[1], how)
+    check_prompts(base[0].model, form, [(item.id, item.question) for item in items], room=ANSWER_TOKENS)
     missing = [question for question in questions if question not in before.answers]
     if missing:
         before.answers.update(ask(*base, missing, how=how, progress="before" if progress else None))

@@ -14,6 +14,8 @@ from editlib.editing import EditInputs, apply, check_settings, check_wanted, loa
 from editlib.export import asked_as, make_delta, make_receipt, save_edited
 from editlib.files import check_file, check_output
 from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -43,10 +45,12 @@ def unlearn(
     """
     check_places(Path(out), delta, overwrite=overwrite)
     check_settings(bench, hparams)
+    kept = data.retain_prompts(requests) if retain is None else retain
+    check_requests_fit(bench.model, PromptFormat.of(bench.tok, bench.asking()), [*requests, *kept])
     timer = Timer()
     means = load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     given = {
-        "retain": data.retain_prompts(requests) if retain is None else retain,
+        "retain": kept,
         "known_answers": known_answers,
         "chat": bench.asking(),
         "seed": seed,
@@ -83,6 +87,7 @@ def edit(
     apply_function(hparams)  # refuses UniErase, which has no target
     check_settings(bench, hparams)
     check_wanted(requests, hparams)
+    check_requests_fit(bench.model, PromptFormat.of(bench.tok, bench.asking(chat)), requests)
     timer = Timer()
     means = load_inputs(bench, hparams, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     return _edited(
