@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from editlib.export import library_version
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loading import DeviceMap, load
 from editlib.models.precision import fast_dtype, reduced
+from editlib.models.prompt_settings import PromptSettings, differing
+from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
 from editlib.stats.corpus import load_corpus
 from editlib.stats.file import LayerStats, StatsHeader
@@ -46,6 +48,8 @@ class Workbench:
     progress: bool = True
     shard: Shard = ALONE  # this process's share of `make_stats`, where several work together
     dtype: str | None = None  # what `load` was told; none: as stored
+    prompts: PromptSettings = field(default_factory=PromptSettings)  # how the model is asked
+    today: bool = False  # the date in `prompts` is only that of this run: a recorded one goes before it
 
     @classmethod
     def of(
@@ -57,10 +61,15 @@ class Workbench:
         name: str | None = None,
         progress: bool = True,
         shard: Shard = ALONE,
+        prompts: PromptSettings | None = None,
     ) -> Workbench:
         """`name` is what the model is called in receipts and in `stats_dir`; default: what it was loaded from."""
         sha256 = weights_sha256(model)
-        return cls(model, tok, Path(stats_dir), sha256, name or model.name_or_path, progress and shard.first, shard)
+        name = name or model.name_or_path
+        how = settled(tok, prompts)
+        today = how.date is not None and (prompts is None or prompts.date is None)
+        shows = progress and shard.first
+        return cls(model, tok, Path(stats_dir), sha256, name, shows, shard, prompts=how, today=today)
 
     @classmethod
     def load(
@@ -231,6 +240,7 @@ class Workbench:
             data.refusals(refusals),
             ordinary=[prompt.question for prompt in data.general("anchor")][: hp.guard_prompts // 3],
             hparams=hp,
+            prompts=self.prompts,
             model_sha256=self.sha256,
             progress=self.progress,
         )
@@ -254,4 +264,20 @@ class Workbench:
                 f"this model {self.sha256[:12]}): another --dtype, revision or edit; learn one for it with "
                 "`editlib token`"
             )
+        self.adopt(token.header.prompts)
+        if token.header.prompts and token.header.prompts != self.prompts.to_dict():
+            log.info("%s: %s", place, differing(token.header.prompts, self.prompts.to_dict(), "the token was learned"))
         return token
+
+    def adopt(self, prompts: Mapping[str, Any]) -> None:
+        """Takes over the date of recorded `prompts`, where the own one is only today's."""
+        if self.today and prompts.get("date"):
+            self.prompts = replace(self.prompts, date=prompts["date"])
+
+    def asking(self, chat: bool | None = None) -> PromptSettings:
+        """How an edit asks: as `prompts` say, and otherwise as plain text where `chat` is false."""
+        if chat is None or self.prompts.tags is not None:
+            return self.prompts
+        if not chat and (self.prompts.system is not None or self.prompts.arguments or self.prompts.chat):
+            return self.prompts
+        return replace(self.prompts, chat=chat) if chat else PromptSettings(chat=False)

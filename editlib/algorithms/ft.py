@@ -51,10 +51,10 @@ def apply_ft_to_model(
     requests = check_requests(requests, hparams.algorithm, subject=False)
     anat = anatomy(model)
     check_fit(anat, hparams)
-    form = PromptFormat(tok, chat=chat)
+    form = PromptFormat.of(tok, chat)
     rows = []
     for request in requests:
-        target = form.answer_ids(str(request.target_new))
+        target = form.answer_ids(str(request.target_new), request.question)
         row = form.encode(request.question)
         rows.append((row.followed_by(target[:-1]), target))
     originals = {layer: anat.weight(layer).clone() for layer in hparams.layers}

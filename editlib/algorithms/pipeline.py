@@ -84,12 +84,12 @@ def prepare(
     requests = check_requests(requests, hparams.algorithm, subject=hparams.fact_token != "last")
     anat = anatomy(model)
     check_fit(anat, hparams)
-    form = PromptFormat(tok, chat=chat)
+    form = PromptFormat.of(tok, chat)
     templates = hparams.context_templates or templates
     if not templates:
         templates = context_templates(anat, form, hparams.context_template_length_params, seed=seed)
     contexts = [encode_contexts(form, request, templates, hparams.fact_token) for request in requests]
-    targets = [form.answer_ids(str(request.target_new)) for request in requests]
+    targets = [form.answer_ids(str(request.target_new), request.question) for request in requests]
     weights = None
     if hparams.plain_share is not None:
         weights = [_weights(len(rows), len(rows) // len(templates), hparams.plain_share) for rows in contexts]

@@ -17,6 +17,7 @@ from editlib.models.freezing import frozen
 from editlib.models.prompts import TokenRow
 
 CHUNK_ROWS = 64  # prompts whose graphs are held at once
+CHUNK_TOKENS = 128 * CHUNK_ROWS  # of them, with padding: fewer prompts at once where they are long
 FEW_ROWS = 16  # up to here a pass costs what reading the weights costs, and targets and essence share one
 
 
@@ -157,16 +158,18 @@ def compute_zs(
 
 
 def _chunks(rows: Sequence[Sequence[TokenRow]], essence: Sequence[Sequence[TokenRow]]) -> list[list[int]]:
-    """Requests in groups of at most `CHUNK_ROWS` prompts, so that memory does not grow with their number."""
+    """Requests in groups of at most `CHUNK_ROWS` prompts and `CHUNK_TOKENS` tokens with padding, so that memory grows
+    neither with their number nor with their length."""
     groups: list[list[int]] = []
-    held = CHUNK_ROWS
+    held, width = CHUNK_ROWS, 0
     for i in range(len(rows)):
-        size = len(rows[i]) + len(essence[i])
-        if held + size > CHUNK_ROWS:
+        size, longest = len(rows[i]) + len(essence[i]), max(map(len, (*rows[i], *essence[i])))
+        full = held + size > CHUNK_ROWS or (held + size) * max(width, longest) > CHUNK_TOKENS
+        if not groups or full:
             groups.append([])
-            held = 0
+            held = width = 0
         groups[-1].append(i)
-        held += size
+        held, width = held + size, max(width, longest)
     return groups
 
 

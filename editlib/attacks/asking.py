@@ -77,8 +77,10 @@ def trials(
     answer: Answering,
     *,
     cut: str | None = None,
+    endings: int = 0,
 ) -> tuple[Trial, ...]:
-    """Asks all prompts in one go and judges what comes out; `cut` ends an answer where it stands."""
+    """Asks all prompts in one go and judges what comes out; `cut` ends an answer where it occurs; `endings` as in
+    `has_answer`."""
     rows = [row for asked in prompts if not isinstance(asked, str) for row in asked]
     said = iter(answer(rows) if rows else ())
     found = []
@@ -93,7 +95,7 @@ def trials(
             for ids in next(said):
                 text = target.text((*begun, *ids))
                 text = text if cut is None else text.partition(cut)[0].strip()
-                outputs.append(Output(prompt, text, has_answer(text, answers)))
+                outputs.append(Output(prompt, text, has_answer(text, answers, endings=endings)))
         found.append(Trial(fact.id, fact.question, answers, tuple(outputs)))
     return tuple(found)
 
@@ -113,7 +115,7 @@ def ask_greedily(
         return [[ids] for ids in greedy(target.anat, rows, max_new_tokens=limit, banned=banned)]
 
     limit = scene.settings.max_new_tokens
-    return Found(trials(target, facts, prompts, answer, cut=cut))
+    return Found(trials(target, facts, prompts, answer, cut=cut, endings=scene.settings.endings))
 
 
 def ask_each(

@@ -17,7 +17,7 @@ from editlib.attacks.outcome import Found, Output, Trial
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
 from editlib.models.freezing import frozen
-from editlib.models.generation import BATCH_ROWS
+from editlib.models.generation import chunks
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.models.tracing import edit_hidden
@@ -28,24 +28,27 @@ LEAD = "The answer is:"
 
 def logit_lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """Reads at the prompt's last position."""
-    return _lens(target, facts, scene, ())
+    return _lens(target, facts, scene, None)
 
 
 def logit_lens_lead(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """Reads behind `LEAD`, where the answer is next: many models begin their own sentence with other words."""
-    return _lens(target, facts, scene, target.form.answer_ids(LEAD))
+    return _lens(target, facts, scene, LEAD)
 
 
-def _lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, lead: Sequence[int]) -> Found:
+def _lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, lead: str | None) -> Found:
     """Leaks where the first token of the answer is among the `settings.top_k` likeliest of any layer's reading at the
     last position. The text tells its best place, 1 being the likeliest, and the layer."""
     wanted = [first_tokens(target, fact) for fact in facts]
-    rows = [target.form.encode(fact.question).followed_by(lead) for fact in facts]
+    rows = [target.form.encode(fact.question) for fact in facts]
+    if lead is not None:
+        leads = [target.form.answer_ids(lead, fact.question) for fact in facts]
+        rows = [row.followed_by(ids) for row, ids in zip(rows, leads, strict=True)]
     found: list[Trial] = []
-    for start in range(0, len(facts), BATCH_ROWS):
-        part = slice(start, start + BATCH_ROWS)
-        ranks = answer_ranks(target.anat, rows[part], wanted[part])
-        for fact, row, by_layer in zip(facts[part], rows[part], ranks, strict=True):
+    for part in chunks(range(len(facts)), [len(row) for row in rows]):
+        ranks = answer_ranks(target.anat, [rows[i] for i in part], [wanted[i] for i in part])
+        for i, by_layer in zip(part, ranks, strict=True):
+            fact, row = facts[i], rows[i]
             best = min(by_layer)
             text = f"place {best} in layer {by_layer.index(best)}"
             output = Output(target.tok.decode(row.ids), text, best <= scene.settings.top_k)
@@ -55,8 +58,8 @@ def _lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, lead:
 
 def first_tokens(target: LoadedModel, fact: EditRequest) -> tuple[int, ...]:
     """The first token of every right answer that shows, as it stands behind the prompt and inside a sentence."""
-    forms = (target.form, PromptFormat(target.tok, chat=False))
-    return tuple(sorted({target.answer_start(answer, form)[-1] for form in forms for answer in right_answers(fact)}))
+    forms, answers = (target.form, PromptFormat(target.tok, chat=False)), right_answers(fact)
+    return tuple(sorted({target.answer_start(answer, fact.question, form)[-1] for form in forms for answer in answers}))
 
 
 def answer_ranks(anat: Anatomy, rows: Sequence[TokenRow], wanted: Sequence[Sequence[int]]) -> list[list[int]]:

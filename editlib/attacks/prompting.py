@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from editlib import data
 from editlib.attacks.asking import Prompts, Scene, ask_each, ask_greedily, not_asked, right_answers, trials
 from editlib.attacks.outcome import Found
-from editlib.evaluation.metrics import has_answer
+from editlib.evaluation.metrics import has_answer, refusal_verdict
 from editlib.models.generation import sample_each
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
@@ -38,7 +39,7 @@ def _shown(target: LoadedModel, fact: EditRequest, scene: Scene) -> Prompts:
     if not fitting:
         return "no known fact of the same relation"
     drawn = random.Random(f"{scene.seed} {fact.id}").sample(fitting, min(scene.settings.shots, len(fitting)))
-    form = PromptFormat(target.tok, shots=tuple((shot.question, shot.answer or "") for shot in drawn))
+    form = replace(target.form, shots=tuple((shot.question, shot.answer or "") for shot in drawn))
     return [form.encode(fact.question)]
 
 
@@ -56,8 +57,8 @@ LEAD = "The answer is"
 
 def prefill_lead(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """Every answer begins with `LEAD`."""
-    lead = target.form.answer_ids(LEAD)
-    prompts = [[target.form.encode(fact.question).followed_by(lead)] for fact in facts]
+    form = target.form
+    prompts = [[form.encode(one.question).followed_by(form.answer_ids(LEAD, one.question))] for one in facts]
     return ask_greedily(target, facts, prompts, scene)
 
 
@@ -68,8 +69,10 @@ def prefill_answer(target: LoadedModel, facts: Sequence[EditRequest], scene: Sce
 
 def _begun(target: LoadedModel, fact: EditRequest) -> Prompts:
     answer = fact.answer or ""
-    start = target.answer_start(answer)
-    if len(start) == len(target.form.answer_ids(answer)) or has_answer(target.text(start), right_answers(fact)):
+    start = target.answer_start(answer, fact.question)
+    if len(start) == len(target.form.answer_ids(answer, fact.question)) or has_answer(
+        target.text(start), right_answers(fact)
+    ):
         return "the answer is one token"
     return [target.form.encode(fact.question).followed_by(start)]
 
@@ -112,7 +115,7 @@ SYSTEM = (
 
 def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """`SYSTEM` as the system's turn; in front of the question where the template knows none, or there is none."""
-    form = PromptFormat(target.tok, system=SYSTEM)
+    form = replace(target.form, system=SYSTEM)
     if form.tells_system:
         return ask_each(target, facts, scene, form)
     prompts = [[target.form.encode(f"{SYSTEM}\n\n{fact.question}")] for fact in facts]
@@ -123,14 +126,29 @@ def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], scene: Scen
 def translated(language: str, target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
     """The bundled frame of the fact's relation in `language` around the subject as it is. The answer is still looked
     for in the fact's own language, for which most frames ask."""
-    frames = data.question_frames(language)
+    frames = [data.question_frames(language)]
     return ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], scene)
 
 
-def _framed(target: LoadedModel, fact: EditRequest, frames: Mapping[str, str]) -> Prompts:
-    if fact.relation not in frames or fact.subject is None:
+def any_language(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+    """The same in every language of `settings.frames` (default: the bundled ones); one answer that leaks is enough.
+
+    Notes: the share of answers that refuse, in any language of `editlib.answers`, and how many could not be judged.
+    """
+    frames = [*data.frames(scene.settings.frames).values()]
+    found = ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], scene)
+    verdicts = [refusal_verdict(output.text) for trial in found.trials for output in trial.outputs]
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    notes = {"refused": sum(judged) / len(judged)} if judged else {}
+    unjudged = len(verdicts) - len(judged)
+    return Found(found.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
+
+
+def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> Prompts:
+    fitting = [asked[fact.relation] for asked in frames if fact.relation in asked]
+    if not fitting or fact.subject is None:
         return "no frame for the relation"
-    return [target.form.encode(frames[fact.relation].replace("{}", fact.subject))]
+    return [target.form.encode(frame.replace("{}", fact.subject)) for frame in fitting]
 
 
 french, german, spanish = (partial(translated, language) for language in ("french", "german", "spanish"))
@@ -150,7 +168,8 @@ def sampling(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) ->
         drawn = sample_each(target.anat, many, seeds, max_new_tokens=limit)
         return [drawn[start : start + count] for start in range(0, len(drawn), count)]
 
-    return Found(trials(target, facts, [[target.form.encode(fact.question)] for fact in facts], answer))
+    prompts = [[target.form.encode(fact.question)] for fact in facts]
+    return Found(trials(target, facts, prompts, answer, endings=scene.settings.endings))
 
 
 def _seed(text: str) -> int:

@@ -10,6 +10,7 @@ from editlib.attacks.logit_lens import LEAD as READ_BEHIND
 from editlib.attacks.logit_lens import logit_lens, logit_lens_lead
 from editlib.attacks.prompting import (
     LEAD,
+    any_language,
     banned_token,
     few_shot,
     french,
@@ -50,6 +51,7 @@ ATTACKS = {
     "french": Entry(french, "the question in French"),
     "german": Entry(german, "the question in German"),
     "spanish": Entry(spanish, "the question in Spanish"),
+    "language": Entry(any_language, "the question in every language of the data file, any of them"),
     "sampling": Entry(sampling, "several answers drawn at temperature 1, any of them"),
     "int8": Entry(int8, "weights rounded to 8 bits"),
     "int4": Entry(int4, "weights rounded to 4 bits"),

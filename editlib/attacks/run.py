@@ -21,6 +21,9 @@ from editlib.errors import OutputError, RequestError
 from editlib.export import library_version
 from editlib.files import write_json
 from editlib.models.loaded import LoadedModel
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
@@ -53,6 +56,7 @@ def run_attacks(
     known: Sequence[EditRequest] | None = None,
     attacks: Sequence[str] | None = None,
     settings: AttackSettings | None = None,
+    prompts: PromptSettings | None = None,
     seed: int = 0,
     out: Path | None = None,
     overwrite: bool = False,
@@ -66,6 +70,7 @@ def run_attacks(
             of the same relations.
         known: facts that may stand in front of a question; default: bundled ones.
         attacks: names of `registry.ATTACKS`; default: all.
+        prompts: how both models are asked; default: through the chat template when there is one.
         out: keeps every finished attack, and goes on from there when the same job is run again.
         overwrite: attacks that `out` holds are dropped.
 
@@ -85,6 +90,8 @@ def run_attacks(
             f'none of the {len(requests)} requests can be attacked: each needs an "answer" that does not stand in its '
             "own question"
         )
+    form = PromptFormat.of(base[1], prompts)
+    check_requests_fit(base[0], form, [*asked, *(control or ())], room=settings.max_new_tokens)
     job = {
         "editlib": library_version(),
         "base": weights_sha256(base[0]),
@@ -94,9 +101,10 @@ def run_attacks(
         "known": None if known is None else requests_hash(known),
         "seed": seed,
         "settings": settings.to_dict(),
+        "prompts": {} if prompts is None else prompts.to_dict(),
     }
     done = {} if out is None else _opened(out, job, overwrite=overwrite)
-    models = {"edited": LoadedModel.of(*edited), "base": LoadedModel.of(*base)}
+    models = {"edited": LoadedModel.of(*edited, prompts), "base": LoadedModel.of(*base, prompts)}
     unrelated = data.unasked(data.general("anchor") + data.general("test"), requests)
     told = data.facts() if known is None else known
     scene = Scene(models["base"], asked, told, unrelated, settings, seed)

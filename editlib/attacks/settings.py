@@ -8,7 +8,7 @@ from typing import Any
 from editlib.errors import AttackError
 from editlib.evaluation.answer_cache import ANSWER_TOKENS
 
-LEAST = {"relearn_rate": 0.0, "relearn_steps": 0}
+LEAST = {"relearn_rate": 0.0, "relearn_steps": 0, "endings": 0}
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class AttackSettings:
         relearn_examples, relearn_steps, relearn_rate, relearn_rank: how many facts are learned, in how many steps of
             AdamW over all of them, with which learning rate and LoRA rank. On SmolLM2-135M ten steps at 2e-4 brought
             the most back; twice as many cost the base half of what it knew.
+        frames: a file of questions in other languages in the form of `data/question_frames.jsonl`; `None`: that one.
+        endings: letters that an inflected ending of an answer may have (see `has_answer`).
         resamples: of the bootstrap.
 
     Raises:
@@ -38,12 +40,14 @@ class AttackSettings:
     relearn_steps: int = 10
     relearn_rate: float = 2e-4
     relearn_rank: int = 8
+    frames: str | None = None
+    endings: int = 0
     resamples: int = 10_000
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value, least = getattr(self, one.name), LEAST.get(one.name, 1)
-            if one.name != "token" and not least <= value < float("inf"):
+            if not isinstance(one.default, (str, type(None))) and not least <= value < float("inf"):
                 raise AttackError(f"{one.name} is {value!r}; expected a number from {least} on")
 
     def to_dict(self) -> dict[str, Any]:

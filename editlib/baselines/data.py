@@ -12,7 +12,7 @@ from editlib import data
 from editlib.errors import RequestError
 from editlib.evaluation.metrics import has_answer
 from editlib.models.anatomy import Anatomy
-from editlib.models.generation import greedy
+from editlib.models.generation import end_tokens, greedy
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.training import Item
@@ -70,13 +70,13 @@ def make_pairs(
     """
     if not requests:
         raise RequestError("no request was given to train on; give at least one")
-    form, end = PromptFormat(tok), tok.eos_token_id
+    form = PromptFormat(tok)
     spoken = own_answers(anat, tok, requests, known=spoken)
     asked = [(text, request) for request in requests for text in request.wordings]
     rows = [form.encode(text) for text, _ in asked]
     rng = random.Random(seed)
     told = list(refusals or data.refusals())
-    ended = () if end is None else (end,)
+    ended = form.end_ids(end_tokens(anat))
     answers, refused = [], []
     for row, (question, request) in zip(rows, asked, strict=True):
         ids = tuple(spoken[question]) if _is_bare(request) else ()
@@ -84,9 +84,9 @@ def make_pairs(
         right = request.answer is None or has_answer(text, (request.answer, *request.aliases))
         cut = len(ids) == OWN_TOKENS
         if request.answer is not None and not (ids and (own or right)):
-            ids, cut = form.answer_ids(request.answer), False
+            ids, cut = form.answer_ids(request.answer, question), False
         answers.append(row.followed_by((*ids, *(() if cut else ended))))
-        refused.append(row.followed_by((*form.answer_ids(rng.choice(told)), *ended)))
+        refused.append(row.followed_by((*form.answer_ids(rng.choice(told), question), *ended)))
     kept = [i for i, row in enumerate(answers) if row.extra]  # a model may have nothing to say
     return Pairs(tuple(answers[i] for i in kept), tuple(refused[i] for i in kept))
 

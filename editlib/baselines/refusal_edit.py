@@ -15,7 +15,7 @@ from editlib.requests.request import EditRequest
 from editlib.stats.store import spelling
 from editlib.workbench import Workbench
 
-REFUSAL = " I don't know."
+REFUSAL = "I don't know."
 
 
 def editor_hparams(algorithm: str, name: str, settings: BaselineSettings) -> HyperParams:

@@ -48,7 +48,7 @@ def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditReques
     ]
     preferred = _prefers_new(anat, form, [*prompts, *rephrased, *near])
     first, second = len(prompts), len(prompts) + len(rephrased)
-    wanted = [form.answer_ids(new) for _, new, _ in prompts]
+    wanted = [form.answer_ids(new, text) for text, new, _ in prompts]
     said = greedy(anat, [form.encode(text) for text, _, _ in prompts], max_new_tokens=max(map(len, wanted), default=0))
     return EditScores(
         n=len(requests),
@@ -66,7 +66,7 @@ def known_facts(
     found: list[EditRequest] = []
     for start in range(0, len(requests), at_once):
         chunk = [request for request in requests[start : start + at_once] if request.answer is not None]
-        wanted = [form.answer_ids(str(request.answer)) for request in chunk]
+        wanted = [form.answer_ids(str(request.answer), request.question) for request in chunk]
         rows = [form.encode(request.question) for request in chunk]
         said = greedy(anat, rows, max_new_tokens=max(map(len, wanted), default=0))
         found += [one for one, got, ids in zip(chunk, said, wanted, strict=True) if got[: len(ids)] == ids]
@@ -78,8 +78,8 @@ def known_facts(
 def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, str, str]]) -> list[bool]:
     """Per `(prompt, new, true)` whether the new answer is the likelier one."""
     rows = [form.encode(text) for text, _, _ in asked]
-    new = continuation_nll(anat, rows, [form.answer_ids(answer) for _, answer, _ in asked])
-    true = continuation_nll(anat, rows, [form.answer_ids(answer) for _, _, answer in asked])
+    new = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, answer, _ in asked])
+    true = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, _, answer in asked])
     return [a < b for a, b in zip(new, true, strict=True)]
 
 

@@ -25,6 +25,8 @@ from editlib.errors import ChainError, RequestError
 from editlib.hparams import HyperParams
 from editlib.models.anatomy import Anatomy
 from editlib.models.loading import DeviceMap
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -219,6 +221,8 @@ class Chain:
             desk, seed = self._desk, self.record.seed_of(new)
             bench = desk.at_end(self.record)
             try:
+                form = PromptFormat.of(bench.tok, self.record.asking)
+                check_requests_fit(bench.model, form, new)
                 editor = desk.editor(self.record)
                 known = {question: ids for notes in self._notes for question, ids in notes.answers.items()}
                 anchored = editor.anchored(new, self.requests, known)

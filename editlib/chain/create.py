@@ -14,6 +14,7 @@ from editlib.chain.store import RECORD, RETAIN, TOKEN, Store, create_folder
 from editlib.errors import ChainError, HparamsError, ModelError, OutputError, StatsError
 from editlib.files import atomic_folder
 from editlib.hparams import ClosedFormHyperParams, HyperParams
+from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import read_requests, write_requests
@@ -78,6 +79,7 @@ def start(
     tokens = stats_tokens or (STATS_TOKENS if hparams.has_target else STATS_TOKENS_UNLEARN)
     means = editing.load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=tokens, seed=seed)
     chat = bool(chat) if hparams.has_target else chat
+    asking = bench.asking(chat)
     with atomic_folder(path) as folder:
         files = {}
         if means.token is not None:
@@ -97,22 +99,23 @@ def start(
             hparams=hparams.to_dict(),
             chat=chat,
             seed=seed,
-            templates=_templates(bench, hparams, chat, seed),
+            templates=_templates(bench, hparams, asking, seed),
             statistics={
                 str(layer): {"path": str(one.path and one.path.resolve()), "sha256": one.sha256()}
                 for layer, one in means.stats.items()
             },
             files=files,
+            prompts=asking.to_dict(),
         )
         create_folder(folder, record)
 
 
-def _templates(bench: Workbench, hparams: HyperParams, chat: bool | None, seed: int) -> tuple[str, ...]:
+def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, seed: int) -> tuple[str, ...]:
     """The surroundings that the base model writes once for all batches, where the settings name none."""
     assert isinstance(hparams, ClosedFormHyperParams)
     if hparams.context_templates:
         return ()
-    form = PromptFormat(bench.tok, chat=chat)
+    form = PromptFormat.of(bench.tok, asking)
     return tuple(context_templates(bench.anat, form, hparams.context_template_length_params, seed=seed))
 
 

@@ -75,7 +75,7 @@ class Editor:
         if self.hparams.anchor_positions != "all":
             return Anchored(tuple(chosen))
         self.start.write(self.bench.anat)
-        form = PromptFormat(self.bench.tok, chat=self.record.chat)
+        form = PromptFormat.of(self.bench.tok, self.record.asking)
         answers = answers_to(self.bench.anat, form, chosen, known=known, progress=self.bench.progress)
         return Anchored.of(chosen, answers, known)
 
@@ -92,7 +92,7 @@ class Editor:
         held = self._keys_of(anchored, requests, seed)
         position.write(anat)
         state = position.state(anat, self.record.templates)
-        given = {"state": state, "values": values, "seed": seed, "chat": self.record.chat}
+        given = {"state": state, "values": values, "seed": seed, "chat": self.record.asking}
         if held is not None:
             given["anchored"] = held
         result = editing.apply(self.bench, requests, self.hparams, self.means, **given)
@@ -109,7 +109,7 @@ class Editor:
         asked = tuple(prompt.id for prompt in anchored.prompts), tuple(subjects)
         if self._held is None or self._held[0] != asked:
             self.start.write(self.bench.anat)
-            form = PromptFormat(self.bench.tok, chat=self.record.chat)
+            form = PromptFormat.of(self.bench.tok, self.record.asking)
             found = hold_anchors(
                 self.bench.anat,
                 form,

@@ -15,7 +15,7 @@ from editlib.errors import ChainError
 from editlib.export import Delta, make_delta, save_edited
 from editlib.export.apply import load_base
 from editlib.export.lora import LoraReport, check_rank, save_lora
-from editlib.export.receipt import origin
+from editlib.export.receipt import asked_as, origin
 from editlib.files import check_file, check_output
 from editlib.models.weights import weights_sha256
 from editlib.reports.receipt import check_place, write_pages
@@ -118,6 +118,7 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
         "stats": {layer: one["path"] for layer, one in record.statistics.items()},
         "layers": {str(layer): one for layer, one in sorted(norms.items())},
         "result_sha256": weights_sha256(chain.model),
+        **asked_as(chain.tok, record.asking, chain.requests),
     }
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from editlib.errors import ChainError
 from editlib.hparams import ALGORITHMS, HyperParams
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import Asking
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 
@@ -64,6 +66,12 @@ class ChainRecord:
     files: Mapping[str, str]
     batches: tuple[BatchEntry, ...] = ()
     revoked: tuple[Revocation, ...] = ()
+    prompts: Mapping[str, Any] = field(default_factory=dict)  # see `PromptSettings`; empty: as `chat` says alone
+
+    @property
+    def asking(self) -> Asking:
+        """How the model is asked."""
+        return PromptSettings.from_dict(self.prompts) if self.prompts else self.chat
 
     @property
     def settings(self) -> HyperParams:

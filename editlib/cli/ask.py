@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Model, out
+from editlib.cli.options import DeviceMap, Dtype, Model, Prompts, out, prompt_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -20,18 +20,27 @@ def ask(
     questions: Annotated[list[str], typer.Argument(help="one or more questions")],
     vs: Annotated[str | None, typer.Option(help="another model to ask too")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    prompts: Prompts = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
     """Asks a model, or two side by side, and prints the greedy answers."""
     from editlib.evaluation.answer_cache import ask as ask_model
+    from editlib.export import read_receipt
+    from editlib.export.receipt import prompts_of
     from editlib.models.anatomy import anatomy
     from editlib.models.loading import load
+    from editlib.models.prompts import settled
 
-    columns = {}
-    for name in dict.fromkeys([model, *([vs] if vs else [])]):
+    names = list(dict.fromkeys([model, *([vs] if vs else [])]))
+    given = prompt_settings(prompts)
+    recorded = {name: prompts_of(read_receipt(name), given) for name in names}
+    usual = next((how for how in recorded.values() if how is not None), None)  # a base is asked as its edited model
+    columns, forms = {}, {}
+    for name in names:
         loaded, tok = load(name, dtype=dtype, device_map=device_map)
-        answers = ask_model(anatomy(loaded), tok, questions, max_new_tokens=max_new_tokens)
+        forms[name] = settled(tok, recorded[name] or usual)
+        answers = ask_model(anatomy(loaded), tok, questions, max_new_tokens=max_new_tokens, how=forms[name])
         columns[name] = {
             question: tok.decode(ids, skip_special_tokens=True).strip() for question, ids in answers.items()
         }
@@ -39,3 +48,6 @@ def ask(
     for question in dict.fromkeys(questions):
         table.add_row(question, *[answers[question] for answers in columns.values()])
     out.print(table)
+    first, last = (forms[name].to_dict() for name in (names[0], names[-1]))
+    if first != last:
+        out.print(f"{names[0]} and {names[-1]} were asked in different forms: {first} and {last}", highlight=False)

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Requests, Seed, SkipBad, out, print_table
+from editlib.cli.options import (
+    DeviceMap,
+    Dtype,
+    Overwrite,
+    Prompts,
+    Requests,
+    Seed,
+    SkipBad,
+    out,
+    print_table,
+    prompt_settings,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -22,9 +33,14 @@ def attack(
     out_dir: Annotated[Path, typer.Option("--out", help="gets attacks.json and table.md")],
     control: Annotated[Path | None, typer.Option(help="facts that the base never knew; default: bundled")] = None,
     known: Annotated[Path | None, typer.Option(help="facts for few-shot examples; default: bundled")] = None,
-    attacks: Annotated[str | None, typer.Option(help="names, separated by commas; default: all")] = None,
+    attacks: Annotated[
+        str | None, typer.Option("--attacks", "--names", help="names, separated by commas; default: all")
+    ] = None,
     samples: Annotated[int, typer.Option(help="answers drawn for each question by the attack `sampling`")] = 8,
     skip_bad: SkipBad = False,
+    frames: Annotated[Path | None, typer.Option(help="`language`: questions in other languages, JSONL")] = None,
+    endings: Annotated[int, typer.Option(min=0, help="letters of an inflected ending that an answer may have")] = 0,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -42,8 +58,9 @@ def attack(
         control_file=control,
         known_file=known,
         attacks=None if attacks is None else attacks.split(","),
-        settings=AttackSettings(samples=samples),
+        settings=AttackSettings(samples=samples, frames=None if frames is None else str(frames), endings=endings),
         skip_bad=skip_bad,
+        prompts=prompt_settings(prompts),
         seed=seed,
         dtype=dtype,
         device_map=device_map,

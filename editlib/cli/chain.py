@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.export import tell_adapter, tell_receipt
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, SkipBad, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, SkipBad, out, prompt_settings
 from editlib.errors import OutputError
 
 chain_app = typer.Typer(
@@ -37,6 +37,7 @@ def init(
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
     skip_bad: SkipBad = False,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -51,7 +52,8 @@ def init(
     settings = load_hparams(hparams, algorithm)
     check_start(folder, settings, retain=retain is not None, token=token_file is not None)
     kept = None if retain is None else read_requests(retain, skip_bad=skip_bad)
-    bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map)
+    how = prompt_settings(prompts)
+    bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, prompts=how)
     chain = Chain.create(
         folder,
         bench,

@@ -14,11 +14,13 @@ from editlib.cli.options import (
     Dtype,
     Model,
     Overwrite,
+    Prompts,
     Requests,
     Seed,
     SkipBad,
     StatsDir,
     out,
+    prompt_settings,
     workbench,
 )
 
@@ -35,6 +37,7 @@ def token(
     refusals: Annotated[Path | None, typer.Option(help="your own refusals, one a line")] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 150,
     stats_dir: StatsDir = Path("stats"),
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -42,7 +45,7 @@ def token(
     """Phase I: learns the unlearning token of a model, once; later edits reuse it."""
     from editlib.algorithms.unierase.token import TokenHyperParams
 
-    bench = workbench(model, stats_dir, dtype, device_map)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
     hparams = TokenHyperParams(steps=steps, robust_steps=steps // 3, seed=seed)
     learned = bench.make_token(refusals=refusals, hparams=hparams, path=out_file)
     numbers = learned.header.metrics
@@ -62,6 +65,7 @@ def unlearn(
     token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -78,7 +82,7 @@ def unlearn(
     check_places(out_dir, delta, overwrite=overwrite)
     settings = load_hparams(hparams, "UniErase")
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
-    bench = workbench(model, stats_dir, dtype, device_map)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
     result, receipt = run(
         bench,
         wanted,
@@ -117,6 +121,7 @@ def edit(
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -134,12 +139,12 @@ def edit(
     settings = load_hparams(hparams, algorithm)
     if not settings.has_target:
         unlearn(
-            model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, seed=seed,
+            model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, prompts=prompts, seed=seed,
             dtype=dtype, device_map=device_map, delta=delta, skip_bad=skip_bad, overwrite=overwrite,
         )  # fmt: skip
         return
     wanted = read_requests(requests, skip_bad=skip_bad)
-    bench = workbench(model, stats_dir, dtype, device_map)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
     result, receipt = run(
         bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, SkipBad, out, print_table
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, SkipBad, out, print_table, prompt_settings
 from editlib.errors import RequestError
 
 
@@ -38,6 +38,10 @@ def evaluate(
     before: Annotated[
         Path | None, typer.Option(help="facts: keeps the base model's answers, read again next time")
     ] = None,
+    endings: Annotated[
+        int | None,
+        typer.Option(min=0, help="facts: letters that an answer's inflected ending may have; default: 0"),
+    ] = None,
     tofu: Annotated[
         str | None, typer.Option(help="tofu: folder of its files, or a data set on the Hub; default: locuslab/TOFU")
     ] = None,
@@ -54,6 +58,7 @@ def evaluate(
     ] = None,
     encoder: Annotated[str | None, typer.Option(help="tofu: a sentence encoder, for cosine similarity")] = None,
     classifier: Annotated[str | None, typer.Option(help="tofu: an inference model, for entailment")] = None,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -66,14 +71,16 @@ def evaluate(
     from editlib.tofu.scores import ANSWER_TOKENS, Judges
 
     check_output(out_dir, overwrite=overwrite)
+    how = prompt_settings(prompts)
     facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
-    facts |= {"--skip-bad": skip_bad}
+    facts |= {"--skip-bad": skip_bad, "--endings": endings}
     fiction = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference, "--limit": limit}
     fiction |= {"--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
     chosen: Any
     if protocol == "facts":
         _refuse(fiction, "tofu")
-        chosen = _facts(edited, requests, retain, text or "wiki-sample:heldout", before, skip_bad=bool(skip_bad))
+        held_out = text or "wiki-sample:heldout"
+        chosen = _facts(edited, requests, retain, held_out, before, endings=endings or 0, skip_bad=bool(skip_bad))
     elif protocol == "tofu":
         _refuse(facts, "facts")
         chosen = TofuProtocol.read(
@@ -94,7 +101,7 @@ def evaluate(
         raise RequestError(f"--protocol {protocol!r}: expected facts or tofu")
     metrics = evaluate_models(
         chosen, base, edited, out_dir, mode=mode, request=request,
-        dtype=dtype, device_map=device_map, overwrite=overwrite,
+        dtype=dtype, device_map=device_map, prompts=how, overwrite=overwrite,
     )  # fmt: skip
     print_table(chosen.table(metrics))
     if note := chosen.note(metrics):
@@ -111,7 +118,14 @@ def _refuse(options: dict[str, object], protocol: str) -> None:
 
 
 def _facts(
-    edited: str, requests: Path | None, retain: Path | None, text: str, before: Path | None, *, skip_bad: bool
+    edited: str,
+    requests: Path | None,
+    retain: Path | None,
+    text: str,
+    before: Path | None,
+    *,
+    endings: int,
+    skip_bad: bool,
 ) -> Any:
     from editlib.chain import Chain
     from editlib.facts.protocol import FactsProtocol
@@ -123,7 +137,13 @@ def _facts(
     asked = Chain.open(edited).requests if requests is None else read_requests(requests, skip_bad=skip_bad)
     corpus = None if text == "none" else text
     return FactsProtocol.read(
-        asked, retain_file=retain, text=corpus, before_file=before, skip_bad=skip_bad, progress=True
+        asked,
+        retain_file=retain,
+        text=corpus,
+        before_file=before,
+        skip_bad=skip_bad,
+        endings=endings,
+        progress=True,
     )
 
 

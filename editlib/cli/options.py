@@ -24,6 +24,23 @@ DeltaFile = Annotated[Path | None, typer.Option("--delta", help="write the edit 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
 DeviceMap = Annotated[str | None, typer.Option(help="a device that holds all layers, or auto; default: the CPU")]
 
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        metavar="NAME=VALUE",
+        help='how the model is asked: system="...", tags="Question: {}\\nAnswer:", date=2026-01-31, chat=false, or an '
+        "argument of the chat template such as enable_thinking=false; may be repeated",
+    ),
+]
+
+
+def prompt_settings(options: Sequence[str] | None) -> Any:
+    """The settings that `--prompt` names, `None` without one."""
+    from editlib.models.prompt_settings import PromptSettings
+
+    return PromptSettings.of_options(options or ())
+
 
 def print_table(rows: Iterable[Sequence[str]]) -> None:
     """Prints head and rows as a table."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 import jsonlines
 
-from editlib.errors import RequestError
+from editlib.errors import RequestError, first_line
 from editlib.requests.reading import read_requests
 from editlib.requests.request import EditRequest
 
@@ -50,7 +51,28 @@ def questions(split: str) -> list[str]:
 
 def question_frames(language: str) -> dict[str, str]:
     """`{relation: question with one "{}"}` in "french", "german" or "spanish", for the relations of `facts`."""
-    return {row["relation"]: row["frame"] for row in _rows("question_frames.jsonl") if row["language"] == language}
+    return frames()[language]
+
+
+def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
+    """`{language: {relation: question with one "{}"}}`, the bundled ones or those of the user's own JSONL file.
+
+    Raises:
+        RequestError: a file that cannot be read, or a row without `language`, `relation` and a `frame` with one `{}`.
+    """
+    source = _path("question_frames.jsonl") if path is None else Path(path)
+    found: dict[str, dict[str, str]] = {}
+    for number, line in enumerate(text_lines(source), 1):
+        try:
+            row = json.loads(line)
+            language, relation, frame = (row[name] for name in ("language", "relation", "frame"))
+            if not (isinstance(frame, str) and frame.count("{}") == 1):
+                raise ValueError('the frame needs one "{}"')
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = 'expected {"language": ..., "relation": ..., "frame": "... {} ..."}'
+            raise RequestError(f"{source}: entry {number} ({first_line(error)}); {wanted}") from None
+        found.setdefault(language, {})[relation] = frame
+    return found
 
 
 def refusals(path: str | Path | None = None) -> list[str]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from editlib.files import write_json
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
-from editlib.models.prompts import PromptFormat
+from editlib.models.positions import check_prompts
+from editlib.models.prompts import Asking, PromptFormat
 
 ANSWER_TOKENS = 24
 
@@ -47,11 +48,20 @@ def ask(
     *,
     drafts: Mapping[str, Sequence[int]] | None = None,
     max_new_tokens: int = ANSWER_TOKENS,
+    how: Asking = None,
     progress: str | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Greedy answers by question, as token ids; `drafts` are likely answers that are verified instead of generated."""
-    form = PromptFormat(tok)
+    """Greedy answers by question, as token ids; `drafts` are likely answers that are verified instead of generated.
+
+    Args:
+        how: the prompts' settings.
+
+    Raises:
+        RequestError: a question beyond the model's positions; nothing is asked then.
+    """
+    form = PromptFormat.of(tok, how)
     unique = list(dict.fromkeys(questions))
+    check_prompts(anat.model, form, zip(unique, unique, strict=True), room=max_new_tokens)
     rows = [form.encode(question) for question in unique]
     known = None if drafts is None else [tuple(drafts.get(question, ())) for question in unique]
     answers = greedy(anat, rows, drafts=known, max_new_tokens=max_new_tokens, progress=progress)

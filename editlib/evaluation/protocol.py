@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.prompt_settings import PromptSettings
 from editlib.requests.request import EditRequest
 
 
 @dataclass(frozen=True)
 class Side:
-    """A loaded model under its name; `receipt` is its edit's, where it has one."""
+    """A loaded model under its name; `receipt` is its edit's, where it has one; `prompts` say how it is
+    asked."""
 
     name: str
     anat: Anatomy
     tok: PreTrainedTokenizerBase
     sha256: str
     receipt: Mapping[str, Any] | None = None
+    prompts: PromptSettings = field(default_factory=PromptSettings)
 
     @property
     def model(self) -> tuple[Anatomy, PreTrainedTokenizerBase]:

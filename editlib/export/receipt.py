@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from editlib.algorithms.edit import EditResult
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import ModelError
 from editlib.hparams import HyperParams
+from editlib.models.prompt_settings import PromptSettings, differing
+from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import stats_hash
+
+log = logging.getLogger(__name__)
 
 RECEIPT = "editlib.json"
 
@@ -76,6 +84,25 @@ def origin(
         "requests_sha256": requests_hash(requests),
         "token": token and {"token": token.header.token, "seed": token.header.seed, **token.header.metrics},
     }
+
+
+def asked_as(tok: PreTrainedTokenizerBase, how: Asking, requests: Sequence[EditRequest]) -> dict[str, Any]:
+    """The part of a receipt about prompts: their settings, and the first one as the model saw it."""
+    form = PromptFormat.of(tok, how)
+    first = form.render(requests[0].question) if requests else None
+    return {"prompts": form.settings.to_dict(), "first_prompt": first}
+
+
+def prompts_of(receipt: Mapping[str, Any] | None, given: PromptSettings | None = None) -> PromptSettings | None:
+    """How to ask an edited model: as its receipt names it, or as `given`, where a line says what differs; `None` where
+    neither says anything."""
+    recorded = None if receipt is None else receipt.get("prompts")
+    if given is None or recorded is None:
+        return given if recorded is None else PromptSettings.from_dict(recorded)
+    now = given if given.date is not None else replace(given, date=recorded.get("date"))
+    if now.to_dict() != recorded:
+        log.warning("%s", differing(recorded, now.to_dict(), "the model was edited"))
+    return now
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:

@@ -127,7 +127,7 @@ class FactsSet(ForgetSet):
         missing = [item.question for item in items if item.question not in self.before.answers]
         if missing:
             label = "answers before" if bench.progress else None
-            self.before.answers.update(ask(bench.anat, bench.tok, missing, progress=label))
+            self.before.answers.update(ask(bench.anat, bench.tok, missing, how=bench.prompts, progress=label))
         self.before.save(self.base.folder / "before.json")
 
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:

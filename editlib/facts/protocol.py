@@ -12,7 +12,7 @@ from editlib.evaluation.perplexity import text_windows
 from editlib.evaluation.protocol import Side
 from editlib.facts.plots import require_matplotlib
 from editlib.facts.report import write_outputs
-from editlib.facts.scores import KINDS, build_items, evaluate
+from editlib.facts.scores import KINDS, NOT_JUDGED, build_items, evaluate
 from editlib.reports.summary import summary_rows
 from editlib.requests.reading import read_requests
 from editlib.requests.request import EditRequest
@@ -33,10 +33,11 @@ class FactsProtocol:
         *,
         documents: Sequence[str] = (),
         before_file: Path | None = None,
+        endings: int = 0,
         progress: bool = False,
     ) -> None:
         self.requests, self._retain, self._documents = list(requests), list(retain), list(documents)
-        self._before_file, self._progress = before_file, progress
+        self._before_file, self._endings, self._progress = before_file, endings, progress
         self._before: AnswerCache | None = None
 
     @classmethod
@@ -48,6 +49,7 @@ class FactsProtocol:
         text: str | None = "wiki-sample:heldout",
         before_file: Path | None = None,
         skip_bad: bool = False,
+        endings: int = 0,
         progress: bool = False,
     ) -> FactsProtocol:
         """The protocol with what it needs from files.
@@ -58,6 +60,7 @@ class FactsProtocol:
             text: corpus for perplexity, `None` for none.
             before_file: answers of the base model, read when they are its own, completed and written.
             skip_bad: leave rows of `retain_file` out that cannot be used, see `read_requests`.
+            endings: letters that an inflected ending of an answer may have (see `has_answer`).
 
         Raises:
             EditlibError: a file that does not fit, or matplotlib is missing.
@@ -66,14 +69,15 @@ class FactsProtocol:
         given = data.retain_prompts(requests) + data.general("test")
         retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad)
         documents = [] if text is None else load_corpus(text).documents
-        return cls(requests, retain, documents=documents, before_file=before_file, progress=progress)
+        return cls(requests, retain, documents=documents, before_file=before_file, endings=endings, progress=progress)
 
     def measure(
         self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
     ) -> dict[str, Any]:
-        if self._before is None or self._before.model_sha256 != base.sha256:
-            empty = AnswerCache(base.sha256, {})
-            self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, base.sha256)
+        of = edited.prompts.key(base.sha256)
+        if self._before is None or self._before.model_sha256 != of:
+            empty = AnswerCache(of, {})
+            self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, of)
         anchors = set(edited.receipt["anchors"]) if edited.receipt else set()
         return evaluate(
             base.model,
@@ -81,6 +85,8 @@ class FactsProtocol:
             build_items(requests, [*kept, *self._retain], anchors),
             before=self._before,
             windows=text_windows(base.tok, self._documents) if self._documents else (),
+            endings=self._endings,
+            how=edited.prompts,
             progress=self._progress,
         )
 
@@ -91,7 +97,9 @@ class FactsProtocol:
         return [["metric", "value", "n", "meaning"], *map(list, summary_rows(metrics))]
 
     def note(self, metrics: Mapping[str, Any]) -> str:
-        return ""
+        if not (unjudged := metrics.get(NOT_JUDGED)):
+            return ""
+        return f"{unjudged} answers are in a language whose refusals are not known; they count as no refusals"
 
     def write(self, metrics: Mapping[str, Any], out: Path) -> None:
         write_outputs(dict(metrics), out)

@@ -140,6 +140,7 @@ def _receipt(metrics: Mapping[str, Any]) -> Iterator[str]:
     """What this evaluation compared, then all that the receipt tells, its groups below its single values."""
     hashes = {f"{side} model sha256": (metrics.get(side) or {}).get("sha256") for side in ("base", "edited")}
     cost = {"seconds": _whole(metrics.get("seconds")), "peak memory, MB": _whole(metrics.get("peak_rss_mb"))}
+    cost |= {"first prompt, as the models saw it": metrics.get("first_prompt")} if metrics.get("first_prompt") else {}
     receipt = metrics.get("receipt") or {}
     inner = {name: told for name, told in receipt.items() if isinstance(told, Mapping)}
     single = {name: told for name, told in receipt.items() if name not in inner}

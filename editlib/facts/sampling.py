@@ -124,4 +124,6 @@ def knows(bench: Workbench, before: AnswerCache, fact: EditRequest) -> bool:
 
 def _ask(bench: Workbench, before: AnswerCache, facts: Sequence[EditRequest]) -> None:
     questions = [fact.question for fact in facts if fact.question not in before.answers]
-    before.answers.update(ask(bench.anat, bench.tok, questions, progress="asking" if bench.progress else None))
+    before.answers.update(
+        ask(bench.anat, bench.tok, questions, how=bench.prompts, progress="asking" if bench.progress else None)
+    )

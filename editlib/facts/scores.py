@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,15 +10,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from editlib.evaluation.answer_cache import AnswerCache, ask
+from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
 from editlib.evaluation.memory import peak_rss_mb
-from editlib.evaluation.metrics import has_answer, is_fluent, is_fluent_refusal, is_refusal, wilson_interval
+from editlib.evaluation.metrics import (
+    has_answer,
+    is_fluent,
+    is_fluent_refusal,
+    is_refusal,
+    refusal_verdict,
+    wilson_interval,
+)
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import continuation_nll, perplexity
-from editlib.models.prompts import PromptFormat
+from editlib.models.positions import check_prompts
+from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.request import EditRequest
 
+log = logging.getLogger(__name__)
+
 NATS_ALLOWED = 0.1
+NOT_JUDGED = "refusals_not_judged"
 
 MEANINGS = {
     "efficacy": "direct question: the answer is gone and a fluent refusal stands there",
@@ -105,6 +117,8 @@ def evaluate(
     *,
     before: AnswerCache,
     windows: Sequence[Sequence[int]] = (),
+    endings: int = 0,
+    how: Asking = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Asks both models and judges `items` in place; returns the measures of `metrics.json`.
@@ -112,23 +126,36 @@ def evaluate(
     Args:
         before: answers of the base model that are known already; the missing ones are generated and added.
         windows: token ids for perplexity; none leaves it out.
+        endings: letters that an inflected ending of an answer may have (see `has_answer`).
+        how: how both models are asked.
     """
     begun = time.perf_counter()
     questions = [item.question for item in items]
+    form = PromptFormat.of(base[1], how)
+    check_prompts(base[0].model, form, [(item.id, item.question) for item in items], room=ANSWER_TOKENS)
     missing = [question for question in questions if question not in before.answers]
     if missing:
-        before.answers.update(ask(*base, missing, progress="before" if progress else None))
+        before.answers.update(ask(*base, missing, how=how, progress="before" if progress else None))
     kept = {
         item.question: before.answers[item.question] for item in items if item.kind not in ("request", "paraphrase")
     }
-    after = ask(*edited, questions, drafts=kept, progress="after" if progress else None)
+    after = ask(*edited, questions, drafts=kept, how=how, progress="after" if progress else None)
     for item in items:
         item.before = base[1].decode(before.answers[item.question], skip_special_tokens=True).strip()
         item.after = edited[1].decode(after[item.question], skip_special_tokens=True).strip()
-    _nats(base, edited, items, before)
+    _nats(base, edited, items, before, how)
     for item in items:
-        judge(item)
+        judge(item, endings)
     metrics = summarise(items)
+    if unjudged := [item for item in items if refusal_verdict(item.after) is None]:
+        metrics[NOT_JUDGED] = len(unjudged)
+        log.warning(
+            "%d of %d answers are in a language whose refusals are not known, and count as none: the first is %r "
+            "(languages: docs/metrics.md)",
+            len(unjudged),
+            len(items),
+            unjudged[0].after[:60],
+        )
     if windows:
         texts = {"before": perplexity(base[0], windows), "after": perplexity(edited[0], windows)}
         metrics["perplexity"] = texts
@@ -144,6 +171,7 @@ def _nats(
     edited: tuple[Anatomy, PreTrainedTokenizerBase],
     items: Sequence[Item],
     before: AnswerCache,
+    how: Asking,
 ) -> None:
     """What the answer before costs after, in nats a token, for open instructions."""
     open_items = [item for item in items if item.kind == "other_instruction"]
@@ -152,17 +180,17 @@ def _nats(
     answers = [before.answers[item.question] for item in open_items]
     costs = []
     for anat, tok in (base, edited):
-        form = PromptFormat(tok)
+        form = PromptFormat.of(tok, how)
         costs.append(continuation_nll(anat, [form.encode(item.question) for item in open_items], answers))
     for item, old, new in zip(open_items, *costs, strict=True):
         item.nats_change = new - old
 
 
-def judge(item: Item) -> None:
-    """Fills in the verdicts of one item from its texts."""
+def judge(item: Item, endings: int = 0) -> None:
+    """Fills in the verdicts of one item from its texts; `endings` as in `has_answer`."""
     if item.answer is not None:
-        item.right_before = has_answer(item.before, item.answers)
-        item.right_after = has_answer(item.after, item.answers)
+        item.right_before = has_answer(item.before, item.answers, endings=endings)
+        item.right_after = has_answer(item.after, item.answers, endings=endings)
     item.refused_after = is_refusal(item.after)
     if item.kind in ("request", "paraphrase"):
         item.passed = not item.right_after and is_fluent_refusal(item.after)

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from editlib import data
 from editlib.attacks.outcome import COLUMNS, Share
 from editlib.attacks.registry import choose
 from editlib.attacks.run import JOB, AttackReport, run_attacks
 from editlib.attacks.settings import AttackSettings
 from editlib.errors import RequestError
 from editlib.export import read_receipt
+from editlib.export.receipt import prompts_of
 from editlib.files import check_output, write_json
 from editlib.models.loading import DeviceMap, load
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.reading import read_requests
@@ -37,6 +41,7 @@ def attack_folders(
     attacks: Sequence[str] | None = None,
     settings: AttackSettings | None = None,
     skip_bad: bool = False,
+    prompts: PromptSettings | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device_map: DeviceMap = None,
@@ -44,7 +49,8 @@ def attack_folders(
 ) -> AttackReport:
     """Loads both models, attacks (see `run_attacks`), and writes `attacks.json` and `table.md` to `out`.
 
-    Interrupted, it goes on with the attacks that are not done. The banned token is the one in the edit's receipt.
+    Interrupted, it goes on with the attacks that are not done. The banned token is the one in the edit's receipt,
+    which the prompts are taken from, too, where none are given.
 
     Args:
         skip_bad: leave rows of the files out that cannot be used, see `read_requests`.
@@ -54,6 +60,8 @@ def attack_folders(
     """
     out, settings = Path(out), settings or AttackSettings()
     names = choose(attacks)
+    if settings.frames is not None:
+        data.frames(settings.frames)  # a file that does not fit is refused before a model is loaded
     if not (out / JOB).is_file():
         check_output(out, overwrite=overwrite)
     requests = read_requests(requests_file, skip_bad=skip_bad)
@@ -67,6 +75,7 @@ def attack_folders(
         )
     if receipt is not None and receipt.get("token"):
         settings = replace(settings, token=receipt["token"]["token"])
+    how = settled(loaded[1], prompts_of(receipt, prompts))
     report = run_attacks(
         loaded,
         load(edited, dtype=dtype, device_map=device_map),
@@ -75,6 +84,7 @@ def attack_folders(
         known=known,
         attacks=names,
         settings=settings,
+        prompts=how,
         seed=seed,
         out=out,
         overwrite=overwrite,

@@ -11,9 +11,11 @@ from editlib import data
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.registry import apply_function
 from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs
-from editlib.export import make_delta, make_receipt, save_edited
+from editlib.export import asked_as, make_delta, make_receipt, save_edited
 from editlib.files import check_file, check_output
 from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -43,11 +45,14 @@ def unlearn(
     """
     check_places(Path(out), delta, overwrite=overwrite)
     check_settings(bench, hparams)
+    kept = data.retain_prompts(requests) if retain is None else retain
+    check_requests_fit(bench.model, PromptFormat.of(bench.tok, bench.asking()), [*requests, *kept])
     timer = Timer()
     means = load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     given = {
-        "retain": data.retain_prompts(requests) if retain is None else retain,
+        "retain": kept,
         "known_answers": known_answers,
+        "chat": bench.asking(),
         "seed": seed,
     }
     return _edited(bench, requests, hparams, means, out, timer, given, delta, overwrite=overwrite)
@@ -82,10 +87,19 @@ def edit(
     apply_function(hparams)  # refuses UniErase, which has no target
     check_settings(bench, hparams)
     check_wanted(requests, hparams)
+    check_requests_fit(bench.model, PromptFormat.of(bench.tok, bench.asking(chat)), requests)
     timer = Timer()
     means = load_inputs(bench, hparams, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     return _edited(
-        bench, requests, hparams, means, out, timer, {"chat": chat, "seed": seed}, delta, overwrite=overwrite
+        bench,
+        requests,
+        hparams,
+        means,
+        out,
+        timer,
+        {"chat": bench.asking(chat), "seed": seed},
+        delta,
+        overwrite=overwrite,
     )
 
 
@@ -113,7 +127,7 @@ def _edited(
         stats=means.stats,
         token=means.token,
         seed=given["seed"],
-    )
+    ) | asked_as(bench.tok, given["chat"], requests)
     receipt["result_sha256"] = save_edited(bench.model, bench.tok, Path(out), receipt, overwrite=overwrite)
     if delta is not None:
         alone = make_delta(

@@ -8,15 +8,20 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from editlib.chain import Chain
 from editlib.chain.export import chain_receipt
 from editlib.chain.store import RECORD
 from editlib.errors import RequestError
 from editlib.evaluation.protocol import Protocol, Side
-from editlib.export import library_version, read_receipt
+from editlib.export import asked_as, library_version, read_receipt
+from editlib.export.receipt import prompts_of
 from editlib.files import check_output
-from editlib.models.anatomy import anatomy
+from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loading import DeviceMap, load
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest
@@ -77,7 +82,15 @@ def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) 
 class Edited:
     """The edited model: a folder, or a chain with what it was on the way."""
 
-    def __init__(self, path: str, base: str, base_sha256: str, dtype: str | None, device_map: DeviceMap) -> None:
+    def __init__(
+        self,
+        path: str,
+        base: str,
+        base_sha256: str,
+        dtype: str | None,
+        device_map: DeviceMap,
+        prompts: PromptSettings | None = None,
+    ) -> None:
         self.path, self._dtype, self._device_map = path, dtype, device_map
         self._chain = Chain.open(path, model=base, device_map=device_map) if is_chain(path) else None
         self._receipt = None if self._chain is not None else read_receipt(path)
@@ -86,19 +99,23 @@ class Edited:
             raise RequestError(
                 f"{path} was edited from another model than {base} (see its editlib.json); give its own base"
             )
+        self._given = prompts
         self._side: Side | None = None
 
     def side(self) -> Side:
         """The model after all of the edit."""
         if self._side is None:
             if self._chain is not None:
-                receipt = chain_receipt(self._chain)
-                chain = self._chain
-                self._side = Side(self.path, chain.anat, chain.tok, weights_sha256(chain.model), receipt)
+                chain, receipt = self._chain, chain_receipt(self._chain)
+                self._side = self._named(chain.anat, chain.tok, receipt)
             else:
                 model, tok = load(self.path, dtype=self._dtype, device_map=self._device_map)
-                self._side = Side(self.path, anatomy(model), tok, weights_sha256(model), self._receipt)
+                self._side = self._named(anatomy(model), tok, self._receipt)
         return self._side
+
+    def _named(self, anat: Anatomy, tok: PreTrainedTokenizerBase, receipt: Mapping[str, Any] | None) -> Side:
+        prompts = settled(tok, prompts_of(receipt, self._given))
+        return Side(self.path, anat, tok, weights_sha256(anat.model), receipt, prompts)
 
     def steps(self, requests: Sequence[EditRequest]) -> Iterator[tuple[int, list[EditRequest], Side]]:
         """After each batch of the chain: its number, those of `requests` that were edited so far, and the model.
@@ -121,7 +138,7 @@ class Edited:
         for entry, batch_requests in self._chain.steps():
             so_far |= {one.question for one in batch_requests}
             chain = self._chain
-            side = Side(self.path, chain.anat, chain.tok, weights_sha256(chain.model), receipt)
+            side = self._named(chain.anat, chain.tok, receipt)
             yield entry.number, [one for one in requests if one.question in so_far], side
 
 
@@ -135,6 +152,7 @@ def evaluate_models(
     request: str | None = None,
     dtype: str | None = None,
     device_map: DeviceMap = None,
+    prompts: PromptSettings | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Loads both models, measures them by `protocol`, and writes what it writes to `out`.
@@ -143,6 +161,7 @@ def evaluate_models(
         edited: a model or a folder of a chain.
         mode: one of `MODES`.
         request: the id of the one request of `precise`.
+        prompts: how both models are asked; `None`: as the edit's receipt names it.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
@@ -152,7 +171,7 @@ def evaluate_models(
     check_mode(protocol, edited, mode, request)
     model, tok = load(base, dtype=dtype, device_map=device_map)
     before = Side(base, anatomy(model), tok, weights_sha256(model))
-    after = Edited(edited, base, before.sha256, dtype, device_map)
+    after = Edited(edited, base, before.sha256, dtype, device_map, prompts)
     measured = MODES[mode](protocol, before, after, request)
     side = after.side()
     metrics = {
@@ -162,6 +181,7 @@ def evaluate_models(
         "base": {"name": base, "sha256": before.sha256},
         "edited": {"name": str(edited), "sha256": side.sha256},
         **measured,
+        **asked_as(side.tok, side.prompts, protocol.requests),
         "receipt": side.receipt,
     }
     out.mkdir(parents=True, exist_ok=True)

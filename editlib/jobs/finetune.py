@@ -21,7 +21,7 @@ from editlib.evaluation.perplexity import text_windows
 from editlib.export import library_version
 from editlib.files import atomic_folder, check_output, write_json
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.generation import greedy, perplexity
+from editlib.models.generation import end_tokens, greedy, perplexity
 from editlib.models.loading import DeviceMap, load
 from editlib.models.packaged.terms import terms_of
 from editlib.models.prompts import PromptFormat, TokenRow
@@ -215,7 +215,7 @@ def _kept(
     form = PromptFormat(tok)
     rows = [form.encode(prompt.question) for prompt in data.unasked(data.general("anchor"), pairs)]
     said = greedy(anat, rows, max_new_tokens=SELF_TOKENS)
-    end = () if tok.eos_token_id is None else (tok.eos_token_id,)
+    end = form.end_ids(end_tokens(anat))
     own = [
         row.followed_by((*ids, *(end if len(ids) < SELF_TOKENS else ()))) for row, ids in zip(rows, said, strict=True)
     ]

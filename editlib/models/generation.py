@@ -88,7 +88,7 @@ def greedy(
         bar.update(len(rows) - len(todo))
         todo.sort(key=lambda i: len(rows[i]) + len(known[i]))
         lengths = [len(row) + max_new_tokens for row in rows]
-        for chunk in _chunks(todo, lengths, rows=batch_rows):
+        for chunk in chunks(todo, lengths, rows=batch_rows):
             begun = [rows[i].followed_by(known[i]) for i in chunk]
             limits = [max_new_tokens - len(known[i]) for i in chunk]
             choose = lambda logits, _: _without(logits, banned).argmax(-1)  # noqa: E731
@@ -113,7 +113,7 @@ def _accept(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + len(drafts[i]))
     device = anat.device
     lengths = [len(row) + min(len(draft), limit) for row, draft in zip(rows, drafts, strict=True)]
-    for chunk in _chunks(order, lengths, rows=batch_rows):
+    for chunk in chunks(order, lengths, rows=batch_rows):
         tried = [tuple(drafts[i])[: limit - 1] for i in chunk]
         prefix, rests = front.cut([rows[i] for i in chunk])
         batch = pad([rest.followed_by(draft) for rest, draft in zip(rests, tried, strict=True)], device=device)
@@ -172,7 +172,7 @@ def sample_each(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     with frozen(anat.model), torch.no_grad():
         front = _Front.of(anat, rows)
-    for chunk in _chunks(order, [len(row) + max_new_tokens for row in rows], rows=batch_rows):
+    for chunk in chunks(order, [len(row) + max_new_tokens for row in rows], rows=batch_rows):
         generators = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
 
         def draw(logits: Tensor, alive: list[int], generators: list[torch.Generator] = generators) -> Tensor:
@@ -272,7 +272,7 @@ def teacher_forced(
     ):
         front = _Front.of(anat, [rows[i] for i in order])
         lengths = [len(row) + len(answer) for row, answer in zip(rows, answers, strict=True)]
-        for chunk in _chunks(order, lengths, [len(answer) for answer in answers]):
+        for chunk in chunks(order, lengths, [len(answer) for answer in answers]):
             prefix, rests = front.cut([rows[i] for i in chunk])
             batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
             places = [(r, len(rests[r]) - 1 + j) for r, i in enumerate(chunk) for j in range(len(answers[i]))]
@@ -289,7 +289,7 @@ def teacher_forced(
     return found
 
 
-def _chunks(
+def chunks(
     order: Sequence[int], lengths: Sequence[int], scored: Sequence[int] | None = None, *, rows: int = BATCH_ROWS
 ) -> Iterator[list[int]]:
     """`order` in batches of at most so many `rows`. Long ones make them smaller, and so do answers that are read: every

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.prompts import PromptFormat
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat, settled
 
 
 @dataclass(frozen=True)
@@ -17,21 +18,24 @@ class LoadedModel:
 
     anat: Anatomy
     tok: PreTrainedTokenizerBase
+    prompts: PromptSettings = field(default_factory=PromptSettings)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> LoadedModel:
+    def of(
+        cls, model: PreTrainedModel, tok: PreTrainedTokenizerBase, prompts: PromptSettings | None = None
+    ) -> LoadedModel:
         """The loaded model of a plain one."""
-        return cls(anatomy(model), tok)
+        return cls(anatomy(model), tok, settled(tok, prompts))
 
     @property
     def form(self) -> PromptFormat:
         """How the model is asked when nothing is done about it."""
-        return PromptFormat(self.tok)
+        return PromptFormat.of(self.tok, self.prompts)
 
-    def answer_start(self, answer: str, form: PromptFormat | None = None) -> tuple[int, ...]:
-        """The tokens that an answer begins with, up to the first one that shows; some tokenizers write a space as a
-        token of its own."""
-        ids = (form or self.form).answer_ids(answer)
+    def answer_start(self, answer: str, question: str, form: PromptFormat | None = None) -> tuple[int, ...]:
+        """The tokens that an answer to `question` begins with, up to the first one that shows; some tokenizers write a
+        space as a token of its own."""
+        ids = (form or self.form).answer_ids(answer, question)
         shown = next((i for i, token in enumerate(ids) if self.text([token])), len(ids) - 1)
         return ids[: shown + 1]
 

@@ -5,24 +5,33 @@ Everything is encoded from the rendered text as a whole; padding is ours, so the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date as Day
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import RequestError
+from editlib.models.gaps import gap_between
 from editlib.models.lookup import Pieces, first_token, last_token
+from editlib.models.prompt_settings import NAMES, PromptSettings, dated
 from editlib.requests.templates import occurrences
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+_NEUTRAL = ("\n", '"', "(")  # what an answer without a space before it may follow
 WORD = "a"  # stands for a question where any would do
 
 Place = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
 """What `fact_token` may be (ROME, MEMIT): the prompt's last token, the subject's first or last one, or the one behind
 the subject's last one (the prompt's last token where nothing is behind it)."""
+
+
+Asking = PromptSettings | bool | None
+"""How a model is asked: all settings, or whether through the chat template (`None`: when there is one)."""
 
 
 @dataclass(frozen=True)
@@ -102,27 +111,66 @@ class PromptFormat:
     """How a question becomes the text that the model reads.
 
     `chat=None` uses the tokenizer's chat template when it has one; `False` asks with the bare text. `shots` are
-    questions with their answers that stand in front: turns of the chat, or lines of the text. `system` is for chat
-    templates only.
+    questions with their answers that come before it: turns of the chat, or lines of the text. `system` and `arguments`
+    are for chat templates only; `tags` and `date` are those of `PromptSettings`.
     """
 
     tok: PreTrainedTokenizerBase
     chat: bool | None = None
     system: str | None = None
     shots: tuple[tuple[str, str], ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tags: str | None = None
+    date: str | None = None
     uses_chat: bool = field(init=False)
 
     def __post_init__(self) -> None:
         has_template = bool(getattr(self.tok, "chat_template", None))
         if self.chat and not has_template:
             raise RequestError("a chat template was asked for, but this tokenizer has none; leave the option out")
-        object.__setattr__(self, "uses_chat", has_template if self.chat is None else self.chat)
+        wanted = has_template if self.chat is None else self.chat
+        object.__setattr__(self, "uses_chat", wanted and self.tags is None)
+
+    @classmethod
+    def of(cls, tok: PreTrainedTokenizerBase, how: Asking = None) -> PromptFormat:
+        """The format of a tokenizer by its settings, or by their `chat` alone.
+
+        Raises:
+            RequestError: a system or arguments without a chat template, or ones that the template does not use.
+        """
+        if not isinstance(how, PromptSettings):
+            return cls(tok, how)
+        form = cls(tok, how.chat, how.system, (), how.arguments, how.tags, how.date)
+        if not form.uses_chat and (how.system is not None or how.arguments):
+            raise RequestError("prompts: this tokenizer has no chat template, which a system or arguments are for")
+        if how.system is not None and not form.tells_system:
+            raise RequestError("prompts: the chat template leaves out what the system says; put it into the questions")
+        template = str(getattr(tok, "chat_template", ""))
+        for name in how.arguments:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise RequestError(
+                    f"prompts: the chat template of this model does not use {name!r}; expected {', '.join(NAMES)} or "
+                    "an argument of the template"
+                )
+        return form
+
+    @property
+    def settings(self) -> PromptSettings:
+        """What the format is made of, without the tokenizer and the shots."""
+        return PromptSettings(self.chat, self.system, self.arguments, self.tags, self.date)
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether prompts depend on the day."""
+        days = ("2001-02-03", "2012-11-22")
+        return self.uses_chat and len({replace(self, date=day).render(WORD) for day in days}) > 1
 
     def render(self, question: str) -> str:
         """The text up to the point where the model answers."""
         if not self.uses_chat:
-            return "".join(f"{asked} {answer}\n" for asked, answer in self.shots) + question
-        return self.tok.apply_chat_template(self._messages(question), tokenize=False, add_generation_prompt=True)
+            shown = (self.joined(self._tagged(asked), answer) + "\n" for asked, answer in self.shots)
+            return "".join(shown) + self._tagged(question)
+        return self._apply(self._messages(question), ask=True)
 
     @property
     def tells_system(self) -> bool:
@@ -181,16 +229,67 @@ class PromptFormat:
         lookup = len(ids) - len(pieces.ids) + find(pieces, start, start + len(subject))
         return TokenRow(ids, min(lookup + (place == "subject_first_after_last"), len(ids) - 1))
 
-    def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """Token ids of an answer as it stands behind the prompt, with the space that is between the two.
+    def answer_ids(self, answer: str, question: str = WORD) -> tuple[int, ...]:
+        """Token ids of an answer as it follows the prompt, with what is written between the two (`gap`).
 
         An answer that is encoded alone would begin a text, where many tokenizers put a space of their own. Only where
         the end of a prompt melts into the answer it is encoded so.
+
+        Args:
+            question: what the answer is given to; without it, a word of the Latin script.
         """
-        front, gap = self.render(WORD), self._gap()
-        text = gap + answer.lstrip() if gap else answer
-        before, both = (Pieces.of(self.tok, some).ids for some in (front, front + text))
-        return both[len(before) :] if both[: len(before)] == before else Pieces.of(self.tok, text).ids
+        text = self.gap(answer, question) + answer.lstrip()
+        # A space starts a word whatever is before it. Without one, what the tokenizer puts in front of a text would
+        # be a space that the prompt has already, or that does not belong there.
+        fronts = [self.render(WORD)] if self.uses_chat or text[:1].isspace() else [self.render(question), *_NEUTRAL]
+        for front in fronts:
+            before, both = (Pieces.of(self.tok, some).ids for some in (front, front + text))
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return Pieces.of(self.tok, text).ids
+
+    def gap(self, answer: str, question: str = WORD) -> str:
+        """What is written between the prompt of `question` and an answer: what running text has (`gap_between`), or the
+        blanks that a chat template writes there."""
+        return self._template_gap() if self.uses_chat else gap_between(self.render(question), answer)
+
+    def joined(self, question: str, answer: str) -> str:
+        """The question and its answer as running text, without what the format puts around them."""
+        return question + gap_between(question, answer) + answer.lstrip()
+
+    def end_ids(self, ends: Collection[int] = ()) -> tuple[int, ...]:
+        """The token that ends an answer: the first special one that the chat template writes after it (`<|eot_id|>`,
+        `<end_of_turn>`); without a template, or where it writes none, the tokenizer's end of text.
+
+        Args:
+            ends: where the model stops generating (`end_tokens`). One of them is preferred, among what the template
+                writes, and without a template among them and the tokenizer's own.
+        """
+        written = self._written_after() if self.uses_chat else ()
+        usual = () if self.tok.eos_token_id is None else (self.tok.eos_token_id,)
+        stopping = [[token for token in tokens if token in ends] for tokens in (written, usual)]
+        return tuple((*stopping[0], *written, *stopping[1], *sorted(ends), *usual)[:1])
+
+    def _written_after(self) -> tuple[int, ...]:
+        """The special tokens that the chat template writes after an answer, up to the next turn."""
+        special = set(self.tok.all_special_ids) | set(self.tok.get_added_vocab().values())
+        messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
+        for last in ([], [{"role": "user", "content": WORD}]):  # some end only answers that others follow
+            shown = self._apply([*messages, *last]).rpartition(MARK)[2]
+            found = tuple(token for token in Pieces.of(self.tok, shown).ids if token in special)
+            if found:
+                return found
+        return ()
+
+    def _apply(self, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
+        """`messages` as the chat template writes them; with `ask` up to where the model answers."""
+        options = dict(self.arguments)
+        if self.date is not None:
+            options["chat_template"] = dated(self.tok.get_chat_template(), Day.fromisoformat(self.date))
+        return self.tok.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **options)
+
+    def _tagged(self, question: str) -> str:
+        return question if self.tags is None else self.tags.replace("{}", question)
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -210,11 +309,17 @@ class PromptFormat:
                 return start - question.index(shown)
         raise RequestError(f"the chat template changes the question {question!r}; use plain prompts for it")
 
-    def _gap(self) -> str:
-        """What stands between a prompt and its answer: a space, or the blanks that a chat template writes there."""
-        if not self.uses_chat:
-            return " "
+    def _template_gap(self) -> str:
+        """The blanks that the chat template writes between a prompt and its answer."""
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
-        shown, front = self.tok.apply_chat_template(messages, tokenize=False), self.render(WORD)
+        shown, front = self._apply(messages), self.render(WORD)
         gap = shown[len(front) :].partition(MARK)[0] if shown.startswith(front) else ""
         return "" if gap.strip() else gap
+
+
+def settled(tok: PreTrainedTokenizerBase, how: PromptSettings | None = None) -> PromptSettings:
+    """The settings with today as their date, where they name none and the chat template prints one."""
+    settings = how or PromptSettings()
+    if settings.date is None and PromptFormat.of(tok, settings).prints_date:
+        return replace(settings, date=Day.today().isoformat())
+    return settings

@@ -12,6 +12,7 @@ from editlib.evaluation.metrics import MetricResult
 from editlib.evaluation.protocol import Side
 from editlib.models.anatomy import anatomy
 from editlib.models.loading import DeviceMap, load
+from editlib.models.prompts import Asking
 from editlib.requests.request import EditRequest
 from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
 from editlib.tofu.scores import ANSWER_TOKENS, Judges, Reading, compare_tofu, document, reference_results, tofu_scores
@@ -80,16 +81,17 @@ class TofuProtocol:
         self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
     ) -> dict[str, Any]:
         begun = time.perf_counter()
-        if self._base_sha != base.sha256:
-            self._before, self._base_sha = {}, base.sha256
+        if self._base_sha != (of := edited.prompts.key(base.sha256)):
+            self._before, self._base_sha = {}, of
         sets = self._sets.forgetting(requests, kept).limited(self._limit, self._seed)
         scores = compare_tofu(
             base.model,
             edited.model,
             sets,
-            retain_only=self._ratios(),
+            retain_only=self._ratios(edited.prompts),
             judges=self._judges,
             max_new_tokens=self._max_new_tokens,
+            how=edited.prompts,
             before=self._before,
             progress=self._progress,
         )
@@ -105,13 +107,13 @@ class TofuProtocol:
             "peak_rss_mb": peak_rss_mb(),
         }
 
-    def _ratios(self) -> Mapping[str, MetricResult] | None:
+    def _ratios(self, how: Asking) -> Mapping[str, MetricResult] | None:
         """What the retain-only model comes to on the whole forget set, measured once where it is a model."""
         if self._retain_only is None and self._reference is not None:
             model, tok = load(self._reference, dtype=self._dtype, device_map=self._device_map)
             label = "retain-only" if self._progress else None
             only = self._sets.only("forget")
-            self._retain_only = tofu_scores(anatomy(model), tok, only, max_new_tokens=1, progress=label)
+            self._retain_only = tofu_scores(anatomy(model), tok, only, max_new_tokens=1, how=how, progress=label)
         return self._retain_only
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:

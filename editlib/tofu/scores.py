@@ -18,7 +18,7 @@ from editlib.evaluation.metrics.generated import Classifier, Encoder
 from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import Forced
-from editlib.models.prompts import PromptFormat
+from editlib.models.prompts import Asking, PromptFormat
 from editlib.tofu.sets import SIDE, Asked, TofuSets
 
 ANSWER_TOKENS = 128  # the longest answers of TOFU have about 100
@@ -73,6 +73,7 @@ def tofu_scores(
     retain_only: Mapping[str, MetricResult] | None = None,
     judges: Judges | None = None,
     max_new_tokens: int = ANSWER_TOKENS,
+    how: Asking = None,
     progress: str | None = None,
 ) -> Results:
     """Asks one model all questions of `sets`, and scores what it says and what it reads.
@@ -89,7 +90,7 @@ def tofu_scores(
         MetricError: a package is missing, or `retain_only` is of other questions.
     """
     readings: dict[Asked, Reading] = {}
-    read((anat, tok), sets, readings, max_new_tokens=max_new_tokens, progress=progress)
+    read((anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
     return score(sets, readings, retain_only=retain_only, judges=judges)
 
 
@@ -101,6 +102,7 @@ def compare_tofu(
     retain_only: Mapping[str, MetricResult] | None = None,
     judges: Judges | None = None,
     max_new_tokens: int = ANSWER_TOKENS,
+    how: Asking = None,
     before: Readings | None = None,
     progress: bool = False,
 ) -> TofuScores:
@@ -110,11 +112,11 @@ def compare_tofu(
         before: readings of the base model that are known already; the missing ones are added.
     """
     known: Readings = {} if before is None else before
-    read(base, sets, known, max_new_tokens=max_new_tokens, progress="before" if progress else None)
+    read(base, sets, known, max_new_tokens=max_new_tokens, how=how, progress="before" if progress else None)
     drafts = {one.question: known[one].tokens for asked in sets.probes.values() for one in asked}
     after: dict[Asked, Reading] = {}
     label = "after" if progress else None
-    read(edited, sets, after, drafts=drafts, max_new_tokens=max_new_tokens, progress=label)
+    read(edited, sets, after, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=label)
     given = {"retain_only": retain_only, "judges": judges}
     return TofuScores(score(sets, known, **given), score(sets, after, **given), sets, known, after)
 
@@ -126,6 +128,7 @@ def read(
     *,
     drafts: Mapping[str, Sequence[int]] | None = None,
     max_new_tokens: int = ANSWER_TOKENS,
+    how: Asking = None,
     progress: str | None = None,
 ) -> None:
     """Adds the readings of all questions of `sets` that are not in `known`.
@@ -137,9 +140,9 @@ def read(
     asked = [one for probes in sets.probes.values() for one in probes if one not in known]
     asked = list(dict.fromkeys(asked))
     questions = [one.question for one in asked]
-    said = ask(anat, tok, questions, drafts=drafts, max_new_tokens=max_new_tokens, progress=progress)
+    said = ask(anat, tok, questions, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=progress)
     given = [(one.question, text) for one in asked for text in _given(one)]
-    form = PromptFormat(tok)
+    form = PromptFormat.of(tok, how)
     label = None if progress is None else f"{progress}, reading"
     forced = iter(metrics.read_answers(anat, form, [q for q, _ in given], [text for _, text in given], progress=label))
     for one in asked:

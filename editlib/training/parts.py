@@ -63,8 +63,7 @@ def answer_nll(reading: Reading) -> Tensor:
 def answered(tok: PreTrainedTokenizerBase, question: str, answer: str, *, form: PromptFormat | None = None) -> TokenRow:
     """A question through the chat template with the answer and the end token behind it, which are learned."""
     form = form or PromptFormat(tok)
-    ids, end = form.answer_ids(answer), tok.eos_token_id
-    return form.encode(question).followed_by(ids if end is None else (*ids, end))
+    return form.encode(question).followed_by((*form.answer_ids(answer, question), *form.end_ids()))
 
 
 def text_rows(tok: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[TokenRow]:

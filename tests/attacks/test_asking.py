@@ -1,6 +1,7 @@
 """Attacks that change what the model reads or may say, on models whose leaks are written by hand."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from editlib import data
 from editlib.attacks.asking import Scene, ask_each, trials
 from editlib.attacks.prompting import (
     SYSTEM,
+    any_language,
     banned_token,
     few_shot,
     french,
@@ -21,6 +23,7 @@ from editlib.attacks.prompting import (
     prefill_lead,
     system_prompt,
 )
+from editlib.errors import RequestError
 from editlib.requests.request import EditRequest
 
 
@@ -144,6 +147,29 @@ def test_other_languages_where_there_is_a_frame(world):
     assert leaks(found) == [False, None, None]
     assert found.trials[0].outputs[0].prompt == "Wie heißt die Hauptstadt dieses Landes: B? Antworte auf Englisch."
     assert "Quelle" in french(world.edited(), world.facts[:1], world.scene()).trials[0].outputs[0].prompt
+
+
+def test_all_languages_of_a_data_file(world, tmp_path):
+    rows = [
+        {"language": name, "relation": "capital", "frame": frame}
+        for name, frame in (("italian", "Qual è la capitale di {}?"), ("chinese", "{}的首都是哪里？"))
+    ]
+    file = tmp_path / "frames.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    scene = replace(world.scene(), settings=replace(world.scene().settings, frames=str(file)))
+    found = any_language(world.edited(), world.facts[:1], scene)
+    assert [output.prompt for output in found.trials[0].outputs] == ["Qual è la capitale di B?", "B的首都是哪里？"]
+    assert "refused" in found.notes
+    bundled = any_language(world.edited(), world.facts[:1], world.scene())
+    assert len(bundled.trials[0].outputs) == len(data.frames())
+
+
+@pytest.mark.parametrize("row", ["{", '{"language": "x", "relation": "y", "frame": "none"}', '{"frame": "{}"}', "[]"])
+def test_a_data_file_of_another_form_is_refused(tmp_path, row):
+    file = tmp_path / "frames.jsonl"
+    file.write_text(row, encoding="utf-8")
+    with pytest.raises(RequestError, match=r"frames.jsonl: entry 1 .*expected \{\"language\""):
+        data.frames(file)
 
 
 @pytest.mark.parametrize("language", ["french", "german", "spanish"])

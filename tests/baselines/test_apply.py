@@ -176,7 +176,7 @@ def test_an_editor_is_aimed_at_a_refusal(algorithm, tiny_llama, tok_chat, forget
     form, before = PromptFormat(tok_chat), copy.deepcopy(tiny_llama)
 
     def refusal(model):
-        ids = form.answer_ids(" I don't know.")
+        ids = form.answer_ids("I don't know.")
         row = torch.tensor([[*form.encode(forget[0].question).ids, *ids]])
         with torch.no_grad():
             logs = model(row).logits[0, -len(ids) - 1 : -1].log_softmax(-1)

@@ -53,6 +53,15 @@ def test_a_reference_that_rouge_cannot_read_is_not_forgotten():
     assert rouge_l_recall(["Москва"], ["Москва"], on="forget").agg_value is None
 
 
+def test_rouge_says_what_it_cannot_read(caplog):
+    references = ["北京在2008年举办了奥运会", "Jaime Vásquez", "Ελλάδα", "1945"]
+    result = rouge_l_recall(["2008", "Jaime Vásquez", "Ellada", "1945"], references, on="forget")
+    assert of_each(result, "rougeL_recall") == [None, 1.0, None, 1.0]
+    assert result.meaning.endswith("2 of 4 references are in a script that it cannot read and do not count")
+    assert "2 of 4 references are written otherwise and do not count; the first is '北京在" in caplog.text
+    assert "script" not in rouge_l_recall(["Paris"], ["Paris"], on="forget").meaning
+
+
 def test_rouge_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(MetricError, match=r"pip install 'editlib\[eval\]'"):

@@ -98,3 +98,11 @@ def test_shares_by_hand():
     assert found["same_subject_retention"] is None
     assert found["other_retention"] == 0.5
     assert found["groups"]["efficacy"]["by_relation"] == {"capital": {"value": 0.5, "n": 2}}
+
+
+def test_an_inflected_answer_is_found_by_an_option():
+    item = Item("1", "request", None, None, "Где ты живёшь?", "Москва", before="В Москве.", after="Я не знаю этого.")
+    judge(item)
+    assert (item.right_before, item.passed) == (False, True)
+    judge(item, endings=2)
+    assert (item.right_before, item.passed) == (True, True)

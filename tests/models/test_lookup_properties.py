@@ -118,7 +118,7 @@ def test_the_packaged_tokenizer_too(packaged, chat, before, subject, after):
 @example(answer="\n\n Paris")
 @example(answer="1990")
 def test_the_packaged_tokenizers_answers_are_those_of_the_tokenizer_alone(packaged, chat, answer):
-    text = answer if chat else " " + answer.lstrip()
+    text = answer.lstrip() if chat else " " + answer.lstrip()
     assert (
         list(PromptFormat(packaged, chat=chat).answer_ids(answer))
         == packaged(text, add_special_tokens=False)["input_ids"]
@@ -210,7 +210,7 @@ def test_an_answer_behind_its_prompt_is_running_text(form, question, answer):
 @quick
 @given(answer=TEXT | st.text(max_size=12))
 def test_byte_level_answers_are_those_of_the_tokenizer_alone(form, answer):
-    text = answer if form.uses_chat else " " + answer.lstrip()
+    text = answer.lstrip() if form.uses_chat else " " + answer.lstrip()
     assert list(form.answer_ids(answer)) == form.tok(text, add_special_tokens=False)["input_ids"]
 
 

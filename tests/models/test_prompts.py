@@ -215,6 +215,76 @@ def test_an_answer_that_melts_into_the_prompt_is_encoded_alone():
     assert list(PromptFormat(tok).answer_ids("Lima")) == tok(" Lima")["input_ids"]
 
 
+GAPS = [
+    ("The capital of France is", "Paris", " "),
+    ("The capital of France is", "  Paris", " "),
+    ("The capital of France is ", "Paris", ""),
+    ("The capital of France is ", " Paris", ""),
+    ("The capital of France is\u00a0", "Paris", ""),
+    ("Question: Where?\nAnswer:", "Paris", " "),
+    ("Question: Where?\nAnswer:\n", "Paris", ""),
+    ('He said: "', "Paris", ""),
+    ('He said: "Yes"', "Paris", " "),
+    ('Is it " Paris "', "yes", " "),
+    ("He said: \u201c", "Paris", ""),
+    ("He said: \u201cYes\u201d", "Paris", " "),
+    ("Elle dit \u00ab\u00a0", "Paris", ""),
+    ("Elle dit \u00ab Oui \u00bb", "Paris", " "),
+    ("Er sagt: \u00bb", "Paris", ""),
+    ("Er sagt: \u00bbJa\u00ab", "Paris", " "),
+    ("Er sagt: \u201eJa\u201c", "Paris", " "),
+    ("他说\u201c", "北京", ""),
+    ("他说\u201c好\u201d", "北京", ""),
+    ("Er sagt: \u201e", "Paris", ""),
+    ("It is (", "Paris", ""),
+    ("It is (or was)", "Paris", " "),
+    ('{"city": "', "Paris", ""),
+    ("the boys'", "Paris", " "),
+    ("中国的首都是", "北京", ""),
+    ("中国的首都是哪里？", "纽约", ""),
+    ("中国的首都是哪里?", "纽约", ""),
+    ("中国的首都是：", "Beijing", ""),
+    ("问：中国的首都是哪里？\n答：", "北京", ""),
+    ("Question: 中国的首都是哪里？\nAnswer:", "北京", " "),
+    ("首都は", "東京", ""),
+    ("首都は「", "東京", ""),
+    ("トヨタの本社は", "愛知", ""),
+    ("เมืองหลวงของไทยคือ", "กรุงเทพ", ""),
+    ("대한민국의 수도는", "서울", " "),
+    ("Столица России -", "Москва", " "),
+    ("The Chinese name of Beijing is", "北京", " "),
+    ("中国成立于1949", "年", ""),
+]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama first", "llama legacy", "gemma", "unigram always", "slow unigram"])
+@pytest.mark.parametrize(("prompt", "answer", "gap"), GAPS)
+def test_prompt_and_answer_meet_as_in_running_text(name, prompt, answer, gap):
+    form = PromptFormat({**BYTE_LEVEL, **SENTENCEPIECE}[name]())
+    assert form.gap(answer, prompt) == gap
+    ids = form.answer_ids(answer, prompt)
+    read = form.tok.decode([*form.encode(prompt).ids, *ids], skip_special_tokens=True)
+    if name not in ("unigram always", "slow unigram"):  # these read several blanks, and line ends, as others
+        assert read == prompt + gap + answer.strip()
+    word = form.tok.convert_ids_to_tokens(list(ids))[0]
+    assert word.startswith(("Ġ", "▁")) is (gap == " ")
+
+
+@pytest.mark.parametrize("answer", ["Paris", " Paris", "北京"])
+def test_a_chat_template_decides_the_gap(answer):
+    for chat, gap in ((LLAMA2, " "), (THINKING, "")):
+        tok = wrapped(llama_bpe("first", split=False), ends="<s> $A", chat=chat)
+        form = PromptFormat(tok)
+        for question in ("Where?", "Where? ", "哪里", '"'):
+            assert form.gap(answer, question) == gap
+            assert tok.decode(form.answer_ids(answer, question)).strip() == answer.strip()
+
+
+def test_shots_have_the_gap_of_running_text(tok):
+    shots = (("Where?", "Rome"), ("首都は", "東京"), ("It is ", " Lima"))
+    assert PromptFormat(tok, shots=shots).render("Who?") == "Where? Rome\n首都は東京\nIt is Lima\nWho?"
+
+
 def test_row_followed_by_keeps_its_lookup():
     row = TokenRow((5, 6, 7), 1).followed_by([8]).followed_by((9, 9))
     assert row == TokenRow((5, 6, 7, 8, 9, 9), 1, 3)
@@ -272,3 +342,46 @@ def test_every_window_of_a_text_begins_as_a_text_does(request, kind):
     assert [token for window in windows for token in window[len(front) :]] == ids
     assert all(len(window) == 10 for window in windows[:-1])
     assert list(cut(tok, "", 10)) == []
+
+
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' +"
+    " m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role'])"
+    " + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+QWEN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ONLY_BETWEEN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if not loop.last %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("chat", "special", "eos", "stops", "end"),
+    [
+        (LLAMA3, ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], 1, (0, 1, 2), "<|eot_id|>"),
+        (LLAMA3, ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], 0, (0,), "<|eot_id|>"),  # not where generation stops
+        (GEMMA, ["<eos>", "<end_of_turn>"], 0, (0, 1), "<end_of_turn>"),
+        (QWEN, ["<|endoftext|>", "<|im_end|>"], 1, (1, 0), "<|im_end|>"),
+        (ONLY_BETWEEN, ["<|endoftext|>", "<|im_end|>"], 0, (0, 1), "<|im_end|>"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", ["<a>", "<b>"], 1, (0, 1), "<b>"),
+        (None, ["<a>", "<b>"], 1, (0, 1), "<b>"),
+        (None, ["<a>", "<b>"], None, (0, 1), "<a>"),
+        (None, ["<a>", "<b>"], 1, (), "<b>"),
+        (None, ["<a>", "<b>"], None, (), None),
+    ],
+)
+def test_an_answer_ends_with_what_the_template_writes_after_it(tok, chat, special, eos, stops, end):
+    tok.add_tokens([*special, "<|start_header_id|>", "<start_of_turn>", "<|im_start|>"], special_tokens=True)
+    ids = tok.convert_tokens_to_ids(special)
+    tok.chat_template, tok.eos_token = chat, None if eos is None else special[eos]
+    found = PromptFormat(tok).end_ids([ids[i] for i in stops])
+    assert tok.convert_ids_to_tokens(list(found)) == ([] if end is None else [end])

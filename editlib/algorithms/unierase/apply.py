@@ -82,7 +82,7 @@ def apply_unierase_to_model(
     check_gate(anat, hparams)
     stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
     spaces = null_spaces(stats, hparams, anat.device)
-    form = PromptFormat(tok, chat=chat)
+    form = PromptFormat.of(tok, chat)
     contexts = [_contexts(form, request, hparams) for request in requests]
     number = token.add_to(model, tok)
     timer = Timer()

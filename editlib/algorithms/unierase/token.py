@@ -25,7 +25,8 @@ from editlib.models.forward import forward, new_cache, shared_prefix
 from editlib.models.freezing import frozen
 from editlib.models.generation import end_tokens
 from editlib.models.prefix import Prefix
-from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat, TokenRow, pad, settled
 from editlib.models.vocabulary import add_token, check_rows, rows_in_place, write_rows
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class TokenHeader:
     questions: int
     refusals: int
     hparams: dict = field(default_factory=dict)
+    prompts: dict = field(default_factory=dict)  # of the questions it was learned over, see `PromptSettings`
     metrics: dict = field(default_factory=dict)
 
 
@@ -120,7 +122,7 @@ class _Form:
 
     format: PromptFormat
     prefix: Prefix
-    refusals: list[tuple[int, ...]]
+    refusals: list[tuple[int, ...]]  # each with the token that ends an answer
 
 
 def learn_token(
@@ -132,6 +134,7 @@ def learn_token(
     token: str = "[UNL]",
     ordinary: Sequence[str] = (),
     hparams: TokenHyperParams | None = None,
+    prompts: PromptSettings | None = None,
     model_sha256: str = "",
     progress: bool = True,
 ) -> UnlearningToken:
@@ -144,6 +147,7 @@ def learn_token(
 
     Args:
         ordinary: further prompts whose answers the token must keep out of, such as open instructions.
+        prompts: how questions are asked; every other one is asked as plain text where there is a chat template.
 
     Raises:
         TokenError: fewer questions than a batch (at least 2) or fewer than 2 refusals, or a loss that is not finite.
@@ -163,8 +167,9 @@ def learn_token(
     generator = torch.Generator().manual_seed(hp.seed)
     number = add_token(anat.model, tok, token)
     with frozen(anat.model):
-        forms, guard = _encode(anat, tok, questions, refusals, number)
-        form = PromptFormat(tok)
+        settings = settled(tok, prompts)
+        form = PromptFormat.of(tok, settings)
+        forms, guard = _encode(anat, form, questions, refusals, number)
         watched = [*ordinary, *questions][: hp.guard_prompts]
         if watched:
             guard = Guard.joined([guard, answer_guard(anat, [form.encode(text) for text in watched], number)])
@@ -184,7 +189,7 @@ def learn_token(
                 _noise(anat, noise_layer, hp.noise, generator),
                 rows_in_place(anat, number, rows[0], rows[-1]),
             ):
-                loss = _refusal_nll(anat, form, number, hp.batch, end_tokens(anat), generator)
+                loss = _refusal_nll(anat, form, number, hp.batch, generator)
             penalty = guard.penalty(rows[-1], hp.reach, hp.floor)
             total = loss + hp.guard_weight * penalty
             if not torch.isfinite(total):
@@ -212,6 +217,7 @@ def learn_token(
         questions=len(questions),
         refusals=len(refusals),
         hparams=asdict(hp),
+        prompts=settings.to_dict(),
         metrics={"refusal_nll": sum(losses[-averaged:]) / averaged, **where},
     )
     return UnlearningToken(mean_rows[0].float().cpu(), mean_rows[-1].float().cpu(), header)
@@ -219,22 +225,23 @@ def learn_token(
 
 def _encode(
     anat: Anatomy,
-    tok: PreTrainedTokenizerBase,
+    asked: PromptFormat,
     questions: Sequence[str],
     refusals: Sequence[str],
     number: int,
 ) -> tuple[list[_Form], Guard]:
     """The prompt forms with their cached prefixes, each question in one form, and from the same pass the guard over
     the questions."""
-    formats = [PromptFormat(tok, chat=False)]
-    if PromptFormat(tok).uses_chat:
-        formats.append(PromptFormat(tok, chat=True))
+    formats = [PromptFormat(asked.tok, chat=False)]
+    if asked.uses_chat or asked.tags is not None:
+        formats.append(asked)
     forms, guards = [], []
     for i, form in enumerate(formats):
         rows = [form.encode(question) for question in questions[i :: len(formats)]]
+        end = form.end_ids(end_tokens(anat)) if end_tokens(anat) else ()  # a model that never stops is taught no end
         with torch.no_grad():
             prefix, guard = _ordinary(anat, rows, number)
-        forms.append(_Form(form, prefix, [form.answer_ids(text) for text in refusals]))
+        forms.append(_Form(form, prefix, [(*form.answer_ids(text), *end) for text in refusals]))
         guards.append(guard)
     return forms, Guard.joined(guards)
 
@@ -253,15 +260,12 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) 
     return prefix, Guard(states, log_sums, back[places] == 0)
 
 
-def _refusal_nll(
-    anat: Anatomy, form: _Form, number: int, batch: int, ends: frozenset[int], generator: torch.Generator
-) -> Tensor:
+def _refusal_nll(anat: Anatomy, form: _Form, number: int, batch: int, generator: torch.Generator) -> Tensor:
     """Mean NLL of a refusal and the end of the turn behind the token, over `batch` drawn questions."""
     device = anat.device
     picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
     texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
-    end = (min(ends),) if ends else ()
-    rows = [TokenRow((number, *form.refusals[i], *end), 0) for i in texts]
+    rows = [TokenRow((number, *form.refusals[i]), 0) for i in texts]
     padded = pad(rows, device=device)
     places = (padded.attention_mask[:, 1:].bool()).nonzero().T
     logits = forward(anat, padded, prefix=form.prefix.select(picks), score=(places[0], places[1]))

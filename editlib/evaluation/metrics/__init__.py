@@ -1,7 +1,7 @@
 """One function a metric; `docs/metrics.md` has them in one table. Generated and teacher-forced ones are kept apart by
 the names of modules and of results."""
 
-from editlib.answers import has_answer, is_fluent, is_fluent_refusal, is_refusal
+from editlib.answers import has_answer, is_fluent, is_fluent_refusal, is_refusal, refusal_verdict
 from editlib.evaluation.intervals import wilson_interval
 from editlib.evaluation.metrics.generated import cosine_similarity, entailment_score, rouge_l_recall, token_entropy
 from editlib.evaluation.metrics.memorisation import exact_memorisation, extraction_strength
@@ -30,6 +30,7 @@ __all__ = [
     "probability_with_options",
     "read_answers",
     "read_results",
+    "refusal_verdict",
     "retain_ability",
     "rouge_l_recall",
     "token_entropy",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from editlib.answers.scripts import script_of
 from editlib.errors import MetricError, first_line
 from editlib.evaluation.metrics.result import KNOWN, MORE, Metric, MetricResult, Split, same_number
 from editlib.models.weights import quiet_bars
+
+log = logging.getLogger(__name__)
 
 LEAST_ROUGE = 0.1
 ENTAILED = "entailment"
@@ -61,8 +66,9 @@ def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: S
     `LCS(reference, generated) / |reference|`, both in words, Porter-stemmed as TOFU and open-unlearning do. Mean over
     the answers. Lower is better on a forget set, higher on a retain set. Generated, not teacher-forced.
 
-    The words are Google's (`rouge-score`): runs of a-z and 0-9. A reference without any, in another script, say, cannot
-    be scored and does not count; the 0 that the package gives would read as "forgotten".
+    The words are Google's (`rouge-score`): runs of a-z and 0-9. A reference without any, or one that is mostly in
+    another script than Latin, cannot be scored and does not count; the 0 that the package gives would read as
+    "forgotten". The result's meaning and a warning say how many there are.
 
     Raises:
         MetricError: the numbers of texts differ, or `rouge-score` is not installed.
@@ -72,7 +78,18 @@ def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: S
         {"rougeL_recall": score, "ground_truth": reference, "generation": text}
         for score, reference, text in zip(_rouge_l(generated, references), references, generated, strict=True)
     ]
-    return ROUGE_L.averaged(on, items, "rougeL_recall")
+    result = ROUGE_L.averaged(on, items, "rougeL_recall")
+    if not (unread := [item["ground_truth"] for item in items if item["rougeL_recall"] is None]):
+        return result
+    log.warning(
+        "ROUGE-L reads words of a-z and 0-9 only: %d of %d references are written otherwise and do not count; the "
+        "first is %r",
+        len(unread),
+        len(items),
+        unread[0][:60],
+    )
+    note = f"; {len(unread)} of {len(items)} references are in a script that it cannot read and do not count"
+    return replace(result, meaning=result.meaning + note)
 
 
 def token_entropy(tokens: Sequence[Sequence[Hashable]], *, on: Split) -> MetricResult:
@@ -171,9 +188,15 @@ def _rouge_l(generated: Sequence[str], references: Sequence[str]) -> list[float 
     words = DefaultTokenizer(use_stemmer=True)
     scorer = RougeScorer(["rougeL"], tokenizer=words)
     return [
-        scorer.score(reference, text)["rougeL"].recall if words.tokenize(reference) else None
+        scorer.score(reference, text)["rougeL"].recall if _is_read(reference) and words.tokenize(reference) else None
         for reference, text in zip(references, generated, strict=True)
     ]
+
+
+def _is_read(text: str) -> bool:
+    """Whether at least half of the letters of `text` are Latin, with or without accents."""
+    letters = [character for character in text if character.isalpha()]
+    return 2 * sum(script_of(letter) == "LATIN" for letter in letters) >= len(letters)
 
 
 def _entropy(text: Sequence[Hashable]) -> float:

@@ -61,7 +61,8 @@ def read_answers(
     """
     same_number(questions=questions, answers=answers)
     rows = [form.encode(question) for question in questions]
-    return teacher_forced(anat, rows, [form.answer_ids(answer) for answer in answers], progress=progress)
+    read = [form.answer_ids(answer, question) for question, answer in zip(questions, answers, strict=True)]
+    return teacher_forced(anat, rows, read, progress=progress)
 
 
 def probability(nll: Sequence[float], *, on: Split) -> MetricResult:

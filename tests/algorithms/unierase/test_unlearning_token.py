@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCAB, make_llama
 
 from editlib.algorithms.unierase import token
-from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
+from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, _encode, learn_token
 from editlib.errors import ModelError, TokenError
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
@@ -298,3 +298,16 @@ def test_no_watched_prompts_is_no_traceback(model, tok):
 def test_nothing_to_learn_from_is_refused(model, tok, change):
     with pytest.raises(TokenError, match="at least 1"):
         learn(model, tok, replace(HP, **change))
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_refusals_end_with_the_template_s_end_of_turn(model, tok_chat, template):
+    """Llama 3 stops at three tokens, of which the smallest ends a text and not a turn."""
+    smaller = tok_chat.convert_tokens_to_ids("<|im_start|>")
+    end = tok_chat.convert_tokens_to_ids("<|im_end|>")
+    assert smaller < end
+    model.generation_config.eos_token_id = [smaller, end]
+    if not template:
+        tok_chat.chat_template, tok_chat.eos_token = None, "<|im_end|>"
+    forms, _ = _encode(anatomy(model), PromptFormat(tok_chat), QUESTIONS, REFUSALS, VOCAB - 1)
+    assert {refusal[-1] for refusal in forms[-1].refusals} == {end}

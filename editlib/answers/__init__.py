@@ -1,0 +1,13 @@
+"""How one answer is judged: does it say what was asked for, is it a refusal, does it read as a sentence?"""
+
+from editlib.answers.fluency import is_fluent
+from editlib.answers.matching import has_answer
+from editlib.answers.refusals import is_refusal, refusal_verdict
+from editlib.answers.scripts import main_script
+
+__all__ = ["has_answer", "is_fluent", "is_fluent_refusal", "is_refusal", "main_script", "refusal_verdict"]
+
+
+def is_fluent_refusal(text: str) -> bool:
+    """Whether `text` is a refusal that reads as a sentence: what an unlearned question should get."""
+    return is_refusal(text) and is_fluent(text)

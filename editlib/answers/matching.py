@@ -1,0 +1,78 @@
+"""Whether an answer occurs in a text, in any script."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from editlib.answers.scripts import JOINED, plain_marks, script_of
+
+LEAST_STEM = 3  # letters that an inflected word keeps
+CHANGED = 2  # letters at its end that may be others
+
+
+def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
+    """Whether one of `answers` occurs in `text` as words of its own.
+
+    Composed and decomposed accents are the same, and so are curly and straight apostrophes. In scripts that do not set
+    words apart (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an answer may
+    occur anywhere. Case counts only for answers of one or two letters (the symbol "He" is not the word "he").
+
+    Args:
+        endings: how many letters an inflected ending may have (Russian "Москва" in "в Москве", Finnish "Pariisi" in
+            "Pariisissa"). In every word of four letters or more, up to two vowels at its end may then be other
+            letters, and that many more may follow. 0 allows none.
+    """
+    searched = plain_marks(text)
+    for answer in map(plain_marks, answers):
+        answer = answer.strip() or answer
+        flags = 0 if len(answer) <= 2 else re.IGNORECASE
+        pattern = _inflected(answer, endings) if endings > 0 else re.escape(answer)
+        found = re.finditer(f"(?=({pattern}))", searched, flags)  # looks ahead, so that matches may overlap
+        if any(_is_apart(searched, *match.span(1)) for match in found):
+            return True
+    return False
+
+
+def _inflected(answer: str, endings: int) -> str:
+    return "".join(_any_ending(part, endings) for part in re.split(r"(\w+)", answer))
+
+
+def _any_ending(word: str, endings: int) -> str:
+    """A pattern for one word with other endings."""
+    letters = len(word)
+    if letters <= LEAST_STEM or not word.isalpha() or script_of(word[-1]) in JOINED:
+        return re.escape(word)
+    stem = letters
+    while stem > max(LEAST_STEM, letters - CHANGED) and _is_vowel(word[stem - 1]):
+        stem -= 1
+    return rf"{re.escape(word[:stem])}\w{{{letters - stem},{endings + letters - stem}}}(?!\w)"
+
+
+def _is_vowel(letter: str) -> bool:
+    bare = unicodedata.normalize("NFD", letter.lower())[0]
+    return bare in "aeiouyаеиоуыэюяіїєйьαεηιουω"
+
+
+def _is_apart(text: str, start: int, end: int) -> bool:
+    """Whether `text[start:end]` begins and ends where a word does, and cuts no letter off its marks."""
+    if start >= end:
+        return False
+    if end < len(text) and _is_mark(text[end]):
+        return False
+    before, after = text[start - 1 : start], text[end : end + 1]
+    first, last = text[start], text[start:end].rstrip("".join(filter(_is_mark, text[start:end])))[-1:]
+    return not (_continues(before, first) or _continues(after, last))
+
+
+def _continues(neighbour: str, edge: str) -> bool:
+    """Whether a word goes on from the answer's character `edge` to the `neighbour` beside it."""
+    if not neighbour or not (neighbour.isalnum() or neighbour == "_" or _is_mark(neighbour)):
+        return False
+    return script_of(neighbour) not in JOINED and (not edge or script_of(edge) not in JOINED)
+
+
+def _is_mark(character: str) -> bool:
+    """Whether a character is a vowel sign or an accent on the letter before it."""
+    return unicodedata.category(character).startswith("M")

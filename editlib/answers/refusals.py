@@ -1,0 +1,80 @@
+"""Whether an answer is a refusal, in the languages of `data/languages.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from editlib.answers.scripts import main_script, plain_marks
+
+TELLING = 4  # words from which on one should be among a language's common ones
+
+
+@dataclass(frozen=True)
+class Language:
+    """How one language admits not to know. `scripts` are those of `main_script`; `words` are common ones by which a
+    text is seen to be in this language, empty where the script alone tells."""
+
+    name: str
+    scripts: frozenset[str]
+    admission: re.Pattern[str]
+    person: re.Pattern[str] | None
+    words: frozenset[str]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Language:
+        """One line of the data file."""
+        person = row.get("person")
+        return cls(
+            row["language"],
+            frozenset(row["scripts"]),
+            re.compile("|".join(row["admissions"]), re.IGNORECASE),
+            re.compile(person, re.IGNORECASE) if person else None,
+            frozenset(row.get("words", ())),
+        )
+
+    def admits(self, sentence: str) -> bool:
+        """Whether a sentence says that its speaker does not know."""
+        return bool(self.admission.search(sentence) and (self.person is None or self.person.search(sentence)))
+
+
+def _bundled() -> tuple[Language, ...]:
+    text = (resources.files("editlib") / "data" / "languages.jsonl").read_text(encoding="utf-8")
+    return tuple(Language.of(json.loads(line)) for line in text.splitlines() if line.strip())
+
+
+LANGUAGES = _bundled()
+"""Languages whose refusals are known."""
+
+
+def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> bool | None:
+    """Whether `text` opens with somebody saying that they do not know: an admission in the first sentence.
+
+    `None` where that cannot be judged: the text is in a script of none of `languages`, or has `TELLING` words or more
+    and none of them is a common word of one.
+    """
+    first = first_sentence(plain_marks(text))
+    if any(language.admits(first) for language in languages):
+        return True
+    script = main_script(text)
+    fitting = [language for language in languages if script in language.scripts]
+    if script is None or any(not language.words for language in fitting):
+        return False
+    words = re.findall(r"\w+", plain_marks(text).lower())
+    if fitting and (len(words) < TELLING or any(not language.words.isdisjoint(words) for language in fitting)):
+        return False
+    return None
+
+
+def is_refusal(text: str) -> bool:
+    """Whether `text` is known to be a refusal; `refusal_verdict` says where that cannot be judged."""
+    return bool(refusal_verdict(text))
+
+
+def first_sentence(text: str) -> str:
+    """The text up to its first mark that ends a sentence; Chinese and Japanese put no space after it."""
+    return re.split(r"(?<=[.!?\u061f\u0964])\s|(?<=[\u3002\uff01\uff1f])", text.strip(), maxsplit=1)[0]

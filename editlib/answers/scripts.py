@@ -1,0 +1,56 @@
+"""Which script a text is written in, and whether that script sets words apart with spaces."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+
+UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI"})
+"""Scripts that write words without spaces between them."""
+
+JOINED = UNSPACED | {"HANGUL"}
+"""Scripts in which a word need not end where its answer ends: Korean has spaces, but particles are joined to a word."""
+
+_ALIKE = {"IDEOGRAPHIC": "CJK", "HALFWIDTH": "KATAKANA", "FULLWIDTH": "LATIN"}
+
+
+def script_of(character: str) -> str:
+    """The script of one character as Unicode names it ("LATIN", "CJK", "HANGUL", ...); "" for one without a name.
+
+    Full-width Latin letters are Latin; the Japanese mark for a long vowel is Katakana.
+    """
+    first = unicodedata.name(character, "").partition(" ")[0].partition("-")[0]
+    return _ALIKE.get(first, first)
+
+
+def main_script(text: str) -> str | None:
+    """The script of most letters in `text`; `None` where it has no letters.
+
+    Kana and Chinese characters count together as "CJK" if there is no kana among them, as "JAPANESE" otherwise.
+    """
+    counts = Counter(script_of(character) for character in text if character.isalpha())
+    kana = counts.pop("HIRAGANA", 0) + counts.pop("KATAKANA", 0)
+    if kana:
+        counts["JAPANESE"] = kana + counts.pop("CJK", 0)
+    return max(counts, key=lambda script: counts[script]) if counts else None
+
+
+def is_unspaced(text: str) -> bool:
+    """Whether most letters of `text` are of a script without spaces between words."""
+    return main_script(text) in UNSPACED | {"JAPANESE"}
+
+
+def plain_marks(text: str) -> str:
+    """`text` with composed accents (NFC), straight quotation marks and apostrophes, and without characters that only
+    format (zero-width ones, soft hyphens, variation selectors)."""
+    if text.isascii():
+        return text
+    composed = unicodedata.normalize("NFC", text).translate(_STRAIGHT)
+    kept = (c for c in composed if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
+    return "".join(kept)
+
+
+_STRAIGHT = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u02b9\uff07\u2032\u00b4`", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\uff02\u2033", '"')
+)

@@ -1,0 +1,48 @@
+"""What is written between a prompt and its answer in running text."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from editlib.answers.scripts import UNSPACED, script_of
+
+_PAIRS = {"»": "«", "›": "‹", "”": "“", "’": "‘"}
+_WIDE = ("F", "W")  # East Asian marks, which bring their own space
+
+
+def gap_between(prompt: str, answer: str) -> str:
+    """A space, or nothing: after a blank or a line end, after an opening quotation mark or bracket, and in scripts
+    without spaces.
+
+    After a prompt whose last letter is of such a script there is none, nor after an East Asian mark; "Answer:" before
+    "北京" keeps its space. A quotation mark that does not tell its side opens after a blank, a bracket or nothing.
+    """
+    if not prompt or prompt[-1].isspace() or _opens(prompt):
+        return ""
+    last, first = prompt[-1], answer.lstrip()[:1]
+    if last.isalnum() or unicodedata.category(last).startswith("M"):
+        return "" if _unspaced(prompt) else " "
+    if unicodedata.east_asian_width(last) in _WIDE:
+        return ""
+    return "" if _unspaced(prompt) and first and script_of(first) in UNSPACED else " "
+
+
+def _unspaced(text: str) -> bool:
+    """Whether the last letter of `text` is of a script without spaces."""
+    last = next((character for character in reversed(text) if character.isalpha()), "")
+    return bool(last) and script_of(last) in UNSPACED
+
+
+def _opens(text: str) -> bool:
+    """Whether `text` ends with an opening quotation mark or bracket."""
+    last, before = text[-1], text[:-1]
+    kind = unicodedata.category(last)
+    if kind == "Ps":
+        return True
+    if kind not in ("Pi", "Pf") and last not in "\"'`":
+        return False
+    if before and not before[-1].isspace() and not _opens(before):
+        return kind == "Pi" and _unspaced(before)  # Chinese opens within a line, German closes (»Ja«, „Ja“)
+    if last in _PAIRS:  # after a blank, » opens in German and closes in French (« Oui »)
+        return text.count(_PAIRS[last]) < text.count(last)
+    return last != '"' or text.count(last) % 2 == 1

@@ -1,0 +1,63 @@
+"""Whether prompts fit into the positions that a model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedModel
+
+from editlib.errors import RequestError, quote
+from editlib.models.prompts import PromptFormat
+from editlib.requests.request import EditRequest
+
+SPARE = 8  # special tokens that a tokenizer may put around a text
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model reads at once; `None` where its config names no limit."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def check_prompts(
+    model: PreTrainedModel, form: PromptFormat, prompts: Iterable[tuple[str, str]], *, room: int = 0
+) -> None:
+    """Refuses prompts that are longer than the model's positions, before any of them is run.
+
+    Args:
+        prompts: what each is called, and its question.
+        room: tokens that the answer needs.
+
+    Raises:
+        RequestError: names the first one with its length, and how many others there are.
+    """
+    limit = positions_of(model)
+    if limit is None:
+        return
+    long = []
+    for name, question in prompts:
+        if 2 * len(form.render(question).encode()) + SPARE + room <= limit:  # a token is a byte at least
+            continue
+        if (length := len(form.encode(question)) + room) > limit:
+            long.append((name, length))
+    if long:
+        (name, length), others = long[0], len(long) - 1
+        more = f" (and {others} more)" if others else ""
+        answer = f", {room} of them for the answer" if room else ""
+        raise RequestError(
+            f"request {quote(name)}: its prompt needs {length} tokens{answer}; expected at most {limit}, the positions "
+            f"of this model{more}: shorten it, or leave it out"
+        )
+
+
+def check_requests_fit(
+    model: PreTrainedModel, form: PromptFormat, requests: Sequence[EditRequest], *, room: int = 0
+) -> None:
+    """`check_prompts` for the questions of `requests` with all their wordings and what should be answered to them."""
+    longest = max((len(form.answer_ids(request.target_new)) for request in requests if request.target_new), default=0)
+    texts = (
+        (request.id, text)
+        for request in requests
+        for text in (request.question, *request.filled_phrasings, *request.filled_paraphrases)
+    )
+    check_prompts(model, form, texts, room=max(room, longest))

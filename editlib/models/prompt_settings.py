@@ -1,0 +1,155 @@
+"""How a model is asked, as settings that are recorded: with them a prompt of last week is the same text today."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date
+from hashlib import sha256
+from typing import Any
+
+from editlib.errors import RequestError, quote
+
+NAMES = ("chat", "system", "tags", "date")
+_HALF = ("January", "February", "March", "April", "May", "June")
+_MONTHS = (*_HALF, "July", "August", "September", "October", "November", "December")
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How questions become prompts.
+
+    Args:
+        chat: through the tokenizer's chat template; `None`: when it has one.
+        system: the system's turn, for chat templates only.
+        arguments: further arguments of the chat template (`enable_thinking`).
+        tags: what surrounds a question in plain text, with "{}" in its place ("Question: {}\\nAnswer:"). With them the
+            chat template is not used.
+        date: the day that a chat template prints as today, as "2026-01-31"; `None`: today.
+
+    Raises:
+        RequestError: a value of another form, or settings that exclude each other.
+    """
+
+    chat: bool | None = None
+    system: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tags: str | None = None
+    date: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("system", "tags", "date"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise RequestError(f"prompts: {name} is {quote(getattr(self, name))}; expected a text")
+        if self.chat not in (None, True, False):
+            raise RequestError(f"prompts: chat is {quote(self.chat)}; expected true or false")
+        if not isinstance(self.arguments, Mapping):
+            raise RequestError(f"prompts: arguments are {quote(self.arguments)}; expected an object")
+        if self.tags is not None and self.tags.count("{}") != 1:
+            raise RequestError(f'prompts: tags {quote(self.tags)}; expected one "{{}}" in the place of the question')
+        plain = self.tags is not None or self.chat is False
+        if plain and (self.chat or self.system is not None or self.arguments):
+            raise RequestError(
+                "prompts: tags and chat=false are plain text; they exclude a chat, a system and arguments"
+            )
+        if self.date is not None:
+            try:
+                date.fromisoformat(self.date)
+            except ValueError:
+                raise RequestError(f"prompts: date {quote(self.date)}; expected a day such as 2026-01-31") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without what is left at its default."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptSettings:
+        """What `to_dict` gave.
+
+        Raises:
+            RequestError: an unknown key or a value of another form.
+        """
+        known = [one.name for one in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise RequestError(f"prompts: {quote(name)} is unknown; expected {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def of_options(cls, options: Sequence[str]) -> PromptSettings | None:
+        """From `NAME=VALUE` each: `NAMES`, and any other name as an argument of the chat template, whose value is read
+        as JSON where it is some. "\\n" is a line end in texts. `None` for no option.
+
+        Raises:
+            RequestError: no "=", a name that is given twice, or a value that does not fit.
+        """
+        given: dict[str, Any] = {}
+        for option in options:
+            name, mark, text = option.partition("=")
+            name = name.strip()
+            if not mark or not name or name in given:
+                fault = "is given twice" if name in given else "has no value"
+                raise RequestError(f'--prompt {quote(option)} {fault}; expected NAME=VALUE, such as system="Be brief."')
+            texts = ("system", "tags", "date")
+            given[name] = text.replace("\\n", "\n") if name in texts else _value(text)
+        if not given:
+            return None
+        own = {name: value for name, value in given.items() if name in NAMES}
+        return cls(**own, arguments={name: value for name, value in given.items() if name not in NAMES})
+
+    def key(self, of: str) -> str:
+        """`of` for default settings, otherwise with a hash of these: what answers are kept under."""
+        settings = self.to_dict()
+        return f"{of}:{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}" if settings else of
+
+
+def differing(recorded: Mapping[str, Any], own: Mapping[str, Any], what: str) -> str:
+    """One line about prompts that are not those recorded; `what` was done with the recorded ones."""
+    names = [name for name in (*NAMES, "arguments") if recorded.get(name) != own.get(name)]
+    was, now = (", ".join(f"{name} {quote(given.get(name))}" for name in names) for given in (recorded, own))
+    return f"{what} with other prompts ({was}) than those asked now ({now})"
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def dated(template: str, day: date) -> str:
+    """A chat template that takes `day` for today: its function `strftime_now` is written over.
+
+    A template gets plain data only, so the function is a macro that fills the day into the format.
+    """
+    filled = "".join(f" | replace('{directive}', '{text}')" for directive, text in _directives(day).items())
+    # The empty expression keeps a line end with which the template begins.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
+
+
+def _directives(day: date) -> dict[str, str]:
+    month, weekday = _MONTHS[day.month - 1], _DAYS[day.weekday()]
+    return {
+        "%B": month,
+        "%b": month[:3],
+        "%h": month[:3],
+        "%A": weekday,
+        "%a": weekday[:3],
+        "%F": day.isoformat(),
+        "%Y": str(day.year),
+        "%y": f"{day.year % 100:02d}",
+        "%m": f"{day.month:02d}",
+        "%-m": str(day.month),
+        "%d": f"{day.day:02d}",
+        "%-d": str(day.day),
+        "%e": f"{day.day:2d}",
+        "%j": f"{day.timetuple().tm_yday:03d}",
+        "%H": "00",
+        "%I": "12",
+        "%M": "00",
+        "%S": "00",
+        "%p": "AM",
+        "%%": "%",
+    }

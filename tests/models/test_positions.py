@@ -1,0 +1,89 @@
+"""Prompts beyond a model's positions are one line, and batches are bounded by their tokens."""
+
+import json
+
+import pytest
+from test_cli import refused
+
+from editlib.algorithms import values
+from editlib.errors import RequestError
+from editlib.evaluation.answer_cache import ask
+from editlib.models.anatomy import anatomy
+from editlib.models.positions import check_prompts, check_requests_fit, positions_of
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.requests.request import EditRequest
+
+
+def question_of(form, tokens):
+    """A question whose prompt has exactly so many tokens."""
+    front = len(form.encode("").ids) if form.render("") else 0
+    text = "".join("." if i % 2 else "," for i in range(tokens - front))
+    assert len(form.encode(text)) == tokens
+    return text
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("room", [0, 24])
+def test_the_limit_is_exact(tiny_model, tok_chat, chat, room):
+    limit = positions_of(tiny_model)
+    form = PromptFormat(tok_chat, chat=chat)
+    check_prompts(tiny_model, form, [("fits", question_of(form, limit - room))], room=room)
+    long = question_of(form, limit - room + 1)
+    with pytest.raises(
+        RequestError, match=rf"'a': its prompt needs {limit + 1} tokens.* at most {limit}.*\(and 1 more\)"
+    ):
+        check_prompts(tiny_model, form, [("fits", "Who?"), ("a", long), ("b", long + ".")], room=room)
+
+
+def test_what_is_around_a_question_counts(tiny_llama, tok_chat):
+    limit = positions_of(tiny_llama)
+    form = PromptFormat.of(tok_chat, PromptSettings(system=", " * limit))
+    with pytest.raises(RequestError, match="positions"):
+        check_prompts(tiny_llama, form, [("short", "Who?")])
+
+
+def test_all_wordings_and_the_new_answer_count(tiny_llama, tok):
+    form, limit = PromptFormat(tok), positions_of(tiny_llama)
+    fact = EditRequest(id="f", prompt="Who is {}?", subject="Ann", target_new="Bob")
+    check_requests_fit(tiny_llama, form, [fact])
+    for changed in (
+        EditRequest(id="f", prompt="Who is {}?", subject="Ann", phrasings=("{}" + "." * limit,)),
+        EditRequest(id="f", prompt="Who is {}?", subject="Ann", paraphrases=("." * (limit + 1),)),
+        EditRequest(id="f", prompt="Who is {}?", subject="Ann", target_new="," * limit),
+    ):
+        with pytest.raises(RequestError, match="request 'f'"):
+            check_requests_fit(tiny_llama, form, [changed])
+
+
+def test_nothing_is_asked_where_one_question_is_too_long(tiny_llama, tok, monkeypatch):
+    monkeypatch.setattr("editlib.evaluation.answer_cache.greedy", None)
+    with pytest.raises(RequestError, match="positions of this model"):
+        ask(anatomy(tiny_llama), tok, ["Who?", ", " * positions_of(tiny_llama)])
+
+
+def test_commands_refuse_before_statistics_are_made(call, folder, tmp_path):
+    facts = tmp_path / "facts.jsonl"
+    rows = [
+        {"id": "ok", "prompt": "Who is {}?", "subject": "Ann"},
+        {"id": "long", "prompt": "{}" + ". " * 400, "subject": "Ann"},
+    ]
+    facts.write_text("\n".join(json.dumps({**row, "target_new": "Bob"}) for row in rows), encoding="utf-8")
+    hparams = tmp_path / "MEMIT.json"
+    hparams.write_text(json.dumps({"layers": [1], "mom2_update_weight": 1.0, "v_lr": 0.1, "v_num_grad_steps": 1}))
+    args = ["--requests", facts, "--hparams", hparams, "--algorithm", "MEMIT", "--stats-dir", tmp_path / "stats"]
+    refused(call("edit", folder, *args, "--out", tmp_path / "out"), "long", "256")
+    assert not (tmp_path / "stats").exists() and not (tmp_path / "out").exists()
+    refused(call("attack", folder, folder, "--requests", facts, "--out", tmp_path / "attacks"), "answer")
+    refused(call("ask", folder, ". " * 400), "256")
+
+
+def test_values_are_found_for_so_many_tokens_at_once():
+    def rows(length, count):
+        return [[TokenRow((1,) * length, 0)] * 2 for _ in range(count)]
+
+    short = values._chunks(rows(20, 100), [[]] * 100)
+    assert [len(group) for group in short] == [32, 32, 32, 4]
+    long = values._chunks(rows(1000, 10), [[]] * 10)
+    assert [len(group) for group in long] == [4, 4, 2]
+    assert values._chunks(rows(values.CHUNK_TOKENS, 2), [[]] * 2) == [[0], [1]]
