@@ -53,6 +53,16 @@ def question_frames(language: str) -> dict[str, str]:
     return {row["relation"]: row["frame"] for row in _rows("question_frames.jsonl") if row["language"] == language}
 
 
+def wording_rules() -> list[dict]:
+    """Rules that reword a question: `{"match": pattern of a question, "wordings": templates of its groups}`."""
+    return _rows("wordings.jsonl")
+
+
+def sibling_questions() -> list[dict]:
+    """What else is asked of a subject: `{"kind", "cues": words of a question that tell it, "questions"}`."""
+    return _rows("sibling_questions.jsonl")
+
+
 def refusals(path: str | Path | None = None) -> list[str]:
     """ "I don't know" in many words, one a line; the bundled ones, or the user's own file.
 
