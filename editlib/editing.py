@@ -62,10 +62,10 @@ def apply(
     bench: Workbench, requests: Sequence[EditRequest], hparams: HyperParams, means: EditInputs, **given: Any
 ) -> EditResult:
     """Edits the model of `bench` in place; `given` is what the algorithm's `apply_<name>_to_model` takes besides."""
-    if hparams.uses_token:
-        function, given = apply_unierase_to_model, {**given, "token": means.token}
-    else:
+    if hparams.has_target:
         function = apply_function(hparams)
+    else:
+        function, given = apply_unierase_to_model, {**given, "token": means.token}
     if means.stats:
         given = {**given, "stats": means.stats}
     return function(bench.model, bench.tok, requests, hparams, progress=bench.progress, **given)
@@ -95,7 +95,7 @@ def _statistics(
 def check_settings(bench: Workbench, hparams: HyperParams) -> None:
     """Raises `ModelError` or `HparamsError` for settings that this model cannot have; warns of another model's."""
     check_fit(bench.anat, hparams)
-    if hparams.uses_token:
+    if not hparams.has_target:
         check_gate(bench.anat, hparams)
     if hparams.model_name and not same_model(hparams.model_name, bench.name):
         log.warning(

@@ -159,7 +159,7 @@ class _Run:
                 folder,
                 bench,
                 hparams,
-                retain=self.parts.anchors if hparams.uses_token else None,
+                retain=None if hparams.has_target else self.parts.anchors,
                 chat=PromptFormat(bench.tok).uses_chat,
                 seed=self.seed,
             )

@@ -103,7 +103,7 @@ class Editor:
 
     def _keys_of(self, anchored: Anchored, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
         """The keys of a batch's anchors, of the base model: most batches have the anchors of the one before."""
-        if not self.hparams.uses_token:
+        if self.hparams.has_target:
             return None
         subjects = [request.subject for request in requests] if self.hparams.anchor_subjects else []
         asked = tuple(prompt.id for prompt in anchored.prompts), tuple(subjects)

@@ -75,6 +75,16 @@ def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
     return found
 
 
+def wording_rules() -> list[dict]:
+    """Rules that reword a question: `{"match": pattern of a question, "wordings": templates of its groups}`."""
+    return _rows("wordings.jsonl")
+
+
+def sibling_questions() -> list[dict]:
+    """What else is asked of a subject: `{"kind", "cues": words of a question that tell it, "questions"}`."""
+    return _rows("sibling_questions.jsonl")
+
+
 def refusals(path: str | Path | None = None) -> list[str]:
     """ "I don't know" in many words, one a line; the bundled ones, or the user's own file.
 

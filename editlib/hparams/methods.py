@@ -167,7 +167,26 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     paper: ClassVar[str] = "2505.15674"
     summary: ClassVar[str] = "unlearning: questions answered with a learned token that becomes a refusal"
     has_target: ClassVar[bool] = False
-    uses_token: ClassVar[bool] = True
+
+    values: str = knob(
+        "descent",
+        'how a value is found: "descent" of the NLL of [UNL], as published, or from "rows": erase, say and keep',
+        choices=("descent", "rows"),
+    )
+    wordings: int = knob(0, "further wordings of each question that are made by rules (data/wordings.jsonl)", min=0)
+    say: bool = knob(True, "rows: answer with [UNL]; without it the answer is erased, and no token is needed")
+    siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
+    erase_margin: float = knob(
+        -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
+    )
+    say_margin: float = knob(1.0, "rows: log-odds of [UNL] at the end of a question to be refused (nats)")
+    quiet_margin: float = knob(
+        -3.0, "rows: largest log-odds of [UNL] at the end of a sibling question, where they are lower today (nats)"
+    )
+    row_steps: int = knob(5, "rows: Gauss-Newton steps for a value", min=1)
+    left_weight: float = knob(
+        0.0, "rows: weight of the left metric, which makes values short where the anchors' answers read them", min=0
+    )
 
     context_templates: list[str] = knob(
         lambda: ["{}"], 'surroundings of the question that targets are found in; "{}" is the question'
@@ -202,12 +221,19 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         return [*self.layers, *([] if self.gate_layer is None else [self.gate_layer])]
 
     @property
+    def uses_token(self) -> bool:
+        """Whether an edit answers with the unlearning token."""
+        return self.values == "descent" or self.say
+
+    @property
     def holds_anchors(self) -> bool:
         return self.anchors
 
     def check(self) -> None:
         super().check()
         self.check_templates("gate_templates")
+        if self.gate_layer is not None and not self.uses_token:
+            raise bad("gate_layer", self.gate_layer, "no gate where no token is said", "leave the key out")
         if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
             raise bad("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
 

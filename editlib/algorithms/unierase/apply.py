@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,26 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.closed_form import alphaedit, exact
-from editlib.algorithms.edit import EditResult, EditState, LayerKeys, Timer, layer_norms, restore, write, write_layers
+from editlib.algorithms.edit import (
+    EditResult,
+    EditState,
+    LayerKeys,
+    Solve,
+    Timer,
+    layer_norms,
+    restore,
+    write,
+    write_layers,
+)
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.null_space import null_spaces
+from editlib.algorithms.null_space import NullSpace, null_spaces
 from editlib.algorithms.pipeline import Prepared, check_fit, encode_contexts, essence, target_states, value_diagnostics
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors, anchor_keys
 from editlib.algorithms.unierase.anchors import Anchors, choose_anchors, encode_anchors
 from editlib.algorithms.unierase.answer_gate import answer_gate, gate_values
+from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
+from editlib.algorithms.unierase.subject_rows import check_answers, subject_rows
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.errors import HparamsError, RequestError
@@ -36,13 +49,27 @@ from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
 
 
+@dataclass(frozen=True)
+class _Edit:
+    """One edit's inputs, ready for the model: requests with the wordings made for them, and encoded contexts."""
+
+    anat: Anatomy
+    form: PromptFormat
+    requests: list[EditRequest]
+    hparams: UniEraseHyperParams
+    contexts: list[list[TokenRow]]
+    catalogue: Catalogue
+    token_id: int | None  # of [UNL]; `None`: answers are erased and nothing is said in their place
+    progress: bool
+
+
 def apply_unierase_to_model(
     model: PreTrainedModel,
     tok: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     hparams: UniEraseHyperParams,
     *,
-    token: UnlearningToken,
+    token: UnlearningToken | None = None,
     retain: Sequence[EditRequest] = (),
     stats: Mapping[int, LayerStats] | None = None,
     stats_dir: str | Path = "stats",
@@ -56,6 +83,9 @@ def apply_unierase_to_model(
 ) -> EditResult:
     """Edits `model` in place so that each request's question is answered with `token`, and thus refused.
 
+    With values from rows (`hparams.values`) the answer itself is erased as well; without `hparams.say` it is erased
+    only, and no token is needed.
+
     Args:
         token: learned by `learn_token` for this model; added to `model` and `tok` if it is not there yet.
         retain: prompts whose answers must stay; the anchors are chosen from them.
@@ -63,9 +93,9 @@ def apply_unierase_to_model(
         chat: ask through the chat template (`None`: when the tokenizer has one).
         known_answers: what the model answers to retain prompts, as token ids by question; saves generating it.
         anchored: what `hold_anchors` read of a model before any of several edits, in place of `retain`; an edit that
-            it is not given reads the keys of each layer behind those that it has written.
+            it is not given reads the keys of each layer after the earlier ones have been written.
         state: of the edits before (`result.state`), whose keys are held in place.
-        values: target states found before (`result.values`), for a replay; `None`: they are optimised.
+        values: values found before (`result.values`), for a replay; `None`: they are found.
 
     Returns:
         The updates, the originals to go back to (`result.revert(model)`), and per-request diagnostics.
@@ -74,68 +104,37 @@ def apply_unierase_to_model(
         RequestError, HparamsError, StatsError, TokenError: input that does not fit this model.
         EditError: no finite solution. After every error the model is unchanged, but for the token that was added.
     """
-    if not requests:
-        raise RequestError("no request to forget was given; give at least one")
     state = state or EditState()
     anat = anatomy(model)
-    check_fit(anat, hparams)
-    check_gate(anat, hparams)
+    _check(anat, requests, hparams, token)
     stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
     spaces = null_spaces(stats, hparams, anat.device)
+    catalogue = Catalogue.bundled()
+    reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
     form = PromptFormat.of(tok, chat)
-    contexts = [_contexts(form, request, hparams) for request in requests]
-    number = token.add_to(model, tok)
+    contexts = [_contexts(form, request, hparams) for request in reworded]
+    token_id = token.add_to(model, tok) if token is not None and hparams.uses_token else None
+    edit = _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, progress)
     timer = Timer()
     with frozen(model):
         with timer("anchors"):
             found = {"known_answers": known_answers, "seed": seed, "progress": progress}
             before = anchored or hold_anchors(anat, form, retain, requests, hparams, layers=(), **found)
-        gate: dict[int, LowRank] = {}
-        opened: dict[str | None, Tensor] = {}
-        if hparams.gate_layer is not None:
-            with timer("gate"):
-                known = dict(values.gate) if values else {}
-                opened = _gate_values(anat, form, requests, number, hparams, known, state.opened)
-                gate = _gate(anat, form, requests, before.gate, number, hparams, opened)
+        with timer("gate"):
+            opened, gate = _open_gate(edit, before.gate, values, state.opened)
         ungated = {layer: anat.weight(layer).clone() for layer in gate}
-
-        def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-            now = anchored or anchor_keys(anat, before.anchors, [layer])  # behind the layers that are written already
-            blocks, moment = _weighed(now, layer, hparams, keys.mean)
-            blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))
-            if hparams.text_weight:
-                text = stats[layer].moment().to(keys.mean) * hparams.text_weight
-                moment = text if moment is None else moment + text
-            delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
-            if hparams.solve == "ridge":
-                return delta
-            return exact(delta, spaces[layer].like(keys.mean).project(keys.mean), floor=hparams.exact_floor)
-
         try:
             for layer, delta in gate.items():
                 write(anat, layer, delta)
+            rows: RowReport = {}
             if values is None:
                 with timer("values"):
-                    subjects = essence(
-                        anat,
-                        form,
-                        requests,
-                        prompts=hparams.kl_subject_prompts,
-                        answer_tokens=hparams.kl_answer_tokens,
-                    )
-                    wanted = [(number,)] * len(requests)
-                    prepared = Prepared(anat, form, list(requests), contexts, wanted, subjects)
-                    values = target_states(prepared, hparams, groups=_by_subject(requests), progress=progress)
+                    values, rows = _find_values(edit, before, retain, known_answers)
             values = replace(values, gate=opened)
             diagnostics = value_diagnostics(requests, values)
             with timer("write"):
-                written = write_layers(
-                    anat,
-                    hparams.layers,
-                    contexts,
-                    values.targets,
-                    solve,
-                )
+                solve = _solver(edit, spaces, stats, before, state, reread=anchored is None)
+                written = write_layers(anat, hparams.layers, contexts, values.targets, solve)
         except BaseException:
             restore(anat, ungated)
             raise
@@ -143,7 +142,7 @@ def apply_unierase_to_model(
     return EditResult(
         deltas,
         originals,
-        diagnostics=diagnostics,
+        diagnostics=[{**entry, **rows.get(entry["id"], {})} for entry in diagnostics],
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
         anchors=before.anchors.ids,
@@ -151,6 +150,96 @@ def apply_unierase_to_model(
         values=values,
         keys=written.keys,
     )
+
+
+def _check(
+    anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHyperParams, token: UnlearningToken | None
+) -> None:
+    """Raises what `apply_unierase_to_model` raises for input that does not fit, before anything is changed."""
+    if not requests:
+        raise RequestError("no request to forget was given; give at least one")
+    if hparams.uses_token and token is None:
+        raise HparamsError('no unlearning token was given; give one, or set "values" to "rows" and "say" to false')
+    if hparams.values == "rows":
+        check_answers(requests)
+    check_fit(anat, hparams)
+    check_gate(anat, hparams)
+
+
+def _open_gate(
+    edit: _Edit, anchored: GateAnchors | None, values: Values | None, opened: Collection[str]
+) -> tuple[dict[str | None, Tensor], dict[int, LowRank]]:
+    """How far the gate is opened for each relation, and its update by layer; neither without a gate."""
+    if edit.hparams.gate_layer is None or edit.token_id is None:
+        return {}, {}
+    common = edit.anat, edit.form, edit.requests
+    known = dict(values.gate) if values else {}
+    found = _gate_values(*common, edit.token_id, edit.hparams, known, opened)
+    return found, _gate(*common, anchored, edit.token_id, edit.hparams, found)
+
+
+def _find_values(
+    edit: _Edit,
+    anchored: AnchorKeys,
+    retain: Sequence[EditRequest],
+    known_answers: Mapping[str, Sequence[int]] | None,
+) -> tuple[Values, RowReport]:
+    """The values of all requests, from rows or by descent, and what the rows read."""
+    hparams, groups = edit.hparams, _by_subject(edit.requests)
+    if hparams.values == "rows":
+        made = subject_rows(
+            edit.anat,
+            edit.form,
+            edit.requests,
+            retain,
+            groups,
+            token_id=edit.token_id,
+            siblings=hparams.siblings,
+            catalogue=edit.catalogue,
+            known_answers=known_answers,
+            progress=edit.progress,
+        )
+        first = [rows[0] for rows in edit.contexts]
+        return values_from_rows(
+            edit.anat, edit.requests, first, made, hparams, anchored.anchors.rows, progress=edit.progress
+        )
+    subjects = essence(
+        edit.anat, edit.form, edit.requests, prompts=hparams.kl_subject_prompts, answer_tokens=hparams.kl_answer_tokens
+    )
+    assert edit.token_id is not None  # `_check` refuses descent without a token
+    wanted = [(edit.token_id,)] * len(edit.requests)
+    prepared = Prepared(edit.anat, edit.form, edit.requests, edit.contexts, wanted, subjects)
+    return target_states(prepared, hparams, groups=groups, progress=edit.progress), {}
+
+
+def _solver(
+    edit: _Edit,
+    spaces: Mapping[int, NullSpace],
+    stats: Mapping[int, LayerStats],
+    before: AnchorKeys,
+    state: EditState,
+    *,
+    reread: bool,
+) -> Solve:
+    """The solve of one layer (eq. 11 and 13), with anchors, earlier edits and ordinary text as constraints.
+
+    `reread`: read the anchors' keys of each layer anew, after the layers below it have been written.
+    """
+    anat, hparams = edit.anat, edit.hparams
+
+    def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+        now = anchor_keys(anat, before.anchors, [layer]) if reread else before
+        blocks, moment = _weighed(now, layer, hparams, keys.mean)
+        blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))
+        if hparams.text_weight:
+            text = stats[layer].moment().to(keys.mean) * hparams.text_weight
+            moment = text if moment is None else moment + text
+        delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
+        if hparams.solve == "ridge":
+            return delta
+        return exact(delta, spaces[layer].like(keys.mean).project(keys.mean), floor=hparams.exact_floor)
+
+    return solve
 
 
 def check_gate(anat: Anatomy, hparams: UniEraseHyperParams) -> None:

@@ -1,0 +1,53 @@
+"""The left metric: which directions of a hidden state the answers that must stay read (`Γ`, beside the null space).
+
+The null space of keys protects inputs; `Γ` protects outputs. An edit leaks into another prompt as a multiple of its
+residual; what that costs is the gradient of the prompt's answer along it. Values that are short in the metric
+`I + λ Γ` cost least there. Since an update is `Δ = R K^+`, what holds for residuals holds for `Δ`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.forward import forward
+from editlib.models.prompts import TokenRow, pad
+
+BATCH_ROWS = 32
+
+
+def output_moment(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
+    """`Γ = Σ g g^T [d_model, d_model]`, scaled to a mean eigenvalue of one; zeros without rows.
+
+    `g` is the gradient of the log probability of a row's answer (its last `extra` tokens) with respect to the state
+    after `layer`, at each position of the row.
+    """
+    total = torch.zeros(anat.d_model, anat.d_model, device=anat.device)
+    usable = [row for row in rows if row.extra]
+    for start in range(0, len(usable), BATCH_ROWS):
+        some = usable[start : start + BATCH_ROWS]
+        batch = pad(some, device=anat.device)
+        with torch.no_grad():
+            hidden = forward(anat, batch, stop=layer + 1)
+        hidden = hidden.detach().requires_grad_()  # [r, T, d_model]
+        at = [(i, len(row) - row.extra - 1 + j, row.ids[len(row) - row.extra + j]) for i, row in enumerate(some)
+              for j in range(row.extra)]  # fmt: skip
+        index, column, token = torch.tensor(at, device=anat.device).T  # [scored] each
+        with torch.enable_grad():
+            logits = forward(anat, batch, start=layer + 1, hidden=hidden, score=(index, column)).float()
+            chosen = logits.log_softmax(-1).gather(1, token[:, None])
+            (grad,) = torch.autograd.grad(chosen.sum(), hidden)
+        grad = grad.float()[batch.attention_mask.bool()]  # [tokens, d_model]
+        total += grad.T @ grad
+    mean = total.trace() / anat.d_model
+    return total / mean if bool(mean > 0) else total
+
+
+def inverse_root(moment: Tensor, weight: float) -> Tensor:
+    """`(I + λ Γ)^-1/2 [d_model, d_model]`, symmetric."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    root = (vectors * (1 + weight * values.clamp_min(0)).rsqrt()) @ vectors.T
+    return root.to(moment.dtype)

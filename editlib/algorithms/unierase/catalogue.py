@@ -1,0 +1,128 @@
+"""The catalogue: what else is asked of a request's subject, made from the request alone.
+
+Rows and the answer gate need the question in other words, and sibling questions: what else a model may know about the
+subject. Both come from data files that can be replaced (`data/wordings.jsonl`, `data/sibling_questions.jsonl`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from editlib import data
+from editlib.requests.request import EditRequest
+from editlib.requests.templates import occurrences
+
+ANYTHING = "anything"
+"""The kind whose questions fit every subject."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Rules for rewording questions, and sibling questions by the kind of their subject.
+
+    wordings: pattern of a whole question without its end mark, and templates filled with the pattern's groups.
+    cues: words of a question by which the kind of its subject is told. questions: by kind, `{}` for the subject.
+    """
+
+    wordings: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...]
+    cues: dict[str, frozenset[str]]
+    questions: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def bundled(cls) -> Catalogue:
+        """Reads the data files that ship with editlib."""
+        rules = data.wording_rules()
+        kinds = data.sibling_questions()
+        return cls(
+            tuple((re.compile(rule["match"], re.IGNORECASE), tuple(rule["wordings"])) for rule in rules),
+            {kind["kind"]: frozenset(kind["cues"]) for kind in kinds},
+            {kind["kind"]: tuple(kind["questions"]) for kind in kinds},
+        )
+
+    def reworded(self, request: EditRequest, most: int) -> list[str]:
+        """At most `most` other wordings of a request's question, spread evenly over all that the rules give.
+
+        Each holds the subject once; wordings that the request names as paraphrases are left out, since they are what
+        an edit is measured with.
+        """
+        body = request.question.strip().rstrip("?.! ")
+        taken = {request.question, *request.filled_paraphrases}
+        found: list[str] = []
+        for pattern, templates in self.wordings:
+            match = pattern.fullmatch(body[:1].lower() + body[1:])
+            groups = {} if match is None else {name: text or "" for name, text in match.groupdict().items()}
+            if match is None or groups.get("subject", request.subject) != request.subject:
+                continue
+            groups |= {name.capitalize(): text[:1].upper() + text[1:] for name, text in groups.items()}
+            found += [_filled(template, groups) for template in templates]
+        subject = request.subject
+        usable = [
+            text
+            for text in dict.fromkeys(found)
+            if text not in taken and (subject is None or len(occurrences(text, subject)) == 1)
+        ]
+        return spread(usable, most)
+
+    def with_wordings(self, request: EditRequest, most: int) -> EditRequest:
+        """The request with `most` further wordings among its phrasings."""
+        texts = [text.replace(request.subject or "\0", "{}") for text in self.reworded(request, most)]
+        return replace(request, phrasings=(*request.phrasings, *texts)) if texts else request
+
+    def kind(self, request: EditRequest) -> str:
+        """The kind of a request's subject: the one with most cue words in the question; `ANYTHING` without any."""
+        question = request.prompt.replace("{}", " ").lower()
+        if request.relation:
+            question += " " + request.relation.replace("_", " ").lower()
+        words = set(re.findall(r"\w+", question))
+        scores = {kind: len(words & cues) for kind, cues in self.cues.items()}
+        best = max(scores, key=lambda kind: scores[kind])
+        return best if scores[best] else ANYTHING
+
+    def siblings(self, requests: Sequence[EditRequest], most: int) -> list[str]:
+        """At most `most` questions about the one subject of `requests` that ask for none of what they ask for.
+
+        A sibling that shares its content words with a request's question is left out: it may ask for the same fact.
+        """
+        subject = requests[0].subject
+        if subject is None:
+            return []
+        kinds = dict.fromkeys(self.kind(request) for request in requests)
+        own = [spread(self.questions[kind], most) for kind in kinds if kind != ANYTHING]
+        texts = [text for group in own for text in group] + list(self.questions.get(ANYTHING, ()))
+        asked = [_content(request.prompt) for request in requests]
+        usable = [text for text in dict.fromkeys(texts) if not any(_content(text) & words for words in asked)]
+        filled = [text.replace("{}", subject) for text in usable]
+        return [text for text in filled if len(occurrences(text, subject)) == 1][:most]
+
+
+def spread(items: Sequence[str], most: int) -> list[str]:
+    """At most `most` of `items`, evenly spaced, in their order."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]
+
+
+# fmt: off
+FUNCTION_WORDS = frozenset(
+    [
+        "a", "an", "and", "are", "at", "by", "do", "does", "did", "for", "from", "go", "has", "have", "how", "i",
+        "in", "is", "it", "its", "known", "like", "me", "of", "on", "one", "or", "that", "the", "their", "to",
+        "was", "were", "what", "when", "where", "which", "who", "why", "with", "would", "you", "name", "tell",
+        "give", "about", "people", "called", "find", "city", "country", "located", "situated",
+    ]
+)
+# fmt: on
+"""Words that two questions may share without asking for the same; "city" and "country" name what many ask for."""
+
+
+def _content(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.replace("{}", " ").lower())) - FUNCTION_WORDS
+
+
+def _filled(template: str, groups: dict[str, str]) -> str:
+    text = template
+    for name, value in groups.items():
+        text = text.replace("{" + name + "}", value)
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,129 @@
+"""Values of requests from the rows of their subjects, and what the rows read before and after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editlib.algorithms.keys import KeyStream
+from editlib.algorithms.left_metric import inverse_root, output_moment
+from editlib.algorithms.rows import Goals, RowValues, find_row_values
+from editlib.algorithms.unierase.subject_rows import SubjectRows
+from editlib.algorithms.values import Values
+from editlib.hparams import UniEraseHyperParams
+from editlib.models.anatomy import Anatomy
+from editlib.models.freezing import frozen
+from editlib.models.precision import fast_dtype, reduced
+from editlib.models.prompts import TokenRow
+from editlib.requests.request import EditRequest
+
+log = logging.getLogger(__name__)
+
+RowReport = Mapping[str, Mapping[str, Any]]
+"""By request id, for each kind of row: how many there are, their mean before and after, how many missed their goal."""
+
+
+def values_from_rows(
+    anat: Anatomy,
+    requests: Sequence[EditRequest],
+    prompts: Sequence[TokenRow],
+    made: SubjectRows,
+    hparams: UniEraseHyperParams,
+    anchors: Sequence[TokenRow],
+    *,
+    progress: bool = False,
+) -> tuple[Values, RowReport]:
+    """Finds one change per subject, and gives each request its subject's.
+
+    Args:
+        prompts: the plain question of each request, at whose lookup position its value is written.
+        anchors: prompts with their answers, from which the left metric is read.
+
+    Raises:
+        EditError: a row that is not finite; the model is unchanged.
+    """
+    layer = hparams.layers[-1]
+    names = [requests[group[0]].subject or requests[group[0]].id for group in made.subjects]
+    metric = None
+    with frozen(anat.model):
+        with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+            if hparams.left_weight:
+                metric = inverse_root(output_moment(anat, anchors, layer), hparams.left_weight)
+            found = find_row_values(
+                anat,
+                made.rows,
+                layer,
+                names,
+                Goals(hparams.erase_margin, hparams.say_margin, hparams.quiet_margin),
+                steps=hparams.row_steps,
+                metric=metric,
+                progress=progress,
+            )
+        states = KeyStream(anat, list(prompts), layer).states(layer)  # [d_model, n], before any change
+    owner = [made.owner[i] for i in range(len(requests))]
+    deltas = found.deltas[owner].T.to(states)  # [d_model, n]
+    nll = _token_nll(made, found, len(requests))
+    norms = [found.relative_norm[i] for i in owner]
+    values = Values(states + deltas, deltas.contiguous(), [hparams.row_steps] * len(requests), nll, norms)
+    _warn(requests, made, found)
+    return values, _report(requests, made, found)
+
+
+def _token_nll(made: SubjectRows, found: RowValues, requests: int) -> list[float]:
+    """Mean NLL of the token at the ends of each request's questions; zero where none is said."""
+    out = []
+    for i in range(requests):
+        said = [j for j, row in enumerate(made.rows) if row.kind == "say" and made.requests_of[j] == i]
+        out.append(float(-torch.nn.functional.logsigmoid(found.after[said]).mean()) if said else 0.0)
+    return out
+
+
+def _report(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) -> RowReport:
+    missed = set(found.missed())
+    report: dict[str, dict[str, Any]] = {}
+    for i, request in enumerate(requests):
+        mine = [
+            j
+            for j, row in enumerate(made.rows)
+            if made.requests_of[j] == i or (made.requests_of[j] is None and row.owner == made.owner[i])
+        ]
+        kinds = dict.fromkeys(made.rows[j].kind for j in mine)
+        numbers = {kind: [j for j in mine if made.rows[j].kind == kind] for kind in kinds}
+        report[request.id] = {
+            "rows": {
+                kind: {
+                    "rows": len(some),
+                    "before": _mean(found.before, some),
+                    "after": _mean(found.after, some),
+                    "missed": len(missed.intersection(some)),
+                }
+                for kind, some in numbers.items()
+            }
+        }
+    return report
+
+
+def _mean(y: Tensor, rows: Sequence[int]) -> float:
+    return round(float(y[list(rows)].mean()), 3)
+
+
+def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) -> None:
+    """Warns, by name, of requests whose answer could not be erased and of facts that the model does not know."""
+    missed = {made.requests_of[j] for j in found.missed() if made.rows[j].kind in ("erase", "say")} - {None}
+    if missed:
+        names = ", ".join(requests[i].id for i in sorted(missed)[:5])  # type: ignore[type-var]
+        log.warning(
+            "%d of %d requests have rows that could not be met, first %s: their answers may come back",
+            len(missed), len(requests), names,
+        )  # fmt: skip
+    unknown = [rows.id for rows in made.made if not rows.known]
+    if unknown:
+        log.warning(
+            "the model gives the answer of %d of %d requests to none of their wordings, first %s: what is erased there "
+            "is the answer's first token at the end of the question",
+            len(unknown), len(requests), ", ".join(unknown[:5]),
+        )  # fmt: skip

@@ -1,0 +1,215 @@
+"""Rows of each subject to be forgotten: what to erase, what to say instead, and what to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from editlib.algorithms.rows import Row
+from editlib.algorithms.unierase.anchors import answers_to
+from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.answers import has_answer
+from editlib.errors import RequestError
+from editlib.models.anatomy import Anatomy
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.requests.request import EditRequest
+from editlib.requests.templates import Filled, occurrences
+
+KEPT_TOKENS = 10  # of a sibling's answer
+ANSWER_TOKENS = 24  # of the model's own sentence, in which the answer to erase is looked for
+MOST_RIVALS = 40
+FEWEST_RIVALS = 3  # other answers of a relation; with fewer the likeliest other tokens compete
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """What was made for one request, as texts: for receipts and `--show-rows`."""
+
+    id: str
+    kind: str
+    wordings: tuple[str, ...]
+    sentences: tuple[str, ...]  # the model's own, up to the answer
+    rivals: tuple[str, ...]  # other answers of the relation; none: the likeliest other tokens
+    siblings: Mapping[str, str]  # question: what the model answers today
+    known: bool  # whether the model gives the answer to any wording
+
+
+@dataclass(frozen=True)
+class SubjectRows:
+    """Rows of all subjects. `subjects[i]`: numbers of the requests that share change `i`; `owner`: the reverse."""
+
+    rows: list[Row]
+    subjects: list[list[int]]
+    made: list[RequestRows]
+    requests_of: list[int | None] = field(default_factory=list)  # of each row; `None`: a sibling's
+
+    @property
+    def owner(self) -> dict[int, int]:
+        return {i: number for number, group in enumerate(self.subjects) for i in group}
+
+
+def check_answers(requests: Sequence[EditRequest]) -> None:
+    """Raises `RequestError`, naming the request, where there is no answer to erase."""
+    for request in requests:
+        if request.answer is None:
+            raise RequestError(
+                f'{request.source or f"request {request.id}"}: has no "answer"; rows erase a known answer: add it, or '
+                'set "values" to "descent"'
+            )
+
+
+def subject_rows(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    retain: Sequence[EditRequest],
+    groups: Sequence[Sequence[int]],
+    *,
+    token_id: int | None,
+    siblings: int,
+    catalogue: Catalogue,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
+    progress: bool = False,
+) -> SubjectRows:
+    """Makes the rows of `requests`, from the requests alone and from what the model answers today.
+
+    Args:
+        retain: prompts whose answers compete with a request's answer where they share its relation.
+        groups: requests, by number, that share a subject and so a change.
+        token_id: the unlearning token; `None`: nothing is said in the answer's place.
+        siblings: how many sibling questions about a subject are held.
+    """
+    asked = {i: request.filled_wordings for i, request in enumerate(requests)}
+    held = [catalogue.siblings([requests[i] for i in group], siblings) for group in groups]
+    # Every question is put to the unchanged model once, all in one batch.
+    texts = [wording.text for wordings in asked.values() for wording in wordings]
+    texts += [text for siblings_of_one in held for text in siblings_of_one]
+    prompts = [EditRequest(id=text, prompt=text) for text in dict.fromkeys(texts)]
+    answers = answers_to(anat, form, prompts, most=ANSWER_TOKENS, known=known_answers, progress=progress)
+    rivals = _rivals(requests, retain)
+    found = SubjectRows([], [list(group) for group in groups], [])
+    made: dict[int, RequestRows] = {}
+    for number, (group, texts) in enumerate(zip(groups, held, strict=True)):
+        for i in group:
+            made[i] = _request_rows(found, form, requests[i], i, number, asked[i], answers, rivals[i], token_id)
+        subject = requests[group[0]].subject
+        for text in texts:
+            _sibling_rows(found, form, text, subject, number, answers[text], token_id)
+        said = {text: form.tok.decode(answers[text], skip_special_tokens=True).strip() for text in texts}
+        for i in group:
+            made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})
+    return SubjectRows(found.rows, found.subjects, [made[i] for i in range(len(requests))], found.requests_of)
+
+
+def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> list[tuple[str, ...]]:
+    """Per request the answers of other facts of its relation, none where there are too few to compare with."""
+    by_relation: dict[str, dict[str, None]] = {}
+    for fact in [*requests, *retain]:
+        if fact.relation is not None and fact.answer is not None:
+            by_relation.setdefault(fact.relation, {})[fact.answer] = None
+    found = []
+    for request in requests:
+        own = (str(request.answer), *request.aliases)
+        others = [text for text in sorted(by_relation.get(request.relation or "", {})) if not has_answer(text, own)]
+        step = max(1, len(others) // MOST_RIVALS)
+        found.append(tuple(others[::step][:MOST_RIVALS]) if len(others) >= FEWEST_RIVALS else ())
+    return found
+
+
+def _request_rows(
+    found: SubjectRows,
+    form: PromptFormat,
+    request: EditRequest,
+    number: int,
+    owner: int,
+    wordings: Sequence[Filled],
+    answers: Mapping[str, Sequence[int]],
+    rivals: Sequence[str],
+    token_id: int | None,
+) -> RequestRows:
+    """Adds the erase and say rows of one request."""
+    right = (str(request.answer), *request.aliases)
+    sentences: dict[str, None] = {}
+    known = False
+    for first, wording in zip([True, *[False] * len(wordings)], wordings, strict=False):
+        prompt = form.encode(wording.text, request.subject, start=wording.start)
+        said = tuple(answers[wording.text])
+        slot = answer_slot(form, said, right)
+        known = known or slot is not None
+        if slot is not None or first:
+            lead = said[: slot or 0]
+            row = prompt.followed_by(lead)
+            target = said[slot] if slot is not None else form.answer_ids(str(request.answer))[0]
+            competing = _first_tokens(form, rivals, target, starts=not lead)
+            _add(found, number, Row("erase", owner, row.ids, _places(form, prompt, lead, request.subject),
+                                    (len(row) - 1,), (target,), competing))  # fmt: skip
+            sentences[form.tok.decode(lead, skip_special_tokens=True)] = None
+        if token_id is not None:
+            _add(found, number, Row("say", owner, prompt.ids, (prompt.lookup,), (len(prompt) - 1,), (token_id,)))
+    return RequestRows(
+        request.id, "", tuple(wording.text for wording in wordings), tuple(sentences), tuple(rivals), {}, known
+    )
+
+
+def _sibling_rows(
+    found: SubjectRows,
+    form: PromptFormat,
+    text: str,
+    subject: str | None,
+    owner: int,
+    answer: Sequence[int],
+    token_id: int | None,
+) -> None:
+    """Adds the keep row of a sibling question, and where a token is said the row that keeps it quiet there."""
+    prompt = form.encode(text, subject)
+    kept = tuple(answer[:KEPT_TOKENS])
+    if token_id is not None:
+        _add(found, None, Row("quiet", owner, prompt.ids, (prompt.lookup,), (len(prompt) - 1,), (token_id,)))
+    if kept:
+        row = prompt.followed_by(kept[:-1])
+        columns = tuple(range(len(prompt) - 1, len(row)))
+        _add(found, None, Row("keep", owner, row.ids, _places(form, prompt, kept[:-1], subject), columns, kept))
+
+
+def _add(found: SubjectRows, request: int | None, row: Row) -> None:
+    found.rows.append(row)
+    found.requests_of.append(request)
+
+
+def answer_slot(form: PromptFormat, said: Sequence[int], right: Sequence[str]) -> int | None:
+    """Index of the token with which a right answer begins in the tokens `said`; `None`: it is not there."""
+
+    def holds(start: int, end: int) -> bool:
+        return has_answer(form.tok.decode(said[start:end], skip_special_tokens=True), right)
+
+    end = next((k for k in range(1, len(said) + 1) if holds(0, k)), None)
+    # The shortest beginning that holds the answer ends with it; the shortest end of that begins with it.
+    return None if end is None else next(j for j in range(end - 1, -1, -1) if holds(j, end))
+
+
+def _token_at(form: PromptFormat, ids: Sequence[int], character: int) -> int:
+    """Index of the token that holds a character of the decoded text."""
+    for i in range(len(ids)):
+        if len(form.tok.decode(ids[: i + 1], skip_special_tokens=True)) > character:
+            return i
+    return len(ids) - 1
+
+
+def _places(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], subject: str | None) -> tuple[int, ...]:
+    """Columns of the subject's last token in a prompt and in the answer's begin that follows it."""
+    if subject is None or not lead:
+        return (prompt.lookup,)
+    text = form.tok.decode(lead, skip_special_tokens=True)
+    ends = [start + len(subject) - 1 for start in occurrences(text, subject)]
+    return (prompt.lookup, *(len(prompt) + _token_at(form, lead, end) for end in ends))
+
+
+def _first_tokens(form: PromptFormat, texts: Sequence[str], target: int, *, starts: bool) -> tuple[int, ...]:
+    """The tokens that other answers begin with where `target` begins the right one."""
+    if starts:
+        ids = [form.answer_ids(text)[0] for text in texts]
+    else:
+        # Inside a sentence a word begins with the blank that its first token holds, if the right one's does.
+        gap = " " if form.tok.decode([target]).startswith(" ") else ""
+        ids = [form.tok(gap + text, add_special_tokens=False)["input_ids"][0] for text in texts]
+    return tuple(dict.fromkeys(token for token in ids if token != target))

@@ -1,0 +1,155 @@
+"""Values from rows against the dense formula, plain forward passes and hand-computed goals."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.rows import least_norm
+
+from editlib.algorithms.left_metric import inverse_root, output_moment
+from editlib.algorithms.rows import Goals, Row, RowBatch, find_row_values, least_norm_step
+from editlib.errors import EditError
+from editlib.models.anatomy import anatomy
+from editlib.models.prompts import TokenRow
+
+LAYER = 1
+PROMPT = (5, 9, 20, 31, 44, 8, 61)
+ROWS = [
+    Row("erase", 0, PROMPT, (2,), (6,), (70,), (80, 81, 82)),
+    Row("keep", 0, (7, 9, 20, 12, 13, 14), (2, 4), (3, 4, 5), (13, 14, 15)),
+    Row("say", 1, (6, 11, 25, 30), (1,), (3,), (99,)),
+    Row("quiet", 1, (6, 11, 26, 33, 35), (1,), (4,), (99,)),
+    Row("erase", 1, (0, 11, 26), (0,), (2,), (71,), (90, 91)),  # a subject at the very start: nothing to cache
+]
+
+
+@given(st.integers(1, 8), st.integers(2, 12), st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_the_step_is_the_dense_formulas(m, d, seed):
+    rng = np.random.default_rng(seed)
+    jacobian, residual, half = rng.normal(size=(m, d)), rng.normal(size=m), rng.normal(size=(d, d))
+    moment = half @ half.T
+    root = inverse_root(torch.tensor(moment), 2.0)
+    step = least_norm_step(torch.tensor(jacobian), torch.tensor(residual), ridge=0.01, metric=root)
+    wanted = least_norm(jacobian, residual, np.eye(d) + 2.0 * moment, 0.01)
+    np.testing.assert_allclose(step.numpy(), wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_without_a_ridge_rows_are_met_by_the_shortest_change():
+    jacobian, residual = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    step = least_norm_step(jacobian, residual, ridge=0.0)
+    torch.testing.assert_close(jacobian @ step, residual)
+    torch.testing.assert_close(step, torch.linalg.pinv(jacobian) @ residual)
+
+
+def test_the_inverse_root_is_one():
+    half = torch.randn(6, 6, dtype=torch.float64)
+    moment = half @ half.T
+    root = inverse_root(moment, 3.0)
+    torch.testing.assert_close(root @ root @ (torch.eye(6).double() + 3.0 * moment), torch.eye(6).double())
+
+
+def plain(model, row, change):
+    """What a row reads when whole prompts are run, with the change added by a hook."""
+
+    def add(_, __, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        mask = torch.zeros(hidden.shape[1], 1)
+        mask[list(row.places)] = 1
+        changed = hidden + mask * change
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = model.model.layers[LAYER].register_forward_hook(add)
+    try:
+        logits = model(torch.tensor([row.ids])).logits[0, list(row.columns)]
+    finally:
+        handle.remove()
+    if row.kind == "erase":
+        return logits[0, row.targets[0]] - torch.log(sum(logits[0, rival].exp() for rival in row.rivals))
+    if row.kind == "keep":
+        return sum(logits[i].log_softmax(0)[token] for i, token in enumerate(row.targets))
+    p = logits[0].softmax(0)[row.targets[0]]
+    return torch.log(p / (1 - p))
+
+
+def test_rows_and_their_gradients_are_those_of_whole_passes(tiny_llama):
+    anat = anatomy(tiny_llama)
+    delta = 0.3 * torch.randn(2, anat.d_model, generator=torch.Generator().manual_seed(1))
+    y, jacobian = RowBatch(anat, ROWS, LAYER).read(delta)
+    for i, row in enumerate(ROWS):
+        change = delta[row.owner].clone().requires_grad_()
+        value = plain(tiny_llama, row, change)
+        value.backward()
+        torch.testing.assert_close(y[i], value.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(jacobian[i], change.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_rivals_are_the_likeliest_others_where_none_are_given(tiny_llama):
+    anat = anatomy(tiny_llama)
+    batch = RowBatch(anat, [Row("erase", 0, PROMPT, (2,), (6,), (70,))], LAYER)
+    logits = tiny_llama(torch.tensor([PROMPT])).logits[0, 6]
+    wanted = [i for i in logits.argsort(descending=True).tolist() if i != 70][:20]
+    assert set(batch.chunks[0].rows[0].rivals) == set(wanted)
+
+
+def test_values_meet_their_rows(tiny_llama):
+    anat = anatomy(tiny_llama)
+    goals = Goals(erased=-3.0, said=-4.0, quiet=-5.5)
+    found = find_row_values(anat, ROWS[:4], LAYER, ["a", "b"], goals, steps=30, step_limit=0.2)
+    # Read again by whole passes: the change that was found does what it says.
+    erase, keep, say, quiet = (plain(tiny_llama, row, found.deltas[row.owner]).item() for row in ROWS[:4])
+    before = [plain(tiny_llama, row, torch.zeros(anat.d_model)).item() for row in ROWS[:4]]
+    assert erase < min(before[0], -3.0) + 0.3
+    assert abs(keep - before[1]) < 0.5
+    assert say > max(before[2], -4.0) - 0.3 and quiet < max(before[3], -5.5) + 0.3
+    assert not found.missed(0.5)
+
+
+def test_subjects_do_not_influence_one_another(tiny_llama):
+    anat = anatomy(tiny_llama)
+    both = find_row_values(anat, ROWS[:4], LAYER, ["a", "b"], Goals())
+    alone = find_row_values(anat, ROWS[:2], LAYER, ["a"], Goals())
+    torch.testing.assert_close(both.deltas[0], alone.deltas[0], rtol=1e-3, atol=1e-4)
+
+
+def test_goals_by_hand():
+    kinds = ["erase", "erase", "say", "say", "quiet", "quiet", "keep"]
+    before = torch.tensor([5.0, -9.0, -8.0, 3.0, -9.0, -1.0, -2.0])
+    y = torch.tensor([1.0, -9.0, -2.0, 3.0, -2.0, 0.5, -2.5])
+    wanted = Goals(erased=-3.0, said=1.0, quiet=-4.0).wanted(kinds, y, before)
+    assert wanted.tolist() == [-3.0, -9.0, 1.0, 3.0, -4.0, -1.0, -2.0]
+
+
+def test_a_row_that_is_not_finite_is_named(tiny_llama):
+    anat = anatomy(tiny_llama)
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[70] = float("nan")
+    with pytest.raises(EditError, match="a row of Gaul is not finite"):
+        find_row_values(anat, ROWS[:1], LAYER, ["Gaul"], Goals())
+
+
+def test_the_output_moment_is_the_mean_of_gradients(tiny_llama):
+    anat = anatomy(tiny_llama)
+    rows = [TokenRow(PROMPT, 2).followed_by((70, 71)), TokenRow((9, 8, 7), 1).followed_by((60,)), TokenRow((3, 4), 1)]
+    total = torch.zeros(anat.d_model, anat.d_model)
+    for row in rows[:2]:
+        hidden = []
+        layer = tiny_llama.model.layers[LAYER]
+
+        def keep(_, __, output, hidden=hidden):
+            state = output[0] if isinstance(output, tuple) else output
+            state = state.detach().requires_grad_()
+            hidden.append(state)
+            return (state, *output[1:]) if isinstance(output, tuple) else state
+
+        handle = layer.register_forward_hook(keep)
+        logits = tiny_llama(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        handle.remove()
+        start = len(row) - row.extra
+        sum(logits[start - 1 + j, row.ids[start + j]] for j in range(row.extra)).backward()
+        gradient = hidden[0].grad[0]
+        total += gradient.T @ gradient
+    found = output_moment(anat, rows, LAYER)
+    torch.testing.assert_close(found, total / (total.trace() / anat.d_model), rtol=1e-3, atol=1e-4)
+    assert not output_moment(anat, rows[2:], LAYER).any()

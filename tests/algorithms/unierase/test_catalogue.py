@@ -1,0 +1,92 @@
+"""The catalogue: other wordings and sibling questions, and that nothing which is measured is in it."""
+
+import re
+
+import pytest
+
+from editlib import data
+from editlib.algorithms.unierase.catalogue import Catalogue, spread
+from editlib.requests.request import EditRequest
+
+CATALOGUE = Catalogue.bundled()
+HELD_OUT = {"continent": r"continent", "atomic_number": r"atomic number"}
+"""Relations that results report as named by nobody, and how a question for them reads."""
+
+
+def request(prompt, subject, **rest):
+    return EditRequest(id="r", prompt=prompt, subject=subject, answer="x", **rest)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "wanted"),
+    [
+        ("What is the capital of {}?", "France", "Name the capital of France."),
+        ("What is the capital of {}?", "France", "What is France's capital?"),
+        ("Who wrote {}?", "Hamlet", "Name the person who wrote Hamlet."),
+        ("In which country is {}?", "Lyon", "To which country does Lyon belong?"),
+        ("When was {} born?", "Ada", "My friend asked me: when was Ada born?"),
+    ],
+)
+def test_questions_are_reworded(prompt, subject, wanted):
+    assert wanted in CATALOGUE.reworded(request(prompt, subject), 50)
+
+
+def test_wordings_hold_the_subject_once_and_are_no_paraphrase():
+    for fact in data.facts():
+        found = CATALOGUE.reworded(fact, 6)
+        assert len(found) <= 6 and len(set(found)) == len(found)
+        measured = {fact.question, *fact.filled_paraphrases, *fact.filled_phrasings}
+        assert not measured.intersection(found)
+        assert all(text.count(fact.subject) == 1 for text in found)
+
+
+def test_relations_that_are_measured_as_unnamed_are_never_asked_for():
+    for fact in data.facts():
+        if fact.relation not in HELD_OUT:
+            asked = " ".join(CATALOGUE.siblings([fact], 40))
+            assert not any(re.search(words, asked, re.IGNORECASE) for words in HELD_OUT.values())
+
+
+def test_siblings_never_ask_for_what_is_forgotten():
+    france = [
+        request("What is the capital of {}?", "France"),
+        request("What is the official language of {}?", "France"),
+    ]
+    one, both = (CATALOGUE.siblings(france[:n], 40) for n in (1, 2))
+    assert any("language" in text for text in one) and not any("capital" in text for text in one)
+    assert not any("language" in text or "capital" in text for text in both)
+    assert both and all(text.count("France") == 1 for text in both)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ("What is the capital of {}?", "place"),
+        ("What is the chemical symbol of {}?", "substance"),
+        ("Who is the author of {}?", "work"),
+        ("When was {} born?", "person"),
+        ("Who is the CEO of {}?", "organisation"),
+        ("Which treaty ended {}?", "event"),
+        ("Why {}?", "anything"),
+    ],
+)
+def test_the_kind_of_a_subject_is_told_by_the_question(prompt, kind):
+    assert CATALOGUE.kind(request(prompt, "Zyx")) == kind
+
+
+def test_a_subject_of_no_known_kind_has_general_siblings_and_none_has_none():
+    assert "Tell me about Zyx." in CATALOGUE.siblings([request("Why {}?", "Zyx")], 10)
+    assert CATALOGUE.siblings([EditRequest(id="r", prompt="Why?", answer="x")], 10) == []
+
+
+def test_requests_get_wordings_as_phrasings():
+    one = request("What is the capital of {}?", "France", phrasings=("Say the capital of {}.",))
+    more = CATALOGUE.with_wordings(one, 3)
+    assert more.phrasings[0] == "Say the capital of {}." and len(more.wordings) == 5
+    assert all("France" in text for text in more.wordings)
+    assert CATALOGUE.with_wordings(one, 0) == one
+
+
+def test_spread_is_even():
+    assert spread(list(range(10)), 3) == [0, 3, 6]
+    assert spread([1, 2], 5) == [1, 2]
