@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.options import (
@@ -71,6 +72,9 @@ def unlearn(
     device_map: DeviceMap = None,
     delta: DeltaFile = None,
     skip_bad: SkipBad = False,
+    show_rows: Annotated[
+        bool, typer.Option("--show-rows", help="print what is asked for each request, and edit nothing")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Phase II: makes a model refuse the questions in --requests and writes it as an ordinary folder."""
@@ -83,6 +87,9 @@ def unlearn(
     settings = load_hparams(hparams, "UniErase")
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
+    if show_rows:
+        _print_rows(bench, wanted, settings, kept)
+        return
     result, receipt = run(
         bench,
         wanted,
@@ -97,6 +104,22 @@ def unlearn(
     )
     _norms_table(result, receipt)
     out.print(str(out_dir), soft_wrap=True)
+
+
+def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:
+    """The wordings, sentences, rivals and sibling questions that are made for each request."""
+    from editlib.jobs.edit import rows_of
+
+    for made in rows_of(bench, wanted, settings, retain=kept):
+        out.print(f"[bold]{escape(made.id)}[/bold] ({made.kind}{'' if made.known else '; the model does not know it'})")
+        for name, texts in (
+            ("asked as", made.wordings),
+            ("erased after", [text or "(the question)" for text in made.sentences]),
+            ("rivals", made.rivals or ["(the likeliest other tokens)"]),
+            ("kept", [f"{question} {answer}" for question, answer in made.siblings.items()]),
+        ):
+            for text in texts:
+                out.print(f"  {name}: {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _norms_table(result: Any, receipt: dict[str, Any]) -> None:

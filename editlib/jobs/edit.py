@@ -10,7 +10,10 @@ from typing import Any
 from editlib import data
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.registry import apply_function
+from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.algorithms.unierase.subject_rows import RequestRows, by_subject, check_answers, subject_rows
 from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs
+from editlib.errors import HparamsError
 from editlib.export import asked_as, make_delta, make_receipt, save_edited
 from editlib.files import check_file, check_output
 from editlib.hparams import HyperParams, UniEraseHyperParams
@@ -56,6 +59,43 @@ def unlearn(
         "seed": seed,
     }
     return _edited(bench, requests, hparams, means, out, timer, given, delta, overwrite=overwrite)
+
+
+def rows_of(
+    bench: Workbench,
+    requests: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    *,
+    retain: Sequence[EditRequest] | None = None,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
+) -> list[RequestRows]:
+    """Makes the rows of `requests` and edits nothing: what `editlib unlearn --show-rows` prints.
+
+    Raises:
+        HparamsError: settings that find values by descent, which has no rows.
+        RequestError: a request without an answer.
+    """
+    if hparams.values != "rows":
+        raise HparamsError(
+            f'--show-rows needs settings with "values": "rows"; these have "{hparams.values}": give others with '
+            "--hparams, such as smollm2-135m-erase"
+        )
+    check_answers(requests)
+    catalogue = Catalogue.bundled()
+    reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
+    made = subject_rows(
+        bench.anat,
+        PromptFormat(bench.tok),
+        reworded,
+        data.retain_prompts(requests) if retain is None else retain,
+        by_subject(reworded),
+        token_id=None,
+        siblings=hparams.siblings,
+        catalogue=catalogue,
+        known_answers=known_answers,
+        progress=bench.progress,
+    )
+    return made.made
 
 
 def edit(

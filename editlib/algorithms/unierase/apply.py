@@ -34,7 +34,7 @@ from editlib.algorithms.unierase.anchors import Anchors, choose_anchors, encode_
 from editlib.algorithms.unierase.answer_gate import answer_gate, gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
-from editlib.algorithms.unierase.subject_rows import check_answers, subject_rows
+from editlib.algorithms.unierase.subject_rows import by_subject, check_answers, subject_rows
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.errors import HparamsError, RequestError
@@ -185,7 +185,7 @@ def _find_values(
     known_answers: Mapping[str, Sequence[int]] | None,
 ) -> tuple[Values, RowReport]:
     """The values of all requests, from rows or by descent, and what the rows read."""
-    hparams, groups = edit.hparams, _by_subject(edit.requests)
+    hparams, groups = edit.hparams, by_subject(edit.requests)
     if hparams.values == "rows":
         made = subject_rows(
             edit.anat,
@@ -314,15 +314,6 @@ def _weighed(
     ]
     moment = own.every.moment
     return blocks, None if moment is None else moment.to(like) * hparams.anchor_weight
-
-
-def _by_subject(requests: Sequence[EditRequest]) -> list[list[int]]:
-    """The requests, by number, that ask about one subject. Up to the subject's last token, where an edit reads its key,
-    their questions hardly differ (TOFU asks twenty about one author), and one key can be given one change only."""
-    groups: dict[str | int, list[int]] = {}
-    for i, request in enumerate(requests):
-        groups.setdefault(i if request.subject is None else request.subject, []).append(i)
-    return list(groups.values())
 
 
 def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperParams) -> list[TokenRow]:

@@ -58,6 +58,15 @@ def check_answers(requests: Sequence[EditRequest]) -> None:
             )
 
 
+def by_subject(requests: Sequence[EditRequest]) -> list[list[int]]:
+    """The requests, by number, that ask about one subject. Up to the subject's last token, where an edit reads its key,
+    their questions hardly differ (TOFU asks twenty about one author), and one key can be given one change only."""
+    groups: dict[str | int, list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(i if request.subject is None else request.subject, []).append(i)
+    return list(groups.values())
+
+
 def subject_rows(
     anat: Anatomy,
     form: PromptFormat,

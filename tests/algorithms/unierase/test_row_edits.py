@@ -11,10 +11,12 @@ from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.subject_rows import answer_slot, subject_rows
 from editlib.errors import HparamsError, RequestError
 from editlib.hparams import UniEraseHyperParams
+from editlib.jobs.edit import rows_of
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
+from editlib.workbench import Workbench
 
 OPTIONS = {
     "layers": [0, 1],
@@ -134,3 +136,14 @@ def test_rows_erase_in_the_models_own_sentence_at_both_subjects(tiny_llama, tok)
     assert set(erase.rivals) == first - {erase.targets[0]}
     assert say.kind == "say" and say.targets == (7,) and say.ids == form.encode(request.question).ids
     assert made.made[0].known and made.made[0].rivals == ("Basel", "Bonn", "Lima")
+
+
+def test_rows_are_shown_without_an_edit(tiny_llama, tok):
+    bench = Workbench.of(tiny_llama, tok)
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    made = rows_of(bench, FORGET, UniEraseHyperParams(**OPTIONS), retain=[])
+    assert [rows.id for rows in made] == ["France", "Peru"] and made[0].kind == "place"
+    assert len(made[0].wordings) == 3 and len(made[0].siblings) == 4 and not made[0].known
+    assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
+    with pytest.raises(HparamsError, match='--show-rows needs settings with "values": "rows"'):
+        rows_of(bench, FORGET, UniEraseHyperParams(layers=[0]))

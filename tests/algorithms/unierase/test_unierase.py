@@ -11,6 +11,7 @@ from tiny_models import VOCAB
 from editlib.algorithms.pipeline import essence
 from editlib.algorithms.unierase import apply
 from editlib.algorithms.unierase.apply import apply_unierase_to_model, check_gate
+from editlib.algorithms.unierase.subject_rows import by_subject
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import EditError, HparamsError
 from editlib.hparams import UniEraseHyperParams
@@ -310,4 +311,4 @@ def test_questions_about_one_subject_share_one_change(job):
 
 def test_requests_without_a_subject_share_nothing():
     plain = [EditRequest(id=text, prompt=text) for text in ("Who are you?", "What is that?")]
-    assert apply._by_subject([plain[0], FORGET[1], plain[1], FORGET[1]]) == [[0], [1, 3], [2]]
+    assert by_subject([plain[0], FORGET[1], plain[1], FORGET[1]]) == [[0], [1, 3], [2]]
