@@ -95,6 +95,7 @@ def start(
             },
             algorithm=hparams.algorithm,
             hparams=hparams.to_dict(),
+            hparams_source=hparams.source,
             chat=chat,
             seed=seed,
             templates=_templates(bench, hparams, chat, seed),

@@ -64,11 +64,13 @@ class ChainRecord:
     files: Mapping[str, str]
     batches: tuple[BatchEntry, ...] = ()
     revoked: tuple[Revocation, ...] = ()
+    hparams_source: str = ""
 
     @property
     def settings(self) -> HyperParams:
         """The hyper-parameters as an object."""
-        return ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
+        found = ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
+        return replace(found, source=self.hparams_source)
 
     @property
     def ids(self) -> dict[str, BatchEntry]:

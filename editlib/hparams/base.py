@@ -27,6 +27,8 @@ FAMILY_KEYS = frozenset(
 )
 """Keys of the family's published files; where an algorithm has no use for one, it is kept in `unused`."""
 
+_ABOUT = frozenset({"unused", "source"})  # fields that are no keys of a file
+
 Self = TypeVar("Self", bound="HyperParams")
 
 
@@ -53,7 +55,7 @@ class HyperParams:
     values_first: ClassVar[bool] = False  # finds the values of a whole batch before any weight changes
     refits_totals: ClassVar[bool] = False  # cuts the sum of all edits so far, not only its own
 
-    layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0)
+    layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0, depth=True)
     model_name: str | None = knob(None, "the model these values were found for")
     rewrite_module_tmp: str | None = knob(None, 'the edited matrix, "{}" for the layer; none: found')
     layer_module_tmp: str | None = knob(None, 'the decoder layer, "{}" for its number; none: found')
@@ -62,6 +64,7 @@ class HyperParams:
     unused: dict = field(
         default_factory=dict, repr=False, compare=False, metadata={"help": "published keys of no use here"}
     )
+    source: str = field(default="", repr=False, compare=False, metadata={"help": "where they come from, for receipts"})
 
     @property
     def edited_layers(self) -> list[int]:
@@ -95,13 +98,29 @@ class HyperParams:
                 raise bad(name, value, 'one "{}" in the layer\'s place', "or leave the key out")
 
     @classmethod
+    def depth_fields(cls) -> list[str]:
+        """Names of the fields that count decoder layers, whose values are of use to one depth of model only."""
+        return [item.name for item in fields(cls) if item.metadata.get("depth")]
+
+    def check_depth(self, n_layers: int) -> None:
+        """Raises `HparamsError` for a layer that a model of `n_layers` does not have; needs no model."""
+        for name in self.depth_fields():
+            value = getattr(self, name)
+            outside = [layer for layer in (value if isinstance(value, list) else [value or 0]) if layer >= n_layers]
+            if outside:
+                raise HparamsError(
+                    f'key "{name}": layer {outside[0]} was asked for, but the model has layers 0-{n_layers - 1}: these '
+                    "settings are for a model of another depth; change it, or leave --hparams out and some are found"
+                )
+
+    @classmethod
     def from_dict(cls: type[Self], values: Mapping[str, Any], where: str = "hparams") -> Self:
         """Build from published keys; keys of the family without a use here go to `unused`.
 
         Raises:
             HparamsError: an unknown or missing key, or a bad value; starts with `where`.
         """
-        names = [item.name for item in fields(cls) if item.name != "unused"]
+        names = [item.name for item in fields(cls) if item.name not in _ABOUT]
         for key in values:
             if key not in names and key not in FAMILY_KEYS | CLOSED_FORM_KEYS:
                 raise HparamsError(f'{where}: key "{key}": unknown; expected {nearest(key, names, FAMILY_KEYS)}')
@@ -113,7 +132,7 @@ class HyperParams:
         if unused:
             logger.info("%s: of no use to %s: %s", where, cls.algorithm or cls.__name__, ", ".join(unused))
         try:
-            return cls(**{key: value for key, value in values.items() if key in names}, unused=unused)
+            return cls(**{key: value for key, value in values.items() if key in names}, unused=unused, source=where)
         except HparamsError as error:
             raise HparamsError(f"{where}: {error}") from None
 
@@ -127,8 +146,8 @@ class HyperParams:
         return cls.from_dict(read_json(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys with their values, ready for JSON and for `from_dict`; without `unused`."""
-        return {key: value for key, value in asdict(self).items() if key != "unused"}
+        """All keys with their values, ready for JSON and for `from_dict`; without `unused` and `source`."""
+        return {key: value for key, value in asdict(self).items() if key not in _ABOUT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +179,7 @@ class ClosedFormHyperParams(HyperParams):
     )
     v_num_grad_steps: int = knob(25, "steps for a target state", min=1)
     v_lr: float = knob(0.5, "Adam's learning rate, or a normalised step's length in norms of the state", above=0)
-    v_loss_layer: int | None = knob(None, "layer whose output is read for the loss; none: the last", min=0)
+    v_loss_layer: int | None = knob(None, "layer whose output is read for the loss; none: the last", min=0, depth=True)
     v_weight_decay: float = knob(0.5, "weight of the norm of the change to a target state", min=0)
     clamp_norm_factor: float = knob(4.0, "largest change to a target state, in norms of the state", above=0)
     kl_factor: float = knob(0.0625, "weight of the KL term that holds the subject's essence", min=0)
@@ -169,6 +188,14 @@ class ClosedFormHyperParams(HyperParams):
     mom2_dataset: str | None = knob(None, "corpus whose layer statistics come first; none: those of most tokens")
     mom2_n_samples: int | None = knob(None, "texts in them, where there are several files", min=1)
     mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
+
+    def check_depth(self, n_layers: int) -> None:
+        super().check_depth(n_layers)
+        if self.v_loss_layer not in (None, n_layers - 1):
+            raise HparamsError(
+                f"v_loss_layer is {self.v_loss_layer}; the loss is read behind the last layer, {n_layers - 1}, of this "
+                "model: these settings are for a model of another depth, or leave the key out"
+            )
 
     def check(self) -> None:
         super().check()
@@ -185,5 +212,5 @@ class ClosedFormHyperParams(HyperParams):
             raise bad(name, texts, 'texts with one "{}" each')
 
 
-CLOSED_FORM_KEYS = frozenset(item.name for item in fields(ClosedFormHyperParams)) - {"unused"}
+CLOSED_FORM_KEYS = frozenset(item.name for item in fields(ClosedFormHyperParams)) - _ABOUT
 """Known to the family, whatever of them an algorithm uses."""

@@ -1,0 +1,45 @@
+"""The settings that ship: one JSON file an algorithm and model."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+from editlib.errors import HparamsError, nearest
+from editlib.hparams.base import HyperParams
+from editlib.hparams.methods import ALGORITHMS
+
+
+def available(algorithm: str) -> list[str]:
+    """Names of the bundled settings of an algorithm.
+
+    Raises:
+        HparamsError: there is no such algorithm.
+    """
+    folder = _folder(class_of(algorithm).algorithm)
+    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+
+
+def bundled(algorithm: str, name: str) -> HyperParams:
+    """Reads the bundled settings called `name`, one of `available`."""
+    cls = class_of(algorithm)
+    text = (_folder(cls.algorithm) / f"{name}.json").read_text(encoding="utf-8")
+    return cls.from_dict(json.loads(text), f"{cls.algorithm}/{name}.json")
+
+
+def class_of(algorithm: str) -> type[HyperParams]:
+    """The settings' class of an algorithm, whose name may be in any case.
+
+    Raises:
+        HparamsError: there is no such algorithm.
+    """
+    for name, cls in ALGORITHMS.items():
+        if name.lower() == algorithm.lower():
+            return cls
+    raise HparamsError(f"algorithm {algorithm!r}: unknown; expected {nearest(algorithm, ALGORITHMS)}")
+
+
+def _folder(algorithm: str) -> Any:  # a Traversable, whose home moved between Python 3.10 and 3.14
+    return resources.files("editlib.hparams") / algorithm
