@@ -15,7 +15,7 @@ from editlib.algorithms.registry import apply_function
 from editlib.algorithms.unierase.apply import apply_unierase_to_model, check_gate
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import RequestError
-from editlib.hparams import ClosedFormHyperParams, HyperParams
+from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import spelling
@@ -97,13 +97,19 @@ def check_settings(bench: Workbench, hparams: HyperParams) -> None:
     check_fit(bench.anat, hparams)
     if not hparams.has_target:
         check_gate(bench.anat, hparams)
-    if hparams.model_name and not same_model(hparams.model_name, bench.name):
+    if hparams.model_name and not _meant_for(hparams.model_name, bench):
         log.warning(
             "these settings were found for %s, not for %s; layers and thresholds seldom carry over: give your own with "
             "--hparams",
             hparams.model_name,
             spelling(bench.name),
         )
+
+
+def _meant_for(called: str, bench: Workbench) -> bool:
+    """Whether settings found for `called` are meant for this model: by its name, or as one of the same form."""
+    shape = ModelShape.of(bench.model.config, bench.name)
+    return same_model(called, bench.name) or (called in KNOWN and KNOWN[called].same_form(shape))
 
 
 def same_model(called: str, name: str) -> bool:

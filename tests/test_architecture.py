@@ -17,7 +17,7 @@ FLOORS = [
     {"algorithms"},
     {"export"},
     {"reports", "workbench"},
-    {"evaluation", "editing"},
+    {"evaluation", "editing", "finding"},
     {"facts", "tofu", "attacks", "ability", "baselines", "chain"},
     {"jobs", "comparison", "benches"},
     {"cli"},

@@ -76,7 +76,7 @@ def test_a_loss_layer_that_is_not_read(tiny_llama, tok_chat):
     from editlib.requests.request import EditRequest
 
     hparams = UniEraseHyperParams(layers=[1], v_loss_layer=31)
-    with pytest.raises(HparamsError, match="v_loss_layer is 31"):
+    with pytest.raises(HparamsError, match='"v_loss_layer": layer 31'):
         apply_unierase_to_model(tiny_llama, tok_chat, [EditRequest(**GOOD)], hparams, token=None)
 
 
@@ -180,16 +180,16 @@ def test_a_device_that_is_not_there(call, folder, requests, tmp_path, device):
 TO_LOAD = {
     "ask": "MODEL question",
     "token": "MODEL --out OUT",
-    "edit": "MODEL --requests REQUESTS --hparams MEMIT/smollm2-135m --out OUT",
+    "edit": "MODEL --requests REQUESTS --algorithm UniErase --out OUT",
     "eval": "MODEL MODEL --requests REQUESTS --out OUT",
     "attack": "MODEL MODEL --requests REQUESTS --out OUT",
     "ability": "MODEL --out OUT",
     "baseline": "MODEL --method GA --requests REQUESTS --out OUT --steps 1 --learning-rate 0.1",
     "finetune": "--model MODEL --data REQUESTS --out OUT",
     "stats make": "MODEL --layers 1",
-    "bench counterfact": "--model MODEL --requests REQUESTS --algorithms MEMIT --hparams MEMIT/smollm2-135m",
-    "bench sequential": "--model MODEL --algorithms MEMIT --hparams MEMIT/smollm2-135m --out OUT",
-    "chain init": "OUT --model MODEL --hparams MEMIT/smollm2-135m",
+    "bench counterfact": "--model MODEL --requests REQUESTS --algorithms MEMIT",
+    "bench sequential": "--model MODEL --algorithms MEMIT --out OUT",
+    "chain init": "OUT --model MODEL",
 }
 
 

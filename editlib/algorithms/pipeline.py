@@ -134,12 +134,7 @@ def check_fit(anat: Anatomy, hparams: HyperParams) -> None:
     """
     anat.check_layers(hparams.layers)
     anat.check_one_device()
-    loss_layer = getattr(hparams, "v_loss_layer", None)
-    if loss_layer not in (None, anat.n_layers - 1):
-        raise HparamsError(
-            f"v_loss_layer is {loss_layer}; the loss is read behind the last layer, {anat.n_layers - 1}, of this "
-            "model: these settings are for a model of another depth, or leave the key out"
-        )
+    hparams.check_depth(anat.n_layers)
     for layer in hparams.layers:
         found = anat.mlp_output_names[layer]
         if hparams.rewrite_module_tmp is not None and hparams.rewrite_module_tmp.format(layer) != found:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlib import editing
 from editlib.algorithms.edit import EditResult
 from editlib.baselines.settings import BaselineSettings
-from editlib.hparams import HyperParams, load_hparams
+from editlib.hparams import HyperParams, ModelShape, find_hparams, load_hparams
 from editlib.requests.request import EditRequest
 from editlib.stats.store import spelling
 from editlib.workbench import Workbench
@@ -18,14 +18,17 @@ from editlib.workbench import Workbench
 REFUSAL = "I don't know."
 
 
-def editor_hparams(algorithm: str, name: str, settings: BaselineSettings) -> HyperParams:
-    """The settings of `algorithm`, those bundled for the model called `name` unless others are given, with the
-    learning rate and steps of `settings` for its target states.
+def editor_hparams(algorithm: str, bench: Workbench, settings: BaselineSettings) -> HyperParams:
+    """The settings of `algorithm`, found by the model's form unless others are given, with the learning rate and steps
+    of `settings` for its target states.
 
     Raises:
-        HparamsError: there are none for this model.
+        HparamsError: given ones that cannot be read.
     """
-    found = load_hparams(settings.hparams or spelling(name), algorithm)
+    if settings.hparams is None:
+        found = find_hparams(algorithm, ModelShape.of(bench.model.config, spelling(bench.name)))
+    else:
+        found = load_hparams(settings.hparams, algorithm)
     given = {"v_lr": settings.learning_rate, "v_num_grad_steps": settings.steps}
     changed = {key: value for key, value in given.items() if value is not None}
     return type(found).from_dict({**found.to_dict(), **changed}, f"{algorithm} with a searched step size")
@@ -49,7 +52,7 @@ def aim_at_refusal(
         HparamsError, StatsError: settings or statistics that do not fit.
     """
     bench = Workbench.of(model, tok, settings.stats_dir, name=name, progress=progress)
-    hparams = editor_hparams(algorithm, bench.name, settings)
+    hparams = editor_hparams(algorithm, bench, settings)
     wanted = [replace(request, target_new=REFUSAL) for request in forget]
     editing.check_settings(bench, hparams)
     editing.check_wanted(wanted, hparams)

@@ -20,11 +20,8 @@ from editlib.benches.counterfact_scores import known_facts, score_edits
 from editlib.benches.points import Cell
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.evaluation.perplexity import text_windows
-from editlib.hparams import (
-    HyperParams,
-    algorithm_of,
-    load_hparams,
-)
+from editlib.finding import find_settings
+from editlib.hparams import HyperParams, algorithm_of
 from editlib.models.generation import perplexity
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import requests_hash, write_requests
@@ -32,7 +29,6 @@ from editlib.requests.request import EditRequest
 from editlib.shelf import append_cell, read_cells
 from editlib.stats.corpus import load_corpus
 from editlib.stats.file import LayerStats
-from editlib.stats.store import spelling
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -70,14 +66,14 @@ def check_plan(model: str, algorithms: str, hparams: Sequence[str], edits: str, 
 
 
 def settings_of(model: str, algorithms: str, hparams: Sequence[str]) -> list[HyperParams]:
-    """The settings of each of `algorithms` (names with commas between): those in `hparams`, or the bundled ones.
+    """The settings of each of `algorithms` (names with commas between): those in `hparams`, or found by the model.
 
     Raises:
-        HparamsError: an unknown algorithm, no settings for this model, or settings of an algorithm that is not named.
+        HparamsError: an unknown algorithm, settings that do not fit this model, or of an algorithm that is not named.
     """
     given = {algorithm_of(name): name for name in hparams}
     names = list(dict.fromkeys(name.strip() for name in algorithms.split(",") if name.strip()))
-    settings = [load_hparams(given.pop(name, spelling(model)), name) for name in names]
+    settings = [find_settings(model, name, given.pop(name, None)) for name in names]
     if given:
         raise HparamsError(
             f"--hparams {next(iter(given.values()))}: its algorithm is not among --algorithms {algorithms}"

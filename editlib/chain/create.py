@@ -97,6 +97,7 @@ def start(
             },
             algorithm=hparams.algorithm,
             hparams=hparams.to_dict(),
+            hparams_source=hparams.source,
             chat=chat,
             seed=seed,
             templates=_templates(bench, hparams, asking, seed),

@@ -67,6 +67,7 @@ class ChainRecord:
     batches: tuple[BatchEntry, ...] = ()
     revoked: tuple[Revocation, ...] = ()
     prompts: Mapping[str, Any] = field(default_factory=dict)  # see `PromptSettings`; empty: as `chat` says alone
+    hparams_source: str = ""
 
     @property
     def asking(self) -> Asking:
@@ -76,7 +77,8 @@ class ChainRecord:
     @property
     def settings(self) -> HyperParams:
         """The hyper-parameters as an object."""
-        return ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
+        found = ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
+        return replace(found, source=self.hparams_source)
 
     @property
     def ids(self) -> dict[str, BatchEntry]:

@@ -13,6 +13,7 @@ import typer
 from editlib.cli import ability, ask, attack, baseline, compare, demo, edit, evaluate, export, finetune
 from editlib.cli.bench import bench_app
 from editlib.cli.chain import chain_app
+from editlib.cli.hparams import hparams_app
 from editlib.cli.options import out
 from editlib.cli.stats import stats_app
 from editlib.errors import EditlibError
@@ -69,4 +70,5 @@ app.add_typer(bench_app, name="bench")
 for command in (ability, compare, finetune, baseline):
     command.register(app)
 app.add_typer(chain_app, name="chain")
+app.add_typer(hparams_app, name="hparams")
 export.register(app)

@@ -11,7 +11,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.export import tell_adapter, tell_receipt
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, SkipBad, out, prompt_settings
+from editlib.cli.options import (
+    Algorithm,
+    DeviceMap,
+    Dtype,
+    Hparams,
+    Overwrite,
+    Prompts,
+    Seed,
+    SkipBad,
+    out,
+    prompt_settings,
+)
 from editlib.errors import OutputError
 
 chain_app = typer.Typer(
@@ -27,10 +38,8 @@ StatsDir = Annotated[Path | None, typer.Option(help="the layer statistics, if th
 def init(
     folder: Folder,
     model: Annotated[str, typer.Option(help="a packaged model (smollm2-135m), a local folder or a Hugging Face id")],
-    hparams: Annotated[str, typer.Option(help="a JSON file, or a bundled name such as UniErase/smollm2-135m")],
-    algorithm: Annotated[
-        str | None, typer.Option(help="default: the folder that the settings lie in, or their alg_name")
-    ] = None,
+    hparams: Hparams = None,
+    algorithm: Algorithm = None,
     retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
     token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
     stats_dir: Annotated[Path, typer.Option(help="where statistics and the token are kept")] = Path("stats"),
@@ -45,11 +54,11 @@ def init(
     """Starts a chain of edits of one model."""
     from editlib.chain import Chain
     from editlib.chain.create import check_start
-    from editlib.hparams import load_hparams
+    from editlib.finding import find_settings, fit_settings
     from editlib.requests.reading import read_requests
     from editlib.workbench import Workbench
 
-    settings = load_hparams(hparams, algorithm)
+    settings = find_settings(model, algorithm, hparams)
     check_start(folder, settings, retain=retain is not None, token=token_file is not None)
     kept = None if retain is None else read_requests(retain, skip_bad=skip_bad)
     how = prompt_settings(prompts)
@@ -57,7 +66,7 @@ def init(
     chain = Chain.create(
         folder,
         bench,
-        settings,
+        fit_settings(bench, settings),
         retain=kept,
         token=token_file,
         chat=chat or None,

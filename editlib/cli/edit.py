@@ -10,9 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.options import (
+    Algorithm,
     DeltaFile,
     DeviceMap,
     Dtype,
+    Hparams,
     Model,
     Overwrite,
     Prompts,
@@ -62,7 +64,7 @@ def unlearn(
     requests: Requests,
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
     retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
-    hparams: Annotated[str, typer.Option(help="a bundled name or a JSON file")] = "smollm2-135m",
+    hparams: Hparams = None,
     token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
@@ -78,15 +80,18 @@ def unlearn(
     overwrite: Overwrite = False,
 ) -> None:
     """Phase II: makes a model refuse the questions in --requests and writes it as an ordinary folder."""
-    from editlib.hparams import load_hparams
+    from editlib.editing import check_wanted
+    from editlib.finding import find_settings, fit_settings
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import unlearn as run
     from editlib.requests.reading import read_with_retain
 
     check_places(out_dir, delta, overwrite=overwrite)
-    settings = load_hparams(hparams, "UniErase")
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
+    settings = find_settings(model, "UniErase", hparams)
+    check_wanted(wanted, settings)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
+    settings = fit_settings(bench, settings)
     if show_rows:
         _print_rows(bench, wanted, settings, kept)
         return
@@ -136,11 +141,9 @@ def _norms_table(result: Any, receipt: dict[str, Any]) -> None:
 def edit(
     model: Model,
     requests: Annotated[Path, typer.Option(help="facts with their new answers: JSONL, CounterFact, zsRE, ...")],
-    hparams: Annotated[str, typer.Option(help="a JSON file, or a bundled name such as MEMIT/smollm2-135m")],
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
-    algorithm: Annotated[
-        str | None, typer.Option(help="default: the folder that the settings lie in, or their alg_name")
-    ] = None,
+    hparams: Hparams = None,
+    algorithm: Algorithm = None,
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
@@ -153,13 +156,17 @@ def edit(
     overwrite: Overwrite = False,
 ) -> None:
     """Edits facts towards new answers with any algorithm and writes the model as an ordinary folder."""
-    from editlib.hparams import load_hparams
+    from editlib.editing import check_wanted
+    from editlib.errors import HparamsError
+    from editlib.finding import find_settings, fit_settings
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import edit as run
     from editlib.requests.reading import read_requests
 
     check_places(out_dir, delta, overwrite=overwrite)
-    settings = load_hparams(hparams, algorithm)
+    if hparams is None and algorithm is None:
+        raise HparamsError("which algorithm? give --algorithm (see `editlib algorithms`), or a file with --hparams")
+    settings = find_settings(model, algorithm, hparams)
     if not settings.has_target:
         unlearn(
             model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, prompts=prompts, seed=seed,
@@ -167,7 +174,9 @@ def edit(
         )  # fmt: skip
         return
     wanted = read_requests(requests, skip_bad=skip_bad)
+    check_wanted(wanted, settings)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
+    settings = fit_settings(bench, settings)
     result, receipt = run(
         bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite
     )

@@ -20,6 +20,10 @@ Seed = Annotated[int, typer.Option(help="every random draw follows from it")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output folder that is not empty")]
 Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/requests.md")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave rows that cannot be used out, and count them")]
+Hparams = Annotated[
+    str | None, typer.Option(help="a JSON file or a bundled name (UniErase/smollm2-135m); default: found by the model")
+]
+Algorithm = Annotated[str | None, typer.Option(help="default: the folder that the settings lie in, or their alg_name")]
 DeltaFile = Annotated[Path | None, typer.Option("--delta", help="write the edit alone, too: see `editlib apply`")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
 DeviceMap = Annotated[str | None, typer.Option(help="a device that holds all layers, or auto; default: the CPU")]

@@ -19,7 +19,8 @@ from editlib.baselines.search import check_range
 from editlib.comparison.method import Cost, General, Method, Ready
 from editlib.errors import ConfigError, HparamsError, nearest, quote
 from editlib.evaluation.forget_set import Task
-from editlib.hparams import ALGORITHMS, HyperParams, load_hparams
+from editlib.finding import find_settings
+from editlib.hparams import ALGORITHMS, HyperParams
 from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
@@ -43,7 +44,7 @@ class NoSettings(Section):
 class EditSettings(Section):
     """Where an algorithm's hyper-parameters come from."""
 
-    hparams: str | None = knob(None, "a JSON file or a bundled name; none: those bundled for the model")
+    hparams: str | None = knob(None, "a JSON file or a bundled name; none: found by the model")
     settings: dict = knob(dict, "single hyper-parameters in place of those")
     search: bool | dict = knob(False, "look for `v_lr` and `v_num_grad_steps` first: true, or keys of `Budget`")
 
@@ -70,7 +71,7 @@ class ClosedForm(Method):
         super().__init__(name, label, settings, where, general)
         algorithm = name.removesuffix(AIMED)
         try:
-            found = load_hparams(self.settings.hparams or spelling(general.model), algorithm)
+            found = find_settings(general.model, algorithm, self.settings.hparams)
             self.hparams: HyperParams = type(found).from_dict({**found.to_dict(), **self.settings.settings}, "settings")
         except HparamsError as error:
             raise ConfigError(f"{where}: {error}") from None

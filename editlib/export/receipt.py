@@ -81,6 +81,7 @@ def origin(
         "base": {"name": base, "sha256": base_sha256},
         "seed": seed,
         "hparams": hparams.to_dict(),
+        "hparams_source": hparams.source,
         "requests_sha256": requests_hash(requests),
         "token": token and {"token": token.header.token, "seed": token.header.seed, **token.header.metrics},
     }

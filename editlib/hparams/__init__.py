@@ -5,7 +5,9 @@ A new key is one `knob(...)` line, its range included. A new algorithm is one cl
 """
 
 from editlib.hparams.base import ClosedFormHyperParams, HyperParams
-from editlib.hparams.loading import algorithm_of, available, load_hparams
+from editlib.hparams.bundled import available
+from editlib.hparams.derive import derive
+from editlib.hparams.loading import algorithm_of, find_hparams, load_hparams
 from editlib.hparams.methods import (
     ALGORITHMS,
     AlphaEditHyperParams,
@@ -20,9 +22,11 @@ from editlib.hparams.methods import (
     ROMEHyperParams,
     UniEraseHyperParams,
 )
+from editlib.hparams.shapes import KNOWN, ModelShape
 
 __all__ = [
     "ALGORITHMS",
+    "KNOWN",
     "AlphaEditHyperParams",
     "ClosedFormHyperParams",
     "EMMETHyperParams",
@@ -30,6 +34,7 @@ __all__ = [
     "HyperParams",
     "MEMITHyperParams",
     "MEMITSeqHyperParams",
+    "ModelShape",
     "NASHyperParams",
     "NullSpaceHyperParams",
     "PRUNEHyperParams",
@@ -38,5 +43,7 @@ __all__ = [
     "UniEraseHyperParams",
     "algorithm_of",
     "available",
+    "derive",
+    "find_hparams",
     "load_hparams",
 ]

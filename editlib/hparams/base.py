@@ -15,6 +15,8 @@ from editlib.settings import bad, checked, knob, read_settings
 
 logger = logging.getLogger(__name__)
 
+_ABOUT = frozenset({"unused", "source"})  # fields that are no keys of a file
+
 Self = TypeVar("Self", bound="HyperParams")
 
 
@@ -41,7 +43,7 @@ class HyperParams:
     values_first: ClassVar[bool] = False  # finds the values of a whole batch before any weight changes
     refits_totals: ClassVar[bool] = False  # cuts the sum of all edits so far, not only its own
 
-    layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0)
+    layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0, depth=True)
     model_name: str | None = knob(None, "the model these values were found for")
     rewrite_module_tmp: str | None = knob(None, 'the edited matrix, "{}" for the layer; none: found')
     layer_module_tmp: str | None = knob(None, 'the decoder layer, "{}" for its number; none: found')
@@ -50,6 +52,7 @@ class HyperParams:
     unused: dict = field(
         default_factory=dict, repr=False, compare=False, metadata={"help": "published keys of no use here"}
     )
+    source: str = field(default="", repr=False, compare=False, metadata={"help": "where they come from, for receipts"})
 
     @property
     def edited_layers(self) -> list[int]:
@@ -83,6 +86,22 @@ class HyperParams:
                 raise bad(name, value, 'one "{}" in the layer\'s place', "or leave the key out")
 
     @classmethod
+    def depth_fields(cls) -> list[str]:
+        """Names of the fields that count decoder layers, whose values are of use to one depth of model only."""
+        return [item.name for item in fields(cls) if item.metadata.get("depth")]
+
+    def check_depth(self, n_layers: int) -> None:
+        """Raises `HparamsError` for a layer that a model of `n_layers` does not have; needs no model."""
+        for name in self.depth_fields():
+            value = getattr(self, name)
+            outside = [layer for layer in (value if isinstance(value, list) else [value or 0]) if layer >= n_layers]
+            if outside:
+                raise HparamsError(
+                    f'key "{name}": layer {outside[0]} was asked for, but the model has layers 0-{n_layers - 1}: these '
+                    "settings are for a model of another depth; change it, or leave --hparams out and some are found"
+                )
+
+    @classmethod
     def from_dict(cls: type[Self], values: Mapping[str, Any], where: str = "hparams") -> Self:
         """Build from published keys; keys of the family without a use here go to `unused`.
 
@@ -90,7 +109,7 @@ class HyperParams:
             HparamsError: an unknown or missing key, or a bad value; starts with `where`.
         """
         values, idle = as_ours(values)
-        names = [item.name for item in fields(cls) if item.name != "unused"]
+        names = [item.name for item in fields(cls) if item.name not in _ABOUT]
         for key in values:
             if key not in names and key not in FAMILY_KEYS | CLOSED_FORM_KEYS:
                 near = nearest(str(key), names, FAMILY_KEYS)
@@ -103,7 +122,7 @@ class HyperParams:
         if unused:
             logger.info("%s: of no use to %s: %s", where, cls.algorithm or cls.__name__, ", ".join(unused))
         try:
-            return cls(**{key: value for key, value in values.items() if key in names}, unused=unused)
+            return cls(**{key: value for key, value in values.items() if key in names}, unused=unused, source=where)
         except HparamsError as error:
             raise HparamsError(f"{where}: {error}") from None
 
@@ -117,8 +136,8 @@ class HyperParams:
         return cls.from_dict(read_settings(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys with their values, ready for JSON and for `from_dict`; without `unused`."""
-        return {key: value for key, value in asdict(self).items() if key != "unused"}
+        """All keys with their values, ready for JSON and for `from_dict`; without `unused` and `source`."""
+        return {key: value for key, value in asdict(self).items() if key not in _ABOUT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +169,7 @@ class ClosedFormHyperParams(HyperParams):
     )
     v_num_grad_steps: int = knob(25, "steps for a target state", min=1)
     v_lr: float = knob(0.5, "Adam's learning rate, or a normalised step's length in norms of the state", above=0)
-    v_loss_layer: int | None = knob(None, "layer whose output is read for the loss; none: the last", min=0)
+    v_loss_layer: int | None = knob(None, "layer whose output is read for the loss; none: the last", min=0, depth=True)
     v_weight_decay: float = knob(0.5, "weight of the norm of the change to a target state", min=0)
     clamp_norm_factor: float = knob(4.0, "largest change to a target state, in norms of the state", above=0)
     kl_factor: float = knob(0.0625, "weight of the KL term that holds the subject's essence", min=0)
@@ -159,6 +178,14 @@ class ClosedFormHyperParams(HyperParams):
     mom2_dataset: str | None = knob(None, "corpus whose layer statistics come first; none: those of most tokens")
     mom2_n_samples: int | None = knob(None, "texts in them, where there are several files", min=1)
     mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
+
+    def check_depth(self, n_layers: int) -> None:
+        super().check_depth(n_layers)
+        if self.v_loss_layer not in (None, n_layers - 1):
+            raise HparamsError(
+                f"v_loss_layer is {self.v_loss_layer}; the loss is read behind the last layer, {n_layers - 1}, of this "
+                "model: these settings are for a model of another depth, or leave the key out"
+            )
 
     def check(self) -> None:
         super().check()
@@ -175,5 +202,5 @@ class ClosedFormHyperParams(HyperParams):
             raise bad(name, texts, 'texts with one "{}" each')
 
 
-CLOSED_FORM_KEYS = frozenset(item.name for item in fields(ClosedFormHyperParams)) - {"unused"}
+CLOSED_FORM_KEYS = frozenset(item.name for item in fields(ClosedFormHyperParams)) - _ABOUT
 """Known to the family, whatever of them an algorithm uses."""

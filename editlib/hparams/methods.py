@@ -197,7 +197,9 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     )
     kl_subject_prompts: int = knob(0, "general prompts about the subject that the KL term also holds", min=0, max=11)
     kl_answer_tokens: int = knob(0, "how many tokens of the answers to them it holds", min=0)
-    gate_layer: int | None = knob(None, "late layer that lifts [UNL] for the requests' relations; none: no gate", min=0)
+    gate_layer: int | None = knob(
+        None, "late layer that lifts [UNL] for the requests' relations; none: no gate", min=0, depth=True
+    )
     gate_nll: float = knob(5.5, "NLL of [UNL] that the gate alone comes to", above=0)
     gate_templates: list[str] = knob(
         lambda: ["{}"], 'surroundings of the question that the gate is found in; "{}" is the question'

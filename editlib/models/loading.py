@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -62,7 +63,7 @@ def load(
     path = str(fetch(name, progress=progress)) if _packaged(name) else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     options = {key: value for key, value in options.items() if value}
-    _check_kind(path, name, options)
+    _checked_config(path, name, options)
     with _one_line_errors(name), quiet_bars():
         tok = AutoTokenizer.from_pretrained(path, **options)
         extra = {} if device_map is None else {"device_map": device_map}
@@ -93,10 +94,19 @@ def _base_of(folder: str) -> str:
 def check_model(name: str) -> None:
     """Raises `ModelError` where `load` would for a missing model or a kind that cannot be edited, without reading any
     weights; call it before long work starts."""
+    read_config(name)
+
+
+def read_config(name: str) -> PreTrainedConfig | None:
+    """The configuration of what `load` would load, without its weights; `None` for a packaged model, which may not be
+    here yet.
+
+    Raises:
+        ModelError: a missing model, or a kind that cannot be edited.
+    """
     if is_adapter(name):
         name = _base_of(name)
-    if not _packaged(name):
-        _check_kind(name, name, {})
+    return None if _packaged(name) else _checked_config(name, name, {})
 
 
 def _packaged(name: str) -> bool:
@@ -116,10 +126,12 @@ def _check_device(wanted: str) -> None:
         raise ModelError(f"device_map {wanted!r}: not on this machine; expected one of {', '.join((*SPREADS, *there))}")
 
 
-def _check_kind(path: str, name: str, options: dict[str, Any]) -> None:
+def _checked_config(path: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
     _check_folder(path)
     with _one_line_errors(name), quiet_bars():
-        _check_config(AutoConfig.from_pretrained(path, **options), name)
+        config = AutoConfig.from_pretrained(path, **options)
+        _check_config(config, name)
+    return config
 
 
 def _check_folder(path: str) -> None:

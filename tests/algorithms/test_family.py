@@ -323,7 +323,8 @@ BAD = [
     ({"target_new": None}, {}, RequestError, r'request a: has no "target_new"; .* UniErase'),
     ({"prompt": "What?", "subject": None}, {}, RequestError, r'request a: has no "subject"; .* "last"'),
     ({}, {"layers": [1, 9]}, ModelError, r"layer 9 was asked for, but the model has layers 0-4"),
-    ({}, {"v_loss_layer": 31}, HparamsError, r"v_loss_layer is 31; .* a model of another depth"),
+    ({}, {"v_loss_layer": 31}, HparamsError, r"v_loss_layer.* layer 31 .* a model of another depth"),
+    ({}, {"v_loss_layer": 2}, HparamsError, r"v_loss_layer is 2; .* a model of another depth"),
     ({}, {"rewrite_module_tmp": "h.{}.c"}, HparamsError, r"rewrite_module_tmp.*leave the key out"),
     ({}, {"layers": []}, HparamsError, "at least one"),
 ]

@@ -10,7 +10,7 @@ from editlib.benches import counterfact as bench_module
 from editlib.benches.counterfact import bench_counterfact, check_plan
 from editlib.benches.counterfact_scores import known_facts, score_edits
 from editlib.benches.report import counterfact_rows, write_bench
-from editlib.errors import HparamsError, RequestError
+from editlib.errors import HparamsError, ModelError, RequestError
 from editlib.hparams import FTHyperParams, MEMITHyperParams, ROMEHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
@@ -168,13 +168,14 @@ def test_too_few_requests_are_said_before_anything_is_written(bench, corpus, tmp
         ({"edits": "0"}, "--edits '0'"),
         ({"modes": "batch,all"}, "--modes 'all'"),
         ({"hparams": ["FT/smollm2-135m"]}, "not among --algorithms"),
-        ({"model": "nowhere"}, "nowhere: no bundled hparams for ROME"),
+        ({"model": "./nowhere"}, "nowhere: no such folder"),
+        ({"hparams": ["ROME/gpt2-xl"]}, "layer 47 was asked for, but the model has layers 0-29"),
     ],
 )
 def test_a_plan_that_makes_no_sense(words, message):
     given = {"model": "smollm2-135m", "algorithms": "ROME,MEMIT", "hparams": [], "edits": "1,10", "modes": "batch"}
     assert [one.algorithm for one in check_plan(**given).settings] == ["ROME", "MEMIT"]
-    with pytest.raises(HparamsError, match=message):
+    with pytest.raises((HparamsError, ModelError), match=message):
         check_plan(**{**given, **words})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from editlib.errors import HparamsError
-from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, available, load_hparams, loading
+from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, available, bundled, load_hparams
 from editlib.settings import knob
 
 ALPHAEDIT_LLAMA3_8B = {
@@ -48,7 +48,7 @@ def bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *names: str) -> None
     (tmp_path / "UniErase").mkdir()
     for name in names:
         written(tmp_path / "UniErase", {"layers": [3]}, f"{name}.json")
-    monkeypatch.setattr(loading, "_bundled", lambda algorithm: tmp_path / algorithm)
+    monkeypatch.setattr(bundled, "_folder", lambda algorithm: tmp_path / algorithm)
 
 
 def test_documented_defaults_fill_what_is_left_out():

@@ -243,14 +243,9 @@ def _solver(
 
 
 def check_gate(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
-    """Raises `HparamsError` when the gate lies outside the model, or at a layer where it would do harm."""
+    """Raises `HparamsError` when the gate lies at a layer where it would do harm; `check_fit` comes first."""
     if hparams.gate_layer is None:
         return
-    if hparams.gate_layer >= anat.n_layers:
-        raise HparamsError(
-            f'key "gate_layer": {hparams.gate_layer}; expected a layer of this model, at most {anat.n_layers - 1}; '
-            "change it, or leave the key out for no gate"
-        )
     # The gate's change is found in the residual stream for many prompts at once; behind a norm no one update gives it.
     if not writing_of(anat, hparams.gate_layer).plain:
         raise HparamsError(

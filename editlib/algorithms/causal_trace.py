@@ -1,0 +1,118 @@
+"""Causal tracing (Meng et al., 2202.05262, sec. 2): up to which layer the subject's state decides the answer.
+
+Their noise on the subject is another subject here: where the state of "France" is put in the place of that of "Japan"
+and the answer turns from Tokyo to Paris, the answer has not been read yet. Edits of a subject's keys must lie below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.forward import forward
+from editlib.models.freezing import frozen
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.requests.request import EditRequest
+
+STATEMENTS = {
+    "capital": "The capital of {} is",
+    "symbol": "The chemical symbol for {} is",
+    "language": "The official language of {} is",
+    "currency": "The currency of {} is the",
+}
+"""Frames whose next token is the answer itself, for the relations of the bundled facts."""
+
+ASKED = 24  # facts of a relation that the model is asked
+LEAST = 6  # pairs of known facts below which nothing is said
+
+
+@dataclass(frozen=True)
+class CausalTrace:
+    """What replacing the subject's state did, by layer.
+
+    `effects [n_layers]` are mean probabilities of the answer that belongs to the state put in behind each layer, over
+    `pairs` pairs of facts.
+    """
+
+    effects: tuple[float, ...]
+    pairs: int
+
+    @property
+    def read_at(self) -> int:
+        """The last layer behind which the state still has half of its largest effect: above, the answer is read."""
+        most = max(self.effects)
+        return max(layer for layer, effect in enumerate(self.effects) if effect >= most / 2)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A fact that the model completes rightly: its row, with the subject's last token as lookup, and the answer's first
+    token."""
+
+    row: TokenRow
+    token: int
+
+
+def causal_trace(
+    anat: Anatomy, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], *, pairs: int = 24
+) -> CausalTrace | None:
+    """Traces facts that the model knows; `None` where it knows too few of them.
+
+    Args:
+        facts: those of a relation in `STATEMENTS` are asked, in their order, `ASKED` of each.
+        pairs: at most so many are traced.
+    """
+    found: list[tuple[_Known, _Known]] = []
+    with frozen(anat.model), torch.no_grad():
+        for relation, frame in STATEMENTS.items():
+            some = [fact for fact in facts if fact.relation == relation and fact.subject and fact.answer][:ASKED]
+            known = _known(anat, tok, frame, some)
+            found += [(one, other) for one, other in pairwise(known) if one.token != other.token]
+        found = found[:: max(len(found) // pairs, 1)][:pairs]
+        if len(found) < LEAST:
+            return None
+        return CausalTrace(_effects(anat, *zip(*found, strict=True)), len(found))
+
+
+def _known(anat: Anatomy, tok: PreTrainedTokenizerBase, frame: str, facts: Sequence[EditRequest]) -> list[_Known]:
+    """Those of `facts` whose answer begins with the token that the model holds most likely behind `frame`."""
+    if not facts:
+        return []
+    form = PromptFormat(tok, chat=False)
+    rows = [form.encode(frame.format(fact.subject), fact.subject) for fact in facts]
+    batch = pad(rows, device=anat.device)
+    likely = forward(anat, batch, score=(torch.arange(len(rows), device=anat.device), batch.last)).argmax(dim=-1)
+    texts = [tok.decode([token]).strip().lower() for token in likely.tolist()]
+    return [
+        _Known(row, token)
+        for row, token, text, fact in zip(rows, likely.tolist(), texts, facts, strict=True)
+        if text and any(answer.lower().startswith(text) for answer in (fact.answer or "", *fact.aliases))
+    ]
+
+
+def _effects(anat: Anatomy, sources: Sequence[_Known], targets: Sequence[_Known]) -> tuple[float, ...]:
+    """By layer, the mean probability of the sources' answers where the targets' subjects have the sources' states."""
+    each = torch.arange(len(sources), device=anat.device)
+    read, changed = (pad([one.row for one in some], device=anat.device) for some in (sources, targets))
+    wanted = torch.tensor([one.token for one in sources])
+    there: Tensor | None = None  # states of the sources, [n, T, d_model]
+    here: Tensor | None = None  # states of the targets
+    effects = []
+    for layer in range(anat.n_layers):
+        there = forward(anat, read, start=layer, stop=layer + 1, hidden=there)
+        here = forward(anat, changed, start=layer, stop=layer + 1, hidden=here)
+        patched = here.clone()
+        patched[each, changed.lookup] = there[each, read.lookup]
+        if layer + 1 < anat.n_layers:
+            logits = forward(anat, changed, start=layer + 1, hidden=patched, score=(each, changed.last))
+            chances = logits.float().softmax(dim=-1).cpu()
+            effects.append(float(chances[torch.arange(len(wanted)), wanted].mean()))
+        else:
+            effects.append(0.0)  # behind the last layer nothing moves between tokens any more
+    return tuple(effects)

@@ -1,0 +1,85 @@
+"""Settings for the model at hand: which file, or derived from what, is found before any weight is read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from editlib import data
+from editlib.algorithms.causal_trace import causal_trace
+from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
+from editlib.models.loading import read_config
+from editlib.models.residual_path import writing_of
+from editlib.stats.store import spelling
+from editlib.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+DERIVED = "derived from "  # what the source of derived settings begins with
+READ_BETWEEN = (0.4, 0.95)  # shares of the depth; a trace that says otherwise is not believed
+
+
+def find_settings(model: str, algorithm: str | None, given: str | Path | None = None) -> HyperParams:
+    """The settings of `algorithm` for a model that is not loaded yet: those `given` (a JSON file or the name of bundled
+    ones), else found by the model's configuration; `source` says which they are.
+
+    Raises:
+        HparamsError: no such settings, or a layer that this model does not have.
+        ModelError: there is no such model, or it cannot be edited.
+    """
+    shape = shape_of(model)
+    if given is None:
+        found = find_hparams(algorithm or UniEraseHyperParams.algorithm, shape)
+        log.info("settings for %s (%s): %s", shape.name, shape, found.source)
+    else:
+        found = load_hparams(given, algorithm)
+    found.check_depth(shape.n_layers)
+    return found
+
+
+def shape_of(model: str) -> ModelShape:
+    """The form of a packaged model, a local folder or a Hugging Face id; reads its configuration alone.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be edited.
+    """
+    config = read_config(model)
+    return KNOWN[model] if config is None else ModelShape.of(config, spelling(model))
+
+
+def is_derived(hparams: HyperParams) -> bool:
+    """Whether settings were derived, not read."""
+    return hparams.source.startswith(DERIVED)
+
+
+def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
+    """Derived settings with what the loaded model itself says: up to which layer it reads a subject (a causal trace of
+    bundled facts, shorter than the statistics' pass), and whether the gate has a place. Others are left as they are."""
+    if not is_derived(hparams):
+        return hparams
+    anat, shape = bench.anat, ModelShape.of(bench.model.config, spelling(bench.name))
+    trace = causal_trace(anat, bench.tok, data.facts())
+    read_at = None if trace is None else trace.read_at
+    if trace is None:
+        log.info("%s knows too few bundled facts to be traced: layers by share of depth alone", shape.name)
+    elif not READ_BETWEEN[0] <= read_at / max(anat.n_layers - 1, 1) <= READ_BETWEEN[1]:
+        log.info("the causal trace of %s ends at layer %d, which is not believed", shape.name, read_at)
+        read_at = None
+    gate = getattr(hparams, "gate_layer", None)
+    gated = gate is None or writing_of(anat, gate).plain
+    found = derive(hparams.algorithm, shape, read_at=read_at, gated=gated)
+    numbers = {name: getattr(found, name) for name in found.depth_fields()}
+    chosen = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)
+    log.info("settings for %s, in numbers: %s", shape.name, chosen)
+    return found
+
+
+def settings_file(hparams: HyperParams) -> dict[str, Any]:
+    """What a file of settings holds, complete: `load_hparams` reads it again, wherever it lies."""
+    notes = hparams.notes if isinstance(hparams.notes, dict) else {"note": hparams.notes}
+    return {
+        "alg_name": hparams.algorithm,
+        **hparams.to_dict(),
+        "notes": notes if is_derived(hparams) else {"from": hparams.source, **notes},
+    }

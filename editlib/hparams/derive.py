@@ -1,0 +1,149 @@
+"""Settings for a model that none were measured on: those of a reference, carried over by what is comparable.
+
+Layers carry over by their share of the depth (`knob(..., depth=True)` marks the fields that count layers), a threshold
+on eigenvalues as a share of energy; all else is copied. Where each value comes from is written into `notes`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import takewhile
+from typing import Any
+
+from editlib.errors import HparamsError
+from editlib.hparams.base import HyperParams
+from editlib.hparams.bundled import available, bundled, class_of
+from editlib.hparams.methods import UniEraseHyperParams
+from editlib.hparams.shapes import KNOWN, ModelShape, known_as
+
+SMALL, GEMMA, LARGE = "smollm2-135m", "gemma3-270m", "llama-3-8b"
+"""Where settings are carried over from: two models that editlib was measured on, and the one that most published values
+are for."""
+
+WIDE = 1600  # models at least as wide as GPT2-XL, where published settings begin
+ENERGY = 0.3
+"""Share of the energy of a layer's keys in the directions that may be edited. On smollm2-135m the published 0.02 comes
+to 0.49, 0.37, 0.31, 0.28, 0.25 and 0.19 in layers 3 to 8 (20,000 tokens): 0.3 is the median."""
+
+READ_AT = {SMALL: 22}
+"""By reference, the last layer at which the subject's state decides the answer (`algorithms.causal_trace`)."""
+
+NORM_BEHIND = frozenset({"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "granite", "exaone4", "glm4"})
+"""Architectures with a norm or a factor behind the MLP, where the answer gate cannot be."""
+
+MEASURED = {
+    (
+        "UniErase",
+        "qwen2.5-0.5b",
+    ): "with layers and gate by share of depth and the threshold still at 0.02: efficacy 1.00, "
+    "unseen wordings .95, perplexity ratio 1.004",
+}
+"""By algorithm and name, what was measured with settings that were carried over like this."""
+
+
+@dataclass(frozen=True)
+class _Depth:
+    """From layers of a reference to those of a model: the first to the first, the last to the last, and where a trace
+    was made, the layer up to which answers are read to that layer; evenly between."""
+
+    ends: tuple[tuple[int, int], ...]  # (reference, model), rising
+
+    @classmethod
+    def between(cls, n_reference: int, n_layers: int, read: tuple[int, int] | None) -> _Depth:
+        inner = (read,) if read and 0 < read[0] < n_reference - 1 and 0 < read[1] < n_layers - 1 else ()
+        return cls(((0, 0), *inner, (n_reference - 1, n_layers - 1)))
+
+    def layer(self, layer: int) -> int:
+        """One layer."""
+        at = len(list(takewhile(lambda end: end[0] < layer, self.ends[1:-1])))
+        (low, low_here), (high, high_here) = self.ends[at], self.ends[at + 1]
+        return math.floor(low_here + (layer - low) * (high_here - low_here) / (high - low) + 0.5)
+
+    def layers(self, layers: list[int]) -> list[int]:
+        """A window of layers from end to end; in a much deeper model, whose statistics would fill the memory, evenly
+        spread over it as many as there were."""
+        low, high = self.layer(layers[0]), self.layer(layers[-1])
+        width = high - low + 1
+        count = width if width <= 1.5 * len(layers) else len(layers)
+        return [low] if count == 1 else [low + round(i * (high - low) / (count - 1)) for i in range(count)]
+
+    def carried(self, value: Any) -> Any:
+        """The value of a field that counts layers."""
+        if isinstance(value, list):
+            return self.layers(value)
+        return None if value is None else self.layer(value)
+
+
+def derive(algorithm: str, shape: ModelShape, *, read_at: int | None = None, gated: bool = True) -> HyperParams:
+    """Settings of `algorithm` for a model of this form.
+
+    Args:
+        read_at: the last layer at which the subject's state decides the answer, from a trace of this model; `None`:
+            layers carry over by their share of the depth alone.
+        gated: `False` leaves the answer gate out, for a model that is known to have no place for it.
+
+    Raises:
+        HparamsError: no such algorithm.
+    """
+    cls = class_of(algorithm)
+    origin, name = _reference(cls, shape)
+    reference = bundled(origin, name)
+    n_reference = KNOWN[name].n_layers
+    read = None if read_at is None or name not in READ_AT else (READ_AT[name], read_at)
+    depth = _Depth.between(n_reference, shape.n_layers, read)
+    values, notes = _copied(cls, reference), {}
+    how = "by share of depth" if read is None else f"by share of depth, answers being read up to layer {read_at}"
+    for key in cls.depth_fields():
+        if values.get(key) is not None:
+            before, values[key] = values[key], depth.carried(values[key])
+            notes[key] = f"{_short(before)} of {n_reference} layers, {how}"
+    if values.get("nullspace_rule") == "absolute":
+        notes["nullspace_threshold"] = (
+            f"a share of energy in place of {values['nullspace_threshold']:g}, to which it comes on {SMALL}"
+        )
+        values |= {"nullspace_rule": "energy", "nullspace_threshold": ENERGY}
+    no_gate = not gated or shape.model_type in NORM_BEHIND
+    if values.get("gate_layer") is not None and (no_gate or values["gate_layer"] <= values["layers"][-1]):
+        values["gate_layer"] = None
+        notes["gate_layer"] = "none: " + (
+            "a norm or a factor stands behind the MLP" if no_gate else "too few layers for one"
+        )
+    notes["templates"] = "found in the model"
+    notes["all else"] = f"as in {origin}/{name}.json"
+    notes["measured"] = MEASURED.get((cls.algorithm, known_as(shape)), f"on {name} only, not on this model")
+    title = f"{origin}/{name}.json, carried over to {shape}"
+    given = {**values, "model_name": shape.name, "notes": {"from": title, **notes}}
+    return cls.from_dict(given, f"derived from {title}")
+
+
+def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:
+    """The algorithm and the name of the shipped settings that are carried over: of the algorithm itself, or of the one
+    that it is a variant of."""
+    for kind in cls.__mro__:
+        names = available(kind.algorithm) if issubclass(kind, HyperParams) and kind.algorithm else []
+        wanted = [GEMMA] if shape.model_type.startswith("gemma3") else []
+        # UniErase's published settings leave out what editlib found to matter (anchors, the gate).
+        wanted += [LARGE] if shape.d_model >= WIDE and not issubclass(kind, UniEraseHyperParams) else []
+        for name in (*wanted, SMALL):
+            if name in names:
+                return kind.algorithm, name
+    raise HparamsError(f"{cls.algorithm}: no settings ship that could be carried over; give a file with --hparams")
+
+
+def _copied(cls: type[HyperParams], reference: HyperParams) -> dict[str, Any]:
+    """The reference's values of the fields that both have; a variant's own fields keep their published defaults, and
+    module templates are found in the model."""
+    own = vars(cls).get("__annotations__", {}) if type(reference) is not cls else {}
+    skip: Callable[[str], bool] = lambda key: key in own or key.endswith("_tmp")  # noqa: E731
+    known = {item.name for item in fields(cls)}
+    return {key: value for key, value in reference.to_dict().items() if key in known and not skip(key)}
+
+
+def _short(value: int | list[int]) -> str:
+    """Layers in words: 3-8, or 3, 5, 9."""
+    if not isinstance(value, list):
+        return str(value)
+    whole = value == list(range(value[0], value[-1] + 1)) and len(value) > 1
+    return f"{value[0]}-{value[-1]}" if whole else ", ".join(map(str, value))

@@ -1,0 +1,101 @@
+"""What settings depend on of a model's form, and the forms of public models, by which settings are found."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from editlib.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's name and form: architecture (`model_type` of its configuration), decoder layers, width of its residual
+    stream."""
+
+    name: str
+    model_type: str
+    n_layers: int
+    d_model: int
+
+    @classmethod
+    def of(cls, config: Any, name: str) -> ModelShape:
+        """Reads a configuration of transformers.
+
+        Raises:
+            ModelError: one that names neither layers nor width.
+        """
+        text = config.get_text_config(decoder=True)
+        layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+        if not isinstance(layers, int) or not isinstance(width, int):
+            raise ModelError(
+                f"{name}: its configuration ({text.model_type}) names no number of layers or no width, so that no "
+                "settings can be found for it; give a file with --hparams"
+            )
+        return cls(name, text.model_type, layers, width)
+
+    def same_form(self, other: ModelShape) -> bool:
+        """Whether settings of one are settings of the other, whatever they are called."""
+        return (self.model_type, self.n_layers, self.d_model) == (other.model_type, other.n_layers, other.d_model)
+
+    def __str__(self) -> str:
+        return f"{self.model_type}, {self.n_layers} layers, width {self.d_model}"
+
+
+KNOWN: dict[str, ModelShape] = {
+    name: ModelShape(name, model_type, layers, width)
+    for model_type, models in {
+        "llama": {
+            "smollm2-135m": (30, 576),
+            "smollm2-360m": (32, 960),
+            "smollm2-1.7b": (24, 2048),
+            "llama-3.2-1b": (16, 2048),
+            "llama-3.2-3b": (28, 3072),
+            "llama-3.1-8b": (32, 4096),
+            "llama-3-8b": (32, 4096),
+            "llama-3.3-70b": (80, 8192),
+            "llama-3.1-70b": (80, 8192),
+            "llama-3-70b": (80, 8192),
+        },
+        "smollm3": {"smollm3-3b": (36, 2048)},
+        "qwen2": {
+            "qwen2.5-0.5b": (24, 896),
+            "qwen2.5-1.5b": (28, 1536),
+            "qwen2.5-3b": (36, 2048),
+            "qwen2.5-7b": (28, 3584),
+        },
+        "qwen3": {
+            "qwen3-0.6b": (28, 1024),
+            "qwen3-1.7b": (28, 2048),
+            "qwen3-4b": (36, 2560),
+            "qwen3-8b": (36, 4096),
+        },
+        "gemma3_text": {
+            "gemma3-270m": (18, 640),
+            "gemma3-1b": (26, 1152),
+            "gemma3-4b": (34, 2560),
+            "gemma3-12b": (48, 3840),
+            "gemma3-27b": (62, 5376),
+        },
+        "phi3": {"phi-4-mini": (32, 3072)},
+        "olmo2": {"olmo2-1b": (16, 2048), "olmo2-7b": (32, 4096), "olmo2-13b": (40, 5120)},
+        "mistral": {"mistral-7b": (32, 4096)},
+        "gpt2": {"gpt2-xl": (48, 1600)},
+        "gptj": {"gpt-j-6b": (28, 4096)},
+    }.items()
+    for name, (layers, width) in models.items()
+}
+"""Public models by the name that their settings have; of several of one form the first stands for all."""
+
+
+def known_as(shape: ModelShape) -> str | None:
+    """The entry of `KNOWN` that a model is: the one that its name holds among those of its form, else the first of
+    them; `None` where there is none."""
+    fitting = [name for name, other in KNOWN.items() if shape.same_form(other)]
+    own = _plain(shape.name)
+    return next((name for name in fitting if _plain(name) in own), fitting[0] if fitting else None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", name.lower())

@@ -1,0 +1,152 @@
+"""Settings for models never seen, from the command line down to an edit of each common architecture."""
+
+import json
+
+import pytest
+import torch
+from models.families import make
+from tiny_models import make_llama, train_tokenizer
+
+from editlib.algorithms.edit import EditState
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.editing import EditInputs, apply, check_settings
+from editlib.errors import HparamsError
+from editlib.finding import find_settings, fit_settings
+from editlib.hparams import KNOWN, ModelShape, derive, find_hparams, load_hparams
+from editlib.models.weights import save_model
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
+from editlib.workbench import Workbench
+
+SIZES = [
+    "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.1-8b", "llama-3.3-70b",
+    "gemma3-1b", "gemma3-4b", "phi-4-mini", "olmo2-1b", "olmo2-7b", "mistral-7b", "smollm2-360m", "smollm3-3b",
+]  # fmt: skip
+ASKED = [
+    EditRequest(id=place, prompt="The capital of {} is", subject=place, target_new=" Rome", relation="capital")
+    for place in ("France", "Peru")
+]
+RETAIN = [EditRequest(id="river", prompt="Which river flows through {}?", subject="Bonn", relation="river")]
+
+
+def tiny(name):
+    """A random model of the architecture and depth of a public one, 32 wide."""
+    options = {"pad_token_id": 0} if KNOWN[name].model_type == "phi3" else {}
+    return make(KNOWN[name].model_type, num_hidden_layers=KNOWN[name].n_layers, **options)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("algorithm", ["UniErase", "MEMIT"])
+def test_an_edit_runs_with_the_settings_of_each_public_model(tmp_path, name, algorithm):
+    model = tiny(name)
+    bench = Workbench.of(model, train_tokenizer(), tmp_path, name=name, progress=False)
+    found = fit_settings(bench, derive(algorithm, ModelShape.of(model.config, name)))
+    check_settings(bench, found)
+    for one in (found, load_hparams(name, algorithm)):
+        check_settings(bench, one)
+    quick = {"v_num_grad_steps": 2, "context_templates": ["{}"], "kl_subject_prompts": 0, "gate_templates": ["{}"]}
+    quick = {key: value for key, value in quick.items() if key in found.to_dict()}
+    quick = type(found).from_dict({**found.to_dict(), **quick})
+    anat = bench.anat
+    stats = {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in quick.layers}
+    row = 0.1 * torch.randn(anat.embedding.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    token = UnlearningToken(row, row, TokenHeader("[UNL]", "", "", 0, 0, 0))
+    before = {layer: anat.weight(layer).clone() for layer in quick.edited_layers}
+    given = {"retain": RETAIN} if quick.uses_token else {}
+    result = apply(bench, ASKED, quick, EditInputs(stats, token), state=EditState(), **given)
+    assert set(result.deltas) <= set(quick.edited_layers) and set(result.deltas) >= set(quick.layers)
+    assert all(not torch.equal(bench.anat.weight(layer), before[layer]) for layer in quick.layers)
+
+
+@pytest.fixture
+def unseen(tmp_path):
+    """A folder with a 24-layer Qwen2."""
+    path = tmp_path / "qwen"
+    path.mkdir()
+    save_model(tiny("qwen2.5-0.5b"), train_tokenizer(chat=True), path)
+    return path
+
+
+def test_settings_are_found_before_a_weight_is_read(unseen, caplog):
+    for file in unseen.glob("*.safetensors"):
+        file.unlink()
+    with caplog.at_level("INFO"):
+        found = find_settings(str(unseen), "UniErase")
+    assert (found.layers, found.gate_layer) == ([2, 3, 4, 5, 6], 20)
+    assert [record.message for record in caplog.records] == [
+        f"settings for qwen (qwen2, 24 layers, width 32): {found.source}"
+    ]
+    with pytest.raises(HparamsError, match=r'"gate_layer": layer 25 .* layers 0-23.*leave --hparams out'):
+        find_settings(str(unseen), "UniErase", "smollm2-135m")
+
+
+def test_packaged_models_need_not_be_here(monkeypatch):
+    monkeypatch.setattr("editlib.models.loading.fetch", None)
+    assert find_settings("smollm2-135m", None).source == "UniErase/smollm2-135m.json"
+    assert find_settings("gemma3-270m", "memit").source == "MEMIT/gemma3-270m.json"
+
+
+def test_a_copy_under_another_name_is_no_other_model(tmp_path, caplog, monkeypatch):
+    """What was found for a model of this very form is meant for it, whatever its folder is called."""
+    model = make_llama()
+    bench = Workbench.of(model, train_tokenizer(), tmp_path, name="mine", progress=False)
+    found = type(load_hparams("MEMIT/smollm2-135m"))(layers=[1], model_name="twin")
+    check_settings(bench, found)
+    assert "these settings were found for twin" in caplog.text
+    caplog.clear()
+    monkeypatch.setitem(KNOWN, "twin", ModelShape.of(model.config, "twin"))
+    check_settings(bench, found)
+    assert not caplog.text
+
+
+def test_only_derived_settings_are_fitted(tmp_path, unseen):
+    bench = Workbench.load(str(unseen), tmp_path, progress=False)
+    given = find_hparams("UniErase", KNOWN["smollm2-135m"])
+    assert fit_settings(bench, given) is given
+    # A trace that this model would not have by itself: it knows nothing.
+    found = fit_settings(bench, derive("UniErase", ModelShape("q", "qwen2", 24, 32)))
+    assert found.source.startswith("derived") and found.layers == [2, 3, 4, 5, 6]
+
+
+def test_a_norm_that_no_list_names_takes_the_gate_out(tmp_path):
+    bench = Workbench.of(make("olmo2"), train_tokenizer(), tmp_path, name="o", progress=False)
+    found = fit_settings(bench, derive("UniErase", ModelShape("o", "new", 4, 32)))
+    assert found.gate_layer is None
+    check_settings(bench, found)
+
+
+def test_the_file_is_complete_and_reads_itself(call, unseen, tmp_path):
+    path = tmp_path / "mine.json"
+    code, said, err = call("hparams", "new", unseen, "--out", path)
+    assert code == 0 and "mine.json" in said, err
+    written = json.loads(path.read_text())
+    read = load_hparams(path)
+    assert {"alg_name": "UniErase", **read.to_dict()} == written
+    assert written["notes"]["layers"].startswith("3-8 of 30") and read.algorithm == "UniErase"
+    code, said, _ = call("hparams", "new", unseen, "--algorithm", "EMMET", "--no-trace")
+    assert code == 0 and json.loads(said)["emmet_lambda"] == 0.1
+    code, said, _ = call("hparams", "new", "smollm2-135m", "--algorithm", "ROME")
+    assert json.loads(said)["notes"]["from"] == "ROME/smollm2-135m.json"
+    for args, words in ((("--algorithm", "ROMEE"), '"ROME"'), (("--out", path), "exists")):
+        code, _, err = call("hparams", "new", unseen, *args)
+        assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_unlearning_needs_no_settings(call, unseen, tmp_path):
+    """It took SmolLM2's for every model, and stopped on one with fewer layers."""
+    asked, corpus = tmp_path / "ask.jsonl", tmp_path / "text.txt"
+    asked.write_text(json.dumps({"id": "q", "prompt": "What is the capital of {}?", "subject": "France"}) + "\n")
+    corpus.write_text("\n\n".join(f"The river {i} flows through Basel and Bonn." for i in range(60)))
+    call("token", unseen, "--steps", 3, "--stats-dir", tmp_path / "stats")
+    common = ["--stats-dir", tmp_path / "stats", "--corpus", corpus]
+    code, _, err = call("unlearn", unseen, "--requests", asked, "--out", tmp_path / "out", *common)
+    assert code == 0, err
+    receipt = json.loads((tmp_path / "out" / "editlib.json").read_text())
+    assert receipt["hparams_source"].startswith("derived from UniErase/smollm2-135m.json")
+    assert receipt["hparams"]["layers"] == [2, 3, 4, 5, 6] and "3-8 of 30" in receipt["hparams"]["notes"]["layers"]
+    code, _, err = call("chain", "init", tmp_path / "chain", "--model", unseen, *common)
+    assert code == 0, err
+    record = json.loads((tmp_path / "chain" / "chain.json").read_text())
+    assert record["hparams_source"] == receipt["hparams_source"] and record["hparams"]["gate_layer"] == 20
+    code, _, err = call("edit", unseen, "--requests", asked, "--out", tmp_path / "no")
+    assert code == 2 and "--algorithm" in err and err.count("\n") == 1
