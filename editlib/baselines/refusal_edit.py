@@ -12,7 +12,7 @@ from editlib.algorithms.edit import EditResult
 from editlib.baselines.settings import BaselineSettings
 from editlib.hparams import HyperParams, load_hparams
 from editlib.requests.request import EditRequest
-from editlib.stats.store import spelling
+from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
 REFUSAL = " I don't know."
@@ -25,7 +25,7 @@ def editor_hparams(algorithm: str, name: str, settings: BaselineSettings) -> Hyp
     Raises:
         HparamsError: there are none for this model.
     """
-    found = load_hparams(settings.hparams or spelling(name), algorithm)
+    found = load_hparams(settings.hparams or model_slug(name), algorithm)
     given = {"v_lr": settings.learning_rate, "v_num_grad_steps": settings.steps}
     changed = {key: value for key, value in given.items() if value is not None}
     return type(found).from_dict({**found.to_dict(), **changed}, f"{algorithm} with a searched step size")

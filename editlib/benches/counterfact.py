@@ -32,7 +32,7 @@ from editlib.requests.request import EditRequest
 from editlib.shelf import append_cell, read_cells
 from editlib.stats.corpus import load_corpus
 from editlib.stats.file import LayerStats
-from editlib.stats.store import spelling
+from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def settings_of(model: str, algorithms: str, hparams: Sequence[str]) -> list[Hyp
     """
     given = {algorithm_of(name): name for name in hparams}
     names = list(dict.fromkeys(name.strip() for name in algorithms.split(",") if name.strip()))
-    settings = [load_hparams(given.pop(name, spelling(model)), name) for name in names]
+    settings = [load_hparams(given.pop(name, model_slug(model)), name) for name in names]
     if given:
         raise HparamsError(
             f"--hparams {next(iter(given.values()))}: its algorithm is not among --algorithms {algorithms}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from editlib import data
 from editlib.baselines.apply import apply_baseline_to_model, check_baseline
-from editlib.baselines.registry import BASELINES, baseline, spelling
+from editlib.baselines.registry import BASELINES, baseline, canonical_name
 from editlib.baselines.search import SearchResult, check_range, search
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Split, split
@@ -81,7 +81,7 @@ def baseline_folder(
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
     """
-    out, settings, name = Path(out), settings or BaselineSettings(), spelling(name)
+    out, settings, name = Path(out), settings or BaselineSettings(), canonical_name(name)
     check_output(out, overwrite=overwrite)
     requests = read_requests(requests_file)
     retain = data.retain_prompts(requests) if retain_file is None else read_requests(retain_file)
