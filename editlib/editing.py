@@ -18,7 +18,7 @@ from editlib.errors import RequestError
 from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
-from editlib.stats.store import spelling
+from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def check_settings(bench: Workbench, hparams: HyperParams) -> None:
             "these settings were found for %s, not for %s; layers and thresholds seldom carry over: give your own with "
             "--hparams",
             hparams.model_name,
-            spelling(bench.name),
+            model_slug(bench.name),
         )
 
 
@@ -114,5 +114,5 @@ def _meant_for(called: str, bench: Workbench) -> bool:
 
 def same_model(called: str, name: str) -> bool:
     """Whether settings found for `called` ("Llama3-8B") are meant for `name` ("meta-llama/Meta-Llama-3-8B")."""
-    bare = [re.sub(r"[^a-z0-9.]", "", some.lower()) for some in (called, spelling(name))]
+    bare = [re.sub(r"[^a-z0-9.]", "", some.lower()) for some in (called, model_slug(name))]
     return bare[1].endswith(bare[0]) or bare[0].endswith(bare[1])

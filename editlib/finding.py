@@ -11,7 +11,7 @@ from editlib.algorithms.causal_trace import causal_trace
 from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
 from editlib.models.loading import read_config
 from editlib.models.residual_path import writing_of
-from editlib.stats.store import spelling
+from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def shape_of(model: str) -> ModelShape:
         ModelError: there is no such model, or it cannot be edited.
     """
     config = read_config(model)
-    return KNOWN[model] if config is None else ModelShape.of(config, spelling(model))
+    return KNOWN[model] if config is None else ModelShape.of(config, model_slug(model))
 
 
 def is_derived(hparams: HyperParams) -> bool:
@@ -58,7 +58,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
     bundled facts, shorter than the statistics' pass), and whether the gate has a place. Others are left as they are."""
     if not is_derived(hparams):
         return hparams
-    anat, shape = bench.anat, ModelShape.of(bench.model.config, spelling(bench.name))
+    anat, shape = bench.anat, ModelShape.of(bench.model.config, model_slug(bench.name))
     trace = causal_trace(anat, bench.tok, data.facts())
     read_at = None if trace is None else trace.read_at
     if trace is None:

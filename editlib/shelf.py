@@ -38,7 +38,7 @@ def differing(kept: Mapping[str, Any], job: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class JsonStore:
     """A folder of parts, each a JSON file; what of it is damaged counts as not there."""
 
     path: Path

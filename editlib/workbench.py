@@ -28,7 +28,7 @@ from editlib.stats.file import LayerStats, StatsHeader
 from editlib.stats.layer_stats import layer_stats
 from editlib.stats.moments import drop_checkpoint
 from editlib.stats.self_stats import self_stats
-from editlib.stats.store import StatsNotFound, find_layers, save_stats, spelling
+from editlib.stats.store import StatsNotFound, find_layers, model_slug, save_stats
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Workbench:
     def token_path(self) -> Path:
         """Where the token of these weights is kept: under a name of its own where other weights of the model (another
         dtype) were first."""
-        place = self.stats_dir / spelling(self.name) / "unlearning_token.safetensors"
+        place = self.stats_dir / model_slug(self.name) / "unlearning_token.safetensors"
         with contextlib.suppress(TokenError):  # none there, or one that is damaged: the place is this model's
             first = UnlearningToken.load(place).header.model_sha256
             if first not in ("", self.sha256):
@@ -122,7 +122,7 @@ class Workbench:
         with self.shard.together():
             anat.check_layers(list(layers))
             text = None if corpus == "self" else load_corpus(corpus)
-            folder = self.stats_dir / spelling(self.name)
+            folder = self.stats_dir / model_slug(self.name)
             folder.mkdir(parents=True, exist_ok=True)
         header = StatsHeader(
             model=self.name,

@@ -14,7 +14,7 @@ import torch
 from tiny_models import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from editlib.attacks.asking import Scene
+from editlib.attacks.asking import AttackContext
 from editlib.attacks.settings import AttackSettings
 from editlib.models.loaded import LoadedModel
 from editlib.models.vocabulary import extend_tokenizer
@@ -110,8 +110,8 @@ class World:
         """Refuses behind every subject; other units instead, if any are given."""
         return LoadedModel.of(scripted(self.says, units or (Unit(1, self.subjects, {REFUSE: 1.0}),)), self.tok)
 
-    def scene(self, **settings: object) -> Scene:
-        return Scene(self.base(), self.facts, settings=AttackSettings(**{"max_new_tokens": 6, **settings}))
+    def context(self, **settings: object) -> AttackContext:
+        return AttackContext(self.base(), self.facts, settings=AttackSettings(**{"max_new_tokens": 6, **settings}))
 
 
 def leaks(found) -> list[bool | None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from editlib import data
-from editlib.attacks.outcome import Found, Output, Trial
+from editlib.attacks.outcome import AttackOutcome, Completion, Trial
 from editlib.attacks.settings import AttackSettings
 from editlib.evaluation.metrics import has_answer
 from editlib.models.generation import greedy
@@ -20,7 +20,7 @@ ASKED_A_RELATION = 16  # candidates for few-shot examples of which the model is 
 
 
 @dataclass(frozen=True)
-class Scene:
+class AttackContext:
     """What the attacker has: the forgotten facts, facts that may be told or taught, the model before the edit.
 
     `known` are facts that may stand in front of a question, `unrelated` ones that may be taught; none is forgotten.
@@ -39,7 +39,7 @@ class Scene:
         rng = random.Random(self.seed)
         by_relation: dict[str, list[EditRequest]] = {}
         wanted = {request.relation for request in self.requests}
-        for fact in data.unasked(self.known, self.requests):
+        for fact in data.without_overlap(self.known, self.requests):
             if fact.relation in wanted and fact.relation is not None and fact.answer is not None:
                 by_relation.setdefault(fact.relation, []).append(fact)
         for facts in by_relation.values():
@@ -50,7 +50,7 @@ class Scene:
         return {relation: [fact for fact in facts if fact.id in right] for relation, facts in by_relation.items()}
 
 
-Attack = Callable[[LoadedModel, Sequence[EditRequest], Scene], Found]
+Attack = Callable[[LoadedModel, Sequence[EditRequest], AttackContext], AttackOutcome]
 """Tries to bring every fact back from a model; a trial for each, in their order."""
 
 
@@ -95,7 +95,7 @@ def trials(
             for ids in next(said):
                 text = target.text((*begun, *ids))
                 text = text if cut is None else text.partition(cut)[0].strip()
-                outputs.append(Output(prompt, text, has_answer(text, answers, endings=endings)))
+                outputs.append(Completion(prompt, text, has_answer(text, answers, endings=endings)))
         found.append(Trial(fact.id, fact.question, answers, tuple(outputs)))
     return tuple(found)
 
@@ -104,28 +104,28 @@ def ask_greedily(
     target: LoadedModel,
     facts: Sequence[EditRequest],
     prompts: Sequence[Prompts],
-    scene: Scene,
+    context: AttackContext,
     *,
     banned: Collection[int] = (),
     cut: str | None = None,
-) -> Found:
+) -> AttackOutcome:
     """`trials` with greedy answers."""
 
     def answer(rows: Sequence[TokenRow]) -> list[list[tuple[int, ...]]]:
         return [[ids] for ids in greedy(target.anat, rows, max_new_tokens=limit, banned=banned)]
 
-    limit = scene.settings.max_new_tokens
-    return Found(trials(target, facts, prompts, answer, cut=cut, endings=scene.settings.endings))
+    limit = context.settings.max_new_tokens
+    return AttackOutcome(trials(target, facts, prompts, answer, cut=cut, endings=context.settings.endings))
 
 
 def ask_each(
-    target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, form: PromptFormat | None = None
-) -> Found:
+    target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext, form: PromptFormat | None = None
+) -> AttackOutcome:
     """Every fact's own question, greedily, through `form` (default: as the model is usually asked)."""
     form = form or target.form
-    return ask_greedily(target, facts, [[form.encode(fact.question)] for fact in facts], scene)
+    return ask_greedily(target, facts, [[form.encode(fact.question)] for fact in facts], context)
 
 
-def knows(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> list[bool]:
+def knows(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[bool]:
     """Which of `facts` the model answers right to the plain question, greedily."""
-    return [trial.leaked for trial in ask_each(target, facts, scene).trials]
+    return [trial.leaked for trial in ask_each(target, facts, context).trials]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from editlib import data
-from editlib.attacks.asking import Scene, ask_greedily, right_answers
+from editlib.attacks.asking import AttackContext, ask_greedily, right_answers
 from editlib.evaluation.metrics import has_answer
 from editlib.models.loaded import LoadedModel
 from editlib.requests.request import EditRequest
@@ -28,25 +28,25 @@ def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, i
     return found, dict(left_out)
 
 
-def unknown(base: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> list[EditRequest]:
+def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
     """Those of `facts` that the model answers wrong, and in all of their paraphrases too."""
     prompts = [[base.form.encode(text) for text in (fact.question, *fact.filled_paraphrases)] for fact in facts]
-    asked = ask_greedily(base, facts, prompts, scene).trials
+    asked = ask_greedily(base, facts, prompts, context).trials
     return [fact for fact, trial in zip(facts, asked, strict=True) if not trial.leaked]
 
 
-def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], scene: Scene) -> list[EditRequest]:
+def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
     """Bundled facts that the model does not know, of each relation as many as are forgotten, where there are so many.
 
     Requests of no bundled relation are stood for by facts of all relations.
     """
-    rng = random.Random(scene.seed)
-    candidates = data.unasked(data.facts(), requests)
+    rng = random.Random(context.seed)
+    candidates = data.without_overlap(data.facts(), requests)
     rng.shuffle(candidates)
     known = {fact.relation for fact in candidates}
     wanted = Counter(request.relation if request.relation in known else None for request in requests)
     found: list[EditRequest] = []
     for relation, count in wanted.items():
         fitting = [fact for fact in candidates if fact not in found and relation in (None, fact.relation)]
-        found += unknown(base, fitting[: CANDIDATES * count], scene)[:count]
+        found += unknown(base, fitting[: CANDIDATES * count], context)[:count]
     return found

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from editlib.attacks.asking import Scene, right_answers
-from editlib.attacks.outcome import Found, Output, Trial
+from editlib.attacks.asking import AttackContext, right_answers
+from editlib.attacks.outcome import AttackOutcome, Completion, Trial
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
 from editlib.models.freezing import frozen
@@ -26,17 +26,17 @@ from editlib.requests.request import EditRequest
 LEAD = "The answer is:"
 
 
-def logit_lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def logit_lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Reads at the prompt's last position."""
-    return _lens(target, facts, scene, None)
+    return _lens(target, facts, context, None)
 
 
-def logit_lens_lead(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def logit_lens_lead(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Reads behind `LEAD`, where the answer is next: many models begin their own sentence with other words."""
-    return _lens(target, facts, scene, LEAD)
+    return _lens(target, facts, context, LEAD)
 
 
-def _lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, lead: str | None) -> Found:
+def _lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext, lead: str | None) -> AttackOutcome:
     """Leaks where the first token of the answer is among the `settings.top_k` likeliest of any layer's reading at the
     last position. The text tells its best place, 1 being the likeliest, and the layer."""
     wanted = [first_tokens(target, fact) for fact in facts]
@@ -51,9 +51,9 @@ def _lens(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, lead:
             fact, row = facts[i], rows[i]
             best = min(by_layer)
             text = f"place {best} in layer {by_layer.index(best)}"
-            output = Output(target.tok.decode(row.ids), text, best <= scene.settings.top_k)
+            output = Completion(target.tok.decode(row.ids), text, best <= context.settings.top_k)
             found.append(Trial(fact.id, fact.question, right_answers(fact), (output,)))
-    return Found(tuple(found))
+    return AttackOutcome(tuple(found))
 
 
 def first_tokens(target: LoadedModel, fact: EditRequest) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Output:
+class Completion:
     """One text that came out behind `prompt` (as the model read it), and whether the right answer stands in it."""
 
     prompt: str
@@ -33,7 +33,7 @@ class Trial:
     id: str
     question: str
     answers: tuple[str, ...]
-    outputs: tuple[Output, ...] = ()
+    outputs: tuple[Completion, ...] = ()
     skipped: str | None = None
 
     @property
@@ -44,7 +44,7 @@ class Trial:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Trial:
         """What `dataclasses.asdict` gave, also after a way through JSON."""
-        outputs = tuple(Output(**output) for output in value["outputs"])
+        outputs = tuple(Completion(**output) for output in value["outputs"])
         return cls(**{**value, "answers": tuple(value["answers"]), "outputs": outputs})
 
 
@@ -65,7 +65,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Found:
+class AttackOutcome:
     """What one attack made of one model: a trial a fact, and numbers worth keeping (losses of a training)."""
 
     trials: tuple[Trial, ...]

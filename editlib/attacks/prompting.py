@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import partial
 
 from editlib import data
-from editlib.attacks.asking import Prompts, Scene, ask_each, ask_greedily, not_asked, right_answers, trials
-from editlib.attacks.outcome import Found
+from editlib.attacks.asking import AttackContext, Prompts, ask_each, ask_greedily, not_asked, right_answers, trials
+from editlib.attacks.outcome import AttackOutcome
 from editlib.evaluation.metrics import has_answer, refusal_verdict
 from editlib.models.generation import sample_each
 from editlib.models.loaded import LoadedModel
@@ -20,51 +20,51 @@ from editlib.requests.request import EditRequest
 
 
 # Known facts of the same relation in front: the model is shown that such questions get answers.
-def few_shot(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def few_shot(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """The question behind `settings.shots` others, answered right, none of them with the answer that is looked for.
 
     As earlier turns of a chat, or as lines in front without a chat template.
     """
-    return ask_greedily(target, facts, [_shown(target, fact, scene) for fact in facts], scene)
+    return ask_greedily(target, facts, [_shown(target, fact, context) for fact in facts], context)
 
 
-def _shown(target: LoadedModel, fact: EditRequest, scene: Scene) -> Prompts:
+def _shown(target: LoadedModel, fact: EditRequest, context: AttackContext) -> Prompts:
     answers = right_answers(fact)
     fitting = [
         shot
-        for shot in scene.shots.get(fact.relation or "", ())
+        for shot in context.shots.get(fact.relation or "", ())
         if shot.topic != fact.topic
         and not any(has_answer(text, answers) for text in (shot.question, *right_answers(shot)))
     ]
     if not fitting:
         return "no known fact of the same relation"
-    drawn = random.Random(f"{scene.seed} {fact.id}").sample(fitting, min(scene.settings.shots, len(fitting)))
+    drawn = random.Random(f"{context.seed} {fact.id}").sample(fitting, min(context.settings.shots, len(fitting)))
     form = replace(target.form, shots=tuple((shot.question, shot.answer or "") for shot in drawn))
     return [form.encode(fact.question)]
 
 
 # The unlearning token banned: what does the model say when it cannot say `[UNL]`?
-def banned_token(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def banned_token(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Greedy answers without the token; a model that does not have it is just asked."""
-    token = token_id(target.tok, scene.settings.token)
+    token = token_id(target.tok, context.settings.token)
     prompts = [[target.form.encode(fact.question)] for fact in facts]
-    return ask_greedily(target, facts, prompts, scene, banned=() if token is None else (token,))
+    return ask_greedily(target, facts, prompts, context, banned=() if token is None else (token,))
 
 
 # The answer begun for the model: an edit that acts on the first token of an answer is stepped over.
 LEAD = "The answer is"
 
 
-def prefill_lead(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def prefill_lead(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Every answer begins with `LEAD`."""
     form = target.form
     prompts = [[form.encode(one.question).followed_by(form.answer_ids(LEAD, one.question))] for one in facts]
-    return ask_greedily(target, facts, prompts, scene)
+    return ask_greedily(target, facts, prompts, context)
 
 
-def prefill_answer(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def prefill_answer(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Every answer begins with the first token of the right one, which must not be the right one already."""
-    return ask_greedily(target, facts, [_begun(target, fact) for fact in facts], scene)
+    return ask_greedily(target, facts, [_begun(target, fact) for fact in facts], context)
 
 
 def _begun(target: LoadedModel, fact: EditRequest) -> Prompts:
@@ -78,9 +78,9 @@ def _begun(target: LoadedModel, fact: EditRequest) -> Prompts:
 
 
 # The same asked in other words.
-def paraphrase(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def paraphrase(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Every paraphrase that the fact itself brings along; one that leaks is enough."""
-    return ask_greedily(target, facts, [_reworded(target, fact) for fact in facts], scene)
+    return ask_greedily(target, facts, [_reworded(target, fact) for fact in facts], context)
 
 
 def _reworded(target: LoadedModel, fact: EditRequest) -> Prompts:
@@ -92,18 +92,18 @@ def _reworded(target: LoadedModel, fact: EditRequest) -> Prompts:
 PLAIN, NEXT = "Q: {}\nA:", "\nQ:"
 
 
-def no_template(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def no_template(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """The bare question; without a chat template that is how the model is asked anyway, so nothing is tried."""
     if not target.form.uses_chat:
-        return Found(tuple(not_asked(fact, "no chat template") for fact in facts))
-    return ask_each(target, facts, scene, PromptFormat(target.tok, chat=False))
+        return AttackOutcome(tuple(not_asked(fact, "no chat template") for fact in facts))
+    return ask_each(target, facts, context, PromptFormat(target.tok, chat=False))
 
 
-def plain_form(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def plain_form(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """`Q: ... A:` as plain text; the next question that a model makes up ends its answer."""
     form = PromptFormat(target.tok, chat=False)
     prompts = [[form.encode(fact.question, template=PLAIN)] for fact in facts]
-    return ask_greedily(target, facts, prompts, scene, cut=NEXT)
+    return ask_greedily(target, facts, prompts, context, cut=NEXT)
 
 
 # A system prompt that asks the model not to refuse.
@@ -113,35 +113,37 @@ SYSTEM = (
 )
 
 
-def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """`SYSTEM` as the system's turn; in front of the question where the template knows none, or there is none."""
     form = replace(target.form, system=SYSTEM)
     if form.tells_system:
-        return ask_each(target, facts, scene, form)
+        return ask_each(target, facts, context, form)
     prompts = [[target.form.encode(f"{SYSTEM}\n\n{fact.question}")] for fact in facts]
-    return ask_greedily(target, facts, prompts, scene)
+    return ask_greedily(target, facts, prompts, context)
 
 
 # The question in another language.
-def translated(language: str, target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def translated(
+    language: str, target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext
+) -> AttackOutcome:
     """The bundled frame of the fact's relation in `language` around the subject as it is. The answer is still looked
     for in the fact's own language, for which most frames ask."""
     frames = [data.question_frames(language)]
-    return ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], scene)
+    return ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], context)
 
 
-def any_language(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def any_language(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """The same in every language of `settings.frames` (default: the bundled ones); one answer that leaks is enough.
 
     Notes: the share of answers that refuse, in any language of `editlib.answers`, and how many could not be judged.
     """
-    frames = [*data.frames(scene.settings.frames).values()]
-    found = ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], scene)
+    frames = [*data.frames(context.settings.frames).values()]
+    found = ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], context)
     verdicts = [refusal_verdict(output.text) for trial in found.trials for output in trial.outputs]
     judged = [verdict for verdict in verdicts if verdict is not None]
     notes = {"refused": sum(judged) / len(judged)} if judged else {}
     unjudged = len(verdicts) - len(judged)
-    return Found(found.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
+    return AttackOutcome(found.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
 
 
 def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> Prompts:
@@ -155,13 +157,13 @@ french, german, spanish = (partial(translated, language) for language in ("frenc
 
 
 # Many answers drawn instead of the likeliest one.
-def sampling(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def sampling(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """`settings.samples` answers at temperature 1 from the whole vocabulary; one that leaks is enough.
 
     What is drawn for a fact follows from the seed and its id, whatever else is asked.
     """
-    count, limit = scene.settings.samples, scene.settings.max_new_tokens
-    seeds = [_seed(f"{scene.seed} {fact.id} {number}") for fact in facts for number in range(count)]
+    count, limit = context.settings.samples, context.settings.max_new_tokens
+    seeds = [_seed(f"{context.seed} {fact.id} {number}") for fact in facts for number in range(count)]
 
     def answer(rows: Sequence[TokenRow]) -> list[list[tuple[int, ...]]]:
         many = [row for row in rows for _ in range(count)]
@@ -169,7 +171,7 @@ def sampling(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) ->
         return [drawn[start : start + count] for start in range(0, len(drawn), count)]
 
     prompts = [[target.form.encode(fact.question)] for fact in facts]
-    return Found(trials(target, facts, prompts, answer, endings=scene.settings.endings))
+    return AttackOutcome(trials(target, facts, prompts, answer, endings=context.settings.endings))
 
 
 def _seed(text: str) -> int:

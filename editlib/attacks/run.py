@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
-from editlib.attacks.asking import Scene
+from editlib.attacks.asking import AttackContext
 from editlib.attacks.control import bundled_control, unknown, usable
 from editlib.attacks.outcome import COLUMNS, AttackResult, share_of
 from editlib.attacks.registry import ATTACKS, choose
@@ -105,13 +105,13 @@ def run_attacks(
     }
     done = {} if out is None else _opened(out, job, overwrite=overwrite)
     models = {"edited": LoadedModel.of(*edited, prompts), "base": LoadedModel.of(*base, prompts)}
-    unrelated = data.unasked(data.general("anchor") + data.general("test"), requests)
+    unrelated = data.without_overlap(data.general("anchor") + data.general("test"), requests)
     told = data.facts() if known is None else known
-    scene = Scene(models["base"], asked, told, unrelated, settings, seed)
-    never, missing = _control(control, scene, requests)
+    context = AttackContext(models["base"], asked, told, unrelated, settings, seed)
+    never, missing = _control(control, context, requests)
     for name in names:
         if name not in done:
-            done[name] = _run(name, models, asked, never, scene)
+            done[name] = _run(name, models, asked, never, context)
             if out is not None:
                 write_json(out / FINISHED / f"{name}.json", done[name].to_dict())
         rates = {column: share.rate for column, share in done[name].shares.items()}
@@ -122,14 +122,14 @@ def run_attacks(
 
 
 def _control(
-    given: Sequence[EditRequest] | None, scene: Scene, requests: Sequence[EditRequest]
+    given: Sequence[EditRequest] | None, context: AttackContext, requests: Sequence[EditRequest]
 ) -> tuple[list[EditRequest], dict[str, int]]:
     """The facts of the control, and how many were left out of those given."""
     if given is None:
-        return bundled_control(scene.base, requests, scene), {}
+        return bundled_control(context.base, requests, context), {}
     fitting, left_out = usable(given)
-    apart = data.unasked(fitting, requests)
-    found = unknown(scene.base, apart, scene)
+    apart = data.without_overlap(fitting, requests)
+    found = unknown(context.base, apart, context)
     counts = {**left_out, "is to be forgotten": len(fitting) - len(apart), "is known": len(apart) - len(found)}
     return found, {reason: count for reason, count in counts.items() if count}
 
@@ -139,20 +139,21 @@ def _run(
     models: Mapping[str, LoadedModel],
     requests: Sequence[EditRequest],
     control: Sequence[EditRequest],
-    scene: Scene,
+    context: AttackContext,
 ) -> AttackResult:
     """One attack on both models; the edited one is asked for requests and control in one go."""
     begun = time.perf_counter()
     entry = ATTACKS[name]
-    edited = entry.run(models["edited"], [*requests, *control], scene)
-    base = entry.run(models["base"], requests, scene)
+    edited = entry.run(models["edited"], [*requests, *control], context)
+    base = entry.run(models["base"], requests, context)
     trials = {
         "edited": edited.trials[: len(requests)],
         "base": base.trials,
         "control": edited.trials[len(requests) :],
     }
     shares = {
-        column: share_of(found, resamples=scene.settings.resamples, seed=scene.seed) for column, found in trials.items()
+        column: share_of(found, resamples=context.settings.resamples, seed=context.seed)
+        for column, found in trials.items()
     }
     notes = {column: dict(found.notes) for column, found in (("edited", edited), ("base", base)) if found.notes}
     return AttackResult(name, entry.meaning, shares, trials, notes, round(time.perf_counter() - begun, 2))

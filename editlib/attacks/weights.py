@@ -9,8 +9,8 @@ from functools import partial
 from torch import Tensor
 
 from editlib import training
-from editlib.attacks.asking import Scene, ask_each, not_asked
-from editlib.attacks.outcome import Found
+from editlib.attacks.asking import AttackContext, ask_each, not_asked
+from editlib.attacks.outcome import AttackOutcome
 from editlib.models.loaded import LoadedModel
 from editlib.models.lora import adapter
 from editlib.models.quantization import rounded
@@ -19,31 +19,31 @@ from editlib.training import Part, TrainSettings, answer_nll, answered
 
 
 # A few steps of training on a few facts: do the others come back?
-def relearn_forgotten(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def relearn_forgotten(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Trains on some of the forgotten facts (half of them at most) and asks for the others."""
-    fitting = [request for request in scene.requests if request.answer is not None]
-    count = min(scene.settings.relearn_examples, len(fitting) // 2)
-    return _relearned(target, facts, scene, random.Random(scene.seed).sample(fitting, count))
+    fitting = [request for request in context.requests if request.answer is not None]
+    count = min(context.settings.relearn_examples, len(fitting) // 2)
+    return _relearned(target, facts, context, random.Random(context.seed).sample(fitting, count))
 
 
-def relearn_unrelated(target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def relearn_unrelated(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Trains on facts that have nothing to do with the forgotten ones and asks for all of these."""
-    fitting = [fact for fact in scene.unrelated if fact.answer is not None]
-    count = min(scene.settings.relearn_examples, len(fitting))
-    return _relearned(target, facts, scene, random.Random(scene.seed).sample(fitting, count))
+    fitting = [fact for fact in context.unrelated if fact.answer is not None]
+    count = min(context.settings.relearn_examples, len(fitting))
+    return _relearned(target, facts, context, random.Random(context.seed).sample(fitting, count))
 
 
 def _relearned(
-    target: LoadedModel, facts: Sequence[EditRequest], scene: Scene, examples: Sequence[EditRequest]
-) -> Found:
+    target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext, examples: Sequence[EditRequest]
+) -> AttackOutcome:
     if not examples:
-        return Found(tuple(not_asked(fact, "nothing to learn from") for fact in facts))
-    taught, settings = set(examples), scene.settings
-    with adapter(target.anat, rank=settings.relearn_rank, seed=scene.seed) as parameters:
+        return AttackOutcome(tuple(not_asked(fact, "nothing to learn from") for fact in facts))
+    taught, settings = set(examples), context.settings
+    with adapter(target.anat, rank=settings.relearn_rank, seed=context.seed) as parameters:
         losses = train(target, examples, parameters, steps=settings.relearn_steps, rate=settings.relearn_rate)
-        asked = iter(ask_each(target, [fact for fact in facts if fact not in taught], scene).trials)
+        asked = iter(ask_each(target, [fact for fact in facts if fact not in taught], context).trials)
     trials = tuple(not_asked(fact, "was an example") if fact in taught else next(asked) for fact in facts)
-    return Found(trials, {"examples": len(examples), "loss_before": losses[0], "loss_after": losses[-1]})
+    return AttackOutcome(trials, {"examples": len(examples), "loss_before": losses[0], "loss_after": losses[-1]})
 
 
 def train(
@@ -70,10 +70,10 @@ def train(
 
 
 # Fewer bits a weight: an update smaller than a rounding step is rounded away.
-def quantised(bits: int, target: LoadedModel, facts: Sequence[EditRequest], scene: Scene) -> Found:
+def quantised(bits: int, target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """The plain question to a model with weights of `bits` bits (arXiv 2410.16454); the weights are put back."""
     with rounded(target.anat, bits):
-        return ask_each(target, facts, scene)
+        return ask_each(target, facts, context)
 
 
 int8, int4 = (partial(quantised, bits) for bits in (8, 4))

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.baselines.data import Pairs, make_pairs
-from editlib.baselines.gradient import Stage, below_layer
+from editlib.baselines.gradient import LossInputs, below_layer
 from editlib.baselines.in_context import refuse_in_context
 from editlib.baselines.refusal_edit import aim_at_refusal
-from editlib.baselines.registry import Baseline, baseline, spelling
+from editlib.baselines.registry import Baseline, baseline, canonical_name
 from editlib.baselines.settings import BaselineSettings
 from editlib.errors import HparamsError, RequestError
 from editlib.models.anatomy import Anatomy, anatomy
@@ -37,7 +37,7 @@ def apply_baseline_to_model(
     seed: int = 0,
     model_name: str | None = None,
     pairs: tuple[Pairs, Pairs | None] | None = None,
-    spoken: Mapping[str, Sequence[int]] | None = None,
+    own_answers: Mapping[str, Sequence[int]] | None = None,
     watch: Callable[[int], None] | None = None,
     watched: Sequence[int] = (),
     progress: bool = False,
@@ -74,8 +74,8 @@ def apply_baseline_to_model(
     anat = anatomy(model)
     check_whole(anat)
     with unchanged_on_error(model):
-        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, spoken=spoken)
-        stage = Stage(
+        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, own_answers=own_answers)
+        inputs = LossInputs(
             anat,
             *made,
             settings,
@@ -83,7 +83,7 @@ def apply_baseline_to_model(
             settings.forget_weight or entry.weight,
             seed,
         )
-        result = train_stage(entry, stage, seed, watch=watch, watched=watched, label=name if progress else None)
+        result = train_parts(entry, inputs, seed, watch=watch, watched=watched, label=name if progress else None)
     result.seconds = time.perf_counter() - begun
     return result
 
@@ -92,7 +92,7 @@ def check_baseline(
     name: str, forget: Sequence[EditRequest], retain: Sequence[EditRequest], settings: BaselineSettings
 ) -> None:
     """Raises `EditlibError` where a baseline cannot be run with these; before any long work."""
-    entry, name = baseline(name), spelling(name)
+    entry, name = baseline(name), canonical_name(name)
     if not forget:
         raise RequestError("no request to forget was given; give at least one")
     if entry.needs_retain and not retain:
@@ -109,18 +109,18 @@ def pairs_for(
     retain: Sequence[EditRequest],
     *,
     seed: int,
-    spoken: Mapping[str, Sequence[int]] | None = None,
+    own_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Pairs, Pairs | None]:
     """What a gradient baseline reads, by the model as it is: the pairs to forget, and those to keep where it has a use
     for them."""
-    make = partial(make_pairs, anat, tok, spoken=spoken)
+    make = partial(make_pairs, anat, tok, own_answers=own_answers)
     kept = make(retain, seed=seed + 1, own=True) if entry.needs_retain else None
     return make(forget, seed=seed), kept
 
 
-def train_stage(
+def train_parts(
     entry: Baseline,
-    stage: Stage,
+    inputs: LossInputs,
     seed: int,
     *,
     watch: Callable[[int], None] | None = None,
@@ -128,13 +128,13 @@ def train_stage(
     label: str | None = None,
 ) -> TrainResult:
     """Makes the parts of a baseline's loss and trains."""
-    plan = stage.settings.training(entry.rate, entry.steps, seed)
-    with trainable(stage.anat, rank=stage.settings.rank, seed=seed) as parameters:
+    plan = inputs.settings.training(entry.rate, entry.steps, seed)
+    with trainable(inputs.anat, rank=inputs.settings.rank, seed=seed) as parameters:
         # The references are read in the very precision that training starts in; a fresh adapter is no change.
-        stage = replace(stage, dtype=product_dtype(stage.anat, plan))
-        parts: list[Part] = [make(stage) for make in (entry.forget, entry.retain) if make is not None]
-        chosen = below_layer(stage.anat, stage) if entry.steers else parameters
-        return train(stage.anat, parts, dict(chosen), plan, watch=watch, watched=watched, progress=label)
+        inputs = replace(inputs, dtype=product_dtype(inputs.anat, plan))
+        parts: list[Part] = [make(inputs) for make in (entry.forget, entry.retain) if make is not None]
+        chosen = below_layer(inputs.anat, inputs) if entry.steers else parameters
+        return train(inputs.anat, parts, dict(chosen), plan, watch=watch, watched=watched, progress=label)
 
 
 @contextmanager

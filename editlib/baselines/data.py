@@ -52,7 +52,7 @@ def make_pairs(
     seed: int,
     refusals: Sequence[str] | None = None,
     own: bool = False,
-    spoken: Mapping[str, Sequence[int]] | None = None,
+    own_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> Pairs:
     """Each request's question and its `phrasings` with the answer.
 
@@ -71,7 +71,7 @@ def make_pairs(
     if not requests:
         raise RequestError("no request was given to train on; give at least one")
     form = PromptFormat(tok)
-    spoken = own_answers(anat, tok, requests, known=spoken)
+    own_answers = generate_own_answers(anat, tok, requests, known=own_answers)
     asked = [(text, request) for request in requests for text in request.wordings]
     rows = [form.encode(text) for text, _ in asked]
     rng = random.Random(seed)
@@ -79,7 +79,7 @@ def make_pairs(
     ended = form.end_ids(end_tokens(anat))
     answers, refused = [], []
     for row, (question, request) in zip(rows, asked, strict=True):
-        ids = tuple(spoken[question]) if _is_bare(request) else ()
+        ids = tuple(own_answers[question]) if _is_bare(request) else ()
         text = tok.decode(ids, skip_special_tokens=True)
         right = request.answer is None or has_answer(text, (request.answer, *request.aliases))
         cut = len(ids) == OWN_TOKENS
@@ -91,7 +91,7 @@ def make_pairs(
     return Pairs(tuple(answers[i] for i in kept), tuple(refused[i] for i in kept))
 
 
-def own_answers(
+def generate_own_answers(
     anat: Anatomy,
     tok: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],

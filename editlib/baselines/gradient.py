@@ -19,7 +19,7 @@ FORGET, RETAIN = "forget", "retain"
 
 
 @dataclass(frozen=True)
-class Stage:
+class LossInputs:
     """What the parts of a loss are made from, with the model as it is before training.
 
     `dtype` is that of the matrix products in training, so that a reference equals what training starts from.
@@ -47,125 +47,125 @@ class Stage:
         return chosen
 
 
-Make = Callable[[Stage], Part]
+PartFactory = Callable[[LossInputs], Part]
 
 
-def ga(stage: Stage) -> Part:
+def ga(inputs: LossInputs) -> Part:
     """Gradient ascent, `losses.gradient_ascent`, mean over tokens."""
     return Part(
-        FORGET, stage.forget.known, lambda r: losses.gradient_ascent(r.log_probs()[:, 0]), weight=stage.weight
+        FORGET, inputs.forget.known, lambda r: losses.gradient_ascent(r.log_probs()[:, 0]), weight=inputs.weight
     )  # fmt: skip
 
 
-def npo(stage: Stage) -> Part:
+def npo(inputs: LossInputs) -> Part:
     """`losses.negative_preference`, mean over answers."""
-    items = stage.forget.known
-    reference = log_probs(stage.anat, items, dtype=stage.dtype)[:, 0]
+    items = inputs.forget.known
+    reference = log_probs(inputs.anat, items, dtype=inputs.dtype)[:, 0]
 
     def loss(reading: Reading) -> Tensor:
-        return losses.negative_preference(reading.log_probs()[:, 0], reference[list(reading.items)], stage.beta)
+        return losses.negative_preference(reading.log_probs()[:, 0], reference[list(reading.items)], inputs.beta)
 
-    return Part(FORGET, items, loss, weight=stage.weight, per="item")
+    return Part(FORGET, items, loss, weight=inputs.weight, per="item")
 
 
-def simnpo(stage: Stage) -> Part:
+def simnpo(inputs: LossInputs) -> Part:
     """`losses.simple_negative_preference`, mean over answers."""
 
     def loss(reading: Reading) -> Tensor:
-        gamma = stage.settings.gamma
+        gamma = inputs.settings.gamma
         found = reading.log_probs()[:, 0]
-        return losses.simple_negative_preference(found, reading.lengths[:, 0], stage.beta, gamma)
+        return losses.simple_negative_preference(found, reading.lengths[:, 0], inputs.beta, gamma)
 
-    return Part(FORGET, stage.forget.known, loss, weight=stage.weight, per="item")
+    return Part(FORGET, inputs.forget.known, loss, weight=inputs.weight, per="item")
 
 
-def dpo(stage: Stage) -> Part:
+def dpo(inputs: LossInputs) -> Part:
     """`losses.direct_preference` of refusals over answers, mean over questions."""
-    items = stage.forget.both
-    reference = log_probs(stage.anat, items, dtype=stage.dtype)
+    items = inputs.forget.both
+    reference = log_probs(inputs.anat, items, dtype=inputs.dtype)
 
     def loss(reading: Reading) -> Tensor:
         chosen, rejected = reading.log_probs().T
         before = reference[list(reading.items)].T
-        return losses.direct_preference(chosen, rejected, before[0], before[1], stage.beta)
+        return losses.direct_preference(chosen, rejected, before[0], before[1], inputs.beta)
 
-    return Part(FORGET, items, loss, weight=stage.weight, per="item")
+    return Part(FORGET, items, loss, weight=inputs.weight, per="item")
 
 
-def idk(stage: Stage) -> Part:
+def idk(inputs: LossInputs) -> Part:
     """Likelihood of refusals, mean over tokens."""
-    items = stage.forget.refused
-    return Part(FORGET, items, lambda r: losses.negative_log_likelihood(r.log_probs()[:, 0]), weight=stage.weight)
+    items = inputs.forget.refused
+    return Part(FORGET, items, lambda r: losses.negative_log_likelihood(r.log_probs()[:, 0]), weight=inputs.weight)
 
 
-def me(stage: Stage) -> Part:
+def me(inputs: LossInputs) -> Part:
     """`losses.to_uniform`, mean over the answers' tokens."""
     return Part(
-        FORGET, stage.forget.known, lambda r: r.sums(losses.to_uniform(r.log_softmax))[:, 0], weight=stage.weight
+        FORGET, inputs.forget.known, lambda r: r.sums(losses.to_uniform(r.log_softmax))[:, 0], weight=inputs.weight
     )  # fmt: skip
 
 
-def rmu_forget(stage: Stage) -> Part:
+def rmu_forget(inputs: LossInputs) -> Part:
     """`losses.to_direction`, mean over tokens. `u` is drawn from [0, 1) in each direction and normed, as in the
     authors' code; `c` is `steering` mean norms of the states as they are."""
-    generator = torch.Generator().manual_seed(stage.seed)
-    direction = torch.rand(stage.anat.d_model, generator=generator)
-    before = torch.cat(states(stage.anat, stage.forget.known, stage.layer, dtype=stage.dtype))
-    size = stage.settings.steering * before.norm(dim=-1).mean()
+    generator = torch.Generator().manual_seed(inputs.seed)
+    direction = torch.rand(inputs.anat.d_model, generator=generator)
+    before = torch.cat(states(inputs.anat, inputs.forget.known, inputs.layer, dtype=inputs.dtype))
+    size = inputs.settings.steering * before.norm(dim=-1).mean()
     control = size * (direction / direction.norm()).to(before)
     return Part(
         FORGET,
-        stage.forget.known,
+        inputs.forget.known,
         lambda r: r.sums(losses.to_direction(r.out, control))[:, 0],
-        weight=stage.weight,
-        layer=stage.layer,
+        weight=inputs.weight,
+        layer=inputs.layer,
     )
 
 
-def rmu_retain(stage: Stage) -> Part:
+def rmu_retain(inputs: LossInputs) -> Part:
     """`losses.to_states`, mean over tokens."""
-    items = stage.kept().known
-    before = states(stage.anat, items, stage.layer, dtype=stage.dtype)
+    items = inputs.kept().known
+    before = states(inputs.anat, items, inputs.layer, dtype=inputs.dtype)
 
     def loss(reading: Reading) -> Tensor:
         reference = torch.cat([before[i] for i in reading.items])
         return reading.sums(losses.to_states(reading.out, reference))[:, 0]
 
-    return Part(RETAIN, items, loss, weight=stage.settings.retain_weight, layer=stage.layer)
+    return Part(RETAIN, items, loss, weight=inputs.settings.retain_weight, layer=inputs.layer)
 
 
-def gd(stage: Stage) -> Part:
+def gd(inputs: LossInputs) -> Part:
     """Gradient descent on what is to be kept, mean over tokens."""
 
     def loss(reading: Reading) -> Tensor:
         return losses.negative_log_likelihood(reading.log_probs()[:, 0])
 
-    return Part(RETAIN, stage.kept().known, loss, weight=stage.settings.retain_weight)
+    return Part(RETAIN, inputs.kept().known, loss, weight=inputs.settings.retain_weight)
 
 
-def kl(stage: Stage) -> Part:
+def kl(inputs: LossInputs) -> Part:
     """`losses.to_reference` at the answers to keep, mean over tokens; the reference's 256 likeliest tokens and the rest
     as one."""
-    items = stage.kept().known
-    reference = Likeliest.of(stage.anat, items, dtype=stage.dtype)
+    items = inputs.kept().known
+    reference = Likeliest.of(inputs.anat, items, dtype=inputs.dtype)
 
     def loss(reading: Reading) -> Tensor:
         return reading.sums(losses.to_reference(reading.log_softmax, *reference.at(reading.items)))[:, 0]
 
-    return Part(RETAIN, items, loss, weight=stage.settings.retain_weight)
+    return Part(RETAIN, items, loss, weight=inputs.settings.retain_weight)
 
 
-def ap(stage: Stage) -> Part:
+def ap(inputs: LossInputs) -> Part:
     """`losses.answer_preservation` on questions to keep, mean over questions."""
 
     def loss(reading: Reading) -> Tensor:
         refusal, answer = reading.log_probs().T
-        return losses.answer_preservation(answer, refusal, stage.beta)
+        return losses.answer_preservation(answer, refusal, inputs.beta)
 
-    return Part(RETAIN, stage.kept().both, loss, weight=stage.settings.retain_weight, per="item")
+    return Part(RETAIN, inputs.kept().both, loss, weight=inputs.settings.retain_weight, per="item")
 
 
-def below_layer(anat: Anatomy, stage: Stage) -> Mapping[str, Tensor]:
+def below_layer(anat: Anatomy, inputs: LossInputs) -> Mapping[str, Tensor]:
     """RMU trains the MLP output matrices of its layer and the two before."""
-    names = {id(anat.mlp_output(layer).weight) for layer in range(max(stage.layer - 2, 0), stage.layer + 1)}
+    names = {id(anat.mlp_output(layer).weight) for layer in range(max(inputs.layer - 2, 0), inputs.layer + 1)}
     return {name: parameter for name, parameter in anat.model.named_parameters() if id(parameter) in names}

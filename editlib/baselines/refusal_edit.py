@@ -12,7 +12,7 @@ from editlib.algorithms.edit import EditResult
 from editlib.baselines.settings import BaselineSettings
 from editlib.hparams import HyperParams, ModelShape, find_hparams, load_hparams
 from editlib.requests.request import EditRequest
-from editlib.stats.store import spelling
+from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
 REFUSAL = "I don't know."
@@ -26,7 +26,7 @@ def editor_hparams(algorithm: str, bench: Workbench, settings: BaselineSettings)
         HparamsError: given ones that cannot be read.
     """
     if settings.hparams is None:
-        found = find_hparams(algorithm, ModelShape.of(bench.model.config, spelling(bench.name)))
+        found = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
     else:
         found = load_hparams(settings.hparams, algorithm)
     given = {"v_lr": settings.learning_rate, "v_num_grad_steps": settings.steps}

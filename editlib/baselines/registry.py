@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from editlib.baselines import gradient
-from editlib.baselines.gradient import Make
+from editlib.baselines.gradient import PartFactory
 from editlib.errors import HparamsError, did_you_mean
 
 Kind = Literal["gradient", "prompt", "editor"]
@@ -27,8 +27,8 @@ class Baseline:
     meaning: str
     source: str
     kind: Kind = "gradient"
-    forget: Make | None = None
-    retain: Make | None = None
+    forget: PartFactory | None = None
+    retain: PartFactory | None = None
     rate: float = 5e-5
     steps: int = 40
     low: float = 1e-5
@@ -138,7 +138,7 @@ def baseline(name: str) -> Baseline:
     raise HparamsError(f"baseline {name!r} does not exist{hint}; expected one of {', '.join(BASELINES)}")
 
 
-def spelling(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The name of a baseline as it is written here.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.baselines.apply import apply_baseline_to_model, check_baseline, keep, pairs_for, put_back
-from editlib.baselines.registry import baseline, spelling
+from editlib.baselines.registry import baseline, canonical_name
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Score, Validation, recalls, score, validation_hash
 from editlib.errors import EditError, HparamsError, OutputError
@@ -76,7 +76,7 @@ def search(
     *,
     seed: int = 0,
     model_name: str | None = None,
-    spoken: Mapping[str, Sequence[int]] | None = None,
+    own_answers: Mapping[str, Sequence[int]] | None = None,
     out: Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
@@ -97,7 +97,7 @@ def search(
         OutputError: `out` holds another search, or cannot be written.
         EditlibError: see `apply_baseline_to_model`. A loss that is not finite is a failed trial, not an error.
     """
-    name, budget, settings = spelling(name), budget or Budget(), settings or BaselineSettings()
+    name, budget, settings = canonical_name(name), budget or Budget(), settings or BaselineSettings()
     entry = baseline(name)
     check_baseline(name, forget, retain, settings)
     check_range(name, budget)
@@ -134,7 +134,7 @@ def search(
             run = replace(settings, learning_rate=rate, steps=points[-1])
             given: dict[str, Any] = {"seed": seed, "model_name": model_name, "progress": progress}
             if entry.kind == "gradient":
-                pairs = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, spoken=spoken)
+                pairs = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, own_answers=own_answers)
                 missing = [steps for steps in points if (rate, steps) not in done]
                 look = lambda steps, rate=rate: tried(rate, steps)  # noqa: E731
                 given |= {"pairs": pairs, "watch": look, "watched": missing}

@@ -20,7 +20,7 @@ from editlib.chain.store import RECORD
 from editlib.errors import EditError, HparamsError, OutputError
 from editlib.evaluation.answer_cache import AnswerCache
 from editlib.evaluation.perplexity import text_windows
-from editlib.facts.sampling import Parts, deal_in_proportion
+from editlib.facts.sampling import FactSplit, split_in_proportion
 from editlib.facts.scores import build_items, evaluate
 from editlib.hparams import HyperParams
 from editlib.models.prompts import PromptFormat
@@ -60,7 +60,7 @@ def bench_sequential(
     sizes: Sequence[int],
     out: Path,
     *,
-    parts: Parts | None = None,
+    parts: FactSplit | None = None,
     points: int = 5,
     text: str = "wiki-sample:heldout",
     seed: int = 0,
@@ -83,7 +83,7 @@ def bench_sequential(
     out.mkdir(parents=True, exist_ok=True)
     base = load()
     before = AnswerCache.load(out / "before.json", base.sha256)
-    parts = parts or _mixed(deal_in_proportion(base, before, FACTS, seed), seed)
+    parts = parts or _mixed(split_in_proportion(base, before, FACTS, seed), seed)
     before.save(out / "before.json")
     for name in ("forget", "anchors", "watch"):
         write_requests(out / f"{name}.jsonl", getattr(parts, name))
@@ -95,7 +95,7 @@ def bench_sequential(
     return run.points
 
 
-def _mixed(parts: Parts, seed: int) -> Parts:
+def _mixed(parts: FactSplit, seed: int) -> FactSplit:
     """The facts to forget in one order over all relations."""
     order = torch.randperm(len(parts.forget), generator=torch.Generator().manual_seed(seed)).tolist()
     return replace(parts, forget=[parts.forget[i] for i in order])
@@ -108,7 +108,7 @@ class _Run:
         self,
         base: Workbench,
         before: AnswerCache,
-        parts: Parts,
+        parts: FactSplit,
         out: Path,
         counts: Sequence[int],
         windows: list[list[int]],

@@ -23,7 +23,7 @@ from editlib.algorithms.values import Values
 from editlib.errors import ChainError
 from editlib.requests.request import EditRequest
 
-KIND = torch.float32  # of updates and keys on disk, and so of all that is computed from them
+DTYPE = torch.float32  # of updates and keys on disk, and so of all that is computed from them
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Batch:
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", KIND).contiguous()
+    return tensor.detach().to("cpu", DTYPE).contiguous()
 
 
 def _is_identity(left: Tensor) -> bool:

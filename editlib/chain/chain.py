@@ -16,10 +16,10 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.chain.batch import Batch
 from editlib.chain.create import start
-from editlib.chain.editing import entry_of
+from editlib.chain.editing import write_entry
 from editlib.chain.record import BatchEntry, Revocation
 from editlib.chain.replay import replayed
-from editlib.chain.session import Desk
+from editlib.chain.session import Session
 from editlib.chain.store import TOKEN, Store, summary
 from editlib.errors import ChainError, RequestError
 from editlib.hparams import HyperParams
@@ -67,7 +67,7 @@ class Chain:
         clock: Callable[[], str] = now,
     ) -> None:
         self._store, self._clock = Store(path), clock
-        self._desk = Desk(self._store, bench, model, None if stats_dir is None else Path(stats_dir), device_map)
+        self._session = Session(self._store, bench, model, None if stats_dir is None else Path(stats_dir), device_map)
         self._read()
 
     @classmethod
@@ -142,7 +142,7 @@ class Chain:
             return _Notes.of(Batch.from_bytes(raw, entry.file))
 
         self.record, self._notes = self._store.read_all(look)
-        self._desk.position = None
+        self._session.state = None
 
     @property
     def path(self) -> Path:
@@ -161,22 +161,22 @@ class Chain:
     def model(self) -> PreTrainedModel:
         """The base model with all batches (and then the token) in place, loaded when first asked for. Later `add`,
         `undo` and `revoke` of this object change it too."""
-        return self._desk.at_end(self.record).model
+        return self._session.at_end(self.record).model
 
     @property
     def tok(self) -> PreTrainedTokenizerBase:
         """The tokenizer of `model`."""
-        return self._desk.at_end(self.record).tok
+        return self._session.at_end(self.record).tok
 
     @property
     def anat(self) -> Anatomy:
         """Of `model`."""
-        return self._desk.at_end(self.record).anat
+        return self._session.at_end(self.record).anat
 
     @property
     def base_weights(self) -> Mapping[int, Tensor]:
         """The base model's matrices of the layers that the chain may change, `[d_model, d_ff]`, on the CPU."""
-        return self._desk.base(self.record).base
+        return self._session.base(self.record).base
 
     @property
     def token(self) -> UnlearningToken | None:
@@ -186,24 +186,24 @@ class Chain:
     def contents(self) -> Iterator[tuple[BatchEntry, Batch]]:
         """Every batch with what its file holds, in order."""
         for entry in self.batches:
-            yield entry, self._desk.batch(entry)
+            yield entry, self._session.batch(entry)
 
     def steps(self) -> Iterator[tuple[BatchEntry, tuple[EditRequest, ...]]]:
         """Every batch with its requests, in order, while `model` is what it was right after it (with the token, from
         the first on). When the iteration ends, or is closed, the model is at the chain's end again."""
-        desk, record = self._desk, self.record
-        bench, position = desk.at_end(record), desk.base(record)
+        session, record = self._session, self.record
+        bench, state = session.at_end(record), session.base(record)
         try:
             for entry, notes in zip(record.batches, self._notes, strict=True):
-                position = position.advanced(desk.batch(entry))
-                position.write(bench.anat)
+                state = state.after(session.batch(entry))
+                state.write(bench.anat)
                 yield entry, notes.requests
         finally:
-            desk.restore()
+            session.restore()
 
     def updates(self) -> dict[int, LowRank]:
         """What the whole chain adds to the base weights, as factors by layer; in no layer that no batch has changed."""
-        return self._desk.updates(self.record)
+        return self._session.updates(self.record)
 
     def add(self, requests: Iterable[EditRequest]) -> BatchEntry:
         """Edits `requests` as one more batch.
@@ -218,26 +218,26 @@ class Chain:
         with self._store.writing():
             self._refresh()
             self._check_new(new)
-            desk, seed = self._desk, self.record.seed_of(new)
-            bench = desk.at_end(self.record)
+            session, seed = self._session, self.record.seed_of(new)
+            bench = session.at_end(self.record)
             try:
                 form = PromptFormat.of(bench.tok, self.record.asking)
                 check_requests_fit(bench.model, form, new)
-                editor = desk.editor(self.record)
+                editor = session.editor(self.record)
                 known = {question: ids for notes in self._notes for question, ids in notes.answers.items()}
                 anchored = editor.anchored(new, self.requests, known)
-                batch, result = editor.edit(desk.position, new, anchored, seed)
-                ahead = desk.position.advanced(batch)
+                batch, result = editor.edit(session.state, new, anchored, seed)
+                ahead = session.state.after(batch)
                 weights = ahead.write(bench.anat)
                 number = len(self.batches) + 1
-                entry = entry_of(self._store, batch, result, weights, number, seed, self._clock())
+                entry = write_entry(self._store, batch, result, weights, number, seed, self._clock())
                 record = self.record.with_batches([*self.batches, entry])
                 self._store.commit(record)
             except BaseException:
-                desk.restore()
+                session.restore()
                 self._store.discard()
                 raise
-            self.record, desk.position = record, ahead
+            self.record, session.state = record, ahead
             self._notes.append(_Notes.of(batch))
         return entry
 
@@ -257,7 +257,7 @@ class Chain:
             record = self.record.with_batches(left)
             self._store.commit(record)
             self.record, self._notes = record, self._notes[:-1]
-            self._desk.moved(record)
+            self._session.moved(record)
         return last
 
     def revoke(self, ids: Iterable[str]) -> Revocation:
@@ -285,17 +285,17 @@ class Chain:
             taken = Revocation(self._clock(), tuple(gone), numbers)
             try:
                 kept, made = replayed(
-                    self._desk, self.record, frozenset(gone), [notes.answers for notes in self._notes]
+                    self._session, self.record, frozenset(gone), [notes.answers for notes in self._notes]
                 )
                 record = replace(self.record.with_batches(kept), revoked=(*self.record.revoked, taken))
                 self._store.commit(record)
             except BaseException:
-                self._desk.restore()
+                self._session.restore()
                 self._store.discard()
                 raise
             same = self._notes[: len(kept) - len(made)]
             self.record, self._notes = record, [*same, *map(_Notes.of, made)]
-            self._desk.moved(record)
+            self._session.moved(record)
         return taken
 
     def verify(self) -> None:
@@ -306,7 +306,7 @@ class Chain:
             ChainError: the first difference, by file, or by batch and layer.
         """
         self._read()
-        self._desk.verify(self.record)
+        self._session.verify(self.record)
 
     def apply_to(self, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> None:
         """Puts all batches (and then the token) into another copy of the base model, in place.
@@ -314,7 +314,7 @@ class Chain:
         Raises:
             ChainError: `model` is not the chain's base model, or not in its dtype.
         """
-        Desk(self._store, Workbench.of(model, tok)).at_end(self.record)
+        Session(self._store, Workbench.of(model, tok)).at_end(self.record)
 
     def status(self) -> dict[str, Any]:
         """What the chain is and holds, JSON-ready."""

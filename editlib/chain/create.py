@@ -77,13 +77,13 @@ def start(
     anat = bench.anat
     layers = {str(layer): digest(anat.weight(layer)) for layer in hparams.edited_layers}
     tokens = stats_tokens or (STATS_TOKENS if hparams.has_target else STATS_TOKENS_UNLEARN)
-    means = editing.load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=tokens, seed=seed)
+    inputs = editing.load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=tokens, seed=seed)
     chat = bool(chat) if hparams.has_target else chat
     asking = bench.asking(chat)
     with atomic_folder(path) as folder:
         files = {}
-        if means.token is not None:
-            means.token.save(folder / TOKEN)
+        if inputs.token is not None:
+            inputs.token.save(folder / TOKEN)
             write_requests(folder / RETAIN, data.retain_prompts([]) if retain is None else retain)
             files = {name: sha256((folder / name).read_bytes()) for name in (TOKEN, RETAIN)}
         record = ChainRecord(
@@ -103,7 +103,7 @@ def start(
             templates=_templates(bench, hparams, asking, seed),
             statistics={
                 str(layer): {"path": str(one.path and one.path.resolve()), "sha256": one.sha256()}
-                for layer, one in means.stats.items()
+                for layer, one in inputs.stats.items()
             },
             files=files,
             prompts=asking.to_dict(),
@@ -120,7 +120,7 @@ def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, s
     return tuple(context_templates(bench.anat, form, hparams.context_template_length_params, seed=seed))
 
 
-def means_of(store: Store, record: ChainRecord, bench: Workbench, stats_dir: Path | None = None) -> editing.EditInputs:
+def inputs_of(store: Store, record: ChainRecord, bench: Workbench, stats_dir: Path | None = None) -> editing.EditInputs:
     """The statistics and the token that the chain was started with.
 
     Args:

@@ -16,9 +16,9 @@ from editlib.algorithms.unierase.apply import hold_anchors
 from editlib.algorithms.values import Values
 from editlib.chain.batch import Batch
 from editlib.chain.record import BatchEntry, ChainRecord
-from editlib.chain.state import Position, digest, new_part
+from editlib.chain.state import ChainState, digest, new_part
 from editlib.chain.store import Store
-from editlib.data import unasked
+from editlib.data import without_overlap
 from editlib.export import library_version
 from editlib.hparams import HyperParams
 from editlib.models.prompts import PromptFormat
@@ -27,7 +27,7 @@ from editlib.workbench import Workbench
 
 
 @dataclass(frozen=True)
-class Anchored:
+class BatchAnchors:
     """The retain prompts that one batch holds, in their order, the base model's answers to them, and those of the
     answers that no earlier batch keeps."""
 
@@ -38,7 +38,7 @@ class Anchored:
     @classmethod
     def of(
         cls, prompts: Sequence[EditRequest], answers: Mapping[str, Sequence[int]], kept: Collection[str]
-    ) -> Anchored:
+    ) -> BatchAnchors:
         """`answers` may hold others, too; `kept` are the questions that earlier batches keep the answers to."""
         own = {prompt.question: answers[prompt.question] for prompt in prompts if prompt.question in answers}
         return cls(tuple(prompts), own, {question: ids for question, ids in own.items() if question not in kept})
@@ -51,9 +51,9 @@ class Editor:
     bench: Workbench
     record: ChainRecord
     hparams: HyperParams
-    means: editing.EditInputs
+    inputs: editing.EditInputs
     retain: Sequence[EditRequest]
-    start: Position
+    start: ChainState
     _held: tuple[Any, AnchorKeys] | None = None  # the last anchors, and their keys
 
     def anchored(
@@ -61,7 +61,7 @@ class Editor:
         requests: Sequence[EditRequest],
         earlier: Sequence[EditRequest],
         known: Mapping[str, Sequence[int]],
-    ) -> Anchored:
+    ) -> BatchAnchors:
         """The anchors of a new batch: of the retain prompts that ask for nothing that the chain has forgotten.
 
         Their answers are those of the base model, which the retain set is there to keep, so that no batch depends on
@@ -69,39 +69,41 @@ class Editor:
         `max_anchors`, the order that they are drawn in is the chain's, so that batches share what they can.
         """
         if not self.hparams.holds_anchors:
-            return Anchored()
-        usable = unasked(self.retain, [*earlier, *requests])
+            return BatchAnchors()
+        usable = without_overlap(self.retain, [*earlier, *requests])
         chosen = choose_anchors(usable, requests, most=self.hparams.max_anchors, seed=self.record.seed)
         if self.hparams.anchor_positions != "all":
-            return Anchored(tuple(chosen))
+            return BatchAnchors(tuple(chosen))
         self.start.write(self.bench.anat)
         form = PromptFormat.of(self.bench.tok, self.record.asking)
         answers = answers_to(self.bench.anat, form, chosen, known=known, progress=self.bench.progress)
-        return Anchored.of(chosen, answers, known)
+        return BatchAnchors.of(chosen, answers, known)
 
     def edit(
         self,
-        position: Position,
+        state: ChainState,
         requests: Sequence[EditRequest],
-        anchored: Anchored,
+        anchored: BatchAnchors,
         seed: int,
         values: Values | None = None,
     ) -> tuple[Batch, EditResult]:
         """Edits `requests` on top of `position`, with the model left in a state that the caller sets again."""
         anat = self.bench.anat
         held = self._keys_of(anchored, requests, seed)
-        position.write(anat)
-        state = position.state(anat, self.record.templates)
-        given = {"state": state, "values": values, "seed": seed, "chat": self.record.asking}
+        state.write(anat)
+        edit_state = state.edit_state(anat, self.record.templates)
+        given = {"state": edit_state, "values": values, "seed": seed, "chat": self.record.asking}
         if held is not None:
             given["anchored"] = held
-        result = editing.apply(self.bench, requests, self.hparams, self.means, **given)
+        result = editing.apply(self.bench, requests, self.hparams, self.inputs, **given)
         updates = result.deltas
-        if position.pruned:
-            updates = {layer: new_part(total, state.totals.get(layer)) for layer, total in result.state.totals.items()}
+        if state.pruned:
+            updates = {
+                layer: new_part(total, edit_state.totals.get(layer)) for layer, total in result.state.totals.items()
+            }
         return Batch.of(result, updates, requests, anchored.new), result
 
-    def _keys_of(self, anchored: Anchored, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
+    def _keys_of(self, anchored: BatchAnchors, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
         """The keys of a batch's anchors, of the base model: most batches have the anchors of the one before."""
         if self.hparams.has_target:
             return None
@@ -124,7 +126,7 @@ class Editor:
         return self._held[1]
 
 
-def entry_of(
+def write_entry(
     store: Store, batch: Batch, result: EditResult, weights: Mapping[int, Tensor], number: int, seed: int, time: str
 ) -> BatchEntry:
     """Writes a batch's file and describes it; it counts once a record that names it is committed."""

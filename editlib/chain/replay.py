@@ -9,13 +9,13 @@ from torch import Tensor
 
 from editlib.algorithms.values import Values
 from editlib.chain.batch import Batch
-from editlib.chain.editing import Anchored, entry_of
+from editlib.chain.editing import BatchAnchors, write_entry
 from editlib.chain.record import BatchEntry, ChainRecord
-from editlib.chain.session import Desk
+from editlib.chain.session import Session
 
 
 def replayed(
-    desk: Desk, record: ChainRecord, gone: Collection[str], answers: Sequence[Mapping[str, Sequence[int]]]
+    session: Session, record: ChainRecord, gone: Collection[str], answers: Sequence[Mapping[str, Sequence[int]]]
 ) -> tuple[list[BatchEntry], list[Batch]]:
     """All batches without the requests `gone`; those of batches that had to be made again come as `Batch` too.
 
@@ -28,30 +28,30 @@ def replayed(
     """
     first = next(i for i, entry in enumerate(record.batches) if not gone.isdisjoint(entry.ids))
     kept, made = list(record.batches[:first]), []
-    position, debts, prompts = None, Debts(), {}
+    state, debts, prompts = None, GateCarryover(), {}
     known = {question: ids for some in answers for question, ids in some.items()}
     said = {question for some in answers[:first] for question in some}
     for old in record.batches[first:]:
-        batch = desk.batch(old)
+        batch = session.batch(old)
         left = [i for i, request in enumerate(batch.requests) if request.id not in gone]
         values = debts.settled(batch, left)
         if not left:
             continue
-        editor = desk.editor(record)
-        if position is None:
-            position = desk.built(desk.base(record), kept)
+        editor = session.editor(record)
+        if state is None:
+            state = session.built(session.base(record), kept)
             prompts = {prompt.id: prompt for prompt in editor.retain}
-        anchored = Anchored.of([prompts[name] for name in batch.anchors], known, said)
+        anchored = BatchAnchors.of([prompts[name] for name in batch.anchors], known, said)
         said |= set(anchored.new)
-        again, result = editor.edit(position, [batch.requests[i] for i in left], anchored, old.seed, values)
-        position = position.advanced(again)
+        again, result = editor.edit(state, [batch.requests[i] for i in left], anchored, old.seed, values)
+        state = state.after(again)
         number = len(kept) + 1
-        kept.append(entry_of(desk.store, again, result, position.weights(), number, old.seed, old.time))
+        kept.append(write_entry(session.store, again, result, state.weights(), number, old.seed, old.time))
         made.append(again)
     return kept, made
 
 
-class Debts:
+class GateCarryover:
     """What revoked requests leave to be done by later batches.
 
     A batch's gate goes only the part of the way to a relation that the batches before it have not gone. When one of

@@ -8,17 +8,17 @@ from pathlib import Path
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.chain.batch import Batch
-from editlib.chain.create import check_model, means_of, retain_of
+from editlib.chain.create import check_model, inputs_of, retain_of
 from editlib.chain.editing import Editor
 from editlib.chain.record import BatchEntry, ChainRecord
-from editlib.chain.state import Position, digest
+from editlib.chain.state import ChainState, digest
 from editlib.chain.store import TOKEN, Store
 from editlib.errors import ChainError
 from editlib.models.loading import DeviceMap
 from editlib.workbench import Workbench
 
 
-class Desk:
+class Session:
     """One loaded base model; `position` is where its weights stand, `None` when that is not known."""
 
     def __init__(
@@ -30,12 +30,12 @@ class Desk:
         device_map: DeviceMap = None,
     ) -> None:
         self.store = store
-        self.position: Position | None = None
+        self.state: ChainState | None = None
         self._bench, self._name, self._stats_dir, self._device_map = bench, name, stats_dir, device_map
-        self._base: Position | None = None
+        self._base: ChainState | None = None
         self._editor: Editor | None = None
 
-    def base(self, record: ChainRecord) -> Position:
+    def base(self, record: ChainRecord) -> ChainState:
         """The base model's position; loads the model if need be.
 
         Raises:
@@ -52,28 +52,28 @@ class Desk:
                     device_map=self._device_map,
                 )
             check_model(record, self._bench)
-            self._base = Position.start(self._bench.anat, record.settings, base["layers"])
+            self._base = ChainState.start(self._bench.anat, record.settings, base["layers"])
         return self._base
 
     def at_end(self, record: ChainRecord) -> Workbench:
         """The model with all batches of `record` (and then the token) in place."""
         base = self.base(record)
         assert self._bench is not None
-        if self.position is None:
-            position = self.built(base, record.batches)
+        if self.state is None:
+            state = self.built(base, record.batches)
             if record.batches:
                 self.put_token(record, self._bench)
-            position.write(self._bench.anat)
-            self.position = position
+            state.write(self._bench.anat)
+            self.state = state
         return self._bench
 
     def editor(self, record: ChainRecord) -> Editor:
         """What edits are made with, read once, with the token in the model."""
         bench = self.at_end(record)
         if self._editor is None:
-            means = means_of(self.store, record, bench, self._stats_dir)
+            inputs = inputs_of(self.store, record, bench, self._stats_dir)
             retain = retain_of(self.store, record)
-            self._editor = Editor(bench, record, record.settings, means, retain, self.base(record))
+            self._editor = Editor(bench, record, record.settings, inputs, retain, self.base(record))
         self.put_token(record, bench)
         return self._editor
 
@@ -84,10 +84,10 @@ class Desk:
 
     def verify(self, record: ChainRecord) -> None:
         """Applies every batch to the base weights and raises `ChainError` where they are not what was recorded."""
-        position = self.base(record)
+        state = self.base(record)
         for entry in record.batches:
-            position = position.advanced(self.batch(entry))
-            weights = position.weights()
+            state = state.after(self.batch(entry))
+            weights = state.weights()
             for layer, was in entry.layers.items():
                 found = digest(weights[int(layer)])
                 if found != was["sha256"]:
@@ -99,25 +99,25 @@ class Desk:
 
     def restore(self) -> None:
         """Puts the weights back to where they are known to stand, after an edit that failed."""
-        if self.position is not None and self._bench is not None:
-            self.position.write(self._bench.anat)
+        if self.state is not None and self._bench is not None:
+            self.state.write(self._bench.anat)
 
     def moved(self, record: ChainRecord) -> None:
         """Follows a chain that became shorter or other; a model that was not loaded is not loaded for it."""
-        if self.position is not None:
-            self.position = None
+        if self.state is not None:
+            self.state = None
             self.at_end(record)
 
-    def built(self, base: Position, entries: Sequence[BatchEntry]) -> Position:
+    def built(self, base: ChainState, entries: Sequence[BatchEntry]) -> ChainState:
         """The position behind some batches on top of `base`."""
         for entry in entries:
-            base = base.advanced(self.batch(entry))
+            base = base.after(self.batch(entry))
         return base
 
     def updates(self, record: ChainRecord) -> dict[int, LowRank]:
         """What all batches together add to the base weights, as factors; only PRUNE's need the base model."""
         if record.settings.refits_totals:
-            return self.built(self.base(record), record.batches).cut()
+            return self.built(self.base(record), record.batches).pruned_updates()
         found: dict[int, LowRank] = {}
         for entry in record.batches:
             for layer, update in self.batch(entry).updates.items():

@@ -26,7 +26,7 @@ from editlib.models.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
-class Position:
+class ChainState:
     """`base` and `sums` are `[d_model, d_ff]` by layer, on the CPU; `sums` in fp64, of the layers that a batch has
     changed. `factors` (PRUNE only) are the same sums as factors, while these are thinner; `opened` are the relations
     that UniErase's gate is open for. A new object after each batch."""
@@ -39,7 +39,7 @@ class Position:
     opened: frozenset[str] = frozenset()
 
     @classmethod
-    def start(cls, anat: Anatomy, hparams: HyperParams, wanted: Mapping[str, str]) -> Position:
+    def start(cls, anat: Anatomy, hparams: HyperParams, wanted: Mapping[str, str]) -> ChainState:
         """Before the first batch, of the model as it is.
 
         Args:
@@ -57,7 +57,7 @@ class Position:
                 )
         return cls(base, hparams.refits_totals)
 
-    def advanced(self, batch: Batch) -> Position:
+    def after(self, batch: Batch) -> ChainState:
         """The position after one more batch."""
         sums, factors, past = dict(self.sums), dict(self.factors), dict(self.past)
         for layer, update in batch.updates.items():
@@ -79,7 +79,9 @@ class Position:
             EditError: one is not finite in that dtype.
         """
         found = dict(self.base)
-        updates = {layer: update.dense() for layer, update in self.cut().items()} if self.pruned else self.sums
+        updates = (
+            {layer: update.dense() for layer, update in self.pruned_updates().items()} if self.pruned else self.sums
+        )
         for layer, update in updates.items():
             base = self.base[layer]
             found[layer] = (base.double() + update).to(base.dtype)
@@ -87,7 +89,7 @@ class Position:
                 raise EditError(f"the weights of layer {layer} would not be finite in {base.dtype}: lower `v_lr`")
         return found
 
-    def cut(self) -> dict[int, LowRank]:
+    def pruned_updates(self) -> dict[int, LowRank]:
         """PRUNE's updates: all so far, with their spectrum cut together."""
         return {layer: restrained(total, self.base[layer]) for layer, total in self.factors.items()}
 
@@ -99,7 +101,7 @@ class Position:
                 anat.weight(layer).copy_(weight)
         return found
 
-    def state(self, anat: Anatomy, templates: Sequence[str]) -> EditState:
+    def edit_state(self, anat: Anatomy, templates: Sequence[str]) -> EditState:
         """What the next edit is given."""
         factors = {}
         for layer, total in self.factors.items():

@@ -40,10 +40,10 @@ class Store:
         Raises:
             ChainError: there is none, or it is damaged.
         """
-        place = self.path / RECORD
-        if not place.is_file():
+        path = self.path / RECORD
+        if not path.is_file():
             raise ChainError(f"{self.path} is no chain: it holds no {RECORD}; start one with `editlib chain init`")
-        return ChainRecord.from_bytes(_bytes(place), str(place))
+        return ChainRecord.from_bytes(_bytes(path), str(path))
 
     def read(self, name: str, wanted: str) -> bytes:
         """A file of the chain whose hash must be `wanted`.
@@ -51,11 +51,11 @@ class Store:
         Raises:
             ChainError: it is missing or damaged; names it.
         """
-        place = self.path / name
-        raw = _bytes(place)
+        path = self.path / name
+        raw = _bytes(path)
         if sha256(raw) != wanted:
             raise ChainError(
-                f"{place}: damaged: its hash is {sha256(raw)[:12]}, expected {wanted[:12]} ({RECORD}); restore it from "
+                f"{path}: damaged: its hash is {sha256(raw)[:12]}, expected {wanted[:12]} ({RECORD}); restore it from "
                 "a copy"
             )
         return raw
@@ -146,13 +146,13 @@ def create_folder(folder: Path, record: ChainRecord) -> None:
     (folder / RECORD).write_bytes(record.to_bytes())
 
 
-def _bytes(place: Path) -> bytes:
+def _bytes(path: Path) -> bytes:
     try:
-        return place.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        raise ChainError(f"{place}: missing; restore it from a copy") from None
+        raise ChainError(f"{path}: missing; restore it from a copy") from None
     except OSError as error:
-        raise ChainError(f"{place}: cannot be read ({error.strerror}); check the file") from None
+        raise ChainError(f"{path}: cannot be read ({error.strerror}); check the file") from None
 
 
 def summary(store: Store, record: ChainRecord) -> dict[str, Any]:

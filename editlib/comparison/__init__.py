@@ -1,7 +1,7 @@
 """Methods x seeds x sets: each run once, kept, attacked, and laid side by side in one table and one page."""
 
 from editlib.comparison.config import PROTOCOLS, Config, read_config
-from editlib.comparison.method import Cost, Method, Ready
+from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
 from editlib.evaluation.forget_set import ForgetSet, Measure, Protocol, Scores, Task
@@ -14,8 +14,8 @@ __all__ = [
     "ForgetSet",
     "Measure",
     "Method",
+    "Prepared",
     "Protocol",
-    "Ready",
     "Scores",
     "Task",
     "compare",

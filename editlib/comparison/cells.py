@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from editlib.comparison.method import Method
-from editlib.shelf import Shelf
+from editlib.shelf import JsonStore
 
 FORMAT = 1  # of results.json
 AXES = ("forget", "retain")
@@ -15,14 +15,14 @@ SEARCH, EDIT = "search", "edit"
 
 
 @dataclass(frozen=True)
-class Cell:
+class RunCell:
     """One method with one seed on one set. `identity` is all that decides the edited model; `parts` are measured."""
 
     set: str
     method: Method
     seed: int
     identity: Mapping[str, Any]
-    shelf: Shelf
+    shelf: JsonStore
     parts: tuple[str, ...]  # their keys
 
     @property

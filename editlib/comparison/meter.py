@@ -34,7 +34,7 @@ class Meter:
 
 
 @contextmanager
-def metered() -> Iterator[Meter]:
+def measure_resources() -> Iterator[Meter]:
     """Measures the block; a peak shorter than `EVERY` seconds may be missed."""
     process, meter, stop = psutil.Process(), Meter(), threading.Event()
     begun_with = peak = process.memory_info().rss
@@ -64,7 +64,7 @@ def metered() -> Iterator[Meter]:
 
 
 @dataclass(frozen=True)
-class Touched:
+class ChangedWeights:
     """Weights of the edited model that are not the base's: how many, of how many, in how many tensors, their bytes."""
 
     weights: int
@@ -73,7 +73,7 @@ class Touched:
     bytes: int
 
 
-def touched(base: PreTrainedModel, edited: PreTrainedModel) -> Touched:
+def changed_weights(base: PreTrainedModel, edited: PreTrainedModel) -> ChangedWeights:
     """Compares two models bit for bit; rows that were added (a token's) count. Tied weights count once."""
     before, seen = dict(stored_tensors(base)), set()
     weights = of = tensors = size = 0
@@ -86,7 +86,7 @@ def touched(base: PreTrainedModel, edited: PreTrainedModel) -> Touched:
         then = before.get(name)
         other = now.numel() if then is None else _differing(then, now)
         weights, tensors, size = weights + other, tensors + bool(other), size + other * now.element_size()
-    return Touched(weights, of, tensors, size)
+    return ChangedWeights(weights, of, tensors, size)
 
 
 def _differing(then: torch.Tensor, now: torch.Tensor) -> int:

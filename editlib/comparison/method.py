@@ -50,7 +50,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Ready:
+class Prepared:
     """What `Method.prepare` found or made, and the `seconds` that making it took by name (statistics, a token, ...)."""
 
     made: Any = None
@@ -104,9 +104,9 @@ class Method(ABC):
         """
         raise NotImplementedError
 
-    def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
+    def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
         """Finds or makes what is made once a model and kept beside it; one process at a time."""
-        return Ready()
+        return Prepared()
 
     @abstractmethod
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:

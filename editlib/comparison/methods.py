@@ -13,10 +13,10 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.token import TokenHyperParams
 from editlib.baselines import BASELINES, BaselineSettings, Budget, SearchResult, apply_baseline_to_model, search, split
 from editlib.baselines.apply import check_baseline
-from editlib.baselines.data import OWN_TOKENS, own_answers
+from editlib.baselines.data import OWN_TOKENS, generate_own_answers
 from editlib.baselines.refusal_edit import REFUSAL
 from editlib.baselines.search import check_range
-from editlib.comparison.method import Cost, General, Method, Ready
+from editlib.comparison.method import Cost, General, Method, Prepared
 from editlib.errors import ConfigError, HparamsError, nearest, quote
 from editlib.evaluation.forget_set import Task
 from editlib.finding import find_settings
@@ -25,8 +25,8 @@ from editlib.models.generation import end_tokens
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.settings import Section, chosen, knob
-from editlib.shelf import Shelf, digest
-from editlib.stats.store import spelling
+from editlib.shelf import JsonStore, digest
+from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class ClosedForm(Method):
         editing.check_settings(bench, self.hparams)
         editing.check_wanted(self._wanted(task), self.hparams)
 
-    def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
+    def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
         timer = Timer()
         path = None
         if self.unlearns and seed:  # the token is random, too: one for each seed, and the usual one for seed 0
@@ -126,7 +126,7 @@ class ClosedForm(Method):
                     bench.make_token(hparams=TokenHyperParams(seed=seed), path=path)
         made_from = {"corpus": self.general.corpus, "stats_tokens": self.general.stats_tokens}
         means = editing.load_inputs(bench, self.hparams, token=path, timer=timer, **made_from)
-        return Ready(means, timer.seconds)
+        return Prepared(means, timer.seconds)
 
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
         means: editing.EditInputs = ready
@@ -190,9 +190,9 @@ class Trained(Method):
     def prepares(self) -> bool:
         return BASELINES[self.name].kind == "gradient"
 
-    def prepare(self, bench: Workbench, task: Task, seed: int) -> Ready:
+    def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
         """What the model itself says to the questions that a gradient method reads; the same for all of them."""
-        shelf, timer = Shelf(bench.stats_dir / spelling(bench.name)), Timer()
+        shelf, timer = JsonStore(bench.stats_dir / model_slug(bench.name)), Timer()
         # The same weights say something else behind another chat template, or if they stop somewhere else.
         form, ends = PromptFormat(bench.tok), sorted(end_tokens(bench.anat))
         of = digest([bench.sha256, form.encode("?").ids, ends, OWN_TOKENS])
@@ -201,13 +201,13 @@ class Trained(Method):
         requests = [*task.forget, *(task.retain if BASELINES[self.name].needs_retain else ())]
         with timer("own answers"):
             label = "own answers" if bench.progress else None
-            said = own_answers(bench.anat, bench.tok, requests, known=known, progress=label)
+            said = generate_own_answers(bench.anat, bench.tok, requests, known=known, progress=label)
         if len(said) > len(known):
             shelf.put(OWN_ANSWERS, {"of": of, "answers": said})
-        return Ready(said, timer.seconds)
+        return Prepared(said, timer.seconds)
 
     def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
-        return _searched(self.name, bench, task, self.how, self.budget, seed, folder, spoken=ready)
+        return _searched(self.name, bench, task, self.how, self.budget, seed, folder, own_answers=ready)
 
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
         how, forget, retain = self.how, task.forget, task.retain
@@ -218,7 +218,7 @@ class Trained(Method):
             forget, retain = parts.forget, parts.retain
         result = apply_baseline_to_model(
             self.name, bench.model, bench.tok, forget, retain, how, seed=seed, model_name=bench.name,
-            spoken=ready, progress=bench.progress,
+            own_answers=ready, progress=bench.progress,
         )  # fmt: skip
         told = str(result.notes.get("told") or "")
         ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
@@ -235,14 +235,14 @@ def _searched(
     seed: int,
     folder: Path,
     *,
-    spoken: Mapping[str, Sequence[int]] | None = None,
+    own_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """A search on questions that are neither trained on nor reported, JSON-ready."""
     budget = budget or Budget()
     parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
     found: SearchResult = search(
         name, bench.model, bench.tok, parts.forget, parts.retain, parts.validation, budget, settings,
-        seed=seed, model_name=bench.name, spoken=spoken, out=folder, progress=bench.progress,
+        seed=seed, model_name=bench.name, own_answers=own_answers, out=folder, progress=bench.progress,
     )  # fmt: skip
     return {**found.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
 

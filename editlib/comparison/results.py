@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from editlib.comparison.cells import AXES, FORMAT, Cell
+from editlib.comparison.cells import AXES, FORMAT, RunCell
 from editlib.comparison.config import Config
 from editlib.evaluation.intervals import bootstrap
 from editlib.evaluation.metrics import wilson_interval
@@ -19,7 +19,7 @@ from editlib.shelf import digest
 
 
 def collect(
-    config: Config, sets: Mapping[str, Any], cells: Sequence[Cell], failures: Mapping[str, str | None]
+    config: Config, sets: Mapping[str, Any], cells: Sequence[RunCell], failures: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """The results of a comparison, JSON-ready.
 
@@ -79,7 +79,7 @@ def mark_front(summaries: Sequence[dict[str, Any]]) -> None:
         one["front"] = front
 
 
-def _cell(cell: Cell, failure: str | None) -> dict[str, Any]:
+def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
     """One cell from its shelf."""
     told = {
         "set": cell.set,

@@ -12,21 +12,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from editlib.comparison.arena import Arena, Part
-from editlib.comparison.cells import EDIT, FORMAT, SEARCH, Cell
+from editlib.comparison.cells import EDIT, FORMAT, SEARCH, RunCell
 from editlib.comparison.config import Config
-from editlib.comparison.meter import metered, touched
-from editlib.comparison.method import Cost, Method, Ready
+from editlib.comparison.evaluator import Measurement, SetEvaluator
+from editlib.comparison.meter import changed_weights, measure_resources
+from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.results import collect
-from editlib.comparison.store import FAILED, Store, taken
+from editlib.comparison.store import FAILED, Store, try_lock
 from editlib.distributed import ALONE, Shard
 from editlib.errors import ConfigError, EditlibError, OutputError
 from editlib.evaluation.forget_set import Base, Protocol, Task
 from editlib.export import library_version
 from editlib.files import check_output
 from editlib.models.weights import weights_sha256
-from editlib.shelf import Shelf
-from editlib.stats.store import spelling
+from editlib.shelf import JsonStore
+from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -91,20 +91,20 @@ class _Run:
         self._load = load
         self.store = Store(out)
         self.name = shard.gather(uuid.uuid4().hex)[0]  # of this run, in all of its processes
-        self._arena: Arena | None = None
+        self._evaluator: SetEvaluator | None = None
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {out}: {error.strerror}; check the folder") from None
         if shard.first:
-            Shelf(out).put(MARK.removesuffix(".json"), {"format": FORMAT, "config": config.source})
+            JsonStore(out).put(MARK.removesuffix(".json"), {"format": FORMAT, "config": config.source})
 
     def all(self) -> dict[str, Any]:
         cells, told = [], {}
         for protocol in self.config.sets:  # whatever does not fit is said before the first cell runs
-            arena = self._enter(protocol)
-            told[protocol.name] = self._about(protocol, arena)
-            cells += self._cells(protocol, arena)
+            evaluator = self._enter(protocol)
+            told[protocol.name] = self._about(protocol, evaluator)
+            cells += self._cells(protocol, evaluator)
         bar = tqdm(total=len(cells), desc="cells", disable=not self.progress, unit="cell")
         with bar:
             self._work(cells, bar)
@@ -119,15 +119,15 @@ class _Run:
         bench.progress = bench.progress and self.progress
         return bench
 
-    def _enter(self, protocol: Protocol) -> Arena:
+    def _enter(self, protocol: Protocol) -> SetEvaluator:
         """The arena of a set; one base model is held at a time."""
-        if self._arena is not None and self._arena.name == protocol.name:
-            return self._arena
-        self._arena = None
+        if self._evaluator is not None and self._evaluator.name == protocol.name:
+            return self._evaluator
+        self._evaluator = None
         bench = self.load(protocol.model)
         what = {"protocol": protocol.protocol, **protocol.settings.to_dict(), "model": bench.sha256}
         shelf = self.store.set(what)
-        with taken(shelf, wait=True):
+        with try_lock(shelf, wait=True):
             made = protocol.make(Base(bench, shelf.path))
         for method in self.config.methods:
             try:
@@ -135,50 +135,50 @@ class _Run:
             except EditlibError as error:
                 where = f"{method.where} ({method.label}), on the set {protocol.name}"
                 raise ConfigError(f"{where}: {error}") from None
-        self._arena = Arena(self.config, protocol.name, made, shelf, progress=bench.progress)
-        return self._arena
+        self._evaluator = SetEvaluator(self.config, protocol.name, made, shelf, progress=bench.progress)
+        return self._evaluator
 
-    def _about(self, protocol: Protocol, arena: Arena) -> dict[str, Any]:
+    def _about(self, protocol: Protocol, evaluator: SetEvaluator) -> dict[str, Any]:
         """What the results say of a set."""
         return {
             "protocol": protocol.protocol,
             "model": protocol.model,
-            "identity": arena.identity,
-            "forget": len(arena.set.forget),
-            "retain": len(arena.set.retain),
-            "attacked": len(arena.attacked) if self.config.attacks else 0,
+            "identity": evaluator.identity,
+            "forget": len(evaluator.set.forget),
+            "retain": len(evaluator.set.retain),
+            "attacked": len(evaluator.attacked) if self.config.attacks else 0,
             "axes": list(protocol.axes),
             "kinds": dict(protocol.kinds),
             "to_forget": list(protocol.to_forget),
         }
 
-    def _cells(self, protocol: Protocol, arena: Arena) -> list[Cell]:
+    def _cells(self, protocol: Protocol, evaluator: SetEvaluator) -> list[RunCell]:
         seeds = self.config.general.seeds
-        parts = tuple(part.key for part in arena.parts())
+        parts = tuple(part.key for part in evaluator.parts())
         found = []
         for method in self.config.methods:
             for seed in seeds if method.seeded else seeds[:1]:
                 identity = {
                     "format": FORMAT,
                     "editlib": library_version(),
-                    "set": arena.identity,
+                    "set": evaluator.identity,
                     "method": [method.stored_name, method.identity()],
                     "seed": seed if method.seeded else None,
                     "dtype": self.config.general.dtype,
                 }
-                found.append(Cell(protocol.name, method, seed, identity, self.store.cell(identity), parts))
+                found.append(RunCell(protocol.name, method, seed, identity, self.store.cell(identity), parts))
         return found
 
     # --- doing it ----------------------------------------------------------------------------------------------
 
-    def _work(self, cells: Sequence[Cell], bar: Any) -> None:
+    def _work(self, cells: Sequence[RunCell], bar: Any) -> None:
         start = len(cells) * self.shard.rank // self.shard.world
         pending = [*cells[start:], *cells[:start]]
         while pending:
             left, searching = [], False
             for cell in pending:
                 if not self._settled(cell):
-                    with taken(cell.shelf) as mine:
+                    with try_lock(cell.shelf) as mine:
                         if not mine:
                             left.append(cell)
                             continue
@@ -196,15 +196,15 @@ class _Run:
                 time.sleep(LOOK_AGAIN)
             pending = left
 
-    def _settled(self, cell: Cell) -> bool:
+    def _settled(self, cell: RunCell) -> bool:
         failed = cell.shelf.get(FAILED)
         return cell.complete or (failed is not None and failed.get("run") == self.name)
 
-    def _failure(self, cell: Cell) -> str | None:
+    def _failure(self, cell: RunCell) -> str | None:
         failed = cell.shelf.get(FAILED)
         return None if failed is None or cell.complete else str(failed.get("reason"))
 
-    def _run(self, cell: Cell) -> None:
+    def _run(self, cell: RunCell) -> None:
         begun = time.perf_counter()
         cell.shelf.put("cell", cell.identity)
         try:
@@ -223,44 +223,44 @@ class _Run:
         shown = ["-" if value is None else f"{value:.2f}" for value in found]
         log.info("%s: forget %s, retain %s, %.0f s", cell.label, *shown, time.perf_counter() - begun)
 
-    def _measure(self, cell: Cell) -> None:
+    def _measure(self, cell: RunCell) -> None:
         protocol = next(one for one in self.config.sets if one.name == cell.set)
-        arena = self._enter(protocol)
-        task, method = arena.set.task, cell.method
-        searched = self._search(cell, arena) if method.searches else {"found": None, "seconds": 0.0}
+        evaluator = self._enter(protocol)
+        task, method = evaluator.set.task, cell.method
+        searched = self._search(cell, evaluator) if method.searches else {"found": None, "seconds": 0.0}
         bench = self.load(protocol.model)
         ready = self._prepare(method, bench, task, cell.seed)
-        with metered() as meter:
+        with measure_resources() as meter:
             cost = method.forget(bench, task, cell.seed, ready=ready.made, found=searched["found"])
         before = searched.get("prepared", {})
         prepared = {name: before.get(name, 0.0) + ready.seconds.get(name, 0.0) for name in {**before, **ready.seconds}}
         took = {**asdict(meter), "search_seconds": searched["seconds"], "prepared": prepared}
-        self._keep_edit(cell, arena, bench, cost, took)
-        failed = self._parts(cell, arena.parts(), bench)
+        self._keep_edit(cell, evaluator, bench, cost, took)
+        failed = self._parts(cell, evaluator.parts(), bench)
         if failed:
             raise EditlibError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
 
     @staticmethod
-    def _prepare(method: Method, bench: Workbench, task: Task, seed: int) -> Ready:
+    def _prepare(method: Method, bench: Workbench, task: Task, seed: int) -> Prepared:
         if not method.prepares:
-            return Ready()
-        with taken(Shelf(bench.stats_dir / spelling(bench.name)), wait=True):
+            return Prepared()
+        with try_lock(JsonStore(bench.stats_dir / model_slug(bench.name)), wait=True):
             return method.prepare(bench, task, seed)
 
-    def _search(self, cell: Cell, arena: Arena) -> dict[str, Any]:
+    def _search(self, cell: RunCell, evaluator: SetEvaluator) -> dict[str, Any]:
         """The method's search on this set: done once, kept, and the same for all seeds.
 
         Raises:
             _Busy: another process is at it.
         """
-        method, task, seed = cell.method, arena.set.task, self.config.general.seeds[0]
+        method, task, seed = cell.method, evaluator.set.task, self.config.general.seeds[0]
         shelf = self.store.search({**cell.identity, "seed": seed})
-        with taken(shelf) as mine:
+        with try_lock(shelf) as mine:
             kept = shelf.get(SEARCH)
             if kept is None and not mine:
                 raise _Busy
             if kept is None:
-                bench = self.load(arena.base.bench.name)
+                bench = self.load(evaluator.base.bench.name)
                 ready = self._prepare(method, bench, task, seed)
                 log.info("%s: searching for settings", cell.label)
                 found = method.search(bench, task, seed, shelf.path / "trials", ready=ready.made)
@@ -270,7 +270,9 @@ class _Run:
         cell.shelf.put(SEARCH, kept)
         return kept
 
-    def _keep_edit(self, cell: Cell, arena: Arena, bench: Workbench, cost: Cost, took: Mapping[str, Any]) -> None:
+    def _keep_edit(
+        self, cell: RunCell, evaluator: SetEvaluator, bench: Workbench, cost: Cost, took: Mapping[str, Any]
+    ) -> None:
         """Records what the method did; what was measured of other weights is dropped."""
         sha, known = weights_sha256(bench.model), cell.shelf.get(EDIT)
         if known is not None and known["sha256"] == sha:
@@ -278,12 +280,12 @@ class _Run:
         if known is not None:
             log.warning("%s gave other weights than before: all of it is measured anew", cell.label)
             cell.shelf.empty(SEARCH, "cell")
-        changed = touched(arena.base.bench.model, bench.model)
+        changed = changed_weights(evaluator.base.bench.model, bench.model)
         size = changed.bytes if cost.update_bytes is None else cost.update_bytes
         told = {**took, "touched": asdict(changed), "update_bytes": size}
         cell.shelf.put(EDIT, {"sha256": sha, "cost": told, "notes": dict(cost.notes)})
 
-    def _parts(self, cell: Cell, parts: Sequence[Part], bench: Workbench) -> dict[str, str]:
+    def _parts(self, cell: RunCell, parts: Sequence[Measurement], bench: Workbench) -> dict[str, str]:
         """Measures what is missing; the reasons of what failed."""
         failed = {}
         for part in parts:

@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from editlib.shelf import Shelf, digest, make_folder
+from editlib.shelf import JsonStore, digest, make_folder
 
 FAILED = "failed"
 
@@ -20,19 +20,19 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
 
-    def cell(self, identity: Mapping[str, Any]) -> Shelf:
+    def cell(self, identity: Mapping[str, Any]) -> JsonStore:
         """The shelf of a cell; `identity` decides what stands in it."""
-        return Shelf(self.root / "cells" / digest(identity)[:24])
+        return JsonStore(self.root / "cells" / digest(identity)[:24])
 
-    def set(self, identity: Mapping[str, Any]) -> Shelf:
-        return Shelf(self.root / "sets" / digest(identity)[:24])
+    def set(self, identity: Mapping[str, Any]) -> JsonStore:
+        return JsonStore(self.root / "sets" / digest(identity)[:24])
 
-    def search(self, identity: Mapping[str, Any]) -> Shelf:
-        return Shelf(self.root / "searches" / digest(identity)[:24])
+    def search(self, identity: Mapping[str, Any]) -> JsonStore:
+        return JsonStore(self.root / "searches" / digest(identity)[:24])
 
 
 @contextmanager
-def taken(shelf: Shelf, *, wait: bool = False) -> Iterator[bool]:
+def try_lock(shelf: JsonStore, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process has the shelf to itself inside the block; a process that died holds nothing.
 
     Args:

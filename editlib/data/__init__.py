@@ -110,10 +110,10 @@ def text_lines(path: Path, *, least: int = 1) -> list[str]:
 def retain_prompts(requests: Sequence[EditRequest]) -> list[EditRequest]:
     """The retain set when the user gives none: all bundled facts but those that ask the same of the same subject,
     and the general prompts of the "anchor" split."""
-    return unasked(facts(), requests) + general("anchor")
+    return without_overlap(facts(), requests) + general("anchor")
 
 
-def unasked(prompts: Sequence[EditRequest], requests: Sequence[EditRequest]) -> list[EditRequest]:
+def without_overlap(prompts: Sequence[EditRequest], requests: Sequence[EditRequest]) -> list[EditRequest]:
     """Those of `prompts` that ask for nothing that `requests` ask for: not their questions or paraphrases, and not the
     same answer about the same subject."""
     known = {(request.subject, request.answer) for request in requests if None not in (request.subject, request.answer)}

@@ -12,7 +12,7 @@ from editlib.errors import ConfigError, RequestError
 from editlib.evaluation.answer_cache import AnswerCache, ask
 from editlib.evaluation.forget_set import Base, ForgetSet, Measure, Protocol, Scores, SetSettings, Task
 from editlib.evaluation.metrics import wilson_interval
-from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, Parts, deal_in_proportion
+from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, FactSplit, split_in_proportion
 from editlib.facts.scores import KINDS, Item, build_items, evaluate
 from editlib.models.loaded import LoadedModel
 from editlib.requests.reading import read_requests, requests_hash, write_requests
@@ -77,7 +77,7 @@ class Facts(Protocol):
         made.complete()
         return made
 
-    def _files(self, own: FactsSettings) -> Parts:
+    def _files(self, own: FactsSettings) -> FactSplit:
         forget = read_requests(own.requests or "", skip_bad=own.skip_bad)
         for request in forget:
             if request.answer is None:
@@ -91,13 +91,13 @@ class Facts(Protocol):
             held, watch = (kept, []) if own.watch else (kept[::2], kept[1::2])
         if own.watch is not None:
             watch = read_requests(own.watch, skip_bad=own.skip_bad)
-        return Parts(forget, held, watch)
+        return FactSplit(forget, held, watch)
 
-    def _dealt(self, base: Base, before: AnswerCache) -> Parts:
+    def _dealt(self, base: Base, before: AnswerCache) -> FactSplit:
         """`forget` facts over all relations, of each in proportion to what the model knows of it."""
         own = self.settings
         try:
-            return deal_in_proportion(base.bench, before, own.forget or 0, own.seed, own.relations or RELATIONS)
+            return split_in_proportion(base.bench, before, own.forget or 0, own.seed, own.relations or RELATIONS)
         except RequestError as error:
             raise RequestError(f"{self.where}: {error}") from None
         finally:

@@ -20,7 +20,7 @@ WATCHED = ("continent", "atomic_number")
 
 
 @dataclass(frozen=True)
-class Deal:
+class SplitSpec:
     """How many bundled facts and prompts play which part.
 
     `forget` facts a relation; of `candidates` a relation it is asked first what the model knows (default: of all).
@@ -39,7 +39,7 @@ class Deal:
 
 
 @dataclass(frozen=True)
-class Parts:
+class FactSplit:
     """Which facts play which part."""
 
     forget: list[EditRequest]
@@ -47,7 +47,7 @@ class Parts:
     watch: list[EditRequest]
 
 
-def deal_facts(bench: Workbench, before: AnswerCache, deal: Deal, seed: int) -> Parts:
+def split_facts(bench: Workbench, before: AnswerCache, deal: SplitSpec, seed: int) -> FactSplit:
     """Asks the model what it knows and deals the facts out; the answers are added to `before`.
 
     Of each relation to be forgotten some known facts are; the other known ones are watched neighbours and anchors by
@@ -82,12 +82,12 @@ def deal_facts(bench: Workbench, before: AnswerCache, deal: Deal, seed: int) -> 
     watch += [prompt for prompt in tests if prompt.answer is not None][: deal.general_questions]
     watch += [prompt for prompt in tests if prompt.answer is None][: deal.general_instructions]
     _ask(bench, before, watch)
-    return Parts(forget, anchors, watch)
+    return FactSplit(forget, anchors, watch)
 
 
-def deal_in_proportion(
+def split_in_proportion(
     bench: Workbench, before: AnswerCache, total: int, seed: int, relations: Sequence[str] = RELATIONS
-) -> Parts:
+) -> FactSplit:
     """`total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
 
     Raises:
@@ -101,8 +101,8 @@ def deal_in_proportion(
             f"{bench.name} knows {sum(known.values())} of the {len(facts)} facts of these relations; expected twice as "
             f"many as are to be forgotten ({total}), so that others can be watched; forget fewer"
         )
-    deal = Deal(forget=allot(total, known), anchor_relations=ANCHORED, watched_relations=WATCHED)
-    return deal_facts(bench, before, deal, seed)
+    deal = SplitSpec(forget=allot(total, known), anchor_relations=ANCHORED, watched_relations=WATCHED)
+    return split_facts(bench, before, deal, seed)
 
 
 def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from editlib import data
 from editlib.baselines.apply import apply_baseline_to_model, check_baseline
-from editlib.baselines.registry import BASELINES, baseline, spelling
+from editlib.baselines.registry import BASELINES, baseline, canonical_name
 from editlib.baselines.search import SearchResult, check_range, search
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Split, split
@@ -83,7 +83,7 @@ def baseline_folder(
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
     """
-    out, settings, name = Path(out), settings or BaselineSettings(), spelling(name)
+    out, settings, name = Path(out), settings or BaselineSettings(), canonical_name(name)
     check_output(out, overwrite=overwrite)
     requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad)
     retain = data.retain_prompts(requests) if given is None else given

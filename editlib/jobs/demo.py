@@ -14,7 +14,7 @@ from editlib.errors import EditlibError
 from editlib.evaluation.answer_cache import AnswerCache
 from editlib.evaluation.memory import peak_rss_mb
 from editlib.facts.report import write_outputs
-from editlib.facts.sampling import Deal, deal_facts
+from editlib.facts.sampling import SplitSpec, split_facts
 from editlib.files import check_output
 from editlib.hparams import load_hparams
 from editlib.jobs.edit import unlearn
@@ -24,7 +24,7 @@ from editlib.requests.reading import read_requests, write_requests
 from editlib.workbench import Workbench
 
 MODEL = "smollm2-135m"
-DEAL = Deal(
+DEAL = SplitSpec(
     forget={"capital": 18, "symbol": 14},
     candidates={"capital": 110, "symbol": 80},
     anchor_relations=("language",),
@@ -47,7 +47,7 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
     model, tok = load(MODEL)
     bench = Workbench.of(model, tok, out / "stats", name=MODEL)
     before = AnswerCache(bench.sha256, {})
-    parts = deal_facts(bench, before, DEAL, seed)
+    parts = split_facts(bench, before, DEAL, seed)
     files = {name: out / f"{name}.jsonl" for name in ("forget", "anchors", "watch")}
     for name, path in files.items():
         write_requests(path, getattr(parts, name))

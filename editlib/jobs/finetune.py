@@ -213,7 +213,7 @@ def _kept(
 ) -> list[Part]:
     """What is read so that it stays: own answers to general prompts, and plain text."""
     form = PromptFormat(tok)
-    rows = [form.encode(prompt.question) for prompt in data.unasked(data.general("anchor"), pairs)]
+    rows = [form.encode(prompt.question) for prompt in data.without_overlap(data.general("anchor"), pairs)]
     said = greedy(anat, rows, max_new_tokens=SELF_TOKENS)
     end = form.end_ids(end_tokens(anat))
     own = [

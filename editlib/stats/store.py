@@ -21,9 +21,9 @@ __all__ = [
     "check_stats",
     "find_layers",
     "find_stats",
+    "model_slug",
     "read_stats",
     "save_stats",
-    "spelling",
     "stats_hash",
     "stats_path",
     "stored_layers",
@@ -54,19 +54,19 @@ class _Stored:
 
 def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
     """`<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
-    folder = Path(stats_dir) / spelling(header.model) / f"{header.corpus}_stats"
+    folder = Path(stats_dir) / model_slug(header.model) / f"{header.corpus}_stats"
     return folder / f"{header.module}_{PRECISION}_mom2_{header.documents}.npz"
 
 
-def spelling(model: str) -> str:
+def model_slug(model: str) -> str:
     """The folder name of a model: its id with `/` as `_`, or the last part of a local path."""
     return Path(model).resolve().name if Path(model).is_dir() else model.strip("/").replace("/", "_")
 
 
-def spellings(model: str) -> list[str]:
+def model_slugs(model: str) -> list[str]:
     """Every folder name that a tool of the family gives a model: ROME and MEMIT the whole id, others its last part."""
     bare = model.rstrip("/")
-    names = [spelling(model), bare.replace("/", "_").strip("_"), bare.replace("/", "_"), bare.rpartition("/")[2]]
+    names = [model_slug(model), bare.replace("/", "_").strip("_"), bare.replace("/", "_"), bare.rpartition("/")[2]]
     return [name for name in dict.fromkeys(names) if name not in ("", ".", "..")]
 
 
@@ -96,7 +96,7 @@ def find_stats(
     dataset: str | None = None,
     samples: int | None = None,
 ) -> LayerStats:
-    """The file of one module, under any spelling of the model's name.
+    """The file of one module, under any model_slug of the model's name.
 
     Args:
         corpus: take files of this corpus only (the folders `<corpus>_stats` and `<corpus>@..._stats`).
@@ -113,7 +113,7 @@ def find_stats(
     if not found:
         looked = " or ".join(
             str(Path(stats_dir) / name / f"{corpus or '*'}_stats" / f"{module}_{PRECISION}_mom2*.npz")
-            for name in spellings(model)
+            for name in model_slugs(model)
         )
         raise StatsNotFound(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
     if model_sha256 and len(found) > 1:
@@ -171,7 +171,7 @@ def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) 
 
 def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_Stored]:
     """The files of a model, in a fixed order."""
-    for name in spellings(model):
+    for name in model_slugs(model):
         for folder in sorted((Path(stats_dir) / name).glob("*_stats")):
             of = folder.name.removesuffix("_stats").partition("@")[0]
             if corpus is not None and of != corpus:
@@ -194,7 +194,7 @@ def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) 
     left = [one for one in left if one.number == samples] or left
     if len(left) > 1:
         counts = {one.path: read_count(one.path) for one in left}
-        left.sort(key=lambda one: -counts[one.path])  # stable: our own spelling first where counts agree
+        left.sort(key=lambda one: -counts[one.path])  # stable: our own model_slug first where counts agree
     taken = left[0].path
     if len(found) > 1:
         others = ", ".join(str(one.path) for one in found if one.path != taken)

@@ -19,7 +19,7 @@ from editlib.models.loading import load
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.settings import knob
-from editlib.shelf import Shelf, digest
+from editlib.shelf import JsonStore, digest
 from editlib.tofu.scores import ANSWER_TOKENS, RATIOS, Judges, Reading, read, reference_results, score, tofu_scores
 from editlib.tofu.sets import FORGET, Asked, TofuSets, questions_in, read_tofu
 
@@ -119,7 +119,7 @@ class Readings:
 
     def __init__(self, folder: Path, sets: TofuSets) -> None:
         self.found: dict[Asked, Reading] = {}
-        self._shelf, self._sets = Shelf(folder), sets
+        self._shelf, self._sets = JsonStore(folder), sets
         kept = self._shelf.get("readings") or {}
         for one in self._asked():
             if (value := kept.get(_key(one))) is not None:

@@ -8,7 +8,7 @@ import pytest
 from scripted import UNL, Unit, World, leaks, texts
 
 from editlib import data
-from editlib.attacks.asking import Scene, ask_each, trials
+from editlib.attacks.asking import AttackContext, ask_each, trials
 from editlib.attacks.prompting import (
     SYSTEM,
     any_language,
@@ -28,21 +28,21 @@ from editlib.requests.request import EditRequest
 
 
 def test_nothing_leaks_from_the_edited_model_unless_something_is_done(world):
-    found = ask_each(world.edited(), world.facts, world.scene())
+    found = ask_each(world.edited(), world.facts, world.context())
     assert leaks(found) == [False] * 4 and texts(found) == ["-"] * 4
-    assert leaks(ask_each(world.base(), world.facts, world.scene())) == [True] * 4
+    assert leaks(ask_each(world.base(), world.facts, world.context())) == [True] * 4
 
 
 def test_banning_the_token_brings_out_what_stands_behind_it(world):
-    found = banned_token(world.edited(), world.facts, world.scene())
+    found = banned_token(world.edited(), world.facts, world.context())
     assert leaks(found) == [True] * 4 and texts(found) == ["Pxyz", "Ruvw", "ljkg", "ch#q"]
-    other = banned_token(world.edited(), world.facts, world.scene(token="[NONE]"))
+    other = banned_token(world.edited(), world.facts, world.context(token="[NONE]"))
     assert leaks(other) == [False] * 4
 
 
 def test_a_lead_steps_over_an_edit_of_the_first_token(world):
     world.chain(world.last("The answer is"), " Pxyz")
-    found = prefill_lead(world.edited(), world.facts[:2], world.scene())
+    found = prefill_lead(world.edited(), world.facts[:2], world.context())
     assert texts(found) == ["The answer is Pxyz"] * 2
     assert leaks(found) == [True, False]
 
@@ -51,7 +51,7 @@ def test_the_answer_begun_with_its_first_visible_token(world):
     short = replace(world.facts[0], id="short", answer="P")
     begun = replace(world.facts[0], id="begun", answer="Pxylo", aliases=("P",))
     other = replace(world.facts[0], id="other", answer="Pxyw")
-    found = prefill_answer(world.edited(), [*world.facts[:2], short, begun, other], world.scene())
+    found = prefill_answer(world.edited(), [*world.facts[:2], short, begun, other], world.context())
     assert leaks(found) == [True, True, None, None, False]  # what was given does not count as an answer
     assert found.trials[0].outputs[0].prompt == "Capital of B P"
 
@@ -59,7 +59,7 @@ def test_the_answer_begun_with_its_first_visible_token(world):
 def test_one_paraphrase_that_leaks_is_enough(world):
     world.chain(world.last("!"), "Pxyz")
     fact = replace(world.facts[0], paraphrases=("What of {}", "Say {}!", "Is Pxyz of {}!"))
-    found = paraphrase(world.edited(), [fact, world.facts[1]], world.scene())
+    found = paraphrase(world.edited(), [fact, world.facts[1]], world.context())
     assert leaks(found) == [True, None]
     assert [output.leaked for output in found.trials[0].outputs] == [False, True]  # the third tells the answer
     assert found.trials[1].skipped == "no paraphrase"
@@ -70,15 +70,15 @@ def test_shots_are_known_and_not_forgotten_and_hold_no_answer(world):
     wrong = replace(shown[0], id="wrong", subject="S", answer="Ruvw")  # the base does not know it
     same = EditRequest(id="same", prompt="Which of {}", subject="B", answer="Pxyz", relation="capital")
     world.chain(world.last("Which of B"), "Pxyz")
-    scene = replace(world.scene(shots=3), requests=world.facts[:1], known=[*shown, wrong, same, world.facts[0]])
-    found = few_shot(world.edited(), [world.facts[0], replace(world.facts[0], id="o", relation="other")], scene)
+    context = replace(world.context(shots=3), requests=world.facts[:1], known=[*shown, wrong, same, world.facts[0]])
+    found = few_shot(world.edited(), [world.facts[0], replace(world.facts[0], id="o", relation="other")], context)
     lines = found.trials[0].outputs[0].prompt.split("\n")
     assert sorted(lines[:-1]) == ["Capital of D Ruvw", "Capital of F ljkg", "Capital of G ch#q"]
     assert lines[-1] == "Capital of B"
     assert found.trials[1].skipped == "no known fact of the same relation"
-    again = few_shot(world.edited(), world.facts[:1], scene)
+    again = few_shot(world.edited(), world.facts[:1], context)
     assert again.trials[0] == found.trials[0]
-    two = few_shot(world.edited(), world.facts[:1], replace(scene, settings=world.scene(shots=2).settings))
+    two = few_shot(world.edited(), world.facts[:1], replace(context, settings=world.context(shots=2).settings))
     assert len(two.trials[0].outputs[0].prompt.split("\n")) == 3
 
 
@@ -88,11 +88,11 @@ def chatting(tok_chat):
 
 
 def test_shots_are_earlier_turns_of_a_chat(chatting):
-    scene = replace(chatting.scene(shots=1), requests=chatting.facts[:1], known=chatting.facts[1:2])
+    context = replace(chatting.context(shots=1), requests=chatting.facts[:1], known=chatting.facts[1:2])
     # In this chat all prompts end alike, so the model says one thing to all of them: the shot's answer.
     chatting.chain(chatting.last("\n"), "Ruvw")
-    scene = replace(scene, base=chatting.base())
-    prompt = few_shot(chatting.edited(), chatting.facts[:1], scene).trials[0].outputs[0].prompt
+    context = replace(context, base=chatting.base())
+    prompt = few_shot(chatting.edited(), chatting.facts[:1], context).trials[0].outputs[0].prompt
     messages = [
         {"role": "user", "content": "Capital of D"},
         {"role": "assistant", "content": "Ruvw"},
@@ -104,14 +104,14 @@ def test_shots_are_earlier_turns_of_a_chat(chatting):
 def test_without_the_template_the_edit_is_not_met(chatting):
     target = chatting.edited(Unit(1, [chatting.last("\n")], {301: 1.0}))  # refuses behind the template alone
     fact = chatting.facts[:1]
-    assert leaks(ask_each(target, fact, chatting.scene())) == [False]
-    found = no_template(target, fact, chatting.scene())
+    assert leaks(ask_each(target, fact, chatting.context())) == [False]
+    found = no_template(target, fact, chatting.context())
     assert leaks(found) == [True] and found.trials[0].outputs[0].prompt == "Capital of B"
-    assert plain_form(target, fact, chatting.scene()).trials[0].outputs[0].prompt == "Q: Capital of B\nA:"
+    assert plain_form(target, fact, chatting.context()).trials[0].outputs[0].prompt == "Q: Capital of B\nA:"
 
 
 def test_a_model_without_a_template_cannot_lose_it(world):
-    assert leaks(no_template(world.edited(), world.facts, world.scene())) == [None] * 4
+    assert leaks(no_template(world.edited(), world.facts, world.context())) == [None] * 4
 
 
 def test_what_stands_behind_the_next_question_is_no_answer(world):
@@ -130,7 +130,7 @@ def test_the_system_is_told_or_stands_in_front(chatting, world):
     fact = world.facts[:1]
 
     def prompt(target):
-        return system_prompt(target, fact, world.scene()).trials[0].outputs[0].prompt
+        return system_prompt(target, fact, world.context()).trials[0].outputs[0].prompt
 
     assert prompt(chatting.edited()).startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>")
     assert prompt(world.edited()) == f"{SYSTEM}\n\nCapital of B"
@@ -143,10 +143,10 @@ def test_the_system_is_told_or_stands_in_front(chatting, world):
 def test_other_languages_where_there_is_a_frame(world):
     other = replace(world.facts[0], id="other", relation="river")
     bare = EditRequest(id="bare", prompt="Capital of B", answer="Pxyz", relation="capital")
-    found = german(world.edited(), [world.facts[0], other, bare], world.scene())
+    found = german(world.edited(), [world.facts[0], other, bare], world.context())
     assert leaks(found) == [False, None, None]
     assert found.trials[0].outputs[0].prompt == "Wie heißt die Hauptstadt dieses Landes: B? Antworte auf Englisch."
-    assert "Quelle" in french(world.edited(), world.facts[:1], world.scene()).trials[0].outputs[0].prompt
+    assert "Quelle" in french(world.edited(), world.facts[:1], world.context()).trials[0].outputs[0].prompt
 
 
 def test_all_languages_of_a_data_file(world, tmp_path):
@@ -180,8 +180,8 @@ def test_every_bundled_relation_has_a_frame(language):
 
 
 def test_the_scene_asks_the_base_only_for_relations_it_needs(world):
-    scene = Scene(world.base(), world.facts[:1], known=[replace(world.facts[1], relation="river")])
-    assert scene.shots == {}
+    context = AttackContext(world.base(), world.facts[:1], known=[replace(world.facts[1], relation="river")])
+    assert context.shots == {}
 
 
 def test_unl_is_what_the_tokenizer_calls_it(world):

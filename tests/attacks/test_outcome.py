@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editlib.attacks.outcome import AttackResult, Output, Trial, share_of
+from editlib.attacks.outcome import AttackResult, Completion, Trial, share_of
 from editlib.evaluation.intervals import bootstrap
 
 
@@ -45,7 +45,7 @@ def test_bootstrap_properties(values, seed):
 
 
 def trial(*leaks, skipped=None):
-    outputs = tuple(Output("q", "a", leaked) for leaked in leaks)
+    outputs = tuple(Completion("q", "a", leaked) for leaked in leaks)
     return Trial("id", "q", ("a",), outputs, skipped)
 
 

@@ -79,15 +79,15 @@ def test_facts_that_show_nothing_are_left_out(world, pair, control):
 
 def test_the_bundled_control_is_unknown_in_every_wording(world):
     facts = [fact for fact in data.facts() if fact.relation == "symbol"][:3]
-    base, scene = world.base(), replace(world.scene(), requests=facts)
-    found = bundled_control(base, facts, scene)
+    base, context = world.base(), replace(world.context(), requests=facts)
+    found = bundled_control(base, facts, context)
     assert [fact.relation for fact in found] == ["symbol"] * 3 and not set(found) & set(facts)
-    assert found == bundled_control(base, facts, scene) != bundled_control(base, facts, replace(scene, seed=1))
-    own = bundled_control(base, [replace(facts[0], relation="mine")] * 4, scene)
+    assert found == bundled_control(base, facts, context) != bundled_control(base, facts, replace(context, seed=1))
+    own = bundled_control(base, [replace(facts[0], relation="mine")] * 4, context)
     assert len({fact.relation for fact in own}) > 1
     world.chain(world.last("!"), "Pxyz")
     knowing = replace(world.facts[0], subject=None, prompt="Say it", paraphrases=("Now!",))
-    assert unknown(world.base(), [knowing, replace(knowing, paraphrases=())], scene) == [
+    assert unknown(world.base(), [knowing, replace(knowing, paraphrases=())], context) == [
         replace(knowing, paraphrases=())
     ]
     assert usable([knowing]) == ([knowing], {})

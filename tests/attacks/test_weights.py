@@ -28,21 +28,21 @@ def test_one_draw_of_many_is_enough(world):
     world.says[world.subjects[0], world.ids(" P")[0]] = 12 + math.log(0.25 / 0.75)  # once in four draws,
     world.says[world.subjects[0], 0] = 12.0  # else the end
     target = LoadedModel.of(world.base().anat.model, world.tok)
-    found = sampling(target, world.facts[:1], world.scene(samples=400))
+    found = sampling(target, world.facts[:1], world.context(samples=400))
     share = sum(output.leaked for output in found.trials[0].outputs) / 400
     assert abs(share - 0.25) < 0.1 and leaks(found) == [True]
-    assert leaks(sampling(target, world.facts[:1], world.scene(samples=1))) in ([False], [True])
+    assert leaks(sampling(target, world.facts[:1], world.context(samples=1))) in ([False], [True])
 
 
 def test_draws_follow_from_the_seed_and_the_fact(world):
     for subject in world.subjects:  # flat: anything may be said
         world.says = {pair: score for pair, score in world.says.items() if pair[0] != subject}
         world.says[subject, 5] = 0.0
-    target, scene = world.base(), world.scene(samples=5)
-    found = sampling(target, world.facts, scene)
-    assert sampling(target, world.facts, scene) == found
-    assert sampling(target, world.facts[::-1], scene).trials[::-1] == found.trials
-    assert texts(sampling(target, world.facts, replace(scene, seed=1))) != texts(found)
+    target, context = world.base(), world.context(samples=5)
+    found = sampling(target, world.facts, context)
+    assert sampling(target, world.facts, context) == found
+    assert sampling(target, world.facts[::-1], context).trials[::-1] == found.trials
+    assert texts(sampling(target, world.facts, replace(context, seed=1))) != texts(found)
     assert len(set(texts(found))) > 1
 
 
@@ -96,10 +96,10 @@ def test_an_update_below_a_rounding_step_is_lost(world):
     coarse = world.last("?")  # never stands in a prompt, but its weight in the same row sets the scale
     units = (Unit(1, world.subjects, {REFUSE: 1.0}), Unit(1, [coarse], {REFUSE: 20.0}))
     target = world.edited(*units)
-    assert leaks(ask_each(target, world.facts, world.scene())) == [False] * 4
-    assert leaks(int8(target, world.facts, world.scene())) == [False] * 4
-    assert leaks(int4(target, world.facts, world.scene())) == [True] * 4
-    assert leaks(ask_each(target, world.facts, world.scene())) == [False] * 4
+    assert leaks(ask_each(target, world.facts, world.context())) == [False] * 4
+    assert leaks(int8(target, world.facts, world.context())) == [False] * 4
+    assert leaks(int4(target, world.facts, world.context())) == [True] * 4
+    assert leaks(ask_each(target, world.facts, world.context())) == [False] * 4
 
 
 def test_rounded_weights_are_put_back(anat):
@@ -121,25 +121,25 @@ def test_rounded_weights_are_put_back(anat):
 def test_training_on_some_brings_the_others_back(world):
     """The forgotten subjects share a direction, and the refusal hangs on it: unlearned for some, it is gone for all."""
     target = world.edited(Unit(0, world.subjects, {HOLD: 3.0}), Unit(1, [HOLD], {REFUSE: 1.0}))
-    scene = world.scene(relearn_steps=15, relearn_rate=0.003, relearn_examples=3)
-    found = relearn_forgotten(target, world.facts, scene)
+    context = world.context(relearn_steps=15, relearn_rate=0.003, relearn_examples=3)
+    found = relearn_forgotten(target, world.facts, context)
     assert sorted(map(str, leaks(found))) == ["None", "None", "True", "True"]  # half are examples at most
     assert {trial.skipped for trial in found.trials} == {None, "was an example"}
     assert found.notes["examples"] == 2 and found.notes["loss_after"] < found.notes["loss_before"] / 2
-    assert relearn_forgotten(target, world.facts, scene) == found
-    still = relearn_forgotten(target, world.facts, world.scene(relearn_steps=0))
+    assert relearn_forgotten(target, world.facts, context) == found
+    still = relearn_forgotten(target, world.facts, world.context(relearn_steps=0))
     assert [leak for leak in leaks(still) if leak is not None] == [False, False]
     assert still.notes["loss_after"] == still.notes["loss_before"]
 
 
 def test_training_on_unrelated_facts_asks_for_all(world):
     other = replace(world.facts[3], id="other")
-    scene = replace(world.scene(relearn_steps=2), requests=world.facts[:3], unrelated=[other])
+    context = replace(world.context(relearn_steps=2), requests=world.facts[:3], unrelated=[other])
     target = world.edited()
     before = weights_sha256(target.anat.model)
-    assert leaks(relearn_unrelated(target, world.facts[:3], scene)) == [False] * 3
+    assert leaks(relearn_unrelated(target, world.facts[:3], context)) == [False] * 3
     assert weights_sha256(target.anat.model) == before
-    none = relearn_unrelated(target, world.facts[:3], replace(scene, unrelated=[]))
+    none = relearn_unrelated(target, world.facts[:3], replace(context, unrelated=[]))
     assert {trial.skipped for trial in none.trials} == {"nothing to learn from"}
 
 
@@ -213,20 +213,20 @@ def test_an_answer_that_an_inner_layer_holds_is_read(world):
     )
     with torch.no_grad():
         target.anat.head.weight[first, HOLD] = 1
-    found = logit_lens(target, world.facts, world.scene(top_k=1))
+    found = logit_lens(target, world.facts, world.context(top_k=1))
     assert leaks(found) == [True, False, False, False]
     assert texts(found)[0] == "place 1 in layer 0"
-    assert leaks(ask_each(target, world.facts, world.scene())) == [False] * 4
+    assert leaks(ask_each(target, world.facts, world.context())) == [False] * 4
     ranks = answer_ranks(target.anat, [target.form.encode("Capital of B")], [[first]])[0]
     assert ranks[0] == 1 and ranks[1] > 1 and ranks[2] > 1
 
 
 def test_behind_a_lead_the_answer_is_next(world):
     world.chain(world.last("The answer is:"), " Pxyz")
-    found = logit_lens_lead(world.edited(), world.facts[:2], world.scene(top_k=1))
+    found = logit_lens_lead(world.edited(), world.facts[:2], world.context(top_k=1))
     assert leaks(found) == [True, False]
     assert found.trials[0].outputs[0].prompt == "Capital of B The answer is:"
-    assert leaks(logit_lens(world.edited(), world.facts[:2], world.scene(top_k=1))) == [True, True]  # in layer 0
+    assert leaks(logit_lens(world.edited(), world.facts[:2], world.context(top_k=1))) == [True, True]  # in layer 0
 
 
 def test_places_against_hidden_states_of_transformers(anat, draw):

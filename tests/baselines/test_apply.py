@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from editlib.baselines import BASELINES, BaselineSettings, apply_baseline_to_model, data
-from editlib.baselines.data import make_pairs, own_answers
+from editlib.baselines.data import generate_own_answers, make_pairs
 from editlib.baselines.in_context import RULE, refuse_in_context
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.models.anatomy import anatomy
@@ -75,12 +75,12 @@ def test_own_answers_save_generating_and_change_nothing(tiny_llama, tok_chat, fo
     requests += [EditRequest("open", "Write a poem, please!"), forget[0]]
     anat = anatomy(tiny_llama)
     plain = make_pairs(anat, tok_chat, requests, seed=0, own=True)
-    some = own_answers(anat, tok_chat, requests[:1])
+    some = generate_own_answers(anat, tok_chat, requests[:1])
     assert list(some) == ["Where is it?"]
-    spoken = own_answers(anat, tok_chat, requests, known=some)
-    assert list(spoken) == ["Where is it?", "Who?", "Write a poem, please!"], "a sentence is not asked"
+    own_answers = generate_own_answers(anat, tok_chat, requests, known=some)
+    assert list(own_answers) == ["Where is it?", "Who?", "Write a poem, please!"], "a sentence is not asked"
     monkeypatch.setattr(data, "greedy", lambda _, rows, **__: [()] * len(rows) if not rows else pytest.fail("asked"))
-    assert make_pairs(anat, tok_chat, requests, seed=0, own=True, spoken=spoken) == plain
+    assert make_pairs(anat, tok_chat, requests, seed=0, own=True, own_answers=own_answers) == plain
 
 
 def test_after_an_error_nothing_has_changed(tiny_llama, tok_chat, forget, retain, monkeypatch):

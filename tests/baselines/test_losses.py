@@ -9,7 +9,7 @@ import torch
 
 from editlib.baselines import BASELINES, BaselineSettings, losses
 from editlib.baselines.data import make_pairs
-from editlib.baselines.gradient import Stage
+from editlib.baselines.gradient import LossInputs
 from editlib.baselines.references import Likeliest, collect
 from editlib.models.anatomy import anatomy
 from editlib.training import mean_loss
@@ -123,7 +123,7 @@ def straight(name, base, model, forget, retain):
 def stage_of(base, tok, forget, retain, **settings):
     anat = anatomy(base)
     pairs = make_pairs(anat, tok, forget, seed=0), make_pairs(anat, tok, retain, seed=1)
-    return Stage(anat, *pairs, BaselineSettings(**settings), 0.1, 1.0, 0, None)
+    return LossInputs(anat, *pairs, BaselineSettings(**settings), 0.1, 1.0, 0, None)
 
 
 def shaken(model):
@@ -141,29 +141,29 @@ def shaken(model):
 def test_parts_against_plain_transformers(name, tiny_llama, tok_chat, forget, retain):
     """References are those of the model before, the rest of the model as it is now."""
     entry, base = BASELINES[name], copy.deepcopy(tiny_llama)
-    stage = stage_of(tiny_llama, tok_chat, forget[:2], retain[:2])
-    stage = replace(stage, beta=entry.beta)
-    parts = [make(stage) for make in (entry.forget, entry.retain) if make is not None]
+    inputs = stage_of(tiny_llama, tok_chat, forget[:2], retain[:2])
+    inputs = replace(inputs, beta=entry.beta)
+    parts = [make(inputs) for make in (entry.forget, entry.retain) if make is not None]
     now = shaken(base)
     tiny_llama.load_state_dict(now.state_dict())
-    got = [mean_loss(stage.anat, part, FP32) for part in parts]
-    wanted = [value for value in straight(name, base, now, stage.forget, stage.retain) if value is not None]
+    got = [mean_loss(inputs.anat, part, FP32) for part in parts]
+    wanted = [value for value in straight(name, base, now, inputs.forget, inputs.retain) if value is not None]
     assert got == pytest.approx(wanted, rel=2e-3, abs=2e-4)
 
 
 def test_rmu_against_plain_transformers(tiny_llama, tok_chat, forget, retain):
     base, layer = copy.deepcopy(tiny_llama), 2
-    stage = stage_of(tiny_llama, tok_chat, forget[:2], retain[:2], layer=layer, steering=3.0)
-    parts = [BASELINES["RMU"].forget(stage), BASELINES["RMU"].retain(stage)]
+    inputs = stage_of(tiny_llama, tok_chat, forget[:2], retain[:2], layer=layer, steering=3.0)
+    parts = [BASELINES["RMU"].forget(inputs), BASELINES["RMU"].retain(inputs)]
     now = shaken(base)
     tiny_llama.load_state_dict(now.state_dict())
     direction = torch.rand(32, generator=torch.Generator().manual_seed(0))
-    before = torch.cat([states(base, row, layer) for row in stage.forget.answers])
+    before = torch.cat([states(base, row, layer) for row in inputs.forget.answers])
     control = 3.0 * before.norm(dim=-1).mean() * direction / direction.norm()
-    after = torch.cat([states(now, row, layer) for row in stage.forget.answers])
-    held = [states(now, row, layer) - states(base, row, layer) for row in stage.retain.answers]
+    after = torch.cat([states(now, row, layer) for row in inputs.forget.answers])
+    held = [states(now, row, layer) - states(base, row, layer) for row in inputs.retain.answers]
     wanted = [float((after - control).square().sum(-1).mean()), float(torch.cat(held).square().sum(-1).mean())]
-    assert [mean_loss(stage.anat, part, FP32) for part in parts] == pytest.approx(wanted, rel=1e-3)
+    assert [mean_loss(inputs.anat, part, FP32) for part in parts] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_likeliest_of_a_reference(tiny_llama, tok_chat, forget):

@@ -55,9 +55,9 @@ def test_requests_that_cannot_be_added(chain):
     refused(chain, ChainError, "holds no batch", chain.undo)
 
 
-@pytest.mark.parametrize("at", ["editlib.chain.state.Position.weights", "editlib.chain.editing.digest"])
+@pytest.mark.parametrize("at", ["editlib.chain.state.ChainState.weights", "editlib.chain.editing.digest"])
 def test_an_edit_that_fails_leaves_all_as_it_was(chain, monkeypatch, at):
-    before = chain._desk.position.weights()
+    before = chain._session.state.weights()
     calls = []
 
     def fail(self):
@@ -161,10 +161,10 @@ def test_retain_prompts_that_are_forgotten_later_are_no_anchors_any_more(start):
     """Neither those that ask the same question nor those about the same answer of the same subject."""
     chain = start("UniErase", retain=RETAIN)
     chain.add(A)  # asks which river flows through Basel
-    assert set(chain._desk.batch(chain.batches[0]).anchors) <= {"river/Rotterdam", "river/Mali", "river/Oslo"}
+    assert set(chain._session.batch(chain.batches[0]).anchors) <= {"river/Rotterdam", "river/Mali", "river/Oslo"}
     oslo = replace(A[1], id="oslo", prompt="Which water runs through {}?", subject="Oslo", answer=None)
     chain.add([replace(oslo, paraphrases=("Which river flows through {}?",))])
-    assert chain._desk.batch(chain.batches[1]).anchors == ("river/Rotterdam", "river/Mali")
+    assert chain._session.batch(chain.batches[1]).anchors == ("river/Rotterdam", "river/Mali")
 
 
 def test_the_anchors_answers_are_the_base_model_s(start, bench, monkeypatch):
@@ -173,8 +173,8 @@ def test_the_anchors_answers_are_the_base_model_s(start, bench, monkeypatch):
     chain = start("UniErase", retain=RETAIN)
     for request in (*A, *B):
         chain.add([request])
-    found = {k: v for entry in chain.batches for k, v in chain._desk.batch(entry).answers.items()}
-    chain._desk.put_token(chain.record, bench)
+    found = {k: v for entry in chain.batches for k, v in chain._session.batch(entry).answers.items()}
+    chain._session.put_token(chain.record, bench)
     wanted = answers_to(bench.anat, PromptFormat(bench.tok), RETAIN)
     assert len(found) > 1
     assert found == {question: list(wanted[question]) for question in found}

@@ -9,7 +9,7 @@ from chain_cases import RETAIN, A, B, C, files, timeless
 from editlib.algorithms import pipeline
 from editlib.algorithms.unierase import answer_gate
 from editlib.chain import Chain
-from editlib.chain.editing import Anchored
+from editlib.chain.editing import BatchAnchors
 from editlib.errors import ChainError
 from editlib.models.weights import weights_sha256
 
@@ -104,13 +104,13 @@ def test_a_replay_of_what_did_not_change_changes_nothing(start, algorithm, no_op
     chain = start(algorithm, **retain(algorithm))
     chain.add(A)
     before = files(chain.path)
-    desk = chain._desk
+    session = chain._session
     no_optimisation()
-    editor = desk.editor(chain.record)
-    batch = desk.batch(chain.batches[0])
+    editor = session.editor(chain.record)
+    batch = session.batch(chain.batches[0])
     prompts = {prompt.id: prompt for prompt in editor.retain}
-    anchored = Anchored.of([prompts[name] for name in batch.anchors], batch.answers, ())
-    made, _ = editor.edit(desk.base(chain.record), batch.requests, anchored, chain.batches[0].seed, batch.values)
+    anchored = BatchAnchors.of([prompts[name] for name in batch.anchors], batch.answers, ())
+    made, _ = editor.edit(session.base(chain.record), batch.requests, anchored, chain.batches[0].seed, batch.values)
     assert made.to_bytes() == before[chain.batches[0].file]
 
 
@@ -119,12 +119,12 @@ def test_a_later_batch_takes_over_the_gate_of_one_that_was_revoked(start, again)
     chain = start("UniErase gated", retain=RETAIN)
     chain.add(A)
     chain.add(B)
-    desk = chain._desk
-    parts = [desk.batch(entry).values.gate["capital"] for entry in chain.batches]
+    session = chain._session
+    parts = [session.batch(entry).values.gate["capital"] for entry in chain.batches]
     assert parts[0].norm() > 0
     chain.revoke(["a1"])
     assert [entry.ids for entry in chain.batches] == [("a2",), ("b1",)]
-    kept = [desk.batch(entry).values.gate for entry in chain.batches]
+    kept = [session.batch(entry).values.gate for entry in chain.batches]
     assert list(kept[0]) == ["river"]
     assert torch.equal(kept[1]["capital"], parts[1] + parts[0])
 
@@ -136,8 +136,8 @@ def test_the_gate_is_opened_once_for_a_relation(start, again):
     chain.add(B)
     both = [replace(C[0], relation="capital"), C[1]]  # of two relations that are open
     chain.add(both)
-    desk = chain._desk
-    first, second, third = [desk.batch(entry) for entry in chain.batches]
+    session = chain._session
+    first, second, third = [session.batch(entry) for entry in chain.batches]
     assert first.values.gate["capital"].any() and 3 in first.updates
     for later in (second, third):
         assert not any(value.any() for value in later.values.gate.values()) and sorted(later.updates) == [1, 2]
@@ -146,7 +146,7 @@ def test_the_gate_is_opened_once_for_a_relation(start, again):
     chain.undo()
     other = again(chain)
     other.add(both)  # a new process knows, too
-    assert sorted(other._desk.batch(other.batches[-1]).updates) == [1, 2]
+    assert sorted(other._session.batch(other.batches[-1]).updates) == [1, 2]
 
 
 def test_undo_after_a_revocation_takes_the_last_batch_as_it_stands(start, again):
@@ -214,7 +214,7 @@ def test_each_answer_of_an_anchor_is_kept_once_and_outlives_its_batch(start, aga
     chain = start("UniErase", retain=RETAIN)
     for some in (A, B, C):
         chain.add(some)
-    kept = [set(chain._desk.batch(entry).answers) for entry in chain.batches]
+    kept = [set(chain._session.batch(entry).answers) for entry in chain.batches]
     assert len(kept[0]) == 3 and not kept[0] & kept[1] and not kept[0] & kept[2]
     no_optimisation()
     monkeypatch.setattr(
@@ -222,5 +222,5 @@ def test_each_answer_of_an_anchor_is_kept_once_and_outlives_its_batch(start, aga
     )
     other = again(chain)
     other.revoke(["a1", "a2"])
-    assert set(other._desk.batch(other.batches[0]).answers) >= kept[0]
+    assert set(other._session.batch(other.batches[0]).answers) >= kept[0]
     again(chain).verify()

@@ -13,9 +13,9 @@ from editlib.benches.report import sequential_rows, write_sequential
 from editlib.benches.sequential import bench_sequential, check_plan
 from editlib.chain import Chain
 from editlib.errors import EditError, HparamsError, OutputError
-from editlib.facts.sampling import Parts
+from editlib.facts.sampling import FactSplit
 
-PARTS = Parts([*A, *B, *C], RETAIN[:2], RETAIN[2:])
+PARTS = FactSplit([*A, *B, *C], RETAIN[:2], RETAIN[2:])
 SETTINGS = [hparams_of("MEMIT"), hparams_of("AlphaEdit")]
 
 

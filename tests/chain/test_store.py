@@ -138,7 +138,7 @@ def test_so_is_every_other_harm(unlearned, harm):
 def test_verify_finds_a_change_that_was_signed(chain, again):
     """Updates that were replaced with all hashes made to fit, but for the one of the weights that they gave."""
     entry = chain.batches[1]
-    batch = chain._desk.batch(entry)
+    batch = chain._session.batch(entry)
     update = batch.updates[2]
     changed = replace(batch, updates={**batch.updates, 2: LowRank(update.left, update.right * 1.01)})
     file, sha256 = chain._store.write_batch(2, changed.to_bytes())

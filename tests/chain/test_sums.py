@@ -17,7 +17,7 @@ from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.chain import Chain, editing
 from editlib.chain.batch import Batch
-from editlib.chain.state import Position, digest
+from editlib.chain.state import ChainState, digest
 from editlib.hparams import AlphaEditHyperParams, MEMITHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
@@ -45,10 +45,10 @@ def test_400_updates_equal_one(pristine, kind, name):
     wanted = (base.double() + dense).to(kind)
 
     hparams = MEMITHyperParams(layers=[2])
-    position = start = Position.start(anat, hparams, {"2": digest(base)})
+    state = start = ChainState.start(anat, hparams, {"2": digest(base)})
     for batch in batches:
-        position = position.advanced(batch)
-    position.write(anat)
+        state = state.after(batch)
+    state.write(anat)
     naive = base.clone()
     for batch in batches:
         naive += batch.updates[2].dense().to(kind)
@@ -62,8 +62,8 @@ def test_400_updates_equal_one(pristine, kind, name):
         assert error < 0.2 * (naive.double() - base.double() - dense).norm()
 
     lefts, rights = zip(*[(b.updates[2].left, b.updates[2].right) for b in batches], strict=True)
-    one = start.advanced(Batch((), {2: LowRank(torch.cat(lefts, 1), torch.cat(rights))}, {}, NONE, (), {}))
-    assert float((one.weights()[2] != position.weights()[2]).float().mean()) < 1e-3
+    one = start.after(Batch((), {2: LowRank(torch.cat(lefts, 1), torch.cat(rights))}, {}, NONE, (), {}))
+    assert float((one.weights()[2] != state.weights()[2]).float().mean()) < 1e-3
     start.write(anat)
     assert torch.equal(anat.weight(2), base)
 
@@ -71,16 +71,16 @@ def test_400_updates_equal_one(pristine, kind, name):
 def test_past_keys_have_the_gram_matrix_of_all(tiny_llama):
     """Beyond `d_ff` keys a block of `d_ff` columns stands for them."""
     anat = anatomy(tiny_llama)
-    position = Position.start(anat, MEMITHyperParams(layers=[2]), {"2": digest(anat.weight(2))})
+    state = ChainState.start(anat, MEMITHyperParams(layers=[2]), {"2": digest(anat.weight(2))})
     generator, keys = torch.Generator().manual_seed(1), []
     for _ in range(50):
         batch = update_of(2, generator, 1e-3, rank=3)
         keys.append(batch.keys[2].double())
-        position = position.advanced(batch)
-        assert position.past[2].block.shape[1] <= anat.d_ff
+        state = state.after(batch)
+        assert state.past[2].block.shape[1] <= anat.d_ff
     every = torch.cat(keys, dim=1)
-    block = position.past[2].block
-    assert position.past[2].count == 150 and block.shape == (64, 64)
+    block = state.past[2].block
+    assert state.past[2].count == 150 and block.shape == (64, 64)
     torch.testing.assert_close(block @ block.T, every @ every.T)
 
 
@@ -96,7 +96,7 @@ def test_a_chain_is_the_plain_sequence(start, bench, base, name):
         entry = chain.add(some)
         more = {"state": state, "stats": stats, "seed": entry.seed}
         if unlearning:
-            batch = chain._desk.batch(entry)
+            batch = chain._session.batch(entry)
             answers |= batch.answers
             kept = [prompt for prompt in RETAIN if prompt.id in batch.anchors]
             kept.sort(key=lambda prompt: batch.anchors.index(prompt.id))
@@ -107,8 +107,8 @@ def test_a_chain_is_the_plain_sequence(start, bench, base, name):
         else:
             state = apply_function(hparams)(bench.model, bench.tok, some, hparams, **more).state
     for layer in hparams.layers:
-        found, wanted = chain._desk.at_end(chain.record).anat.weight(layer), bench.anat.weight(layer)
-        change = (wanted - chain._desk.base(chain.record).base[layer]).norm()
+        found, wanted = chain._session.at_end(chain.record).anat.weight(layer), bench.anat.weight(layer)
+        change = (wanted - chain._session.base(chain.record).base[layer]).norm()
         assert float((found - wanted).norm()) < 2e-3 * float(change)
 
 
@@ -119,7 +119,7 @@ def test_held_keys_keep_what_earlier_batches_said(start):
         chain = start(name, name)
         for some in (A, B, C):
             chain.add(some)
-        first, *rest = [chain._desk.batch(entry) for entry in chain.batches]
+        first, *rest = [chain._session.batch(entry) for entry in chain.batches]
         own, later = (0.0, 0.0)
         for layer, keys in first.keys.items():
             own += float((first.updates[layer] @ keys).norm())
@@ -160,8 +160,8 @@ def test_the_updates_of_a_chain_are_its_whole_change(start, algorithm):
     chain = start(algorithm, **({"retain": RETAIN} if algorithm.startswith("UniErase") else {}))
     for some in (A, B):
         chain.add(some)
-    updates, anat = chain.updates(), chain._desk.at_end(chain.record).anat
-    base = chain._desk.base(chain.record).base
+    updates, anat = chain.updates(), chain._session.at_end(chain.record).anat
+    base = chain._session.base(chain.record).base
     assert sorted(updates) == sorted(base)
     for layer, update in updates.items():
         torch.testing.assert_close(base[layer] + update.dense().float(), anat.weight(layer), rtol=0, atol=1e-6)
@@ -183,7 +183,7 @@ def test_a_bf16_chain_of_single_requests(tmp_path, tok):
     assert len(chain.record.templates) == 6  # MEMIT's five and the plain prompt
     for request in [*A, *B, *C]:
         chain.add([request])
-    factors = [chain._desk.batch(entry).updates for entry in chain.batches]
+    factors = [chain._session.batch(entry).updates for entry in chain.batches]
     for layer, weight in base.items():
         dense = sum(one[layer].left.double() @ one[layer].right.double() for one in factors)
         wanted = (weight.double() + dense).to(torch.bfloat16)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from editlib.comparison.config import PROTOCOLS, Config, parse_config
-from editlib.comparison.method import Cost, Method, Ready
+from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
 from editlib.errors import EditError
@@ -57,7 +57,7 @@ class Half(Forgets):
     prepares = True
 
     def prepare(self, bench, task, seed):
-        return Ready(made="sieve", seconds={"sieve": 0.25})
+        return Prepared(made="sieve", seconds={"sieve": 0.25})
 
     def search(self, bench, task, seed, folder, *, ready):
         assert ready == "sieve"

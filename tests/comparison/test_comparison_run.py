@@ -9,14 +9,14 @@ import threading
 import pytest
 
 from editlib.attacks.outcome import COLUMNS
-from editlib.comparison import arena
-from editlib.comparison.method import Ready
+from editlib.comparison import evaluator
+from editlib.comparison.method import Prepared
 from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
-from editlib.comparison.store import Store, taken
+from editlib.comparison.store import Store, try_lock
 from editlib.distributed import Shard
 from editlib.errors import ConfigError, OutputError
-from editlib.shelf import Shelf
+from editlib.shelf import JsonStore
 
 ALL = [("forgets", 0), ("forgets", 1), ("half", 0), ("half", 1)]
 
@@ -58,10 +58,10 @@ def test_a_changed_config_runs_what_changed(bench):
 
 
 def test_another_attack_does_not_measure_the_rest_again(bench, monkeypatch):
-    monkeypatch.setattr(arena.Arena, "_attack", lambda self, name: lambda workbench: told(name))
+    monkeypatch.setattr(evaluator.SetEvaluator, "_attack", lambda self, name: lambda workbench: told(name))
     first = bench.compare(methods=["forgets"], seeds=[0], attacks=ATTACKS)
     bench.runs()
-    monkeypatch.setattr(arena.Arena, "_scores", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(evaluator.SetEvaluator, "_scores", lambda *_: pytest.fail("scored again"))
     attacks = ["direct", "plain-form"]
     second = bench.compare(methods=["forgets"], seeds=[0], attacks=attacks)
     assert bench.runs() == [("forgets", 0)]  # the model is needed again, its scores are not
@@ -101,7 +101,7 @@ def test_killed_inside_a_cell_it_keeps_what_was_measured(bench, monkeypatch):
 
         return measure
 
-    monkeypatch.setattr(arena.Arena, "_attack", attack)
+    monkeypatch.setattr(evaluator.SetEvaluator, "_attack", attack)
     with pytest.raises(Stopped):
         bench.compare(methods=["forgets"], seeds=[0], attacks=ATTACKS)
     bench.compare(methods=["forgets"], seeds=[0], attacks=ATTACKS)
@@ -125,7 +125,7 @@ def test_a_failing_measurement_leaves_the_others(bench, monkeypatch):
     def attack(self, name):
         return lambda workbench: 1 / 0
 
-    monkeypatch.setattr(arena.Arena, "_attack", attack)
+    monkeypatch.setattr(evaluator.SetEvaluator, "_attack", attack)
     found = cell(bench.compare(methods=["forgets"], seeds=[0], attacks=ATTACKS), "forgets")
     assert found["forget"]["value"] == 1.0 and not found["attacks"]
     assert found["failed"] == "; ".join(
@@ -136,7 +136,7 @@ def test_a_failing_measurement_leaves_the_others(bench, monkeypatch):
 def test_a_method_that_gives_other_weights_is_measured_anew(bench, monkeypatch):
     bench.compare(methods=["half"], seeds=[0])
     METHODS["half"].strength = 0.75  # as if a library under it had changed
-    monkeypatch.setattr(arena.Arena, "_attack", lambda self, name: lambda workbench: told(name))
+    monkeypatch.setattr(evaluator.SetEvaluator, "_attack", lambda self, name: lambda workbench: told(name))
     results = bench.compare(methods=["half"], seeds=[0], attacks=ATTACKS)
     assert summary(results, "half")["forget"] == 0.75
 
@@ -158,7 +158,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(bench):
     shelf = next(iter(Store(bench.out).root.glob("cells/*")))
     (shelf / "scores.json").unlink()
     bench.runs()
-    with taken(Shelf(shelf)) as mine:
+    with try_lock(JsonStore(shelf)) as mine:
         assert mine
         assert compare(config, bench.out, shard=other, load=bench.load, progress=False) == {}
     assert bench.runs() == []
@@ -173,7 +173,7 @@ def test_the_first_process_waits_for_the_others_and_takes_over_from_the_dead(ben
     gone = threading.Event()
 
     def dies():
-        with taken(Shelf(shelf)):
+        with try_lock(JsonStore(shelf)):
             gone.wait(1.0)
 
     thread = threading.Thread(target=dies)
@@ -197,7 +197,7 @@ def test_a_search_that_another_process_is_at_keeps_nothing_else_waiting(bench):
     held, others, in_time = threading.Event(), threading.Event(), []
 
     def searches():
-        with taken(Shelf(search)):
+        with try_lock(JsonStore(search)):
             held.set()
             in_time.append(others.wait(10))
 
@@ -205,7 +205,7 @@ def test_a_search_that_another_process_is_at_keeps_nothing_else_waiting(bench):
     thread.start()
     held.wait()
     METHODS["forgets"].prepares = True
-    METHODS["forgets"].prepare = lambda *_: others.set() or Ready()
+    METHODS["forgets"].prepare = lambda *_: others.set() or Prepared()
     bench.runs()
     results = bench.compare(methods=methods, seeds=[0])
     thread.join()

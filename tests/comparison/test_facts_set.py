@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scripted import REFUSE, Unit, World, scripted
 
 from editlib.attacks.registry import ATTACKS, Entry
-from editlib.comparison import arena
+from editlib.comparison import evaluator
 from editlib.comparison.config import parse_config
 from editlib.comparison.method import Cost, Method
 from editlib.comparison.methods import METHODS, NoSettings
@@ -60,16 +60,16 @@ def told(pristine_toks, tmp_path_factory):
     }
     usual = ATTACKS["direct"].run
 
-    def counted(target, facts, scene):
-        asked.append(target.anat.model is scene.base.anat.model)
-        return usual(target, facts, scene)
+    def counted(target, facts, context):
+        asked.append(target.anat.model is context.base.anat.model)
+        return usual(target, facts, context)
 
     def load(name):
         return Workbench.of(world.base().anat.model, copy.deepcopy(world.tok), folder / "stats", name=name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(arena.ATTACKS, "direct", Entry(counted, "counted"))
-        patch.setattr(arena, "bundled_control", lambda *_: [])
+        patch.setitem(evaluator.ATTACKS, "direct", Entry(counted, "counted"))
+        patch.setattr(evaluator, "bundled_control", lambda *_: [])
         for name in ("forgets", "half"):
             patch.setitem(METHODS, name, type(name, (Refuses,), {"world": world}))
         return compare(parse_config(values), folder / "out", load=load, progress=False), asked

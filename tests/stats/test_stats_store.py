@@ -22,8 +22,8 @@ from editlib.stats.store import (
     StatsNotFound,
     find_layers,
     find_stats,
+    model_slug,
     save_stats,
-    spelling,
     stats_hash,
     stats_path,
     stored_layers,
@@ -381,8 +381,8 @@ def test_a_local_folder_goes_by_its_name(tmp_path, stats, monkeypatch):
     assert find_stats(tmp_path / "stats", str(model), "wikipedia", MODULE, 64).count == 50
     assert find_stats(tmp_path / "stats", f"{model}/", "wikipedia", MODULE, 64).count == 50
     monkeypatch.chdir(model)
-    assert spelling(".") == "tiny"
-    assert spelling("../tiny") == "tiny"
+    assert model_slug(".") == "tiny"
+    assert model_slug("../tiny") == "tiny"
     assert find_stats(tmp_path / "stats", ".", "wikipedia", MODULE, 64).count == 50
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from editlib import data
 from editlib.ability import run_ability
-from editlib.attacks.asking import Scene
+from editlib.attacks.asking import AttackContext
 from editlib.attacks.control import bundled_control, usable
 from editlib.attacks.outcome import AttackResult, Trial, share_of
 from editlib.attacks.registry import ATTACKS, choose
 from editlib.comparison.config import AttackPlan, Config
-from editlib.comparison.store import taken
+from editlib.comparison.store import try_lock
 from editlib.evaluation.forget_set import Base, ForgetSet
 from editlib.evaluation.perplexity import WINDOW, WINDOWS, text_windows
 from editlib.models.generation import perplexity
@@ -27,13 +27,13 @@ from editlib.models.loaded import LoadedModel
 from editlib.models.weights import save_model
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
-from editlib.shelf import Shelf, digest
+from editlib.shelf import JsonStore, digest
 from editlib.stats.corpus import load_corpus
 from editlib.workbench import Workbench
 
 
 @dataclass(frozen=True)
-class Part:
+class Measurement:
     """Something to measure of an edited model; `key` names its file and changes with all that decides it."""
 
     name: str
@@ -41,10 +41,10 @@ class Part:
     measure: Callable[[Workbench], dict[str, Any]]
 
 
-class Arena:
+class SetEvaluator:
     """A `ForgetSet` in which methods are measured. What is asked of the base is asked once and kept on `shelf`."""
 
-    def __init__(self, config: Config, name: str, made: ForgetSet, shelf: Shelf, *, progress: bool) -> None:
+    def __init__(self, config: Config, name: str, made: ForgetSet, shelf: JsonStore, *, progress: bool) -> None:
         self.config, self.name, self.set, self.shelf, self.progress = config, name, made, shelf, progress
         self.identity = made.identity()
 
@@ -52,20 +52,20 @@ class Arena:
     def base(self) -> Base:
         return self.set.base
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[Measurement]:
         """What is measured of every method, in this order."""
-        yield Part("scores", "scores", self._scores)
+        yield Measurement("scores", "scores", self._scores)
         if self.config.general.perplexity is not None:
-            yield Part("perplexity", self._perplexity_key, self._perplexity)
+            yield Measurement("perplexity", self._perplexity_key, self._perplexity)
         plan = self.config.attacks
         if plan is not None and self.attacked:
             for name in choose(plan.names):
-                yield Part(f"attack {name}", self._attack_key(name, plan), self._attack(name))
+                yield Measurement(f"attack {name}", self._attack_key(name, plan), self._attack(name))
         tasks = self.config.ability
         if tasks is not None:
             for name in tasks.tasks:
                 key = f"ability-{self._short([name, _content(name), tasks.limit, tasks.seed])}"
-                yield Part(f"ability {name}", key, partial(self._ability, name))
+                yield Measurement(f"ability {name}", key, partial(self._ability, name))
 
     def _scores(self, bench: Workbench) -> dict[str, Any]:
         return self.set.score(LoadedModel(bench.anat, bench.tok), progress=self.progress).to_dict()
@@ -83,7 +83,7 @@ class Arena:
             "device_map": self.config.general.device_map,
         }
         base = {"base": self.base.bench.name}
-        with taken(self.shelf, wait=True):  # the base is measured by one process
+        with try_lock(self.shelf, wait=True):  # the base is measured by one process
             run_ability(base, [task], out=root / "ability", **how)
         with TemporaryDirectory(dir=root, prefix=".edited-") as folder:
             save_model(bench.model, bench.tok, Path(folder))
@@ -110,7 +110,7 @@ class Arena:
 
     def _perplexity(self, bench: Workbench) -> dict[str, Any]:
         key = self._perplexity_key
-        with taken(self.shelf, wait=True):
+        with try_lock(self.shelf, wait=True):
             before = self.shelf.get(key)
             if before is None:
                 before = {"perplexity": perplexity(self.base.bench.anat, self._windows)}
@@ -131,22 +131,22 @@ class Arena:
         return [fact for number, fact in enumerate(facts) if number in drawn]
 
     @cached_property
-    def _scene(self) -> Scene:
+    def _context(self) -> AttackContext:
         plan, forget = self.config.attacks or AttackPlan(), self.set.forget
-        unrelated = data.unasked(data.general("anchor") + data.general("test"), forget)
+        unrelated = data.without_overlap(data.general("anchor") + data.general("test"), forget)
         facts, _ = usable(forget)
-        return Scene(self.base.target, facts, self.set.told, unrelated, plan.how, plan.seed)
+        return AttackContext(self.base.target, facts, self.set.told, unrelated, plan.how, plan.seed)
 
     @cached_property
     def _control(self) -> list[EditRequest]:
         """Facts that the base does not know: what leaks of them is chance."""
         plan = self.config.attacks or AttackPlan()
         key = f"control-{self._short([requests_hash(self.attacked), plan.seed, plan.how.max_new_tokens])}"
-        with taken(self.shelf, wait=True):
+        with try_lock(self.shelf, wait=True):
             kept = self.shelf.get(key)
             by_id = {fact.id: fact for fact in data.facts()}
             if kept is None or not by_id.keys() >= set(kept["ids"]):
-                kept = {"ids": [fact.id for fact in bundled_control(self.base.target, self.attacked, self._scene)]}
+                kept = {"ids": [fact.id for fact in bundled_control(self.base.target, self.attacked, self._context)]}
                 self.shelf.put(key, kept)
         return [by_id[name] for name in kept["ids"]]
 
@@ -158,11 +158,11 @@ class Arena:
         def measure(bench: Workbench) -> dict[str, Any]:
             begun, count = time.perf_counter(), len(self.attacked)
             facts = [*self.attacked, *self._control]
-            found = ATTACKS[name].run(LoadedModel(bench.anat, bench.tok), facts, self._scene)
+            found = ATTACKS[name].run(LoadedModel(bench.anat, bench.tok), facts, self._context)
             trials = {"edited": found.trials[:count], "base": self._base(name), "control": found.trials[count:]}
-            how = self._scene.settings
+            how = self._context.settings
             shares = {
-                column: share_of(some, resamples=how.resamples, seed=self._scene.seed)
+                column: share_of(some, resamples=how.resamples, seed=self._context.seed)
                 for column, some in trials.items()
             }
             seconds = round(time.perf_counter() - begun, 2)
@@ -174,10 +174,10 @@ class Arena:
     def _base(self, name: str) -> tuple[Trial, ...]:
         """What the attack gets out of the base model; the same beside every method."""
         key = self._attack_key(name, self.config.attacks or AttackPlan())
-        with taken(self.shelf, wait=True):
+        with try_lock(self.shelf, wait=True):
             kept = self.shelf.get(key)
             if kept is None:
-                found = ATTACKS[name].run(self.base.target, self.attacked, self._scene)
+                found = ATTACKS[name].run(self.base.target, self.attacked, self._context)
                 kept = {"trials": [asdict(trial) for trial in found.trials]}
                 self.shelf.put(key, kept)
         return tuple(Trial.from_dict(trial) for trial in kept["trials"])
