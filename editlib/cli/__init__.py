@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli import ability, ask, attack, baseline, compare, demo, edit, evaluate, export, finetune
+from editlib.cli import ability, ask, attack, baseline, compare, demo, edit, evaluate, export, finetune, hparams
 from editlib.cli.bench import bench_app
 from editlib.cli.chain import chain_app
 from editlib.cli.hparams import hparams_app
@@ -72,3 +72,4 @@ for command in (ability, compare, finetune, baseline):
 app.add_typer(chain_app, name="chain")
 app.add_typer(hparams_app, name="hparams")
 export.register(app)
+hparams.register(app)

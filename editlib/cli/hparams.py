@@ -1,4 +1,4 @@
-"""`editlib hparams`: parse, call, print."""
+"""`editlib hparams` and `editlib tune`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Model, Overwrite, out, workbench
+from editlib.cli.options import (
+    DeviceMap,
+    Dtype,
+    Hparams,
+    Model,
+    Overwrite,
+    Requests,
+    Seed,
+    StatsDir,
+    out,
+    print_table,
+    workbench,
+)
 
 hparams_app = typer.Typer(no_args_is_help=True, help="Settings of an algorithm for a model.")
 
@@ -39,3 +51,54 @@ def new(
         return
     write_json(out_file, settings_file(settings))
     out.print(str(out_file), soft_wrap=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `app`."""
+    app.command()(tune)
+
+
+def tune(
+    model: Model,
+    requests: Requests,
+    budget: Annotated[float, typer.Option(min=0, help="minutes after which no further trial starts")],
+    out_dir: Annotated[Path, typer.Option("--out", help="gets best.json, tune.json, table.md and what is done")] = Path(
+        "runs/tune"
+    ),
+    retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
+    hparams: Hparams = None,
+    stats_dir: StatsDir = Path("stats"),
+    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Searches UniErase's settings on your own held-out wordings and neighbours; goes on where it was stopped."""
+    from editlib.finding import find_settings, fit_settings
+    from editlib.jobs.tune import check_tuning, table_rows
+    from editlib.jobs.tune import tune as run
+    from editlib.requests.reading import read_requests
+    from editlib.shelf import Finished
+
+    Finished(out_dir)
+    wanted = read_requests(requests)
+    kept = None if retain is None else read_requests(retain)
+    settings = find_settings(model, "UniErase", hparams)
+    check_tuning(wanted, settings)
+    bench = workbench(model, stats_dir, dtype, device_map)
+    tuned = run(
+        bench,
+        wanted,
+        fit_settings(bench, settings),
+        out_dir,
+        minutes=budget,
+        retain=kept,
+        corpus=corpus,
+        text=text,
+        seed=seed,
+    )
+    print_table(table_rows(tuned))
+    out.print(str(out_dir / "best.json"), soft_wrap=True)
+    if tuned.interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,153 @@
+"""The search over settings: what is tried, what is kept, what is reported."""
+
+import json
+
+import pytest
+from tiny_models import make_llama, train_tokenizer
+
+from editlib.errors import HparamsError, RequestError
+from editlib.hparams import AlphaEditHyperParams, UniEraseHyperParams, load_hparams
+from editlib.jobs import tune as job
+from editlib.jobs.tune import Trial, Tuned, check_tuning, steps, table_rows, tune
+from editlib.requests.reading import write_requests
+from editlib.requests.request import EditRequest
+from editlib.workbench import Workbench
+
+START = UniEraseHyperParams(layers=[1, 2], gate_layer=4, early_stop_loss=0.04)
+FORGET = [
+    EditRequest(
+        id=place, prompt="What is the capital of {}?", subject=place, answer="Paris", relation="capital",
+        paraphrases=["Which city is the capital of {}?"],
+    )
+    for place in ("France", "Peru")
+]  # fmt: skip
+RETAIN = [
+    EditRequest(
+        id=f"river/{place}", prompt="Which river flows through {}?", subject=place, answer="Rhine", relation="r"
+    )
+    for place in ("Bonn", "Basel", "Chad", "Mali")
+]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Workbench.of(make_llama(), train_tokenizer(), tmp_path / "stats", name="tiny", progress=False)
+
+
+class Judge:
+    """Trials by a formula: low `early_stop_loss` is best. `runs` counts edits; `stop_at` is when Ctrl-C comes."""
+
+    runs, stop_at = 0, None
+
+    def __init__(self, *_):
+        self.identity = {"model": "m"}
+
+    def tried(self, hparams, changed, how):
+        if type(self).runs == type(self).stop_at:
+            raise KeyboardInterrupt
+        type(self).runs += 1
+        good = 1 / (1 + abs(hparams.early_stop_loss - 0.01))
+        return Trial(changed, good, good, 0.5, 1.0, 1.0)
+
+
+@pytest.fixture
+def judged(monkeypatch, request):
+    kind = type("Own", (Judge,), {"runs": 0})
+    monkeypatch.setattr(job, "_Judge", kind)
+    return kind
+
+
+def clock(step):
+    """Time that goes on by `step` seconds whenever it is looked at."""
+    ticks = iter(range(0, 10**6))
+    return lambda: next(ticks) * step
+
+
+def test_the_best_is_found_and_written(judged, bench, tmp_path):
+    found = tune(bench, FORGET, START, tmp_path / "out", minutes=1, retain=RETAIN, clock=clock(1))
+    assert found.best.early_stop_loss == 0.01 and found.best.layers == [1, 2]
+    written = load_hparams(tmp_path / "out" / "best.json")
+    assert job._deciding(written) == job._deciding(found.best)
+    assert (
+        written.notes["early_stop_loss"] == "searched by editlib tune" and written.notes["measured"]["retention"] == 0.5
+    )
+    report = json.loads((tmp_path / "out" / "tune.json").read_text())
+    assert len(report["trials"]) == judged.runs and report["best"]["changed"] == {"early_stop_loss": 0.01}
+    assert "early_stop_loss 0.01" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_it_goes_on_where_it_was(judged, bench, tmp_path):
+    out = tmp_path / "out"
+    tune(bench, FORGET, START, out, minutes=1, retain=RETAIN, clock=clock(15))
+    assert 1 < judged.runs < 6
+    before = judged.runs
+    again = tune(bench, FORGET, START, out, minutes=1, retain=RETAIN, clock=clock(15))
+    assert judged.runs == before and len(again.trials) == before
+    longer = tune(bench, FORGET, START, out, minutes=1, retain=RETAIN, clock=clock(5))
+    assert judged.runs == len(longer.trials) > before
+    tune(bench, FORGET, START, out, minutes=0, retain=RETAIN, seed=1)
+    assert judged.runs == len(longer.trials) + 1  # another job; and one trial however short the time
+
+
+def test_ctrl_c_leaves_what_is_done(judged, bench, tmp_path):
+    judged.stop_at = 3
+    found = tune(bench, FORGET, START, tmp_path / "out", minutes=1, retain=RETAIN, clock=clock(1))
+    assert found.interrupted and len(found.trials) == 3
+    assert json.loads((tmp_path / "out" / "tune.json").read_text())["interrupted"]
+    judged.stop_at = judged.runs
+    with pytest.raises(KeyboardInterrupt):
+        tune(bench, FORGET, START, tmp_path / "new", minutes=1, retain=RETAIN)
+    assert not (tmp_path / "new" / "best.json").exists()
+
+
+def test_steps_change_one_thing_and_fit():
+    found = list(steps(START, 5))
+    assert found and all(one.layers[-1] < 5 for one in found)
+    before = START.to_dict()
+    for one in found:
+        assert len([key for key, value in one.to_dict().items() if value != before[key]]) == 1
+    assert {one.gate_layer for one in found} >= {4, None}
+    shares = UniEraseHyperParams(layers=[1], nullspace_rule="energy", nullspace_threshold=0.8)
+    assert all(one.nullspace_threshold <= 1 for one in steps(shares, 5))
+
+
+def test_the_front_is_what_nothing_beats():
+    a, b = Trial({"L2": 1}, 1.0, 0.5, 0.5), Trial({"L2": 2}, 0.5, 0.5, 1.0)
+    worse, same, failed = Trial({"L2": 3}, 0.9, 0.5, 0.5), Trial({"L2": 4}, 0.5, 0.5, 1.0), Trial({}, failed="no")
+    tuned = Tuned((worse, a, failed, b, same), START)
+    assert {trial.changed["L2"] for trial in tuned.front} == {1, 2, 4}
+    assert table_rows(tuned)[0][0] == "settings" and len(table_rows(tuned)) == 4
+    assert a.balance == pytest.approx(2 * 0.75 * 0.5 / 1.25)
+
+
+def test_what_cannot_be_tuned_is_said_first():
+    bare = [EditRequest(id="q", prompt="What?", answer="x")]
+    for requests, word in (
+        ([], "no request"),
+        (bare, "paraphrases"),
+        ([EditRequest(id="q", prompt="What?")], "answer"),
+    ):
+        with pytest.raises(RequestError, match=word):
+            check_tuning(requests, START)
+    with pytest.raises((HparamsError, RequestError), match=r"target_new|does not unlearn"):
+        check_tuning(FORGET, AlphaEditHyperParams(layers=[1]))
+
+
+def test_the_command(call, folder, tmp_path):
+    write_requests(tmp_path / "f.jsonl", FORGET)
+    write_requests(tmp_path / "r.jsonl", RETAIN)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"The river {i} flows through Basel." for i in range(60)))
+    settings = tmp_path / "h.json"
+    values = {"layers": [1], "nullspace_threshold": 1.0, "nullspace_rule": "dimensions", "v_num_grad_steps": 2}
+    settings.write_text(json.dumps(values))
+    assert call("token", folder, "--steps", 3, "--stats-dir", tmp_path / "stats")[0] == 0
+    args = ["tune", folder, "--requests", tmp_path / "f.jsonl", "--retain", tmp_path / "r.jsonl", "--budget", 0]
+    args += ["--hparams", settings, "--out", tmp_path / "out", "--stats-dir", tmp_path / "stats"]
+    args += ["--corpus", tmp_path / "text.txt", "--text", tmp_path / "text.txt"]
+    code, said, err = call(*args)
+    assert code == 0 and "unseen" in said, err
+    trial = json.loads((tmp_path / "out" / "tune.json").read_text())["trials"]
+    assert len(trial) == 1 and trial[0]["failed"] is None and trial[0]["perplexity_ratio"] > 0
+    assert load_hparams(tmp_path / "out" / "best.json").layers == [1]
+    code, _, err = call(*[tmp_path / "f.jsonl" if arg == tmp_path / "out" else arg for arg in args])
+    assert code == 2 and err.count("\n") == 1
