@@ -86,6 +86,12 @@ def test_packaged_models_need_not_be_here(monkeypatch):
     assert find_settings("gemma3-270m", "memit").source == "MEMIT/gemma3-270m.json"
 
 
+def test_an_adapter_has_its_bases_settings(tmp_path):
+    adapter = {"base_model_name_or_path": "smollm2-135m", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    assert find_settings(str(tmp_path), "UniErase").source == "UniErase/smollm2-135m.json"
+
+
 def test_a_copy_under_another_name_is_no_other_model(tmp_path, caplog, monkeypatch):
     """What was found for a model of this very form is meant for it, whatever its folder is called."""
     model = make_llama()

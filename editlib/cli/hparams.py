@@ -16,6 +16,7 @@ from editlib.cli.options import (
     Overwrite,
     Requests,
     Seed,
+    SkipBad,
     StatsDir,
     out,
     print_table,
@@ -70,6 +71,7 @@ def tune(
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -78,12 +80,11 @@ def tune(
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.tune import check_tuning, table_rows
     from editlib.jobs.tune import tune as run
-    from editlib.requests.reading import read_requests
+    from editlib.requests.reading import read_with_retain
     from editlib.shelf import Finished
 
     Finished(out_dir)
-    wanted = read_requests(requests)
-    kept = None if retain is None else read_requests(retain)
+    wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
     settings = find_settings(model, "UniErase", hparams)
     check_tuning(wanted, settings)
     bench = workbench(model, stats_dir, dtype, device_map)

@@ -176,7 +176,7 @@ def test_a_gate_among_or_below_the_edited_layers_is_refused():
 
 def test_a_gate_beyond_the_model_is_refused_by_name(job):
     model, tok, rest = job
-    with pytest.raises(HparamsError, match=r"gate_layer.*99.*at most 4"):
+    with pytest.raises(HparamsError, match=r"gate_layer.*99.*layers 0-4"):
         apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS, gate_layer=99), **rest)
 
 
