@@ -1,4 +1,4 @@
-"""Edits that last: a folder of batches that can be resumed, verified and taken back."""
+"""Chains of edits: a folder of batches that can be resumed, verified, undone and revoked."""
 
 from editlib.chain.chain import Chain
 

@@ -1,8 +1,8 @@
-"""One batch of a chain: everything a later batch, a replay or an audit needs of an edit, as one safetensors file.
+"""One batch of a chain as one safetensors file: all that later batches, a replay or an audit need of the edit.
 
 The update of each layer (`left.<layer> [d_model, r]`, `right.<layer> [r, d_ff]`), the requests' keys
-(`keys.<layer> [d_ff, n]`), their target states (`targets`, `deltas [d_model, n]`; `gate.<i> [d_model]`), and `notes`:
-requests, numbers and the anchors' answers as JSON.
+(`keys.<layer> [d_ff, n]`), their values (`targets`, `deltas [d_model, n]`; `gate.<i> [d_model]`), and `notes`: the
+requests, diagnostics and anchors' answers as JSON.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from editlib.algorithms.values import Values
 from editlib.errors import ChainError
 from editlib.requests.request import EditRequest
 
-DTYPE = torch.float32  # of updates and keys on disk, and so of all that is computed from them
+DTYPE = torch.float32  # of updates and keys on disk; all weights are computed from these
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`updates` are this batch's own (of PRUNE: before the spectrum of all together is cut), `anchors` the ids of the
-    retain prompts held in place, in their order, and `answers` what stands behind them, as token ids by question, where
-    no earlier batch of the chain says it."""
+    """A batch's requests, updates and keys, and what is needed to solve it again.
+
+    Args:
+        updates: this batch's own update of each layer; of PRUNE, before the spectrum of the running total is pruned.
+        keys: keys of the requests by layer, `[d_ff, n]`.
+        anchors: ids of the anchored retain prompts, in their order.
+        answers: token ids of the anchors' answers by question; only those that no earlier batch of the chain stores.
+    """
 
     requests: tuple[EditRequest, ...]
     updates: Mapping[int, LowRank]
@@ -47,19 +52,19 @@ class Batch:
         requests: Sequence[EditRequest],
         answers: Mapping[str, Sequence[int]],
     ) -> Batch:
-        """What an edit left, in the precision that is kept."""
+        """Makes a batch of an edit's result, in the dtype of the file."""
         assert result.values is not None
         return cls(
             tuple(requests),
-            {layer: LowRank(_kept(one.left), _kept(one.right)) for layer, one in updates.items()},
-            {layer: _kept(keys) for layer, keys in result.keys.items()},
+            {layer: LowRank(_stored(update.left), _stored(update.right)) for layer, update in updates.items()},
+            {layer: _stored(keys) for layer, keys in result.keys.items()},
             result.values,
             result.anchors,
             answers,
         )
 
     def to_bytes(self) -> bytes:
-        """The file, the same for the same content."""
+        """Serialises the batch; equal content gives equal bytes."""
         gate = list(self.values.gate)
         notes = {
             "requests": [request.to_dict() for request in self.requests],
@@ -84,10 +89,10 @@ class Batch:
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: str) -> Batch:
-        """Reads what `to_bytes` wrote.
+        """Reads the bytes that `to_bytes` wrote.
 
         Raises:
-            ChainError: it is another kind of file; `where` names it.
+            ChainError: another kind of file; `where` names it in the message.
         """
         try:
             tensors = load(raw)
@@ -107,12 +112,12 @@ class Batch:
             raise ChainError(f"{where}: not a batch of this version ({error}); restore it from a copy") from None
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _stored(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", DTYPE).contiguous()
 
 
 def _is_identity(left: Tensor) -> bool:
-    """Updates of no low rank (RECT) come as `I @ dense`; the `I` is not written."""
+    """Whether `left` is the identity: full-rank updates (RECT) are `I @ dense`, and the `I` is not written."""
     return left.shape[0] == left.shape[1] and torch.equal(left, torch.eye(len(left), dtype=left.dtype))
 
 

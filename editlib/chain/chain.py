@@ -1,4 +1,4 @@
-"""A chain: edits in order, kept in a folder, that can be resumed, verified, undone and revoked."""
+"""The chain: edits in order, kept in a folder, that can be resumed, verified, undone and revoked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class _Notes:
-    """What of a batch is always at hand."""
+    """A batch's requests and anchor answers, kept in memory; its tensors are read from disk when needed."""
 
     requests: tuple[EditRequest, ...]
     answers: Mapping[str, Sequence[int]]
@@ -51,23 +51,14 @@ class _Notes:
 class Chain:
     """Edits of one base model by one algorithm, in batches.
 
-    The folder holds all of it but the base model and the layer statistics; an object of this class is a view of it.
-    Only `add`, `undo` and `revoke` write, each in one step: a process killed in any of them leaves the chain as it was
-    before or as it is after. One process may write at a time.
+    Made by `Chain.create` or `Chain.open`. The folder holds everything except the base model and the layer statistics;
+    an object of this class is a view of it. Only `add`, `undo` and `revoke` write, each in one step: a process that is
+    killed leaves the chain as it was before the step or as it is after it. One process may write at a time.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        bench: Workbench | None = None,
-        *,
-        model: str | None = None,
-        stats_dir: str | Path | None = None,
-        device_map: DeviceMap = None,
-        clock: Callable[[], str] = now,
-    ) -> None:
-        self._store, self._clock = Store(path), clock
-        self._session = Session(self._store, bench, model, None if stats_dir is None else Path(stats_dir), device_map)
+    def __init__(self, session: Session, clock: Callable[[], str] = now) -> None:
+        """Reads the folder of `session`; see `Chain.open`."""
+        self._session, self._store, self._clock = session, session.store, clock
         self._read()
 
     @classmethod
@@ -85,19 +76,19 @@ class Chain:
         seed: int = 0,
         clock: Callable[[], str] = now,
     ) -> Chain:
-        """A new chain in the folder `path`, without batches.
+        """Starts a chain without batches in the folder `path`.
 
-        Statistics and, for UniErase, the token are found or made as by `editing.unlearn` and `editing.edit`.
+        Statistics and, for UniErase, the token are found or made as in `editing.load_inputs`.
 
         Args:
-            bench: the base model; `Workbench.load` remembers a dtype that is not the stored one.
+            bench: the base model; the dtype given to `Workbench.load` is recorded with it.
             retain: prompts whose answers must stay (UniErase only); `None`: the bundled ones.
-            chat: ask through the chat template; `None`: as `editlib unlearn` and `editlib edit` do.
-            seed: every random draw of the chain follows from it and from what a batch asks.
-            clock: gives the times that are recorded.
+            chat: whether to ask through the chat template; `None`: as `editlib unlearn` and `editlib edit` do.
+            seed: every random draw of the chain follows from it and from the requests of a batch.
+            clock: returns the times that are recorded.
 
         Raises:
-            EditlibError: settings that do not fit, a folder that is no place for a chain; nothing is written then.
+            EditlibError: settings that do not fit the model, or a folder that is in use. Nothing is written then.
         """
         start(
             Path(path),
@@ -111,7 +102,7 @@ class Chain:
             stats_tokens=stats_tokens,
             seed=seed,
         )
-        return cls(path, bench, clock=clock)
+        return cls.open(path, bench, clock=clock)
 
     @classmethod
     def open(
@@ -124,32 +115,35 @@ class Chain:
         device_map: DeviceMap = None,
         clock: Callable[[], str] = now,
     ) -> Chain:
-        """The chain in `path`; every file of it is compared with its hash.
+        """Opens the chain in `path` and compares every file of it with its hash.
 
         Args:
-            bench: the base model, when it is loaded already; otherwise it is loaded when it is needed.
-            model: where the base model lies now, if not where it was.
-            stats_dir: where the statistics lie now, if not where they were.
-            device_map: where the base model is put when it is loaded; see `models.loading.load`.
+            bench: the base model, if it is loaded already; otherwise it is loaded when first needed.
+            model: the base model's path or id, if it is no longer the recorded one.
+            stats_dir: folder of the statistics, if it is no longer the recorded one.
+            device_map: devices for the base model when it is loaded; see `models.loading.load`.
 
         Raises:
-            ChainError: no chain, or a file that is missing or damaged (named).
+            ChainError: no chain, or a file that is missing or damaged (named in the message).
         """
-        return cls(path, bench, model=model, stats_dir=stats_dir, device_map=device_map, clock=clock)
+        folder = None if stats_dir is None else Path(stats_dir)
+        return cls(Session(Store(path), bench, model, folder, device_map), clock)
 
     def _read(self) -> None:
-        def look(entry: BatchEntry, raw: bytes) -> _Notes:
+        def notes_of(entry: BatchEntry, raw: bytes) -> _Notes:
             return _Notes.of(Batch.from_bytes(raw, entry.file))
 
-        self.record, self._notes = self._store.read_all(look)
+        self.record, self._notes = self._store.read_all(notes_of)
         self._session.state = None
 
     @property
     def path(self) -> Path:
+        """The chain's folder."""
         return self._store.path
 
     @property
     def batches(self) -> tuple[BatchEntry, ...]:
+        """The entries of all batches, in order."""
         return self.record.batches
 
     @property
@@ -159,8 +153,10 @@ class Chain:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The base model with all batches (and then the token) in place, loaded when first asked for. Later `add`,
-        `undo` and `revoke` of this object change it too."""
+        """The base model with all batches (and the token, if there are any) applied; loaded on first use.
+
+        Later calls of `add`, `undo` and `revoke` on this object change it too.
+        """
         return self._session.at_end(self.record).model
 
     @property
@@ -170,7 +166,7 @@ class Chain:
 
     @property
     def anat(self) -> Anatomy:
-        """Of `model`."""
+        """The anatomy of `model`."""
         return self._session.at_end(self.record).anat
 
     @property
@@ -180,17 +176,20 @@ class Chain:
 
     @property
     def token(self) -> UnlearningToken | None:
-        """The unlearning token, of a UniErase chain."""
+        """The unlearning token of a UniErase chain; `None` for other algorithms."""
         return UnlearningToken.load(self.path / TOKEN) if TOKEN in self.record.files else None
 
     def contents(self) -> Iterator[tuple[BatchEntry, Batch]]:
-        """Every batch with what its file holds, in order."""
+        """Yields every batch's entry with the content of its file, in order."""
         for entry in self.batches:
             yield entry, self._session.batch(entry)
 
     def steps(self) -> Iterator[tuple[BatchEntry, tuple[EditRequest, ...]]]:
-        """Every batch with its requests, in order, while `model` is what it was right after it (with the token, from
-        the first on). When the iteration ends, or is closed, the model is at the chain's end again."""
+        """Yields every batch's entry and requests, in order; meanwhile `model` is in the state right after that batch.
+
+        The token is in place from the first batch on. When the iteration ends or is closed, the model is back in the
+        state after the last batch.
+        """
         session, record = self._session, self.record
         bench, state = session.at_end(record), session.base(record)
         try:
@@ -202,16 +201,16 @@ class Chain:
             session.restore()
 
     def updates(self) -> dict[int, LowRank]:
-        """What the whole chain adds to the base weights, as factors by layer; in no layer that no batch has changed."""
+        """The sum of all batches' updates, as factors by layer; layers that no batch has changed are absent."""
         return self._session.updates(self.record)
 
     def add(self, requests: Iterable[EditRequest]) -> BatchEntry:
-        """Edits `requests` as one more batch.
+        """Edits `requests` as one more batch, and writes it.
 
         Raises:
-            RequestError: none given, or one that is in the chain already, or lacks what the algorithm needs.
-            EditlibError: the base model or the statistics are not what they were; no finite solution; a folder that
-                cannot be written or that another process writes. The chain and the model are what they were before.
+            RequestError: no request, one that is in the chain already, or one that lacks what the algorithm needs.
+            EditlibError: the base model or the statistics have changed; no finite solution; a folder that cannot be
+                written or that another process is writing. Chain and model are then unchanged.
         """
         new = list(requests)
         self._check_new(new)
@@ -225,10 +224,10 @@ class Chain:
                 check_requests_fit(bench.model, form, new)
                 editor = session.editor(self.record)
                 known = {question: ids for notes in self._notes for question, ids in notes.answers.items()}
-                anchored = editor.anchored(new, self.requests, known)
-                batch, result = editor.edit(session.state, new, anchored, seed)
-                ahead = session.state.after(batch)
-                weights = ahead.write(bench.anat)
+                anchors = editor.anchors_for(new, self.requests, known)
+                batch, result = editor.edit(session.state, new, anchors, seed)
+                state = session.state.after(batch)
+                weights = state.write(bench.anat)
                 number = len(self.batches) + 1
                 entry = write_entry(self._store, batch, result, weights, number, seed, self._clock())
                 record = self.record.with_batches([*self.batches, entry])
@@ -237,79 +236,78 @@ class Chain:
                 session.restore()
                 self._store.discard()
                 raise
-            self.record, session.state = record, ahead
+            self.record, session.state = record, state
             self._notes.append(_Notes.of(batch))
         return entry
 
     def undo(self) -> BatchEntry:
-        """Takes the last batch back, as it stands now, and returns what it was. Needs no model.
+        """Removes the last batch and returns its entry. Needs no model.
 
-        A revocation before is not undone by it.
+        Requests that were revoked earlier stay revoked.
 
         Raises:
-            ChainError: there is no batch.
+            ChainError: the chain has no batch.
         """
         with self._store.writing():
             self._refresh()
             if not self.batches:
                 raise ChainError(f"{self.path} holds no batch; there is nothing to undo")
-            *left, last = self.batches
-            record = self.record.with_batches(left)
+            *remaining, last = self.batches
+            record = self.record.with_batches(remaining)
             self._store.commit(record)
             self.record, self._notes = record, self._notes[:-1]
-            self._session.moved(record)
+            self._session.follow(record)
         return last
 
     def revoke(self, ids: Iterable[str]) -> Revocation:
-        """Takes single requests out, whatever batches they are in.
+        """Removes single requests, whatever batches they are in.
 
-        The batches from the first of these on are replayed on the base model with what they found before: no target
-        state is looked for again. Files of before are removed once the new ones count.
+        The batches from the first affected one on are solved again on the base model with their stored values; nothing
+        is optimised again. The old files are removed after the new ones are committed.
 
         Raises:
-            ChainError: an id that is not in the chain, or none given.
-            EditlibError: see `add`; the chain is what it was before.
+            ChainError: an id that is not in the chain, or no id.
+            EditlibError: see `add`; the chain is then unchanged.
         """
-        gone = list(dict.fromkeys(ids))
+        revoked_ids = list(dict.fromkeys(ids))
         with self._store.writing():
             self._refresh()
             known = self.record.ids
-            for name in gone:
+            for name in revoked_ids:
                 if name not in known:
                     raise ChainError(
-                        f"request {name!r} is not in {self.path}; `editlib chain log {self.path}` lists those that are"
+                        f"request {name!r} is not in {self.path}; `editlib chain log {self.path}` lists all requests"
                     )
-            if not gone:
+            if not revoked_ids:
                 raise ChainError("no request to revoke was given; give the id of at least one")
-            numbers = tuple(sorted({known[name].number for name in gone}))
-            taken = Revocation(self._clock(), tuple(gone), numbers)
+            numbers = tuple(sorted({known[name].number for name in revoked_ids}))
+            revocation = Revocation(self._clock(), tuple(revoked_ids), numbers)
             try:
                 kept, made = replayed(
-                    self._session, self.record, frozenset(gone), [notes.answers for notes in self._notes]
+                    self._session, self.record, frozenset(revoked_ids), [notes.answers for notes in self._notes]
                 )
-                record = replace(self.record.with_batches(kept), revoked=(*self.record.revoked, taken))
+                record = replace(self.record.with_batches(kept), revoked=(*self.record.revoked, revocation))
                 self._store.commit(record)
             except BaseException:
                 self._session.restore()
                 self._store.discard()
                 raise
-            same = self._notes[: len(kept) - len(made)]
-            self.record, self._notes = record, [*same, *map(_Notes.of, made)]
-            self._session.moved(record)
-        return taken
+            unchanged = self._notes[: len(kept) - len(made)]
+            self.record, self._notes = record, [*unchanged, *map(_Notes.of, made)]
+            self._session.follow(record)
+        return revocation
 
     def verify(self) -> None:
-        """Compares every file with its hash, the base model with its own, and the weights that the recorded updates
-        give on the base model with those that were there after each batch.
+        """Checks every file and the base model against their hashes, and recomputes the weights after each batch.
 
         Raises:
-            ChainError: the first difference, by file, or by batch and layer.
+            ChainError: the first difference; names the file, or the batch and layer.
         """
         self._read()
         self._session.verify(self.record)
 
     def apply_to(self, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> None:
-        """Puts all batches (and then the token) into another copy of the base model, in place.
+        """Applies all batches (and the token, if there are any) to another copy of the base model, in place.
 
         Raises:
             ChainError: `model` is not the chain's base model, or not in its dtype.
@@ -317,7 +315,7 @@ class Chain:
         Session(self._store, Workbench.of(model, tok)).at_end(self.record)
 
     def status(self) -> dict[str, Any]:
-        """What the chain is and holds, JSON-ready."""
+        """A summary of the chain and its batches, JSON-ready; see `store.summary`."""
         return summary(self._store, self.record)
 
     def _check_new(self, new: Sequence[EditRequest]) -> None:
@@ -331,11 +329,11 @@ class Chain:
             if request.question in questions:
                 raise RequestError(
                     f"{where}: asks the same as request {questions[request.question]!r}, {request.question!r}; "
-                    "take one of the two out"
+                    "remove one of the two"
                 )
             ids[request.id], questions[request.question] = "this batch", request.id
 
     def _refresh(self) -> None:
-        """Reads the folder again where another process wrote it since; called by the only writer."""
+        """Reads the folder again if another process has written it; called while holding the lock."""
         if self._store.record() != self.record:
             self._read()

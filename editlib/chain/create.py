@@ -1,4 +1,4 @@
-"""What a chain is started with, made once and found again: settings, statistics, token, retain prompts."""
+"""Starting a chain, and loading again what it was started with: settings, statistics, token, retain prompts."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ STATS_TOKENS_UNLEARN = 20_000
 
 
 def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token: bool = False) -> None:
-    """What can be told before a model is loaded.
+    """Checks everything that can be checked before a model is loaded.
 
     Raises:
-        OutputError: `path` is no place for a new chain.
-        HparamsError: an algorithm that cannot be chained, or has no use for what was given.
+        OutputError: `path` holds a chain or anything else.
+        HparamsError: an algorithm that cannot be chained, or that takes no retain prompts or no token.
     """
     if (path / RECORD).exists():
         raise OutputError(f"{path} holds a chain already; choose another folder, or go on with `editlib chain add`")
@@ -48,8 +48,8 @@ def check_algorithm(hparams: HyperParams) -> None:
     """Raises `HparamsError` for an algorithm that cannot be chained."""
     if not hparams.chainable:
         raise HparamsError(
-            f"{hparams.algorithm} trains weights and has no target states, so that nothing of it could be replayed "
-            "when a request is revoked; expected a closed-form algorithm for a chain, such as UniErase, AlphaEdit or "
+            f"{hparams.algorithm} trains weights and has no values that could be replayed when a request is "
+            "revoked; expected a closed-form algorithm for a chain, such as UniErase, AlphaEdit or "
             "MEMIT"
         )
 
@@ -67,7 +67,7 @@ def start(
     stats_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Writes the folder of a chain without batches; see `Chain.create`."""
+    """Writes the folder of a new chain, without batches; see `Chain.create`."""
     check_start(path, hparams, retain=retain is not None, token=token is not None)
     if weights_sha256(bench.model) != bench.sha256:
         raise ModelError(
@@ -102,8 +102,8 @@ def start(
             seed=seed,
             templates=_templates(bench, hparams, asking, seed),
             statistics={
-                str(layer): {"path": str(one.path and one.path.resolve()), "sha256": one.sha256()}
-                for layer, one in inputs.stats.items()
+                str(layer): {"path": str(stats.path and stats.path.resolve()), "sha256": stats.sha256()}
+                for layer, stats in inputs.stats.items()
             },
             files=files,
             prompts=asking.to_dict(),
@@ -112,7 +112,7 @@ def start(
 
 
 def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, seed: int) -> tuple[str, ...]:
-    """The surroundings that the base model writes once for all batches, where the settings name none."""
+    """Context templates sampled from the base model, once for all batches; none if the settings give them."""
     assert isinstance(hparams, ClosedFormHyperParams)
     if hparams.context_templates:
         return ()
@@ -121,13 +121,13 @@ def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, s
 
 
 def inputs_of(store: Store, record: ChainRecord, bench: Workbench, stats_dir: Path | None = None) -> editing.EditInputs:
-    """The statistics and the token that the chain was started with.
+    """Loads the statistics and the token that the chain was started with.
 
     Args:
-        stats_dir: where statistics are looked for that are not where they were.
+        stats_dir: folder to search for statistics that are missing at their recorded path.
 
     Raises:
-        StatsError: they are gone, or are not the same any more.
+        StatsError: statistics are missing or have changed.
     """
     stats = {int(layer): _stats(record, int(layer), bench, stats_dir) for layer in record.statistics}
     token = UnlearningToken.load(store.path / TOKEN) if TOKEN in record.files else None
@@ -135,17 +135,17 @@ def inputs_of(store: Store, record: ChainRecord, bench: Workbench, stats_dir: Pa
 
 
 def retain_of(store: Store, record: ChainRecord) -> list[EditRequest]:
-    """The retain prompts that the chain was started with."""
+    """Reads the retain prompts that the chain was started with."""
     path = store.path / RETAIN
     return read_requests(path) if RETAIN in record.files and path.stat().st_size else []
 
 
 def check_model(record: ChainRecord, bench: Workbench) -> None:
-    """Raises `ChainError` when `bench` holds another model than the chain's base."""
+    """Raises `ChainError` if `bench` holds another model than the chain's base model."""
     if bench.sha256 != record.base["sha256"]:
         raise ChainError(
             f"{bench.name}: has other weights than the chain's base model {record.base['name']} (hash "
-            f"{bench.sha256[:12]}, expected {record.base['sha256'][:12]}); give that model, in the dtype of before"
+            f"{bench.sha256[:12]}, expected {record.base['sha256'][:12]}); give that model, in the same dtype"
         )
 
 

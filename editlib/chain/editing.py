@@ -1,4 +1,4 @@
-"""One more batch on top of a position: found anew, or replayed from what was kept of it."""
+"""Solving one batch on top of a chain state: with new values, or with the stored ones when it is replayed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ from editlib.workbench import Workbench
 
 @dataclass(frozen=True)
 class BatchAnchors:
-    """The retain prompts that one batch holds, in their order, the base model's answers to them, and those of the
-    answers that no earlier batch keeps."""
+    """The anchored retain prompts of one batch.
+
+    Args:
+        prompts: in the order of the solve.
+        answers: the base model's answers by question, as token ids.
+        new: those of `answers` that no earlier batch stores.
+    """
 
     prompts: tuple[EditRequest, ...] = ()
     answers: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -37,16 +42,16 @@ class BatchAnchors:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[EditRequest], answers: Mapping[str, Sequence[int]], kept: Collection[str]
+        cls, prompts: Sequence[EditRequest], answers: Mapping[str, Sequence[int]], stored: Collection[str]
     ) -> BatchAnchors:
-        """`answers` may hold others, too; `kept` are the questions that earlier batches keep the answers to."""
+        """Selects the prompts' own answers; `stored` are the questions whose answers earlier batches store."""
         own = {prompt.question: answers[prompt.question] for prompt in prompts if prompt.question in answers}
-        return cls(tuple(prompts), own, {question: ids for question, ids in own.items() if question not in kept})
+        return cls(tuple(prompts), own, {question: ids for question, ids in own.items() if question not in stored})
 
 
 @dataclass
 class Editor:
-    """What all batches of a chain are made with; `start` is the base model."""
+    """Makes the batches of one chain; `start` is the state of the base model."""
 
     bench: Workbench
     record: ChainRecord
@@ -54,19 +59,19 @@ class Editor:
     inputs: editing.EditInputs
     retain: Sequence[EditRequest]
     start: ChainState
-    _held: tuple[Any, AnchorKeys] | None = None  # the last anchors, and their keys
+    _last_keys: tuple[Any, AnchorKeys] | None = None  # the last batch's anchors, and their keys
 
-    def anchored(
+    def anchors_for(
         self,
         requests: Sequence[EditRequest],
         earlier: Sequence[EditRequest],
         known: Mapping[str, Sequence[int]],
     ) -> BatchAnchors:
-        """The anchors of a new batch: of the retain prompts that ask for nothing that the chain has forgotten.
+        """Chooses the anchors of a new batch: retain prompts that ask for nothing that the chain has forgotten.
 
-        Their answers are those of the base model, which the retain set is there to keep, so that no batch depends on
-        what earlier ones did to them; those `known` from earlier batches are not asked again. Where there are more than
-        `max_anchors`, the order that they are drawn in is the chain's, so that batches share what they can.
+        Their answers are the base model's, so that no batch depends on what earlier ones did to them; answers `known`
+        from earlier batches are not generated again. If there are more than `max_anchors`, they are drawn by the
+        chain's seed, so that batches share as many as possible.
         """
         if not self.hparams.holds_anchors:
             return BatchAnchors()
@@ -83,53 +88,57 @@ class Editor:
         self,
         state: ChainState,
         requests: Sequence[EditRequest],
-        anchored: BatchAnchors,
+        anchors: BatchAnchors,
         seed: int,
         values: Values | None = None,
     ) -> tuple[Batch, EditResult]:
-        """Edits `requests` on top of `position`, with the model left in a state that the caller sets again."""
+        """Edits `requests` on top of `state`; the caller has to write the model's weights again afterwards.
+
+        Args:
+            values: the stored values of a batch that is replayed; `None`: they are optimised.
+        """
         anat = self.bench.anat
-        held = self._keys_of(anchored, requests, seed)
+        anchor_keys = self._anchor_keys(anchors, requests, seed)
         state.write(anat)
         edit_state = state.edit_state(anat, self.record.templates)
         given = {"state": edit_state, "values": values, "seed": seed, "chat": self.record.asking}
-        if held is not None:
-            given["anchored"] = held
+        if anchor_keys is not None:
+            given["anchored"] = anchor_keys
         result = editing.apply(self.bench, requests, self.hparams, self.inputs, **given)
         updates = result.deltas
         if state.pruned:
             updates = {
                 layer: new_part(total, edit_state.totals.get(layer)) for layer, total in result.state.totals.items()
             }
-        return Batch.of(result, updates, requests, anchored.new), result
+        return Batch.of(result, updates, requests, anchors.new), result
 
-    def _keys_of(self, anchored: BatchAnchors, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
-        """The keys of a batch's anchors, of the base model: most batches have the anchors of the one before."""
+    def _anchor_keys(self, anchors: BatchAnchors, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
+        """The anchors' keys in the base model; reused if the last batch had the same anchors. `None` without any."""
         if self.hparams.has_target:
             return None
         subjects = [request.subject for request in requests] if self.hparams.anchor_subjects else []
-        asked = tuple(prompt.id for prompt in anchored.prompts), tuple(subjects)
-        if self._held is None or self._held[0] != asked:
+        asked = tuple(prompt.id for prompt in anchors.prompts), tuple(subjects)
+        if self._last_keys is None or self._last_keys[0] != asked:
             self.start.write(self.bench.anat)
             form = PromptFormat.of(self.bench.tok, self.record.asking)
-            found = hold_anchors(
+            keys = hold_anchors(
                 self.bench.anat,
                 form,
-                anchored.prompts,
+                anchors.prompts,
                 requests,
                 self.hparams,
-                known_answers=anchored.answers,
+                known_answers=anchors.answers,
                 seed=seed,
                 progress=self.bench.progress,
             )
-            self._held = asked, found
-        return self._held[1]
+            self._last_keys = asked, keys
+        return self._last_keys[1]
 
 
 def write_entry(
     store: Store, batch: Batch, result: EditResult, weights: Mapping[int, Tensor], number: int, seed: int, time: str
 ) -> BatchEntry:
-    """Writes a batch's file and describes it; it counts once a record that names it is committed."""
+    """Writes a batch's file and returns its entry; it belongs to the chain once a record naming it is committed."""
     layers = {
         str(layer): {
             "sha256": digest(weights[layer]),

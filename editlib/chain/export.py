@@ -1,4 +1,4 @@
-"""What is handed on of a chain: the edited model, the edit alone, an adapter, a receipt."""
+"""Exports of a chain: the edited model, a delta file, a LoRA adapter, a receipt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save_chain(chain: Chain, out: str | Path, *, overwrite: bool = False) -> str
     """Writes the chain's model as an ordinary Hugging Face folder with its receipt; returns the hash of the result.
 
     Raises:
-        EditlibError: a chain without batches, another base model, no place for the folder; nothing is written then.
+        EditlibError: a chain without batches, another base model, or an output folder in use. Nothing is written then.
     """
     check_output(Path(out), overwrite=overwrite)
     receipt = chain_receipt(chain)
@@ -34,7 +34,7 @@ def save_chain(chain: Chain, out: str | Path, *, overwrite: bool = False) -> str
 
 
 def save_chain_delta(chain: Chain, out: str | Path, *, overwrite: bool = False) -> Delta:
-    """Writes what the whole chain does to its base model as one delta file; raises as `save_chain`."""
+    """Writes the whole chain as one delta file of its base model; raises as `save_chain`."""
     check_file(Path(out), overwrite=overwrite)
     delta = chain_delta(chain)
     delta.save(out)
@@ -47,7 +47,7 @@ def save_chain_lora(
     """Writes the whole chain as a LoRA adapter of its base model, which is loaded once more; see `save_lora`.
 
     Args:
-        base: where the base model is, if not where the chain was started with it.
+        base: the base model's path or id, if it is no longer the recorded one.
     """
     check_rank(rank)
     check_output(Path(out), overwrite=overwrite)
@@ -64,7 +64,7 @@ def save_chain_receipt(
     private: bool = False,
     overwrite: bool = False,
 ) -> tuple[Path, Path | None]:
-    """Writes what was asked of the chain, when and with what result, as JSON and as a page; see `write_pages`."""
+    """Writes the chain's receipt (requests, times, results) as JSON and as a page; see `write_pages`."""
     check_place(Path(out), private=private, overwrite=overwrite)
     receipt = chain_receipt(chain)
     return write_pages(
@@ -73,11 +73,11 @@ def save_chain_receipt(
 
 
 def chain_delta(chain: Chain) -> Delta:
-    """The difference between the chain's model and its base; raises as `save_chain`."""
+    """Makes the delta between the chain's model and its base model; raises as `save_chain`."""
     receipt = chain_receipt(chain)
     return make_delta(
         chain.anat,
-        _wide(chain),
+        _fp64_updates(chain),
         chain.base_weights,
         base=chain.record.base["name"],
         base_sha256=chain.record.base["sha256"],
@@ -88,11 +88,10 @@ def chain_delta(chain: Chain) -> Delta:
 
 
 def chain_receipt(chain: Chain) -> dict[str, Any]:
-    """As `export.make_receipt`, of all batches together: per request its batch and its time, besides, and what was
-    revoked when.
+    """Makes one receipt for all batches, as `export.make_receipt`, with each request's batch and time, and revocations.
 
     Raises:
-        ChainError: there is no batch, or the base model is another.
+        ChainError: the chain has no batch, or the base model is another one.
     """
     record = chain.record
     if not record.batches:
@@ -106,7 +105,7 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
             for i, request in enumerate(batch.requests)
         ]
     base = record.base
-    norms = layer_norms(_wide(chain), chain.base_weights)
+    norms = layer_norms(_fp64_updates(chain), chain.base_weights)
     return {
         **origin(base["name"], base["sha256"], chain.requests, record.settings, chain.token, record.seed),
         "created": record.batches[-1].time,
@@ -122,8 +121,8 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
     }
 
 
-def _wide(chain: Chain) -> dict[int, LowRank]:
-    """The chain's updates in fp64, in which its weights are summed."""
+def _fp64_updates(chain: Chain) -> dict[int, LowRank]:
+    """The chain's updates in fp64, the dtype in which its weights are summed."""
     return {
         layer: LowRank(update.left.to(torch.float64), update.right.to(torch.float64))
         for layer, update in sorted(chain.updates().items())

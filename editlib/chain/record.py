@@ -1,4 +1,4 @@
-"""`chain.json`: what a chain was started with and which batches it holds; it carries a hash of itself."""
+"""The record `chain.json`: what a chain was started with, and its batches; it contains a hash of itself."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from editlib.models.prompts import Asking
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 
-FORMAT = 1  # raised when a chain of before cannot be read any more
+FORMAT = 1  # increased when older chains can no longer be read
 
 
 @dataclass(frozen=True)
 class BatchEntry:
     """One batch in `chain.json`.
 
-    `layers` maps a layer's number to the hash of its weight after this batch (`sha256`), the norm of the batch's update
-    (`update`) and that norm over the weight's before (`ratio`).
+    `layers` maps a layer's number to the hash of its weight after the batch (`sha256`), the Frobenius norm of the
+    batch's update (`update`), and that norm divided by the norm of the weight before it (`ratio`).
     """
 
     number: int
@@ -39,7 +39,7 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class Revocation:
-    """When requests were taken out of which batches (their numbers then)."""
+    """When requests were revoked, and the numbers that their batches had then."""
 
     time: str
     ids: tuple[str, ...]
@@ -48,10 +48,10 @@ class Revocation:
 
 @dataclass(frozen=True)
 class ChainRecord:
-    """All of `chain.json` but its own hash.
+    """The content of `chain.json` without its hash.
 
     `base` holds the model's `name`, `sha256`, the `dtype` it is loaded in and the hash of each weight to be edited
-    (`layers`); `statistics` path and hash by layer; `files` the hashes of the copies that lie beside.
+    (`layers`); `statistics` path and hash by layer; `files` the hashes of the token and retain prompts in the folder.
     """
 
     format: int
@@ -82,30 +82,29 @@ class ChainRecord:
 
     @property
     def ids(self) -> dict[str, BatchEntry]:
-        """Every request's id with the batch that it stands in."""
+        """Every request's id with the entry of its batch."""
         return {name: entry for entry in self.batches for name in entry.ids}
 
     def with_batches(self, batches: Sequence[BatchEntry]) -> ChainRecord:
-        """The same chain with other batches."""
+        """Copies the record with other batches."""
         return replace(self, batches=tuple(batches))
 
     def seed_of(self, requests: Sequence[EditRequest]) -> int:
-        """The seed of a batch: it follows from the chain's and from what the batch asks, not from how often it was
-        tried."""
+        """Derives the seed of a batch from the chain's seed and the requests, so that a retry uses the same one."""
         digest = hashlib.sha256(f"{self.seed}:{requests_hash(requests)}".encode())
         return int.from_bytes(digest.digest()[:4], "big")
 
     def to_bytes(self) -> bytes:
-        """The file, the same for the same content."""
+        """Serialises the record; equal content gives equal bytes."""
         content = asdict(self)
         return _render({**content, "sha256": _hash(content)})
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: str) -> ChainRecord:
-        """Reads what `to_bytes` wrote; `where` names the file in errors.
+        """Reads the bytes that `to_bytes` wrote; `where` names the file in errors.
 
         Raises:
-            ChainError: a byte is not as it was written, or a format of another version.
+            ChainError: a changed byte, or the format of another version.
         """
         try:
             content = json.loads(raw.decode("utf-8"))
@@ -114,7 +113,9 @@ class ChainRecord:
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:
-            raise ChainError(f"{where}: damaged: it does not have the hash that it carries; restore it from a copy")
+            raise ChainError(
+                f"{where}: damaged: it does not have the hash that is written in it; restore it from a copy"
+            )
         if content.get("format") != FORMAT:
             raise ChainError(
                 f"{where}: has format {content.get('format')!r}, this editlib reads {FORMAT}; open it with the version "
@@ -134,7 +135,7 @@ def sha256(raw: bytes) -> str:
 
 
 def _made(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass from JSON, whose lists become tuples."""
+    """Makes a dataclass from JSON values; lists become tuples."""
     known = {field.name for field in fields(kind)}
     if unknown := set(values) - known:
         raise KeyError(sorted(unknown)[0])

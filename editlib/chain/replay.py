@@ -1,4 +1,4 @@
-"""Taking single requests out: the batches from theirs on are made again from what they found, without looking anew."""
+"""Revoking single requests: later batches are solved again with their stored values, without optimising them again."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ from editlib.chain.session import Session
 def replayed(
     session: Session, record: ChainRecord, gone: Collection[str], answers: Sequence[Mapping[str, Sequence[int]]]
 ) -> tuple[list[BatchEntry], list[Batch]]:
-    """All batches without the requests `gone`; those of batches that had to be made again come as `Batch` too.
+    """Makes the chain's batches without the requests `gone`.
 
-    The batches before the first that changes stay as they are; those behind it stand on other weights now, and are
-    solved again for the target states, with the anchors, answers and seed of before. A batch that nothing is left of
-    goes. When nothing has to be made again, no model is loaded.
+    Batches before the first affected one stay as they are. The later ones start from other weights, so each is solved
+    again for its stored values, with the same anchors, answers and seed. A batch without remaining requests is removed.
+    If no batch has to be solved again, no model is loaded.
 
     Args:
-        answers: what each batch keeps of the anchors' answers; what goes with a batch is kept by a later one.
+        answers: the anchor answers that each batch stores; if a batch is removed, a later one stores its answers.
+
+    Returns:
+        The entries of all batches, and the content of those that were solved again.
     """
     first = next(i for i, entry in enumerate(record.batches) if not gone.isdisjoint(entry.ids))
     kept, made = list(record.batches[:first]), []
-    state, debts, prompts = None, GateCarryover(), {}
-    known = {question: ids for some in answers for question, ids in some.items()}
-    said = {question for some in answers[:first] for question in some}
+    state, carryover, prompts = None, GateCarryover(), {}
+    known = {question: ids for stored in answers for question, ids in stored.items()}
+    stored = {question for earlier in answers[:first] for question in earlier}
     for old in record.batches[first:]:
         batch = session.batch(old)
         left = [i for i, request in enumerate(batch.requests) if request.id not in gone]
-        values = debts.settled(batch, left)
+        values = carryover.values_for(batch, left)
         if not left:
             continue
         editor = session.editor(record)
         if state is None:
-            state = session.built(session.base(record), kept)
+            state = session.state_after(session.base(record), kept)
             prompts = {prompt.id: prompt for prompt in editor.retain}
-        anchored = BatchAnchors.of([prompts[name] for name in batch.anchors], known, said)
-        said |= set(anchored.new)
-        again, result = editor.edit(state, [batch.requests[i] for i in left], anchored, old.seed, values)
+        anchors = BatchAnchors.of([prompts[name] for name in batch.anchors], known, stored)
+        stored |= set(anchors.new)
+        again, result = editor.edit(state, [batch.requests[i] for i in left], anchors, old.seed, values)
         state = state.after(again)
         number = len(kept) + 1
         kept.append(write_entry(session.store, again, result, state.weights(), number, old.seed, old.time))
@@ -52,21 +55,21 @@ def replayed(
 
 
 class GateCarryover:
-    """What revoked requests leave to be done by later batches.
+    """Gate contributions of revoked batches that the next batch with the same relation has to make instead.
 
-    A batch's gate goes only the part of the way to a relation that the batches before it have not gone. When one of
-    these is revoked, the next batch that asks for the relation goes that part too.
+    A batch opens the gate for a relation only as far as earlier batches have not. If an earlier one is revoked, its
+    contribution is added to the next batch that asks for the relation.
     """
 
     def __init__(self) -> None:
         self._open: dict[str | None, Tensor] = {}
 
-    def settled(self, batch: Batch, kept: Sequence[int]) -> Values:
-        """The values of the `kept` requests of a batch."""
+    def values_for(self, batch: Batch, kept: Sequence[int]) -> Values:
+        """The values of the `kept` requests of a batch, with what they carry over from revoked ones."""
         values = batch.values.select(kept)
         relations = {batch.requests[i].relation for i in kept}
         gate = {}
         for relation, value in values.gate.items():
-            whole = value + self._open.pop(relation) if relation in self._open else value
-            (gate if relation in relations else self._open)[relation] = whole
+            total = value + self._open.pop(relation) if relation in self._open else value
+            (gate if relation in relations else self._open)[relation] = total
         return replace(values, gate=gate)

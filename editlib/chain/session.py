@@ -1,4 +1,4 @@
-"""The model that a chain edits: loaded when it is needed, checked, and brought to where the chain stands."""
+"""The base model of an open chain: loaded on first use, checked, and brought to the state after any batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from editlib.workbench import Workbench
 
 
 class Session:
-    """One loaded base model; `position` is where its weights stand, `None` when that is not known."""
+    """One base model; `state` is the chain state of its weights, `None` if that is not known."""
 
     def __init__(
         self,
@@ -36,11 +36,11 @@ class Session:
         self._editor: Editor | None = None
 
     def base(self, record: ChainRecord) -> ChainState:
-        """The base model's position; loads the model if need be.
+        """The state of the base model, before any batch; loads the model on first use.
 
         Raises:
-            ModelError, FetchError: it cannot be loaded.
-            ChainError: it is not the chain's base model.
+            ModelError, FetchError: the model cannot be loaded.
+            ChainError: another model than the chain's base model.
         """
         if self._base is None:
             base = record.base
@@ -56,11 +56,11 @@ class Session:
         return self._base
 
     def at_end(self, record: ChainRecord) -> Workbench:
-        """The model with all batches of `record` (and then the token) in place."""
+        """The model with all batches of `record` (and the token, if there are any) applied."""
         base = self.base(record)
         assert self._bench is not None
         if self.state is None:
-            state = self.built(base, record.batches)
+            state = self.state_after(base, record.batches)
             if record.batches:
                 self.put_token(record, self._bench)
             state.write(self._bench.anat)
@@ -68,7 +68,7 @@ class Session:
         return self._bench
 
     def editor(self, record: ChainRecord) -> Editor:
-        """What edits are made with, read once, with the token in the model."""
+        """The editor of the chain, made once; the token is put into the model."""
         bench = self.at_end(record)
         if self._editor is None:
             inputs = inputs_of(self.store, record, bench, self._stats_dir)
@@ -78,52 +78,52 @@ class Session:
         return self._editor
 
     def put_token(self, record: ChainRecord, bench: Workbench) -> None:
-        """Adds the chain's token, if it has one, to a model and its tokenizer."""
+        """Adds the chain's token to a model and its tokenizer, if the chain has one."""
         if TOKEN in record.files:
             UnlearningToken.load(self.store.path / TOKEN).add_to(bench.model, bench.tok)
 
     def verify(self, record: ChainRecord) -> None:
-        """Applies every batch to the base weights and raises `ChainError` where they are not what was recorded."""
+        """Applies every batch to the base weights; raises `ChainError` if a weight does not have its recorded hash."""
         state = self.base(record)
         for entry in record.batches:
             state = state.after(self.batch(entry))
             weights = state.weights()
             for layer, was in entry.layers.items():
-                found = digest(weights[int(layer)])
-                if found != was["sha256"]:
+                sha256 = digest(weights[int(layer)])
+                if sha256 != was["sha256"]:
                     raise ChainError(
                         f"{self.store.path}: batch {entry.number}, layer {layer}: its updates on the base model give "
-                        f"weights of hash {found[:12]}, recorded were {was['sha256'][:12]}; restore {entry.file} from "
+                        f"weights of hash {sha256[:12]}, recorded were {was['sha256'][:12]}; restore {entry.file} from "
                         "a copy"
                     )
 
     def restore(self) -> None:
-        """Puts the weights back to where they are known to stand, after an edit that failed."""
+        """Writes the weights of the known state again, after an edit that failed."""
         if self.state is not None and self._bench is not None:
             self.state.write(self._bench.anat)
 
-    def moved(self, record: ChainRecord) -> None:
-        """Follows a chain that became shorter or other; a model that was not loaded is not loaded for it."""
+    def follow(self, record: ChainRecord) -> None:
+        """Brings the model to the end of a record with fewer or other batches; does nothing if no model is loaded."""
         if self.state is not None:
             self.state = None
             self.at_end(record)
 
-    def built(self, base: ChainState, entries: Sequence[BatchEntry]) -> ChainState:
-        """The position behind some batches on top of `base`."""
+    def state_after(self, base: ChainState, entries: Sequence[BatchEntry]) -> ChainState:
+        """The state after the batches `entries` on top of `base`."""
         for entry in entries:
             base = base.after(self.batch(entry))
         return base
 
     def updates(self, record: ChainRecord) -> dict[int, LowRank]:
-        """What all batches together add to the base weights, as factors; only PRUNE's need the base model."""
+        """The sum of all batches' updates, as factors by layer; only PRUNE needs the base model for it."""
         if record.settings.refits_totals:
-            return self.built(self.base(record), record.batches).pruned_updates()
-        found: dict[int, LowRank] = {}
+            return self.state_after(self.base(record), record.batches).pruned_updates()
+        totals: dict[int, LowRank] = {}
         for entry in record.batches:
             for layer, update in self.batch(entry).updates.items():
-                found[layer] = found[layer] + update if layer in found else update
-        return found
+                totals[layer] = totals[layer] + update if layer in totals else update
+        return totals
 
     def batch(self, entry: BatchEntry) -> Batch:
-        """A batch from its file."""
+        """Reads a batch from its file."""
         return Batch.from_bytes(self.store.read(entry.file, entry.sha256), entry.file)

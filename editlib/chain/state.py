@@ -1,8 +1,8 @@
-"""Where a chain stands: the weights after some of its batches, and what the next edit must know of them.
+"""The state of a chain: the weights after some of its batches, and what the next edit has to know of them.
 
 Every weight is `round(base + sum of all updates)`: the sum is kept in fp64 and rounded to the model's dtype once, so
-that updates too small for bf16 add up. Nothing here depends on how the chain came to its batches: a position is a
-function of the base model and of the batches' files.
+that updates too small for bf16 add up. A state depends only on the base model and on the batches' files, not on the
+history of undone or revoked edits.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ from editlib.models.anatomy import Anatomy
 
 @dataclass(frozen=True)
 class ChainState:
-    """`base` and `sums` are `[d_model, d_ff]` by layer, on the CPU; `sums` in fp64, of the layers that a batch has
-    changed. `factors` (PRUNE only) are the same sums as factors, while these are thinner; `opened` are the relations
-    that UniErase's gate is open for. A new object after each batch."""
+    """The base weights and the sums of all updates; immutable, `after` returns a new object.
+
+    Args:
+        base: base weights by layer, `[d_model, d_ff]`, on the CPU.
+        pruned: whether the spectrum of the running total is pruned (PRUNE).
+        sums: sums of the updates of changed layers, `[d_model, d_ff]`, fp64, on the CPU.
+        factors: PRUNE only: the same sums as factors, as long as their rank is below `d_model`.
+        past: keys of all earlier requests by layer.
+        opened: relations that UniErase's gate is open for.
+    """
 
     base: Mapping[int, Tensor]
     pruned: bool = False
@@ -40,13 +47,13 @@ class ChainState:
 
     @classmethod
     def start(cls, anat: Anatomy, hparams: HyperParams, wanted: Mapping[str, str]) -> ChainState:
-        """Before the first batch, of the model as it is.
+        """The state before the first batch, from the weights of an unedited model.
 
         Args:
             wanted: hash of each base weight by layer.
 
         Raises:
-            ChainError: a weight is not the base model's.
+            ChainError: a weight does not have its hash.
         """
         base = {layer: anat.weight(layer).detach().cpu().clone() for layer in hparams.edited_layers}
         for layer, weight in base.items():
@@ -58,51 +65,51 @@ class ChainState:
         return cls(base, hparams.refits_totals)
 
     def after(self, batch: Batch) -> ChainState:
-        """The position after one more batch."""
+        """The state after one more batch."""
         sums, factors, past = dict(self.sums), dict(self.factors), dict(self.past)
         for layer, update in batch.updates.items():
-            own = LowRank(update.left.double(), update.right.double())
-            dense = own.dense()
+            wide = LowRank(update.left.double(), update.right.double())
+            dense = wide.dense()  # [d_model, d_ff]
             sums[layer] = sums[layer] + dense if layer in sums else dense
             if self.pruned:
-                joined = factors[layer] + own if layer in factors else own
-                factors[layer] = joined if joined.rank < len(dense) else LowRank.full(sums[layer])
+                total = factors[layer] + wide if layer in factors else wide
+                factors[layer] = total if total.rank < len(dense) else LowRank.full(sums[layer])
         for layer, keys in batch.keys.items():
             past[layer] = past.get(layer, PastKeys.none(len(keys))).with_keys(keys)
         opened = self.opened | relations_of(batch.values.gate)
         return replace(self, sums=sums, factors=factors, past=past, opened=opened)
 
     def weights(self) -> dict[int, Tensor]:
-        """The weights here, in the base's dtype.
+        """The weights by layer, `[d_model, d_ff]`, in the base model's dtype.
 
         Raises:
-            EditError: one is not finite in that dtype.
+            EditError: a weight is not finite in that dtype.
         """
-        found = dict(self.base)
+        weights = dict(self.base)
         updates = (
             {layer: update.dense() for layer, update in self.pruned_updates().items()} if self.pruned else self.sums
         )
         for layer, update in updates.items():
             base = self.base[layer]
-            found[layer] = (base.double() + update).to(base.dtype)
-            if not torch.isfinite(found[layer]).all():
+            weights[layer] = (base.double() + update).to(base.dtype)
+            if not torch.isfinite(weights[layer]).all():
                 raise EditError(f"the weights of layer {layer} would not be finite in {base.dtype}: lower `v_lr`")
-        return found
+        return weights
 
     def pruned_updates(self) -> dict[int, LowRank]:
-        """PRUNE's updates: all so far, with their spectrum cut together."""
+        """PRUNE's total updates by layer, with the spectrum of each total pruned."""
         return {layer: restrained(total, self.base[layer]) for layer, total in self.factors.items()}
 
     def write(self, anat: Anatomy) -> dict[int, Tensor]:
-        """Puts the weights of this position into the model; returns them."""
-        found = self.weights()
+        """Copies the weights of this state into the model, and returns them."""
+        weights = self.weights()
         with torch.no_grad():
-            for layer, weight in found.items():
+            for layer, weight in weights.items():
                 anat.weight(layer).copy_(weight)
-        return found
+        return weights
 
     def edit_state(self, anat: Anatomy, templates: Sequence[str]) -> EditState:
-        """What the next edit is given."""
+        """The `EditState` that the next edit continues from."""
         factors = {}
         for layer, total in self.factors.items():
             device = anat.weight(layer).device
@@ -112,13 +119,13 @@ class ChainState:
 
 
 def digest(weight: Tensor) -> str:
-    """Hash over dtype, shape and bytes of one weight `[d_model, d_ff]`."""
-    found = hashlib.sha256(f"{weight.dtype}:{tuple(weight.shape)};".encode())
-    found.update(memoryview(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return found.hexdigest()
+    """SHA-256 (hex) over dtype, shape and bytes of one weight `[d_model, d_ff]`."""
+    sha256 = hashlib.sha256(f"{weight.dtype}:{tuple(weight.shape)};".encode())
+    sha256.update(memoryview(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return sha256.hexdigest()
 
 
 def new_part(total: LowRank, before: LowRank | None) -> LowRank:
-    """What an edit added to a running total of factors (PRUNE reports the total, not the part)."""
+    """The factors that an edit added to a running total (PRUNE reports the total)."""
     rank = 0 if before is None else before.rank
     return LowRank(total.left[:, rank:], total.right[rank:])

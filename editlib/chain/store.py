@@ -1,8 +1,8 @@
-"""The folder of a chain on disk: read with its hashes, written so that a kill at any moment leaves a whole chain.
+"""The folder of a chain on disk: checked by hashes when read, and whole after a kill at any moment.
 
-`chain.json` says which files belong to the chain. New ones are written and synced beside the old, under names that
-hold their hash; replacing `chain.json` is the one step that makes them count; what is no longer named is removed after
-it, or at the next writing.
+`chain.json` names the files that belong to the chain. New files are written and synced next to the old ones, under
+names that contain their hash. Replacing `chain.json` is the commit; files that it no longer names are removed after
+it, or by the next writer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 RECORD, BATCHES, TOKEN, RETAIN, LOCK = "chain.json", "batches", "token.safetensors", "retain.jsonl", ".lock"
 OURS = re.compile(r"\d{4,}-[0-9a-f]{12}\.safetensors|\..+\.tmp")
-"""Names in `batches/` that only this module gives; anything else there is the user's."""
+"""Names in `batches/` that only this module writes; any other file there is the user's."""
 
 
 class Store:
@@ -35,10 +35,10 @@ class Store:
         self.path = Path(path)
 
     def record(self) -> ChainRecord:
-        """`chain.json`.
+        """Reads `chain.json`.
 
         Raises:
-            ChainError: there is none, or it is damaged.
+            ChainError: no such file, or a damaged one.
         """
         path = self.path / RECORD
         if not path.is_file():
@@ -46,10 +46,10 @@ class Store:
         return ChainRecord.from_bytes(_bytes(path), str(path))
 
     def read(self, name: str, wanted: str) -> bytes:
-        """A file of the chain whose hash must be `wanted`.
+        """Reads a file of the chain and checks that its hash is `wanted`.
 
         Raises:
-            ChainError: it is missing or damaged; names it.
+            ChainError: a missing or damaged file; names it.
         """
         path = self.path / name
         raw = _bytes(path)
@@ -60,29 +60,29 @@ class Store:
             )
         return raw
 
-    def read_all(self, look: Callable[[BatchEntry, bytes], T]) -> tuple[ChainRecord, list[T]]:
-        """The record and what `look` sees in each batch, every file of the chain checked.
+    def read_all(self, parse: Callable[[BatchEntry, bytes], T]) -> tuple[ChainRecord, list[T]]:
+        """Reads and checks every file of the chain; returns the record, and `parse(entry, bytes)` of each batch.
 
-        Needs no lock: when a writer replaced the chain meanwhile, the new one is read.
+        Needs no lock: if a writer replaced the chain meanwhile, the new one is read.
         """
         while True:
             record = self.record()
             try:
                 for name, wanted in record.files.items():
                     self.read(name, wanted)
-                return record, [look(entry, self.read(entry.file, entry.sha256)) for entry in record.batches]
+                return record, [parse(entry, self.read(entry.file, entry.sha256)) for entry in record.batches]
             except ChainError:
                 if self.record() == record:
                     raise
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """The only writer, while it lasts; removes what a writer that was killed left behind.
+        """Holds the chain's lock inside the block; first removes files that a killed writer left.
 
-        The lock is the operating system's and dies with its process.
+        The operating system releases the lock when its process ends.
 
         Raises:
-            ChainError: another process writes.
+            ChainError: another process is writing.
             OutputError: the folder cannot be written.
         """
         self.record()  # never a lock file in a folder that is no chain
@@ -100,7 +100,7 @@ class Store:
             lock.release()
 
     def write_batch(self, number: int, raw: bytes) -> tuple[str, str]:
-        """Writes a batch that no record names yet; its file and hash."""
+        """Writes a batch that no record names yet; returns its file's name and hash."""
         digest = sha256(raw)
         name = f"{BATCHES}/{number:04d}-{digest[:12]}.safetensors"
         with atomic_path(self.path / name) as temporary:
@@ -108,10 +108,10 @@ class Store:
         return name, digest
 
     def commit(self, record: ChainRecord) -> None:
-        """Makes `record` the chain's, in one step.
+        """Replaces the chain's record, in one step.
 
         Raises:
-            OutputError: it cannot be written; the chain is what it was.
+            OutputError: the file cannot be written; the chain is unchanged.
         """
         sync(self.path / BATCHES)  # the names of new batches are on disk before anything refers to them
         with atomic_path(self.path / RECORD) as temporary:
@@ -120,11 +120,11 @@ class Store:
         self._sweep()
 
     def discard(self) -> None:
-        """Removes batches that were written and will not be committed."""
+        """Removes batches that were written but not committed."""
         self._sweep()
 
     def size(self, entry: BatchEntry) -> int:
-        """Bytes of a batch's file."""
+        """Size of a batch's file, in bytes."""
         return (self.path / entry.file).stat().st_size
 
     def _sweep(self) -> None:
@@ -135,12 +135,12 @@ class Store:
             if path.name not in named:
                 try:
                     path.unlink()
-                except OSError as error:  # it takes room and does no harm
+                except OSError as error:  # it takes space but does no harm
                     log.debug("cannot remove %s: %s", path, error)
 
 
 def create_folder(folder: Path, record: ChainRecord) -> None:
-    """Fills a new chain's `folder`; token and retain prompts lie there already."""
+    """Completes the `folder` of a new chain, which holds token and retain prompts already."""
     (folder / BATCHES).mkdir()
     (folder / LOCK).touch()
     (folder / RECORD).write_bytes(record.to_bytes())
@@ -156,9 +156,10 @@ def _bytes(path: Path) -> bytes:
 
 
 def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
-    """JSON-ready: what the chain is made of, and per batch who was asked about, when, and how large the change was.
+    """Summarises a chain and its batches, JSON-ready.
 
-    `ratio` is the norm of a batch's update over the norm of the weight before, in the layer where that is largest.
+    `ratio` is the norm of a batch's update divided by the norm of the weight before it, in the layer where it is
+    largest.
     """
     batches = [
         {
