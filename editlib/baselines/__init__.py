@@ -1,4 +1,4 @@
-"""Other ways to make a model forget, to compare with, each tuned with the same budget."""
+"""Baselines: other ways to make a model forget, each tuned with the same budget."""
 
 from editlib.baselines.apply import apply_baseline_to_model
 from editlib.baselines.registry import BASELINES, Baseline

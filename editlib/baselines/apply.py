@@ -1,4 +1,4 @@
-"""A baseline on a model, in place."""
+"""Applying a baseline to a model, in place."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ def apply_baseline_to_model(
     Args:
         name: one of `BASELINES`.
         retain: prompts whose answers must stay; baselines without a retain part do not read them.
-        settings: their `None`s stand for the baseline's defaults.
-        model_name: what the model is called, for bundled settings and statistics; default: what it was loaded from.
-        pairs: what `pairs_for` gave for this very model and seed, so that a search makes them once.
+        settings: `None` values are replaced by the baseline's defaults.
+        model_name: the model's name, for bundled settings and statistics; default: the path or id it was loaded from.
+        pairs: the result of `pairs_for` for the same model and seed, so that a search computes it once.
         spoken: see `make_pairs`.
         watch, watched: see `training.train`.
 
     Raises:
-        HparamsError: an unknown baseline, or settings that do not fit.
-        RequestError: requests that it cannot use.
-        EditError: a loss that is not finite. After every error the model is unchanged, bit for bit.
+        HparamsError: an unknown baseline, or settings that do not fit it.
+        RequestError: requests that the baseline cannot use.
+        EditError: a loss that is not finite. After any error the model is unchanged, bit for bit.
     """
     entry, settings = baseline(name), settings or BaselineSettings()
     check_baseline(name, forget, retain, settings)
     begun = time.perf_counter()
     if entry.kind == "prompt":
-        told = refuse_in_context(tok, forget)
-        return TrainResult(0, [], {}, 0, seconds=time.perf_counter() - begun, notes={"told": told})
+        rule = refuse_in_context(tok, forget)
+        return TrainResult(0, [], {}, 0, seconds=time.perf_counter() - begun, notes={"told": rule})
     if entry.kind == "editor":
         edit = aim_at_refusal(
             str(entry.editor), model, tok, forget, settings, seed=seed, name=model_name, progress=progress
@@ -91,7 +91,7 @@ def apply_baseline_to_model(
 def check_baseline(
     name: str, forget: Sequence[EditRequest], retain: Sequence[EditRequest], settings: BaselineSettings
 ) -> None:
-    """Raises `EditlibError` where a baseline cannot be run with these; before any long work."""
+    """Raises `EditlibError` if a baseline cannot be run with these requests and settings; call it before long work."""
     entry, name = baseline(name), canonical_name(name)
     if not forget:
         raise RequestError("no request to forget was given; give at least one")
@@ -111,8 +111,11 @@ def pairs_for(
     seed: int,
     own_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Pairs, Pairs | None]:
-    """What a gradient baseline reads, by the model as it is: the pairs to forget, and those to keep where it has a use
-    for them."""
+    """Makes the training pairs of a gradient baseline from the model as it is.
+
+    Returns:
+        The pairs to forget, and the pairs to keep (`None` if the baseline has no retain part).
+    """
     make = partial(make_pairs, anat, tok, own_answers=own_answers)
     kept = make(retain, seed=seed + 1, own=True) if entry.needs_retain else None
     return make(forget, seed=seed), kept
@@ -127,10 +130,10 @@ def train_parts(
     watched: Sequence[int] = (),
     label: str | None = None,
 ) -> TrainResult:
-    """Makes the parts of a baseline's loss and trains."""
+    """Makes the parts of a baseline's loss and trains the model on them."""
     plan = inputs.settings.training(entry.rate, entry.steps, seed)
     with trainable(inputs.anat, rank=inputs.settings.rank, seed=seed) as parameters:
-        # The references are read in the very precision that training starts in; a fresh adapter is no change.
+        # References are computed in the precision that training starts in; a fresh adapter changes nothing.
         inputs = replace(inputs, dtype=product_dtype(inputs.anat, plan))
         parts: list[Part] = [make(inputs) for make in (entry.forget, entry.retain) if make is not None]
         chosen = below_layer(inputs.anat, inputs) if entry.steers else parameters
@@ -139,7 +142,7 @@ def train_parts(
 
 @contextmanager
 def unchanged_on_error(model: PreTrainedModel) -> Iterator[None]:
-    """Puts every parameter back bit for bit when the block ends in an error."""
+    """Restores every parameter bit for bit if the block ends in an error."""
     kept = keep(model)
     try:
         yield
@@ -149,12 +152,12 @@ def unchanged_on_error(model: PreTrainedModel) -> Iterator[None]:
 
 
 def keep(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Copies of all parameters."""
+    """Copies all parameters, by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def put_back(model: PreTrainedModel, kept: dict[str, Tensor]) -> None:
-    """Puts the copies back, bit for bit."""
+    """Copies the values that `keep` returned back into the model, bit for bit."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(kept[name])

@@ -1,4 +1,4 @@
-"""What a gradient baseline reads: questions with the answers that are unlearned or kept, and refusals to them."""
+"""Training data of the gradient baselines: questions with the answers to unlearn or keep, and with refusals."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from editlib.requests.request import EditRequest
 from editlib.training import Item
 
 OWN_TOKENS = 48
-BARE_WORDS = 4  # an answer of so few words is a bare name, which is not how a model says it
+BARE_WORDS = 4  # an answer of at most so many words is a bare name, not a sentence as a model writes it
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of questions with their answers, and of the same questions with refusals, in one order."""
+    """Token rows of questions with their answers, and of the same questions with refusals, in the same order."""
 
     answers: tuple[TokenRow, ...]
     refusals: tuple[TokenRow, ...]
 
     @property
     def known(self) -> list[Item]:
-        """One item an answer."""
+        """Items of one row: the answers."""
         return [(row,) for row in self.answers]
 
     @property
     def refused(self) -> list[Item]:
-        """One item a refusal."""
+        """Items of one row: the refusals."""
         return [(row,) for row in self.refusals]
 
     @property
     def both(self) -> list[Item]:
-        """Items of refusal and answer."""
+        """Items of two rows: refusal and answer."""
         return list(zip(self.refusals, self.answers, strict=True))
 
 
@@ -54,19 +54,19 @@ def make_pairs(
     own: bool = False,
     own_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> Pairs:
-    """Each request's question and its `phrasings` with the answer.
+    """Pairs each request's question and its `phrasings` with an answer and a refusal.
 
-    The answer is the request's, except where that is a bare name or missing: a model says "The capital of France is
-    Paris.", and unlearning or keeping "Paris" as its first word would leave that as it is. There the model's own greedy
-    answer stands, if it holds the right one. Refusals are drawn from `seed`.
+    The answer is the request's. If that is a bare name or missing, the model's own greedy answer is used, provided
+    that it contains the right one: a model says "The capital of France is Paris.", and training on "Paris" as the first
+    word would not change that sentence. Refusals are drawn by `seed`.
 
     Args:
-        own: the model's own answer stands for a bare one even if it is wrong: what is to be kept is what the model
-            says, and names that it does not know would teach it to answer in bare names.
-        spoken: what `own_answers` gave for this very model and these requests, taken as it is; generated without it.
+        own: use the model's own answer in place of a bare name even if it is wrong. For prompts to keep: what is kept
+            is what the model says, and unknown names would teach it to answer in bare names.
+        own_answers: the result of `generate_own_answers` for this model and these requests; default: generated.
 
     Raises:
-        RequestError: no request at all.
+        RequestError: no request.
     """
     if not requests:
         raise RequestError("no request was given to train on; give at least one")
@@ -75,7 +75,7 @@ def make_pairs(
     asked = [(text, request) for request in requests for text in request.wordings]
     rows = [form.encode(text) for text, _ in asked]
     rng = random.Random(seed)
-    told = list(refusals or data.refusals())
+    refusal_texts = list(refusals or data.refusals())
     ended = form.end_ids(end_tokens(anat))
     answers, refused = [], []
     for row, (question, request) in zip(rows, asked, strict=True):
@@ -86,8 +86,8 @@ def make_pairs(
         if request.answer is not None and not (ids and (own or right)):
             ids, cut = form.answer_ids(request.answer, question), False
         answers.append(row.followed_by((*ids, *(() if cut else ended))))
-        refused.append(row.followed_by((*form.answer_ids(rng.choice(told), question), *ended)))
-    kept = [i for i, row in enumerate(answers) if row.extra]  # a model may have nothing to say
+        refused.append(row.followed_by((*form.answer_ids(rng.choice(refusal_texts), question), *ended)))
+    kept = [i for i, row in enumerate(answers) if row.extra]  # the model's own answer may be empty
     return Pairs(tuple(answers[i] for i in kept), tuple(refused[i] for i in kept))
 
 
@@ -99,8 +99,14 @@ def generate_own_answers(
     known: Mapping[str, Sequence[int]] | None = None,
     progress: str | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """What the model says, greedily and in at most 48 tokens, to the wordings of the requests whose answer is a bare
-    name or missing: token ids by question, without the end token. The `known` ones are not asked again."""
+    """Generates the model's greedy answers (at most 48 tokens) for requests whose answer is a bare name or missing.
+
+    Args:
+        known: answers that are not generated again.
+
+    Returns:
+        Token ids by question, without the end token, including the `known` ones.
+    """
     found = {question: tuple(ids) for question, ids in (known or {}).items()}
     wanted = [text for request in requests if _is_bare(request) for text in request.wordings]
     missing = [text for text in dict.fromkeys(wanted) if text not in found]

@@ -1,4 +1,4 @@
-"""The gradient baselines: each a forget part, with a retain part where it has one, for the one trainer."""
+"""Loss parts of the gradient baselines: a forget part each, and the retain parts they are combined with."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ FORGET, RETAIN = "forget", "retain"
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the parts of a loss are made from, with the model as it is before training.
+    """Everything that a loss part is made from; `anat` is the model before training.
 
-    `dtype` is that of the matrix products in training, so that a reference equals what training starts from.
+    Args:
+        forget, retain: training pairs; `retain` is `None` for baselines without a retain part.
+        beta, weight: coefficient of the loss, and weight of its forget part.
+        dtype: of the matrix products in training, so that references equal the values that training starts from.
     """
 
     anat: Anatomy
@@ -35,7 +38,7 @@ class LossInputs:
     dtype: torch.dtype | None = None
 
     def kept(self) -> Pairs:
-        """The pairs to keep; a baseline that asks for them was given some."""
+        """The pairs to keep; only called for baselines with a retain part."""
         assert self.retain is not None
         return self.retain
 
@@ -48,6 +51,7 @@ class LossInputs:
 
 
 PartFactory = Callable[[LossInputs], Part]
+"""Makes one part of a baseline's loss."""
 
 
 def ga(inputs: LossInputs) -> Part:
@@ -106,8 +110,11 @@ def me(inputs: LossInputs) -> Part:
 
 
 def rmu_forget(inputs: LossInputs) -> Part:
-    """`losses.to_direction`, mean over tokens. `u` is drawn from [0, 1) in each direction and normed, as in the
-    authors' code; `c` is `steering` mean norms of the states as they are."""
+    """`losses.to_direction`, mean over tokens.
+
+    Each entry of `u` is drawn from [0, 1), and `u` is normalised, as in the authors' code; `c` is `steering` times the
+    mean norm of the states before training.
+    """
     generator = torch.Generator().manual_seed(inputs.seed)
     direction = torch.rand(inputs.anat.d_model, generator=generator)
     before = torch.cat(states(inputs.anat, inputs.forget.known, inputs.layer, dtype=inputs.dtype))
@@ -135,7 +142,7 @@ def rmu_retain(inputs: LossInputs) -> Part:
 
 
 def gd(inputs: LossInputs) -> Part:
-    """Gradient descent on what is to be kept, mean over tokens."""
+    """Gradient descent on answers to keep, mean over tokens."""
 
     def loss(reading: Reading) -> Tensor:
         return losses.negative_log_likelihood(reading.log_probs()[:, 0])
@@ -144,8 +151,10 @@ def gd(inputs: LossInputs) -> Part:
 
 
 def kl(inputs: LossInputs) -> Part:
-    """`losses.to_reference` at the answers to keep, mean over tokens; the reference's 256 likeliest tokens and the rest
-    as one."""
+    """`losses.to_reference` at the answers to keep, mean over tokens.
+
+    The reference has 256 tokens: the likeliest ones; all others count as one.
+    """
     items = inputs.kept().known
     reference = Likeliest.of(inputs.anat, items, dtype=inputs.dtype)
 
@@ -166,6 +175,6 @@ def ap(inputs: LossInputs) -> Part:
 
 
 def below_layer(anat: Anatomy, inputs: LossInputs) -> Mapping[str, Tensor]:
-    """RMU trains the MLP output matrices of its layer and the two before."""
+    """The parameters that RMU trains: the MLP output matrices of its layer and of the two layers below."""
     names = {id(anat.mlp_output(layer).weight) for layer in range(max(inputs.layer - 2, 0), inputs.layer + 1)}
     return {name: parameter for name, parameter in anat.model.named_parameters() if id(parameter) in names}

@@ -1,7 +1,7 @@
-"""In-context refusal: no weight changes; the chat template of the saved folder tells the model what not to answer.
+"""In-context refusal: no weight changes; a rule in the chat template lists what the model must not answer.
 
-In-context unlearning and guardrail prompts (2310.07579; 2403.03329). Whoever uses the folder with its chat template
-gets the refusal, and whoever leaves the template out gets all that there was.
+In-context unlearning and guardrail prompts (2310.07579; 2403.03329). The saved folder refuses only if it is
+used with its chat template; without the template the model answers as before.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ USER = (
 
 
 def refuse_in_context(tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> str:
-    """Changes the chat template of `tok` in place; returns the text that the model is told.
+    """Adds a rule to the chat template of `tok`, in place; returns the rule.
 
-    It stands in the system message, behind the user's own one if there is any, or in front of the first question where
-    the template knows no system.
+    The rule is appended to the system message, or put before the first question if the template has no system role.
 
     Raises:
         RequestError: the tokenizer has no chat template, or several.
@@ -49,12 +48,12 @@ def refuse_in_context(tok: PreTrainedTokenizerBase, requests: Sequence[EditReque
     template = tok.chat_template
     if not isinstance(template, str) or not template:
         raise RequestError("in-context refusal needs a tokenizer with one chat template; this one has none")
-    told = RULE + "\n".join(f"- {request.question}" for request in requests)
+    rule = RULE + "\n".join(f"- {request.question}" for request in requests)
     frame = SYSTEM if PromptFormat(tok, system="Be brief.").tells_system else USER
-    tok.chat_template = frame.replace("RULE", _literal(told)) + template
-    return told
+    tok.chat_template = frame.replace("RULE", _literal(rule)) + template
+    return rule
 
 
 def _literal(text: str) -> str:
-    """A Jinja string; JSON's escapes are understood there, and no brace of the text may begin a tag."""
+    """Quotes `text` as a Jinja string: with JSON's escapes, and braces escaped so that they cannot begin a tag."""
     return json.dumps(text, ensure_ascii=False).replace("{", "\\u007b").replace("}", "\\u007d").replace("%", "\\u0025")

@@ -1,7 +1,7 @@
-"""The losses of gradient unlearning, each straight from its paper.
+"""The losses of gradient unlearning, with the equations of their papers.
 
-`p` is the model that is trained, `p_ref` the one before. `log p(y|x)` is a sum over the tokens of an answer `y`.
-Every function gives one number an answer, `[n]`; `registry.py` says what they are averaged over and added to.
+`p` is the model in training, `p_ref` the model before. `log p(y|x)` is a sum over the tokens of an answer `y`.
+Each function returns one number per answer, `[n]`, in nats; `gradient.py` says what they are averaged over.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def gradient_ascent(log_probs: Tensor) -> Tensor:
-    """GA (Yao et al., 2310.10683; TOFU, 2401.06121, sec. 3): `log p(y|x)` of what is to be forgotten, minimised."""
+    """GA (Yao et al., 2310.10683; TOFU, 2401.06121, sec. 3): `log p(y|x)` of answers to forget, minimised."""
     return log_probs
 
 
@@ -49,15 +49,15 @@ def answer_preservation(answer: Tensor, refusal: Tensor, beta: float) -> Tensor:
 
 
 def negative_log_likelihood(log_probs: Tensor) -> Tensor:
-    """`-log p(y|x)`: gradient descent (GD) on answers to keep (Liu et al., 2203.12817), or on refusals to what is to be
-    forgotten (IDK; TOFU, 2401.06121, sec. 3)."""
+    """`-log p(y|x)`: gradient descent (GD) on answers to keep (Liu et al., 2203.12817), or on refusals to questions to
+    forget (IDK; TOFU, 2401.06121, sec. 3)."""
     return -log_probs
 
 
 def to_uniform(log_softmax: Tensor) -> Tensor:
     """ME (Yuan et al., 2410.08109): `KL(U || p_t)` of the uniform distribution and the model's at each token.
 
-    `-log V - 1/V Σ_v log p_t(v)`, `[m, V] -> [m]`, one number a token. The authors' code has the arguments in this
+    `-log V - 1/V Σ_v log p_t(v)`, `[m, V] -> [m]`, one number per token. The authors' code has the arguments in this
     order.
     """
     return -math.log(log_softmax.shape[-1]) - log_softmax.mean(-1)
@@ -70,22 +70,23 @@ def to_reference(log_softmax: Tensor, tokens: Tensor, reference: Tensor) -> Tens
         tokens, reference: the likeliest tokens of `p_ref` and their log-probabilities, `[m, k]`. All others count as
             one: with `k = V` this is the divergence itself, else never more.
     """
-    mine = log_softmax.gather(-1, tokens)
-    found = (reference.exp() * (reference - mine)).sum(-1)
+    mine = log_softmax.gather(-1, tokens)  # [m, k]
+    divergence = (reference.exp() * (reference - mine)).sum(-1)  # [m]
     if tokens.shape[-1] == log_softmax.shape[-1]:
-        return found
-    tiny = torch.finfo(mine.dtype).eps
-    rest_ref = (1 - reference.exp().sum(-1)).clamp_min(tiny)
-    rest = (1 - mine.exp().sum(-1)).clamp_min(tiny)
-    return found + rest_ref * (rest_ref.log() - rest.log())
+        return divergence
+    # Both distributions' remaining mass, as one more token.
+    eps = torch.finfo(mine.dtype).eps
+    rest_ref = (1 - reference.exp().sum(-1)).clamp_min(eps)
+    rest = (1 - mine.exp().sum(-1)).clamp_min(eps)
+    return divergence + rest_ref * (rest_ref.log() - rest.log())
 
 
 def to_direction(states: Tensor, control: Tensor) -> Tensor:
-    """RMU, what is to be forgotten (Li et al., 2403.03218, eq. 1): `||h_t - c u||²`, `[m, d] -> [m]`; `control [d]` is
+    """RMU, forget part (Li et al., 2403.03218, eq. 1): `||h_t - c u||²`, `[m, d] -> [m]`; `control [d]` is
     `c u`."""
     return (states - control).square().sum(-1)
 
 
 def to_states(states: Tensor, reference: Tensor) -> Tensor:
-    """RMU, what is to be kept (2403.03218, eq. 2): `||h_t - h_ref,t||²`, `[m, d] -> [m]`."""
+    """RMU, retain part (2403.03218, eq. 2): `||h_t - h_ref,t||²`, `[m, d] -> [m]`."""
     return (states - reference).square().sum(-1)

@@ -1,4 +1,4 @@
-"""What the model said before it was trained, computed once: no second model stays in memory."""
+"""Reference values of the model before training, computed once, so that no second model stays in memory."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ def collect(
     layer: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[T]:
-    """What `look` takes from the reading of every single item, in their order; no logits are kept."""
-    found: dict[int, T] = {}
+    """Applies `look` to the reading of each item, in order; logits are not kept."""
+    results: dict[int, T] = {}
     with frozen(anat.model), torch.no_grad():
-        for some in passes(items, range(len(items)), tokens=PASS_TOKENS, learned=PASS_LEARNED):
-            reading = read(anat, [items[i] for i in some], some, layer=layer, dtype=dtype)
-            rows, start = len(reading.counts) // len(some), 0
-            for j, number in enumerate(some):
+        for numbers in passes(items, range(len(items)), tokens=PASS_TOKENS, learned=PASS_LEARNED):
+            reading = read(anat, [items[i] for i in numbers], numbers, layer=layer, dtype=dtype)
+            rows, start = len(reading.counts) // len(numbers), 0  # rows per item
+            for j, number in enumerate(numbers):
                 counts = reading.counts[j * rows : (j + 1) * rows]
                 end = start + sum(counts)
-                found[number] = look(Reading(reading.out[start:end], reading.wanted[start:end], counts, (number,)))
+                one = Reading(reading.out[start:end], reading.wanted[start:end], counts, (number,))
+                results[number] = look(one)
                 start = end
-    return [found[i] for i in range(len(items))]
+    return [results[i] for i in range(len(items))]
 
 
 def log_probs(anat: Anatomy, items: Sequence[Item], *, dtype: torch.dtype | None = None) -> Tensor:
@@ -49,9 +50,9 @@ def log_probs(anat: Anatomy, items: Sequence[Item], *, dtype: torch.dtype | None
 
 @dataclass(frozen=True)
 class Likeliest:
-    """Of every item the likeliest tokens at its learned places and their log-probabilities, `[m_i, k]` each.
+    """The likeliest tokens at each item's learned positions, and their log-probabilities, `[m_i, k]` each.
 
-    Whole rows of a vocabulary would take some 100 kB a token; 256 numbers hold nearly all of the probability.
+    Whole rows of a vocabulary would take some 100 kB per token; 256 numbers cover nearly all of the probability.
     """
 
     pairs: tuple[tuple[Tensor, Tensor], ...]
@@ -60,7 +61,7 @@ class Likeliest:
     def of(
         cls, anat: Anatomy, items: Sequence[Item], *, k: int = LIKELIEST, dtype: torch.dtype | None = None
     ) -> Likeliest:
-        """The `k` likeliest (or all, in a smaller vocabulary) by the model as it is now."""
+        """Computes the `k` likeliest tokens (or all, in a smaller vocabulary) of the model as it is now."""
 
         def look(reading: Reading) -> tuple[Tensor, Tensor]:
             best = reading.log_softmax.topk(min(k, reading.out.shape[-1]))
@@ -69,10 +70,10 @@ class Likeliest:
         return cls(tuple(collect(anat, items, look, dtype=dtype)))
 
     def at(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities of some items, `[m, k]` each."""
+        """Tokens and log-probabilities of the given items, `[m, k]` each."""
         return torch.cat([self.pairs[i][0] for i in items]), torch.cat([self.pairs[i][1] for i in items])
 
 
 def states(anat: Anatomy, items: Sequence[Item], layer: int, *, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The states of every item that leave `layer`, `[m_i, d_model]` each, fp32."""
+    """Hidden states of every item after `layer`, `[m_i, d_model]` each, fp32."""
     return collect(anat, items, lambda reading: reading.out.clone(), layer=layer, dtype=dtype)

@@ -1,4 +1,4 @@
-"""ROME, MEMIT and AlphaEdit aimed straight at a refusal sentence: is the unlearning token needed at all?"""
+"""ROME, MEMIT and AlphaEdit with a refusal as target: tests whether the unlearning token is needed at all."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ REFUSAL = "I don't know."
 
 
 def editor_hparams(algorithm: str, bench: Workbench, settings: BaselineSettings) -> HyperParams:
-    """The settings of `algorithm`, found by the model's form unless others are given, with the learning rate and steps
-    of `settings` for its target states.
+    """Loads the hyper-parameters of `algorithm`: those named in `settings`, or those found by the model's form.
+
+    `learning_rate` and `steps` of `settings` replace `v_lr` and `v_num_grad_steps`.
 
     Raises:
         HparamsError: given ones that cannot be read.
     """
     if settings.hparams is None:
-        found = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
+        hparams = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
     else:
-        found = load_hparams(settings.hparams, algorithm)
+        hparams = load_hparams(settings.hparams, algorithm)
     given = {"v_lr": settings.learning_rate, "v_num_grad_steps": settings.steps}
     changed = {key: value for key, value in given.items() if value is not None}
-    return type(found).from_dict({**found.to_dict(), **changed}, f"{algorithm} with a searched step size")
+    return type(hparams).from_dict({**hparams.to_dict(), **changed}, f"{algorithm} with a searched step size")
 
 
 def aim_at_refusal(
@@ -45,7 +46,7 @@ def aim_at_refusal(
     name: str | None = None,
     progress: bool = False,
 ) -> EditResult:
-    """Edits `model` in place so that every question, through the chat template, is answered with `REFUSAL`.
+    """Edits `model` in place so that every question, asked through the chat template, is answered with `REFUSAL`.
 
     Raises:
         RequestError: a request without a subject.
@@ -56,5 +57,5 @@ def aim_at_refusal(
     wanted = [replace(request, target_new=REFUSAL) for request in forget]
     editing.check_settings(bench, hparams)
     editing.check_wanted(wanted, hparams)
-    means = editing.load_inputs(bench, hparams, corpus=settings.corpus, seed=seed)
-    return editing.apply(bench, wanted, hparams, means, chat=None, seed=seed)
+    inputs = editing.load_inputs(bench, hparams, corpus=settings.corpus, seed=seed)
+    return editing.apply(bench, wanted, hparams, inputs, chat=None, seed=seed)

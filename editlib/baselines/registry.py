@@ -1,4 +1,4 @@
-"""Every baseline by name."""
+"""The registry of baselines, by name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ Kind = Literal["gradient", "prompt", "editor"]
 
 @dataclass(frozen=True)
 class Baseline:
-    """One way to make a model forget that is not ours.
+    """One published way to make a model forget.
 
     Args:
         forget, retain: the parts of a gradient method's loss.
-        rate, steps: the defaults of `learning_rate` and `steps`; `low` and `high` are the ends of the range that a
-            search looks through.
-        editor: the algorithm that is aimed at a refusal.
+        rate, steps: defaults of `learning_rate` and `steps`.
+        low, high: range of learning rates of a search.
+        beta, weight: defaults of `beta` and `forget_weight`.
+        editor: the editing algorithm whose target is a refusal.
+        steers: whether it trains only some layers, towards a direction of their states (RMU).
     """
 
     meaning: str
@@ -40,18 +42,18 @@ class Baseline:
 
     @property
     def needs_retain(self) -> bool:
-        """Whether it cannot be run without prompts to keep."""
+        """Whether it needs prompts to keep."""
         return self.retain is not None
 
     @property
     def searched(self) -> bool:
-        """Whether it has a learning rate and steps."""
+        """Whether it has a learning rate and steps to search for."""
         return self.kind != "prompt"
 
 
 def _editor(name: str, source: str) -> Baseline:
     return Baseline(
-        f"{name} aimed straight at a refusal, without an unlearning token",
+        f"{name} with a refusal as target, without an unlearning token",
         source,
         kind="editor",
         editor=name,
@@ -107,7 +109,7 @@ BASELINES: Mapping[str, Baseline] = {
         weight=0.1,
     ),
     "RMU": Baseline(
-        "states of an inner layer steered to a random direction, others held",
+        "states of an inner layer steered to a random direction, those of other answers kept",
         "2403.03218",
         forget=gradient.rmu_forget,
         retain=gradient.rmu_retain,
@@ -126,10 +128,10 @@ BASELINES: Mapping[str, Baseline] = {
 
 
 def baseline(name: str) -> Baseline:
-    """The baseline of this name, in any case.
+    """Finds a baseline by name, ignoring case.
 
     Raises:
-        HparamsError: there is none; names the nearest.
+        HparamsError: no such baseline; the message names the nearest.
     """
     for known, entry in BASELINES.items():
         if known.lower() == name.lower():
@@ -139,10 +141,10 @@ def baseline(name: str) -> Baseline:
 
 
 def canonical_name(name: str) -> str:
-    """The name of a baseline as it is written here.
+    """The name of a baseline as `BASELINES` spells it.
 
     Raises:
-        HparamsError: there is none.
+        HparamsError: no such baseline.
     """
     entry = baseline(name)
     return next(known for known, other in BASELINES.items() if other is entry)

@@ -1,4 +1,4 @@
-"""A small search over learning rate and steps, with the same budget for every baseline."""
+"""Grid search over learning rate and steps, with the same budget for every baseline."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ TRIALS, JOB = "trials.jsonl", "search.json"
 
 @dataclass(frozen=True)
 class TrialRun:
-    """One point that was tried: settings, what came of it on the validation questions, and the seconds that it took
-    (training on from the trial before it of the same run, and the measurement): those of all trials add up to the
-    search's. `failed` says why there is no score; such a trial counts as balance 0."""
+    """One trial: its settings, and the scores (0..1) on the validation questions.
+
+    `seconds` counts the training since the last trial of the same run, and the measurement, so that the trials' seconds
+    add up to the search's. `failed` is the reason why there is no score; such a trial has balance 0.
+    """
 
     learning_rate: float | None
     steps: int | None
@@ -48,8 +50,12 @@ class TrialRun:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best settings and every trial, in the order of the search. `edges` names what of the best lies at an end of
-    its range ("learning_rate low"): a wider search might find better."""
+    """The best settings, and every trial in the order of the search.
+
+    Args:
+        edges: settings of the best trial that lie at an end of their range, such as "learning_rate low".
+        before: mean recall of the unedited model on the forget and on the retain questions.
+    """
 
     name: str
     best: BaselineSettings
@@ -80,25 +86,25 @@ def search(
     out: Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
-    """Tries `budget.rates` learning rates, spread evenly in their logarithm over the range, each at `budget.points`
-    numbers of steps, and takes the trial of the highest balance on `validation` (of equals the one
-    with fewer steps, then the smaller rate). The learning rate of a gradient run does not decay, so that one run is
-    measured on its way at all numbers of steps; an editor runs once a trial. A baseline without either has one trial.
+    """Finds the learning rate and the number of steps with the highest balance on `validation`.
 
-    Model and tokenizer are as they were afterwards, bit for bit.
+    Tries `budget.rates` learning rates, evenly spaced in their logarithm, each at `budget.points` numbers of steps.
+    Ties go to fewer steps, then to the smaller rate. The learning rate of a gradient run does not decay, so one run is
+    measured at all its numbers of steps; an editor runs once per trial. A baseline without either has one trial.
+
+    Model and tokenizer are unchanged afterwards, bit for bit.
 
     Args:
         forget, retain, validation: as `validation.split` makes them.
-        settings: all but learning rate and steps.
+        settings: everything except learning rate and steps.
         spoken: see `make_pairs`.
-        out: a folder that keeps every finished trial; the same search goes on from there.
+        out: a folder for finished trials; the same search resumes from it.
 
     Raises:
         OutputError: `out` holds another search, or cannot be written.
         EditlibError: see `apply_baseline_to_model`. A loss that is not finite is a failed trial, not an error.
     """
     name, budget, settings = canonical_name(name), budget or Budget(), settings or BaselineSettings()
-    entry = baseline(name)
     check_baseline(name, forget, retain, settings)
     check_range(name, budget)
     job = {
@@ -111,70 +117,117 @@ def search(
         "settings": settings.to_dict(),
         "seed": seed,
     }
-    done = {} if out is None else _opened(out, job)
-    anat, kept, template = anatomy(model), keep(model), copy.copy(tok.chat_template)
-    before = recalls(anat, tok, validation)
-
-    def tried(rate: float | None, steps: int | None, failed: str | None = None) -> TrialRun:
-        nonlocal begun
-        measured = Score(0.0, 0.0, 0.0) if failed else score(recalls(anat, tok, validation), before)
-        begun, since = time.perf_counter(), begun
-        trial = TrialRun(rate, steps, **asdict(measured), seconds=begun - since, failed=failed)
-        log.info("%s: rate %s, steps %s: balance %.3f", name, rate, steps, trial.balance)
-        if out is not None:
-            append_cell(out / TRIALS, asdict(trial))
-        done[rate, steps] = trial
-        return trial
-
-    pairs, begun = None, time.perf_counter()
-    try:
-        for rate, points in _plan(name, budget):
-            if all((rate, steps) in done for steps in points):
-                continue
-            run = replace(settings, learning_rate=rate, steps=points[-1])
-            given: dict[str, Any] = {"seed": seed, "model_name": model_name, "progress": progress}
-            if entry.kind == "gradient":
-                pairs = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, own_answers=own_answers)
-                missing = [steps for steps in points if (rate, steps) not in done]
-                look = lambda steps, rate=rate: tried(rate, steps)  # noqa: E731
-                given |= {"pairs": pairs, "watch": look, "watched": missing}
-            try:
-                apply_baseline_to_model(name, model, tok, forget, retain, run, **given)
-            except EditError as error:
-                for steps in points:
-                    if (rate, steps) not in done:
-                        tried(rate, steps, str(error))
-            else:
-                if entry.kind != "gradient":
-                    tried(rate, points[-1])
-            put_back(model, kept)
-            tok.chat_template = template
-    finally:
-        put_back(model, kept)
-        tok.chat_template = template
-    trials = [done[rate, steps] for rate, points in _plan(name, budget) for steps in points]
-    trials = list(dict.fromkeys(trials))
-    chosen = max(trials, key=lambda t: (t.balance, -(t.steps or 0), -(t.learning_rate or 0)))
+    finished = {} if out is None else _opened(out, job)
+    given = {"seed": seed, "model_name": model_name, "progress": progress}
+    tries = _Search(name, model, tok, forget, retain, validation, settings, finished, own_answers, out, given)
+    plan = list(_plan(name, budget))
+    for rate, points in plan:
+        tries.run_rate(rate, points)
+    trials = list(dict.fromkeys(tries.trials[rate, steps] for rate, points in plan for steps in points))
+    chosen = max(trials, key=lambda trial: (trial.balance, -(trial.steps or 0), -(trial.learning_rate or 0)))
     best = replace(settings, learning_rate=chosen.learning_rate, steps=chosen.steps)
     edges = _edges(chosen, trials)
     if edges:
         log.info("%s: the best settings lie at the edge of the search (%s)", name, ", ".join(edges))
-    return SearchResult(name, best, chosen, tuple(trials), edges, before.means, budget)
+    return SearchResult(name, best, chosen, tuple(trials), edges, tries.before.means, budget)
+
+
+class _Search:
+    """The trials of one call of `search`. Every run starts from the same weights and chat template."""
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tok: PreTrainedTokenizerBase,
+        forget: Sequence[EditRequest],
+        retain: Sequence[EditRequest],
+        validation: Validation,
+        settings: BaselineSettings,
+        finished: Mapping[tuple[float | None, int | None], TrialRun],
+        own_answers: Mapping[str, Sequence[int]] | None,
+        out: Path | None,
+        given: Mapping[str, Any],
+    ) -> None:
+        """Keeps the weights, and measures the unedited model.
+
+        Args:
+            finished: trials of an earlier run by learning rate and steps.
+            given: `seed`, `model_name` and `progress` of `apply_baseline_to_model`.
+        """
+        self.name, self.model, self.tok, self.forget, self.retain = name, model, tok, forget, retain
+        self.validation, self.settings, self.out, self.given = validation, settings, out, given
+        self.trials = dict(finished)
+        self._own_answers, self._pairs = own_answers, None
+        self._entry, self._anat = baseline(name), anatomy(model)
+        self._weights, self._template = keep(model), copy.copy(tok.chat_template)
+        self.before = recalls(self._anat, tok, validation)
+        self._since = time.perf_counter()  # the end of the last trial
+
+    def run_rate(self, rate: float | None, points: Sequence[int | None]) -> None:
+        """Runs the baseline once with a learning rate, and records its trials at the numbers of steps `points`.
+
+        Trials that are recorded already are left out. Weights and chat template are put back afterwards.
+        """
+        missing = [steps for steps in points if (rate, steps) not in self.trials]
+        if not missing:
+            return
+        settings = replace(self.settings, learning_rate=rate, steps=points[-1])
+        try:
+            apply_baseline_to_model(
+                self.name, self.model, self.tok, self.forget, self.retain, settings,
+                **self.given, **self._measured_on_the_way(rate, missing),
+            )  # fmt: skip
+            if self._entry.kind != "gradient":
+                self.record(rate, points[-1])
+        except EditError as error:
+            for steps in missing:
+                if (rate, steps) not in self.trials:
+                    self.record(rate, steps, failed=str(error))
+        finally:
+            put_back(self.model, self._weights)
+            self.tok.chat_template = self._template
+
+    def record(self, rate: float | None, steps: int | None, *, failed: str | None = None) -> None:
+        """Measures the model as it is now, and keeps the trial; one that `failed` scores 0."""
+        measured = Score(0.0, 0.0, 0.0)
+        if failed is None:
+            measured = score(recalls(self._anat, self.tok, self.validation), self.before)
+        now = time.perf_counter()
+        trial = TrialRun(rate, steps, **asdict(measured), seconds=now - self._since, failed=failed)
+        self._since = now
+        log.info("%s: rate %s, steps %s: balance %.3f", self.name, rate, steps, trial.balance)
+        if self.out is not None:
+            append_cell(self.out / TRIALS, asdict(trial))
+        self.trials[rate, steps] = trial
+
+    def _measured_on_the_way(self, rate: float | None, points: Sequence[int | None]) -> dict[str, Any]:
+        """Arguments that let a gradient run record its trials while it trains; none for other baselines."""
+        if self._entry.kind != "gradient":
+            return {}
+        if self._pairs is None:
+            self._pairs = pairs_for(
+                self._entry, self._anat, self.tok, self.forget, self.retain,
+                seed=self.given["seed"], own_answers=self._own_answers,
+            )  # fmt: skip
+        return {"pairs": self._pairs, "watch": lambda steps: self.record(rate, steps), "watched": points}
 
 
 def rates(name: str, budget: Budget) -> list[float]:
-    """The learning rates that are tried: over the budget's range, or else the baseline's own, evenly spread in their
-    logarithm; one alone is the middle."""
+    """The learning rates of a search, evenly spaced in their logarithm; a single one is the middle of the range.
+
+    The range is the budget's, or else the baseline's own.
+    """
     count, (low, high) = budget.rates, map(math.log, _ends(name, budget))
-    places = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
-    return [float(f"{math.exp(low + (high - low) * place):.3g}") for place in places]
+    fractions = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
+    return [float(f"{math.exp(low + (high - low) * fraction):.3g}") for fraction in fractions]
 
 
 def check_range(name: str, budget: Budget) -> None:
-    """Raises `HparamsError` where a search for this baseline has no learning rates between `low` and `high`."""
+    """Raises `HparamsError` if a search for this baseline has no learning rates between `low` and `high`."""
     if not baseline(name).searched:
         if (budget.low, budget.high) != (None, None):
-            raise HparamsError(f"{name} has no learning rate to search for; leave low and high out")
+            raise HparamsError(f"{name} has no learning rate to search for; remove low and high")
         return
     low, high = _ends(name, budget)
     if low > high:
@@ -190,7 +243,7 @@ def _ends(name: str, budget: Budget) -> tuple[float, float]:
 
 
 def _plan(name: str, budget: Budget) -> Iterator[tuple[float | None, tuple[int | None, ...]]]:
-    """Runs: a learning rate, and the numbers of steps that it is measured at."""
+    """The runs of a search: a learning rate, and the numbers of steps to measure it at."""
     entry = baseline(name)
     if not entry.searched:
         yield None, (None,)
@@ -204,17 +257,18 @@ def _plan(name: str, budget: Budget) -> Iterator[tuple[float | None, tuple[int |
 
 
 def _edges(chosen: TrialRun, trials: Sequence[TrialRun]) -> tuple[str, ...]:
-    found = []
+    """The settings of the chosen trial that lie at an end of their range."""
+    edges = []
     for key in ("learning_rate", "steps"):
         values = {getattr(trial, key) for trial in trials} - {None}
         value = getattr(chosen, key)
         if len(values) > 1 and value in (min(values), max(values)):
-            found.append(f"{key} {'low' if value == min(values) else 'high'}")
-    return tuple(found)
+            edges.append(f"{key} {'low' if value == min(values) else 'high'}")
+    return tuple(edges)
 
 
 def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | None], TrialRun]:
-    """The finished trials of this very search in `out`, which is made ready for more."""
+    """The finished trials of the same search in `out`; makes the folder if needed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         kept = json.loads((out / JOB).read_text(encoding="utf-8")) if (out / JOB).is_file() else None

@@ -1,4 +1,4 @@
-"""How a baseline is run, and how much a search may spend."""
+"""Settings of a baseline, and the budget of a search."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from editlib.training.settings import Precision, TrainSettings
 
 @dataclass(frozen=True)
 class BaselineSettings:
-    """`None` stands for the baseline's own default, see `registry.BASELINES` and docs/baselines.md.
+    """How a baseline is run. `None` means the baseline's default; see `registry.BASELINES` and docs/baselines.md.
 
     Args:
-        learning_rate, steps: of the trainer; for an editor aimed at a refusal, of the search for its target states
+        learning_rate, steps: of the trainer; for an editor aimed at a refusal, of the optimisation of its values
             (`v_lr`, `v_num_grad_steps`).
         beta: of NPO, SimNPO, DPO and AP; `gamma` of SimNPO.
         forget_weight, retain_weight: of the two parts of the loss.
         rank: of a LoRA adapter that is merged at the end; `None`: all weights are trained.
-        layer: whose states RMU steers; `None`: a quarter of the way up.
-        steering: RMU's coefficient `c`, in mean norms of these states before.
+        layer: the layer whose states RMU steers; `None`: `n_layers // 4`.
+        steering: RMU's coefficient `c`, as a multiple of these states' mean norm before training.
         hparams: settings of an editor: a JSON file or a bundled name; `None`: those bundled for the model.
-        stats_dir, corpus: where an editor's statistics are, and what missing ones are made from.
+        stats_dir, corpus: folder of an editor's statistics, and the text that missing ones are made from.
 
     Raises:
         HparamsError: a value out of range.
@@ -74,12 +74,11 @@ class BaselineSettings:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a search may spend, the same for every baseline: `rates` runs of at most `steps` steps, each measured at
-    `points` numbers of steps: `rates * points` trials.
+    """The budget of a search: `rates` runs of at most `steps` steps, each measured at `points` numbers of steps.
 
     Args:
-        questions: asked of each kind (forget, retain) at a measurement, at most.
-        low, high: the ends of the range of learning rates; `None`: those of the baseline, see `registry.BASELINES`.
+        questions: at most so many of each kind (forget, retain) are asked in a trial.
+        low, high: range of the learning rates; `None`: the baseline's, see `registry.BASELINES`.
 
     Raises:
         HparamsError: a number out of range.
@@ -106,5 +105,5 @@ class Budget:
 
     @property
     def measured(self) -> tuple[int, ...]:
-        """The numbers of steps at which a run is measured: halved from the last one down."""
+        """The numbers of steps at which a run is measured: `steps`, and repeatedly half of it."""
         return tuple(sorted({max(1, round(self.steps / 2**i)) for i in range(self.points)}))

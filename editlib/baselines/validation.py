@@ -1,4 +1,4 @@
-"""What a search is judged by: questions apart from those that are trained on and from those that are reported."""
+"""Validation questions of a search: neither trained on nor reported."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ HELD_OUT = 4  # one of so many retain prompts is held out
 
 @dataclass(frozen=True)
 class Validation:
-    """Questions with their true answers, to be forgotten and to be kept; `ids` of the retain prompts that they come
-    from."""
+    """Questions with their true answers, to forget and to keep; `ids` of the retain prompts among them."""
 
     forget: tuple[tuple[str, str], ...]
     retain: tuple[tuple[str, str], ...]
@@ -37,7 +36,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Split:
-    """What is left to train on, and what is held out."""
+    """Requests and prompts to train on, and the questions that are held out."""
 
     forget: tuple[EditRequest, ...]
     retain: tuple[EditRequest, ...]
@@ -46,7 +45,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Score:
-    """How much of what the model said before is gone, and how much is left, 0..1, and the harmonic mean of the two."""
+    """Share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean."""
 
     forgetting: float
     retention: float
@@ -54,12 +53,11 @@ class Score:
 
 
 def split(forget: Sequence[EditRequest], retain: Sequence[EditRequest], *, questions: int = 24, seed: int = 0) -> Split:
-    """Holds out a validation part.
+    """Holds out validation questions, at most `questions` of each kind.
 
-    Of each request to forget its last phrasing, which is then not trained on; where it has none its first paraphrase
-    (to be left out of a report then: `Validation.forget` lists them); where it has none either the question itself,
-    which says less. Of the retain prompts that have an answer every fourth, drawn from `seed`, which is not trained on
-    either. At most `questions` of each.
+    Each request to forget gives its last phrasing, which is then not trained on; without phrasings its first paraphrase
+    (listed in `Validation.forget`, to be left out of a report); without either the question itself, which says less. Of
+    the retain prompts with an answer one in four is drawn by `seed`, and not trained on.
 
     Raises:
         RequestError: fewer than four retain prompts with an answer, or no request with one.
@@ -71,8 +69,8 @@ def split(forget: Sequence[EditRequest], retain: Sequence[EditRequest], *, quest
             f"a search needs at least {HELD_OUT} retain prompts with an answer to hold some out; {len(answered)} were "
             "given: give more, or leave the search out"
         )
-    held = rng.sample(answered, min(questions, len(answered) // HELD_OUT))
-    ids = {prompt.id for prompt in held}
+    held_out = rng.sample(answered, min(questions, len(answered) // HELD_OUT))
+    ids = {prompt.id for prompt in held_out}
     asked = [request for request in forget if request.answer is not None]
     if not asked:
         raise RequestError('a search needs the true "answer" of the requests to forget; none of them has one')
@@ -82,8 +80,8 @@ def split(forget: Sequence[EditRequest], retain: Sequence[EditRequest], *, quest
         tuple(prompt for prompt in retain if prompt.id not in ids),
         Validation(
             tuple((_apart(request), str(request.answer)) for request in some),
-            tuple((prompt.question, str(prompt.answer)) for prompt in held),
-            tuple(prompt.id for prompt in held),
+            tuple((prompt.question, str(prompt.answer)) for prompt in held_out),
+            tuple(prompt.id for prompt in held_out),
         ),
     )
 
@@ -94,19 +92,19 @@ def _apart(request: EditRequest) -> str:
 
 @dataclass(frozen=True)
 class Recalls:
-    """ROUGE-L recall of the answers to the questions to be forgotten and to be kept, in their order."""
+    """ROUGE-L recall of the answers to the forget and the retain questions, in their order."""
 
     forget: tuple[float, ...]
     retain: tuple[float, ...]
 
     @property
     def means(self) -> tuple[float, float]:
-        """Of the two kinds."""
+        """Mean recall on the forget and on the retain questions."""
         return sum(self.forget) / len(self.forget), sum(self.retain) / len(self.retain)
 
 
 def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation) -> Recalls:
-    """ROUGE-L recall of the greedy answers (24 tokens) to what is to be forgotten and to be kept.
+    """Computes the ROUGE-L recall of the greedy answers (24 tokens) to the validation questions.
 
     Raises:
         MetricError: `rouge-score` is not installed.
@@ -122,9 +120,12 @@ def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation)
 
 
 def score(now: Recalls, before: Recalls) -> Score:
-    """Of what was recalled before, the share that is gone of the one kind and still there of the other: question by
-    question, since what was learned meanwhile is not kept. A set of which nothing was known before counts as forgotten,
-    and as kept."""
+    """Scores recalls against those of the unedited model.
+
+    `forgetting` is the share of the earlier recall on forget questions that is gone, `retention` the share on retain
+    questions that is left. Both are counted question by question, since newly learned answers are not retention. If
+    nothing was recalled before, the set counts as forgotten, or as kept.
+    """
 
     def left(new: Sequence[float], old: Sequence[float]) -> float | None:
         known = sum(old)
@@ -136,7 +137,7 @@ def score(now: Recalls, before: Recalls) -> Score:
 
 
 def validation_hash(validation: Validation) -> str:
-    """The same for the same questions."""
+    """Hash of the questions and answers."""
     pairs = [("forget", *pair) for pair in validation.forget] + [("retain", *pair) for pair in validation.retain]
     requests = [
         EditRequest(f"{kind}:{i}", literal(question), answer=answer) for i, (kind, question, answer) in enumerate(pairs)
