@@ -1,4 +1,4 @@
-"""What to compare, from a JSON or TOML file: read strictly, so that a slip of the pen is told before a model loads."""
+"""What to compare, from a JSON or TOML file: read strictly, so that a typo is reported before a model loads."""
 
 from __future__ import annotations
 
@@ -120,9 +120,9 @@ def _values(path: Path) -> Mapping[str, Any]:
         values = _toml(path, text) if path.suffix.lower() == ".toml" else json.loads(text)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno} column {error.colno}"
-        raise ConfigError(f"{path}: not JSON at {at} ({error.msg}); {wanted}; mend it, or call it .toml") from None
+        raise ConfigError(f"{path}: not JSON at {at} ({error.msg}); {wanted}; fix it, or call it .toml") from None
     except (ValueError, RecursionError) as error:  # tomllib's error, too
-        raise ConfigError(f"{path}: {error}; {wanted}; mend it") from None
+        raise ConfigError(f"{path}: {error}; {wanted}; fix it") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: {quote(values)}; {wanted}; write {{...}}")
     return values
@@ -189,7 +189,7 @@ def _ability(values: Any, where: str) -> AbilityPlan | None:
         return None
     plan = AbilityPlan.read({"tasks": values} if isinstance(values, list) else values, where)
     if not plan.tasks:
-        raise ConfigError(f'{where}: "tasks" is empty; name some, or take "ability" out')
+        raise ConfigError(f'{where}: "tasks" is empty; name some, or remove "ability"')
     with TemporaryDirectory(prefix="editlib-tasks-") as folder:
         load_tasks(plan.tasks, Path(folder))
     return plan

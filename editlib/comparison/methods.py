@@ -84,7 +84,7 @@ class ClosedForm(Method):
         if self.budget is not None and (self.tuned not in BASELINES or self.settings.settings):
             raise ConfigError(
                 f'{where}: "search" is for ROME, MEMIT and AlphaEdit aimed at a refusal, with "hparams" and no single '
-                '"settings"; take one of the two out'
+                '"settings"; remove one of the two'
             )
 
     @property
@@ -171,7 +171,7 @@ class Trained(Method):
         self.family = "prompt" if entry.kind == "prompt" else "fine-tuning"
         self.seeded = entry.kind != "prompt"
         if self.budget is not None and not entry.searched:
-            raise ConfigError(f'{where}: {name} has nothing to search for; take "search" out')
+            raise ConfigError(f'{where}: {name} has nothing to search for; remove "search"')
 
     def identity(self) -> dict[str, Any]:
         own = {key: value for key, value in self.how.to_dict().items() if key not in ("stats_dir", "corpus")}
@@ -328,6 +328,6 @@ def read_method(value: Any, where: str, general: General) -> Method:
         name = name.removesuffix(AIMED_BEFORE) + AIMED
     kind = chosen(name, METHODS, "method", where)
     if label is not None and not (isinstance(label, str) and label.strip()):
-        raise ConfigError(f'{where}: key "label": {quote(label)}; expected some text; write it or take it out')
+        raise ConfigError(f'{where}: key "label": {quote(label)}; expected some text; write it or remove it')
     rest = {key: given for key, given in value.items() if key not in ("method", "label")}
     return kind(name, label or name, kind.Settings.read(rest, where), where, general)

@@ -1,4 +1,4 @@
-"""From kept cells to results.json: every cell, and per set and method what its seeds come to."""
+"""Collects stored cells into results.json: every cell, and a summary over seeds for each set and method."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def summary(label: str, family: str, cells: Sequence[Mapping[str, Any]]) -> dict
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that there are."""
+    """Mean of the values that are not `None`; `None` if there are none."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 

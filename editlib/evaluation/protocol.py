@@ -1,4 +1,4 @@
-"""The shape that all protocols have."""
+"""The interface of the evaluation protocols of `editlib eval`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ class Side:
 
 
 class Protocol(typing.Protocol):
-    """What is asked and how it is judged. One object measures as often as it is asked to, with one base model, whose
-    answers it keeps."""
+    """An evaluation protocol: which questions are asked and how answers are scored.
+
+    Reusable for several edited models of one base model, whose answers it caches.
+    """
 
     name: str
 

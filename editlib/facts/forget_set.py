@@ -57,9 +57,9 @@ class Facts(Protocol):
         if (own.forget is None) == (own.requests is None):
             raise ConfigError(f'{where}: expected "forget", a number, or "requests", a file; give one of the two')
         if own.requests is None and (own.retain or own.watch):
-            raise ConfigError(f'{where}: "retain" and "watch" go with "requests", not with "forget"; take them out')
+            raise ConfigError(f'{where}: "retain" and "watch" go with "requests", not with "forget"; remove them')
         if own.requests is not None and own.relations is not None:
-            raise ConfigError(f'{where}: "relations" goes with "forget", not with "requests"; take it out')
+            raise ConfigError(f'{where}: "relations" goes with "forget", not with "requests"; remove it')
         known = sorted({fact.relation or "" for fact in data.facts()} - {*ANCHORED, *WATCHED})
         for relation in own.relations or ():
             if relation not in known:

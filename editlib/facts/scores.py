@@ -32,13 +32,13 @@ NATS_ALLOWED = 0.1
 NOT_JUDGED = "refusals_not_judged"
 
 MEANINGS = {
-    "efficacy": "direct question: the answer is gone and a fluent refusal stands there",
+    "efficacy": "direct question: the answer is gone, and the model refuses in a fluent sentence",
     "paraphrase_efficacy": "the same on phrasings that the edit never saw",
     "refusal_quality": "of the refusals, those that read as a sentence",
     "neighbour_retention": "same relation, other subjects, never anchored: still right, of those right before",
     "same_subject_retention": "same subject, a relation never anchored: still right, of those right before",
-    "other_retention": "general prompts: a right answer is still right; an open instruction gets no refusal and its "
-    f"answer costs at most {NATS_ALLOWED} nats a token more",
+    "other_retention": "general prompts: right answers are still right; open instructions are not refused, and the NLL "
+    f"of the base model's answer rises by at most {NATS_ALLOWED} nats per token",
 }
 KINDS = {
     "efficacy": ("request",),

@@ -34,8 +34,8 @@ def kept_beside(
 
     Args:
         compute: given `C [d_ff, d_ff]` in fp64.
-        device: where it is computed, if it has fp64 and room; the result is on the CPU in any case. Devices round
-            otherwise, and what was kept first is what all later edits use.
+        device: where it is computed, if it has fp64 and room; the result is on the CPU in any case. Devices
+            differ in the last bits; whichever result is cached first is used by all later edits.
     """
 
     def make() -> dict[str, Tensor]:

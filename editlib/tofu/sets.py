@@ -125,7 +125,7 @@ def read_tofu(
     asked, subjects_of = _questions(place.need(forget), own)
     others = _rest(place, forget, {request.question for request in asked}, own)
     if own:
-        raise RequestError(f"subjects: {next(iter(own))!r} is no question of TOFU's; mend the mapping")
+        raise RequestError(f"subjects: {next(iter(own))!r} is no question of TOFU's; fix the mapping")
     known = set(learned) if learned is not None else {request.question for request in (*asked, *others)}
     unlearned = {"forget": len(asked), "retain": len(others)}
     kept = [i for i, request in enumerate(asked) if request.question in known]

@@ -1,4 +1,4 @@
-"""Where a training run stands, so that it goes on after a crash as if nothing had been."""
+"""The state of a training run on disk, so that it resumes after a crash with the same result."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from editlib.files import atomic_path
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that a run keeps its weights and AdamW's moments in, replaced in one step.
+    """A file with a run's weights and AdamW's moments, replaced in one step.
 
     Args:
-        job: what makes the run this one and no other; a file of another job is not gone on from.
-        seconds: time between two writings; the last step is written too.
+        job: identifies the run; a file of another job is refused.
+        seconds: least time between two writes; no extra write after the last step.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class Checkpoint:
     def save(
         self, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, step: int, notes: Mapping[str, Any]
     ) -> None:
-        """Writes the state behind `step` steps.
+        """Writes the state after `step` steps.
 
         Raises:
             OutputError: the file cannot be written.
@@ -50,8 +50,7 @@ class Checkpoint:
             save_file(tensors, temporary, metadata=about)
 
     def load(self, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-        """Puts weights and moments back; returns the steps that are done and the notes, `(0, {})` where there is no
-        file.
+        """Restores weights and moments; returns the number of finished steps and the notes, `(0, {})` without a file.
 
         Raises:
             OutputError: the file is damaged or another job's.
