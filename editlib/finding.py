@@ -9,7 +9,7 @@ from typing import Any
 from editlib import data
 from editlib.algorithms.causal_trace import causal_trace
 from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
-from editlib.models.loading import read_config
+from editlib.models.loading import model_of, read_config
 from editlib.models.residual_path import writing_of
 from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
@@ -45,7 +45,7 @@ def shape_of(model: str) -> ModelShape:
         ModelError: there is no such model, or it cannot be edited.
     """
     config = read_config(model)
-    return KNOWN[model] if config is None else ModelShape.of(config, model_slug(model))
+    return KNOWN[model_of(model)] if config is None else ModelShape.of(config, model_slug(model))
 
 
 def is_derived(hparams: HyperParams) -> bool:

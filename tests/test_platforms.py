@@ -67,7 +67,7 @@ def is_text(call):
     return getattr(call.func, "id", "") == "open"
 
 
-OTHERS = ("os", "Chain", "jsonlines", "archive")
+OTHERS = ("os", "Chain", "cls", "jsonlines", "archive")
 """Whose `open` is no file's, or has no encoding to give."""
 
 

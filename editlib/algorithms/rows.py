@@ -27,6 +27,7 @@ from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 BATCH_TOKENS = 4096  # of all rows of a batch, prefixes not counted, since each keeps a graph
+BATCH_LOGITS = 2**25  # numbers in the logits of a batch, which its graph keeps in fp32
 RIVALS = 20  # likeliest other tokens that an answer is compared with where no others of its kind are known
 RIDGE = 3e-3  # ε: rows that contradict one another share what is left of their residuals
 
@@ -115,7 +116,8 @@ class RowBatch:
 
     def __init__(self, anat: Anatomy, rows: Sequence[Row], layer: int) -> None:
         self.anat, self.rows, self.layer = anat, list(rows), layer
-        self.chunks = [self._encode(numbers) for numbers in _chunks(self.rows)]
+        vocab = anat.embedding.weight.shape[0]
+        self.chunks = [self._encode(numbers) for numbers in _chunks(self.rows, max(1, BATCH_LOGITS // vocab))]
         self._resolve_rivals()
 
     def states(self, subjects: int) -> Tensor:
@@ -214,13 +216,17 @@ def _read(row: Row, logits: Tensor) -> Tensor:
     return logits[0, row.targets[0]] - logits[0].masked_fill(~others, -torch.inf).logsumexp(-1)
 
 
-def _chunks(rows: Sequence[Row]) -> list[list[int]]:
-    """Row numbers in groups of like length whose padded size keeps to `BATCH_TOKENS`."""
+def _chunks(rows: Sequence[Row], most_columns: int) -> list[list[int]]:
+    """Row numbers in groups of like length whose padded size keeps to `BATCH_TOKENS` and whose logits are read at no
+    more than `most_columns` positions; a row that is larger alone is a group."""
     length = [len(row.ids) - row.places[0] for row in rows]
     groups: list[list[int]] = []
+    columns = 0
     for i in sorted(range(len(rows)), key=lambda i: (length[i], i)):
-        if not groups or (len(groups[-1]) + 1) * length[i] > BATCH_TOKENS:
+        columns += len(rows[i].columns)
+        if not groups or (len(groups[-1]) + 1) * length[i] > BATCH_TOKENS or columns > most_columns:
             groups.append([])
+            columns = len(rows[i].columns)
         groups[-1].append(i)
     return groups
 

@@ -87,10 +87,11 @@ def unlearn(
     from editlib.requests.reading import read_with_retain
 
     check_places(out_dir, delta, overwrite=overwrite)
+    how = prompt_settings(prompts)
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
     settings = find_settings(model, "UniErase", hparams)
     check_wanted(wanted, settings)
-    bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     settings = fit_settings(bench, settings)
     if show_rows:
         _print_rows(bench, wanted, settings, kept)
@@ -164,6 +165,7 @@ def edit(
     from editlib.requests.reading import read_requests
 
     check_places(out_dir, delta, overwrite=overwrite)
+    how = prompt_settings(prompts)
     if hparams is None and algorithm is None:
         raise HparamsError("which algorithm? give --algorithm (see `editlib algorithms`), or a file with --hparams")
     settings = find_settings(model, algorithm, hparams)
@@ -175,7 +177,7 @@ def edit(
         return
     wanted = read_requests(requests, skip_bad=skip_bad)
     check_wanted(wanted, settings)
-    bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     settings = fit_settings(bench, settings)
     result, receipt = run(
         bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite

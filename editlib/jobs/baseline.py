@@ -37,6 +37,11 @@ class Ran:
         """What the receipt calls it."""
         return self.name
 
+    @property
+    def source(self) -> str:
+        """Where the settings come from: the command itself, no file."""
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """The settings with the baseline's own defaults filled in."""
         entry, found = baseline(self.name), self.settings.to_dict()

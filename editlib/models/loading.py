@@ -91,6 +91,15 @@ def _base_of(folder: str) -> str:
     return base
 
 
+def model_of(name: str) -> str:
+    """The model that an adapter's folder is for; any other model itself.
+
+    Raises:
+        ModelError: an adapter that does not say, or an adapter of an adapter.
+    """
+    return _base_of(name) if is_adapter(name) else name
+
+
 def check_model(name: str) -> None:
     """Raises `ModelError` where `load` would for a missing model or a kind that cannot be edited, without reading any
     weights; call it before long work starts."""
@@ -104,8 +113,7 @@ def read_config(name: str) -> PreTrainedConfig | None:
     Raises:
         ModelError: a missing model, or a kind that cannot be edited.
     """
-    if is_adapter(name):
-        name = _base_of(name)
+    name = model_of(name)
     return None if _packaged(name) else _checked_config(name, name, {})
 
 

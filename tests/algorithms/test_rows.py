@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.rows import least_norm
 
+from editlib.algorithms import rows as rows_module
 from editlib.algorithms.left_metric import inverse_root, output_moment
 from editlib.algorithms.rows import Goals, Row, RowBatch, find_row_values, least_norm_step
 from editlib.errors import EditError
@@ -111,6 +112,14 @@ def test_subjects_do_not_influence_one_another(tiny_llama):
     both = find_row_values(anat, ROWS[:4], LAYER, ["a", "b"], Goals())
     alone = find_row_values(anat, ROWS[:2], LAYER, ["a"], Goals())
     torch.testing.assert_close(both.deltas[0], alone.deltas[0], rtol=1e-3, atol=1e-4)
+
+
+def test_batches_keep_to_tokens_and_logits():
+    rows = [Row("keep", 0, tuple(range(10, 30)), (2,), tuple(range(10)), tuple(range(10))) for _ in range(50)]
+    for most, longest in ((25, 2), (10_000, 4096 // 18), (1, 1)):
+        groups = rows_module._chunks(rows, most)
+        assert sorted(i for group in groups for i in group) == list(range(50))
+        assert max(len(group) for group in groups) == min(longest, 50)
 
 
 def test_goals_by_hand():

@@ -156,11 +156,11 @@ def test_all_languages_of_a_data_file(world, tmp_path):
     ]
     file = tmp_path / "frames.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    scene = replace(world.scene(), settings=replace(world.scene().settings, frames=str(file)))
-    found = any_language(world.edited(), world.facts[:1], scene)
+    context = replace(world.context(), settings=replace(world.context().settings, frames=str(file)))
+    found = any_language(world.edited(), world.facts[:1], context)
     assert [output.prompt for output in found.trials[0].outputs] == ["Qual è la capitale di B?", "B的首都是哪里？"]
     assert "refused" in found.notes
-    bundled = any_language(world.edited(), world.facts[:1], world.scene())
+    bundled = any_language(world.edited(), world.facts[:1], world.context())
     assert len(bundled.trials[0].outputs) == len(data.frames())
 
 

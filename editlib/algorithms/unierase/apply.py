@@ -106,9 +106,11 @@ def apply_unierase_to_model(
     """
     state = state or EditState()
     anat = anatomy(model)
-    _check(anat, requests, hparams, token)
+    _check(anat, requests, hparams)
     stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
     spaces = null_spaces(stats, hparams, anat.device)
+    if hparams.uses_token and token is None:
+        raise HparamsError('no unlearning token was given; give one, or set "values" to "rows" and "say" to false')
     catalogue = Catalogue.bundled()
     reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
     form = PromptFormat.of(tok, chat)
@@ -152,14 +154,10 @@ def apply_unierase_to_model(
     )
 
 
-def _check(
-    anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHyperParams, token: UnlearningToken | None
-) -> None:
+def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHyperParams) -> None:
     """Raises what `apply_unierase_to_model` raises for input that does not fit, before anything is changed."""
     if not requests:
         raise RequestError("no request to forget was given; give at least one")
-    if hparams.uses_token and token is None:
-        raise HparamsError('no unlearning token was given; give one, or set "values" to "rows" and "say" to false')
     if hparams.values == "rows":
         check_answers(requests)
     check_fit(anat, hparams)
