@@ -14,12 +14,14 @@ from editlib.cli.options import (
     Hparams,
     Model,
     Overwrite,
+    Prompts,
     Requests,
     Seed,
     SkipBad,
     StatsDir,
     out,
     print_table,
+    prompt_settings,
     workbench,
 )
 
@@ -71,6 +73,7 @@ def tune(
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    prompts: Prompts = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -87,7 +90,7 @@ def tune(
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
     settings = find_settings(model, "UniErase", hparams)
     check_tuning(wanted, settings)
-    bench = workbench(model, stats_dir, dtype, device_map)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
     tuned = run(
         bench,
         wanted,

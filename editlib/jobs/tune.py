@@ -7,61 +7,25 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from editlib import data, editing
-from editlib.errors import EditError, HparamsError, RequestError
-from editlib.evaluation.answer_cache import AnswerCache, ask
-from editlib.evaluation.metrics import balance
-from editlib.evaluation.perplexity import text_windows
-from editlib.facts.scores import build_items, evaluate
+from editlib.errors import HparamsError, RequestError
 from editlib.files import write_json
 from editlib.finding import settings_file
 from editlib.hparams import HyperParams
-from editlib.models.generation import perplexity
+from editlib.hparams.steps import steps
+from editlib.jobs.trials import Judge, Trial
 from editlib.reports.tables import write_table
-from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.shelf import Finished
-from editlib.stats.corpus import load_corpus
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
-
-WATCHED = 20  # retain prompts of each kind that are asked after every trial
-KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
-SCALES = {"early_stop_loss": 2.0, "anchor_weight": 3.0, "L2": 3.0, "nullspace_threshold": 2.0}
-"""Numbers that are tried larger and smaller by a factor, the most decisive first."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Settings that were tried (`changed`: in which fields from the first ones) and what came of them, shares in 0..1;
-    `failed` says why there is nothing else."""
-
-    changed: dict[str, Any]
-    efficacy: float = 0.0
-    unseen: float = 0.0
-    retention: float = 0.0
-    perplexity_ratio: float | None = None
-    seconds: float = 0.0
-    failed: str | None = None
-
-    @property
-    def balance(self) -> float:
-        """The harmonic mean of forgetting (efficacy and unseen wordings alike) and retention."""
-        return float(balance((self.efficacy + self.unseen) / 2, self.retention).agg_value or 0.0)
-
-    @property
-    def axes(self) -> tuple[float, float, float]:
-        """What a front is taken over, higher is better."""
-        return self.efficacy, self.unseen, self.retention
 
 
 @dataclass(frozen=True)
@@ -128,7 +92,7 @@ def tune(
     check_tuning(requests, hparams)
     editing.check_settings(bench, hparams)
     finished, ends = Finished(out), clock() + 60 * minutes
-    judge = _Judge(bench, requests, data.retain_prompts(requests) if retain is None else retain, out, text, seed)
+    judge = Judge(bench, requests, data.retain_prompts(requests) if retain is None else retain, out, text, seed)
     how = {"corpus": corpus, "stats_tokens": stats_tokens, "seed": seed}
     start, best, interrupted = hparams, hparams, False
     trials: dict[str, Trial] = {}
@@ -143,7 +107,7 @@ def tune(
                 trial = judge.tried(settings, _changed(start, settings), how)
                 finished.keep("trial", job, asdict(trial))
             trials[_key(settings)] = trial
-            log.info("trial %d, %s: balance %.3f", len(trials), _told(trial), trial.balance)
+            log.info("trial %d, %s: balance %.3f", len(trials), _in_words(trial), trial.balance)
             if _key(settings) == _best(trials):
                 best = settings
     except KeyboardInterrupt:
@@ -158,7 +122,7 @@ def table_rows(tuned: Tuned) -> list[list[str]]:
     head = ["settings", "efficacy", "unseen wordings", "retention", "perplexity ratio", "balance", "seconds"]
     rows = [
         [
-            _told(trial),
+            _in_words(trial),
             *(f"{value:.2f}" for value in trial.axes),
             "-" if trial.perplexity_ratio is None else f"{trial.perplexity_ratio:.3f}",
             f"{trial.balance:.3f}",
@@ -167,89 +131,6 @@ def table_rows(tuned: Tuned) -> list[list[str]]:
         for trial in tuned.front
     ]
     return [head, *rows]
-
-
-class _Judge:
-    """What trials are judged by: asked of the model as it is once, and after every trial."""
-
-    def __init__(
-        self,
-        bench: Workbench,
-        requests: Sequence[EditRequest],
-        retain: Sequence[EditRequest],
-        out: Path,
-        text: str,
-        seed: int,
-    ) -> None:
-        self.bench, self.requests = bench, list(requests)
-        self.before = AnswerCache.load(out / "before.json", bench.sha256)
-        self.held, self.watched = _parted(self.requests, retain, seed)
-        questions = [item.question for item in build_items(self.requests, self.watched)]
-        missing = [question for question in questions if question not in self.before.answers]
-        self.before.answers.update(ask(bench.anat, bench.tok, missing, progress="before" if bench.progress else None))
-        self.before.save(out / "before.json")
-        self.windows = text_windows(bench.tok, load_corpus(text).documents)
-        self.perplexity = perplexity(bench.anat, self.windows)
-        self.identity = {
-            "model": bench.sha256,
-            "requests": requests_hash(self.requests),
-            "held": requests_hash(self.held),
-            "watched": requests_hash(self.watched),
-            "text": text,
-        }
-
-    def tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> Trial:
-        """Edits, asks, and puts the weights back."""
-        begun, bench = time.perf_counter(), self.bench
-        means = editing.load_inputs(bench, hparams, **how)
-        try:
-            result = editing.apply(
-                bench, self.requests, hparams, means,
-                retain=self.held, known_answers=self.before.answers, seed=how["seed"],
-            )  # fmt: skip
-        except (EditError, HparamsError) as error:
-            return Trial(changed, seconds=time.perf_counter() - begun, failed=str(error))
-        try:
-            pair = (bench.anat, bench.tok)
-            # One model serves as both: every answer of before is known, so that nothing is asked of it.
-            items = build_items(self.requests, self.watched)
-            told = evaluate(pair, pair, items, before=self.before, progress=bench.progress)
-            ratio = perplexity(bench.anat, self.windows) / self.perplexity
-        finally:
-            result.revert(bench.model)
-        kept = [told[name] for name in KEPT if told[name] is not None]
-        return Trial(
-            changed,
-            told["efficacy"],
-            told["paraphrase_efficacy"],
-            sum(kept) / len(kept) if kept else 0.0,
-            ratio,
-            time.perf_counter() - begun,
-        )
-
-
-def _parted(
-    requests: Sequence[EditRequest], retain: Sequence[EditRequest], seed: int
-) -> tuple[list[EditRequest], list[EditRequest]]:
-    """Retain prompts to hold, and others to watch: of each kind that have an answer every second one, at most
-    `WATCHED`.
-
-    Raises:
-        RequestError: nothing is left to watch, and no request has neighbours.
-    """
-    by_id = {prompt.id: prompt for prompt in retain if prompt.answer is not None}
-    kinds: dict[str, list[str]] = {}
-    for item in build_items(requests, list(by_id.values())):
-        if item.kind not in ("request", "paraphrase") and item.counted and item.id in by_id:
-            kinds.setdefault(item.kind, []).append(item.id)
-    chosen: set[str] = set()
-    for kind, names in sorted(kinds.items()):
-        random.Random(f"{seed} {kind}").shuffle(names)
-        chosen.update(names[: min(WATCHED, (len(names) + 1) // 2)])
-    if not chosen and not any(probe.answer for request in requests for probe in request.neighbours):
-        raise RequestError('nothing to judge retention by: give "neighbours" with answers, or --retain with answers')
-    held = [prompt for prompt in retain if prompt.id not in chosen]
-    return held, [by_id[name] for name in by_id if name in chosen]
 
 
 def _walk(start: HyperParams, n_layers: int, trials: dict[str, Trial]) -> Iterator[HyperParams]:
@@ -263,28 +144,6 @@ def _walk(start: HyperParams, n_layers: int, trials: dict[str, Trial]) -> Iterat
             return
         seen[_key(fresh)] = fresh
         yield fresh
-
-
-def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
-    """One change each of the decisive fields that an algorithm has and uses: the window of layers moved, narrowed or
-    widened, the gate moved or left out, and `SCALES`. Values that the settings refuse are left out."""
-    known, layers = {item.name for item in fields(hparams)}, list(hparams.layers)
-    low, high, by = layers[0], layers[-1], max(n_layers // 15, 1)
-    windows = [(low - by, high - by), (low + by, high + by), (low, high + by), (low, high - by), (low - by, high)]
-    changes: list[dict[str, Any]] = [
-        {"layers": list(range(first, last + 1))} for first, last in windows if 0 <= first <= last < n_layers
-    ]
-    for name, factor in SCALES.items():
-        value = getattr(hparams, name, None) if name in known else None
-        changes += [] if not value else [{name: float(f"{value * times:.3g}")} for times in (factor, 1 / factor)]
-    gate = getattr(hparams, "gate_layer", None)
-    if gate is not None:
-        changes += [{"gate_layer": gate - by}, {"gate_layer": min(gate + by, n_layers - 1)}, {"gate_layer": None}]
-    for change in changes:
-        with suppress(HparamsError):
-            found = replace(hparams, **change)
-            if found != hparams:
-                yield found
 
 
 def _beats(one: Trial, other: Trial) -> bool:
@@ -310,7 +169,7 @@ def _changed(start: HyperParams, settings: HyperParams) -> dict[str, Any]:
     return {key: value for key, value in _deciding(settings).items() if value != before[key]}
 
 
-def _told(trial: Trial) -> str:
+def _in_words(trial: Trial) -> str:
     """What was changed, in words."""
     words = ", ".join(f"{name} {value}" for name, value in trial.changed.items()) or "as found"
     return words if trial.failed is None else f"{words}, failed"

@@ -6,9 +6,11 @@ import pytest
 from tiny_models import make_llama, train_tokenizer
 
 from editlib.errors import HparamsError, RequestError
+from editlib.facts.scores import Item
 from editlib.hparams import AlphaEditHyperParams, UniEraseHyperParams, load_hparams
 from editlib.jobs import tune as job
-from editlib.jobs.tune import Trial, Tuned, check_tuning, steps, table_rows, tune
+from editlib.jobs.trials import Trial, forgotten
+from editlib.jobs.tune import Tuned, check_tuning, table_rows, tune
 from editlib.requests.reading import write_requests
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
@@ -53,7 +55,7 @@ class Judge:
 @pytest.fixture
 def judged(monkeypatch, request):
     kind = type("Own", (Judge,), {"runs": 0})
-    monkeypatch.setattr(job, "_Judge", kind)
+    monkeypatch.setattr(job, "Judge", kind)
     return kind
 
 
@@ -100,15 +102,16 @@ def test_ctrl_c_leaves_what_is_done(judged, bench, tmp_path):
     assert not (tmp_path / "new" / "best.json").exists()
 
 
-def test_steps_change_one_thing_and_fit():
-    found = list(steps(START, 5))
-    assert found and all(one.layers[-1] < 5 for one in found)
-    before = START.to_dict()
-    for one in found:
-        assert len([key for key, value in one.to_dict().items() if value != before[key]]) == 1
-    assert {one.gate_layer for one in found} >= {4, None}
-    shares = UniEraseHyperParams(layers=[1], nullspace_rule="energy", nullspace_threshold=0.8)
-    assert all(one.nullspace_threshold <= 1 for one in steps(shares, 5))
+def test_without_a_refusal_an_answer_that_is_gone_is_forgotten():
+    """Settings that only erase (`say` false) would all score 0 where a refusal is asked for."""
+    made = [Item(str(i), "request", None, None, "q", "Paris") for i in range(4)]
+    for item, (before, after, refused) in zip(
+        made, [(True, False, True), (True, False, False), (True, True, False), (False, False, False)], strict=True
+    ):
+        item.right_before, item.right_after, item.passed = before, after, refused
+    assert forgotten(made, "request", says=True) == 1 / 4
+    assert forgotten(made, "request", says=False) == 2 / 3  # what was never known is no success
+    assert forgotten(made, "paraphrase", says=False) == 0
 
 
 def test_the_front_is_what_nothing_beats():

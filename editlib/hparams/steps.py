@@ -1,0 +1,76 @@
+"""Settings one step away from others: what a search tries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, replace
+from typing import Any
+
+from editlib.errors import HparamsError
+from editlib.hparams.base import HyperParams
+
+SCALES = {"anchor_weight": 3.0, "L2": 3.0, "nullspace_threshold": 2.0}
+"""Numbers that are tried larger and smaller by a factor, the most decisive first."""
+
+DESCENT_SCALES = {"early_stop_loss": 2.0}
+"""The same of values that descend; rows stop by their margins."""
+
+ROW_MARGINS = ("erase_margin",)
+SAY_MARGINS = ("say_margin", "quiet_margin")
+MARGIN_STEP = 2.0  # nats
+LEFT_WEIGHT, LEFT_FACTOR = 30.0, 3.0
+"""The weight of the left metric where it was off, as in the shipped settings, and its factor elsewhere."""
+
+
+def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
+    """One change each of the decisive fields that an algorithm has and uses, layers first: the window moved, narrowed
+    or widened, a number scaled (`SCALES`, ...), a margin moved, the gate moved or left out. Values that the settings
+    refuse are left out.
+
+    Args:
+        n_layers: of the model.
+    """
+    by = max(n_layers // 15, 1)
+    for change in [*_windows(hparams, n_layers, by), *_numbers(hparams), *_gates(hparams, n_layers, by)]:
+        with suppress(HparamsError):
+            found = replace(hparams, **change)
+            if found != hparams:
+                yield found
+
+
+def _windows(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
+    low, high = hparams.layers[0], hparams.layers[-1]
+    windows = [(low - by, high - by), (low + by, high + by), (low, high + by), (low, high - by), (low - by, high)]
+    return [{"layers": list(range(first, last + 1))} for first, last in windows if 0 <= first <= last < n_layers]
+
+
+def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
+    """Scaled numbers and moved margins, those that decide what a value is before those of the solve."""
+    if getattr(hparams, "values", "descent") == "rows":
+        margins = [*ROW_MARGINS, *(SAY_MARGINS if getattr(hparams, "say", False) else ())]
+        own = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]
+        scaled = _scaled(hparams, {"left_weight": LEFT_FACTOR})
+        own += [*scaled, {"left_weight": 0.0}] if scaled else [{"left_weight": LEFT_WEIGHT}]
+    else:
+        own = _scaled(hparams, DESCENT_SCALES)
+    return own + _scaled(hparams, SCALES)
+
+
+def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, Any]]:
+    """Fields that `hparams` has and that are not off (zero), each larger and smaller by its factor."""
+    known = {item.name for item in fields(hparams)}
+    found = {name: getattr(hparams, name) for name in factors if name in known}
+    return [
+        {name: float(f"{value * times:.3g}")}
+        for name, value in found.items()
+        if value
+        for times in (factors[name], 1 / factors[name])
+    ]
+
+
+def _gates(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
+    gate = getattr(hparams, "gate_layer", None)
+    if gate is None:
+        return []
+    return [{"gate_layer": gate - by}, {"gate_layer": min(gate + by, n_layers - 1)}, {"gate_layer": None}]

@@ -1,0 +1,154 @@
+"""One trial of settings: what it is judged by, the edit, and the weights put back."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editlib import editing
+from editlib.errors import EditError, HparamsError, RequestError
+from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
+from editlib.evaluation.metrics import balance
+from editlib.evaluation.perplexity import text_windows
+from editlib.facts.scores import Item, build_items, evaluate
+from editlib.hparams import HyperParams
+from editlib.models.generation import perplexity
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompts import PromptFormat
+from editlib.requests.reading import requests_hash
+from editlib.requests.request import EditRequest
+from editlib.shelf import digest
+from editlib.stats.corpus import load_corpus
+from editlib.workbench import Workbench
+
+WATCHED = 20  # retain prompts of each kind that are asked after every trial
+KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings that were tried (`changed`: in which fields from the first ones) and what came of them, shares in 0..1;
+    `failed` says why there is nothing else."""
+
+    changed: dict[str, Any]
+    efficacy: float = 0.0
+    unseen: float = 0.0
+    retention: float = 0.0
+    perplexity_ratio: float | None = None
+    seconds: float = 0.0
+    failed: str | None = None
+
+    @property
+    def balance(self) -> float:
+        """The harmonic mean of forgetting (efficacy and unseen wordings alike) and retention."""
+        return float(balance((self.efficacy + self.unseen) / 2, self.retention).agg_value or 0.0)
+
+    @property
+    def axes(self) -> tuple[float, float, float]:
+        """What a front is taken over, higher is better."""
+        return self.efficacy, self.unseen, self.retention
+
+
+class Judge:
+    """What trials are judged by: asked of the model as it is once, and after every trial."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        requests: Sequence[EditRequest],
+        retain: Sequence[EditRequest],
+        out: Path,
+        text: str,
+        seed: int,
+    ) -> None:
+        self.bench, self.requests, self.how = bench, list(requests), bench.asking()
+        form = PromptFormat.of(bench.tok, self.how)
+        check_requests_fit(bench.model, form, [*self.requests, *retain], room=ANSWER_TOKENS)
+        self.held, self.watched = _parted(self.requests, retain, seed)
+        prompts = form.settings.to_dict()
+        answers = out / f"before.{digest(prompts)[:8]}.json"  # answers are those to one form of prompts
+        self.before = AnswerCache.load(answers, bench.sha256)
+        questions = [item.question for item in build_items(self.requests, self.watched)]
+        missing = [question for question in questions if question not in self.before.answers]
+        progress = "before" if bench.progress else None
+        self.before.answers.update(ask(bench.anat, bench.tok, missing, how=self.how, progress=progress))
+        self.before.save(answers)
+        self.windows = text_windows(bench.tok, load_corpus(text).documents)
+        self.perplexity = perplexity(bench.anat, self.windows)
+        self.identity = {
+            "model": bench.sha256,
+            "requests": requests_hash(self.requests),
+            "held": requests_hash(self.held),
+            "watched": requests_hash(self.watched),
+            "text": text,
+            "prompts": prompts,
+        }
+
+    def tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> Trial:
+        """Edits, asks, and puts the weights back."""
+        begun, bench = time.perf_counter(), self.bench
+        means = editing.load_inputs(bench, hparams, **how)
+        try:
+            result = editing.apply(
+                bench, self.requests, hparams, means,
+                retain=self.held, known_answers=self.before.answers, chat=self.how, seed=how["seed"],
+            )  # fmt: skip
+        except (EditError, HparamsError) as error:
+            return Trial(changed, seconds=time.perf_counter() - begun, failed=str(error))
+        try:
+            pair = (bench.anat, bench.tok)
+            # One model serves as both: every answer of before is known, so that nothing is asked of it.
+            items = build_items(self.requests, self.watched)
+            scores = evaluate(pair, pair, items, before=self.before, how=self.how, progress=bench.progress)
+            ratio = perplexity(bench.anat, self.windows) / self.perplexity
+        finally:
+            result.revert(bench.model)
+        kept = [scores[name] for name in KEPT if scores[name] is not None]
+        return Trial(
+            changed,
+            forgotten(items, "request", says=hparams.uses_token),
+            forgotten(items, "paraphrase", says=hparams.uses_token),
+            sum(kept) / len(kept) if kept else 0.0,
+            ratio,
+            time.perf_counter() - begun,
+        )
+
+
+def forgotten(items: Sequence[Item], kind: str, *, says: bool) -> float:
+    """The share, 0..1, of judged `items` of a kind that are forgotten; 0 where there is nothing to forget.
+
+    Args:
+        says: the edit answers with a refusal, which then is asked for; else, of the answers that were right before,
+            those that are gone.
+    """
+    asked = [item for item in items if item.kind == kind and (says or item.right_before)]
+    gone = [item for item in asked if (item.passed if says else not item.right_after)]
+    return len(gone) / len(asked) if asked else 0.0
+
+
+def _parted(
+    requests: Sequence[EditRequest], retain: Sequence[EditRequest], seed: int
+) -> tuple[list[EditRequest], list[EditRequest]]:
+    """Retain prompts to hold, and others to watch: of each kind that have an answer every second one, at most
+    `WATCHED`.
+
+    Raises:
+        RequestError: nothing is left to watch, and no request has neighbours.
+    """
+    by_id = {prompt.id: prompt for prompt in retain if prompt.answer is not None}
+    kinds: dict[str, list[str]] = {}
+    for item in build_items(requests, list(by_id.values())):
+        if item.kind not in ("request", "paraphrase") and item.counted and item.id in by_id:
+            kinds.setdefault(item.kind, []).append(item.id)
+    chosen: set[str] = set()
+    for kind, names in sorted(kinds.items()):
+        random.Random(f"{seed} {kind}").shuffle(names)
+        chosen.update(names[: min(WATCHED, (len(names) + 1) // 2)])
+    if not chosen and not any(probe.answer for request in requests for probe in request.neighbours):
+        raise RequestError('nothing to judge retention by: give "neighbours" with answers, or --retain with answers')
+    held = [prompt for prompt in retain if prompt.id not in chosen]
+    return held, [by_id[name] for name in by_id if name in chosen]
