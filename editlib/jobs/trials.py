@@ -72,7 +72,9 @@ class Judge:
         prompts = form.settings.to_dict()
         answers = out / f"before.{digest(prompts)[:8]}.json"  # answers are those to one form of prompts
         self.before = AnswerCache.load(answers, bench.sha256)
+        # Those of the held prompts are anchored: asked once, they need not be generated for every trial.
         questions = [item.question for item in build_items(self.requests, self.watched)]
+        questions += [prompt.question for prompt in self.held]
         missing = [question for question in questions if question not in self.before.answers]
         progress = "before" if bench.progress else None
         self.before.answers.update(ask(bench.anat, bench.tok, missing, how=self.how, progress=progress))

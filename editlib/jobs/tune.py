@@ -22,7 +22,7 @@ from editlib.hparams.steps import steps
 from editlib.jobs.trials import Judge, Trial
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest
-from editlib.shelf import Finished
+from editlib.shelf import FINISHED, Finished, make_folder
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ def tune(
     check_tuning(requests, hparams)
     editing.check_settings(bench, hparams)
     finished, ends = Finished(out), clock() + 60 * minutes
+    make_folder(out / FINISHED)  # by which a search that is stopped in its first trial knows its folder again
     judge = Judge(bench, requests, data.retain_prompts(requests) if retain is None else retain, out, text, seed)
     how = {"corpus": corpus, "stats_tokens": stats_tokens, "seed": seed}
     start, best, interrupted = hparams, hparams, False

@@ -100,6 +100,9 @@ def test_ctrl_c_leaves_what_is_done(judged, bench, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tune(bench, FORGET, START, tmp_path / "new", minutes=1, retain=RETAIN)
     assert not (tmp_path / "new" / "best.json").exists()
+    (tmp_path / "new" / "before.json").write_text("{}")  # what a real judge has written by then
+    judged.stop_at = None
+    assert tune(bench, FORGET, START, tmp_path / "new", minutes=0, retain=RETAIN).trials
 
 
 def test_without_a_refusal_an_answer_that_is_gone_is_forgotten():
