@@ -50,7 +50,7 @@ def apply_baseline_to_model(
         settings: `None` values are replaced by the baseline's defaults.
         model_name: the model's name, for bundled settings and statistics; default: the path or id it was loaded from.
         pairs: the result of `pairs_for` for the same model and seed, so that a search computes it once.
-        spoken: see `make_pairs`.
+        own_answers: see `make_pairs`.
         watch, watched: see `training.train`.
 
     Raises:

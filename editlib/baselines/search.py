@@ -97,7 +97,7 @@ def search(
     Args:
         forget, retain, validation: as `validation.split` makes them.
         settings: everything except learning rate and steps.
-        spoken: see `make_pairs`.
+        own_answers: see `make_pairs`.
         out: a folder for finished trials; the same search resumes from it.
 
     Raises:
