@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/editlib demo --out runs/demo --overwrite
@@ -19,6 +19,16 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ as a site in docs/_build/html; the reference is made from the code first, and every link is checked.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build -W --keep-going -q -b linkcheck docs docs/_build/links
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 # torch comes first and pinned: a newer one would pull gigabytes of GPU libraries onto machines without a GPU.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,4 +37,4 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist docs/_build *.egg-info

@@ -13,7 +13,7 @@ from editlib.training.settings import Precision, TrainSettings
 
 @dataclass(frozen=True)
 class BaselineSettings:
-    """How a baseline is run. `None` means the baseline's default; see `registry.BASELINES` and docs/baselines.md.
+    """How a baseline is run. `None` means the baseline's default, see docs/reference/baselines.md.
 
     Args:
         learning_rate, steps: of the trainer; for an editor aimed at a refusal, of the optimisation of its values

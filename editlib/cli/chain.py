@@ -79,7 +79,7 @@ def init(
 @chain_app.command()
 def add(
     folder: Folder,
-    requests: Annotated[Path, typer.Option(help="what to forget or edit: JSONL, see docs/requests.md")],
+    requests: Annotated[Path, typer.Option(help="what to forget or edit: JSONL, see docs/reference/file-formats.md")],
     skip_bad: SkipBad = False,
     model: BaseModel = None,
     stats_dir: StatsDir = None,
@@ -148,7 +148,7 @@ def export(
     model: BaseModel = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Hands the chain on, see docs/exports.md."""
+    """Hands the chain on, see docs/how-to/hand-it-on.md."""
     from editlib.chain import Chain
     from editlib.chain import export as made
 

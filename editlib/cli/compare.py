@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    config: Annotated[Path, typer.Option(help="what to compare: JSON or TOML, see docs/compare.md")],
+    config: Annotated[Path, typer.Option(help="what to compare: JSON or TOML, see docs/how-to/compare-methods.md")],
     out_dir: Annotated[Path, typer.Option("--out", help="gets results.json, table.md, report.html and what is done")],
 ) -> None:
     """Methods x seeds x sets in one table and one page; goes on where it was stopped; under torchrun, on several

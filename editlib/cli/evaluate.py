@@ -22,11 +22,11 @@ def evaluate(
     base: Annotated[str, typer.Argument(help="the model before the edit")],
     edited: Annotated[str, typer.Argument(help="the model after it, or a chain's folder")],
     out_dir: Annotated[Path, typer.Option("--out", help="gets metrics.json and report.html")],
-    protocol: Annotated[str, typer.Option(help="facts or tofu, see docs/evaluation.md")] = "facts",
+    protocol: Annotated[str, typer.Option(help="facts or tofu, see docs/how-to/test-an-edit.md")] = "facts",
     mode: Annotated[str, typer.Option(help="batch, sequential (a chain, batch by batch) or precise")] = "batch",
     request: Annotated[str | None, typer.Option(help="precise: the id of the one request that was forgotten")] = None,
     requests: Annotated[
-        Path | None, typer.Option(help="facts: facts to forget, see docs/requests.md; default: the chain's own")
+        Path | None, typer.Option(help="facts: to forget, see docs/reference/file-formats.md; default: the chain's own")
     ] = None,
     retain: Annotated[
         Path | None, typer.Option(help="facts: prompts that must still be answered; default: bundled")

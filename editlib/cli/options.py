@@ -18,7 +18,7 @@ Model = Annotated[str, typer.Argument(help="a packaged model (smollm2-135m), a l
 StatsDir = Annotated[Path, typer.Option(help="where statistics and the token are kept")]
 Seed = Annotated[int, typer.Option(help="every random draw follows from it")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output folder that is not empty")]
-Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/requests.md")]
+Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/reference/file-formats.md")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave rows that cannot be used out, and count them")]
 Hparams = Annotated[
     str | None, typer.Option(help="a JSON file or a bundled name (UniErase/smollm2-135m); default: found by the model")

@@ -151,7 +151,7 @@ def evaluate(
         metrics[NOT_JUDGED] = len(unjudged)
         log.warning(
             "%d of %d answers are in a language whose refusals are not known, and count as none: the first is %r "
-            "(languages: docs/metrics.md)",
+            "(languages: docs/reference/metrics.md)",
             len(unjudged),
             len(items),
             unjudged[0].after[:60],

@@ -28,9 +28,10 @@ def read_requests(
     """Read requests from JSON Lines, a JSON array, a Parquet file or a folder by `datasets.save_to_disk`.
 
     The format is found out by the fields of each object: the own one (see `EditRequest`) or one of those that
-    `docs/requests.md` lists. A request without an id is called `<file stem>:<position in the file>`. Questions of sets
-    that name no subject get theirs from `editlib.requests.subjects`; those that none is found for are logged, and have
-    none. Logs, too, which of two fields is taken where a format has two, and requests that contradict one another.
+    `docs/reference/file-formats.md` lists. A request without an id is called `<file stem>:<position in the file>`.
+    Questions of sets that name no subject get theirs from `editlib.requests.subjects`; those that none is found for are
+    logged, and have none. Logs, too, which of two fields is taken where a format has two, and requests that contradict
+    one another.
 
     Args:
         subjects: the user's own for such questions, by id or by question.

@@ -1,4 +1,4 @@
-"""What a model comes to on TOFU's sets: every metric of `docs/metrics.md`, set by set, and the summary numbers."""
+"""Scores of a model on TOFU's sets: every metric of `docs/reference/metrics.md`, set by set, and summary numbers."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ class _Place:
         """
         if path := self.find(name):
             return path
-        raise RequestError(f"{self.source}: holds no {name}.jsonl; expected TOFU's files (see docs/evaluation.md)")
+        raise RequestError(f"{self.source}: holds no {name}.jsonl; expected TOFU's files (see docs/how-to/tofu.md)")
 
     def find(self, name: str) -> Path | None:
         """The file of a set, `None` if it is not there; raises as `need` where that cannot be known."""

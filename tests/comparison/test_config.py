@@ -59,7 +59,7 @@ def test_the_documented_example_is_one():
     docs = Path(__file__).parents[2] / "docs"
     config = read_config(docs / "compare.toml")
     assert len(config.methods) == 8 and config.attacks.facts == 30
-    text = (docs / "compare.md").read_text(encoding="utf-8")
+    text = (docs / "how-to" / "compare-methods.md").read_text(encoding="utf-8")
     for key in (*General.__dataclass_fields__, "sets", "methods", "attacks", "ability"):
         assert f"`{key}`" in text, key
 
