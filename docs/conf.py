@@ -14,6 +14,8 @@ extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 
+smartquotes = False  # quoted JSON and templates are to be copied as they are
+
 html_theme = "furo"
 html_title = f"editlib {version}"
 html_static_path = ["_static"]
