@@ -144,7 +144,7 @@ class RowBatch:
             with torch.set_grad_enabled(grad):
                 values = self._values(chunk, change)
                 if jacobian is not None:
-                    values.sum().backward()
+                    torch.autograd.backward(values.sum())
                     jacobian[chunk.numbers] = change.grad.float()  # type: ignore[union-attr]
             y[chunk.numbers] = values.detach()
         return y, jacobian
@@ -177,7 +177,7 @@ class RowBatch:
         logits = forward(
             self.anat, chunk.batch, start=self.layer + 1, hidden=hidden, prefix=chunk.prefix, score=chunk.read
         )
-        return list(logits.float().split(chunk.counts))
+        return list(torch.split(logits.float(), chunk.counts))
 
     def _values(self, chunk: _Chunk, change: Tensor) -> Tensor:
         return torch.stack(
@@ -244,7 +244,7 @@ def least_norm_step(
     scaled = jacobian if metric is None else jacobian @ metric  # [m, d_model]
     gram = scaled @ scaled.T  # [m, m]
     gram.diagonal().add_(ridge * gram.trace() / len(gram))
-    step = scaled.T @ torch.linalg.solve(gram, residual)  # [d_model]
+    step: Tensor = scaled.T @ torch.linalg.solve(gram, residual)  # [d_model]
     return step if metric is None else metric @ step
 
 

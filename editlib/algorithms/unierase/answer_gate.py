@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +27,12 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, shared_length, split
 from editlib.models.freezing import frozen
 from editlib.models.precision import wide_dtype
-from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.prompts import PromptFormat, TokenBatch, TokenRow, pad
 from editlib.requests.request import EditRequest
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 VALUE_ROWS = 16  # questions a relation whose values are averaged
 KEY_ROWS = 96  # prompts a relation whose keys are averaged
@@ -77,13 +80,13 @@ def answer_gate(
         keys.append(each.mean(dim=1))
         spread.append(each - each.mean(dim=1, keepdim=True))
     weight = anat.weight(layer)
-    kind = {"device": weight.device, "dtype": wide_dtype(weight.device)}
-    mean = torch.stack(keys, dim=1).to(**kind)  # [d_ff, relations]
+    device, dtype = weight.device, wide_dtype(weight.device)
+    mean = torch.stack(keys, dim=1).to(device, dtype)  # [d_ff, relations]
     ends, moment = _held(anat, form, requests, anchored, layer)
-    held = [block.to(**kind) for block in (*spread, *ends)]
+    held = [block.to(device, dtype) for block in (*spread, *ends)]
     ridge = RIDGE * float(mean.norm(dim=0).square().mean())
-    targets = torch.stack([values[relation] for relation in groups], dim=1).to(**kind)
-    moment = None if moment is None else moment.to(**kind)
+    targets = torch.stack([values[relation] for relation in groups], dim=1).to(device, dtype)
+    moment = None if moment is None else moment.to(device, dtype)
     update = alphaedit(mean, targets, everything(mean), l2=ridge, constraints=held, moment=moment)
     return exact(update, mean)
 
@@ -161,7 +164,7 @@ def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
     for group in batches(rests):
         batch = pad([rests[i] for i in group], device=device)
 
-        def look(_: int, keys: Tensor, batch=batch) -> None:
+        def look(_: int, keys: Tensor, batch: TokenBatch = batch) -> None:
             found.append(keys[torch.arange(len(batch), device=keys.device), batch.lookup])
 
         with frozen(anat.model), torch.no_grad():
@@ -175,7 +178,7 @@ def _end(row: TokenRow) -> TokenRow:
     return TokenRow(row.ids, len(row) - 1)
 
 
-def _some(items: list, most: int) -> list:
+def _some(items: Sequence[Item], most: int) -> Sequence[Item]:
     """Every k-th of `items`, so that at most `most` remain. Prompts are ordered request by request with the templates
     innermost: where `k` and the number of templates have a common divisor, some templates are left out."""
     return items[:: -(-len(items) // most)] if len(items) > most else items

@@ -107,7 +107,7 @@ def apply_unierase_to_model(
     state = state or EditState()
     anat = anatomy(model)
     _check(anat, requests, hparams)
-    stats = stats if stats is not None else find_layers(stats_dir, model.name_or_path, anat, hparams.layers)
+    stats = stats if stats is not None else find_layers(stats_dir, str(model.name_or_path), anat, hparams.layers)
     spaces = null_spaces(stats, hparams, anat.device)
     if hparams.uses_token and token is None:
         raise HparamsError('no unlearning token was given; give one, or set "values" to "rows" and "say" to false')
@@ -120,8 +120,17 @@ def apply_unierase_to_model(
     timer = Timer()
     with frozen(model):
         with timer("anchors"):
-            found = {"known_answers": known_answers, "seed": seed, "progress": progress}
-            before = anchored or hold_anchors(anat, form, retain, requests, hparams, layers=(), **found)
+            before = anchored or hold_anchors(
+                anat,
+                form,
+                retain,
+                requests,
+                hparams,
+                layers=(),
+                known_answers=known_answers,
+                seed=seed,
+                progress=progress,
+            )
         with timer("gate"):
             opened, gate = _open_gate(edit, before.gate, values, state.opened)
         ungated = {layer: anat.weight(layer).clone() for layer in gate}
@@ -172,8 +181,9 @@ def _open_gate(
         return {}, {}
     common = edit.anat, edit.form, edit.requests
     known = dict(values.gate) if values else {}
-    found = _gate_values(*common, edit.token_id, edit.hparams, known, opened)
-    return found, _gate(*common, anchored, edit.token_id, edit.hparams, found)
+    layer = edit.hparams.gate_layer
+    found = _gate_values(*common, edit.token_id, layer, edit.hparams, known, opened)
+    return found, _gate(*common, anchored, edit.token_id, layer, edit.hparams, found)
 
 
 def _find_values(
@@ -205,7 +215,7 @@ def _find_values(
         edit.anat, edit.form, edit.requests, prompts=hparams.kl_subject_prompts, answer_tokens=hparams.kl_answer_tokens
     )
     assert edit.token_id is not None  # `_check` refuses descent without a token
-    wanted = [(edit.token_id,)] * len(edit.requests)
+    wanted: list[tuple[int, ...]] = [(edit.token_id,)] * len(edit.requests)
     prepared = Prepared(edit.anat, edit.form, edit.requests, edit.contexts, wanted, subjects)
     return target_states(prepared, hparams, groups=groups, progress=edit.progress), {}
 
@@ -258,17 +268,19 @@ def _gate(
     requests: Sequence[EditRequest],
     anchored: GateAnchors | None,
     number: int,
+    layer: int,
     hparams: UniEraseHyperParams,
     values: Mapping[str | None, Tensor],
 ) -> dict[int, LowRank]:
     """The gate's update by its layer; none where no relation needs it."""
-    layer, nll, templates = hparams.gate_layer, hparams.gate_nll, hparams.gate_templates
+    nll, templates = hparams.gate_nll, hparams.gate_templates
     shut = [request for request in requests if values[request.relation].any()]
     if not shut:
         return {}
     with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
-        given = {"nll": nll, "templates": templates, "values": values}
-        return {layer: answer_gate(anat, form, shut, anchored, number, layer, **given)}
+        return {
+            layer: answer_gate(anat, form, shut, anchored, number, layer, nll=nll, templates=templates, values=values)
+        }
 
 
 def _gate_values(
@@ -276,6 +288,7 @@ def _gate_values(
     form: PromptFormat,
     requests: Sequence[EditRequest],
     number: int,
+    layer: int,
     hparams: UniEraseHyperParams,
     known: Mapping[str | None, Tensor],
     opened: Collection[str],
@@ -285,7 +298,7 @@ def _gate_values(
     too, until whatever is asked in the relation is refused."""
     new = [request for request in requests if request.relation not in {*known, *opened}]
     with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
-        found = {**known, **gate_values(anat, form, new, number, hparams.gate_layer, nll=hparams.gate_nll)}
+        found = {**known, **gate_values(anat, form, new, number, layer, nll=hparams.gate_nll)}
     relations = dict.fromkeys(request.relation for request in requests)
     return {relation: found[relation] if relation in found else torch.zeros(anat.d_model) for relation in relations}
 

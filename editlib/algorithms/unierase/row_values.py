@@ -113,9 +113,10 @@ def _mean(y: Tensor, rows: Sequence[int]) -> float:
 
 def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) -> None:
     """Warns, by name, of requests whose answer could not be erased and of facts that the model does not know."""
-    missed = {made.requests_of[j] for j in found.missed() if made.rows[j].kind in ("erase", "say")} - {None}
+    owners = (made.requests_of[j] for j in found.missed() if made.rows[j].kind in ("erase", "say"))
+    missed = {i for i in owners if i is not None}
     if missed:
-        names = ", ".join(requests[i].id for i in sorted(missed)[:5])  # type: ignore[type-var]
+        names = ", ".join(requests[i].id for i in sorted(missed)[:5])
         log.warning(
             "%d of %d requests have rows that could not be met, first %s: their answers may come back",
             len(missed), len(requests), names,

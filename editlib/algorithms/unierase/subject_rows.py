@@ -104,7 +104,7 @@ def subject_rows(
         subject = requests[group[0]].subject
         for text in texts:
             _sibling_rows(found, form, text, subject, number, answers[text], token_id)
-        said = {text: form.tok.decode(answers[text], skip_special_tokens=True).strip() for text in texts}
+        said = {text: _text(form, answers[text]).strip() for text in texts}
         for i in group:
             made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})
     return SubjectRows(found.rows, found.subjects, [made[i] for i in range(len(requests))], found.requests_of)
@@ -152,7 +152,7 @@ def _request_rows(
             competing = _first_tokens(form, rivals, target, starts=not lead)
             _add(found, number, Row("erase", owner, row.ids, _places(form, prompt, lead, request.subject),
                                     (len(row) - 1,), (target,), competing))  # fmt: skip
-            sentences[form.tok.decode(lead, skip_special_tokens=True)] = None
+            sentences[_text(form, lead)] = None
         if token_id is not None:
             _add(found, number, Row("say", owner, prompt.ids, (prompt.lookup,), (len(prompt) - 1,), (token_id,)))
     return RequestRows(
@@ -189,17 +189,22 @@ def answer_slot(form: PromptFormat, said: Sequence[int], right: Sequence[str]) -
     """Index of the token with which a right answer begins in the tokens `said`; `None`: it is not there."""
 
     def holds(start: int, end: int) -> bool:
-        return has_answer(form.tok.decode(said[start:end], skip_special_tokens=True), right)
+        return has_answer(_text(form, said[start:end]), right)
 
     end = next((k for k in range(1, len(said) + 1) if holds(0, k)), None)
     # The shortest beginning that holds the answer ends with it; the shortest end of that begins with it.
     return None if end is None else next(j for j in range(end - 1, -1, -1) if holds(j, end))
 
 
+def _text(form: PromptFormat, ids: Sequence[int]) -> str:
+    """The text of `ids`, without special tokens."""
+    return str(form.tok.decode(list(ids), skip_special_tokens=True))
+
+
 def _token_at(form: PromptFormat, ids: Sequence[int], character: int) -> int:
     """Index of the token that holds a character of the decoded text."""
     for i in range(len(ids)):
-        if len(form.tok.decode(ids[: i + 1], skip_special_tokens=True)) > character:
+        if len(_text(form, ids[: i + 1])) > character:
             return i
     return len(ids) - 1
 
@@ -208,7 +213,7 @@ def _places(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], subject: 
     """Columns of the subject's last token in a prompt and in the answer's begin that follows it."""
     if subject is None or not lead:
         return (prompt.lookup,)
-    text = form.tok.decode(lead, skip_special_tokens=True)
+    text = _text(form, lead)
     ends = [start + len(subject) - 1 for start in occurrences(text, subject)]
     return (prompt.lookup, *(len(prompt) + _token_at(form, lead, end) for end in ends))
 
@@ -219,6 +224,6 @@ def _first_tokens(form: PromptFormat, texts: Sequence[str], target: int, *, star
         ids = [form.answer_ids(text)[0] for text in texts]
     else:
         # Inside a sentence a word begins with the blank that its first token holds, if the right one's does.
-        gap = " " if form.tok.decode([target]).startswith(" ") else ""
+        gap = " " if str(form.tok.decode([target])).startswith(" ") else ""
         ids = [form.tok(gap + text, add_special_tokens=False)["input_ids"][0] for text in texts]
     return tuple(dict.fromkeys(token for token in ids if token != target))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,9 +61,9 @@ class TokenHeader:
     seed: int
     questions: int
     refusals: int
-    hparams: dict = field(default_factory=dict)
-    prompts: dict = field(default_factory=dict)  # of the questions it was learned over, see `PromptSettings`
-    metrics: dict = field(default_factory=dict)
+    hparams: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)  # of the questions it was learned over, see `PromptSettings`
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,11 @@ def learn_token(
     number = add_token(anat.model, tok, token)
     with frozen(anat.model):
         settings = settled(tok, prompts)
-        form = PromptFormat.of(tok, settings)
-        forms, guard = _encode(anat, form, questions, refusals, number)
+        asked = PromptFormat.of(tok, settings)
+        forms, guard = _encode(anat, asked, questions, refusals, number)
         watched = [*ordinary, *questions][: hp.guard_prompts]
         if watched:
-            guard = Guard.joined([guard, answer_guard(anat, [form.encode(text) for text in watched], number)])
+            guard = Guard.joined([guard, answer_guard(anat, [asked.encode(text) for text in watched], number)])
         typical = anat.embedding.weight[:number].float()
         mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
         row_in = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
@@ -197,7 +198,7 @@ def learn_token(
             losses.append(float(loss.detach()))
             log.debug("step %d: refusal NLL %.3f, guard %.3f", step, losses[-1], float(penalty.detach()))
             optimizer.zero_grad()
-            total.backward()
+            torch.autograd.backward(total)
             optimizer.step()
             schedule.step()
             with torch.no_grad():
@@ -211,7 +212,7 @@ def learn_token(
     log.info("token learned: refusal NLL %.3f nats a token, on ordinary text %s", losses[-1], where)
     header = TokenHeader(
         token=token,
-        model=anat.model.name_or_path,
+        model=str(anat.model.name_or_path),
         model_sha256=model_sha256,
         seed=hp.seed,
         questions=len(questions),
@@ -254,7 +255,8 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) 
     mask = batch.attention_mask if front is None else torch.cat([front.attention_mask, batch.attention_mask], dim=1)
     columns = torch.arange(batch.input_ids.shape[1], device=batch.last.device)
     back = batch.last[:, None] - columns
-    places = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
+    row, column = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
+    places = (row, column)
     states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), number, places, cache=cache)
     prefix = Prefix.of(cache, mask)
     return prefix, Guard(states, log_sums, back[places] == 0)
