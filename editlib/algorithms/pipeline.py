@@ -202,7 +202,7 @@ def target_states(
                 [[row for i in group for row in prepared.contexts[i]] for group in groups],
                 [prepared.targets[i] for i in first],
                 layer,
-                kl_rows=[prepared.essence[i] for i in first],
+                kl_prompts=[prepared.essence[i] for i in first],
                 steps=hparams.v_num_grad_steps,
                 lr=hparams.v_lr,
                 weight_decay=hparams.v_weight_decay,

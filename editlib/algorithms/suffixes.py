@@ -1,4 +1,8 @@
-"""The part of many prompts that a change at their lookup positions reaches: run again and again, the rest only once."""
+"""The part of many prompts that a change at their lookup positions reaches: run again and again, the rest only once.
+
+Tokens before the lookup position do not see the change, in any layer; nor do the layers up to the edited one. Both are
+computed once, so that a step of the descent costs the suffix of each prompt in the layers above.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,12 @@ from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Where logits are read: at `column [m]` of `rows[row]`, with `row [m]` an index into `rows [r]`, which number rows
-    of a batch; `owner [r]` says which column of a change each of the rows gets."""
+class LogitPositions:
+    """Positions whose logits are needed.
+
+    `rows [r]`: the batch rows in use. `owner [r]`: the request whose `δ` each of these rows receives. `row`, `column`
+    `[m]`: the positions; `row` indexes into `rows`.
+    """
 
     rows: Tensor
     owner: Tensor
@@ -26,61 +33,75 @@ class Reading:
 
 
 @dataclass
-class Suffixes:
-    """What stands from the lookup position on in each row of a batch, as it enters the layers above the edit."""
+class SuffixBatch:
+    """Each row of a batch from its lookup position on, as it enters the layers above the edit."""
 
     batch: TokenBatch
     hidden: Tensor  # [n, T, d_model], leaving the edited layer
     prefix: Prefix | None
-    scored: Tensor  # [n], how many positions of a row may be read: the prompt's end and what was appended
+    n_scored: Tensor  # [n], how many positions of a row may be read: the prompt's end and what was appended
 
     @classmethod
-    def of(cls, anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Suffixes:
+    def of(cls, anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> SuffixBatch:
         """Runs everything that does not change, once."""
         fronts, rests = split(list(rows), [row.lookup for row in rows])
-        # One token at least must stand in front for a prefix to exist.
+        # A prefix needs at least one token in every row.
         prefix = encode_prefix(anat, fronts) if all(len(front) for front in fronts) else None
         if prefix is None:
             rests = list(rows)
         batch = pad(rests, device=anat.device)
         with torch.no_grad():
             hidden = forward(anat, batch, stop=layer + 1, prefix=prefix)
-        scored = torch.tensor([row.extra + 1 for row in rests], device=batch.last.device)
-        return cls(batch, hidden, prefix, scored)
+        n_scored = torch.tensor([row.extra + 1 for row in rests], device=batch.last.device)
+        return cls(batch, hidden, prefix, n_scored)
 
-    def last(self, rows: Tensor, owner: Tensor, counts: Tensor) -> Reading:
-        """The last `counts [r]` positions of each of `rows`, in order; fewer of them where they end before the row."""
-        row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
-        back = counts.cumsum(0)[row] - 1 - torch.arange(len(row), device=rows.device)
-        return Reading(rows, owner, row, self.batch.last[rows][row] - back)
+    def last(self, rows: Tensor, owner: Tensor, counts: Tensor) -> LogitPositions:
+        """Returns the last `counts [r]` positions of each of `rows [r]`, in order."""
+        row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)  # [m]
+        # How far a position lies before its row's last token: counts - 1, ..., 0 within each row.
+        back = counts.cumsum(0)[row] - 1 - torch.arange(len(row), device=rows.device)  # [m]
+        return LogitPositions(rows, owner, row, self.batch.last[rows][row] - back)
 
-    def logits(self, anat: Anatomy, layer: int, delta: Tensor, reading: Reading) -> Tensor:
-        """Logits `[m, vocab]` where `reading` says, the owner's row of `delta [n, d_model]` added at the lookup."""
-        rows, change = reading.rows, delta[reading.owner]
-        batch = TokenBatch(
-            *(t[rows] for t in (self.batch.input_ids, self.batch.attention_mask, self.batch.lookup, self.batch.last))
-        )
-        width = int(batch.last.max()) + 1
-        batch = TokenBatch(batch.input_ids[:, :width], batch.attention_mask[:, :width], batch.lookup, batch.last)
-        hidden = self.hidden[rows, :width].clone()
+    def logits(self, anat: Anatomy, layer: int, delta: Tensor, positions: LogitPositions) -> Tensor:
+        """Returns the logits `[m, vocab]` at `positions`, each row's lookup position changed by its owner's row of
+        `delta [n, d_model]`."""
+        rows, change = positions.rows, delta[positions.owner]  # [r], [r, d_model]
+        batch = self._narrow(rows)
+        hidden = self.hidden[rows, : batch.input_ids.shape[1]].clone()  # [r, T', d_model]
         index = torch.arange(len(rows), device=hidden.device)
+        # Summed in the dtype of δ, rounded to the model's once.
         hidden[index, batch.lookup] = (hidden[index, batch.lookup].to(delta.dtype) + change).to(hidden.dtype)
         prefix = None if self.prefix is None else self.prefix.select(rows)
         return forward(
-            anat, batch, start=layer + 1, hidden=hidden, prefix=prefix, score=(reading.row, reading.column)
+            anat, batch, start=layer + 1, hidden=hidden, prefix=prefix, score=(positions.row, positions.column)
         ).to(delta.dtype)
 
+    def _narrow(self, rows: Tensor) -> TokenBatch:
+        """Returns `rows [r]` of the batch, without the columns that are padding in all of them."""
+        last = self.batch.last[rows]
+        width = int(last.max()) + 1
+        ids, mask = self.batch.input_ids[rows], self.batch.attention_mask[rows]
+        return TokenBatch(ids[:, :width], mask[:, :width], self.batch.lookup[rows], last)
 
-def read(anat: Anatomy, layer: int, delta: Tensor, asked: Sequence[tuple[Suffixes, Reading]]) -> list[Tensor]:
-    """The logits of several readings; those of one batch share a pass."""
-    if len(asked) < 2 or any(suffixes is not asked[0][0] for suffixes, _ in asked):
-        return [suffixes.logits(anat, layer, delta, reading) for suffixes, reading in asked]
-    readings = [reading for _, reading in asked]
-    starts = [0, *torch.tensor([len(reading.rows) for reading in readings]).cumsum(0).tolist()]
-    joined = Reading(
-        torch.cat([reading.rows for reading in readings]),
-        torch.cat([reading.owner for reading in readings]),
-        torch.cat([reading.row + start for reading, start in zip(readings, starts, strict=False)]),
-        torch.cat([reading.column for reading in readings]),
+
+def read_logits(
+    anat: Anatomy, layer: int, delta: Tensor, wanted: Sequence[tuple[SuffixBatch, LogitPositions]]
+) -> list[Tensor]:
+    """Returns the logits `[m, vocab]` of each of `wanted`; those of one batch share a pass.
+
+    Args:
+        delta: `δ [n, d_model]`, in the order of the requests.
+    """
+    if len(wanted) < 2 or any(suffixes is not wanted[0][0] for suffixes, _ in wanted):
+        return [suffixes.logits(anat, layer, delta, positions) for suffixes, positions in wanted]
+    each = [positions for _, positions in wanted]
+    # `row` counts within its own `rows`: behind the rows of the ones before, once they are joined.
+    starts = [0, *torch.tensor([len(positions.rows) for positions in each]).cumsum(0).tolist()]
+    joined = LogitPositions(
+        torch.cat([positions.rows for positions in each]),
+        torch.cat([positions.owner for positions in each]),
+        torch.cat([positions.row + start for positions, start in zip(each, starts, strict=False)]),
+        torch.cat([positions.column for positions in each]),
     )
-    return list(asked[0][0].logits(anat, layer, delta, joined).split([len(reading.row) for reading in readings]))
+    logits = wanted[0][0].logits(anat, layer, delta, joined)
+    return list(torch.split(logits, [len(positions.row) for positions in each]))

@@ -1,16 +1,21 @@
-"""Requests -> values: the hidden states that would make the model give its new answer."""
+"""Requests -> values: the hidden states that would make the model give its new answer (MEMIT, 2210.07229, sec. 4.3.1).
+
+A value is `z = h + δ`, with `h` the state that leaves the last edited layer at the lookup position of the plain prompt.
+`δ` is found by gradient descent while the model itself stays as it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from editlib.algorithms.suffixes import Reading, Suffixes, read
+from editlib.algorithms.suffixes import LogitPositions, SuffixBatch, read_logits
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import frozen
@@ -18,13 +23,16 @@ from editlib.models.prompts import TokenRow
 
 CHUNK_ROWS = 64  # prompts whose graphs are held at once
 CHUNK_TOKENS = 128 * CHUNK_ROWS  # of them, with padding: fewer prompts at once where they are long
-FEW_ROWS = 16  # up to here a pass costs what reading the weights costs, and targets and essence share one
+FEW_ROWS = 16  # up to here a pass costs what reading the weights costs, so targets and KL prompts share one
 
 
 @dataclass(frozen=True)
 class Values:
-    """`targets = h + δ` and `deltas = δ`, `[d_model, n]`; per request the steps taken, the last NLL of its target and
-    `|δ| / |h|`; of UniErase's answer gate the value of each relation, `[d_model]`."""
+    """The values of `n` requests, and what it took to find them.
+
+    `targets = h + δ` and `deltas = δ` are `[d_model, n]`. Per request: `steps` taken, the last NLL of its target
+    (`nll`, nats per token) and `relative_norm = |δ| / |h|`. `gate` has UniErase's `δ_r [d_model]` by relation.
+    """
 
     targets: Tensor
     deltas: Tensor
@@ -35,7 +43,7 @@ class Values:
 
     @classmethod
     def joined(cls, parts: Sequence[Values]) -> Values:
-        """Those of several groups of requests, one behind the other."""
+        """Joins the values of several groups of requests, in their order."""
         return cls(
             torch.cat([part.targets for part in parts], dim=1),
             torch.cat([part.deltas for part in parts], dim=1),
@@ -46,13 +54,19 @@ class Values:
         )
 
     def select(self, requests: Sequence[int]) -> Values:
-        """Those of some requests, and the gate of all."""
-        some = list(requests)
-        lists = ([every[i] for i in some] for every in (self.steps, self.nll, self.relative_norm))
-        return Values(self.targets[:, some], self.deltas[:, some], *lists, self.gate)
+        """Picks the values of `requests`, by number; the gate of all of them stays."""
+        columns = list(requests)
+        return Values(
+            self.targets[:, columns],
+            self.deltas[:, columns],
+            [self.steps[i] for i in columns],
+            [self.nll[i] for i in columns],
+            [self.relative_norm[i] for i in columns],
+            self.gate,
+        )
 
     def numbers(self, request: int) -> dict[str, float]:
-        """What one request's target state cost and came to, by the names that receipts have for it."""
+        """Returns one request's steps, target NLL and relative norm, by the names that receipts use."""
         return {
             "steps": self.steps[request],
             "target_nll": self.nll[request],
@@ -60,38 +74,61 @@ class Values:
         }
 
 
-@dataclass
-class _Essence:
-    """What the KL term compares: the prompts of all requests, and their log probabilities before any change."""
+@dataclass(frozen=True)
+class ValueSettings:
+    """How `compute_zs` descends; its docstring explains each."""
 
-    suffixes: Suffixes
-    rows: Tensor  # [n], which rows of `suffixes` the prompts are
-    owner: Tensor  # [n], the request that a prompt belongs to
-    before: Tensor  # [sum(scored), vocab]
+    steps: int
+    lr: float
+    weight_decay: float
+    clamp_norm_factor: float
+    kl_factor: float
+    stop_loss: float
+    optimizer: str
+
+
+@dataclass
+class _KLPrompts:
+    """The KL prompts of all requests of a chunk, and their log probabilities before any change.
+
+    They keep what ROME calls the subject's essence (2202.05262, eq. 4): `δ` may not change what the model says next
+    in "France is a".
+    """
+
+    suffixes: SuffixBatch
+    rows: Tensor  # [p], which rows of `suffixes` the prompts are
+    owner: Tensor  # [p], the request that a prompt belongs to
+    before: Tensor  # [sum(n_scored), vocab], log probabilities
 
     @classmethod
-    def of(cls, anat: Anatomy, layer: int, suffixes: Suffixes, rows: Tensor, owner: Tensor, requests: int) -> _Essence:
-        kind = torch.promote_types(suffixes.hidden.dtype, torch.float32)
-        none = torch.zeros(requests, suffixes.hidden.shape[-1], dtype=kind, device=owner.device)
+    def of(
+        cls, anat: Anatomy, layer: int, suffixes: SuffixBatch, rows: Tensor, owner: Tensor, requests: int
+    ) -> _KLPrompts:
+        """Runs the prompts once, with `δ = 0` for each of `requests` requests."""
+        dtype = torch.promote_types(suffixes.hidden.dtype, torch.float32)
+        none = torch.zeros(requests, suffixes.hidden.shape[-1], dtype=dtype, device=owner.device)  # [n, d_model]
         with torch.no_grad():
-            before = suffixes.logits(anat, layer, none, suffixes.last(rows, owner, suffixes.scored[rows]))
+            before = suffixes.logits(anat, layer, none, suffixes.last(rows, owner, suffixes.n_scored[rows]))
         return cls(suffixes, rows, owner, F.log_softmax(before, dim=1))
 
-    def reading(self, active: Tensor) -> Reading | None:
-        """Where the prompts of the active requests are read; `None` when they have none."""
-        mine = torch.isin(self.owner, active)
+    def positions(self, active: Tensor) -> LogitPositions | None:
+        """Returns the positions to compare for the `active` requests; `None` when they have no prompt."""
+        mine = torch.isin(self.owner, active)  # [p]
         rows = self.rows[mine]
-        return self.suffixes.last(rows, self.owner[mine], self.suffixes.scored[rows]) if len(rows) else None
+        return self.suffixes.last(rows, self.owner[mine], self.suffixes.n_scored[rows]) if len(rows) else None
 
     def divergence(self, logits: Tensor, active: Tensor, requests: int) -> Tensor:
-        """KL(after | before) of each active request: mean over the positions of a prompt, then over its prompts."""
-        mine = torch.isin(self.owner, active)
-        scored = self.suffixes.scored[self.rows]
-        before = self.before[mine.repeat_interleave(scored)]
-        each = F.kl_div(before, F.log_softmax(logits, dim=1), log_target=True, reduction="none").sum(1)
-        prompts = torch.bincount(self.owner, minlength=requests)[self.owner]
-        weight = (1.0 / (prompts * scored))[mine].repeat_interleave(scored[mine])
-        at = torch.searchsorted(active, self.owner[mine]).repeat_interleave(scored[mine])
+        """Returns KL(after | before) of each active request, `[active]`: mean over the positions of a prompt, then over
+        its prompts. `logits [m, vocab]` are those at `positions(active)`."""
+        mine = torch.isin(self.owner, active)  # [p]
+        n_scored = self.suffixes.n_scored[self.rows]  # [p]
+        before = self.before[mine.repeat_interleave(n_scored)]  # [m, vocab]
+        each = F.kl_div(before, F.log_softmax(logits, dim=1), log_target=True, reduction="none").sum(1)  # [m]
+        prompts = torch.bincount(self.owner, minlength=requests)[self.owner]  # [p], prompts of the same request
+        # A position weighs 1 / (its prompt's positions · its request's prompts), so that the sum is the two means.
+        weight = (1.0 / (prompts * n_scored))[mine].repeat_interleave(n_scored[mine])  # [m]
+        # `active` is sorted: the index of a position's request in it.
+        at = torch.searchsorted(active, self.owner[mine]).repeat_interleave(n_scored[mine])  # [m]
         total = torch.zeros(len(active), dtype=logits.dtype, device=logits.device)
         return total.index_add(0, at, (weight * each).to(total.dtype))
 
@@ -102,7 +139,7 @@ def compute_zs(
     targets: Sequence[Sequence[int]],
     layer: int,
     *,
-    kl_rows: Sequence[Sequence[TokenRow]] = (),
+    kl_prompts: Sequence[Sequence[TokenRow]] = (),
     steps: int = 25,
     lr: float = 0.5,
     weight_decay: float = 0.5,
@@ -114,56 +151,59 @@ def compute_zs(
     names: Sequence[str] = (),
     progress: bool = False,
 ) -> Values:
-    """`z = h + δ` for every request at once, at its lookup position in the output of `layer` (MEMIT `compute_z`).
+    """Optimises `z = h + δ` for all requests at once, at their lookup positions in the output of `layer`.
 
-    Per request: `mean NLL(target) over its contexts + kl_factor KL(after | before) + weight_decay |δ| / |h|^2`,
+    This is `compute_z` of ROME (2202.05262, eq. 4) and MEMIT (2210.07229, eq. 16). Per request it minimises
+    `mean NLL(target) over its contexts + kl_factor KL(after | before) + weight_decay |δ| / |h|^2`,
     `δ` from zero, `|δ|` clamped to `clamp_norm_factor |h|`; a request rests when the NLL of its target falls under
     `stop_loss`. Requests do not influence one another: the result does not depend on how many are optimised together.
 
     Args:
+        rows: per request its contexts: the plain prompt first, which gives `h`, then the same prompt in the other
+            context templates.
+        targets: token ids that must follow each prompt.
+        kl_prompts: per request the prompts about its subject ("France is a") whose next token must not change with the
+            same `δ` at their lookup positions; their divergences are averaged. In a prompt that carries an answer
+            (`TokenRow.extra`) every token of the answer is compared, and the mean counts.
+        steps: gradient steps at most.
+        lr: Adam's learning rate, or the length of a normalised step in units of `|h|`.
         optimizer: "adam" as published, or "normalised": every step goes `lr |h|` down the gradient. Adam moves each
             coordinate by the same amount, so most of its `δ` is off the gradient; normalised steps reach the same
             loss with about half the norm, and a smaller `δ` is a smaller edit.
-        rows: per request its contexts: the plain prompt first, which gives `h`, then the same prompt in other
-            surroundings.
-        targets: token ids that must follow each prompt.
-        kl_rows: per request the prompts about its subject ("France is a") whose next token must not change with the
-            same `δ` at their lookup positions; their divergences are averaged. Behind a prompt that carries an answer
-            (`TokenRow.extra`) every token of it is compared, and the mean counts.
-        norms: `[n]`, what the weight decay and the clamp measure `δ` in; `None`: `|h|`. ROME takes the norm of the
-            MLP's output.
+        norms: `[n]`, the unit of the weight decay and the clamp; `None`: `|h|`. ROME takes the norm of the MLP's
+            output.
         names: what to call the requests in errors.
 
     Raises:
         EditError: a loss is not finite; names the request.
     """
-    options = {
-        "steps": steps,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "clamp_norm_factor": clamp_norm_factor,
-        "kl_factor": kl_factor,
-        "stop_loss": stop_loss,
-        "optimizer": optimizer,
-    }
-    essence = kl_rows or [()] * len(rows)
+    settings = ValueSettings(steps, lr, weight_decay, clamp_norm_factor, kl_factor, stop_loss, optimizer)
+    kept = kl_prompts or [()] * len(rows)
     parts: list[Values] = []
     with frozen(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
-        for chunk in _chunks(rows, essence):
-            called = [names[i] if names else f"number {i + 1}" for i in chunk]
-            picked = ([source[i] for i in chunk] for source in (rows, targets, essence))
-            units = None if norms is None else norms[chunk]
-            parts.append(_optimise(anat, *picked, layer, called, norms=units, bar=bar, **options))
+        for chunk in _chunks(rows, kept):
+            descent = _Descent(
+                anat,
+                [rows[i] for i in chunk],
+                [targets[i] for i in chunk],
+                [kept[i] for i in chunk],
+                layer,
+                settings,
+                None if norms is None else norms[chunk],
+            )
+            parts.append(_optimise(descent, [names[i] if names else f"number {i + 1}" for i in chunk], bar))
     return Values.joined(parts)
 
 
-def _chunks(rows: Sequence[Sequence[TokenRow]], essence: Sequence[Sequence[TokenRow]]) -> list[list[int]]:
-    """Requests in groups of at most `CHUNK_ROWS` prompts and `CHUNK_TOKENS` tokens with padding, so that memory grows
-    neither with their number nor with their length."""
+def _chunks(rows: Sequence[Sequence[TokenRow]], kl_prompts: Sequence[Sequence[TokenRow]]) -> list[list[int]]:
+    """Groups requests so that each group has at most `CHUNK_ROWS` prompts and `CHUNK_TOKENS` padded tokens.
+
+    Memory then grows neither with the number of requests nor with their length.
+    """
     groups: list[list[int]] = []
-    held, width = CHUNK_ROWS, 0
+    held, width = CHUNK_ROWS, 0  # prompts of the last group and its longest one; full at first, so that one is begun
     for i in range(len(rows)):
-        size, longest = len(rows[i]) + len(essence[i]), max(map(len, (*rows[i], *essence[i])))
+        size, longest = len(rows[i]) + len(kl_prompts[i]), max(map(len, (*rows[i], *kl_prompts[i])))
         full = held + size > CHUNK_ROWS or (held + size) * max(width, longest) > CHUNK_TOKENS
         if not groups or full:
             groups.append([])
@@ -173,98 +213,115 @@ def _chunks(rows: Sequence[Sequence[TokenRow]], essence: Sequence[Sequence[Token
     return groups
 
 
-def _optimise(
-    anat: Anatomy,
-    rows: Sequence[Sequence[TokenRow]],
-    targets: Sequence[Sequence[int]],
-    kl_rows: Sequence[Sequence[TokenRow]],
-    layer: int,
-    names: Sequence[str],
-    *,
-    steps: int,
-    lr: float,
-    weight_decay: float,
-    clamp_norm_factor: float,
-    kl_factor: float,
-    stop_loss: float,
-    optimizer: str,
-    norms: Tensor | None,
-    bar: tqdm,
-) -> Values:
-    """`compute_zs` for one chunk of requests."""
-    device = anat.device
-    flat = [row.followed_by(targets[i][:-1]) for i, contexts in enumerate(rows) for row in contexts]
-    owner = torch.tensor([i for i, contexts in enumerate(rows) for _ in contexts], device=device)
-    main, essence = _suffixes(anat, flat, kl_rows if kl_factor > 0 else [], layer)
-    n = len(rows)
-    all_rows = torch.arange(n, device=device)
-    plain = torch.searchsorted(owner, all_rows)  # each request's first context
-    h = main.hidden[plain, main.batch.lookup[plain]].to(torch.promote_types(main.hidden.dtype, torch.float32))  # [n, d]
-    norm = h.norm(dim=1) if norms is None else norms.to(h)
-    delta = torch.zeros_like(h, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=lr) if optimizer == "adam" else None
-    final = torch.zeros_like(h)
+def _optimise(descent: _Descent, names: Sequence[str], bar: tqdm[Any]) -> Values:
+    """Descends until every request of the chunk rests; `compute_zs` for one chunk."""
+    settings, n = descent.settings, len(names)
+    final = torch.zeros_like(descent.h)  # [n, d_model], δ where the last loss of a request was taken
     taken, last_nll = [0] * n, [0.0] * n
-    active = all_rows
-    for step in range(steps):
-        rows_read = torch.isin(owner, active).nonzero().flatten()
-        lengths = torch.tensor([len(targets[i]) for i in owner[rows_read].tolist()], device=device)
-        asked = [(main, main.last(rows_read, owner[rows_read], lengths))]
-        if essence is not None and (reading := essence.reading(active)) is not None:
-            asked.append((essence.suffixes, reading))
-        logits = read(anat, layer, delta, asked)
-        nll = _target_nll(logits[0], asked[0][1], active, targets)
-        loss = nll + weight_decay * delta[active].norm(dim=1) / norm[active] ** 2
-        if len(asked) > 1:
-            loss = loss + kl_factor * essence.divergence(logits[1], active, n)
+    active = torch.arange(n, device=descent.h.device)
+    for step in range(settings.steps):
+        nll, loss = descent.losses(active)  # [active] each
         _check_finite(loss, active, names)
         for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
             taken[i], last_nll[i] = step, value
-        final[active] = delta.detach()[active]
-        resting = nll.detach() < stop_loss
+        final[active] = descent.delta.detach()[active]
+        resting = nll.detach() < settings.stop_loss
         bar.update(int(resting.sum()))
         active = active[~resting]
-        if not len(active) or step == steps - 1:
+        # The loss of the last step is only read: a step after it would move δ away from the NLL that is reported.
+        if not len(active) or step == settings.steps - 1:
             break
-        delta.grad = None
-        loss[~resting].sum().backward()
-        if adam is not None:
-            adam.step()
+        descent.step(loss[~resting].sum())
+    relative = (final.norm(dim=1) / descent.norm).tolist()
+    return Values((descent.h + final).T.contiguous(), final.T.contiguous(), taken, last_nll, relative)
+
+
+class _Descent:
+    """The changes `δ [n, d_model]` of one chunk's requests, their losses, and the steps down these.
+
+    Attributes:
+        h: `[n, d_model]`, the states to change, in fp32 at least.
+        norm: `[n]`, the unit of the weight decay and the clamp.
+        delta: `δ [n, d_model]`, zero at first.
+    """
+
+    def __init__(
+        self,
+        anat: Anatomy,
+        rows: Sequence[Sequence[TokenRow]],
+        targets: Sequence[Sequence[int]],
+        kl_prompts: Sequence[Sequence[TokenRow]],
+        layer: int,
+        settings: ValueSettings,
+        norms: Tensor | None,
+    ) -> None:
+        self.anat, self.layer, self.settings, self.targets = anat, layer, settings, targets
+        # The last token of a target is only predicted, so it is never an input.
+        flat = [row.followed_by(targets[i][:-1]) for i, contexts in enumerate(rows) for row in contexts]
+        self.owner = torch.tensor([i for i, contexts in enumerate(rows) for _ in contexts], device=anat.device)
+        self.main, self.kl = _suffixes(anat, flat, kl_prompts if settings.kl_factor > 0 else [], layer)
+        hidden, lookup = self.main.hidden, self.main.batch.lookup
+        plain = torch.searchsorted(self.owner, torch.arange(len(rows), device=anat.device))  # [n], first contexts
+        self.h = hidden[plain, lookup[plain]].to(torch.promote_types(hidden.dtype, torch.float32))
+        self.norm = self.h.norm(dim=1) if norms is None else norms.to(self.h)
+        self.delta = torch.zeros_like(self.h, requires_grad=True)
+        self.adam = torch.optim.Adam([self.delta], lr=settings.lr) if settings.optimizer == "adam" else None
+
+    def losses(self, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the NLL of the target and the whole loss of each active request, `[active]` each."""
+        rows = torch.isin(self.owner, active).nonzero().flatten()  # [r], their contexts
+        lengths = torch.tensor([len(self.targets[i]) for i in self.owner[rows].tolist()], device=rows.device)
+        wanted = [(self.main, self.main.last(rows, self.owner[rows], lengths))]
+        positions = None if self.kl is None else self.kl.positions(active)
+        if self.kl is not None and positions is not None:
+            wanted.append((self.kl.suffixes, positions))
+        logits = read_logits(self.anat, self.layer, self.delta, wanted)
+        nll = _target_nll(logits[0], wanted[0][1], active, self.targets)
+        loss = nll + self.settings.weight_decay * self.delta[active].norm(dim=1) / self.norm[active] ** 2
+        if self.kl is not None and positions is not None:
+            loss = loss + self.settings.kl_factor * self.kl.divergence(logits[1], active, len(self.h))
+        return nll, loss
+
+    def step(self, loss: Tensor) -> None:
+        """Takes one step down the gradient of `loss`, then brings each `δ` back to the longest that is allowed."""
+        (gradient,) = torch.autograd.grad(loss, self.delta)  # [n, d_model], zero for requests that rest
+        if self.adam is not None:
+            self.delta.grad = gradient
+            self.adam.step()
         with torch.no_grad():
-            if adam is None:
-                direction = delta.grad / delta.grad.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                delta.sub_(lr * norm[:, None] * direction)
-            longest = clamp_norm_factor * norm
-            delta.mul_((longest / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0)[:, None])
-    relative = (final.norm(dim=1) / norm).tolist()
-    return Values((h + final).T.contiguous(), final.T.contiguous(), taken, last_nll, relative)
+            if self.adam is None:
+                direction = gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                self.delta.sub_(self.settings.lr * self.norm[:, None] * direction)
+            longest = self.settings.clamp_norm_factor * self.norm  # [n]
+            self.delta.mul_((longest / self.delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0)[:, None])
 
 
 def _suffixes(
-    anat: Anatomy, flat: list[TokenRow], kl_rows: Sequence[Sequence[TokenRow]], layer: int
-) -> tuple[Suffixes, _Essence | None]:
-    """The batch of the targets' rows and what the KL term compares, in the same batch when they are few."""
-    held = [row for prompts in kl_rows for row in prompts]
-    together = len(flat) + len(held) <= FEW_ROWS
-    main = Suffixes.of(anat, flat + held if together else flat, layer)
-    if not held:
+    anat: Anatomy, flat: list[TokenRow], kl_prompts: Sequence[Sequence[TokenRow]], layer: int
+) -> tuple[SuffixBatch, _KLPrompts | None]:
+    """Runs the rows of the targets and of the KL prompts up to `layer`, in one batch when they are few."""
+    kept = [row for prompts in kl_prompts for row in prompts]
+    together = len(flat) + len(kept) <= FEW_ROWS
+    main = SuffixBatch.of(anat, flat + kept if together else flat, layer)
+    if not kept:
         return main, None
-    suffixes = main if together else Suffixes.of(anat, held, layer)
-    places = torch.arange(len(held), device=anat.device) + (len(flat) if together else 0)
-    owners = torch.tensor([i for i, prompts in enumerate(kl_rows) for _ in prompts], device=anat.device)
-    return main, _Essence.of(anat, layer, suffixes, places, owners, len(kl_rows))
+    suffixes = main if together else SuffixBatch.of(anat, kept, layer)
+    rows = torch.arange(len(kept), device=anat.device) + (len(flat) if together else 0)  # [p]
+    owners = torch.tensor([i for i, prompts in enumerate(kl_prompts) for _ in prompts], device=anat.device)  # [p]
+    return main, _KLPrompts.of(anat, layer, suffixes, rows, owners, len(kl_prompts))
 
 
-def _target_nll(logits: Tensor, reading: Reading, active: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-    """NLL of each active request's target, mean over its tokens and contexts, `[len(active)]`."""
-    wanted = torch.tensor([token for i in reading.owner.tolist() for token in targets[i]], device=logits.device)
-    each = F.cross_entropy(logits, wanted, reduction="none")
-    at = torch.searchsorted(active, reading.owner)[reading.row]
+def _target_nll(logits: Tensor, positions: LogitPositions, active: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+    """Returns the NLL of each active request's target, mean over its tokens and contexts, `[active]`."""
+    wanted = torch.tensor([token for i in positions.owner.tolist() for token in targets[i]], device=logits.device)
+    each = F.cross_entropy(logits, wanted, reduction="none")  # [m]
+    at = torch.searchsorted(active, positions.owner)[positions.row]  # [m], index into `active`
     total = torch.zeros(len(active), dtype=logits.dtype, device=logits.device)
     return total.index_add(0, at, each) / torch.zeros_like(total).index_add(0, at, torch.ones_like(each))
 
 
 def _check_finite(loss: Tensor, active: Tensor, names: Sequence[str]) -> None:
+    """Raises `EditError` with the name of the first request whose loss is not finite."""
     bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
     if bad:
         i = int(active[bad[0]])

@@ -33,7 +33,7 @@ def zs(anat, rows, *args, **options):
     return compute_zs(anat, [contexts(row) for row in rows], *args, **options)
 
 
-def reference(anat, rows, targets, kl_rows=None, **options):
+def reference(anat, rows, targets, kl_prompts=None, **options):
     """One request after the other."""
     return [
         compute_z(
@@ -44,7 +44,7 @@ def reference(anat, rows, targets, kl_rows=None, **options):
             kl_prompts=[(list(prompt.ids), prompt.lookup, prompt.extra) for prompt in kl],
             **{**OPTIONS, **options},
         )
-        for row, target, kl in zip(rows, targets, kl_rows or [()] * len(rows), strict=True)
+        for row, target, kl in zip(rows, targets, kl_prompts or [()] * len(rows), strict=True)
     ]
 
 
@@ -105,9 +105,9 @@ def test_no_option_is_idle(tiny_llama, draw):
 def test_kl_prompts(anat, draw, change):
     """The direction of the divergence tells with the larger steps."""
     rows = at_the_end(draw(9, 5, 12))
-    kl_rows = [at_the_end(draw(6)), (), at_the_end(draw(4, 7, 2))]
-    found = zs(anat, rows, TARGETS, LAYER, kl_rows=kl_rows, **{**OPTIONS, **change})
-    check(found, reference(anat, rows, TARGETS, kl_rows, **change))
+    kl_prompts = [at_the_end(draw(6)), (), at_the_end(draw(4, 7, 2))]
+    found = zs(anat, rows, TARGETS, LAYER, kl_prompts=kl_prompts, **{**OPTIONS, **change})
+    check(found, reference(anat, rows, TARGETS, kl_prompts, **change))
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "normalised"])
@@ -115,19 +115,19 @@ def test_kl_prompts_with_answers(anat, draw, optimizer):
     """Behind a prompt that carries an answer every token counts; answers of different lengths, and none."""
     rows = at_the_end(draw(9, 5, 12))
     told = [row.followed_by((7 + i, 9, 11)[: i + 1]) for i, row in enumerate(draw(6, 5, 8))]
-    kl_rows = [[told[0], *draw(5)], [], told[1:]]
+    kl_prompts = [[told[0], *draw(5)], [], told[1:]]
     change = {"kl_factor": 10.0, "optimizer": optimizer, "lr": 0.5 if optimizer == "adam" else 0.1}
-    found = zs(anat, rows, TARGETS, LAYER, kl_rows=kl_rows, **{**OPTIONS, **change})
-    check(found, reference(anat, rows, TARGETS, kl_rows, **change))
-    ends = [[TokenRow(row.ids[: len(row) - row.extra], row.lookup) for row in rows] for rows in kl_rows]
-    other = zs(anat, rows, TARGETS, LAYER, kl_rows=ends, **{**OPTIONS, **change})
+    found = zs(anat, rows, TARGETS, LAYER, kl_prompts=kl_prompts, **{**OPTIONS, **change})
+    check(found, reference(anat, rows, TARGETS, kl_prompts, **change))
+    ends = [[TokenRow(row.ids[: len(row) - row.extra], row.lookup) for row in rows] for rows in kl_prompts]
+    other = zs(anat, rows, TARGETS, LAYER, kl_prompts=ends, **{**OPTIONS, **change})
     assert float((found.targets - other.targets).norm()) > 1e-3 * float(other.targets.norm())
 
 
 def test_kl_holds_the_next_token_of_its_prompt(tiny_llama, draw):
-    anat, rows, kl_rows = anatomy(tiny_llama), draw(9), [draw(6)]
+    anat, rows, kl_prompts = anatomy(tiny_llama), draw(9), [draw(6)]
     free = zs(anat, rows, TARGETS[:1], LAYER, **OPTIONS).targets
-    held = zs(anat, rows, TARGETS[:1], LAYER, kl_rows=kl_rows, **{**OPTIONS, "kl_factor": 3.0}).targets
+    held = zs(anat, rows, TARGETS[:1], LAYER, kl_prompts=kl_prompts, **{**OPTIONS, "kl_factor": 3.0}).targets
     assert float((free - held).norm() / free.norm()) > 5e-3
 
 
@@ -162,20 +162,20 @@ def test_stopping_with_normalised_steps(anat, draw):
 
 def test_stopping_with_kl_prompts_of_some(anat, draw):
     """The requests with a KL prompt rest before those without."""
-    rows, kl_rows = at_the_end(draw(9, 5)), [draw(6), []]
+    rows, kl_prompts = at_the_end(draw(9, 5)), [draw(6), []]
     targets = [likely(anat, rows[0], 0), (9, 77)]
     options = {"lr": 0.5, "stop_loss": 2.0, "weight_decay": 0.01}
-    wanted = reference(anat, rows, targets, kl_rows, **options)
+    wanted = reference(anat, rows, targets, kl_prompts, **options)
     assert wanted[0].steps < wanted[1].steps
-    check(zs(anat, rows, targets, LAYER, kl_rows=kl_rows, **{**OPTIONS, **options}), wanted)
+    check(zs(anat, rows, targets, LAYER, kl_prompts=kl_prompts, **{**OPTIONS, **options}), wanted)
 
 
 def test_a_batch_equals_its_parts(anat, draw):
-    rows, kl_rows = draw(9, 5, 12, 3, 7), [draw(5, 3), draw(8), [], draw(4), draw(6)]
+    rows, kl_prompts = draw(9, 5, 12, 3, 7), [draw(5, 3), draw(8), [], draw(4), draw(6)]
     targets = [*TARGETS, (8,), (7, 7, 7, 7)]
-    batch = zs(anat, rows, targets, LAYER, kl_rows=kl_rows, **OPTIONS)
+    batch = zs(anat, rows, targets, LAYER, kl_prompts=kl_prompts, **OPTIONS)
     for i in range(5):
-        one = zs(anat, rows[i : i + 1], targets[i : i + 1], LAYER, kl_rows=kl_rows[i : i + 1], **OPTIONS)
+        one = zs(anat, rows[i : i + 1], targets[i : i + 1], LAYER, kl_prompts=kl_prompts[i : i + 1], **OPTIONS)
         torch.testing.assert_close(one.targets[:, 0], batch.targets[:, i], rtol=1e-3, atol=1e-4)
 
 
