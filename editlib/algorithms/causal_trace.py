@@ -88,7 +88,7 @@ def _known(anat: Anatomy, tok: PreTrainedTokenizerBase, frame: str, facts: Seque
     rows = [form.encode(frame.format(fact.subject), fact.subject) for fact in facts]
     batch = pad(rows, device=anat.device)
     likely = forward(anat, batch, score=(torch.arange(len(rows), device=anat.device), batch.last)).argmax(dim=-1)
-    texts = [tok.decode([token]).strip().lower() for token in likely.tolist()]
+    texts = [str(tok.decode([token])).strip().lower() for token in likely.tolist()]
     return [
         _Known(row, token)
         for row, token, text, fact in zip(rows, likely.tolist(), texts, facts, strict=True)

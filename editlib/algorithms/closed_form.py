@@ -175,6 +175,7 @@ def _finite(residual: Tensor, right: Tensor) -> LowRank:
 
 
 def _cholesky(gram: Tensor) -> Tensor:
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal()
     resolution = len(gram) * torch.finfo(gram.dtype).eps

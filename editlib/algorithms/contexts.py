@@ -40,7 +40,7 @@ def context_templates(
     for rows, length in jobs:
         texts = sample(anat, rows, max_new_tokens=length, top_k=TOP_K, generator=generator)
         for row, new in zip(rows, texts, strict=True):
-            text = form.tok.decode(list(row.ids + new), skip_special_tokens=True).strip()
+            text = str(form.tok.decode(list(row.ids + new), skip_special_tokens=True)).strip()
             text = text.replace("{", " ").replace("}", " ")
             found.append(text + ". {}")
     return found

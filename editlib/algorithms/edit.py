@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ class EditResult:
 
     deltas: dict[int, LowRank]
     originals: dict[int, Tensor]
-    diagnostics: list[dict] = field(default_factory=list)
-    norms: dict[int, dict] = field(default_factory=dict)
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
+    norms: dict[int, dict[str, float]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     anchors: tuple[str, ...] = ()  # ids of the retain prompts that were held in place
     state: EditState = field(default_factory=EditState)
@@ -85,7 +86,7 @@ class Timer:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name: str) -> Iterator[None]:
         begun = time.perf_counter()
         try:
             yield
@@ -139,7 +140,7 @@ def write_layers(
     try:
         stream = KeyStream(anat, [row for rows in contexts for row in rows], layers[0])
         plain = torch.tensor([0, *[len(rows) for rows in contexts[:-1]]]).cumsum(0)
-        mean = torch.block_diag(*[_column(weights[i] if weights else None, rows) for i, rows in enumerate(contexts)])
+        mean = _averaging([len(rows) for rows in contexts], weights)  # [rows, n]
         for i, layer in enumerate(layers):
             weight = anat.weight(layer)
             dtype = wide_dtype(weight.device)
@@ -176,13 +177,19 @@ def write(anat: Anatomy, layer: int, delta: LowRank) -> None:
         )
 
 
-def _column(weights: Sequence[float] | None, rows: Sequence[TokenRow]) -> Tensor:
-    """Weights of one request's contexts, `[len(rows), 1]`."""
-    given = [1 / len(rows)] * len(rows) if weights is None else weights
-    return torch.tensor(given, dtype=torch.float64)[:, None]
+def _averaging(counts: Sequence[int], weights: Sequence[Sequence[float]] | None) -> Tensor:
+    """Returns the matrix `[sum(counts), n]` that takes the keys of all contexts to one key a request: the mean over its
+    `counts[i]` contexts, or the sum with its `weights`."""
+    mean = torch.zeros(sum(counts), len(counts), dtype=torch.float64)
+    start = 0
+    for i, count in enumerate(counts):
+        column = [1 / count] * count if weights is None else weights[i]
+        mean[start : start + count, i] = torch.tensor(column, dtype=torch.float64)
+        start += count
+    return mean
 
 
-def layer_norms(deltas: Mapping[int, LowRank], originals: Mapping[int, Tensor]) -> dict[int, dict]:
+def layer_norms(deltas: Mapping[int, LowRank], originals: Mapping[int, Tensor]) -> dict[int, dict[str, float]]:
     """Per layer the norm of the update, of the weight before, and their ratio."""
     found = {}
     for layer, delta in deltas.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -84,13 +85,14 @@ def _train(
 ) -> list[float]:
     """Trains the matrices; the last NLL of each row."""
     modules = [anat.mlp_output(layer) for layer in hparams.layers]
-    starts = [module.weight.detach().float().clone() for module in modules]
+    weights = [cast(Tensor, module.weight) for module in modules]  # in the module's own orientation
+    starts = [weight.detach().float().clone() for weight in weights]
     masters = [start.clone().requires_grad_() for start in starts]
     adam = torch.optim.Adam(masters, lr=hparams.lr, weight_decay=hparams.weight_decay)
     rng = random.Random(seed)
     losses = [0.0] * len(rows)
-    for module in modules:
-        module.weight.requires_grad_(True)
+    for weight in weights:
+        weight.requires_grad_(True)
     try:
         for _ in tqdm(range(hparams.num_steps), desc="fine-tuning", disable=not progress, leave=False):
             order = rng.sample(range(len(rows)), len(rows))
@@ -101,21 +103,21 @@ def _train(
                     losses[i] = value
                 if not torch.isfinite(nll).all():
                     raise EditError("the loss of fine-tuning is not finite; the model is unchanged: lower `lr`")
-                grads = torch.autograd.grad(nll.mean(), [module.weight for module in modules])
+                grads = torch.autograd.grad(nll.mean(), weights)
                 for master, grad in zip(masters, grads, strict=True):
                     master.grad = grad.float()
                 adam.step()
                 with torch.no_grad():
-                    for module, master, start in zip(modules, masters, starts, strict=True):
+                    for weight, master, start in zip(weights, masters, starts, strict=True):
                         if hparams.norm_constraint is not None:
                             reach = hparams.norm_constraint
                             master.copy_(torch.clamp(master, start - reach, start + reach))
-                        module.weight.copy_(master)
+                        weight.copy_(master)
             if sum(losses) / len(losses) < hparams.early_stop_loss:
                 break
     finally:
-        for module in modules:
-            module.weight.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(False)
     return losses
 
 
@@ -123,7 +125,8 @@ def _nll(anat: Anatomy, rows: list[tuple[TokenRow, tuple[int, ...]]]) -> Tensor:
     """Mean NLL of each target behind its prompt, `[n]`."""
     batch = pad([row for row, _ in rows], device=anat.device)
     places = [(r, len(row) - len(ids) + j) for r, (row, ids) in enumerate(rows) for j in range(len(ids))]
-    logits = forward(anat, batch, score=tuple(torch.tensor(places).T)).float()
+    row, column = torch.tensor(places).T
+    logits = forward(anat, batch, score=(row, column)).float()
     wanted = torch.tensor([token for _, ids in rows for token in ids], device=logits.device)
     each = F.cross_entropy(logits, wanted, reduction="none")
-    return torch.stack([part.mean() for part in each.split([len(ids) for _, ids in rows])])
+    return torch.stack([part.mean() for part in torch.split(each, [len(ids) for _, ids in rows])])

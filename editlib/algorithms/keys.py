@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class KeyStream:
         self._batches = [pad([rows[i] for i in group], device=device) for group in self._order]
         self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
 
-    def _run(self, batch: TokenBatch, hidden: Tensor | None, start: int, stop: int, **kwargs) -> Tensor:
+    def _run(self, batch: TokenBatch, hidden: Tensor | None, start: int, stop: int, **kwargs: Any) -> Tensor:
         with frozen(self.anat.model), torch.no_grad():
             return forward(self.anat, batch, start=start, stop=stop, hidden=hidden, **kwargs)
 
@@ -69,14 +70,11 @@ class KeyStream:
     def _keys(self) -> Iterator[Tensor]:
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
-            self._run(
-                batch,
-                hidden,
-                self.layer,
-                self.layer + 1,
-                keys=lambda _, k, seen=seen: seen.append(k),
-                key_layers=(self.layer,),
-            )
+
+            def take(_: int, keys: Tensor, seen: list[Tensor] = seen) -> None:
+                seen.append(keys)
+
+            self._run(batch, hidden, self.layer, self.layer + 1, keys=take, key_layers=(self.layer,))
             yield seen[0]
 
     def inputs(self, module: nn.Module) -> Tensor:
@@ -84,7 +82,11 @@ class KeyStream:
         found = []
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
-            with record_inputs({0: module}, lambda _, x, seen=seen: seen.append(x)):
+
+            def take(_: int, x: Tensor, seen: list[Tensor] = seen) -> None:
+                seen.append(x)
+
+            with record_inputs({0: module}, take):
                 self._run(batch, hidden, self.layer, self.layer + 1)
             # Some models run their MLP over all tokens as one row.
             found.append(_at(seen[-1].reshape(*batch.input_ids.shape, -1), batch))

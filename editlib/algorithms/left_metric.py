@@ -49,5 +49,5 @@ def output_moment(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor
 def inverse_root(moment: Tensor, weight: float) -> Tensor:
     """`(I + λ Γ)^-1/2 [d_model, d_model]`, symmetric."""
     values, vectors = torch.linalg.eigh(moment.double())
-    root = (vectors * (1 + weight * values.clamp_min(0)).rsqrt()) @ vectors.T
+    root: Tensor = (vectors * (1 + weight * values.clamp_min(0)).rsqrt()) @ vectors.T
     return root.to(moment.dtype)

@@ -7,7 +7,7 @@ largest changes, PRUNE (2405.16821) bounds the spectrum of all changes together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def restrained(total: LowRank, weight: Tensor) -> LowRank:
     return LowRank(u * s, v)
 
 
-def _pruned(model: PreTrainedModel, state: EditState, edit: object) -> EditResult:
+def _pruned(model: PreTrainedModel, state: EditState, edit: Callable[[], EditResult]) -> EditResult:
     """Runs `edit` on the weights as they would be without pruning, then prunes all updates so far together."""
     anat = anatomy(model)
     before = {layer: anat.weight(layer).clone() for layer in state.bases}

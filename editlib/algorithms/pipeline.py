@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import frozen
 from editlib.models.generation import greedy
 from editlib.models.precision import fast_dtype, reduced
-from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.prompts import Place, PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import occurrences
 from editlib.stats.file import LayerStats
@@ -149,7 +150,9 @@ def encode_contexts(
 ) -> list[TokenRow]:
     """A request's prompt and further phrasings in every template, at their lookup positions; the plain prompt first."""
     return [
-        form.encode(wording.text, request.subject, start=wording.start, template=template, place=fact_token)
+        form.encode(
+            wording.text, request.subject, start=wording.start, template=template, place=cast(Place, fact_token)
+        )
         for template in templates
         for wording in request.filled_wordings
     ]
@@ -221,13 +224,13 @@ def target_states(
     return replace(values, targets=targets, deltas=targets - today if hparams.rescale_norm else values.deltas)
 
 
-def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[dict]:
+def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[dict[str, Any]]:
     """Per request what its target state cost and came to.
 
     Raises:
         EditError: a number is not finite; names the request.
     """
-    found = [{"id": request.id, **values.numbers(i)} for i, request in enumerate(requests)]
+    found: list[dict[str, Any]] = [{"id": request.id, **values.numbers(i)} for i, request in enumerate(requests)]
     for i, request in enumerate(requests):
         numbers = values.numbers(i)
         if not all(math.isfinite(number) for number in numbers.values()):
@@ -245,7 +248,7 @@ def find_statistics(
     """The stored statistics of the layers to edit, chosen and refused as by `find_layers`."""
     return find_layers(
         stats_dir,
-        model.name_or_path,
+        str(model.name_or_path),
         anatomy(model),
         hparams.layers,
         dataset=hparams.mom2_dataset,

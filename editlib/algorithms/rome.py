@@ -91,7 +91,7 @@ def apply_rome_to_model(
         diagnostics=[entry for result in results for entry in result.diagnostics],
         norms=layer_norms(deltas, originals),
         timings=seconds,
-        values=Values.joined([result.values for result in results]),
+        values=Values.joined([result.values for result in results if result.values is not None]),
         keys={layer: torch.cat([result.keys[layer] for result in results], dim=1)},
     )
 
@@ -106,4 +106,5 @@ def _output_norms(prepared: Prepared, layer: int) -> Tensor:
         writing = writing_of(anat, layer)
         if writing.post is not None:
             output = writing.post(stream.inputs(writing.post).T.to(output.dtype))
-    return writing.scale * output.float().norm(dim=1)
+    norms: Tensor = output.float().norm(dim=1)
+    return writing.scale * norms

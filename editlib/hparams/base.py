@@ -38,7 +38,6 @@ class HyperParams:
     # What others must know of an algorithm without knowing which one it is.
     chainable: ClassVar[bool] = True  # finds values that can be replayed, which a chain needs
     has_target: ClassVar[bool] = True  # edits towards a request's `target_new`
-    uses_token: ClassVar[bool] = False  # writes the unlearning token into the model, and holds retain prompts
     takes_batches: ClassVar[bool] = True  # edits several requests at once
     values_first: ClassVar[bool] = False  # finds the values of a whole batch before any weight changes
     refits_totals: ClassVar[bool] = False  # cuts the sum of all edits so far, not only its own
@@ -63,6 +62,11 @@ class HyperParams:
     def uses_statistics(self) -> bool:
         """Whether an edit reads layer statistics."""
         return True
+
+    @property
+    def uses_token(self) -> bool:
+        """Whether an edit writes the unlearning token into the model."""
+        return False
 
     @property
     def holds_anchors(self) -> bool:

@@ -33,7 +33,7 @@ READ_AT = {SMALL: 22}
 NORM_BEHIND = frozenset({"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "granite", "exaone4", "glm4"})
 """Architectures with a norm or a factor behind the MLP, where the answer gate cannot be."""
 
-MEASURED = {
+MEASURED: dict[tuple[str, str | None], str] = {
     (
         "UniErase",
         "qwen2.5-0.5b",
@@ -121,8 +121,9 @@ def derive(algorithm: str, shape: ModelShape, *, read_at: int | None = None, gat
 def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:
     """The algorithm and the name of the shipped settings that are carried over: of the algorithm itself, or of the one
     that it is a variant of."""
-    for kind in cls.__mro__:
-        names = available(kind.algorithm) if issubclass(kind, HyperParams) and kind.algorithm else []
+    kinds: list[type[HyperParams]] = [kind for kind in cls.__mro__ if issubclass(kind, HyperParams)]
+    for kind in kinds:
+        names = available(kind.algorithm) if kind.algorithm else []
         wanted = [GEMMA] if shape.model_type.startswith("gemma3") else []
         # UniErase's published settings leave out what editlib found to matter (anchors, the gate).
         wanted += [LARGE] if shape.d_model >= WIDE and not issubclass(kind, UniEraseHyperParams) else []

@@ -14,6 +14,7 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, shared_length, split
 from editlib.models.freezing import frozen
 from editlib.models.precision import wide_dtype
+from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 
@@ -70,7 +71,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
     readers = {layer: _Layer(anat, anchors) for layer in layers}
     gate = None if gate_layer is None else _Gate(anat, anchors)
 
-    def look(batch: TokenBatch, numbers: Sequence[int], begin: int, **given) -> None:
+    def look(batch: TokenBatch, numbers: Sequence[int], begin: int, prefix: Prefix | None = None) -> None:
         def take(layer: int, keys: Tensor) -> None:
             places = batch.position_ids + begin
             places = torch.where(batch.attention_mask.bool(), places, torch.full_like(places, -1))
@@ -80,7 +81,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
                 readers[layer].take(keys, places, numbers)
 
         with frozen(anat.model), torch.no_grad():
-            forward(anat, batch, stop=wanted[-1] + 1, keys=take, key_layers=wanted, **given)
+            forward(anat, batch, stop=wanted[-1] + 1, keys=take, key_layers=wanted, prefix=prefix)
 
     rows = list(anchors.rows)
     if rows and wanted:
@@ -95,7 +96,8 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
             batch = pad([rests[i] for i in group], device=anat.device)
             some = prefix and prefix.select(torch.zeros(len(group), dtype=torch.long, device=anat.device))
             look(batch, group, shared, prefix=some)
-    return AnchorKeys(anchors, {layer: one.done() for layer, one in readers.items()}, gate and gate.done())
+    layer_keys = {layer: reader.done() for layer, reader in readers.items()}
+    return AnchorKeys(anchors, layer_keys, None if gate is None else gate.done())
 
 
 def _end(row: TokenRow) -> int:

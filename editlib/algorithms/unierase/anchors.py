@@ -97,7 +97,7 @@ def encode_anchors(
 
 
 def _is_right(form: PromptFormat, prompt: EditRequest, answer: Sequence[int]) -> bool:
-    said = form.tok.decode(answer, skip_special_tokens=True)
+    said = str(form.tok.decode(list(answer), skip_special_tokens=True))
     return prompt.answer is not None and has_answer(said, (prompt.answer, *prompt.aliases))
 
 
@@ -112,7 +112,8 @@ def answers_to(
 ) -> dict[str, Sequence[int]]:
     """What the model answers to `prompts` today, at most `most` token ids by question; the `known` ones are not asked
     again."""
-    found = {prompt.question: known[prompt.question] for prompt in prompts if prompt.question in (known or {})}
+    known = known or {}
+    found = {prompt.question: known[prompt.question] for prompt in prompts if prompt.question in known}
     asked = [prompt for prompt in prompts if prompt.question not in found]
     rows = [form.encode(prompt.question, prompt.subject, start=prompt.subject_start) for prompt in asked]
     new = greedy(anat, rows, max_new_tokens=most, progress="anchors" if progress and asked else None)
