@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editlib.algorithms.low_rank import LowRank
+from editlib.errors import EditError
 
 
 def update(seed=0, rows=5, rank=3, columns=8, dtype=torch.float64):
@@ -79,3 +80,16 @@ def test_adds_through_a_transposed_view():
     delta = update()
     delta.add_to(stored.T)
     torch.testing.assert_close(stored, delta.dense().T.float())
+
+
+@pytest.mark.parametrize(("left", "right"), [((5, 3), (2, 8)), ((5,), (1, 8)), ((5, 8), (8,)), ((5, 1), (5, 8))])
+def test_factors_that_do_not_fit_are_refused(left, right):
+    """When it is built, with both shapes, not in a product later on."""
+    with pytest.raises(EditError) as error:
+        LowRank(torch.zeros(left), torch.zeros(right))
+    assert str(list(left)) in str(error.value) and str(list(right)) in str(error.value)
+
+
+def test_updates_of_other_matrices_do_not_add_up():
+    with pytest.raises(RuntimeError):
+        update(rows=5) + update(rows=6)
