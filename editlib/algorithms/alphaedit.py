@@ -12,7 +12,7 @@ from editlib.algorithms.closed_form import alphaedit
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_spaces
-from editlib.algorithms.pipeline import edit_at_once, find_statistics, prepare
+from editlib.algorithms.pipeline import edit_at_once, find_left_metric, find_statistics, prepare
 from editlib.algorithms.values import Values
 from editlib.hparams import AlphaEditHyperParams
 from editlib.requests.request import EditRequest
@@ -51,9 +51,11 @@ def apply_alphaedit_to_model(
     prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
     stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
     spaces = null_spaces(stats, hparams, prepared.anat.device)
+    metric = find_left_metric(prepared, hparams, hparams.left_weight)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
         past = state.past_block(layer, keys.mean)
-        return alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=[past])
+        space = spaces[layer]
+        return alphaedit(keys.mean, residual, space, l2=hparams.L2, constraints=[past], metric=metric)
 
     return edit_at_once(prepared, hparams, solve, state, values, progress)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from editlib.algorithms.covariance import Covariance
+from editlib.algorithms.left_metric import LeftMetric
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import NullSpace
 from editlib.errors import EditError
@@ -39,9 +40,15 @@ def rome(key: Tensor, plain_key: Tensor, change: Tensor, covariance: Covariance 
 
 
 def memit(
-    keys: Tensor, residual: Tensor, covariance: Covariance, *, weight: float, past: Tensor | None = None
+    keys: Tensor,
+    residual: Tensor,
+    covariance: Covariance,
+    *,
+    weight: float,
+    past: Tensor | None = None,
+    metric: LeftMetric | None = None,
 ) -> LowRank:
-    """The update of least cost among new keys, past ones and ordinary text.
+    """Solves for the update of least cost among new keys, past ones and ordinary text.
 
     `Δ = R K^T (λ C + K_p K_p^T + K K^T)^-1` (MEMIT, 2210.07229, eq. 14), which the published code solves as one dense
     `d_ff x d_ff` system. With `A = [K_p, K]` (`m` columns) and `S = A^T (λ C)^-1 A` it is
@@ -50,6 +57,8 @@ def memit(
     Args:
         weight: `λ`, the published `mom2_update_weight`.
         past: `K_p [d_ff, p]`, keys of earlier edits (MEMIT_seq).
+        metric: `M [d_model, d_model]` (ours): what the update costs at ordinary text and past keys is measured in it,
+            `tr(M Δ (λ C + K_p K_p^T) Δ^T)`. `None`: Euclidean, as published.
 
     Raises:
         EditError: the result is not finite.
@@ -57,22 +66,54 @@ def memit(
     both = keys if past is None else torch.cat([past.to(keys), keys], dim=1)
     whitened = covariance.solve(both) / weight
     system = both.T @ whitened
+    if metric is not None:
+        past_count = both.shape[1] - keys.shape[1]
+        return _checked(metric.solve(residual, *_without_past(system, whitened, past_count)))
     system.diagonal().add_(1)
     # (I + S)^-1 in front of A^T (λ C)^-1, of which the rows of the new keys are wanted.
     select = _last_columns(both.shape[1], keys)
     return _finite(residual, torch.cholesky_solve(select, torch.linalg.cholesky(system)).T @ whitened.T)
 
 
-def emmet(keys: Tensor, residual: Tensor, covariance: Covariance, *, weight: float, ridge: float) -> LowRank:
-    """The update of least cost on ordinary text that maps `keys` to `residual` exactly but for `ridge`.
+def _without_past(system: Tensor, whitened: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Takes the first `count` columns of `A = [K_p, K]` into the cost, `G = λ C + K_p K_p^T` (Woodbury).
+
+    Args:
+        system: `A^T (λ C)^-1 A [m, m]`.
+        whitened: `(λ C)^-1 A [d_ff, m]`.
+
+    Returns:
+        `K^T G^-1 K [n, n]` and `K^T G^-1 [n, d_ff]`.
+    """
+    past_past, past_new = system[:count, :count].clone(), system[:count, count:]
+    past_past.diagonal().add_(1)
+    shared = torch.cholesky_solve(past_new, torch.linalg.cholesky(past_past))  # [p, n]
+    return system[count:, count:] - past_new.T @ shared, (whitened[:, count:] - whitened[:, :count] @ shared).T
+
+
+def emmet(
+    keys: Tensor,
+    residual: Tensor,
+    covariance: Covariance,
+    *,
+    weight: float,
+    ridge: float,
+    metric: LeftMetric | None = None,
+) -> LowRank:
+    """Solves for the update of least cost on ordinary text that maps `keys` to `residual` exactly but for `ridge`.
 
     `Δ = R (K^T C'^-1 K + ridge I)^-1 K^T C'^-1` with `C' = weight C` (EMMET, 2403.14236, eq. 9).
+
+    Args:
+        metric: as for `memit`. Without a ridge it changes nothing: the residual is met whatever it costs.
 
     Raises:
         EditError: repeated keys without a ridge, or a result that is not finite.
     """
     whitened = covariance.solve(keys) / weight
-    system = keys.T @ whitened
+    system = keys.T @ whitened  # [n, n]
+    if metric is not None and ridge > 0:
+        return _checked(metric.solve(residual, system, whitened.T, ridge=ridge))
     system.diagonal().add_(ridge)
     return _finite(residual, torch.cholesky_solve(whitened.T, _cholesky(system)))
 
@@ -85,8 +126,9 @@ def alphaedit(
     l2: float,
     constraints: Sequence[Tensor] = (),
     moment: Tensor | None = None,
+    metric: LeftMetric | None = None,
 ) -> LowRank:
-    """The update that maps `keys` to `residual` and `constraints` to zero, inside the null space.
+    """Solves for the update that maps `keys` to `residual` and `constraints` to zero, inside the null space.
 
     Minimises `|Δ P K - R|^2 + |Δ P K_c|^2 + L2 |Δ|^2` over `Δ = Δ P` (AlphaEdit 2410.02355 eq. 11-14; UniErase
     2505.15674 eq. 11 and 13), which the published code writes as the dense system
@@ -100,24 +142,32 @@ def alphaedit(
             square root).
         moment: `M [d_ff, d_ff]`, a second moment times its weight: keys whose output costs what it moves (MEMIT's
             `λ C`), which is what the null space forbids altogether.
+        metric: `M_l [d_model, d_model]` (ours): all costs but that of the residual are measured in it, so that they are
+            `tr(M_l Δ (L2 I + P (K_c K_c^T + M) P) Δ^T)`. `None`: Euclidean, as published.
 
     Raises:
         EditError: the system is not positive definite (L2 of zero with dependent keys) or the result not finite.
     """
     null_space = null_space.like(keys)
-    new = null_space.project(keys)
+    new = null_space.project(keys)  # P K [d_ff, n]
     blocks = [null_space.project(block) for block in constraints if block.shape[1]]
-    kept_out = torch.cat(blocks, dim=1) if blocks else new[:, :0]
-    d_ff, n = new.shape
-    if moment is None and kept_out.shape[1] + n <= d_ff:
-        both = torch.cat([kept_out, new], dim=1)
+    held = torch.cat(blocks, dim=1) if blocks else new[:, :0]  # P K_c [d_ff, m_c]
+    if moment is not None:
+        moment = null_space.project(null_space.project(moment).T)  # P M P
+    if metric is not None:
+        whitened = _cost_inverse(new, held, l2, moment)
+        return _checked(metric.solve(residual, new.T @ whitened, whitened.T))
+    if moment is None and held.shape[1] + new.shape[1] <= len(new):
+        both = torch.cat([held, new], dim=1)  # A [d_ff, m]
         gram = both.T @ both
         gram.diagonal().add_(l2)
+        # E selects the rows of the new keys: the constraints have no residual.
         right = both @ torch.cholesky_solve(_last_columns(both.shape[1], new), _cholesky(gram))
     else:
-        gram = new @ new.T + kept_out @ kept_out.T
+        # From d_ff keys on, their sum of outer products is the smaller system.
+        gram = new @ new.T + held @ held.T
         if moment is not None:
-            gram += null_space.project(null_space.project(moment).T)
+            gram += moment
         gram.diagonal().add_(l2)
         right = torch.cholesky_solve(new, _cholesky(gram))
     if l2 == 0 and bool((new.norm(dim=0) < 1e-7 * keys.norm(dim=0)).any()):
@@ -125,6 +175,25 @@ def alphaedit(
             "a key has no part in the null space; the model is unchanged: raise `nullspace_threshold`, or `L2`"
         )
     return _finite(residual, right.T)
+
+
+def _cost_inverse(new: Tensor, held: Tensor, l2: float, moment: Tensor | None) -> Tensor:
+    """Returns `G^-1 K [d_ff, n]` with `G = L2 I + K_c K_c^T + M`, all inside the null space.
+
+    Args:
+        new: `K [d_ff, n]`. `held`: `K_c [d_ff, m]`. `moment`: `M [d_ff, d_ff]`.
+    """
+    if moment is None and l2 > 0 and held.shape[1] < len(held):
+        gram = held.T @ held  # [m, m]
+        gram.diagonal().add_(l2)
+        # Woodbury: (L2 I + K_c K_c^T)^-1 = (I - K_c (L2 I + K_c^T K_c)^-1 K_c^T) / L2
+        inner = torch.cholesky_solve(held.T @ new, _cholesky(gram)) if held.shape[1] else held.T @ new
+        return (new - held @ inner) / l2
+    gram = held @ held.T  # [d_ff, d_ff]
+    if moment is not None:
+        gram += moment
+    gram.diagonal().add_(l2)
+    return torch.cholesky_solve(new, _cholesky(gram))
 
 
 def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
@@ -167,11 +236,17 @@ def _last_columns(m: int, keys: Tensor) -> Tensor:
 
 
 def _finite(residual: Tensor, right: Tensor) -> LowRank:
-    if not torch.isfinite(right).all():
+    """Returns the update `residual [d_model, n] @ right [n, d_ff]`, refused unless `right` is finite."""
+    return _checked(LowRank(residual.to(right.dtype), right))
+
+
+def _checked(delta: LowRank) -> LowRank:
+    """Returns `delta`, with `right` contiguous; raises `EditError` unless the solve gave finite numbers."""
+    if not torch.isfinite(delta.right).all():
         raise EditError(
             "the solve gave values that are not finite; the model is unchanged: raise `L2` or `mom2_update_weight`"
         )
-    return LowRank(residual.to(right.dtype), right.contiguous())
+    return LowRank(delta.left, delta.right.contiguous())
 
 
 def _cholesky(gram: Tensor) -> Tensor:

@@ -3,20 +3,56 @@
 The null space of keys protects inputs; `Γ` protects outputs. An edit leaks into another prompt as a multiple of its
 residual; what that costs is the gradient of the prompt's answer along it. Values that are short in the metric
 `I + λ Γ` cost least there. Since an update is `Δ = R K^+`, what holds for residuals holds for `Δ`.
+
+In a solve (`LeftMetric.solve`) the two sides meet: `G`, on the right, is what the keys of ordinary text and earlier
+edits cost; `M`, on the left, what the outputs cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from editlib.algorithms.low_rank import LowRank
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
 from editlib.models.prompts import TokenRow, pad
 
 BATCH_ROWS = 32
+
+
+@dataclass(frozen=True)
+class LeftMetric:
+    """`M = I + λ Γ [d_model, d_model]`, as its eigenvectors `[d_model, d_model]` and eigenvalues `[d_model]`."""
+
+    vectors: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor, weight: float) -> LeftMetric:
+        """Decomposes `I + weight Γ` for the `moment` `Γ [d_model, d_model]`, in fp64."""
+        values, vectors = torch.linalg.eigh(moment.double().cpu())
+        return cls(vectors, 1 + weight * values.clamp_min(0))
+
+    def solve(self, residual: Tensor, system: Tensor, right: Tensor, *, ridge: float = 1.0) -> LowRank:
+        """Solves `ridge M Δ G + Δ K K^T = R K^T`, the minimum of `|Δ K - R|^2 + ridge tr(M Δ G Δ^T)`.
+
+        With `M = V diag(m) V^T` each row of `V^T Δ` has a system of its own, `V^T Δ` in row `i` being
+        `(V^T R)_i (ridge m_i I + S)^-1 K^T G^-1`: one eigendecomposition of `S = K^T G^-1 K` solves all of them.
+
+        Args:
+            residual: `R [d_model, n]`.
+            system: `S [n, n]`.
+            right: `K^T G^-1 [n, d_ff]`.
+        """
+        vectors, m = self.vectors.to(residual), self.values.to(residual)  # [d_model, d_model], [d_model]
+        s, u = torch.linalg.eigh((system + system.T) / 2)  # rounding leaves S a little asymmetric
+        shares = 1 / (ridge * m[:, None] + s.clamp_min(0))  # [d_model, n]
+        left = vectors @ ((vectors.T @ residual @ u) * shares)  # [d_model, n]
+        return LowRank(left, u.T @ right)
 
 
 def output_moment(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:

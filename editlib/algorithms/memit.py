@@ -19,7 +19,7 @@ from editlib.algorithms.closed_form import emmet, memit
 from editlib.algorithms.covariance import covariance_of
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore, write
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.pipeline import edit_at_once, find_statistics, prepare
+from editlib.algorithms.pipeline import edit_at_once, find_left_metric, find_statistics, prepare
 from editlib.algorithms.values import Values
 from editlib.hparams import EMMETHyperParams, MEMITHyperParams, MEMITSeqHyperParams, RECTHyperParams
 from editlib.models.anatomy import anatomy
@@ -61,12 +61,14 @@ def apply_memit_to_model(
     device = prepared.anat.device
     covariances = {layer: covariance_of(stats[layer], device=device) for layer in hparams.layers}
     weight = hparams.mom2_update_weight
+    metric = find_left_metric(prepared, hparams, hparams.left_weight)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
         if isinstance(hparams, EMMETHyperParams):
-            return emmet(keys.mean, residual, covariances[layer], weight=weight, ridge=hparams.emmet_lambda)
+            ridge = hparams.emmet_lambda
+            return emmet(keys.mean, residual, covariances[layer], weight=weight, ridge=ridge, metric=metric)
         past = state.past_block(layer, keys.mean) if isinstance(hparams, MEMITSeqHyperParams) else None
-        delta = memit(keys.mean, residual, covariances[layer], weight=weight, past=past)
+        delta = memit(keys.mean, residual, covariances[layer], weight=weight, past=past, metric=metric)
         if isinstance(hparams, RECTHyperParams):
             return relatively_largest(delta, prepared.anat.weight(layer), hparams.rect_share)
         return delta

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.algorithms.contexts import about, context_templates
+from editlib.algorithms.contexts import SUBJECT_PROMPTS, about, context_templates
 from editlib.algorithms.edit import EditResult, EditState, Solve, Timer, layer_norms, write_layers
 from editlib.algorithms.keys import KeyStream
+from editlib.algorithms.left_metric import LeftMetric, output_moment
 from editlib.algorithms.values import Values, compute_zs
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.hparams import ClosedFormHyperParams, HyperParams
@@ -27,12 +28,16 @@ from editlib.models.freezing import frozen
 from editlib.models.generation import greedy
 from editlib.models.precision import fast_dtype, reduced
 from editlib.models.prompts import Place, PromptFormat, TokenRow
+from editlib.models.residual_path import writing_of
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import occurrences
 from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
 
 log = logging.getLogger(__name__)
+
+METRIC_SUBJECTS = 32  # subjects that the left metric is read from, at most
+METRIC_TOKENS = 24  # of an answer that it is read from, at most
 
 
 @dataclass(frozen=True)
@@ -254,6 +259,35 @@ def find_statistics(
         dataset=hparams.mom2_dataset,
         samples=hparams.mom2_n_samples,
     )
+
+
+def find_left_metric(prepared: Prepared, hparams: ClosedFormHyperParams, weight: float) -> LeftMetric | None:
+    """Reads the left metric `I + weight Γ` from what the model answers today about the requests' subjects in general.
+
+    Of many subjects `METRIC_SUBJECTS` are asked, evenly spread. `None` for a weight of zero.
+
+    Raises:
+        HparamsError: no request names a subject, or a norm follows the MLP: its input has another metric.
+    """
+    if not weight:
+        return None
+    anat = prepared.anat
+    if not all(writing_of(anat, layer).plain for layer in hparams.layers):
+        raise HparamsError(
+            f'key "left_weight": {weight}; a norm or a factor follows the MLP of this model, so that the metric of the '
+            "residual stream is not that of the edited matrix; expected 0: leave the key out"
+        )
+    by_subject = {request.subject: request for request in prepared.requests if request.subject is not None}
+    asked = list(by_subject.values())[:: -(-len(by_subject) // METRIC_SUBJECTS) or 1]
+    with frozen(anat.model):
+        rows = essence(anat, prepared.form, asked, prompts=len(SUBJECT_PROMPTS), answer_tokens=METRIC_TOKENS)
+        moment = output_moment(anat, [row for own in rows for row in own], hparams.layers[-1])
+    if not bool(moment.any()):
+        raise HparamsError(
+            f'key "left_weight": {weight}; the metric is read from questions about the subjects, and no request has a '
+            '"subject" that can be asked about; expected 0: leave the key out'
+        )
+    return LeftMetric.of(moment, weight)
 
 
 def edit_at_once(

@@ -69,6 +69,12 @@ class MEMITHyperParams(ClosedFormHyperParams):
 
     layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
     mom2_update_weight: float = knob(15000.0, "weight of what the layer has seen against the requests", above=0)
+    left_weight: float = knob(
+        0.0,
+        "weight of the left metric: the update avoids directions that the answers about the subjects depend on; 0 as "
+        "published",
+        min=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +160,13 @@ class AlphaEditHyperParams(NullSpaceHyperParams):
     paper: ClassVar[str] = "2410.02355"
     summary: ClassVar[str] = "MEMIT inside the null space of ordinary text, holding earlier edits"
     plain_share: ClassVar[float | None] = 0.5  # as MEMIT
+
+    left_weight: float = knob(
+        0.0,
+        "weight of the left metric: the update avoids directions that the answers about the subjects depend on; 0 as "
+        "published",
+        min=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

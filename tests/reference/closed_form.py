@@ -69,3 +69,12 @@ def prune(total: Tensor, weight: Tensor) -> Tensor:
         if s[i] > largest:
             s[i] = torch.log(s[i]) - torch.log(largest) + largest
     return u @ torch.diag(s) @ v
+
+
+def two_sided(keys: Tensor, residual: Tensor, left: Tensor, cost: Tensor, ridge: float = 1.0) -> Tensor:
+    """The `Δ` with `ridge M Δ G + Δ K K^T = R K^T`, as one dense system in all its entries, `[d_model, d_ff]`."""
+    d_model, d_ff = len(residual), len(keys)
+    eye = torch.eye(d_model, dtype=keys.dtype)
+    # vec(M Δ G) = (M ⊗ G) vec(Δ) for rows one after the other and a symmetric G.
+    system = ridge * torch.kron(left, cost) + torch.kron(eye, keys @ keys.T)
+    return torch.linalg.solve(system, (residual @ keys.T).flatten()).view(d_model, d_ff)
