@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.closed_form import alphaedit
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys
+from editlib.algorithms.left_metric import find_left_metric
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_spaces
-from editlib.algorithms.pipeline import edit_at_once, find_left_metric, find_statistics, prepare
+from editlib.algorithms.pipeline import edit_at_once, find_statistics, prepare
 from editlib.algorithms.values import Values
 from editlib.hparams import AlphaEditHyperParams
 from editlib.requests.request import EditRequest
@@ -48,14 +49,14 @@ def apply_alphaedit_to_model(
         EditError: no finite solution. After every error the model is unchanged.
     """
     state = state or EditState()
-    prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
+    encoded = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
     stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
-    spaces = null_spaces(stats, hparams, prepared.anat.device)
-    metric = find_left_metric(prepared, hparams, hparams.left_weight)
+    spaces = null_spaces(stats, hparams, encoded.anat.device)
+    metric = find_left_metric(encoded.anat, encoded.form, encoded.requests, hparams.layers, hparams.left_weight)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
         past = state.past_block(layer, keys.mean)
         space = spaces[layer]
         return alphaedit(keys.mean, residual, space, l2=hparams.L2, constraints=[past], metric=metric)
 
-    return edit_at_once(prepared, hparams, solve, state, values, progress)
+    return edit_at_once(encoded, hparams, solve, state, values, progress)

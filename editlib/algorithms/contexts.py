@@ -1,5 +1,5 @@
-"""Surroundings that keys and values are averaged over, written by the model itself (ROME 2202.05262, sec. 3.1); and
-questions about a subject in general."""
+"""Context templates that keys and values are averaged over, written by the model itself (ROME, 2202.05262, sec. 3.1),
+and prompts about a subject in general."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from collections.abc import Sequence
 import torch
 
 from editlib.models.anatomy import Anatomy
-from editlib.models.generation import sample
+from editlib.models.generation import greedy, sample
 from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.requests.request import EditRequest
 from editlib.requests.templates import occurrences
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
-"""MEMIT's: one text of ten tokens from each."""
+"""MEMIT's (`get_context_templates`): one text of ten tokens from each."""
 TOP_K = 5
 
 
 def context_templates(
     anat: Anatomy, form: PromptFormat, lengths: Sequence[Sequence[int]] | None, *, seed: int = 0
 ) -> list[str]:
-    """The plain prompt `"{}"`, and texts of the model's own with the prompt behind them.
+    """Samples texts from the model for the prompt to follow, as `"text. {}"`; the plain `"{}"` comes first.
 
     Args:
         lengths: ROME's pairs of length in tokens and number of texts, from the token that texts begin with; `None`:
             MEMIT's five beginnings, ten tokens each.
-        seed: of the top-5 sampling, which the published code leaves unseeded; the same texts for the same model.
+        seed: seed of the top-5 sampling, which the published code leaves unseeded; one model gives the same texts.
     """
     generator = torch.Generator().manual_seed(seed)
     bare = PromptFormat(form.tok, chat=False)
@@ -36,14 +37,15 @@ def context_templates(
         first = next((token for token in ends if token is not None), None)
         start = bare.encode(BEGINNINGS[0]) if first is None else TokenRow((first,), 0)
         jobs = [([start] * number, length) for length, number in lengths if number]
-    found = ["{}"]
+    templates = ["{}"]
     for rows, length in jobs:
         texts = sample(anat, rows, max_new_tokens=length, top_k=TOP_K, generator=generator)
         for row, new in zip(rows, texts, strict=True):
             text = str(form.tok.decode(list(row.ids + new), skip_special_tokens=True)).strip()
+            # Braces of the model's own would be filled in as the prompt's place.
             text = text.replace("{", " ").replace("}", " ")
-            found.append(text + ". {}")
-    return found
+            templates.append(text + ". {}")
+    return templates
 
 
 SUBJECT_PROMPTS = (
@@ -63,6 +65,29 @@ SUBJECT_PROMPTS = (
 
 
 def about(subject: str, most: int | None = None) -> list[str]:
-    """The first `most` of `SUBJECT_PROMPTS` with `subject` filled in; not those whose own words hold it too."""
+    """Fills `subject` into the first `most` of `SUBJECT_PROMPTS`, without those whose own words contain it."""
     asked = [text.replace("{}", subject) for text in SUBJECT_PROMPTS[:most]]
     return [text for text in asked if len(occurrences(text, subject)) == 1]
+
+
+def subject_prompts(
+    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], *, prompts: int = 0, answer_tokens: int = 0
+) -> list[list[TokenRow]]:
+    """Encodes, per request, the texts about its subject in general that its value must not disturb.
+
+    They are ROME's "{} is a", and `prompts` general questions (`about`), each with `answer_tokens` of the answer that
+    the model gives today. Requests about one subject share them; a request without a subject has none.
+    """
+    bare = PromptFormat(form.tok, chat=False)
+    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
+    asked = [(subject, text) for subject in subjects for text in about(subject, prompts)]
+    rows_asked = [form.encode(text, subject) for subject, text in asked]
+    answers = greedy(anat, rows_asked, max_new_tokens=answer_tokens)
+    rows: dict[str | None, list[TokenRow]] = {None: []}
+    for subject in subjects:
+        first = f"{subject} is a"
+        # A subject such as "a" is found twice, and has no lookup position there.
+        rows[subject] = [bare.encode(first, subject)] if len(occurrences(first, subject)) == 1 else []
+    for (subject, _), row, answer in zip(asked, rows_asked, answers, strict=True):
+        rows[subject].append(row.followed_by(answer))
+    return [rows[request.subject] for request in requests]

@@ -16,12 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from editlib.algorithms.contexts import SUBJECT_PROMPTS, subject_prompts
 from editlib.algorithms.low_rank import LowRank
+from editlib.errors import HparamsError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
-from editlib.models.prompts import TokenRow, pad
+from editlib.models.freezing import frozen
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.residual_path import writing_of
+from editlib.requests.request import EditRequest
 
 BATCH_ROWS = 32
+SUBJECTS = 32  # subjects that the metric of an edit is read from, at most
+ANSWER_TOKENS = 24  # of an answer that it is read from, at most
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class LeftMetric:
 
 
 def output_moment(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
-    """`Γ = Σ g g^T [d_model, d_model]`, scaled to a mean eigenvalue of one; zeros without rows.
+    """Sums `Γ = Σ g g^T [d_model, d_model]`, scaled to a mean eigenvalue of one; zeros without rows.
 
     `g` is the gradient of the log probability of a row's answer (its last `extra` tokens) with respect to the state
     after `layer`, at each position of the row.
@@ -64,26 +71,58 @@ def output_moment(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor
     total = torch.zeros(anat.d_model, anat.d_model, device=anat.device)
     usable = [row for row in rows if row.extra]
     for start in range(0, len(usable), BATCH_ROWS):
-        some = usable[start : start + BATCH_ROWS]
-        batch = pad(some, device=anat.device)
+        chunk = usable[start : start + BATCH_ROWS]
+        batch = pad(chunk, device=anat.device)
         with torch.no_grad():
             hidden = forward(anat, batch, stop=layer + 1)
         hidden = hidden.detach().requires_grad_()  # [r, T, d_model]
-        at = [(i, len(row) - row.extra - 1 + j, row.ids[len(row) - row.extra + j]) for i, row in enumerate(some)
+        at = [(i, len(row) - row.extra - 1 + j, row.ids[len(row) - row.extra + j]) for i, row in enumerate(chunk)
               for j in range(row.extra)]  # fmt: skip
         index, column, token = torch.tensor(at, device=anat.device).T  # [scored] each
         with torch.enable_grad():
             logits = forward(anat, batch, start=layer + 1, hidden=hidden, score=(index, column)).float()
             chosen = logits.log_softmax(-1).gather(1, token[:, None])
+            # One sum for all rows: no answer token reads the state of another row.
             (grad,) = torch.autograd.grad(chosen.sum(), hidden)
         grad = grad.float()[batch.attention_mask.bool()]  # [tokens, d_model]
         total += grad.T @ grad
     mean = total.trace() / anat.d_model
+    # λ then means the same in every model, whatever the size of its gradients.
     return total / mean if bool(mean > 0) else total
 
 
 def inverse_root(moment: Tensor, weight: float) -> Tensor:
-    """`(I + λ Γ)^-1/2 [d_model, d_model]`, symmetric."""
+    """Returns `(I + weight Γ)^-1/2 [d_model, d_model]`, symmetric, for the `moment` `Γ`."""
     values, vectors = torch.linalg.eigh(moment.double())
     root: Tensor = (vectors * (1 + weight * values.clamp_min(0)).rsqrt()) @ vectors.T
     return root.to(moment.dtype)
+
+
+def find_left_metric(
+    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], layers: Sequence[int], weight: float
+) -> LeftMetric | None:
+    """Reads `I + weight Γ` after the last of `layers` from what the model answers today about the requests' subjects.
+
+    They are asked `SUBJECT_PROMPTS`; of many subjects `SUBJECTS` are, evenly spread. `None` for a weight of zero.
+
+    Raises:
+        HparamsError: no request names a subject, or a norm follows the MLP, whose input has another metric.
+    """
+    if not weight:
+        return None
+    if not all(writing_of(anat, layer).plain for layer in layers):
+        raise HparamsError(
+            f'key "left_weight": {weight}; a norm or a factor follows the MLP of this model, so that the metric of the '
+            "residual stream is not that of the edited matrix; expected 0: leave the key out"
+        )
+    by_subject = {request.subject: request for request in requests if request.subject is not None}
+    asked = list(by_subject.values())[:: -(-len(by_subject) // SUBJECTS) or 1]
+    with frozen(anat.model):
+        rows = subject_prompts(anat, form, asked, prompts=len(SUBJECT_PROMPTS), answer_tokens=ANSWER_TOKENS)
+        moment = output_moment(anat, [row for own in rows for row in own], layers[-1])
+    if not bool(moment.any()):
+        raise HparamsError(
+            f'key "left_weight": {weight}; the metric is read from questions about the subjects, and no request has a '
+            '"subject" that can be asked about; expected 0: leave the key out'
+        )
+    return LeftMetric.of(moment, weight)

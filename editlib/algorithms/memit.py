@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlib.algorithms.closed_form import emmet, memit
 from editlib.algorithms.covariance import covariance_of
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore, write
+from editlib.algorithms.left_metric import find_left_metric
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.pipeline import edit_at_once, find_left_metric, find_statistics, prepare
+from editlib.algorithms.pipeline import edit_at_once, find_statistics, prepare
 from editlib.algorithms.values import Values
 from editlib.hparams import EMMETHyperParams, MEMITHyperParams, MEMITSeqHyperParams, RECTHyperParams
 from editlib.models.anatomy import anatomy
@@ -56,12 +57,12 @@ def apply_memit_to_model(
         EditError: no finite solution. After every error the model is unchanged.
     """
     state = state or EditState()
-    prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
+    encoded = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
     stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
-    device = prepared.anat.device
+    device = encoded.anat.device
     covariances = {layer: covariance_of(stats[layer], device=device) for layer in hparams.layers}
     weight = hparams.mom2_update_weight
-    metric = find_left_metric(prepared, hparams, hparams.left_weight)
+    metric = find_left_metric(encoded.anat, encoded.form, encoded.requests, hparams.layers, hparams.left_weight)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
         if isinstance(hparams, EMMETHyperParams):
@@ -70,12 +71,12 @@ def apply_memit_to_model(
         past = state.past_block(layer, keys.mean) if isinstance(hparams, MEMITSeqHyperParams) else None
         delta = memit(keys.mean, residual, covariances[layer], weight=weight, past=past, metric=metric)
         if isinstance(hparams, RECTHyperParams):
-            return relatively_largest(delta, prepared.anat.weight(layer), hparams.rect_share)
+            return relatively_largest(delta, encoded.anat.weight(layer), hparams.rect_share)
         return delta
 
     if hparams.refits_totals:
-        return _pruned(model, state, lambda: edit_at_once(prepared, hparams, solve, state, values, progress))
-    return edit_at_once(prepared, hparams, solve, state, values, progress)
+        return _pruned(model, state, lambda: edit_at_once(encoded, hparams, solve, state, values, progress))
+    return edit_at_once(encoded, hparams, solve, state, values, progress)
 
 
 def relatively_largest(delta: LowRank, weight: Tensor, share: float) -> LowRank:

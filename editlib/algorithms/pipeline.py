@@ -16,32 +16,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.algorithms.contexts import SUBJECT_PROMPTS, about, context_templates
+from editlib.algorithms.contexts import context_templates, subject_prompts
 from editlib.algorithms.edit import EditResult, EditState, Solve, Timer, layer_norms, write_layers
 from editlib.algorithms.keys import KeyStream
-from editlib.algorithms.left_metric import LeftMetric, output_moment
 from editlib.algorithms.values import Values, compute_zs
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.hparams import ClosedFormHyperParams, HyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import frozen
-from editlib.models.generation import greedy
 from editlib.models.precision import fast_dtype, reduced
 from editlib.models.prompts import Place, PromptFormat, TokenRow
-from editlib.models.residual_path import writing_of
 from editlib.requests.request import EditRequest
-from editlib.requests.templates import occurrences
 from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
 
 log = logging.getLogger(__name__)
 
-METRIC_SUBJECTS = 32  # subjects that the left metric is read from, at most
-METRIC_TOKENS = 24  # of an answer that it is read from, at most
-
 
 @dataclass(frozen=True)
-class Prepared:
+class EncodedEdit:
     """Requests as a model reads them: per request its contexts (the plain prompt first), the token ids that must
     follow, and the texts that its new state must not disturb."""
 
@@ -50,11 +43,11 @@ class Prepared:
     requests: list[EditRequest]
     contexts: list[list[TokenRow]]
     targets: list[tuple[int, ...]]
-    essence: list[list[TokenRow]]
+    kl_prompts: list[list[TokenRow]]
     weights: list[list[float]] | None = None  # of the contexts in a request's key; none: all alike
     templates: tuple[str, ...] = ("{}",)
 
-    def only(self, i: int) -> Prepared:
+    def only(self, i: int) -> EncodedEdit:
         """The same for request `i` alone."""
         mine = slice(i, i + 1)
         return replace(
@@ -62,7 +55,7 @@ class Prepared:
             requests=self.requests[mine],
             contexts=self.contexts[mine],
             targets=self.targets[mine],
-            essence=self.essence[mine],
+            kl_prompts=self.kl_prompts[mine],
             weights=self.weights and self.weights[mine],
         )
 
@@ -76,7 +69,7 @@ def prepare(
     templates: Sequence[str] = (),
     chat: bool | None = False,
     seed: int = 0,
-) -> Prepared:
+) -> EncodedEdit:
     """Encodes edits towards `target_new`.
 
     Args:
@@ -99,7 +92,9 @@ def prepare(
     weights = None
     if hparams.plain_share is not None:
         weights = [_weights(len(rows), len(rows) // len(templates), hparams.plain_share) for rows in contexts]
-    return Prepared(anat, form, requests, contexts, targets, essence(anat, form, requests), weights, tuple(templates))
+    return EncodedEdit(
+        anat, form, requests, contexts, targets, subject_prompts(anat, form, requests), weights, tuple(templates)
+    )
 
 
 def _weights(contexts: int, plain: int, share: float) -> list[float]:
@@ -163,27 +158,8 @@ def encode_contexts(
     ]
 
 
-def essence(
-    anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], *, prompts: int = 0, answer_tokens: int = 0
-) -> list[list[TokenRow]]:
-    """Per request the texts about its subject in general, which its new state must not disturb: ROME's "{} is a",
-    and `prompts` general questions, each with `answer_tokens` of the answer that the model gives today."""
-    bare = PromptFormat(form.tok, chat=False)
-    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
-    asked = [(subject, text) for subject in subjects for text in about(subject, prompts)]
-    rows_asked = [form.encode(text, subject) for subject, text in asked]
-    answers = greedy(anat, rows_asked, max_new_tokens=answer_tokens)
-    rows: dict[str | None, list[TokenRow]] = {None: []}
-    for subject in subjects:
-        first = f"{subject} is a"
-        rows[subject] = [bare.encode(first, subject)] if len(occurrences(first, subject)) == 1 else []
-    for (subject, _), row, answer in zip(asked, rows_asked, answers, strict=True):
-        rows[subject].append(row.followed_by(answer))
-    return [rows[request.subject] for request in requests]
-
-
-def target_states(
-    prepared: Prepared,
+def find_values(
+    encoded: EncodedEdit,
     hparams: ClosedFormHyperParams,
     *,
     groups: Sequence[Sequence[int]] | None = None,
@@ -196,21 +172,21 @@ def target_states(
 
     Args:
         groups: requests, by number, that share one change `δ`, found in the contexts of all of them; they must have
-            one target and one essence. `None`: each has its own.
+            one target and one set of KL prompts. `None`: each has its own.
         norms: see `compute_zs`; not with `groups`.
     """
-    anat, layer = prepared.anat, hparams.layers[-1]
-    groups = groups or [[i] for i in range(len(prepared.requests))]
+    anat, layer = encoded.anat, hparams.layers[-1]
+    groups = groups or [[i] for i in range(len(encoded.requests))]
     first = [group[0] for group in groups]
     group_of = {i: number for number, group in enumerate(groups) for i in group}
     with frozen(anat.model):
         with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
             values = compute_zs(
                 anat,
-                [[row for i in group for row in prepared.contexts[i]] for group in groups],
-                [prepared.targets[i] for i in first],
+                [[row for i in group for row in encoded.contexts[i]] for group in groups],
+                [encoded.targets[i] for i in first],
                 layer,
-                kl_prompts=[prepared.essence[i] for i in first],
+                kl_prompts=[encoded.kl_prompts[i] for i in first],
                 steps=hparams.v_num_grad_steps,
                 lr=hparams.v_lr,
                 weight_decay=hparams.v_weight_decay,
@@ -219,10 +195,10 @@ def target_states(
                 stop_loss=hparams.early_stop_loss,
                 optimizer=hparams.v_optimizer,
                 norms=norms,
-                names=[prepared.requests[i].id for i in first],
+                names=[encoded.requests[i].id for i in first],
                 progress=progress,
-            ).select([group_of[i] for i in range(len(prepared.requests))])
-        today = KeyStream(anat, [rows[0] for rows in prepared.contexts], layer).states(layer)
+            ).select([group_of[i] for i in range(len(encoded.requests))])
+        today = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer).states(layer)
     targets = today + values.deltas
     if hparams.rescale_norm:
         targets = targets * (today.norm(dim=0) / targets.norm(dim=0).clamp_min(torch.finfo(targets.dtype).tiny))
@@ -261,37 +237,8 @@ def find_statistics(
     )
 
 
-def find_left_metric(prepared: Prepared, hparams: ClosedFormHyperParams, weight: float) -> LeftMetric | None:
-    """Reads the left metric `I + weight Γ` from what the model answers today about the requests' subjects in general.
-
-    Of many subjects `METRIC_SUBJECTS` are asked, evenly spread. `None` for a weight of zero.
-
-    Raises:
-        HparamsError: no request names a subject, or a norm follows the MLP: its input has another metric.
-    """
-    if not weight:
-        return None
-    anat = prepared.anat
-    if not all(writing_of(anat, layer).plain for layer in hparams.layers):
-        raise HparamsError(
-            f'key "left_weight": {weight}; a norm or a factor follows the MLP of this model, so that the metric of the '
-            "residual stream is not that of the edited matrix; expected 0: leave the key out"
-        )
-    by_subject = {request.subject: request for request in prepared.requests if request.subject is not None}
-    asked = list(by_subject.values())[:: -(-len(by_subject) // METRIC_SUBJECTS) or 1]
-    with frozen(anat.model):
-        rows = essence(anat, prepared.form, asked, prompts=len(SUBJECT_PROMPTS), answer_tokens=METRIC_TOKENS)
-        moment = output_moment(anat, [row for own in rows for row in own], hparams.layers[-1])
-    if not bool(moment.any()):
-        raise HparamsError(
-            f'key "left_weight": {weight}; the metric is read from questions about the subjects, and no request has a '
-            '"subject" that can be asked about; expected 0: leave the key out'
-        )
-    return LeftMetric.of(moment, weight)
-
-
 def edit_at_once(
-    prepared: Prepared,
+    encoded: EncodedEdit,
     hparams: ClosedFormHyperParams,
     solve: Solve,
     state: EditState,
@@ -304,14 +251,14 @@ def edit_at_once(
         EditError: no finite solution; the model is unchanged.
     """
     timer = Timer()
-    with frozen(prepared.anat.model):
+    with frozen(encoded.anat.model):
         if values is None:
             with timer("values"):
-                values = target_states(prepared, hparams, progress=progress)
-        diagnostics = value_diagnostics(prepared.requests, values)
+                values = find_values(encoded, hparams, progress=progress)
+        diagnostics = value_diagnostics(encoded.requests, values)
         with timer("write"):
             written = write_layers(
-                prepared.anat, hparams.layers, prepared.contexts, values.targets, solve, weights=prepared.weights
+                encoded.anat, hparams.layers, encoded.contexts, values.targets, solve, weights=encoded.weights
             )
     return EditResult(
         written.deltas,
@@ -319,7 +266,7 @@ def edit_at_once(
         diagnostics=diagnostics,
         norms=layer_norms(written.deltas, written.originals),
         timings=timer.seconds,
-        state=replace(state.with_keys(written.keys), templates=prepared.templates),
+        state=replace(state.with_keys(written.keys), templates=encoded.templates),
         values=values,
         keys=written.keys,
     )

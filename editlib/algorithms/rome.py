@@ -16,7 +16,7 @@ from editlib.algorithms.covariance import covariance_of
 from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore
 from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.pipeline import Prepared, edit_at_once, find_statistics, prepare, target_states
+from editlib.algorithms.pipeline import EncodedEdit, edit_at_once, find_statistics, find_values, prepare
 from editlib.algorithms.values import Values
 from editlib.hparams import ROMEHyperParams
 from editlib.models.freezing import frozen
@@ -57,30 +57,33 @@ def apply_rome_to_model(
         EditError: no finite solution. After every error the model is unchanged.
     """
     state = state or EditState()
-    prepared = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
+    encoded = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
     layer = hparams.layers[0]
-    looked_up = None
+    covariance = None
     if hparams.mom2_adjustment:
         stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
-        looked_up = covariance_of(stats[layer], device=prepared.anat.device)
+        covariance = covariance_of(stats[layer], device=encoded.anat.device)
 
     def solve(_: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-        return rome(keys.mean, keys.plain, residual, looked_up)
+        return rome(keys.mean, keys.plain, residual, covariance)
 
-    original = prepared.anat.weight(layer).clone()
+    original = encoded.anat.weight(layer).clone()
     results: list[EditResult] = []
     try:
         for i in tqdm(range(len(requests)), desc="edits", disable=not progress, leave=False):
-            one = prepared.only(i)
-            if values is None:
-                found = target_states(one, hparams, norms=_output_norms(one, layer))
-            else:
-                found = values.select([i])
-            results.append(edit_at_once(one, hparams, solve, state, found, progress=False))
+            one = encoded.only(i)
+            # The weights have moved since the edit before, and with them the state that the value starts from.
+            own = values.select([i]) if values else find_values(one, hparams, norms=_output_norms(one, layer))
+            results.append(edit_at_once(one, hparams, solve, state, own, progress=False))
             state = results[-1].state
     except BaseException:
-        restore(prepared.anat, {layer: original})
+        restore(encoded.anat, {layer: original})
         raise
+    return _joined(results, layer, original)
+
+
+def _joined(results: Sequence[EditResult], layer: int, original: Tensor) -> EditResult:
+    """Joins the edits of single requests into one result; `original [d_model, d_ff]` is the weight before all."""
     deltas = {layer: sum((result.deltas[layer] for result in results[1:]), results[0].deltas[layer])}
     originals = {layer: original}
     seconds = {name: sum(result.timings.get(name, 0.0) for result in results) for name in results[0].timings}
@@ -96,12 +99,14 @@ def apply_rome_to_model(
     )
 
 
-def _output_norms(prepared: Prepared, layer: int) -> Tensor:
-    """The norm of what the MLP adds to the residual stream at each plain prompt, `[n]`: what ROME measures a value's
-    change in. Mostly `|W k + b|`."""
-    anat = prepared.anat
+def _output_norms(encoded: EncodedEdit, layer: int) -> Tensor:
+    """Returns the norm of what the MLP adds to the residual stream at each plain prompt, `[n]`, mostly `|W k + b|`.
+
+    ROME measures a value's change in it, where MEMIT takes the norm of the hidden state.
+    """
+    anat = encoded.anat
     with frozen(anat.model), torch.no_grad():
-        stream = KeyStream(anat, [rows[0] for rows in prepared.contexts], layer)
+        stream = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer)
         output = anat.mlp_output(layer)(stream.keys().T.to(anat.weight(layer).dtype))
         writing = writing_of(anat, layer)
         if writing.post is not None:

@@ -75,7 +75,7 @@ class Values:
 
 
 @dataclass(frozen=True)
-class ValueSettings:
+class _DescentOptions:
     """How `compute_zs` descends; its docstring explains each."""
 
     steps: int
@@ -177,7 +177,7 @@ def compute_zs(
     Raises:
         EditError: a loss is not finite; names the request.
     """
-    settings = ValueSettings(steps, lr, weight_decay, clamp_norm_factor, kl_factor, stop_loss, optimizer)
+    options = _DescentOptions(steps, lr, weight_decay, clamp_norm_factor, kl_factor, stop_loss, optimizer)
     kept = kl_prompts or [()] * len(rows)
     parts: list[Values] = []
     with frozen(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
@@ -188,7 +188,7 @@ def compute_zs(
                 [targets[i] for i in chunk],
                 [kept[i] for i in chunk],
                 layer,
-                settings,
+                options,
                 None if norms is None else norms[chunk],
             )
             parts.append(_optimise(descent, [names[i] if names else f"number {i + 1}" for i in chunk], bar))
@@ -215,21 +215,21 @@ def _chunks(rows: Sequence[Sequence[TokenRow]], kl_prompts: Sequence[Sequence[To
 
 def _optimise(descent: _Descent, names: Sequence[str], bar: tqdm[Any]) -> Values:
     """Descends until every request of the chunk rests; `compute_zs` for one chunk."""
-    settings, n = descent.settings, len(names)
+    options, n = descent.options, len(names)
     final = torch.zeros_like(descent.h)  # [n, d_model], δ where the last loss of a request was taken
     taken, last_nll = [0] * n, [0.0] * n
     active = torch.arange(n, device=descent.h.device)
-    for step in range(settings.steps):
+    for step in range(options.steps):
         nll, loss = descent.losses(active)  # [active] each
         _check_finite(loss, active, names)
         for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
             taken[i], last_nll[i] = step, value
         final[active] = descent.delta.detach()[active]
-        resting = nll.detach() < settings.stop_loss
+        resting = nll.detach() < options.stop_loss
         bar.update(int(resting.sum()))
         active = active[~resting]
         # The loss of the last step is only read: a step after it would move δ away from the NLL that is reported.
-        if not len(active) or step == settings.steps - 1:
+        if not len(active) or step == options.steps - 1:
             break
         descent.step(loss[~resting].sum())
     relative = (final.norm(dim=1) / descent.norm).tolist()
@@ -252,20 +252,20 @@ class _Descent:
         targets: Sequence[Sequence[int]],
         kl_prompts: Sequence[Sequence[TokenRow]],
         layer: int,
-        settings: ValueSettings,
+        options: _DescentOptions,
         norms: Tensor | None,
     ) -> None:
-        self.anat, self.layer, self.settings, self.targets = anat, layer, settings, targets
+        self.anat, self.layer, self.options, self.targets = anat, layer, options, targets
         # The last token of a target is only predicted, so it is never an input.
         flat = [row.followed_by(targets[i][:-1]) for i, contexts in enumerate(rows) for row in contexts]
         self.owner = torch.tensor([i for i, contexts in enumerate(rows) for _ in contexts], device=anat.device)
-        self.main, self.kl = _suffixes(anat, flat, kl_prompts if settings.kl_factor > 0 else [], layer)
+        self.main, self.kl = _suffixes(anat, flat, kl_prompts if options.kl_factor > 0 else [], layer)
         hidden, lookup = self.main.hidden, self.main.batch.lookup
         plain = torch.searchsorted(self.owner, torch.arange(len(rows), device=anat.device))  # [n], first contexts
         self.h = hidden[plain, lookup[plain]].to(torch.promote_types(hidden.dtype, torch.float32))
         self.norm = self.h.norm(dim=1) if norms is None else norms.to(self.h)
         self.delta = torch.zeros_like(self.h, requires_grad=True)
-        self.adam = torch.optim.Adam([self.delta], lr=settings.lr) if settings.optimizer == "adam" else None
+        self.adam = torch.optim.Adam([self.delta], lr=options.lr) if options.optimizer == "adam" else None
 
     def losses(self, active: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the NLL of the target and the whole loss of each active request, `[active]` each."""
@@ -277,9 +277,9 @@ class _Descent:
             wanted.append((self.kl.suffixes, positions))
         logits = read_logits(self.anat, self.layer, self.delta, wanted)
         nll = _target_nll(logits[0], wanted[0][1], active, self.targets)
-        loss = nll + self.settings.weight_decay * self.delta[active].norm(dim=1) / self.norm[active] ** 2
+        loss = nll + self.options.weight_decay * self.delta[active].norm(dim=1) / self.norm[active] ** 2
         if self.kl is not None and positions is not None:
-            loss = loss + self.settings.kl_factor * self.kl.divergence(logits[1], active, len(self.h))
+            loss = loss + self.options.kl_factor * self.kl.divergence(logits[1], active, len(self.h))
         return nll, loss
 
     def step(self, loss: Tensor) -> None:
@@ -291,8 +291,8 @@ class _Descent:
         with torch.no_grad():
             if self.adam is None:
                 direction = gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                self.delta.sub_(self.settings.lr * self.norm[:, None] * direction)
-            longest = self.settings.clamp_norm_factor * self.norm  # [n]
+                self.delta.sub_(self.options.lr * self.norm[:, None] * direction)
+            longest = self.options.clamp_norm_factor * self.norm  # [n]
             self.delta.mul_((longest / self.delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0)[:, None])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.closed_form import alphaedit, exact
+from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.edit import (
     EditResult,
     EditState,
@@ -28,7 +29,7 @@ from editlib.algorithms.edit import (
 )
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import NullSpace, null_spaces
-from editlib.algorithms.pipeline import Prepared, check_fit, encode_contexts, essence, target_states, value_diagnostics
+from editlib.algorithms.pipeline import EncodedEdit, check_fit, encode_contexts, find_values, value_diagnostics
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors, anchor_keys
 from editlib.algorithms.unierase.anchors import Anchors, choose_anchors, encode_anchors
 from editlib.algorithms.unierase.answer_gate import answer_gate, gate_values
@@ -211,13 +212,13 @@ def _find_values(
         return values_from_rows(
             edit.anat, edit.requests, first, made, hparams, anchored.anchors.rows, progress=edit.progress
         )
-    subjects = essence(
+    subjects = subject_prompts(
         edit.anat, edit.form, edit.requests, prompts=hparams.kl_subject_prompts, answer_tokens=hparams.kl_answer_tokens
     )
     assert edit.token_id is not None  # `_check` refuses descent without a token
     wanted: list[tuple[int, ...]] = [(edit.token_id,)] * len(edit.requests)
-    prepared = Prepared(edit.anat, edit.form, edit.requests, edit.contexts, wanted, subjects)
-    return target_states(prepared, hparams, groups=groups, progress=edit.progress), {}
+    encoded = EncodedEdit(edit.anat, edit.form, edit.requests, edit.contexts, wanted, subjects)
+    return find_values(encoded, hparams, groups=groups, progress=edit.progress), {}
 
 
 def _solver(

@@ -8,7 +8,7 @@ import torch
 from models.families import make
 from tiny_models import VOCAB
 
-from editlib.algorithms.pipeline import essence
+from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.unierase import apply
 from editlib.algorithms.unierase.apply import apply_unierase_to_model, check_gate
 from editlib.algorithms.unierase.subject_rows import by_subject
@@ -100,7 +100,7 @@ def test_the_gate_alone_does_not_say_the_token(job):
     assert sizes[3] < sizes[None]
 
 
-@pytest.mark.parametrize("part", ["target_states", "write_layers", "value_diagnostics"])
+@pytest.mark.parametrize("part", ["find_values", "write_layers", "value_diagnostics"])
 def test_an_error_behind_the_gate_puts_everything_back(job, monkeypatch, part):
     model, tok, rest = job
     rest["token"].add_to(model, tok)
@@ -207,10 +207,10 @@ def test_kl_knobs_take_counts_only(name):
         UniEraseHyperParams(**OPTIONS, **{name: -1})
 
 
-def test_the_essence_carries_the_models_own_answers(job):
+def test_subject_prompts_carry_the_models_own_answers(job):
     """ROME's prompt without, general prompts about the subject with what the model says today."""
     model, tok, _ = job
-    rows = essence(anatomy(model), PromptFormat(tok), FORGET, prompts=2, answer_tokens=4)
+    rows = subject_prompts(anatomy(model), PromptFormat(tok), FORGET, prompts=2, answer_tokens=4)
     assert [len(some) for some in rows] == [3, 3, 3]
     for some, request in zip(rows, FORGET, strict=True):
         assert tok.decode(some[0].ids) == f"{request.subject} is a" and some[0].extra == 0
