@@ -1,4 +1,4 @@
-"""AlphaEdit (2410.02355): MEMIT's edit inside the null space of what the layers have seen."""
+"""AlphaEdit (2410.02355): MEMIT's edit inside the null space of the keys that ordinary text has."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ def apply_alphaedit_to_model(
     seed: int = 0,
     progress: bool = False,
 ) -> EditResult:
-    """Edits `model` in place so that every request is answered with its `target_new`, moving no output along
-    directions that ordinary text takes, nor at the keys of the edits before.
+    """Edits `model` in place so that every request is answered with its `target_new`.
+
+    No output moves along the key directions that ordinary text takes, nor at the keys of the edits before.
 
     Args:
         stats: second moments by layer; read from `stats_dir` when not given.
-        state: of the edits before (`result.state`).
-        values: target states found before (`result.values`); `None`: they are optimised.
+        state: state after the edits before (`result.state`).
+        values: values found before (`result.values`); `None`: they are optimised.
         chat: ask through the chat template (`None`: when the tokenizer has one).
-        seed: of the surroundings that the model writes.
+        seed: seed of the context templates that the model writes.
 
     Raises:
         RequestError, HparamsError, StatsError: input that does not fit this model.
@@ -55,6 +56,7 @@ def apply_alphaedit_to_model(
     metric = find_left_metric(encoded.anat, encoded.form, encoded.requests, hparams.layers, hparams.left_weight)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+        # Past keys enter with a residual of zero (eq. 13).
         past = state.past_block(layer, keys.mean)
         space = spaces[layer]
         return alphaedit(keys.mean, residual, space, l2=hparams.L2, constraints=[past], metric=metric)

@@ -36,7 +36,7 @@ LEAST = 6  # pairs of known facts below which nothing is said
 class CausalTrace:
     """What replacing the subject's state did, by layer.
 
-    `effects [n_layers]` are mean probabilities of the answer that belongs to the state put in behind each layer, over
+    `effects [n_layers]` are mean probabilities of the answer that belongs to the state put in after each layer, over
     `pairs` pairs of facts.
     """
 
@@ -45,7 +45,7 @@ class CausalTrace:
 
     @property
     def read_at(self) -> int:
-        """The last layer behind which the state still has half of its largest effect: above, the answer is read."""
+        """The last layer after which the state still has half of its largest effect: above, the answer is read."""
         most = max(self.effects)
         return max(layer for layer, effect in enumerate(self.effects) if effect >= most / 2)
 
@@ -68,7 +68,7 @@ def causal_trace(
         facts: those of a relation in `STATEMENTS` are asked, in their order, `ASKED` of each.
         pairs: at most so many are traced.
     """
-    found: list[tuple[_Known, _Known]] = []
+    found: list[tuple[_Known, _Known]] = []  # neighbours in order, with different answers
     with frozen(anat.model), torch.no_grad():
         for relation, frame in STATEMENTS.items():
             some = [fact for fact in facts if fact.relation == relation and fact.subject and fact.answer][:ASKED]
@@ -81,7 +81,7 @@ def causal_trace(
 
 
 def _known(anat: Anatomy, tok: PreTrainedTokenizerBase, frame: str, facts: Sequence[EditRequest]) -> list[_Known]:
-    """Those of `facts` whose answer begins with the token that the model holds most likely behind `frame`."""
+    """Keeps those of `facts` whose answer begins with the token that the model finds most likely after `frame`."""
     if not facts:
         return []
     form = PromptFormat(tok, chat=False)
@@ -97,7 +97,7 @@ def _known(anat: Anatomy, tok: PreTrainedTokenizerBase, frame: str, facts: Seque
 
 
 def _effects(anat: Anatomy, sources: Sequence[_Known], targets: Sequence[_Known]) -> tuple[float, ...]:
-    """By layer, the mean probability of the sources' answers where the targets' subjects have the sources' states."""
+    """Returns, by layer, the mean probability of the sources' answers when their states replace the targets'."""
     each = torch.arange(len(sources), device=anat.device)
     read, changed = (pad([one.row for one in some], device=anat.device) for some in (sources, targets))
     wanted = torch.tensor([one.token for one in sources])
@@ -108,11 +108,12 @@ def _effects(anat: Anatomy, sources: Sequence[_Known], targets: Sequence[_Known]
         there = forward(anat, read, start=layer, stop=layer + 1, hidden=there)
         here = forward(anat, changed, start=layer, stop=layer + 1, hidden=here)
         patched = here.clone()
+        # Only the subject's last token is replaced; what was read of it in lower layers stays.
         patched[each, changed.lookup] = there[each, read.lookup]
         if layer + 1 < anat.n_layers:
             logits = forward(anat, changed, start=layer + 1, hidden=patched, score=(each, changed.last))
             chances = logits.float().softmax(dim=-1).cpu()
             effects.append(float(chances[torch.arange(len(wanted)), wanted].mean()))
         else:
-            effects.append(0.0)  # behind the last layer nothing moves between tokens any more
+            effects.append(0.0)  # after the last layer nothing moves between tokens any more
     return tuple(effects)

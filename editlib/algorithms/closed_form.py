@@ -1,4 +1,4 @@
-"""Keys, residuals and constraints -> the update, as factors.
+"""Solves for an update, as two factors, from keys, residuals and constraints.
 
 `K [d_ff, n]` are the new keys, `R [d_model, n]` what the layer must add at them, `C [d_ff, d_ff]` the covariance of
 the keys that ordinary text has.
@@ -19,10 +19,10 @@ from editlib.errors import EditError
 
 
 def rome(key: Tensor, plain_key: Tensor, change: Tensor, covariance: Covariance | None) -> LowRank:
-    """The rank-one update after which the matrix's output at `plain_key` has moved by `change`.
+    """Solves for the rank-one update after which the matrix's output at `plain_key` has moved by `change`.
 
     `Δ = change (C^-1 k)^T / (k*^T C^-1 k)` (ROME, 2202.05262, eq. 2), where as in the published code `k` is the mean
-    over surroundings and `k*` the key of the plain prompt; `C = I` without a covariance.
+    over context templates and `k*` the key of the plain prompt; `C = I` without a covariance.
 
     Args:
         key, plain_key: `[d_ff, 1]`.
@@ -31,8 +31,9 @@ def rome(key: Tensor, plain_key: Tensor, change: Tensor, covariance: Covariance 
     Raises:
         EditError: the two keys point away from one another, so that no finite update exists.
     """
-    direction = key if covariance is None else covariance.solve(key)
+    direction = key if covariance is None else covariance.solve(key)  # C^-1 k [d_ff, 1]
     reach = plain_key.T @ direction  # [1, 1]
+    # Below the rounding of the product its sign is chance, and the update of any size.
     size = plain_key.norm() * direction.norm()
     if not torch.isfinite(direction).all() or float(reach.abs()) <= torch.finfo(reach.dtype).eps * float(size):
         raise EditError("the key of a request has no part in its own direction; the model is unchanged: reword it")
@@ -63,9 +64,9 @@ def memit(
     Raises:
         EditError: the result is not finite.
     """
-    both = keys if past is None else torch.cat([past.to(keys), keys], dim=1)
-    whitened = covariance.solve(both) / weight
-    system = both.T @ whitened
+    both = keys if past is None else torch.cat([past.to(keys), keys], dim=1)  # A [d_ff, m]
+    whitened = covariance.solve(both) / weight  # (λ C)^-1 A [d_ff, m]
+    system = both.T @ whitened  # S [m, m]
     if metric is not None:
         past_count = both.shape[1] - keys.shape[1]
         return _checked(metric.solve(residual, *_without_past(system, whitened, past_count)))
@@ -110,7 +111,7 @@ def emmet(
     Raises:
         EditError: repeated keys without a ridge, or a result that is not finite.
     """
-    whitened = covariance.solve(keys) / weight
+    whitened = covariance.solve(keys) / weight  # C'^-1 K [d_ff, n]
     system = keys.T @ whitened  # [n, n]
     if metric is not None and ridge > 0:
         return _checked(metric.solve(residual, system, whitened.T, ridge=ridge))
@@ -197,7 +198,7 @@ def _cost_inverse(new: Tensor, held: Tensor, l2: float, moment: Tensor | None) -
 
 
 def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
-    """Rescales an update so that it maps `keys [d_ff, n]` to its residual exactly, within the directions it has.
+    """Scales an update so that it maps `keys [d_ff, n]` to its residual exactly, within the directions it has.
 
     The ridge and the constraints leave each key short of its residual by a different amount. With
     `M = right @ keys [n, n]`, `Δ = R M^-1 right` is the update of least cost among those with `Δ K = R`: the equality
@@ -212,7 +213,7 @@ def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
     Raises:
         EditError: keys too much alike to be given different outputs, with a floor of zero; numbers that are not finite.
     """
-    short = delta.right @ keys
+    short = delta.right @ keys  # M [n, n], how much of each residual the update reaches
     if not floor:
         sizes = torch.linalg.svdvals(short) if torch.isfinite(short).all() else short.new_zeros(1)
         if float(sizes.min()) <= len(short) * torch.finfo(short.dtype).eps * float(sizes.max()):
@@ -224,11 +225,12 @@ def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
     if not torch.isfinite(short).all():
         raise EditError("the solve gave values that are not finite; the model is unchanged: raise `L2`")
     u, sizes, vh = torch.linalg.svd(short)
+    # M^-1 with its singular values bounded from above.
     return LowRank(delta.left @ (vh.T / sizes.clamp_min(floor)) @ u.T, delta.right)
 
 
 def _last_columns(m: int, keys: Tensor) -> Tensor:
-    """`E [m, n]`: the last `n` unit vectors, as many as `keys [d_ff, n]` has columns."""
+    """Returns `E [m, n]`: the last `n` unit vectors, as many as `keys [d_ff, n]` has columns."""
     n = keys.shape[1]
     chosen = torch.zeros(m, n, dtype=keys.dtype, device=keys.device)
     chosen[m - n :] = torch.eye(n, dtype=keys.dtype, device=keys.device)
@@ -250,10 +252,12 @@ def _checked(delta: LowRank) -> LowRank:
 
 
 def _cholesky(gram: Tensor) -> Tensor:
+    """Factors `gram [m, m]`; raises `EditError` unless it is positive definite beyond rounding."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal()
     resolution = len(gram) * torch.finfo(gram.dtype).eps
+    # A pivot at the level of rounding is none: what is solved with it is noise.
     if (
         int(info)
         or not torch.isfinite(factor).all()

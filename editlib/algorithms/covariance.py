@@ -21,14 +21,16 @@ JITTERS = (0.0, 1e-6, 1e-5, 1e-4)
 
 @dataclass(frozen=True)
 class Covariance:
-    """`C = E[k k^T]`, uncentred, as its lower Cholesky factor `[d_ff, d_ff]`; `jitter` is what had to be added to its
-    diagonal."""
+    """The covariance `C = E[k k^T]` of a layer's keys, uncentred.
+
+    `factor [d_ff, d_ff]` is its lower Cholesky factor; `jitter` had to be added to its diagonal.
+    """
 
     factor: Tensor
     jitter: float
 
     def solve(self, keys: Tensor) -> Tensor:
-        """`C^-1 keys` for `keys [d_ff, n]`, solved in the widest dtype that their device has."""
+        """Returns `C^-1 keys [d_ff, n]` for `keys [d_ff, n]`, solved in the widest dtype that their device has."""
         factor = self.factor.to(keys.device, wide_dtype(keys.device))
         return torch.cholesky_solve(keys.to(factor), factor).to(keys)
 
@@ -37,7 +39,7 @@ def covariance(moment: Tensor, name: str = "the layer") -> Covariance:
     """Factors a second moment `[d_ff, d_ff]` in fp64.
 
     A moment of fewer tokens than dimensions is singular, and the published code fails on it; here the smallest of
-    `JITTERS` that helps is added to the diagonal, and said.
+    `JITTERS` that helps is added to the diagonal, with a warning.
 
     Raises:
         StatsError: not finite, or not a second moment (negative directions).
@@ -45,10 +47,10 @@ def covariance(moment: Tensor, name: str = "the layer") -> Covariance:
     moment = moment.to(torch.float64)
     if not torch.isfinite(moment).all():
         raise StatsError(f"the second moment of {name} is not finite; compute it again with `editlib stats`")
-    mean = float(moment.diagonal().mean())
+    mean = float(moment.diagonal().mean())  # of the eigenvalues, too: both sum up to the trace
     for share in JITTERS:
         jitter = share * mean
-        raised = moment.clone()
+        raised = moment.clone()  # C + jitter I
         raised.diagonal().add_(jitter)
         factor, failed = torch.linalg.cholesky_ex(raised)
         pivots = factor.diagonal()
@@ -64,7 +66,7 @@ def covariance(moment: Tensor, name: str = "the layer") -> Covariance:
 
 
 def covariance_of(stats: LayerStats, *, device: torch.device | None = None) -> Covariance:
-    """`covariance` of stored statistics, computed on `device` and kept beside their file; the factor is on the CPU."""
+    """Factors stored statistics on `device` and keeps the factor beside their file; it is returned on the CPU."""
 
     def compute(moment: Tensor) -> dict[str, Tensor]:
         made = covariance(moment, stats.header.module if stats.header else str(stats.path or "the layer"))

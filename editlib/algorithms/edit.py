@@ -1,4 +1,4 @@
-"""What every algorithm of the family shares: writing updates layer by layer, and the result that can be taken back."""
+"""Writing updates layer by layer, and the result that can be taken back: what all algorithms of the family share."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ from editlib.models.residual_path import needed, writing_of
 class EditState:
     """What a later edit of the same model must know of the earlier ones; a new object after each.
 
-    `past` holds the keys of earlier requests by layer; `templates` the surroundings that the model wrote for the first
-    edit; `totals` (PRUNE only) the updates so far, before their spectrum was cut, and `bases` the weights that they are
-    updates of; `opened` (UniErase only) the relations that the answer gate is open for.
+    Attributes:
+        past: keys of earlier requests by layer.
+        templates: context templates that the model wrote for the first edit.
+        totals: the updates so far, before their spectrum was cut (PRUNE only).
+        bases: the weights `[d_model, d_ff]` that `totals` are updates of.
+        opened: relations that the answer gate is open for (UniErase only).
     """
 
     past: dict[int, PastKeys] = field(default_factory=dict)
@@ -39,11 +42,11 @@ class EditState:
     opened: frozenset[str] = frozenset()
 
     def past_block(self, layer: int, like: Tensor) -> Tensor:
-        """Past keys of `layer`, `[d_ff, m]`, in the dtype and on the device of `like [d_ff, ...]`."""
+        """Returns the past keys of `layer`, `[d_ff, m]`, in the dtype and on the device of `like [d_ff, ...]`."""
         return self.past[layer].block.to(like) if layer in self.past else like[:, :0]
 
     def with_keys(self, keys: Mapping[int, Tensor]) -> EditState:
-        """This state after an edit whose requests have `keys`, `{layer: [d_ff, n]}`."""
+        """Returns the state after an edit whose requests have `keys`, `{layer: [d_ff, n]}`."""
         past = dict(self.past)
         for layer, new in keys.items():
             past[layer] = past.get(layer, PastKeys.none(len(new), dtype=new.dtype, device=new.device)).with_keys(new)
@@ -65,7 +68,7 @@ class EditResult:
     timings: dict[str, float] = field(default_factory=dict)
     anchors: tuple[str, ...] = ()  # ids of the retain prompts that were held in place
     state: EditState = field(default_factory=EditState)
-    values: Values | None = None  # the target states, to replay the edit without finding them again
+    values: Values | None = None  # to replay the edit without finding them again
     keys: dict[int, Tensor] = field(default_factory=dict)  # of the requests, `[d_ff, n]` by layer
 
     def revert(self, model: PreTrainedModel) -> None:
@@ -74,13 +77,13 @@ class EditResult:
 
 
 def restore(anat: Anatomy, originals: Mapping[int, Tensor]) -> None:
-    """Puts weights back as they were."""
+    """Puts the weights `{layer: [d_model, d_ff]}` back, bit for bit."""
     for layer, original in originals.items():
         anat.weight(layer).copy_(original)
 
 
 class Timer:
-    """Seconds per named part of a job, for receipts."""
+    """Adds up the seconds of each named part of a job, for receipts."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -96,8 +99,8 @@ class Timer:
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """The keys that a layer's solve works with: per request the mean over its contexts and that of its plain prompt,
-    both `[d_ff, n]`."""
+    """The keys of one layer's solve, `[d_ff, n]` each: the `mean` over a request's contexts, and that of its `plain`
+    prompt."""
 
     mean: Tensor
     plain: Tensor
@@ -109,7 +112,7 @@ Solve = Callable[[int, LayerKeys, Tensor], LowRank]
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_layers` did: updates, weights before, and the requests' keys `[d_ff, n]`, by layer."""
+    """Updates, weights before `[d_model, d_ff]` and keys of the requests `[d_ff, n]`, by layer: what was written."""
 
     deltas: dict[int, LowRank]
     originals: dict[int, Tensor]
@@ -128,7 +131,7 @@ def write_layers(
     """Spreads the way to `targets [d_model, n]` over `layers` and writes each update (MEMIT, 2210.07229, alg. 1).
 
     At layer `i` of `L` the residual is `(Z - H) / (L - i)`, with `H` the states at the last of `layers` through the
-    weights as they are then, carried back through what stands behind the matrix (`models.residual_path`). Keys
+    weights as they are then, carried back through what follows the matrix (`models.residual_path`). Keys
     too are those after the layers below were written, so they stay what they are when all is done. The updates are
     summed in the solve's dtype and rounded to the weight's once. On any error the weights are put back.
 
@@ -139,17 +142,20 @@ def write_layers(
     written = Written({}, {layer: anat.weight(layer).clone() for layer in layers}, {})
     try:
         stream = KeyStream(anat, [row for rows in contexts for row in rows], layers[0])
-        plain = torch.tensor([0, *[len(rows) for rows in contexts[:-1]]]).cumsum(0)
+        # A request's first context is its plain prompt.
+        plain = torch.tensor([0, *[len(rows) for rows in contexts[:-1]]]).cumsum(0)  # [n]
         mean = _averaging([len(rows) for rows in contexts], weights)  # [rows, n]
         for i, layer in enumerate(layers):
             weight = anat.weight(layer)
             dtype = wide_dtype(weight.device)
             stream.advance(layer)
-            every = stream.keys().to(weight.device, dtype)
-            keys = every @ mean.to(weight.device, dtype)
-            states = stream.states(layers[-1])[:, plain].to(weight.device)
+            every = stream.keys().to(weight.device, dtype)  # [d_ff, rows]
+            keys = every @ mean.to(weight.device, dtype)  # [d_ff, n]
+            states = stream.states(layers[-1])[:, plain].to(weight.device)  # H [d_model, n]
+            # The layers that are left share what is missing evenly (MEMIT, alg. 1).
             residual = ((targets.to(weight.device) - states) / (len(layers) - i)).to(dtype)
             writing = writing_of(anat, layer)
+            # What the matrix has to write so that the residual stream changes by the residual.
             if not writing.plain:
                 read = states if writing.post is None else stream.inputs(writing.post)[:, plain]
                 residual = needed(writing, read, residual)
@@ -190,7 +196,7 @@ def _averaging(counts: Sequence[int], weights: Sequence[Sequence[float]] | None)
 
 
 def layer_norms(deltas: Mapping[int, LowRank], originals: Mapping[int, Tensor]) -> dict[int, dict[str, float]]:
-    """Per layer the norm of the update, of the weight before, and their ratio."""
+    """Returns, per layer, the norm of the update, of the weight before, and their ratio."""
     found = {}
     for layer, delta in deltas.items():
         before = float(originals[layer].float().norm())

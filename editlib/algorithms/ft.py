@@ -35,15 +35,16 @@ def apply_ft_to_model(
     seed: int = 0,
     progress: bool = False,
 ) -> EditResult:
-    """Trains the MLP output matrices of `layers` in place on the NLL of every request's `target_new`, each entry
-    within `norm_constraint` of where it was.
+    """Trains the MLP output matrices of `layers` in place on the NLL of every request's `target_new`.
+
+    No entry moves by more than `norm_constraint`.
 
     The weights are trained in fp32 and rounded to the model's dtype after each step, so that steps smaller than its
     resolution add up.
 
     Args:
-        state: of the edits before; FT holds nothing of them in place.
-        seed: of the order of the requests.
+        state: state after the edits before; FT holds nothing of them in place.
+        seed: seed of the order of the requests.
 
     Raises:
         RequestError, HparamsError: input that does not fit this model.
@@ -66,9 +67,8 @@ def apply_ft_to_model(
     except BaseException:
         restore(anat, originals)
         raise
-    kind = torch.float32
     deltas = {
-        layer: LowRank.full(anat.weight(layer).to(kind) - original.to(kind)) for layer, original in originals.items()
+        layer: LowRank.full(anat.weight(layer).float() - original.float()) for layer, original in originals.items()
     }
     return EditResult(
         deltas,
@@ -83,13 +83,14 @@ def apply_ft_to_model(
 def _train(
     anat: Anatomy, rows: list[tuple[TokenRow, tuple[int, ...]]], hparams: FTHyperParams, seed: int, progress: bool
 ) -> list[float]:
-    """Trains the matrices; the last NLL of each row."""
+    """Trains the matrices and returns the last NLL of each row, in nats per token."""
     modules = [anat.mlp_output(layer) for layer in hparams.layers]
     weights = [cast(Tensor, module.weight) for module in modules]  # in the module's own orientation
     starts = [weight.detach().float().clone() for weight in weights]
+    # Steps are taken on fp32 copies: in bf16 one step may be less than the weight's resolution.
     masters = [start.clone().requires_grad_() for start in starts]
     adam = torch.optim.Adam(masters, lr=hparams.lr, weight_decay=hparams.weight_decay)
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # an order of its own, whatever else draws numbers
     losses = [0.0] * len(rows)
     for weight in weights:
         weight.requires_grad_(True)
@@ -103,6 +104,7 @@ def _train(
                     losses[i] = value
                 if not torch.isfinite(nll).all():
                     raise EditError("the loss of fine-tuning is not finite; the model is unchanged: lower `lr`")
+                # Gradients of the weights themselves; only these require one.
                 grads = torch.autograd.grad(nll.mean(), weights)
                 for master, grad in zip(masters, grads, strict=True):
                     master.grad = grad.float()
@@ -110,8 +112,9 @@ def _train(
                 with torch.no_grad():
                     for weight, master, start in zip(weights, masters, starts, strict=True):
                         if hparams.norm_constraint is not None:
-                            reach = hparams.norm_constraint
-                            master.copy_(torch.clamp(master, start - reach, start + reach))
+                            most = hparams.norm_constraint
+                            # The projected step of 2012.00363: entry by entry, back into the box around the start.
+                            master.copy_(torch.clamp(master, start - most, start + most))
                         weight.copy_(master)
             if sum(losses) / len(losses) < hparams.early_stop_loss:
                 break
@@ -122,10 +125,11 @@ def _train(
 
 
 def _nll(anat: Anatomy, rows: list[tuple[TokenRow, tuple[int, ...]]]) -> Tensor:
-    """Mean NLL of each target behind its prompt, `[n]`."""
+    """Returns the mean NLL of each target after its prompt, `[n]`."""
     batch = pad([row for row, _ in rows], device=anat.device)
     places = [(r, len(row) - len(ids) + j) for r, (row, ids) in enumerate(rows) for j in range(len(ids))]
-    row, column = torch.tensor(places).T
+    # The target's tokens are predicted one position earlier each.
+    row, column = torch.tensor(places).T  # [m] each
     logits = forward(anat, batch, score=(row, column)).float()
     wanted = torch.tensor([token for _, ids in rows for token in ids], device=logits.device)
     each = F.cross_entropy(logits, wanted, reduction="none")

@@ -1,4 +1,4 @@
-"""Requests -> keys: the inputs of the MLP output matrices at chosen positions."""
+"""Reads keys: the inputs of the MLP output matrices at chosen positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ BATCH_TOKENS = 4096
 
 
 def batches(rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS) -> list[list[int]]:
-    """Indices of `rows` in batches of similar length, at most `batch_tokens` padded tokens each."""
+    """Groups the indices of `rows` into batches of similar length, at most `batch_tokens` padded tokens each."""
+    # By length, so that a batch is padded little.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     groups: list[list[int]] = []
     for i in order:
@@ -45,6 +46,7 @@ class KeyStream:
         self._order = batches(rows, batch_tokens)
         device = anat.device
         self._batches = [pad([rows[i] for i in group], device=device) for group in self._order]
+        # What enters `layer`, [n, T, d_model] a batch; the embeddings are run with the first layer.
         self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
 
     def _run(self, batch: TokenBatch, hidden: Tensor | None, start: int, stop: int, **kwargs: Any) -> Tensor:
@@ -62,12 +64,12 @@ class KeyStream:
         self.layer = layer
 
     def keys(self) -> Tensor:
-        """Keys of the layer that the stream stands before, `[d_ff, n]` at the lookup positions in the order of the
-        rows."""
+        """Returns the keys of the next layer at the lookup positions, `[d_ff, n]` in the order of the rows."""
         found = [_at(keys, batch) for keys, batch in zip(self._keys(), self._batches, strict=True)]
         return torch.cat(found)[self._places()].T
 
     def _keys(self) -> Iterator[Tensor]:
+        """Yields the keys of each batch at all positions, `[n, T, d_ff]`."""
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
 
@@ -78,7 +80,7 @@ class KeyStream:
             yield seen[0]
 
     def inputs(self, module: nn.Module) -> Tensor:
-        """What a module of the layer that the stream stands before reads at the lookup positions, `[d, n]`."""
+        """Returns what `module` of the next layer reads at the lookup positions, `[d, n]`."""
         found = []
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
@@ -93,7 +95,7 @@ class KeyStream:
         return torch.cat(found)[self._places()].T
 
     def states(self, layer: int) -> Tensor:
-        """Hidden states that leave `layer` at the lookup positions, `[d_model, n]`, through today's weights."""
+        """Returns the states that leave `layer` at the lookup positions, `[d_model, n]`, through the weights now."""
         found = []
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             out = self._run(batch, hidden, self.layer, layer + 1)
@@ -101,18 +103,19 @@ class KeyStream:
         return torch.cat(found)[self._places()].T
 
     def _places(self) -> Tensor:
+        """Returns where each row is among the batches' rows, `[n]`: the inverse of `_order`."""
         flat = torch.tensor([i for group in self._order for i in group])
         return torch.argsort(flat)
 
 
 def _at(values: Tensor, batch: TokenBatch) -> Tensor:
-    """`[n, T, d]` -> `[n, d]` at the lookup positions, fp32 at least."""
+    """Picks the lookup positions of `values [n, T, d]`: `[n, d]`, fp32 at least."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values[torch.arange(len(batch), device=values.device), batch.lookup]
 
 
 def compute_ks(anat: Anatomy, rows: Sequence[TokenRow], layers: Sequence[int]) -> dict[int, Tensor]:
-    """Keys of every row at its lookup position, `{layer: [d_ff, n]}` (MEMIT, 2210.07229, eq. 19 without contexts)."""
+    """Reads the key of every row at its lookup position, `{layer: [d_ff, n]}` (MEMIT, 2210.07229, eq. 19)."""
     stream = KeyStream(anat, rows, min(layers))
     found = {}
     for layer in sorted(layers):

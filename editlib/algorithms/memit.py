@@ -1,7 +1,7 @@
 """MEMIT (2210.07229) and its relatives: all requests in one solve a layer, spread over several layers.
 
 Each relative is one changed line: MEMIT_seq holds the keys of earlier edits, EMMET (2403.14236) makes the memories an
-equality, NAS (2602.02543) keeps the norm of target states (`rescale_norm`), RECT (2401.04700) keeps only the relatively
+equality, NAS (2602.02543) keeps the norm of states (`rescale_norm`), RECT (2401.04700) keeps only the relatively
 largest changes, PRUNE (2405.16821) bounds the spectrum of all changes together.
 """
 
@@ -42,15 +42,16 @@ def apply_memit_to_model(
     seed: int = 0,
     progress: bool = False,
 ) -> EditResult:
-    """Edits `model` in place so that every request is answered with its `target_new`; the kind of `hparams` says which
-    relative of MEMIT does it.
+    """Edits `model` in place so that every request is answered with its `target_new`.
+
+    The class of `hparams` says which relative of MEMIT does it.
 
     Args:
         stats: second moments by layer; read from `stats_dir` when not given.
-        state: of the edits before (`result.state`).
-        values: target states found before (`result.values`); `None`: they are optimised.
+        state: state after the edits before (`result.state`).
+        values: values found before (`result.values`); `None`: they are optimised.
         chat: ask through the chat template (`None`: when the tokenizer has one).
-        seed: of the surroundings that the model writes.
+        seed: seed of the context templates that the model writes.
 
     Raises:
         RequestError, HparamsError, StatsError: input that does not fit this model.
@@ -80,18 +81,20 @@ def apply_memit_to_model(
 
 
 def relatively_largest(delta: LowRank, weight: Tensor, share: float) -> LowRank:
-    """The `share` of an update's entries that change `weight [d_model, d_ff]` most for their size, the rest zero
-    (RECT, 2401.04700, eq. 6)."""
-    dense = delta.dense()
-    relative = (dense / (weight.to(dense) + 1e-8)).abs().flatten()
+    """Keeps the `share` of an update's entries that change `weight [d_model, d_ff]` most for their size (RECT,
+    2401.04700, eq. 6); the rest becomes zero."""
+    dense = delta.dense()  # [d_model, d_ff]
+    relative = (dense / (weight.to(dense) + 1e-8)).abs().flatten()  # 1e-8 as in the published code
     kept = max(1, round(share * relative.numel()))
     least = relative.kthvalue(relative.numel() - kept + 1).values
     return LowRank.full(torch.where((relative >= least).view_as(dense), dense, 0))
 
 
 def restrained(total: LowRank, weight: Tensor) -> LowRank:
-    """An update whose singular values above the largest one of `weight [d_model, d_ff]` grow no more than
-    logarithmically: `s -> log s - log s_max + s_max` (PRUNE, 2405.16821, eq. 10)."""
+    """Takes singular values above the largest one of `weight [d_model, d_ff]` down to their logarithm.
+
+    `s -> log s - log s_max + s_max` (PRUNE, 2405.16821, eq. 10).
+    """
     largest = torch.linalg.matrix_norm(weight.to(total.left), 2)
     u, s, v = total.svd()
     s = torch.where(s > largest, s.log() - largest.log() + largest, s)
@@ -103,16 +106,20 @@ def _pruned(model: PreTrainedModel, state: EditState, edit: Callable[[], EditRes
     anat = anatomy(model)
     before = {layer: anat.weight(layer).clone() for layer in state.bases}
     try:
+        # 1. The weights as they would be if no total had been pruned.
         for layer, base in state.bases.items():
             anat.weight(layer).copy_(base)
             write(anat, layer, state.totals[layer])
+        # 2. One more edit on top of them.
         result = edit()
         totals, bases, deltas = dict(state.totals), dict(state.bases), {}
+        # 3. The new total is pruned once, from the base: pruning the pruned would shrink it again with every edit.
         for layer, delta in result.deltas.items():
             bases.setdefault(layer, result.originals[layer])
             totals[layer] = totals[layer] + delta if layer in totals else delta
             kept = restrained(totals[layer], bases[layer])
             was = restrained(state.totals[layer], bases[layer]) if layer in state.totals else None
+            # What this edit changed is the difference of the two pruned totals.
             deltas[layer] = kept if was is None else kept + LowRank(-was.left, was.right)
             anat.weight(layer).copy_(bases[layer])
             write(anat, layer, kept)

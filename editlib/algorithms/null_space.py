@@ -27,35 +27,40 @@ class NullSpace:
     dim: int  # number of kept directions
 
     def like(self, keys: Tensor) -> NullSpace:
-        """The same as `keys` are kept (device, dtype): those of statistics lie on the CPU."""
+        """Returns the null space on the device and in the dtype of `keys`; that of statistics is on the CPU."""
         return replace(self, basis=self.basis.to(keys))
 
     def project(self, keys: Tensor) -> Tensor:
-        """`P @ keys` for `keys [d_ff, n]`, without ever forming `P`."""
-        inside = self.basis @ (self.basis.T @ keys)
+        """Returns `P @ keys [d_ff, n]` for `keys [d_ff, n]`, without ever forming `P`."""
+        inside = self.basis @ (self.basis.T @ keys)  # [d_ff, n]
         return inside if self.spans_kept else keys - inside
 
 
 def everything(keys: Tensor) -> NullSpace:
-    """The whole space of `keys [d_ff, n]`: every direction may be used."""
+    """Returns the whole space of `keys [d_ff, n]`: every direction may be used."""
     return NullSpace(keys[:, :0], False, len(keys))
 
 
 def null_space(moment: Tensor, threshold: float, rule: str = "absolute") -> NullSpace:
-    """The null space of a second moment `[d_ff, d_ff]`.
+    """Finds the null space of a second moment `[d_ff, d_ff]` (AlphaEdit, 2410.02355, sec. 3.1).
+
+    Args:
+        threshold: eigenvalues below it are kept; with another `rule` a share (`stats.spectrum.kept_dimensions`).
 
     Raises:
         HparamsError: no direction lies under the threshold, so that no edit is possible.
+        StatsError: a moment that is not finite.
     """
     if not torch.isfinite(moment).all():
         raise StatsError("the second moment holds values that are not finite; compute it again with `editlib stats`")
-    values, vectors = eigen(moment)
+    values, vectors = eigen(moment)  # rising, [d_ff] and [d_ff, d_ff]
     kept = kept_dimensions(values, threshold, rule)
     if kept == 0:
         raise HparamsError(
             f"nullspace_threshold {threshold} ({rule}) leaves none of {len(values)} directions to edit; the smallest "
             f"eigenvalue is {values[0]:.3g}: raise the threshold, or see `editlib stats show`"
         )
+    # The thinner of the two bases: a projection costs its width.
     spans_kept = kept <= len(values) // 2
     basis = vectors[:, :kept] if spans_kept else vectors[:, kept:]
     return NullSpace(basis.contiguous(), spans_kept, kept)
@@ -64,7 +69,7 @@ def null_space(moment: Tensor, threshold: float, rule: str = "absolute") -> Null
 def null_space_of(
     stats: LayerStats, threshold: float, rule: str = "absolute", *, device: torch.device | None = None
 ) -> NullSpace:
-    """`null_space` of stored statistics, computed on `device` and kept beside their file; the basis is on the CPU."""
+    """Finds the null space of stored statistics on `device`, kept beside their file; its basis is on the CPU."""
 
     def compute(moment: Tensor) -> dict[str, Tensor]:
         made = null_space(moment, threshold, rule)
@@ -78,6 +83,6 @@ def null_space_of(
 def null_spaces(
     stats: Mapping[int, LayerStats], hparams: NullSpaceHyperParams, device: torch.device
 ) -> dict[int, NullSpace]:
-    """`null_space_of` the statistics of each layer that is to be edited."""
+    """Finds the null space of each layer that is to be edited."""
     wanted = (hparams.nullspace_threshold, hparams.nullspace_rule)
     return {layer: null_space_of(stats[layer], *wanted, device=device) for layer in hparams.layers}

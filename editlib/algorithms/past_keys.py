@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PastKeys:
-    """`block [d_ff, m]` with the Gram matrix `K_p K_p^T` of all `count` keys so far, and `m <= d_ff` columns.
+    """The keys of earlier edits, as `block [d_ff, m]` with the sum `K_p K_p^T` of all `count` keys and `m <= d_ff`.
 
-    A later solve needs no more of them than their Gram matrix (AlphaEdit, 2410.02355, eq. 13; UniErase, 2505.15674,
+    A later solve needs no more of them than that sum (AlphaEdit, 2410.02355, eq. 13; UniErase, 2505.15674,
     eq. 13), and a matrix of at most `d_ff` columns has it whatever their number: up to there the block is the keys
     themselves, beyond it the triangular factor of their QR decomposition. The cost of a further edit stays flat.
     """
@@ -21,14 +21,15 @@ class PastKeys:
     count: int
 
     def with_keys(self, keys: Tensor) -> PastKeys:
-        """These and `keys [d_ff, n]`."""
+        """Returns these keys and `keys [d_ff, n]` together."""
         block = torch.cat([self.block, keys.to(self.block)], dim=1)
         d_ff, columns = block.shape
         if columns > d_ff:
+            # B^T = Q R gives B B^T = R^T R: the sum stays, the columns are d_ff again.
             block = torch.linalg.qr(block.T, mode="r").R.T.contiguous()
         return PastKeys(block, self.count + keys.shape[1])
 
     @classmethod
     def none(cls, d_ff: int, *, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> PastKeys:
-        """Before the first edit."""
+        """Returns the past keys before the first edit: none."""
         return cls(torch.zeros(d_ff, 0, dtype=dtype, device=device), 0)

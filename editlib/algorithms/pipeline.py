@@ -35,8 +35,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedEdit:
-    """Requests as a model reads them: per request its contexts (the plain prompt first), the token ids that must
-    follow, and the texts that its new state must not disturb."""
+    """Requests as a model reads them, one entry a request in each list.
+
+    Attributes:
+        contexts: its prompts, the plain one first.
+        targets: token ids that must follow them.
+        kl_prompts: texts about its subject that its value must not disturb.
+        weights: of its contexts in its key, which sum to one; `None`: all alike.
+    """
 
     anat: Anatomy
     form: PromptFormat
@@ -44,11 +50,11 @@ class EncodedEdit:
     contexts: list[list[TokenRow]]
     targets: list[tuple[int, ...]]
     kl_prompts: list[list[TokenRow]]
-    weights: list[list[float]] | None = None  # of the contexts in a request's key; none: all alike
+    weights: list[list[float]] | None = None
     templates: tuple[str, ...] = ("{}",)
 
     def only(self, i: int) -> EncodedEdit:
-        """The same for request `i` alone."""
+        """Returns the edit of request `i` alone."""
         mine = slice(i, i + 1)
         return replace(
             self,
@@ -73,8 +79,8 @@ def prepare(
     """Encodes edits towards `target_new`.
 
     Args:
-        templates: surroundings that the model wrote before (`EditState.templates`); it writes them when there are none
-            and `hparams` names none either.
+        templates: context templates that the model wrote before (`EditState.templates`); it writes them when there
+            are none and `hparams` names none either.
 
     Raises:
         RequestError: none given, or one without what `hparams` needs.
@@ -98,7 +104,7 @@ def prepare(
 
 
 def _weights(contexts: int, plain: int, share: float) -> list[float]:
-    """`share` for the first `plain` of a request's contexts together, the rest for the others."""
+    """Weighs a request's contexts: `share` for the first `plain` together, the rest for the others."""
     others = contexts - plain
     if not others:
         return [1 / plain] * plain
@@ -106,7 +112,7 @@ def _weights(contexts: int, plain: int, share: float) -> list[float]:
 
 
 def check_requests(requests: Sequence[EditRequest], algorithm: str, *, subject: bool) -> list[EditRequest]:
-    """The requests, if each has a target and, where `subject` is wanted, a subject.
+    """Checks that each request has a target and, where `subject` is wanted, a subject, and returns them.
 
     Raises:
         RequestError: names the request and what it lacks.
@@ -128,7 +134,7 @@ def check_requests(requests: Sequence[EditRequest], algorithm: str, *, subject: 
 
 
 def check_fit(anat: Anatomy, hparams: HyperParams) -> None:
-    """What only the model can tell of its settings.
+    """Checks those settings that depend on the model.
 
     Raises:
         ModelError, HparamsError: a layer or a module template that this model does not have; layers on several devices.
@@ -148,7 +154,7 @@ def check_fit(anat: Anatomy, hparams: HyperParams) -> None:
 def encode_contexts(
     form: PromptFormat, request: EditRequest, templates: Sequence[str], fact_token: str
 ) -> list[TokenRow]:
-    """A request's prompt and further phrasings in every template, at their lookup positions; the plain prompt first."""
+    """Encodes a request's prompt and further wordings in every template; the plain prompt comes first."""
     return [
         form.encode(
             wording.text, request.subject, start=wording.start, template=template, place=cast(Place, fact_token)
@@ -166,18 +172,18 @@ def find_values(
     norms: Tensor | None = None,
     progress: bool = False,
 ) -> Values:
-    """The states at the lookup positions behind the last of `layers` from which each request's target follows.
+    """Finds the values of the requests: states after the last of `layers` from which each target follows.
 
-    They are found in the dtype that `v_precision` says, and added to the states as they really are.
+    The change `δ` is found in the dtype that `v_precision` says, and added to the states in the model's own.
 
     Args:
-        groups: requests, by number, that share one change `δ`, found in the contexts of all of them; they must have
+        groups: requests, by index, that share one change `δ`, found in the contexts of all of them; they must have
             one target and one set of KL prompts. `None`: each has its own.
         norms: see `compute_zs`; not with `groups`.
     """
     anat, layer = encoded.anat, hparams.layers[-1]
     groups = groups or [[i] for i in range(len(encoded.requests))]
-    first = [group[0] for group in groups]
+    first = [group[0] for group in groups]  # whose target and KL prompts serve the group
     group_of = {i: number for number, group in enumerate(groups) for i in group}
     with frozen(anat.model):
         with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
@@ -198,15 +204,19 @@ def find_values(
                 names=[encoded.requests[i].id for i in first],
                 progress=progress,
             ).select([group_of[i] for i in range(len(encoded.requests))])
-        today = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer).states(layer)
+        # h as the model itself computes it: the descent may have run in bf16.
+        today = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer).states(layer)  # [d_model, n]
     targets = today + values.deltas
     if hparams.rescale_norm:
+        # NAS (2602.02543): the direction of z, the norm of h.
         targets = targets * (today.norm(dim=0) / targets.norm(dim=0).clamp_min(torch.finfo(targets.dtype).tiny))
     return replace(values, targets=targets, deltas=targets - today if hparams.rescale_norm else values.deltas)
 
 
 def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[dict[str, Any]]:
-    """Per request what its target state cost and came to.
+    """Returns, per request, its id and the steps, target NLL and relative norm of its value.
+
+    Warns of targets that are still less likely than 1/2.
 
     Raises:
         EditError: a number is not finite; names the request.
@@ -226,7 +236,7 @@ def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[d
 def find_statistics(
     model: PreTrainedModel, hparams: ClosedFormHyperParams, stats_dir: str | Path
 ) -> Mapping[int, LayerStats]:
-    """The stored statistics of the layers to edit, chosen and refused as by `find_layers`."""
+    """Finds the stored statistics of the layers to edit, chosen and refused as by `find_layers`."""
     return find_layers(
         stats_dir,
         str(model.name_or_path),
@@ -245,7 +255,7 @@ def edit_at_once(
     values: Values | None,
     progress: bool,
 ) -> EditResult:
-    """One edit of all requests: `values` (found when not given) are spread over `layers`, each solved by `solve`.
+    """Edits all requests together: `values` (found when `None`) are spread over `layers`, each solved by `solve`.
 
     Raises:
         EditError: no finite solution; the model is unchanged.

@@ -21,7 +21,7 @@ APPLY: dict[type[HyperParams], Callable[..., EditResult]] = {
 
 
 def apply_function(hparams: HyperParams) -> Callable[..., EditResult]:
-    """The function that edits a model towards `target_new` by these settings; MEMIT's also does its relatives.
+    """Returns the function that edits a model towards `target_new` by these settings; MEMIT's serves its relatives.
 
     Raises:
         HparamsError: an algorithm that has no target, which is UniErase.

@@ -42,15 +42,15 @@ def apply_rome_to_model(
     """Edits `model` in place, one request after the other, so that each is answered with its `target_new`.
 
     The value `v*` is found where the MLP's output enters the residual stream; in models without a norm or a factor
-    behind the MLP that is the MLP's output itself, as published.
+    after the MLP that is the MLP's output itself, as published.
 
     Args:
         stats: second moments by layer; read from `stats_dir` when not given and `mom2_adjustment` asks for them.
-        state: of the edits before (`result.state`); ROME holds nothing of them in place.
-        values: target states found before (`result.values`), each through the weights that the edit before it left;
+        state: state after the edits before (`result.state`); ROME holds nothing of them in place.
+        values: values found before (`result.values`), each through the weights that the edit before it left;
             `None`: they are optimised.
         chat: ask through the chat template (`None`: when the tokenizer has one).
-        seed: of the surroundings that the model writes.
+        seed: seed of the context templates that the model writes.
 
     Raises:
         RequestError, HparamsError, StatsError: input that does not fit this model.

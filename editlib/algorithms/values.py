@@ -1,4 +1,4 @@
-"""Requests -> values: the hidden states that would make the model give its new answer (MEMIT, 2210.07229, sec. 4.3.1).
+"""Finds values: the hidden states that make the model give its new answer (`compute_z` of MEMIT, 2210.07229).
 
 A value is `z = h + δ`, with `h` the state that leaves the last edited layer at the lookup position of the plain prompt.
 `δ` is found by gradient descent while the model itself stays as it is.
@@ -76,7 +76,7 @@ class Values:
 
 @dataclass(frozen=True)
 class _DescentOptions:
-    """How `compute_zs` descends; its docstring explains each."""
+    """How `compute_zs` descends; its docstring says what each number does."""
 
     steps: int
     lr: float
@@ -222,6 +222,7 @@ def _optimise(descent: _Descent, names: Sequence[str], bar: tqdm[Any]) -> Values
     for step in range(options.steps):
         nll, loss = descent.losses(active)  # [active] each
         _check_finite(loss, active, names)
+        # Kept at every step: a request may rest at any of them.
         for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
             taken[i], last_nll[i] = step, value
         final[active] = descent.delta.detach()[active]

@@ -1,4 +1,4 @@
-"""What the settings of all algorithms share: where to edit, and how target states are found."""
+"""The settings that all algorithms share: where to edit, and how values are found."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HyperParams:
     paper: ClassVar[str] = ""  # where it comes from
     summary: ClassVar[str] = ""  # what it does, in one line
 
-    # What others must know of an algorithm without knowing which one it is.
+    # Traits of the algorithm, so that no caller asks for its class.
     chainable: ClassVar[bool] = True  # finds values that can be replayed, which a chain needs
     has_target: ClassVar[bool] = True  # edits towards a request's `target_new`
     takes_batches: ClassVar[bool] = True  # edits several requests at once
@@ -146,40 +146,48 @@ class HyperParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedFormHyperParams(HyperParams):
-    """Keys of the closed-form edits: how a request's target state is found, and from which layer statistics.
+    """Keys of the closed-form edits: how a request's value is found, and which layer statistics are used.
 
-    Target states are found by gradient steps (`v_*`, `kl_factor`, `clamp_norm_factor`); `mom2_*` name the layer
-    statistics. Without `context_templates` the surroundings that keys and values are averaged over are written by
-    the model: MEMIT's five, or as many as `context_template_length_params` (ROME's pairs of length and number) say.
+    Values are found by gradient steps (`v_*`, `kl_factor`, `clamp_norm_factor`); `mom2_*` name the layer statistics.
+    Keys and values are averaged over context templates. Without `context_templates` the model writes them: MEMIT's
+    five, or as many as `context_template_length_params` says (ROME's pairs of length and number).
     """
 
     plain_share: ClassVar[float | None] = None
-    """Share of the plain prompt in a request's key; none: it counts as one surrounding among the others."""
+    """Share of the plain prompt in a request's key; none: it counts as one context among the others."""
 
     fact_token: str = knob(
         "subject_last",
-        "the lookup position",
+        "the lookup position: the token whose hidden state is edited",
         choices=("subject_last", "last", "subject_first", "subject_first_after_last"),
     )
     context_templates: list[str] | None = knob(
-        None, 'surroundings of the prompt, "{}" in its place, the plain one first; none: written by the model'
+        None, 'context templates of the prompt, "{}" in its place, the plain one first; none: the model writes them'
     )
     context_template_length_params: list[list[int]] | None = knob(
-        None, "lengths and numbers of the surroundings that the model writes; none: MEMIT's five", min=0
+        None, "pairs of length in tokens and number of the templates that the model writes; none: MEMIT's five", min=0
     )
-    v_optimizer: str = knob("adam", "how a target state is found", choices=("adam", "normalised"))
+    v_optimizer: str = knob(
+        "adam",
+        'optimiser of a value; "normalised" steps down the gradient by a fixed length',
+        choices=("adam", "normalised"),
+    )
     v_precision: str = knob(
-        "model", 'dtype that targets are found in; "fast" is bf16 where that is faster', choices=("model", "fast")
+        "model", 'dtype that values are found in; "fast" is bf16 where that is faster', choices=("model", "fast")
     )
-    v_num_grad_steps: int = knob(25, "steps for a target state", min=1)
+    v_num_grad_steps: int = knob(25, "gradient steps for a value, at most", min=1)
     v_lr: float = knob(0.5, "Adam's learning rate, or a normalised step's length in norms of the state", above=0)
     v_loss_layer: int | None = knob(None, "layer whose output is read for the loss; none: the last", min=0, depth=True)
-    v_weight_decay: float = knob(0.5, "weight of the norm of the change to a target state", min=0)
-    clamp_norm_factor: float = knob(4.0, "largest change to a target state, in norms of the state", above=0)
-    kl_factor: float = knob(0.0625, "weight of the KL term that holds the subject's essence", min=0)
-    early_stop_loss: float = knob(0.05, "a target state is done when the NLL of its target is below this", min=0)
-    rescale_norm: bool = knob(False, "bring target states back to the norm that they had (NAS, 2602.02543)")
-    mom2_dataset: str | None = knob(None, "corpus whose layer statistics come first; none: those of most tokens")
+    v_weight_decay: float = knob(0.5, "weight of the norm of the change to the state", min=0)
+    clamp_norm_factor: float = knob(4.0, "largest change to the state, in norms of the state", above=0)
+    kl_factor: float = knob(
+        0.0625, "weight of the KL term, which keeps what the model says about the subject in general", min=0
+    )
+    early_stop_loss: float = knob(
+        0.05, "a value is done when the NLL of its target is below this (nats per token)", min=0
+    )
+    rescale_norm: bool = knob(False, "scale values back to the norm of the state before (NAS, 2602.02543)")
+    mom2_dataset: str | None = knob(None, "corpus whose layer statistics are preferred; none: those of most tokens")
     mom2_n_samples: int | None = knob(None, "texts in them, where there are several files", min=1)
     mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
 
@@ -187,7 +195,7 @@ class ClosedFormHyperParams(HyperParams):
         super().check_depth(n_layers)
         if self.v_loss_layer not in (None, n_layers - 1):
             raise HparamsError(
-                f"v_loss_layer is {self.v_loss_layer}; the loss is read behind the last layer, {n_layers - 1}, of this "
+                f"v_loss_layer is {self.v_loss_layer}; the loss is read after the last layer, {n_layers - 1}, of this "
                 "model: these settings are for a model of another depth, or leave the key out"
             )
 

@@ -31,7 +31,7 @@ READ_AT = {SMALL: 22}
 """By reference, the last layer at which the subject's state decides the answer (`algorithms.causal_trace`)."""
 
 NORM_BEHIND = frozenset({"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "granite", "exaone4", "glm4"})
-"""Architectures with a norm or a factor behind the MLP, where the answer gate cannot be."""
+"""Architectures with a norm or a factor after the MLP, where the answer gate cannot be."""
 
 MEASURED: dict[tuple[str, str | None], str] = {
     (
@@ -107,9 +107,7 @@ def derive(algorithm: str, shape: ModelShape, *, read_at: int | None = None, gat
     no_gate = not gated or shape.model_type in NORM_BEHIND
     if values.get("gate_layer") is not None and (no_gate or values["gate_layer"] <= values["layers"][-1]):
         values["gate_layer"] = None
-        notes["gate_layer"] = "none: " + (
-            "a norm or a factor stands behind the MLP" if no_gate else "too few layers for one"
-        )
+        notes["gate_layer"] = "none: " + ("a norm or a factor follows the MLP" if no_gate else "too few layers for one")
     notes["templates"] = "found in the model"
     notes["all else"] = f"as in {origin}/{name}.json"
     notes["measured"] = MEASURED.get((cls.algorithm, known_as(shape)), f"on {name} only, not on this model")

@@ -41,10 +41,14 @@ class ROMEHyperParams(ClosedFormHyperParams):
     takes_batches: ClassVar[bool] = False
 
     context_template_length_params: list[list[int]] | None = knob(
-        lambda: [[5, 10], [10, 10]], "lengths and numbers of the surroundings that the model writes", min=0
+        lambda: [[5, 10], [10, 10]],
+        "pairs of length in tokens and number of the context templates that the model writes",
+        min=0,
     )
-    v_num_grad_steps: int = knob(20, "steps for a target state", min=1)
-    mom2_adjustment: bool = knob(True, "look a key up by its covariance, not by itself alone")
+    v_num_grad_steps: int = knob(20, "gradient steps for a value, at most", min=1)
+    mom2_adjustment: bool = knob(
+        True, "whiten the key by the covariance of ordinary text; without it the key itself is the direction"
+    )
 
     @property
     def uses_statistics(self) -> bool:
@@ -68,7 +72,7 @@ class MEMITHyperParams(ClosedFormHyperParams):
     plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
 
     layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
-    mom2_update_weight: float = knob(15000.0, "weight of what the layer has seen against the requests", above=0)
+    mom2_update_weight: float = knob(15000.0, "weight of ordinary text against the requests, the paper's λ", above=0)
     left_weight: float = knob(
         0.0,
         "weight of the left metric: the update avoids directions that the answers about the subjects depend on; 0 as "
@@ -88,13 +92,13 @@ class MEMITSeqHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class NASHyperParams(MEMITHyperParams):
-    """MEMIT with target states of the norm that they had (NAS, 2602.02543)."""
+    """MEMIT with values of the norm that their states had (NAS, 2602.02543)."""
 
     algorithm: ClassVar[str] = "NAS"
     paper: ClassVar[str] = "2602.02543"
-    summary: ClassVar[str] = "MEMIT with target states of the norm that they had"
+    summary: ClassVar[str] = "MEMIT with values of the norm that their states had"
 
-    rescale_norm: bool = knob(True, "bring target states back to the norm that they had")
+    rescale_norm: bool = knob(True, "scale values back to the norm of the state before")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +136,7 @@ class EMMETHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class NullSpaceHyperParams(ClosedFormHyperParams):
-    """Keys of edits that keep to the null space of what the layer has seen.
+    """Keys of edits that keep to the null space of the keys of ordinary text.
 
     `nullspace_threshold` is an eigenvalue of the second moment, as published; since eigenvalues do not
     carry over between models, `nullspace_rule` may make it a share of the energy or of the dimensions.
@@ -141,8 +145,12 @@ class NullSpaceHyperParams(ClosedFormHyperParams):
     values_first: ClassVar[bool] = True
 
     layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
-    nullspace_threshold: float = knob(0.02, "directions below this may be edited", min=0)
-    nullspace_rule: str = knob("absolute", "what the threshold counts", choices=("absolute", "energy", "dimensions"))
+    nullspace_threshold: float = knob(0.02, "key directions with an eigenvalue below this may be edited", min=0)
+    nullspace_rule: str = knob(
+        "absolute",
+        "unit of the threshold: an eigenvalue, or a share of the energy or of the dimensions",
+        choices=("absolute", "energy", "dimensions"),
+    )
     L2: float = knob(10.0, "ridge of the solve; more is a smaller, less exact update", min=0)
 
     def check(self) -> None:
@@ -202,31 +210,35 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     )
 
     context_templates: list[str] = knob(
-        lambda: ["{}"], 'surroundings of the question that targets are found in; "{}" is the question'
+        lambda: ["{}"], 'context templates that values and keys are averaged over; "{}" is the question'
     )
     solve: str = knob("ridge", "requests met by least squares, or exactly", choices=("ridge", "exact"))
     exact_floor: float = knob(
-        0.1, "share of a residual that the ridge must reach for it to be met exactly; like keys share", min=0, max=1
+        0.1,
+        "directions in which the ridge reaches less than this share of a residual are not scaled up further; requests "
+        "with nearly the same key then share the mean of their residuals",
+        min=0,
+        max=1,
     )
-    kl_subject_prompts: int = knob(0, "general prompts about the subject that the KL term also holds", min=0, max=11)
-    kl_answer_tokens: int = knob(0, "how many tokens of the answers to them it holds", min=0)
+    kl_subject_prompts: int = knob(0, "general questions about the subject that the KL term also keeps", min=0, max=11)
+    kl_answer_tokens: int = knob(0, "tokens of the answers to them that it keeps", min=0)
     gate_layer: int | None = knob(
         None, "late layer that lifts [UNL] for the requests' relations; none: no gate", min=0, depth=True
     )
-    gate_nll: float = knob(5.5, "NLL of [UNL] that the gate alone comes to", above=0)
+    gate_nll: float = knob(5.5, "NLL of [UNL] that the gate alone reaches (nats)", above=0)
     gate_templates: list[str] = knob(
-        lambda: ["{}"], 'surroundings of the question that the gate is found in; "{}" is the question'
+        lambda: ["{}"], 'templates that the keys of the gate are averaged over; "{}" is the question'
     )
     anchors: bool = knob(True, "hold the keys of the retain prompts in place")
     anchor_weight: float = knob(1.0, "weight of an anchor against a request", min=0)
-    anchor_lookup_weight: float = knob(0.0, "weight of its lookup position besides, where other subjects differ", min=0)
+    anchor_lookup_weight: float = knob(
+        0.0, "extra weight of an anchor's lookup position, where other subjects differ", min=0
+    )
     anchor_known_weight: float = knob(
-        0.0, "weight of it besides where the model answers right: what else it knows has keys like these", min=0
+        0.0, "extra weight of an anchor's lookup position if the model answers it correctly", min=0
     )
     past_weight: float = knob(1.0, "weight of an earlier edit's key; 1 as published", min=0)
-    text_weight: float = knob(
-        0.0, "weight of ordinary text, held as in MEMIT beside or instead of by the null space", min=0
-    )
+    text_weight: float = knob(0.0, "weight of ordinary text, as in MEMIT, with or instead of the null space", min=0)
     anchor_positions: str = knob("all", "which positions are anchored", choices=("all", "subject_last"))
     anchor_subjects: bool = knob(True, "also anchor general prompts about the requests' own subjects")
     max_anchors: int | None = knob(None, "at most so many anchor prompts; none: all of them", min=1)

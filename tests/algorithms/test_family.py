@@ -297,7 +297,7 @@ def test_ft_is_torchs_adam(tiny_llama, tok):
 
 
 @pytest.mark.parametrize("lengths", [None, [[3, 4], [6, 2]]])
-def test_surroundings_are_written_by_the_model(tiny_llama, tok, lengths):
+def test_context_templates_are_written_by_the_model(tiny_llama, tok, lengths):
     anat, form = anatomy(tiny_llama), PromptFormat(tok)
     found = context_templates(anat, form, lengths, seed=1)
     assert found[0] == "{}" and len(found) == 1 + (5 if lengths is None else 6)

@@ -20,22 +20,25 @@ from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 @dataclass(frozen=True)
 class KeyBlock:
-    """Keys `K [d_ff, m]` that a solve holds in place: as `columns` while they are at most `d_ff`, by their `moment`
-    `K K^T [d_ff, d_ff]` beyond, of which no solve needs more."""
+    """Keys `K [d_ff, m]` that a solve holds in place.
+
+    They are `columns` while there are at most `d_ff`, and their `moment` `K K^T [d_ff, d_ff]` beyond: no solve needs
+    more of them.
+    """
 
     columns: Tensor
     moment: Tensor | None = None
 
     @classmethod
     def none(cls, anat: Anatomy) -> KeyBlock:
-        """No key at all."""
+        """Returns a block without any key."""
         return cls(torch.zeros(anat.d_ff, 0, dtype=wide_dtype(anat.device), device=anat.device))
 
 
 @dataclass(frozen=True)
 class LayerAnchors:
-    """What the anchors hold of an edited layer: their keys at the lookup positions, `[d_ff, anchors]` in their order,
-    and those at every position to be held."""
+    """The anchors' keys at an edited layer: `lookups [d_ff, anchors]` at the lookup positions, in the anchors' order,
+    and `every` position to be held."""
 
     lookups: Tensor
     every: KeyBlock
@@ -43,8 +46,14 @@ class LayerAnchors:
 
 @dataclass(frozen=True)
 class GateAnchors:
-    """What they hold of the gate's layer: the keys at the ends of their questions, `[d_ff, anchors]`; those of the
-    questions by what they ask for, without what all rows begin with; and those of the answers behind them."""
+    """The anchors' keys at the gate's layer.
+
+    Attributes:
+        ends: `[d_ff, anchors]`, the last token of each question.
+        relations: what each anchor asks for.
+        questions: keys inside the questions by relation, without the prefix that all rows share.
+        answers: keys inside the answers.
+    """
 
     ends: Tensor
     relations: Sequence[str | None]
@@ -54,7 +63,7 @@ class GateAnchors:
 
 @dataclass(frozen=True)
 class AnchorKeys:
-    """The anchors and their keys in a model as it was."""
+    """The anchors and their keys, read of a model before an edit."""
 
     anchors: Anchors
     layers: Mapping[int, LayerAnchors]
@@ -62,7 +71,7 @@ class AnchorKeys:
 
 
 def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_layer: int | None = None) -> AnchorKeys:
-    """Reads the keys of all anchors at once.
+    """Reads the keys of all anchors at `layers` and at the gate's, in one pass.
 
     An edit holds its anchors, so that their keys hardly change while it is written, nor when others follow: what was
     read of a base model can serve many edits on top of it. The tokens that all rows begin with are run once.
@@ -73,6 +82,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
 
     def look(batch: TokenBatch, numbers: Sequence[int], begin: int, prefix: Prefix | None = None) -> None:
         def take(layer: int, keys: Tensor) -> None:
+            # Columns in the whole row: the shared prefix has `begin` tokens.
             places = batch.position_ids + begin
             places = torch.where(batch.attention_mask.bool(), places, torch.full_like(places, -1))
             if layer == gate_layer and gate is not None:
@@ -85,6 +95,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
 
     rows = list(anchors.rows)
     if rows and wanted:
+        # The prefix ends before any lookup position or end of a question, which are read row by row.
         cut = min([*(row.lookup for row in rows), *(_end(row) for row in rows)])
         shared = min(shared_length(rows), cut) if len(rows) > 1 else 0
         fronts, rests = split(rows, [shared] * len(rows))
@@ -101,13 +112,13 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
 
 
 def _end(row: TokenRow) -> int:
-    """Where a row's question ends."""
+    """Returns the column of the last token of a row's question."""
     return len(row) - row.extra - 1
 
 
 @dataclass
 class _Sum:
-    """A `KeyBlock` in the making."""
+    """Collects keys for a `KeyBlock`: in columns while they are few, then as a moment."""
 
     anat: Anatomy
     some: list[Tensor] = field(default_factory=list)
@@ -116,14 +127,16 @@ class _Sum:
 
     def add(self, keys: Tensor) -> None:
         """Adds keys `[m, d_ff]`."""
-        self.some.append(keys.to(wide_dtype(keys.device)))
+        self.some.append(keys.to(wide_dtype(keys.device)))  # sums of half-precision keys would lose the small ones
         self.count += len(keys)
+        # From d_ff keys on the moment is smaller than the keys.
         if self.count > keys.shape[1]:
             new = torch.cat(self.some)
             self.some.clear()
             self.moment = new.T @ new if self.moment is None else self.moment.addmm_(new.T, new)
 
     def done(self) -> KeyBlock:
+        """Returns the block of all keys added."""
         none = KeyBlock.none(self.anat).columns
         if self.moment is not None:
             return KeyBlock(none, self.moment)
@@ -131,7 +144,7 @@ class _Sum:
 
 
 class _Layer:
-    """Reads an edited layer."""
+    """Reads the keys of an edited layer."""
 
     def __init__(self, anat: Anatomy, anchors: Anchors) -> None:
         self.anchors = anchors
@@ -139,8 +152,8 @@ class _Layer:
         self.every = _Sum(anat)
 
     def take(self, keys: Tensor, places: Tensor, numbers: Sequence[int]) -> None:
-        """Takes keys `[n, T, d_ff]` at `places [n, T]` (-1: padding) of the rows `numbers`."""
-        lookup = torch.tensor([self.anchors.rows[i].lookup for i in numbers], device=places.device)
+        """Takes keys `[n, T, d_ff]` of the rows `numbers`; `places [n, T]` are their columns (-1: padding)."""
+        lookup = torch.tensor([self.anchors.rows[i].lookup for i in numbers], device=places.device)  # [n]
         row, column = (places == lookup[:, None]).nonzero(as_tuple=True)
         at = torch.tensor(numbers, device=places.device)[row]
         self.lookups[at] = keys[row, column].to(self.lookups)
@@ -154,7 +167,7 @@ class _Layer:
 
 
 class _Gate:
-    """Reads the gate's layer."""
+    """Reads the keys of the gate's layer."""
 
     def __init__(self, anat: Anatomy, anchors: Anchors) -> None:
         self.anchors = anchors
@@ -166,13 +179,13 @@ class _Gate:
 
     def take(self, keys: Tensor, places: Tensor, numbers: Sequence[int]) -> None:
         """As `_Layer.take`."""
-        ends = torch.tensor([_end(self.anchors.rows[i]) for i in numbers], device=places.device)[:, None]
+        ends = torch.tensor([_end(self.anchors.rows[i]) for i in numbers], device=places.device)[:, None]  # [n, 1]
         row, column = (places == ends).nonzero(as_tuple=True)
         self.ends[torch.tensor(numbers, device=places.device)[row]] = keys[row, column].to(self.ends)
         if self.anchors.starts is None:
             return
         self.answers.add(keys[places > ends])
-        asked = (places >= self.shared) & (places <= ends)
+        asked = (places >= self.shared) & (places <= ends)  # [n, T]
         relations = [self.anchors.relations[i] for i in numbers]
         for relation in dict.fromkeys(relations):
             own = torch.tensor([other == relation for other in relations], device=places.device)

@@ -35,7 +35,7 @@ class Anchors:
 def choose_anchors(
     retain: Sequence[EditRequest], requests: Sequence[EditRequest], *, most: int | None, seed: int
 ) -> list[EditRequest]:
-    """The retain prompts to anchor: none that asks what is to be forgotten, at most `most`.
+    """Chooses the retain prompts to anchor: none that asks what is to be forgotten, at most `most`.
 
     When there are more, prompts of the requests' own relations, other relations of their subjects, and all the rest
     take turns, each kind in an order drawn with `seed`.
@@ -71,7 +71,7 @@ def encode_anchors(
     known: Mapping[str, Sequence[int]] | None = None,
     progress: bool = False,
 ) -> Anchors:
-    """Token rows of `prompts`, each with the answer that the model gives today behind it.
+    """Encodes `prompts`, each followed by the answer that the model gives today.
 
     The first tokens that all rows share (a chat template's system message) are held once, not once a row.
 
@@ -92,11 +92,13 @@ def encode_anchors(
     relations, known_rows = (*(prompt.relation for prompt in prompts), *[None] * more), (*right, *[False] * more)
     if not everywhere or not rows:
         return Anchors(tuple(rows), None, ids, relations, known_rows)
+    # Held in the first row only: every row repeats the same keys there, and would weigh them once more.
     shared = shared_length(rows)
     return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids, relations, known_rows)
 
 
 def _is_right(form: PromptFormat, prompt: EditRequest, answer: Sequence[int]) -> bool:
+    """Returns whether the token ids `answer` hold the prompt's answer or one of its aliases."""
     said = str(form.tok.decode(list(answer), skip_special_tokens=True))
     return prompt.answer is not None and has_answer(said, (prompt.answer, *prompt.aliases))
 
@@ -110,8 +112,7 @@ def answers_to(
     known: Mapping[str, Sequence[int]] | None = None,
     progress: bool = False,
 ) -> dict[str, Sequence[int]]:
-    """What the model answers to `prompts` today, at most `most` token ids by question; the `known` ones are not asked
-    again."""
+    """Generates the model's answers to `prompts`, at most `most` token ids by question; `known` ones are taken over."""
     known = known or {}
     found = {prompt.question: known[prompt.question] for prompt in prompts if prompt.question in known}
     asked = [prompt for prompt in prompts if prompt.question not in found]
