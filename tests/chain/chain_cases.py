@@ -27,6 +27,7 @@ HPARAMS = {
     "PRUNE": MEMIT,
     "ROME": {**COMMON, "layers": [2]},
     "AlphaEdit": {**COMMON, **NULL},
+    "AlphaEdit left": {**COMMON, **NULL, "left_weight": 10.0},
     "UniErase": UNIERASE,
     "UniErase gated": {**UNIERASE, "gate_layer": 3, "gate_nll": 4.0},
 }
