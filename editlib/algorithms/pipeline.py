@@ -22,9 +22,9 @@ from editlib.algorithms.values import Values, compute_zs
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.hparams import ClosedFormHyperParams, HyperParams
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.generation import greedy
-from editlib.models.precision import fast_dtype, reduced
+from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import occurrences
@@ -195,8 +195,8 @@ def target_states(
     groups = groups or [[i] for i in range(len(prepared.requests))]
     first = [group[0] for group in groups]
     group_of = {i: number for number, group in enumerate(groups) for i in group}
-    with frozen(anat.model):
-        with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+    with no_param_grad(anat.model):
+        with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
             values = compute_zs(
                 anat,
                 [[row for i in group for row in prepared.contexts[i]] for group in groups],
@@ -267,7 +267,7 @@ def edit_at_once(
         EditError: no finite solution; the model is unchanged.
     """
     timer = Timer()
-    with frozen(prepared.anat.model):
+    with no_param_grad(prepared.anat.model):
         if values is None:
             with timer("values"):
                 values = target_states(prepared, hparams, progress=progress)

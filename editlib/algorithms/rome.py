@@ -19,8 +19,8 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.pipeline import Prepared, edit_at_once, find_statistics, prepare, target_states
 from editlib.algorithms.values import Values
 from editlib.hparams import ROMEHyperParams
-from editlib.models.freezing import frozen
-from editlib.models.residual_path import writing_of
+from editlib.models.freezing import no_param_grad
+from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 
@@ -100,10 +100,10 @@ def _output_norms(prepared: Prepared, layer: int) -> Tensor:
     """The norm of what the MLP adds to the residual stream at each plain prompt, `[n]`: what ROME measures a value's
     change in. Mostly `|W k + b|`."""
     anat = prepared.anat
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         stream = KeyStream(anat, [rows[0] for rows in prepared.contexts], layer)
         output = anat.mlp_output(layer)(stream.keys().T.to(anat.weight(layer).dtype))
-        writing = writing_of(anat, layer)
-        if writing.post is not None:
-            output = writing.post(stream.inputs(writing.post).T.to(output.dtype))
-    return writing.scale * output.float().norm(dim=1)
+        path = output_path(anat, layer)
+        if path.post is not None:
+            output = path.post(stream.inputs(path.post).T.to(output.dtype))
+    return path.scale * output.float().norm(dim=1)

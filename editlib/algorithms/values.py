@@ -13,7 +13,7 @@ from tqdm import tqdm
 from editlib.algorithms.suffixes import Reading, Suffixes, read
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.prompts import TokenRow
 
 CHUNK_ROWS = 64  # prompts whose graphs are held at once
@@ -148,7 +148,7 @@ def compute_zs(
     }
     essence = kl_rows or [()] * len(rows)
     parts: list[Values] = []
-    with frozen(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
+    with no_param_grad(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
         for chunk in _chunks(rows, essence):
             called = [names[i] if names else f"number {i + 1}" for i in chunk]
             picked = ([source[i] for i in chunk] for source in (rows, targets, essence))

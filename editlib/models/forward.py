@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from editlib.models.anatomy import Anatomy
 from editlib.models.capabilities import can_cache, can_skip
 from editlib.models.passes import run
-from editlib.models.prefix import Past, Prefix, Replay
+from editlib.models.prefix import KVCache, Prefix, TokenReplay
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 
@@ -27,7 +27,7 @@ def forward(
     key_layers: tuple[int, ...] = (),
     score: tuple[Tensor, Tensor] | None = None,
     final: Callable[[Tensor], None] | None = None,
-    cache: Past | None = None,
+    cache: KVCache | None = None,
 ) -> Tensor:
     """Runs layers `start .. stop-1` of the model over `batch`.
 
@@ -65,11 +65,11 @@ def forward(
     )
 
 
-def new_cache(anat: Anatomy, rows: int) -> Past:
+def new_cache(anat: Anatomy, rows: int) -> KVCache:
     """An empty cache for `forward` to fill over `rows` rows, of the kind that the model can go on from."""
     if can_cache(anat):
         return DynamicCache()
-    return Replay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
+    return TokenReplay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
 
 
 def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) -> Prefix:

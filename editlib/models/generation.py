@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, new_cache, shared_length, split
-from editlib.models.freezing import frozen
-from editlib.models.prefix import Past, Prefix
+from editlib.models.freezing import no_param_grad
+from editlib.models.prefix import KVCache, Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 BATCH_ROWS = 64
@@ -75,7 +75,7 @@ def greedy(
     if max_new_tokens < 1:
         return known
     with (
-        frozen(anat.model),
+        no_param_grad(anat.model),
         torch.no_grad(),
         tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
     ):
@@ -149,7 +149,7 @@ def sample(
         return best.indices.gather(-1, picked)[:, 0]
 
     ends = end_tokens(anat)
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         found = _decode(anat, list(rows), _Front.of(anat, rows), [max_new_tokens] * len(rows), ends, draw)
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in found]
 
@@ -170,7 +170,7 @@ def sample_each(
     ends = end_tokens(anat)
     found: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         front = _Front.of(anat, rows)
     for chunk in chunks(order, [len(row) + max_new_tokens for row in rows], rows=batch_rows):
         generators = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
@@ -180,7 +180,7 @@ def sample_each(
             uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in alive])
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
-        with frozen(anat.model), torch.no_grad():
+        with no_param_grad(anat.model), torch.no_grad():
             drawn = _decode(anat, [rows[i] for i in chunk], front, [max_new_tokens] * len(chunk), ends, draw)
         for i, answer in zip(chunk, drawn, strict=True):
             found[i] = answer[:-1] if answer and answer[-1] in ends else answer
@@ -230,7 +230,7 @@ def _decode(
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
 
-def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: Past) -> Tensor:
+def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
     """Logits `[n, vocab]` behind the last column of `ids`, which extend `cache`; `mask` covers past and present."""
     zeros = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     batch = TokenBatch(ids, mask, zeros, zeros)
@@ -266,7 +266,7 @@ def teacher_forced(
     order = sorted((i for i in range(len(rows)) if answers[i]), key=lambda i: len(rows[i]) + len(answers[i]))
     device = anat.device
     with (
-        frozen(anat.model),
+        no_param_grad(anat.model),
         torch.no_grad(),
         tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar,
     ):
@@ -316,7 +316,7 @@ def perplexity(anat: Anatomy, windows: Sequence[Sequence[int]]) -> float:
     total, count = 0.0, 0
     for ids in windows:
         batch = pad([TokenRow(tuple(ids), 0)], device=anat.device)
-        with frozen(anat.model), torch.no_grad():
+        with no_param_grad(anat.model), torch.no_grad():
             logits = forward(anat, batch)[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="sum"))
         count += len(ids) - 1

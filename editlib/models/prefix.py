@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 
 @dataclass
-class Replay:
+class TokenReplay:
     """Stands in for a cache where a model cannot go on from keys and values: remembers tokens, which every pass runs
     again. Slow, but right for any model. `input_ids` is `[n, P]`."""
 
@@ -21,7 +21,7 @@ class Replay:
         self.input_ids = self.input_ids[indices]
 
 
-Past = DynamicCache | Replay
+KVCache = DynamicCache | TokenReplay
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Prefix:
             object.__setattr__(self, "input_ids", self.input_ids.gather(1, order))
 
     @classmethod
-    def of(cls, past: Past, attention_mask: Tensor) -> Prefix:
+    def of(cls, past: KVCache, attention_mask: Tensor) -> Prefix:
         """What a cache holds, whose columns `attention_mask` describes."""
-        if isinstance(past, Replay):
+        if isinstance(past, TokenReplay):
             return cls((), attention_mask, past.input_ids)
         return cls(tuple((layer[0], layer[1]) for layer in past), attention_mask)
 
@@ -67,6 +67,6 @@ class Prefix:
         ids = None if self.input_ids is None else self.input_ids[pick]
         return Prefix(tuple((k[pick], v[pick]) for k, v in self.layers), self.attention_mask[pick], ids)
 
-    def cache(self) -> Past:
+    def cache(self) -> KVCache:
         """A fresh cache that a pass may append to; the prefix itself is never changed."""
-        return DynamicCache(list(self.layers)) if self.input_ids is None else Replay(self.input_ids)
+        return DynamicCache(list(self.layers)) if self.input_ids is None else TokenReplay(self.input_ids)
