@@ -37,7 +37,7 @@ def forward(
         start, hidden: skip the layers before `start`; `hidden [n, T, d_model]` is what enters layer `start`.
         stop: return the hidden states `[n, T, d_model]` that leave layer `stop - 1`. `None` runs to the end and
             returns logits.
-        prefix: keys and values of tokens in front of `batch`, the same number of rows.
+        prefix: keys and values of the tokens before `batch`, the same number of rows.
         keys: called with `(layer, [n, T, d_ff])` for each of `key_layers`, the inputs of its MLP output matrix.
         score: `(rows, columns)`, both `[m]`; logits are computed at these places only -> `[m, vocab]`.
             Without it, everywhere -> `[n, T, vocab]`.
@@ -87,6 +87,7 @@ def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) ->
 
 def split(rows: list[TokenRow], at: list[int]) -> tuple[list[TokenRow], list[TokenRow]]:
     """Cuts each row before the token at `at`: the front, and the rest with its lookup position moved along."""
+    # A front has no lookup of its own: its last token serves.
     fronts = [TokenRow(row.ids[:cut], max(cut - 1, 0)) for row, cut in zip(rows, at, strict=True)]
     rests = [TokenRow(row.ids[cut:], row.lookup - cut, row.extra) for row, cut in zip(rows, at, strict=True)]
     return fronts, rests

@@ -1,5 +1,5 @@
 """Greedy answers for many prompts at once (shared prefix computed once, finished rows dropped, drafts verified), and
-given answers read behind their prompts."""
+the likelihood of given answers after their prompts."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def sample_each(
         generators = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
 
         def draw(logits: Tensor, alive: list[int], generators: list[torch.Generator] = generators) -> Tensor:
-            sums = logits.cpu().double().softmax(-1).cumsum(-1)
+            sums = logits.cpu().double().softmax(-1).cumsum(-1)  # [n, vocab], fp64: the same draw on every device
             uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in alive])
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
@@ -212,7 +212,7 @@ def _decode(
     ids = batch.input_ids
     while True:
         logits = _last_logits(anat, ids, mask, cache)
-        picks = choose(logits, alive).tolist()
+        picks = choose(logits, alive).tolist()  # one token for each living row
         if prefix is not None:  # moves the padding between prefix and rest out of the way of sliding windows
             prefix = Prefix.of(cache, mask)
             cache, mask, prefix = prefix.cache(), prefix.attention_mask, None
@@ -231,7 +231,7 @@ def _decode(
 
 
 def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-    """Logits `[n, vocab]` behind the last column of `ids`, which extend `cache`; `mask` covers past and present."""
+    """Computes logits `[n, vocab]` after the last column of `ids`, which extend `cache`; `mask` covers both."""
     zeros = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     batch = TokenBatch(ids, mask, zeros, zeros)
     rows = torch.arange(len(ids), device=ids.device)

@@ -21,11 +21,11 @@ from editlib.models.tracing import bypass, edit_hidden, edit_input, record_input
 
 
 class _Columns:
-    """How the columns that a caller speaks of stand in the pass that is really run.
+    """Maps the caller's columns to those of the pass that is run.
 
-    `front` columns more stand before them (tokens that are run again), and with `close` padding moves behind each
-    row's tokens: sliding windows and some position biases count the columns of a gap, and a state that is carried
-    from column to column must not meet padding before it meets tokens.
+    `front` replayed tokens come before them, and with `close` padding moves after each row's tokens: sliding windows
+    and some position biases count the columns of a gap, and a recurrent state must not meet padding before it meets
+    tokens.
     """
 
     def __init__(self, mask: Tensor, front: int, close: bool) -> None:
@@ -33,7 +33,7 @@ class _Columns:
         self.order: Tensor | None = None
         if close and bool((mask[:, 1:] > mask[:, :-1]).any()):
             self.order = (1 - mask).argsort(dim=1, stable=True)
-            self.places = self.order.argsort(dim=1)
+            self.places = self.order.argsort(dim=1)  # the inverse permutation
 
     def enter(self, x: Tensor) -> Tensor:
         """`[n, front + T, ...]` in the caller's order -> in the pass's."""
@@ -75,7 +75,7 @@ def run(
     score: tuple[Tensor, Tensor] | None = None,
     final: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Runs the model over `input_ids [n, T]` behind `past`, which it extends; `mask [n, P + T]` covers both.
+    """Runs the model over `input_ids [n, T]` after `past`, which it extends; `mask [n, P + T]` covers both.
 
     Args:
         start, hidden: `hidden [n, T, d_model]` enters layer `start`, whatever the layers before it say. With `skip`

@@ -1,4 +1,4 @@
-"""What stands in front of a batch and does not change: as keys and values, or as tokens to be run again."""
+"""A batch's fixed prefix: a KV cache, or token ids that are run again for models whose cache cannot be reused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 @dataclass
 class TokenReplay:
-    """Stands in for a cache where a model cannot go on from keys and values: remembers tokens, which every pass runs
-    again. Slow, but right for any model. `input_ids` is `[n, P]`."""
+    """Replaces a cache where a model cannot continue from keys and values: keeps the tokens, which every pass runs
+    again. Slow, but correct for any model. `input_ids` is `[n, P]`."""
 
     input_ids: Tensor
 
@@ -26,7 +26,7 @@ KVCache = DynamicCache | TokenReplay
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a pass needs to know of tokens that do not change.
+    """Holds what a pass needs of the tokens before a batch.
 
     `layers` holds `(keys, values)` of every layer, `[n or 1, heads, P, head_dim]` each; it is empty for a model that
     cannot go on from them, whose `input_ids [n or 1, P]` are kept instead. `attention_mask` is `[n or 1, P]`. Columns
@@ -41,8 +41,9 @@ class Prefix:
         mask = self.attention_mask
         if not bool((mask[:, 1:] < mask[:, :-1]).any()):
             return
-        order = mask.argsort(dim=1, stable=True)
-        pick = order[:, None, :, None]
+        # Stable: the tokens keep their order, and only the padding moves to the left.
+        order = mask.argsort(dim=1, stable=True)  # [n, P]
+        pick = order[:, None, :, None]  # [n, 1, P, 1], over heads and head_dim
         layers = tuple(tuple(torch.take_along_dim(x, pick.to(x.device), 2) for x in pair) for pair in self.layers)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "attention_mask", mask.gather(1, order))
@@ -58,6 +59,7 @@ class Prefix:
 
     @property
     def lengths(self) -> Tensor:
+        """Counts the visible tokens of each row, `[n or 1]`."""
         return self.attention_mask.sum(1)
 
     def select(self, rows: Tensor) -> Prefix:

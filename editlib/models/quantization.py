@@ -62,8 +62,8 @@ def quantized(anat: Anatomy, bits: int) -> Iterator[None]:
 
 def round_channels(weight: Tensor, bits: int, *, channel: int = 0) -> Tensor:
     """`weight` of two dimensions rounded to `2^bits - 1` levels, one scale for each index of dimension `channel`."""
-    full = weight.float()
+    full = weight.float()  # [rows, columns]
     most = 2 ** (bits - 1) - 1
-    scale = full.abs().amax(1 - channel, keepdim=True) / most
+    scale = full.abs().amax(1 - channel, keepdim=True) / most  # [rows, 1] or [1, columns]
     scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros stays one
     return ((full / scale).round().clamp(-most, most) * scale).to(weight.dtype)

@@ -1,9 +1,9 @@
 """How what an MLP output matrix writes reaches the residual stream.
 
 MEMIT (2210.07229, alg. 1) takes for granted that a change of the matrix's output is the same change of the
-layer's output. That does not hold where a norm stands behind the MLP (Gemma 2 and 3, OLMo 2), where its branch is
-scaled (Granite) or where the sum is normalised (OPT-350m). What stands there is seen by changing the output in one
-small pass and following the change, not known from names.
+layer's output. That does not hold where a norm follows the MLP (Gemma 2 and 3, OLMo 2), where its branch is
+scaled (Granite) or where the sum is normalised (OPT-350m). What lies between is found by changing the output in one
+small pass and following the change, not from module names.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ TOKENS = 3
 
 
 def output_path(anat: Anatomy, layer: int) -> OutputPath:
-    """What stands between the MLP output matrix of `layer` and the residual stream; costs two passes of 3 tokens, once
-    a model.
+    """Finds what lies between the MLP output matrix of `layer` and the residual stream.
+
+    Costs two passes of 3 tokens, once for an anatomy.
 
     Raises:
         ModelError: something else than a factor or one module stands there (a gate, two norms).
@@ -40,7 +41,7 @@ def _find_path(anat: Anatomy, layer: int) -> OutputPath:
     matrix, module = anat.mlp_output(layer), anat.layers[layer]
     generator = torch.Generator().manual_seed(0)
     base = _observe(anat, layer, lambda output: output)
-    # Large, so that little of it is rounded away in the sums behind it.
+    # Large, so that little of it is rounded away in later sums.
     size = 4 * max(_rms(call.hidden) for call in base if call.module in (matrix, module))
     noise = size * torch.randn(TOKENS, anat.d_model, generator=generator)
     pushes: list[Tensor] = []
@@ -51,11 +52,13 @@ def _find_path(anat: Anatomy, layer: int) -> OutputPath:
         return moved
 
     moved = _observe(anat, layer, push)
+    # 1. A change that arrives as it is, or times one factor, needs no module.
     unit = torch.finfo(base[0].hidden.dtype).eps
     total = _difference(moved[0].hidden, base[0].hidden)
     factor = _factor(total, pushes[0], unit)
     if factor is not None:
         return OutputPath(scale=factor)
+    # 2. Otherwise one module between matrix and stream reads the change linearly and hands it on linearly.
     begun = next(i for i, call in enumerate(base) if call.module is matrix)
     for before, after in zip(base[begun + 1 :], moved[begun + 1 :], strict=True):
         if before.input is None or after.input is None or before.output is None:

@@ -1,4 +1,4 @@
-# ruff: noqa: F722, F821  (jaxtyping writes shapes as strings)
+# ruff: noqa: F722  (jaxtyping writes shapes as strings)
 """The shapes and dtypes that docstrings promise, checked while the public tensor functions run.
 
 The library itself imports no checker: each function is wrapped here, with its annotations written out.
