@@ -10,7 +10,7 @@ from editlib import data
 from editlib.algorithms.causal_trace import causal_trace
 from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
 from editlib.models.loading import model_of, read_config
-from editlib.models.residual_path import writing_of
+from editlib.models.residual_path import output_path
 from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
@@ -67,7 +67,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
         log.info("the causal trace of %s ends at layer %d, which is not believed", shape.name, read_at)
         read_at = None
     gate = getattr(hparams, "gate_layer", None)
-    gated = gate is None or writing_of(anat, gate).plain
+    gated = gate is None or output_path(anat, gate).plain
     found = derive(hparams.algorithm, shape, read_at=read_at, gated=gated)
     numbers = {name: getattr(found, name) for name in found.depth_fields()}
     chosen = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from editlib.errors import TokenError
 from editlib.export import library_version
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loading import DeviceMap, load
-from editlib.models.precision import fast_dtype, reduced
+from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompt_settings import PromptSettings, differing
 from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
@@ -89,8 +90,9 @@ class Workbench:
         model, tok = load(name, dtype=dtype, device_map=device_map)
         return replace(cls.of(model, tok, stats_dir, name=name, **options), dtype=dtype)
 
-    @property
+    @cached_property
     def anat(self) -> Anatomy:
+        """The anatomy of `model`, found once, with what trial passes show about it."""
         return anatomy(self.model)
 
     @property
@@ -150,7 +152,7 @@ class Workbench:
             prompts = data.questions("train") + [prompt.question for prompt in data.general("anchor")]
             made = self_stats(anat, self.tok, layers, prompts, seed=seed, **common)
         else:
-            with reduced(self.model, fast_dtype(self.model)):
+            with cast_params(self.model, fast_dtype(self.model)):
                 made = layer_stats(
                     anat,
                     self.tok,

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.requests.request import EditRequest
 
@@ -69,7 +69,7 @@ def causal_trace(
         pairs: at most so many are traced.
     """
     found: list[tuple[_Known, _Known]] = []  # neighbours in order, with different answers
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         for relation, frame in STATEMENTS.items():
             some = [fact for fact in facts if fact.relation == relation and fact.subject and fact.answer][:ASKED]
             known = _known(anat, tok, frame, some)

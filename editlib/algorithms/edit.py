@@ -20,7 +20,7 @@ from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenRow
-from editlib.models.residual_path import needed, writing_of
+from editlib.models.residual_path import output_path
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,11 @@ def write_layers(
             states = stream.states(layers[-1])[:, plain].to(weight.device)  # H [d_model, n]
             # The layers that are left share what is missing evenly (MEMIT, alg. 1).
             residual = ((targets.to(weight.device) - states) / (len(layers) - i)).to(dtype)
-            writing = writing_of(anat, layer)
+            path = output_path(anat, layer)
             # What the matrix has to write so that the residual stream changes by the residual.
-            if not writing.plain:
-                read = states if writing.post is None else stream.inputs(writing.post)[:, plain]
-                residual = needed(writing, read, residual)
+            if not path.plain:
+                read = states if path.post is None else stream.inputs(path.post)[:, plain]
+                residual = path.invert(read, residual)
             delta = solve(layer, LayerKeys(keys, every[:, plain]), residual)
             write(anat, layer, delta)
             written.deltas[layer], written.keys[layer] = delta, keys

@@ -19,7 +19,7 @@ from editlib.errors import EditError
 from editlib.hparams import FTHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.forward import forward
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.requests.request import EditRequest
 
@@ -62,7 +62,7 @@ def apply_ft_to_model(
     originals = {layer: anat.weight(layer).clone() for layer in hparams.layers}
     timer = Timer()
     try:
-        with frozen(model), timer("training"):
+        with no_param_grad(model), timer("training"):
             losses = _train(anat, rows, hparams, seed, progress)
     except BaseException:
         restore(anat, originals)

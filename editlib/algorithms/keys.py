@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.tracing import record_inputs
 
@@ -50,7 +50,7 @@ class KeyStream:
         self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
 
     def _run(self, batch: TokenBatch, hidden: Tensor | None, start: int, stop: int, **kwargs: Any) -> Tensor:
-        with frozen(self.anat.model), torch.no_grad():
+        with no_param_grad(self.anat.model), torch.no_grad():
             return forward(self.anat, batch, start=start, stop=stop, hidden=hidden, **kwargs)
 
     def advance(self, layer: int) -> None:

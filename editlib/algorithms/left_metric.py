@@ -21,9 +21,9 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.errors import HparamsError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.prompts import PromptFormat, TokenRow, pad
-from editlib.models.residual_path import writing_of
+from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 
 BATCH_ROWS = 32
@@ -110,14 +110,14 @@ def find_left_metric(
     """
     if not weight:
         return None
-    if not all(writing_of(anat, layer).plain for layer in layers):
+    if not all(output_path(anat, layer).plain for layer in layers):
         raise HparamsError(
             f'key "left_weight": {weight}; a norm or a factor follows the MLP of this model, so that the metric of the '
             "residual stream is not that of the edited matrix; expected 0: leave the key out"
         )
     by_subject = {request.subject: request for request in requests if request.subject is not None}
     asked = list(by_subject.values())[:: -(-len(by_subject) // SUBJECTS) or 1]
-    with frozen(anat.model):
+    with no_param_grad(anat.model):
         rows = subject_prompts(anat, form, asked, prompts=len(SUBJECT_PROMPTS), answer_tokens=ANSWER_TOKENS)
         moment = output_moment(anat, [row for own in rows for row in own], layers[-1])
     if not bool(moment.any()):

@@ -23,8 +23,8 @@ from editlib.algorithms.values import Values, compute_zs
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.hparams import ClosedFormHyperParams, HyperParams
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.freezing import frozen
-from editlib.models.precision import fast_dtype, reduced
+from editlib.models.freezing import no_param_grad
+from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompts import Place, PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
@@ -185,8 +185,8 @@ def find_values(
     groups = groups or [[i] for i in range(len(encoded.requests))]
     first = [group[0] for group in groups]  # whose target and KL prompts serve the group
     group_of = {i: number for number, group in enumerate(groups) for i in group}
-    with frozen(anat.model):
-        with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+    with no_param_grad(anat.model):
+        with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
             values = compute_zs(
                 anat,
                 [[row for i in group for row in encoded.contexts[i]] for group in groups],
@@ -261,7 +261,7 @@ def edit_at_once(
         EditError: no finite solution; the model is unchanged.
     """
     timer = Timer()
-    with frozen(encoded.anat.model):
+    with no_param_grad(encoded.anat.model):
         if values is None:
             with timer("values"):
                 values = find_values(encoded, hparams, progress=progress)

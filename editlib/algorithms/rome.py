@@ -19,8 +19,8 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.pipeline import EncodedEdit, edit_at_once, find_statistics, find_values, prepare
 from editlib.algorithms.values import Values
 from editlib.hparams import ROMEHyperParams
-from editlib.models.freezing import frozen
-from editlib.models.residual_path import writing_of
+from editlib.models.freezing import no_param_grad
+from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 
@@ -105,11 +105,11 @@ def _output_norms(encoded: EncodedEdit, layer: int) -> Tensor:
     ROME measures a value's change in it, where MEMIT takes the norm of the hidden state.
     """
     anat = encoded.anat
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         stream = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer)
         output = anat.mlp_output(layer)(stream.keys().T.to(anat.weight(layer).dtype))
-        writing = writing_of(anat, layer)
-        if writing.post is not None:
-            output = writing.post(stream.inputs(writing.post).T.to(output.dtype))
+        path = output_path(anat, layer)
+        if path.post is not None:
+            output = path.post(stream.inputs(path.post).T.to(output.dtype))
     norms: Tensor = output.float().norm(dim=1)
-    return writing.scale * norms
+    return path.scale * norms

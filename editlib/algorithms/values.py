@@ -18,7 +18,7 @@ from tqdm import tqdm
 from editlib.algorithms.suffixes import LogitPositions, SuffixBatch, read_logits
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.prompts import TokenRow
 
 CHUNK_ROWS = 64  # prompts whose graphs are held at once
@@ -180,7 +180,7 @@ def compute_zs(
     options = _DescentOptions(steps, lr, weight_decay, clamp_norm_factor, kl_factor, stop_loss, optimizer)
     kept = kl_prompts or [()] * len(rows)
     parts: list[Values] = []
-    with frozen(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
+    with no_param_grad(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
         for chunk in _chunks(rows, kept):
             descent = _Descent(
                 anat,

@@ -16,7 +16,7 @@ from editlib.attacks.asking import AttackContext, right_answers
 from editlib.attacks.outcome import AttackOutcome, Completion, Trial
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.generation import chunks
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow, pad
@@ -76,7 +76,7 @@ def answer_ranks(anat: Anatomy, rows: Sequence[TokenRow], wanted: Sequence[Seque
         return hidden
 
     tail = anat.tail
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         with ExitStack() as stack:
             for layer in anat.layers:
                 stack.enter_context(edit_hidden(layer, keep))

@@ -12,8 +12,8 @@ from editlib import training
 from editlib.attacks.asking import AttackContext, ask_each, not_asked
 from editlib.attacks.outcome import AttackOutcome
 from editlib.models.loaded import LoadedModel
-from editlib.models.lora import adapter
-from editlib.models.quantization import rounded
+from editlib.models.lora import lora_adapter
+from editlib.models.quantization import quantized
 from editlib.requests.request import EditRequest
 from editlib.training import Part, TrainSettings, answer_nll, answered
 
@@ -39,7 +39,7 @@ def _relearned(
     if not examples:
         return AttackOutcome(tuple(not_asked(fact, "nothing to learn from") for fact in facts))
     taught, settings = set(examples), context.settings
-    with adapter(target.anat, rank=settings.relearn_rank, seed=context.seed) as parameters:
+    with lora_adapter(target.anat, rank=settings.relearn_rank, seed=context.seed) as parameters:
         losses = train(target, examples, parameters, steps=settings.relearn_steps, rate=settings.relearn_rate)
         asked = iter(ask_each(target, [fact for fact in facts if fact not in taught], context).trials)
     trials = tuple(not_asked(fact, "was an example") if fact in taught else next(asked) for fact in facts)
@@ -72,7 +72,7 @@ def train(
 # Fewer bits a weight: an update smaller than a rounding step is rounded away.
 def quantised(bits: int, target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """The plain question to a model with weights of `bits` bits (arXiv 2410.16454); the weights are put back."""
-    with rounded(target.anat, bits):
+    with quantized(target.anat, bits):
         return ask_each(target, facts, context)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from editlib.models.anatomy import Anatomy
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.training import Item, Reading, read
 from editlib.training.reading import passes
 from editlib.training.trainer import PASS_LEARNED, PASS_TOKENS
@@ -30,7 +30,7 @@ def collect(
 ) -> list[T]:
     """Applies `look` to the reading of each item, in order; logits are not kept."""
     results: dict[int, T] = {}
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         for numbers in passes(items, range(len(items)), tokens=PASS_TOKENS, learned=PASS_LEARNED):
             reading = read(anat, [items[i] for i in numbers], numbers, layer=layer, dtype=dtype)
             rows, start = len(reading.counts) // len(numbers), 0  # rows per item

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import CorpusError
-from editlib.models.prompts import cut
+from editlib.models.prompts import token_windows
 
 WINDOWS, WINDOW = 16, 256
 
@@ -20,7 +20,7 @@ def text_windows(tok: PreTrainedTokenizerBase, documents: Sequence[str]) -> list
     """
     found: list[list[int]] = []
     for document in documents:
-        windows = list(cut(tok, document, WINDOW))
+        windows = list(token_windows(tok, document, WINDOW))
         found += [ids for ids in windows if len(ids) == len(windows[0])]  # no shorter rests
         if len(found) >= WINDOWS:
             break

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from editlib.errors import ModelError, quote
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.lora import peft_missing
+from editlib.models.placement import input_embedding
 
 CONFIG = "adapter_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -61,7 +62,7 @@ def merge(
 
     if any((Path(folder) / name).is_file() for name in TOKENIZER):
         tok = AutoTokenizer.from_pretrained(folder)
-    if len(tok) > model.get_input_embeddings().weight.shape[0]:
+    if len(tok) > input_embedding(model).weight.shape[0]:
         model.resize_token_embeddings(len(tok), mean_resizing=False)
     shared = _shared(anatomy(model))
     adapted = PeftModel.from_pretrained(model, str(folder))

@@ -6,10 +6,9 @@ map of a layer that writes into the residual stream and is not part of what mixe
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,28 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlib.errors import ModelError
-from editlib.models.freezing import frozen
-from editlib.models.placement import in_memory, input_device
+from editlib.models.freezing import no_param_grad
+from editlib.models.output_path import OutputPath
+from editlib.models.placement import in_memory, input_device, input_embedding
 from editlib.models.tracing import Call, calls, hidden_of, stop_after, unwatched
+
+
+@dataclass
+class ProbeCache:
+    """What trial passes have shown about one model (`models.capabilities`, `models.residual_path`).
+
+    `resumes`: by layer, whether a pass can start there. `caches`: whether the model continues from cached keys and
+    values; `None` until it is tried. `paths`: by layer, how its MLP output reaches the residual stream.
+    """
+
+    resumes: dict[int, bool] = field(default_factory=dict)
+    caches: bool | None = None
+    paths: dict[int, OutputPath] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The named parts of one model; holds references, never copies."""
+    """The named parts of one model; holds references, never copies, and writes nothing onto the model."""
 
     model: PreTrainedModel
     layers: tuple[nn.Module, ...]
@@ -33,12 +46,11 @@ class Anatomy:
     d_model: int  # of the residual stream; the embeddings of some models are narrower
     d_ff: int
     output_width: int  # of the tuple that a layer returns by version of transformers; 0: the tensor itself
-    # What was found out about this model by trying (`models.capabilities`, `models.residual_path`); it lives with
-    # the model, since an edit that follows another makes an anatomy of its own.
-    tried: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    probe_cache: ProbeCache = field(default_factory=ProbeCache, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
+        """How many decoder layers there are; they are counted from 0."""
         return len(self.layers)
 
     @property
@@ -48,11 +60,13 @@ class Anatomy:
 
     @property
     def embedding(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()
+        """The input embedding, `weight [vocab, width]`."""
+        return input_embedding(self.model)
 
     @property
-    def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
+    def head(self) -> nn.Linear:
+        """The map from final states to logits, `weight [vocab, width]`."""
+        return cast(nn.Linear, _output_head(self.model))
 
     @property
     def tied(self) -> bool:
@@ -77,9 +91,9 @@ class Anatomy:
         """
         return next((module for module in self.tail if not isinstance(module, nn.Linear | Conv1D)), None)
 
-    def mlp_output(self, layer: int) -> nn.Module:
+    def mlp_output(self, layer: int) -> nn.Linear | Conv1D:
         """The module (`Linear` or `Conv1D`) that maps `d_ff -> d_model` in `layer`."""
-        return self.model.get_submodule(self.mlp_output_names[layer])
+        return cast(nn.Linear | Conv1D, self.model.get_submodule(self.mlp_output_names[layer]))
 
     def weight(self, layer: int) -> Tensor:
         """The MLP output matrix of `layer` as a view `[d_model, d_ff]`, whatever way the module stores it.
@@ -144,8 +158,17 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         d_model=d_model,
         d_ff=widths[0],
         output_width=output_width,
-        tried=vars(model).setdefault("_editlib_tried", {}),
     )
+
+
+class _HasHead(Protocol):
+    """The method of transformers that returns the output head, which carries no types there."""
+
+    def get_output_embeddings(self) -> Any: ...
+
+
+def _output_head(model: _HasHead) -> Any:
+    return model.get_output_embeddings()
 
 
 def _check_kind(model: PreTrainedModel) -> None:
@@ -154,13 +177,15 @@ def _check_kind(model: PreTrainedModel) -> None:
         raise ModelError(f"{kind} is an encoder-decoder model; editlib edits decoder-only causal language models")
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{kind} has quantised weights; load it unquantised (float32, bfloat16 or float16) to edit it")
-    if not isinstance(model.get_output_embeddings(), nn.Module):
+    if not isinstance(_output_head(model), nn.Module):
         raise ModelError(f"{kind} has no output head; load it with AutoModelForCausalLM")
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     expected = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists: list[tuple[str, nn.ModuleList]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    ]
     fitting = [(name, module) for name, module in lists if len(module) == expected]
     if not fitting:
         raise ModelError(
@@ -169,18 +194,19 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
         )
     # The shortest path is the list of whole layers; longer ones are lists inside a layer.
     name, module = min(fitting, key=lambda item: item[0].count("."))
-    return name, list(module)
+    layers: list[nn.Module] = list(module)
+    return name, layers
 
 
 def _fan(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear map."""
-    rows, columns = module.weight.shape
+    rows, columns = cast(Tensor, module.weight).shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
     """The path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
-    modules = dict(layer.named_modules())
+    modules: dict[str, nn.Module] = dict(layer.named_modules())
     convolutions = tuple(path for path, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd))
     mixers = {path.partition(".")[0] for path in convolutions}  # short convolutions, state space models
 
@@ -238,10 +264,10 @@ def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module
     others = [module for module in model.modules() if id(module) not in inside]
     device = input_device(model)
     made: list[Call] = []
-    with unwatched(model), frozen(model), torch.no_grad(), calls([layers[-1], *others], made):
+    with unwatched(model), no_param_grad(model), torch.no_grad(), calls([layers[-1], *others], made):
         model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=False)
     at = next(i for i, call in enumerate(made) if call.module is layers[-1])
-    states, found = made[at].output, []
+    states, found = made[at].hidden, []
     for call in made[at + 1 :]:
         if call.input is None or call.output is None or not _same(call.input, states):
             continue

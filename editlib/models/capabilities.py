@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from editlib.models.anatomy import Anatomy
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.passes import run
 from editlib.models.prefix import Prefix
 from editlib.models.tracing import edit_hidden, unwatched
@@ -27,38 +27,41 @@ LENGTH = 6
 
 def can_skip(anat: Anatomy, start: int) -> bool:
     """Whether the layers before `start` may be left out when what enters layer `start` is known."""
-    return _verdict(
-        anat,
-        f"layer {start}",
-        lambda: _skips(anat, start),
-        f"a pass cannot be resumed at layer {start} (layers behind it read more than the hidden states); the layers "
-        "before are run every time, which is slower",
-    )
+    resumes = anat.probe_cache.resumes
+    if start not in resumes:
+        warned = not all(resumes.values())  # once is enough, whichever layer it was
+        resumes[start] = _probe(anat, lambda: _skips(anat, start))
+        if not resumes[start] and not warned:
+            log.warning(
+                "%s: a pass cannot be resumed at layer %d (later layers read more than the hidden states); the layers "
+                "before it are run every time, which is slower",
+                type(anat.model).__name__,
+                start,
+            )
+    return resumes[start]
 
 
 def can_cache(anat: Anatomy) -> bool:
     """Whether the model goes on from the keys and values of earlier tokens."""
-    return _verdict(
-        anat,
-        "cache",
-        lambda: _caches(anat),
-        "it cannot go on from cached keys and values alone; earlier tokens are run every time, which is slower",
-    )
+    if anat.probe_cache.caches is None:
+        anat.probe_cache.caches = _probe(anat, lambda: _caches(anat))
+        if not anat.probe_cache.caches:
+            log.warning(
+                "%s: it cannot go on from cached keys and values alone; earlier tokens are run every time, which is "
+                "slower",
+                type(anat.model).__name__,
+            )
+    return anat.probe_cache.caches
 
 
-def _verdict(anat: Anatomy, name: str, attempt: Callable[[], bool], refusal: str) -> bool:
-    if name not in anat.tried:
-        with unwatched(anat.model), frozen(anat.model), torch.no_grad():
-            try:
-                anat.tried[name] = attempt()
-            except Exception as error:  # whatever a model's own code raises when a part of it is missing
-                log.debug("%s: %s", name, error)
-                anat.tried[name] = False
-        kind = "told cache" if name == "cache" else "told layer"
-        if not anat.tried[name] and not anat.tried.get(kind):
-            anat.tried[kind] = True
-            log.warning("%s: %s", type(anat.model).__name__, refusal)
-    return anat.tried[name]
+def _probe(anat: Anatomy, attempt: Callable[[], bool]) -> bool:
+    """The result of `attempt`, run without gradients and unseen by anyone's hooks; False where it raises."""
+    with unwatched(anat.model), no_param_grad(anat.model), torch.no_grad():
+        try:
+            return attempt()
+        except Exception as error:  # whatever a model's own code raises when a part of it is missing
+            log.debug("%s: %s", type(anat.model).__name__, error)
+            return False
 
 
 def _tokens(anat: Anatomy, first: int) -> tuple[Tensor, Tensor]:

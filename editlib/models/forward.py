@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from editlib.models.anatomy import Anatomy
 from editlib.models.capabilities import can_cache, can_skip
 from editlib.models.passes import run
-from editlib.models.prefix import Past, Prefix, Replay
+from editlib.models.prefix import KVCache, Prefix, TokenReplay
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 
@@ -27,7 +27,7 @@ def forward(
     key_layers: tuple[int, ...] = (),
     score: tuple[Tensor, Tensor] | None = None,
     final: Callable[[Tensor], None] | None = None,
-    cache: Past | None = None,
+    cache: KVCache | None = None,
 ) -> Tensor:
     """Runs layers `start .. stop-1` of the model over `batch`.
 
@@ -37,7 +37,7 @@ def forward(
         start, hidden: skip the layers before `start`; `hidden [n, T, d_model]` is what enters layer `start`.
         stop: return the hidden states `[n, T, d_model]` that leave layer `stop - 1`. `None` runs to the end and
             returns logits.
-        prefix: keys and values of tokens in front of `batch`, the same number of rows.
+        prefix: keys and values of the tokens before `batch`, the same number of rows.
         keys: called with `(layer, [n, T, d_ff])` for each of `key_layers`, the inputs of its MLP output matrix.
         score: `(rows, columns)`, both `[m]`; logits are computed at these places only -> `[m, vocab]`.
             Without it, everywhere -> `[n, T, vocab]`.
@@ -65,11 +65,11 @@ def forward(
     )
 
 
-def new_cache(anat: Anatomy, rows: int) -> Past:
+def new_cache(anat: Anatomy, rows: int) -> KVCache:
     """An empty cache for `forward` to fill over `rows` rows, of the kind that the model can go on from."""
     if can_cache(anat):
         return DynamicCache()
-    return Replay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
+    return TokenReplay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
 
 
 def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) -> Prefix:
@@ -87,6 +87,7 @@ def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) ->
 
 def split(rows: list[TokenRow], at: list[int]) -> tuple[list[TokenRow], list[TokenRow]]:
     """Cuts each row before the token at `at`: the front, and the rest with its lookup position moved along."""
+    # A front has no lookup of its own: its last token serves.
     fronts = [TokenRow(row.ids[:cut], max(cut - 1, 0)) for row, cut in zip(rows, at, strict=True)]
     rests = [TokenRow(row.ids[cut:], row.lookup - cut, row.extra) for row, cut in zip(rows, at, strict=True)]
     return fronts, rests

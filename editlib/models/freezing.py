@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import PreTrainedModel
+from torch import nn
 
 
 @contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
+def no_param_grad(model: nn.Module) -> Iterator[None]:
     """No parameter of `model` asks for a gradient inside the block; afterwards all is as it was, mode included."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     training = [module for module in model.modules() if module.training]

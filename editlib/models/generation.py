@@ -1,5 +1,5 @@
 """Greedy answers for many prompts at once (shared prefix computed once, finished rows dropped, drafts verified), and
-given answers read behind their prompts."""
+the likelihood of given answers after their prompts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, new_cache, shared_length, split
-from editlib.models.freezing import frozen
-from editlib.models.prefix import Past, Prefix
+from editlib.models.freezing import no_param_grad
+from editlib.models.prefix import KVCache, Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 BATCH_ROWS = 64
@@ -75,7 +75,7 @@ def greedy(
     if max_new_tokens < 1:
         return known
     with (
-        frozen(anat.model),
+        no_param_grad(anat.model),
         torch.no_grad(),
         tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
     ):
@@ -149,7 +149,7 @@ def sample(
         return best.indices.gather(-1, picked)[:, 0]
 
     ends = end_tokens(anat)
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         found = _decode(anat, list(rows), _Front.of(anat, rows), [max_new_tokens] * len(rows), ends, draw)
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in found]
 
@@ -170,17 +170,17 @@ def sample_each(
     ends = end_tokens(anat)
     found: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         front = _Front.of(anat, rows)
     for chunk in chunks(order, [len(row) + max_new_tokens for row in rows], rows=batch_rows):
         generators = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
 
         def draw(logits: Tensor, alive: list[int], generators: list[torch.Generator] = generators) -> Tensor:
-            sums = logits.cpu().double().softmax(-1).cumsum(-1)
+            sums = logits.cpu().double().softmax(-1).cumsum(-1)  # [n, vocab], fp64: the same draw on every device
             uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in alive])
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
-        with frozen(anat.model), torch.no_grad():
+        with no_param_grad(anat.model), torch.no_grad():
             drawn = _decode(anat, [rows[i] for i in chunk], front, [max_new_tokens] * len(chunk), ends, draw)
         for i, answer in zip(chunk, drawn, strict=True):
             found[i] = answer[:-1] if answer and answer[-1] in ends else answer
@@ -212,7 +212,7 @@ def _decode(
     ids = batch.input_ids
     while True:
         logits = _last_logits(anat, ids, mask, cache)
-        picks = choose(logits, alive).tolist()
+        picks = choose(logits, alive).tolist()  # one token for each living row
         if prefix is not None:  # moves the padding between prefix and rest out of the way of sliding windows
             prefix = Prefix.of(cache, mask)
             cache, mask, prefix = prefix.cache(), prefix.attention_mask, None
@@ -230,8 +230,8 @@ def _decode(
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
 
-def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: Past) -> Tensor:
-    """Logits `[n, vocab]` behind the last column of `ids`, which extend `cache`; `mask` covers past and present."""
+def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    """Computes logits `[n, vocab]` after the last column of `ids`, which extend `cache`; `mask` covers both."""
     zeros = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     batch = TokenBatch(ids, mask, zeros, zeros)
     rows = torch.arange(len(ids), device=ids.device)
@@ -266,7 +266,7 @@ def teacher_forced(
     order = sorted((i for i in range(len(rows)) if answers[i]), key=lambda i: len(rows[i]) + len(answers[i]))
     device = anat.device
     with (
-        frozen(anat.model),
+        no_param_grad(anat.model),
         torch.no_grad(),
         tqdm(total=len(order), desc=progress, disable=progress is None, leave=False) as bar,
     ):
@@ -316,7 +316,7 @@ def perplexity(anat: Anatomy, windows: Sequence[Sequence[int]]) -> float:
     total, count = 0.0, 0
     for ids in windows:
         batch = pad([TokenRow(tuple(ids), 0)], device=anat.device)
-        with frozen(anat.model), torch.no_grad():
+        with no_param_grad(anat.model), torch.no_grad():
             logits = forward(anat, batch)[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="sum"))
         count += len(ids) - 1

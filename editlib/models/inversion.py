@@ -86,10 +86,13 @@ def _refine(post: nn.Module, base: Tensor, target: Tensor, y: Tensor) -> Tensor:
     for _ in range(ROUNDS):
         if bool(still.all()):
             break
-        _, back = torch.func.vjp(post, base + y)
+        back: Callable[..., tuple[Tensor]] = torch.func.vjp(post, base + y)[1]
 
-        def curvature(p: Tensor, at: Tensor = base + y, back: Callable = back, damping: Tensor = damping) -> Tensor:
-            return back(torch.func.jvp(post, (at,), (p / unit,))[1])[0] / unit + damping * p
+        def curvature(
+            p: Tensor, at: Tensor = base + y, back: Callable[..., tuple[Tensor]] = back, damping: Tensor = damping
+        ) -> Tensor:
+            moved: Tensor = torch.func.jvp(post, (at,), (p / unit,))[1]
+            return back(moved)[0] / unit + damping * p
 
         step = _conjugate_gradients(curvature, -back(gap)[0] / unit) / unit
         found = post(base + y + step) - target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,4 +42,4 @@ class LoadedModel:
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, without special ones."""
-        return self.tok.decode(ids, skip_special_tokens=True).strip()
+        return cast(str, self.tok.decode(list(ids), skip_special_tokens=True)).strip()

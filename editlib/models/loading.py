@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from editlib.models.weights import quiet_bars
 
 log = logging.getLogger(__name__)
 
-DeviceMap = str | dict | None  # as `from_pretrained` takes it
+DeviceMap = str | dict[str, Any] | None  # as `from_pretrained` takes it
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # over all devices, by accelerate
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,8 +69,7 @@ def load(
         tok = AutoTokenizer.from_pretrained(path, **options)
         extra = {} if device_map is None else {"device_map": device_map}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype or "", "auto"), **extra, **options)
-    anatomy(model)  # says at once what cannot be edited
-    return model.eval(), tok
+    return _ready(model), tok
 
 
 def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -79,8 +79,15 @@ def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTok
     model, tok = load(base, **options)
     with _one_line_errors(folder), quiet_bars():
         model, tok = merge(model, tok, folder)
-    anatomy(model)
-    return model.eval(), tok
+    return _ready(model), tok
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` in eval mode, once its anatomy has shown that it can be edited."""
+    anatomy(model)  # says at once what cannot be edited
+    module: nn.Module = model
+    module.eval()
+    return model
 
 
 def _base_of(folder: str) -> str:
@@ -137,7 +144,7 @@ def _check_device(wanted: str) -> None:
 def _checked_config(path: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
     _check_folder(path)
     with _one_line_errors(name), quiet_bars():
-        config = AutoConfig.from_pretrained(path, **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
         _check_config(config, name)
     return config
 

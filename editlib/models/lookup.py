@@ -9,6 +9,7 @@ own, and tokens are decoded one by one until they reach as far.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from editlib.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Pieces:
+class TokenizedText:
     """A text as tokens, without special tokens of the tokenizer's own; `spans` are their characters, or empty where
     they are not known."""
 
@@ -26,76 +27,78 @@ class Pieces:
     spans: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, tok: PreTrainedTokenizerBase, text: str) -> Pieces:
+    def of(cls, tok: PreTrainedTokenizerBase, text: str) -> TokenizedText:
         """Encodes `text`; special tokens that are written in it are read as such."""
         found = tok(text, add_special_tokens=False, return_offsets_mapping=tok.is_fast)
         spans = tuple((first, behind) for first, behind in found.get("offset_mapping", ()))
         # Some versions of tokenizers give spans of no character; then the others are not to be trusted either.
         return cls(tok, text, tuple(found["input_ids"]), spans if all(a < b for a, b in spans) else ())
 
-    def holding(self, at: int) -> list[int]:
+    def tokens_at(self, at: int) -> list[int]:
         """Indices of the tokens whose span holds character `at`."""
         return [i for i, (first, behind) in enumerate(self.spans) if first <= at < behind]
 
-    def before(self, at: int) -> Pieces:
+    def before(self, at: int) -> TokenizedText:
         """The text up to character `at`, encoded on its own."""
-        return Pieces.of(self.tok, self.text[:at])
+        return TokenizedText.of(self.tok, self.text[:at])
 
     def decoded(self, count: int | None = None) -> str:
         """The first `count` tokens as text."""
-        return self.tok.decode(self.ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        ids = list(self.ids[:count])
+        text = self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cast(str, text)  # one list of ids is one text
 
-    def shared(self, other: Pieces) -> int:
+    def shared(self, other: TokenizedText) -> int:
         """How many tokens at the beginning are the same."""
         pairs = enumerate(zip(self.ids, other.ids, strict=False))
         return next((i for i, (own, its) in pairs if own != its), min(len(self.ids), len(other.ids)))
 
 
-def last_token(pieces: Pieces, start: int, end: int) -> int:
+def last_token(tokenized: TokenizedText, start: int, end: int) -> int:
     """Index of the token with the last byte of `text[start:end]`, which may reach beyond it.
 
     Raises:
         RequestError: the tokenizer leaves nothing of these characters.
     """
-    _check_kept(pieces, start, end)
-    holding = pieces.holding(end - 1)
-    if holding and (len(holding) == 1 or all(pieces.spans[i][1] == end for i in holding)):
+    _check_kept(tokenized, start, end)
+    holding = tokenized.tokens_at(end - 1)
+    if holding and (len(holding) == 1 or all(tokenized.spans[i][1] == end for i in holding)):
         return holding[-1]
-    cut = pieces.before(end)
-    same = pieces.shared(cut)
+    cut = tokenized.before(end)
+    same = tokenized.shared(cut)
     if same == len(cut.ids):
         return same - 1
-    wanted, candidates = cut.decoded(), _from(same, pieces, holding)
-    reaching = (i for i in candidates if pieces.decoded(i + 1).startswith(wanted))
+    wanted, candidates = cut.decoded(), _from(same, tokenized, holding)
+    reaching = (i for i in candidates if tokenized.decoded(i + 1).startswith(wanted))
     # None does where a normalizer makes one character of the last one and the next: the first difference is the place.
     return next(reaching, candidates[0])
 
 
-def first_token(pieces: Pieces, start: int, end: int) -> int:
+def first_token(tokenized: TokenizedText, start: int, end: int) -> int:
     """Index of the token with the first byte of `text[start:end]`; it may begin before it, with a space most often.
 
     Raises:
         RequestError: the tokenizer leaves nothing of these characters.
     """
-    _check_kept(pieces, start, end)
-    holding = pieces.holding(start)
+    _check_kept(tokenized, start, end)
+    holding = tokenized.tokens_at(start)
     if len(holding) == 1:
         return holding[0]
-    cut = pieces.before(start)
-    same, length = pieces.shared(cut), len(cut.decoded().rstrip())
-    candidates = _from(same, pieces, holding)
-    return next((i for i in candidates if len(pieces.decoded(i + 1).rstrip()) > length), candidates[0])
+    cut = tokenized.before(start)
+    same, length = tokenized.shared(cut), len(cut.decoded().rstrip())
+    candidates = _from(same, tokenized, holding)
+    return next((i for i in candidates if len(tokenized.decoded(i + 1).rstrip()) > length), candidates[0])
 
 
-def _from(same: int, pieces: Pieces, holding: list[int]) -> list[int]:
+def _from(same: int, tokenized: TokenizedText, holding: list[int]) -> list[int]:
     """Tokens that may be the one sought: those behind the first `same`, of `holding` where that is known."""
-    return [i for i in holding or range(len(pieces.ids)) if i >= same] or [len(pieces.ids) - 1]
+    return [i for i in holding or range(len(tokenized.ids)) if i >= same] or [len(tokenized.ids) - 1]
 
 
-def _check_kept(pieces: Pieces, start: int, end: int) -> None:
-    if any(pieces.holding(at) for at in range(start, end)):
+def _check_kept(tokenized: TokenizedText, start: int, end: int) -> None:
+    if any(tokenized.tokens_at(at) for at in range(start, end)):
         return
-    if pieces.before(start).ids == pieces.before(end).ids:
+    if tokenized.before(start).ids == tokenized.before(end).ids:
         raise RequestError(
-            f"the tokenizer leaves nothing of the subject {pieces.text[start:end]!r}; expected one that it can write"
+            f"the tokenizer leaves nothing of the subject {tokenized.text[start:end]!r}; expected one that it can write"
         )

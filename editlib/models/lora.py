@@ -20,7 +20,7 @@ def peft_missing() -> bool:
 
 
 @contextmanager
-def adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
+def lora_adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
     """Inside the block every linear map of the decoder layers carries a LoRA adapter (arXiv 2106.09685) of `rank`,
     whose parameters are yielded and alone ask for gradients; afterwards the very same modules are back.
 
@@ -34,7 +34,7 @@ def adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Paramete
     from peft import LoraConfig, inject_adapter_in_model
 
     check_in_memory(anat)
-    model = anat.model
+    model: nn.Module = anat.model
     maps = linear_maps(anat)
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = {module: module.training for module in model.modules()}
@@ -59,5 +59,5 @@ def adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Paramete
             del model.peft_config
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
-        for module, mode in training.items():
-            module.training = mode
+        for part, mode in training.items():
+            part.training = mode

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from editlib.models.anatomy import Anatomy
-from editlib.models.prefix import Past, Replay
+from editlib.models.prefix import KVCache, TokenReplay
 from editlib.models.tracing import bypass, edit_hidden, edit_input, record_inputs, stop_after
 
 
 class _Columns:
-    """How the columns that a caller speaks of stand in the pass that is really run.
+    """Maps the caller's columns to those of the pass that is run.
 
-    `front` columns more stand before them (tokens that are run again), and with `close` padding moves behind each
-    row's tokens: sliding windows and some position biases count the columns of a gap, and a state that is carried
-    from column to column must not meet padding before it meets tokens.
+    `front` replayed tokens come before them, and with `close` padding moves after each row's tokens: sliding windows
+    and some position biases count the columns of a gap, and a recurrent state must not meet padding before it meets
+    tokens.
     """
 
     def __init__(self, mask: Tensor, front: int, close: bool) -> None:
@@ -32,7 +33,7 @@ class _Columns:
         self.order: Tensor | None = None
         if close and bool((mask[:, 1:] > mask[:, :-1]).any()):
             self.order = (1 - mask).argsort(dim=1, stable=True)
-            self.places = self.order.argsort(dim=1)
+            self.places = self.order.argsort(dim=1)  # the inverse permutation
 
     def enter(self, x: Tensor) -> Tensor:
         """`[n, front + T, ...]` in the caller's order -> in the pass's."""
@@ -63,7 +64,7 @@ def run(
     anat: Anatomy,
     input_ids: Tensor,
     mask: Tensor,
-    past: Past | None = None,
+    past: KVCache | None = None,
     *,
     start: int = 0,
     stop: int | None = None,
@@ -74,22 +75,27 @@ def run(
     score: tuple[Tensor, Tensor] | None = None,
     final: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Runs the model over `input_ids [n, T]` behind `past`, which it extends; `mask [n, P + T]` covers both.
+    """Runs the model over `input_ids [n, T]` after `past`, which it extends; `mask [n, P + T]` covers both.
 
     Args:
         start, hidden: `hidden [n, T, d_model]` enters layer `start`, whatever the layers before it say. With `skip`
             these are left out; without it they run, for a model whose later layers need more of them than that.
-        stop, keys, key_layers, score, final: as for `resume.forward`.
+        stop, keys, key_layers, score, final: as for `forward.forward`.
     """
-    cache, front, ids = past, 0, input_ids
-    if isinstance(past, Replay):
-        cache, front = None, past.input_ids.shape[1]
-        ids = torch.cat([past.input_ids, input_ids], dim=1)
-    here = mask[:, -ids.shape[1] :]
+    # 1. A cache is extended; tokens that are run again are put before the batch instead.
+    cache: DynamicCache | None = None
+    front, ids = 0, input_ids
+    if isinstance(past, TokenReplay):
+        front = past.input_ids.shape[1]
+        ids = torch.cat([past.input_ids, input_ids], dim=1)  # [n, P + T]
+    else:
+        cache = past
+    # 2. Padding is moved out of the way of what counts columns.
+    here = mask[:, -ids.shape[1] :]  # [n, front + T], without the columns of a cache
     # A cache that is filled from the left keeps its padding there: what comes next stands right behind the tokens.
     columns = _Columns(here, front, close=cache is None or mask.shape[1] > here.shape[1])
     mask = torch.cat([mask[:, : -ids.shape[1]], columns.enter(here)], dim=1)
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "input_ids": columns.enter(ids),
         "attention_mask": mask,
         "past_key_values": cache,
@@ -98,15 +104,13 @@ def run(
     if "position_ids" in inspect.signature(anat.model.forward).parameters:
         kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     lengths = [layer[0].shape[2] for layer in cache] if columns.order is not None and cache is not None else []
-    found: list[Tensor] = []
-    output = None
+    stopped: list[Tensor] = []
+    # 3. What is put in and looked at are hooks, which end with the block.
     with ExitStack() as stack:
         if stop is not None:
-            stack.enter_context(stop_after(anat.layers[stop - 1], lambda h: found.append(columns.leave(h))))
-        if start and skip and not front:
-            stack.enter_context(bypass(anat.layers[:start], columns.enter(hidden), width=anat.output_width))
-        elif start:
-            stack.enter_context(edit_hidden(anat.layers[start - 1], lambda h: columns.put(h, hidden)))
+            stack.enter_context(stop_after(anat.layers[stop - 1], lambda h: stopped.append(columns.leave(h))))
+        if start:
+            stack.enter_context(_starting_at(anat, start, hidden, columns, skip=skip and not front))
         if keys is not None:
             # Some layers fold rows and columns into one dimension.
             modules = {layer: anat.mlp_output(layer) for layer in key_layers}
@@ -119,13 +123,26 @@ def run(
             if final is not None:
                 stack.enter_context(record_inputs({0: anat.head}, lambda _, h: final(h[0])))
         output = anat.model(**kwargs)
-    if isinstance(past, Replay):
+    # 4. What the pass leaves for the next one is in the order of the caller's mask.
+    if isinstance(past, TokenReplay):
         past.input_ids = ids
-    elif lengths:
+    elif cache is not None and lengths:
         _restore_order(cache, lengths, columns)
     if stop is not None:
-        return found[0]
+        return stopped[0]
     return output.logits[0] if score is not None else columns.leave(output.logits)
+
+
+def _starting_at(
+    anat: Anatomy, start: int, hidden: Tensor | None, columns: _Columns, *, skip: bool
+) -> AbstractContextManager[None]:
+    """Lets `hidden [n, T, d_model]` enter layer `start`, with the layers before it left out (`skip`) or run."""
+    assert hidden is not None, "a pass that starts at a layer needs the states that enter it"
+    states = hidden
+    if skip:
+        return bypass(anat.layers[:start], columns.enter(states), width=anat.output_width)
+    # The replayed tokens keep the states that these layers have just computed.
+    return edit_hidden(anat.layers[start - 1], lambda h: columns.put(h, states))
 
 
 def _restore_order(cache: DynamicCache, lengths: list[int], columns: _Columns) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from editlib.errors import ModelError
 
 
+def input_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The input embedding, which transformers types as any module."""
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids are to be put: the device on which the embedding runs, offloaded or not."""
-    embedding = model.get_input_embeddings()
+    embedding = input_embedding(model)
     if embedding.weight.device.type != "meta":
         return embedding.weight.device
     found = [device for hook in _hooks(embedding) if (device := getattr(hook, "execution_device", None)) is not None]
@@ -32,19 +38,20 @@ def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield name, (_offloaded(model, name) if tensor.device.type == "meta" else tensor).detach().cpu()
 
 
-def in_memory(module: torch.nn.Module, name: str) -> Tensor | None:
+def in_memory(module: nn.Module, name: str) -> Tensor | None:
     """The data of a parameter of `module` that its next forward pass will use; `None` when no such tensor can be had.
 
     accelerate leaves a parameter that it offloads on the meta device and copies it in for each pass: from CPU memory,
     where a change stays, or from a file, where it would not.
     """
-    parameter = getattr(module, name).data
+    parameter: Tensor = getattr(module, name).data
     if not parameter.is_meta:
         return parameter
     stored = next((h.weights_map for h in _hooks(module) if getattr(h, "weights_map", None) is not None), None)
     if stored is None:
         return None
-    once, again = stored[name], stored[name]  # both alive: equal addresses mean one tensor, not two reads of a file
+    once: Tensor = stored[name]
+    again: Tensor = stored[name]  # both alive: equal addresses mean one tensor, not two reads of a file
     return once if once.data_ptr() == again.data_ptr() else None
 
 
@@ -54,11 +61,12 @@ def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
     for cut in range(len(parts) - 1, -1, -1):
         for hook in _hooks(model.get_submodule(".".join(parts[:cut]))):
             if getattr(hook, "weights_map", None) is not None and hook.offload:
-                return hook.weights_map[".".join(parts[cut:])]
+                tensor: Tensor = hook.weights_map[".".join(parts[cut:])]
+                return tensor
     raise ModelError(f"{name} of {type(model).__name__} holds no data (meta device); load the model with its weights")
 
 
-def _hooks(module: torch.nn.Module) -> list:
+def _hooks(module: nn.Module) -> list[Any]:
     """accelerate's hooks of one module: none, one, or a sequence."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))

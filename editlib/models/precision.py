@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 
 @contextmanager
-def reduced(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+def cast_params(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
     """Inside the block the parameters of `model` are in `dtype`; afterwards the very same tensors are back.
 
     Statistics and the token's training bear bf16 products, which run several times faster than fp32 where the
@@ -50,13 +51,13 @@ def _bf16_is_faster() -> bool:
     """Asked of the processor, not timed, so that two runs on one machine compute in the same dtype."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     # Intel's AVX-512 has bf16 products, too, but they run at half the speed of fp32; its AMX makes up for it.
     return bool(known.get("amx_bf16")) or "Intel" not in known.get("cpu_name", "")
 
 
 @contextmanager
-def widened(model: PreTrainedModel) -> Iterator[None]:
+def fp32_params(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block the parameters of `model` are in fp32, so that small steps add up; afterwards they are rounded
     to their own dtypes once. A fp32 model is left as it is."""
     narrow = {p: p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}

@@ -1,4 +1,4 @@
-"""What stands in front of a batch and does not change: as keys and values, or as tokens to be run again."""
+"""A batch's fixed prefix: a KV cache, or token ids that are run again for models whose cache cannot be reused."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import DynamicCache
 
 
 @dataclass
-class Replay:
-    """Stands in for a cache where a model cannot go on from keys and values: remembers tokens, which every pass runs
-    again. Slow, but right for any model. `input_ids` is `[n, P]`."""
+class TokenReplay:
+    """Replaces a cache where a model cannot continue from keys and values: keeps the tokens, which every pass runs
+    again. Slow, but correct for any model. `input_ids` is `[n, P]`."""
 
     input_ids: Tensor
 
@@ -21,12 +21,12 @@ class Replay:
         self.input_ids = self.input_ids[indices]
 
 
-Past = DynamicCache | Replay
+KVCache = DynamicCache | TokenReplay
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a pass needs to know of tokens that do not change.
+    """Holds what a pass needs of the tokens before a batch.
 
     `layers` holds `(keys, values)` of every layer, `[n or 1, heads, P, head_dim]` each; it is empty for a model that
     cannot go on from them, whose `input_ids [n or 1, P]` are kept instead. `attention_mask` is `[n or 1, P]`. Columns
@@ -41,8 +41,9 @@ class Prefix:
         mask = self.attention_mask
         if not bool((mask[:, 1:] < mask[:, :-1]).any()):
             return
-        order = mask.argsort(dim=1, stable=True)
-        pick = order[:, None, :, None]
+        # Stable: the tokens keep their order, and only the padding moves to the left.
+        order = mask.argsort(dim=1, stable=True)  # [n, P]
+        pick = order[:, None, :, None]  # [n, 1, P, 1], over heads and head_dim
         layers = tuple(tuple(torch.take_along_dim(x, pick.to(x.device), 2) for x in pair) for pair in self.layers)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "attention_mask", mask.gather(1, order))
@@ -50,14 +51,15 @@ class Prefix:
             object.__setattr__(self, "input_ids", self.input_ids.gather(1, order))
 
     @classmethod
-    def of(cls, past: Past, attention_mask: Tensor) -> Prefix:
+    def of(cls, past: KVCache, attention_mask: Tensor) -> Prefix:
         """What a cache holds, whose columns `attention_mask` describes."""
-        if isinstance(past, Replay):
+        if isinstance(past, TokenReplay):
             return cls((), attention_mask, past.input_ids)
         return cls(tuple((layer[0], layer[1]) for layer in past), attention_mask)
 
     @property
     def lengths(self) -> Tensor:
+        """Counts the visible tokens of each row, `[n or 1]`."""
         return self.attention_mask.sum(1)
 
     def select(self, rows: Tensor) -> Prefix:
@@ -67,6 +69,6 @@ class Prefix:
         ids = None if self.input_ids is None else self.input_ids[pick]
         return Prefix(tuple((k[pick], v[pick]) for k, v in self.layers), self.attention_mask[pick], ids)
 
-    def cache(self) -> Past:
+    def cache(self) -> KVCache:
         """A fresh cache that a pass may append to; the prefix itself is never changed."""
-        return DynamicCache(list(self.layers)) if self.input_ids is None else Replay(self.input_ids)
+        return DynamicCache(list(self.layers)) if self.input_ids is None else TokenReplay(self.input_ids)

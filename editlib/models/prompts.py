@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date as Day
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.errors import RequestError
 from editlib.models.gaps import gap_between
-from editlib.models.lookup import Pieces, first_token, last_token
+from editlib.models.lookup import TokenizedText, first_token, last_token
 from editlib.models.prompt_settings import NAMES, PromptSettings, dated
 from editlib.requests.templates import occurrences
 
@@ -90,12 +90,12 @@ def pad(rows: Sequence[TokenRow], *, side: str = "right", device: torch.device |
 def leading_tokens(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The special tokens that a tokenizer puts in front of a text (BOS). What it puts behind one (EOS) is left off
     everywhere: it would end a prompt before its answer."""
-    bare, full = Pieces.of(tok, WORD).ids, tuple(tok(WORD)["input_ids"])
+    bare, full = TokenizedText.of(tok, WORD).ids, tuple(tok(WORD)["input_ids"])
     added = range(len(full) - len(bare) + 1)
     return next((full[:n] for n in added if full[n : n + len(bare)] == bare), ())
 
 
-def cut(tok: PreTrainedTokenizerBase, text: str, length: int) -> Iterator[list[int]]:
+def token_windows(tok: PreTrainedTokenizerBase, text: str, length: int) -> Iterator[list[int]]:
     """A text in windows of at most `length` tokens, each with the tokens that a text begins with (BOS) in front: models
     that were trained with it read text without it badly. Windows of one token are left out."""
     front = list(leading_tokens(tok))
@@ -214,8 +214,8 @@ class PromptFormat:
             raise RequestError(f"place {place!r}; expected one of {', '.join(get_args(Place))}")
         whole = before + question + behind
         text = self.render(whole)
-        pieces = Pieces.of(self.tok, text)
-        ids = self._front() + pieces.ids
+        tokenized = TokenizedText.of(self.tok, text)
+        ids = self._front() + tokenized.ids
         if place == "last" or subject is None:
             return TokenRow(ids, len(ids) - 1)
         if start is None:
@@ -226,7 +226,7 @@ class PromptFormat:
             start = places[0]
         start += self._start(text, whole) + len(before)
         find = first_token if place == "subject_first" else last_token
-        lookup = len(ids) - len(pieces.ids) + find(pieces, start, start + len(subject))
+        lookup = len(ids) - len(tokenized.ids) + find(tokenized, start, start + len(subject))
         return TokenRow(ids, min(lookup + (place == "subject_first_after_last"), len(ids) - 1))
 
     def answer_ids(self, answer: str, question: str = WORD) -> tuple[int, ...]:
@@ -243,10 +243,10 @@ class PromptFormat:
         # be a space that the prompt has already, or that does not belong there.
         fronts = [self.render(WORD)] if self.uses_chat or text[:1].isspace() else [self.render(question), *_NEUTRAL]
         for front in fronts:
-            before, both = (Pieces.of(self.tok, some).ids for some in (front, front + text))
+            before, both = (TokenizedText.of(self.tok, some).ids for some in (front, front + text))
             if both[: len(before)] == before:
                 return both[len(before) :]
-        return Pieces.of(self.tok, text).ids
+        return TokenizedText.of(self.tok, text).ids
 
     def gap(self, answer: str, question: str = WORD) -> str:
         """What is written between the prompt of `question` and an answer: what running text has (`gap_between`), or the
@@ -276,7 +276,7 @@ class PromptFormat:
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
         for last in ([], [{"role": "user", "content": WORD}]):  # some end only answers that others follow
             shown = self._apply([*messages, *last]).rpartition(MARK)[2]
-            found = tuple(token for token in Pieces.of(self.tok, shown).ids if token in special)
+            found = tuple(token for token in TokenizedText.of(self.tok, shown).ids if token in special)
             if found:
                 return found
         return ()
@@ -286,7 +286,9 @@ class PromptFormat:
         options = dict(self.arguments)
         if self.date is not None:
             options["chat_template"] = dated(self.tok.get_chat_template(), Day.fromisoformat(self.date))
-        return self.tok.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **options)
+        turns = [dict(message) for message in messages]
+        text = self.tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **options)
+        return cast(str, text)  # with tokenize=False
 
     def _tagged(self, question: str) -> str:
         return question if self.tags is None else self.tags.replace("{}", question)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from editlib.errors import ModelError
 from editlib.models.anatomy import Anatomy
 
 
-def linear_maps(anat: Anatomy) -> dict[str, nn.Module]:
+def linear_maps(anat: Anatomy) -> dict[str, nn.Linear | Conv1D]:
     """The linear maps (`Linear`, `Conv1D`) inside the decoder layers by their names, each once; not the head."""
-    found: dict[int, tuple[str, nn.Module]] = {}
+    found: dict[int, tuple[str, nn.Linear | Conv1D]] = {}
     for prefix, layer in zip(anat.layer_names, anat.layers, strict=True):
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
@@ -34,7 +35,7 @@ def check_in_memory(anat: Anatomy) -> None:
 
 
 @contextmanager
-def rounded(anat: Anatomy, bits: int) -> Iterator[None]:
+def quantized(anat: Anatomy, bits: int) -> Iterator[None]:
     """Inside the block every linear map of the decoder layers has weights of `bits` bits; afterwards the very same
     tensors are back.
 
@@ -49,9 +50,10 @@ def rounded(anat: Anatomy, bits: int) -> Iterator[None]:
     originals: dict[nn.Parameter, Tensor] = {}
     try:
         for module in linear_maps(anat).values():
-            if module.weight not in originals:
-                originals[module.weight] = module.weight.data
-                module.weight.data = round_channels(module.weight.data, bits, channel=int(isinstance(module, Conv1D)))
+            weight = cast(nn.Parameter, module.weight)
+            if weight not in originals:  # a matrix that layers share is rounded once
+                originals[weight] = weight.data
+                weight.data = round_channels(weight.data, bits, channel=int(isinstance(module, Conv1D)))
         yield
     finally:
         for parameter, data in originals.items():
@@ -60,8 +62,8 @@ def rounded(anat: Anatomy, bits: int) -> Iterator[None]:
 
 def round_channels(weight: Tensor, bits: int, *, channel: int = 0) -> Tensor:
     """`weight` of two dimensions rounded to `2^bits - 1` levels, one scale for each index of dimension `channel`."""
-    full = weight.float()
+    full = weight.float()  # [rows, columns]
     most = 2 ** (bits - 1) - 1
-    scale = full.abs().amax(1 - channel, keepdim=True) / most
+    scale = full.abs().amax(1 - channel, keepdim=True) / most  # [rows, 1] or [1, columns]
     scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros stays one
     return ((full / scale).round().clamp(-most, most) * scale).to(weight.dtype)

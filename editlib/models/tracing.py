@@ -17,7 +17,8 @@ class _Stop(Exception):
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a decoder layer's output, a tensor or what begins with one by version of transformers."""
-    return output[0] if isinstance(output, tuple | list) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
 
 
 @contextmanager
@@ -96,18 +97,24 @@ class Call:
     input: Tensor | None
     output: Tensor | None = None
 
+    @property
+    def hidden(self) -> Tensor:
+        """The output of a module that is known to return hidden states (a layer, a linear map)."""
+        assert self.output is not None, f"{type(self.module).__name__} returned no tensor"
+        return self.output
+
 
 @contextmanager
 def calls(modules: Iterable[nn.Module], made: list[Call]) -> Iterator[None]:
     """Appends to `made` every call of `modules`, in the order in which the calls begin."""
     open_calls: list[Call] = []
 
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         open_calls.append(Call(module, None if first is None else first.detach().clone()))
         made.append(open_calls[-1])
 
-    def end(_: nn.Module, __: tuple, output: Any) -> None:
+    def end(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         hidden = hidden_of(output)
         open_calls.pop().output = hidden.detach().clone() if isinstance(hidden, Tensor) else None
 
@@ -133,7 +140,7 @@ def unwatched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def bypass(layers: tuple[nn.Module, ...], hidden: Tensor | None, *, width: int = 0) -> Iterator[None]:
+def bypass(layers: tuple[nn.Module, ...], hidden: Tensor, *, width: int = 0) -> Iterator[None]:
     """Lets `layers` return `hidden` without computing anything, so that the pass goes on behind them.
 
     `width` is that of the tuple which these layers return, 0 when they return the tensor itself.

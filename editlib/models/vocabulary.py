@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.errors import ModelError, TokenError
 from editlib.models.anatomy import Anatomy
+from editlib.models.placement import input_embedding
 from editlib.models.tracing import edit_output
 
 
 def token_id(tok: PreTrainedTokenizerBase, token: str) -> int | None:
     """The id of a special token, or `None` when the tokenizer does not have it."""
-    return tok.get_added_vocab().get(token)
+    added: dict[str, int] = tok.get_added_vocab()
+    return added.get(token)
 
 
 def add_token(model: PreTrainedModel, tok: PreTrainedTokenizerBase, token: str) -> int:
@@ -28,7 +31,7 @@ def add_token(model: PreTrainedModel, tok: PreTrainedTokenizerBase, token: str) 
         TokenError: the text is already an ordinary token.
     """
     known = extend_tokenizer(tok, token)
-    if known >= model.get_input_embeddings().weight.shape[0]:
+    if known >= input_embedding(model).weight.shape[0]:
         with torch.random.fork_rng(devices=[]):  # new rows are drawn at random until they are written
             torch.manual_seed(0)
             model.resize_token_embeddings(known + 1, mean_resizing=False)
@@ -46,7 +49,7 @@ def extend_tokenizer(tok: PreTrainedTokenizerBase, token: str) -> int:
         if token in tok.get_vocab():
             raise TokenError(f"token {token!r} is already an ordinary token of this tokenizer; choose another text")
         tok.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
-        known = tok.convert_tokens_to_ids(token)
+        known = cast(int, tok.convert_tokens_to_ids(token))
     return known
 
 

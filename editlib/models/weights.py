@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def weights_sha256(model: PreTrainedModel) -> str:
     for name, tensor in stored_tensors(model):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         raw = tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
-        digest.update(memoryview(raw.numpy()))
+        digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 
@@ -38,9 +38,11 @@ def save_model(model: PreTrainedModel, tok: PreTrainedTokenizerBase, folder: Pat
 def quiet_bars() -> Iterator[None]:
     """Keeps transformers' own loading and writing bars off stderr."""
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    hide: Callable[[], None] = transformers_logging.disable_progress_bar
+    show: Callable[[], None] = transformers_logging.enable_progress_bar
+    hide()
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            show()

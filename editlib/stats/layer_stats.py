@@ -15,9 +15,9 @@ from editlib.distributed import ALONE, Shard
 from editlib.errors import StatsError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.placement import input_device
-from editlib.models.prompts import TokenBatch, TokenRow, cut, pad
+from editlib.models.prompts import TokenBatch, TokenRow, pad, token_windows
 from editlib.stats.file import LayerStats, StatsHeader
 from editlib.stats.moments import Checkpoint, MomentSums, finish, held_interrupts
 
@@ -27,10 +27,10 @@ Window = tuple[int, list[int]]
 """`(document number, token ids)`."""
 
 
-def token_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str], max_length: int) -> Iterator[Window]:
+def document_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str], max_length: int) -> Iterator[Window]:
     """`(document number, token ids)` for every window of at most `max_length` tokens of every document."""
     for number, text in enumerate(documents):
-        for ids in cut(tok, text, max_length):
+        for ids in token_windows(tok, text, max_length):
             yield number, ids
 
 
@@ -101,7 +101,7 @@ def layer_stats(
     job = {"tokens": tokens, "batch_tokens": batch_tokens, "rank": shard.rank, "world": shard.world}
     place = None if checkpoint is None else shard.own(checkpoint)
     keeper = Checkpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
-    windows = counted_windows(token_windows(tok, documents, max_length), tokens, skip_first) if tokens else ()
+    windows = counted_windows(document_windows(tok, documents, max_length), tokens, skip_first) if tokens else ()
     device = input_device(anat.model)
     with shard.together():
         at, used = keeper.resume()
@@ -134,7 +134,7 @@ def layer_stats(
 def record_moments(anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums: MomentSums, skip_first: int) -> int:
     """Adds the keys of every real token of `batch` behind the first `skip_first` to `sums`; how many there were."""
     counted = batch.attention_mask.bool() & (batch.position_ids >= skip_first)
-    with frozen(anat.model), torch.no_grad():
+    with no_param_grad(anat.model), torch.no_grad():
         forward(
             anat,
             batch,

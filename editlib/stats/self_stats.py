@@ -16,7 +16,7 @@ from editlib.distributed import ALONE, Shard
 from editlib.errors import StatsError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.generation import end_tokens
 from editlib.models.placement import input_device
 from editlib.models.prompts import PromptFormat, TokenBatch, TokenRow, pad
@@ -67,7 +67,7 @@ def self_stats(
     number, done = _resume(keeper, sums, shard)
     form, ends, device = PromptFormat(tok), end_tokens(anat), input_device(anat.model)
     with (
-        frozen(anat.model),
+        no_param_grad(anat.model),
         torch.no_grad(),
         held_interrupts() as stop,
         tqdm(total=tokens, initial=done, desc="statistics (self)", unit="tok", disable=not progress) as bar,

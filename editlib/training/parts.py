@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from editlib.models.prompts import PromptFormat, TokenRow, cut
+from editlib.models.prompts import PromptFormat, TokenRow, token_windows
 from editlib.training.reading import Reading
 
 Item = tuple[TokenRow, ...]
@@ -69,6 +69,6 @@ def answered(tok: PreTrainedTokenizerBase, question: str, answer: str, *, form: 
 def text_rows(tok: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[TokenRow]:
     """Plain text in windows of `length` tokens, all learned but the first; shorter rests are left out."""
     for document in documents:
-        for ids in cut(tok, document, length):
+        for ids in token_windows(tok, document, length):
             if len(ids) == length:
                 yield TokenRow(tuple(ids), 0, len(ids) - 1)

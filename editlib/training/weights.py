@@ -10,8 +10,8 @@ from torch import Tensor
 
 from editlib.errors import ModelError
 from editlib.models.anatomy import Anatomy
-from editlib.models.lora import adapter
-from editlib.models.precision import widened
+from editlib.models.lora import lora_adapter
+from editlib.models.precision import fp32_params
 
 
 @contextmanager
@@ -26,11 +26,11 @@ def trainable(anat: Anatomy, *, rank: int | None = None, seed: int = 0) -> Itera
         ModelError: a weight is offloaded, or `peft` is missing for an adapter.
     """
     check_whole(anat)
-    with widened(anat.model):
+    with fp32_params(anat.model):
         if rank is None:
             yield dict(anat.model.named_parameters())
             return
-        with adapter(anat, rank=rank, seed=seed) as parameters:
+        with lora_adapter(anat, rank=rank, seed=seed) as parameters:
             mine = {id(parameter) for parameter in parameters}
             yield {name: p for name, p in anat.model.named_parameters() if id(p) in mine}
             with torch.no_grad():

@@ -16,9 +16,9 @@ from editlib.models import lora as adapters
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import greedy, sample_each
 from editlib.models.loaded import LoadedModel
-from editlib.models.lora import adapter
+from editlib.models.lora import lora_adapter
 from editlib.models.prompts import TokenRow
-from editlib.models.quantization import linear_maps, round_channels, rounded
+from editlib.models.quantization import linear_maps, quantized, round_channels
 from editlib.models.weights import weights_sha256
 
 # --- sampling
@@ -105,7 +105,7 @@ def test_an_update_below_a_rounding_step_is_lost(world):
 def test_rounded_weights_are_put_back(anat):
     before, tensors = weights_sha256(anat.model), {n: p.data_ptr() for n, p in anat.model.named_parameters()}
     names = {f"{name}.weight" for name in linear_maps(anat)}
-    with pytest.raises(KeyError), rounded(anat, 4):
+    with pytest.raises(KeyError), quantized(anat, 4):
         changed = {n for n, p in anat.model.named_parameters() if p.data_ptr() != tensors[n]}
         assert changed == names and weights_sha256(anat.model) != before
         raise KeyError
@@ -164,7 +164,7 @@ def test_an_adapter_leaves_nothing_behind(anat):
     attributes, maps = set(vars(model)), len(linear_maps(anat))
     ids, noise = torch.tensor([[5, 6, 7]]), torch.Generator().manual_seed(0)
     drawn = torch.get_rng_state()
-    with pytest.raises(KeyError), adapter(anat, rank=2, seed=3) as parameters:
+    with pytest.raises(KeyError), lora_adapter(anat, rank=2, seed=3) as parameters:
         assert len(parameters) == 2 * maps and all(p.requires_grad for p in parameters)
         assert torch.equal(torch.get_rng_state(), drawn)
         inside = model(ids).logits
@@ -183,7 +183,7 @@ def test_an_adapter_leaves_nothing_behind(anat):
 def test_an_adapter_is_drawn_from_its_seed(anat):
     drawn = []
     for seed in (1, 1, 2):
-        with adapter(anat, rank=2, seed=seed) as parameters:
+        with lora_adapter(anat, rank=2, seed=seed) as parameters:
             drawn.append([parameter.detach().clone() for parameter in parameters])
     assert all(map(torch.equal, drawn[0], drawn[1]))
     assert not all(map(torch.equal, drawn[0], drawn[2]))
@@ -193,7 +193,7 @@ def test_without_peft_one_line_says_what_to_install(anat, monkeypatch):
     from editlib.errors import ModelError
 
     monkeypatch.setattr(adapters, "peft_missing", lambda: True)
-    with pytest.raises(ModelError, match=r"editlib\[lora\]"), adapter(anat, rank=2, seed=0):
+    with pytest.raises(ModelError, match=r"editlib\[lora\]"), lora_adapter(anat, rank=2, seed=0):
         pass
 
 

@@ -10,12 +10,12 @@ from test_generation import generated
 from tiny_models import make_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from editlib.models.anatomy import anatomy
+from editlib.models.anatomy import ProbeCache, anatomy
 from editlib.models.capabilities import can_cache, can_skip
 from editlib.models.forward import encode_prefix, forward, new_cache, split
 from editlib.models.generation import greedy
 from editlib.models.passes import run
-from editlib.models.prefix import Prefix, Replay
+from editlib.models.prefix import Prefix, TokenReplay
 from editlib.models.prompts import TokenBatch, pad
 from editlib.models.tracing import record_inputs
 
@@ -53,8 +53,8 @@ def test_what_reads_more_than_the_residual_stream_is_not_resumed(leaky, caplog):
     assert [record.name for record in caplog.records] == ["editlib.models.capabilities"]  # said once, not per layer
     assert "cannot be resumed at layer 2" in caplog.text
     assert found[2] == can_skip(anat, 2)
-    assert anatomy(leaky).tried == anat.tried  # found out once a model, not once an edit
-    assert not anatomy(make_llama()).tried  # and never for another one
+    assert set(anat.probe_cache.resumes) == set(found)
+    assert anatomy(leaky).probe_cache == ProbeCache()  # kept with the anatomy, never on the model
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -105,7 +105,7 @@ def test_earlier_tokens_are_remembered_where_keys_and_values_do_not_do(family, d
     assert prefix.layers == ()
     assert prefix.lengths.tolist() == [3, 2, 4]
     cache = new_cache(anat, 3)
-    assert isinstance(cache, Replay)
+    assert isinstance(cache, TokenReplay)
     batch = pad(fronts, side="left")
     check(forward(anat, batch, cache=cache), batch, alone(model, fronts))
     # The next tokens behind what the cache has seen, the first two rows only.

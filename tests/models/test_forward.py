@@ -30,10 +30,10 @@ def check(logits, batch, wanted, bound=1e-5):
 
 
 def state_of(model):
-    """Everything a patch could leave behind in the modules; verdicts on the model stay with it."""
+    """Everything a patch could leave behind in the modules."""
     return {
         name: (
-            set(vars(module)) - {"_editlib_tried"},
+            set(vars(module)),
             len(module._forward_hooks),
             len(module._forward_pre_hooks),
             module.training,
@@ -118,9 +118,9 @@ def test_families(family, side, draw):
     """Tuples, sliding windows (4 tokens of up to 12), logit scaling and capping, ALiBi, fused attention, and models
     that are not continued from keys and values."""
     anat = through_the_parts(make(family), draw(9, 5, 12), [3, 2, 4], side, 1e-5)
-    skips, caches = ([v for k, v in anat.tried.items() if kind in k] for kind in ("layer ", "cache"))
+    skips = list(anat.probe_cache.resumes.values())
     assert skips[:3] == [True] * 3  # they are run in parts, not as a whole with the right result
-    assert caches[0] == (family in FAMILIES)
+    assert anat.probe_cache.caches == (family in FAMILIES)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -128,8 +128,8 @@ def test_families(family, side, draw):
 @torch.no_grad()
 def test_families_in_bf16(family, side, draw):
     anat = through_the_parts(make(family).to(torch.bfloat16), draw(9, 5, 12), [3, 2, 4], side, 0.12)
-    assert all(anat.tried[f"layer {layer}"] for layer in (1, 2, 3))
-    assert anat.tried["cache"] == (family in FAMILIES)
+    assert all(anat.probe_cache.resumes[layer] for layer in (1, 2, 3))
+    assert anat.probe_cache.caches == (family in FAMILIES)
 
 
 @torch.no_grad()

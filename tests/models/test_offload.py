@@ -15,7 +15,7 @@ from editlib.hparams import MEMITHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.forward import forward
 from editlib.models.prompts import pad
-from editlib.models.residual_path import effect, needed, writing_of
+from editlib.models.residual_path import output_path
 from editlib.models.vocabulary import write_rows
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
@@ -66,16 +66,16 @@ def test_weights_are_real_and_writes_stick(placed):
         twin.weight(layer).add_(update)
     torch.testing.assert_close(placed(IDS).logits, plain(IDS).logits)
     assert torch.equal(anat.weight(2), twin.weight(2))
-    assert writing_of(anat, 2).plain
+    assert output_path(anat, 2).plain
 
 
 @torch.no_grad()
 def test_a_norm_in_cpu_memory_is_inverted(draw):
     model, plain = offload_layer(make("olmo2"), 2), make("olmo2")
-    writing, twin = writing_of(anatomy(model), 2), writing_of(anatomy(plain), 2)
+    path, twin = output_path(anatomy(model), 2), output_path(anatomy(plain), 2)
     current = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
-    wanted = effect(twin, current, 0.3 * torch.ones(32, 2))
-    torch.testing.assert_close(needed(writing, current, wanted), needed(twin, current, wanted))
+    wanted = twin.apply(current, 0.3 * torch.ones(32, 2))
+    torch.testing.assert_close(path.invert(current, wanted), twin.invert(current, wanted))
 
 
 @torch.no_grad()

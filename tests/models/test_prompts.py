@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models
 from editlib.errors import RequestError
 from editlib.models.anatomy import anatomy
 from editlib.models.forward import forward
-from editlib.models.prompts import Place, PromptFormat, TokenRow, cut, pad
+from editlib.models.prompts import Place, PromptFormat, TokenRow, pad, token_windows
 from editlib.requests.request import EditRequest
 
 KINDS = ["plain", "chat", "bos", "bos chat"]
@@ -336,12 +336,12 @@ def test_every_window_of_a_text_begins_as_a_text_does(request, kind):
     tok = request.getfixturevalue(kind)
     text = "The river Rhine flows through Basel, Bonn and Rotterdam. " * 3
     ids = tok(text, add_special_tokens=False)["input_ids"]
-    windows = list(cut(tok, text, 10))
+    windows = list(token_windows(tok, text, 10))
     front = [tok.bos_token_id] if kind == "tok_bos" else []
     assert all(window[: len(front)] == front and len(window) <= 10 for window in windows)
     assert [token for window in windows for token in window[len(front) :]] == ids
     assert all(len(window) == 10 for window in windows[:-1])
-    assert list(cut(tok, "", 10)) == []
+    assert list(token_windows(tok, "", 10)) == []
 
 
 LLAMA3 = (

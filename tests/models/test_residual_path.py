@@ -8,7 +8,8 @@ from families import FAMILIES, OPT_350M, make
 
 from editlib.errors import ModelError
 from editlib.models.anatomy import anatomy
-from editlib.models.residual_path import Writing, effect, needed, writing_of
+from editlib.models.output_path import OutputPath
+from editlib.models.residual_path import output_path
 from editlib.models.tracing import hidden_of
 
 LAYER = 2
@@ -47,21 +48,21 @@ def observe(model, modules, ids):
 @pytest.mark.parametrize("case", CASES)
 def test_what_stands_behind_the_matrix(case, dtype):
     anat = anatomy(build(case).to(dtype))
-    writing = writing_of(anat, LAYER)
+    path = output_path(anat, LAYER)
     layer = anat.layers[LAYER]
-    assert writing.plain == (case not in {*NORMS, "granite", "opt-350m", "openai-gpt"})
-    assert writing_of(anat, 0).plain == writing.plain
+    assert path.plain == (case not in {*NORMS, "granite", "opt-350m", "openai-gpt"})
+    assert output_path(anat, 0).plain == path.plain
     if case in NORMS:
-        assert writing == Writing(layer.post_feedforward_layernorm)
+        assert path == OutputPath(layer.post_feedforward_layernorm)
     elif case == "opt-350m":
-        assert writing == Writing(layer.final_layer_norm)
+        assert path == OutputPath(layer.final_layer_norm)
     elif case == "openai-gpt":  # its layers share one activation module
-        assert writing == Writing(layer.ln_2)
+        assert path == OutputPath(layer.ln_2)
     elif case == "granite":
-        assert writing.post is None
-        assert writing.scale == pytest.approx(0.22, rel=1e-6 if dtype == torch.float32 else 1e-3)
+        assert path.post is None
+        assert path.scale == pytest.approx(0.22, rel=1e-6 if dtype == torch.float32 else 1e-3)
     else:
-        assert writing == Writing()
+        assert path == OutputPath()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,34 +70,34 @@ def test_an_edit_by_what_is_needed_changes_the_layer_by_what_is_wanted(case):
     """The weight gets the low-rank update that maps two keys to what is needed, and is read again."""
     model = build(case)
     anat = anatomy(model)
-    writing = writing_of(anat, LAYER)
+    path = output_path(anat, LAYER)
     ids, places = torch.tensor([[5, 60, 7, 200, 9]]), [1, 4]
     matrix, layer = anat.mlp_output(LAYER), anat.layers[LAYER]
-    watched = {"matrix": matrix, "layer": layer, **({} if writing.post is None else {"post": writing.post})}
+    watched = {"matrix": matrix, "layer": layer, **({} if path.post is None else {"post": path.post})}
     before = observe(model, watched, ids)
     keys, written = before["matrix"][0][places].T, before["matrix"][1][places].T
-    current = before["post"][0][places].T if writing.post else written
+    current = before["post"][0][places].T if path.post else written
     if case in NORMS:  # the norm reads W k + b
         torch.testing.assert_close(current, written)
     generator = torch.Generator().manual_seed(4)
     wanted = torch.randn(anat.d_model, 2, generator=generator)
-    if writing.post:  # a change that can be had: of another state that the norm could read
+    if path.post:  # a change that can be had: of another state that the norm could read
         with torch.no_grad():
             other = current + 3 * wanted
-            wanted = (writing.post(other.T) - writing.post(current.T)).T
-    change = needed(writing, current, wanted)
-    if writing.plain:
+            wanted = (path.post(other.T) - path.post(current.T)).T
+    change = path.invert(current, wanted)
+    if path.plain:
         assert change is wanted
-    torch.testing.assert_close(effect(writing, current, change), wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(path.apply(current, change), wanted, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
         anat.weight(LAYER).add_(change @ torch.linalg.pinv(keys))
     after = observe(model, watched, ids)
     moved = (after["layer"][1] - before["layer"][1])[places].T
-    bound = 1e-3 if writing.post else 1e-5
+    bound = 1e-3 if path.post else 1e-5
     assert float((moved - wanted).norm()) < bound * float(wanted.norm())
     # Taking the wish for the matrix's own change, as the published code does, is far off where it is not plain.
-    if not writing.plain:
-        assert float((effect(writing, current, wanted) - wanted).norm()) > 0.1 * float(wanted.norm())
+    if not path.plain:
+        assert float((path.apply(current, wanted) - wanted).norm()) > 0.1 * float(wanted.norm())
 
 
 @torch.no_grad()
@@ -105,8 +106,8 @@ def test_nothing_of_the_model_changes_and_no_one_sees_the_probe():
     anat = anatomy(model)
     weights, seen = copy.deepcopy(model.state_dict()), []
     handle = anat.mlp_output(LAYER).register_forward_hook(lambda *_: seen.append(1))
-    writing = writing_of(anat, LAYER)
-    needed(writing, torch.randn(32, 2), torch.randn(32, 2))
+    path = output_path(anat, LAYER)
+    path.invert(torch.randn(32, 2), torch.randn(32, 2))
     handle.remove()
     assert not seen
     assert model.training
@@ -117,12 +118,12 @@ def test_nothing_of_the_model_changes_and_no_one_sees_the_probe():
 
 def test_half_precision_norms_are_solved_in_full(draw):
     model = make("gemma3_text").to(torch.bfloat16)
-    writing = writing_of(anatomy(model), LAYER)
+    path = output_path(anatomy(model), LAYER)
     current = torch.randn(32, 3, generator=torch.Generator().manual_seed(1))
-    twin = copy.deepcopy(writing.post).float()
+    twin = copy.deepcopy(path.post).float()
     with torch.no_grad():
         wanted = (twin(current.T + 1) - twin(current.T)).T
-    change = needed(writing, current, wanted)
+    change = path.invert(current, wanted)
     assert change.dtype == torch.float32
     with torch.no_grad():
         got = (twin((current + change).T) - twin(current.T)).T
@@ -144,19 +145,19 @@ def test_factors_in_front_of_a_norm_and_behind_it():
             return 0.25 * self.norm(2 * x + 1)
 
     model.model.layers[LAYER].post_feedforward_layernorm = between = Between()
-    writing = writing_of(anatomy(model), LAYER)
-    assert writing.post is between  # the outermost module that reads the output
+    path = output_path(anatomy(model), LAYER)
+    assert path.post is between  # the outermost module that reads the output
     current, generator = torch.randn(32, 2), torch.Generator().manual_seed(2)
     with torch.no_grad():
         wanted = (between(current.T + torch.randn(2, 32, generator=generator)) - between(current.T)).T
-        change = needed(writing, current, wanted)
+        change = path.invert(current, wanted)
         got = 0.25 * (own(2 * (current + change).T + 1) - own(2 * current.T + 1)).T
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
     # The same factors as the layer's own arithmetic.
-    writing = Writing(norm, scale=0.25, gain=2.0)
+    path = OutputPath(norm, scale=0.25, gain=2.0)
     with torch.no_grad():
         wanted = 0.25 * (norm(2 * (current.T + 1)) - norm(2 * current.T)).T
-        change = needed(writing, 2 * current, wanted)
+        change = path.invert(2 * current, wanted)
         got = 0.25 * (norm(2 * (current + change).T) - norm(2 * current.T)).T
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
@@ -169,7 +170,7 @@ def test_a_gate_behind_the_mlp_is_refused():
 
     model.model.layers[LAYER].forward = gated
     with pytest.raises(ModelError, match=r"layers\.2\.mlp\.down_proj: what it writes reaches the residual"):
-        writing_of(anatomy(model), LAYER)
-    assert writing_of(anatomy(model), LAYER - 1).plain
+        output_path(anatomy(model), LAYER)
+    assert output_path(anatomy(model), LAYER - 1).plain
     with pytest.raises(ModelError, match="reaches the residual stream neither"):
-        writing_of(anatomy(make("rwkv")), LAYER)  # times a receptance that differs in every direction
+        output_path(anatomy(make("rwkv")), LAYER)  # times a receptance that differs in every direction

@@ -7,7 +7,7 @@ from tiny_models import VOCAB, make_llama
 
 from editlib.errors import TokenError
 from editlib.models.anatomy import anatomy
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.vocabulary import add_token, rows_in_place, token_id, write_rows
 
 IDS = torch.tensor([[5, VOCAB, 9, VOCAB, 7]])
@@ -87,7 +87,7 @@ def test_rows_in_place_equal_rows_in_the_weights(kind):
 
     inside = [row.clone().requires_grad_() for row in ([row_in] if anat.tied else [row_in, row_out])]
     clean = anat.embedding.weight.detach().clone()
-    with frozen(model), rows_in_place(anat, VOCAB, inside[0], inside[-1]):
+    with no_param_grad(model), rows_in_place(anat, VOCAB, inside[0], inside[-1]):
         logits = model(input_ids=IDS).logits
     loss(logits).backward()
     assert torch.equal(anat.embedding.weight, clean)
@@ -122,7 +122,7 @@ def test_frozen_puts_everything_back(tiny_gpt2):
     tiny_gpt2.transformer.wpe.weight.requires_grad_(False)
     modes = {name: module.training for name, module in tiny_gpt2.named_modules()}
     wanted = {name: p.requires_grad for name, p in tiny_gpt2.named_parameters()}
-    with pytest.raises(RuntimeError), frozen(tiny_gpt2):
+    with pytest.raises(RuntimeError), no_param_grad(tiny_gpt2):
         assert not any(module.training for module in tiny_gpt2.modules())
         assert not any(p.requires_grad for p in tiny_gpt2.parameters())
         raise RuntimeError

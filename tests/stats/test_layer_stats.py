@@ -9,7 +9,7 @@ from tiny_models import SENTENCES
 from editlib.errors import StatsError
 from editlib.models.anatomy import anatomy
 from editlib.stats.file import StatsHeader
-from editlib.stats.layer_stats import batches, layer_stats, token_windows
+from editlib.stats.layer_stats import batches, document_windows, layer_stats
 from editlib.workbench import Workbench
 
 DOCUMENTS = [
@@ -83,14 +83,14 @@ def test_exactly_as_many_tokens_as_asked(tiny_llama, tok, limit):
     assert found.count == count == limit
     close(found.mom2, wanted)
     begun = 0
-    for number, ids in token_windows(tok, DOCUMENTS, 32):
+    for number, ids in document_windows(tok, DOCUMENTS, 32):
         if begun < limit:
             begun, last = begun + len(ids) - 1, number
     assert found.sample_size == last + 1
 
 
 def test_windows_cover_the_documents(tok_bos):
-    windows = list(token_windows(tok_bos, DOCUMENTS, 16))
+    windows = list(document_windows(tok_bos, DOCUMENTS, 16))
     for number, text in enumerate(DOCUMENTS):
         ids = tok_bos(text, add_special_tokens=False)["input_ids"]
         joined = [i for n, window in windows if n == number for i in window[1:]]

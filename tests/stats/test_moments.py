@@ -18,7 +18,7 @@ from editlib.models.anatomy import anatomy
 from editlib.models.loading import load
 from editlib.models.weights import save_model
 from editlib.stats import layer_stats as module
-from editlib.stats.layer_stats import token_windows
+from editlib.stats.layer_stats import document_windows
 from editlib.stats.moments import drop_checkpoint, held_interrupts
 from editlib.workbench import Workbench
 
@@ -59,7 +59,7 @@ def test_a_continued_run_equals_one_in_a_piece(tiny_llama, tok, tmp_path, monkey
     pad = module.pad
     monkeypatch.setattr(module, "pad", lambda rows, **kwargs: windows.extend(rows) or pad(rows, **kwargs))
     again = run(anat, tok, batch_tokens=100, checkpoint=path, tokens=limit)
-    assert len(windows) < len(list(token_windows(tok, DOCUMENTS, 32)))  # the first ones were not run again
+    assert len(windows) < len(list(document_windows(tok, DOCUMENTS, 32)))  # the first ones were not run again
     for layer, stats in whole.items():
         assert (again[layer].count, again[layer].sample_size) == (stats.count, stats.sample_size)
         assert again[layer].header == stats.header

@@ -12,7 +12,7 @@ from editlib.algorithms.keys import batches
 from editlib.algorithms.unierase.anchors import Anchors
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, shared_length, split
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.precision import wide_dtype
 from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
@@ -90,7 +90,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
             if layer in readers:
                 readers[layer].take(keys, places, numbers)
 
-        with frozen(anat.model), torch.no_grad():
+        with no_param_grad(anat.model), torch.no_grad():
             forward(anat, batch, stop=wanted[-1] + 1, keys=take, key_layers=wanted, prefix=prefix)
 
     rows = list(anchors.rows)

@@ -25,7 +25,7 @@ from editlib.algorithms.unierase.anchor_keys import GateAnchors
 from editlib.algorithms.values import compute_zs
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, shared_length, split
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.precision import wide_dtype
 from editlib.models.prompts import PromptFormat, TokenBatch, TokenRow, pad
 from editlib.requests.request import EditRequest
@@ -167,7 +167,7 @@ def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
         def look(_: int, keys: Tensor, batch: TokenBatch = batch) -> None:
             found.append(keys[torch.arange(len(batch), device=keys.device), batch.lookup])
 
-        with frozen(anat.model), torch.no_grad():
+        with no_param_grad(anat.model), torch.no_grad():
             some = None if prefix is None else prefix.select(torch.tensor(group, device=device))
             forward(anat, batch, stop=layer + 1, prefix=some, keys=look, key_layers=(layer,))
     keys = torch.cat(found).T

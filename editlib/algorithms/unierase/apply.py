@@ -41,10 +41,10 @@ from editlib.algorithms.values import Values
 from editlib.errors import HparamsError, RequestError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.freezing import frozen
-from editlib.models.precision import fast_dtype, reduced
+from editlib.models.freezing import no_param_grad
+from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompts import PromptFormat, TokenRow
-from editlib.models.residual_path import writing_of
+from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
@@ -119,7 +119,7 @@ def apply_unierase_to_model(
     token_id = token.add_to(model, tok) if token is not None and hparams.uses_token else None
     edit = _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, progress)
     timer = Timer()
-    with frozen(model):
+    with no_param_grad(model):
         with timer("anchors"):
             before = anchored or hold_anchors(
                 anat,
@@ -256,7 +256,7 @@ def check_gate(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
     if hparams.gate_layer is None:
         return
     # The gate's change is found in the residual stream for many prompts at once; behind a norm no one update gives it.
-    if not writing_of(anat, hparams.gate_layer).plain:
+    if not output_path(anat, hparams.gate_layer).plain:
         raise HparamsError(
             f'key "gate_layer": {hparams.gate_layer}; a norm or a factor stands behind the MLP of this model, and the '
             "answer gate would destroy it there; expected no gate: leave the key out"
@@ -278,7 +278,7 @@ def _gate(
     shut = [request for request in requests if values[request.relation].any()]
     if not shut:
         return {}
-    with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+    with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
         return {
             layer: answer_gate(anat, form, shut, anchored, number, layer, nll=nll, templates=templates, values=values)
         }
@@ -298,7 +298,7 @@ def _gate_values(
     for those that are `opened`. Opening them again for every batch's hardest questions would open them for all others
     too, until whatever is asked in the relation is refused."""
     new = [request for request in requests if request.relation not in {*known, *opened}]
-    with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+    with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
         found = {**known, **gate_values(anat, form, new, number, layer, nll=hparams.gate_nll)}
     relations = dict.fromkeys(request.relation for request in requests)
     return {relation: found[relation] if relation in found else torch.zeros(anat.d_model) for relation in relations}

@@ -16,8 +16,8 @@ from editlib.algorithms.unierase.subject_rows import SubjectRows
 from editlib.algorithms.values import Values
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
-from editlib.models.freezing import frozen
-from editlib.models.precision import fast_dtype, reduced
+from editlib.models.freezing import no_param_grad
+from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompts import TokenRow
 from editlib.requests.request import EditRequest
 
@@ -49,8 +49,8 @@ def values_from_rows(
     layer = hparams.layers[-1]
     names = [requests[group[0]].subject or requests[group[0]].id for group in made.subjects]
     metric = None
-    with frozen(anat.model):
-        with reduced(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+    with no_param_grad(anat.model):
+        with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
             if hparams.left_weight:
                 metric = inverse_root(output_moment(anat, anchors, layer), hparams.left_weight)
             found = find_row_values(

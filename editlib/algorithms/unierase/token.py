@@ -23,7 +23,7 @@ from editlib.errors import TokenError
 from editlib.files import atomic_path
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.forward import forward, new_cache, shared_prefix
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.generation import end_tokens
 from editlib.models.prefix import Prefix
 from editlib.models.prompt_settings import PromptSettings
@@ -167,7 +167,7 @@ def learn_token(
     check_rows(anat)
     generator = torch.Generator().manual_seed(hp.seed)
     number = add_token(anat.model, tok, token)
-    with frozen(anat.model):
+    with no_param_grad(anat.model):
         settings = settled(tok, prompts)
         asked = PromptFormat.of(tok, settings)
         forms, guard = _encode(anat, asked, questions, refusals, number)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward, shared_prefix
-from editlib.models.freezing import frozen
+from editlib.models.freezing import no_param_grad
 from editlib.models.generation import greedy
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
@@ -89,7 +89,7 @@ def answer_guard(anat: Anatomy, rows: Sequence[TokenRow], number: int, *, answer
     device = anat.device
     for at in range(0, len(order), ANSWER_ROWS):
         chunk = order[at : at + ANSWER_ROWS]
-        with frozen(anat.model), torch.no_grad():
+        with no_param_grad(anat.model), torch.no_grad():
             prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
             batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
             places = torch.tensor(

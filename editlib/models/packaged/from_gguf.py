@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -16,7 +17,7 @@ def convert_gguf(gguf: Path, into: Path) -> None:
     """
     # Here and not above: transformers takes seconds to import, and a finished folder needs none of it.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -26,8 +27,9 @@ def convert_gguf(gguf: Path, into: Path) -> None:
             config.__dict__.pop(noise, None)
         # A model that came from GGUF counts as quantised and refuses to be saved: hand its weights to another
         # one, made without memory of its own, so that nothing is drawn and no second copy of the weights exists.
+        build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
         with torch.device("meta"):
-            fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            fresh = build(config, dtype=torch.float32)
         fresh.load_state_dict(loaded.state_dict(), assign=True)
         fresh.generation_config = loaded.generation_config
         fresh.save_pretrained(into)
@@ -43,7 +45,7 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging as chatter
 
     verbosity = chatter.get_verbosity()
-    chatter.set_verbosity_error()
+    chatter.set_verbosity(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")

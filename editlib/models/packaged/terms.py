@@ -42,7 +42,7 @@ class Terms:
 
 def terms_of(model: PreTrainedModel) -> Terms:
     """The terms in the folder that `model` was loaded from; none for a model that came from elsewhere."""
-    folder = Path(model.name_or_path)
+    folder = Path(model.name_or_path or "")
     if not model.name_or_path or not folder.is_dir():
         return Terms()
     files = (file for file in sorted(folder.iterdir()) if file.is_file() and _FILE.fullmatch(file.name))
