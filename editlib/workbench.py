@@ -65,7 +65,7 @@ class Workbench:
     ) -> Workbench:
         """`name` is what the model is called in receipts and in `stats_dir`; default: what it was loaded from."""
         sha256 = weights_sha256(model)
-        name = name or model.name_or_path
+        name = name or model.name_or_path or type(model).__name__
         how = settled(tok, prompts)
         today = how.date is not None and (prompts is None or prompts.date is None)
         shows = progress and shard.first
@@ -139,7 +139,7 @@ class Workbench:
             editlib=library_version(),
         )
         checkpoint = folder / f".{header.corpus}.partial.npz"
-        common = {
+        common: dict[str, Any] = {
             "tokens": tokens,
             "header": header,
             "checkpoint": checkpoint,

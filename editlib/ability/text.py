@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from editlib.models.generation import perplexity
 
 
 def measure_text(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, documents: Sequence[str], *, seed: int = 0
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, documents: Iterable[str], *, seed: int = 0
 ) -> Measured:
     """Perplexity over the windows of `editlib eval`; its standard error is a bootstrap over windows.
 

@@ -91,7 +91,7 @@ def trials(
             continue
         outputs = []
         for row in asked:
-            prompt, begun = target.tok.decode(row.ids), row.ids[len(row) - row.extra :]
+            prompt, begun = target.prompt_text(row.ids), row.ids[len(row) - row.extra :]
             for ids in next(said):
                 text = target.text((*begun, *ids))
                 text = text if cut is None else text.partition(cut)[0].strip()

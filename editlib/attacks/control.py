@@ -17,7 +17,8 @@ CANDIDATES = 6  # asked for each one that is wanted
 
 def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
     """The facts whose leaking can be seen, and how many are left out by reason."""
-    found, left_out = [], Counter()
+    found: list[EditRequest] = []
+    left_out: Counter[str] = Counter()
     for fact in facts:
         if fact.answer is None:
             left_out["no answer given"] += 1

@@ -51,7 +51,7 @@ def _lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackCont
             fact, row = facts[i], rows[i]
             best = min(by_layer)
             text = f"place {best} in layer {by_layer.index(best)}"
-            output = Completion(target.tok.decode(row.ids), text, best <= context.settings.top_k)
+            output = Completion(target.prompt_text(row.ids), text, best <= context.settings.top_k)
             found.append(Trial(fact.id, fact.question, right_answers(fact), (output,)))
     return AttackOutcome(tuple(found))
 

@@ -147,7 +147,7 @@ def any_language(target: LoadedModel, facts: Sequence[EditRequest], context: Att
 
 
 def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> Prompts:
-    fitting = [asked[fact.relation] for asked in frames if fact.relation in asked]
+    fitting = [asked[fact.relation] for asked in frames if fact.relation is not None and fact.relation in asked]
     if not fitting or fact.subject is None:
         return "no frame for the relation"
     return [target.form.encode(frame.replace("{}", fact.subject)) for frame in fitting]

@@ -72,10 +72,10 @@ def evaluate(
 
     check_output(out_dir, overwrite=overwrite)
     how = prompt_settings(prompts)
-    facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
+    facts: dict[str, object] = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
     facts |= {"--skip-bad": skip_bad, "--endings": endings}
-    fiction = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference, "--limit": limit}
-    fiction |= {"--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
+    fiction: dict[str, object] = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference}
+    fiction |= {"--limit": limit, "--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
     chosen: Any
     if protocol == "facts":
         _refuse(fiction, "tofu")
@@ -164,7 +164,8 @@ def subjects(
     if out_file is not None:
         check_file(out_file, overwrite=overwrite)
     found = read_questions(requests, subjects=None if given is None else read_subjects(given), skip_bad=skip_bad)
-    order = {None: 0, **{rule: -i for i, rule in enumerate(RULES, 1)}}  # from the weakest rule to the strongest
+    order: dict[str | None, int] = {None: 0}
+    order |= {rule: -i for i, rule in enumerate(RULES, 1)}  # from the weakest rule to the strongest
     rules = {request.id: subject.rule if subject else None for request, subject in found}
     ranked = sorted(found, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
     rows = [["question", "subject", "rule"]]

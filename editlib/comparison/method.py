@@ -65,8 +65,8 @@ class Method(ABC):
     """
 
     Settings: ClassVar[type[Section]]
-    family: ClassVar[str]
-    seeded: ClassVar[bool] = True  # false: the same for every seed, and run for the first one alone
+    family: str
+    seeded: bool = True  # false: the same for every seed, and run for the first one alone
 
     def __init__(self, name: str, label: str, settings: Section, where: str, general: General) -> None:
         """Raises `EditlibError` for settings that cannot be used, whatever the model's weights are."""

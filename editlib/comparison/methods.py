@@ -124,8 +124,14 @@ class ClosedForm(Method):
             with timer("token"):
                 if not path.exists():
                     bench.make_token(hparams=TokenHyperParams(seed=seed), path=path)
-        made_from = {"corpus": self.general.corpus, "stats_tokens": self.general.stats_tokens}
-        means = editing.load_inputs(bench, self.hparams, token=path, timer=timer, **made_from)
+        means = editing.load_inputs(
+            bench,
+            self.hparams,
+            token=path,
+            timer=timer,
+            corpus=self.general.corpus,
+            stats_tokens=self.general.stats_tokens,
+        )
         return Prepared(means, timer.seconds)
 
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -227,12 +227,14 @@ class _Run:
         protocol = next(one for one in self.config.sets if one.name == cell.set)
         evaluator = self._enter(protocol)
         task, method = evaluator.set.task, cell.method
-        searched = self._search(cell, evaluator) if method.searches else {"found": None, "seconds": 0.0}
+        searched: dict[str, Any] = {"found": None, "seconds": 0.0}
+        if method.searches:
+            searched = self._search(cell, evaluator)
         bench = self.load(protocol.model)
         ready = self._prepare(method, bench, task, cell.seed)
         with measure_resources() as meter:
             cost = method.forget(bench, task, cell.seed, ready=ready.made, found=searched["found"])
-        before = searched.get("prepared", {})
+        before: Mapping[str, float] = searched.get("prepared", {})
         prepared = {name: before.get(name, 0.0) + ready.seconds.get(name, 0.0) for name in {**before, **ready.seconds}}
         took = {**asdict(meter), "search_seconds": searched["seconds"], "prepared": prepared}
         self._keep_edit(cell, evaluator, bench, cost, took)
@@ -285,7 +287,7 @@ class _Run:
         told = {**took, "touched": asdict(changed), "update_bytes": size}
         cell.shelf.put(EDIT, {"sha256": sha, "cost": told, "notes": dict(cost.notes)})
 
-    def _parts(self, cell: RunCell, parts: Sequence[Measurement], bench: Workbench) -> dict[str, str]:
+    def _parts(self, cell: RunCell, parts: Iterable[Measurement], bench: Workbench) -> dict[str, str]:
         """Measures what is missing; the reasons of what failed."""
         failed = {}
         for part in parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +12,7 @@ from editlib.models.prompts import cut
 WINDOWS, WINDOW = 16, 256
 
 
-def text_windows(tok: PreTrainedTokenizerBase, documents: Sequence[str]) -> list[list[int]]:
+def text_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str]) -> list[list[int]]:
     """The first `WINDOW` tokens of the first `WINDOWS` documents that are long enough (or of what there is).
 
     Raises:

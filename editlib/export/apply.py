@@ -68,9 +68,10 @@ def apply_delta(model: PreTrainedModel, tok: PreTrainedTokenizerBase, delta: Del
         )
 
 
-def check_base(anat: Anatomy, delta: Delta, name: str) -> None:
+def check_base(anat: Anatomy, delta: Delta, name: str | None) -> None:
     """Raises `DeltaError` when a model is not the one that `delta` was made from."""
     kind = type(anat.model).__name__
+    name = name or "this model"
     if kind != delta.architecture:
         raise DeltaError(f"the delta belongs to a {delta.architecture} ({delta.base}), but {name} is a {kind}")
     for layer, module in delta.modules.items():

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from editlib.errors import EditlibError
 from editlib.files import atomic_path
@@ -234,7 +234,7 @@ def _style() -> Iterator[None]:
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        cast("dict[str, Any]", matplotlib.rcParams).update(STYLE)
         warnings.filterwarnings("ignore", "Glyph")
         yield
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ class FactsProtocol:
         requests: Sequence[EditRequest],
         retain: Sequence[EditRequest],
         *,
-        documents: Sequence[str] = (),
+        documents: Iterable[str] = (),
         before_file: Path | None = None,
         endings: int = 0,
         progress: bool = False,
     ) -> None:
-        self.requests, self._retain, self._documents = list(requests), list(retain), list(documents)
+        self.requests, self._retain, self._documents = list(requests), list(retain), documents
         self._before_file, self._endings, self._progress = before_file, endings, progress
         self._before: AnswerCache | None = None
 
@@ -68,7 +68,7 @@ class FactsProtocol:
         require_matplotlib()
         given = data.retain_prompts(requests) + data.general("test")
         retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad)
-        documents = [] if text is None else load_corpus(text).documents
+        documents: Iterable[str] = () if text is None else load_corpus(text).documents
         return cls(requests, retain, documents=documents, before_file=before_file, endings=endings, progress=progress)
 
     def measure(

@@ -10,6 +10,7 @@ from editlib import data
 from editlib.errors import RequestError
 from editlib.evaluation.answer_cache import AnswerCache, ask
 from editlib.evaluation.metrics import has_answer
+from editlib.models.loaded import plain_text
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -118,7 +119,7 @@ def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
 
 def knows(bench: Workbench, before: AnswerCache, fact: EditRequest) -> bool:
     """Whether the model's answer in `before` holds the right one."""
-    text = bench.tok.decode(before.answers[fact.question], skip_special_tokens=True)
+    text = plain_text(bench.tok, before.answers[fact.question])
     return has_answer(text, (fact.answer or "", *fact.aliases))
 
 

@@ -22,6 +22,7 @@ from editlib.evaluation.metrics import (
 )
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import continuation_nll, perplexity
+from editlib.models.loaded import plain_text
 from editlib.models.positions import check_prompts
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.request import EditRequest
@@ -141,8 +142,8 @@ def evaluate(
     }
     after = ask(*edited, questions, drafts=kept, how=how, progress="after" if progress else None)
     for item in items:
-        item.before = base[1].decode(before.answers[item.question], skip_special_tokens=True).strip()
-        item.after = edited[1].decode(after[item.question], skip_special_tokens=True).strip()
+        item.before = plain_text(base[1], before.answers[item.question])
+        item.after = plain_text(edited[1], after[item.question])
     _nats(base, edited, items, before, how)
     for item in items:
         judge(item, endings)

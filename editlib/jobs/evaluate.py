@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class Edited:
         prompts = settled(tok, prompts_of(receipt, self._given))
         return Side(self.path, anat, tok, weights_sha256(anat.model), receipt, prompts)
 
-    def steps(self, requests: Sequence[EditRequest]) -> Iterator[tuple[int, list[EditRequest], Side]]:
+    def steps(self, requests: Sequence[EditRequest]) -> Generator[tuple[int, list[EditRequest], Side], None, None]:
         """After each batch of the chain: its number, those of `requests` that were edited so far, and the model.
 
         Raises:

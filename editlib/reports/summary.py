@@ -111,8 +111,9 @@ def interval(group: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def number(value: object) -> float | None:
     """`value` where it is a finite number; None for anything else, so that nan and null read the same."""
-    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if real else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _count(group: Mapping[str, Any], noun: str) -> str:

@@ -207,7 +207,8 @@ def _open_stream(datasets: Any, name: str, split: str, spec: str) -> Any:
     """Try OWNER/NAME before NAME/CONFIG: both are written `a/b`."""
     readings: list[tuple[str, str | None]] = [(name, None)]
     if "/" in name:
-        readings.append(tuple(name.rsplit("/", 1)))
+        dataset, _, config_name = name.rpartition("/")
+        readings.append((dataset, config_name))
     if name.count("/") == 2:
         del readings[0]
     problem = None

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,16 +73,14 @@ def write_stats(path: Path, stats: LayerStats) -> None:
     assert stats.header is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, temporary.open("wb") as out:
-        np.savez(
-            out,
-            **{
-                "mom2.constructor": np.array(CONSTRUCTOR),
-                "mom2.count": np.array(stats.count),
-                "mom2.mom2": stats.mom2.to(torch.float32).numpy(),
-                "sample_size": np.array(stats.sample_size),
-                "editlib.header": np.array(json.dumps(asdict(stats.header))),
-            },
-        )
+        arrays: dict[str, Any] = {
+            "mom2.constructor": np.array(CONSTRUCTOR),
+            "mom2.count": np.array(stats.count),
+            "mom2.mom2": stats.mom2.to(torch.float32).numpy(),
+            "sample_size": np.array(stats.sample_size),
+            "editlib.header": np.array(json.dumps(asdict(stats.header))),
+        }
+        np.savez(out, **arrays)
     stats.path = path
 
 

@@ -113,7 +113,7 @@ class Checkpoint:
             return
         started = time.monotonic()
         self._sums.flush()
-        arrays = {f"sum.{layer}": total.numpy() for layer, total in self._sums.sums.items()}
+        arrays: dict[str, Any] = {f"sum.{layer}": total.numpy() for layer, total in self._sums.sums.items()}
         state = {"job": self._job, "batch": at, "tokens": self._sums.tokens, "documents": documents}
         with atomic_path(self.path) as temporary, temporary.open("wb") as out:
             np.savez(out, state=np.array(json.dumps(state)), **arrays)

@@ -75,8 +75,8 @@ class Tofu(Protocol):
         judges = Judges(own.encoder, own.classifier)
         known = Readings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
-        given = {"max_new_tokens": own.max_new_tokens, "progress": label}
-        read((base.bench.anat, base.bench.tok), self.sets, known.found, **given)
+        model = (base.bench.anat, base.bench.tok)
+        read(model, self.sets, known.found, max_new_tokens=own.max_new_tokens, progress=label)
         known.save()
         answers = {one.question: reading.tokens for one, reading in known.found.items()}
         before = AnswerCache(base.bench.sha256, answers)
@@ -187,7 +187,7 @@ class TofuSet(ForgetSet):
             metric = f"{name}_generated_rouge_l_recall"
             for i, one in enumerate(probes):
                 then, now = (told[metric].value_by_index[str(i)]["rougeL_recall"] for told in (before, results))
-                item = {"id": one.id, "kind": name, "question": one.question, "answer": one.answer}
+                item: dict[str, Any] = {"id": one.id, "kind": name, "question": one.question, "answer": one.answer}
                 item |= {"before": self.readings[one].text, "after": after[one].text, "passed": None, "counted": True}
                 item["note"] = "" if None in (then, now) else f"ROUGE-L {then:.2f} → {now:.2f}"
                 found.append(item)

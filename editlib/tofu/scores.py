@@ -18,6 +18,7 @@ from editlib.evaluation.metrics.generated import Classifier, Encoder
 from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import Forced
+from editlib.models.loaded import plain_text
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.tofu.sets import SIDE, Asked, TofuSets
 
@@ -117,8 +118,10 @@ def compare_tofu(
     after: dict[Asked, Reading] = {}
     label = "after" if progress else None
     read(edited, sets, after, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=label)
-    given = {"retain_only": retain_only, "judges": judges}
-    return TofuScores(score(sets, known, **given), score(sets, after, **given), sets, known, after)
+    base_results, edited_results = (
+        score(sets, readings, retain_only=retain_only, judges=judges) for readings in (known, after)
+    )
+    return TofuScores(base_results, edited_results, sets, known, after)
 
 
 def read(
@@ -148,7 +151,7 @@ def read(
     for one in asked:
         answer, *others = [next(forced) for _ in _given(one)]
         paraphrase = answer if one.paraphrase is None else others.pop(0)
-        text = tok.decode(said[one.question], skip_special_tokens=True).strip()
+        text = plain_text(tok, said[one.question])
         known[one] = Reading(said[one.question], text, answer, paraphrase.mean, tuple(other.mean for other in others))
 
 
@@ -288,7 +291,7 @@ def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: st
             f"{what}: lacks {len(missing)} of {len(ids)} questions ({missing[0]}); measure the retain-only model with "
             "the same --forget, --limit and --seed"
         )
-    return {name: float(ratios[name]) for name in ids}
+    return {name: float(ratio) for name in ids if (ratio := ratios[name]) is not None}
 
 
 def document(scores: TofuScores) -> dict[str, Any]:
@@ -300,7 +303,7 @@ def document(scores: TofuScores) -> dict[str, Any]:
             side: results[f"{name}_generated_rouge_l_recall"].value_by_index for side, (results, _) in sides.items()
         }
         for i, one in enumerate(probes):
-            item = {"id": one.id, "set": name, "question": one.question, "answer": one.answer}
+            item: dict[str, Any] = {"id": one.id, "set": name, "question": one.question, "answer": one.answer}
             for side, (_, readings) in sides.items():
                 when = {"base": "before", "edited": "after"}[side]
                 item[when] = readings[one].text

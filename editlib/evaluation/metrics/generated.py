@@ -74,7 +74,7 @@ def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: S
         MetricError: the numbers of texts differ, or `rouge-score` is not installed.
     """
     same_number(generated=generated, references=references)
-    items = [
+    items: list[dict[str, Any]] = [
         {"rougeL_recall": score, "ground_truth": reference, "generation": text}
         for score, reference, text in zip(_rouge_l(generated, references), references, generated, strict=True)
     ]
@@ -227,7 +227,7 @@ def _load_classifier(name: str | Path) -> Classifier:
             judge = pipeline("text-classification", model=str(name), truncation=True)
     except (OSError, ValueError) as error:
         raise MetricError(_not_loaded("classifier", name, error)) from None
-    labels = [str(label) for label in judge.model.config.id2label.values()]
+    labels = [str(label) for label in (judge.model.config.id2label or {}).values()]
     if ENTAILED not in {label.lower() for label in labels}:
         raise MetricError(f'the labels of {name} are {", ".join(labels)}; expected a model with a label "entailment"')
     return judge
