@@ -12,13 +12,11 @@ from editlib.evaluation.perplexity import text_windows
 from editlib.evaluation.protocol import Side
 from editlib.facts.plots import require_matplotlib
 from editlib.facts.report import write_outputs
-from editlib.facts.scores import KINDS, NOT_JUDGED, build_items, evaluate
+from editlib.facts.scores import KINDS, NOT_JUDGED, RATIO, build_items, evaluate
 from editlib.reports.summary import summary_rows
 from editlib.requests.reading import read_requests
 from editlib.requests.request import EditRequest
 from editlib.stats.corpus import load_corpus
-
-RATIO = "perplexity_ratio"
 
 
 class FactsProtocol:

@@ -160,11 +160,17 @@ def write_results(path: Path, results: Iterable[MetricResult]) -> None:
     write_json(path, whole)
 
 
-def read_results(path: Path) -> dict[str, MetricResult]:
-    """The results in a JSON file, by name; open-unlearning's own `*_EVAL.json` can be read, too.
+def read_results(path: Path, side: str = "edited") -> dict[str, MetricResult]:
+    """Reads the results in a JSON file, by name.
+
+    The file is one of `write_results`, open-unlearning's `*_EVAL.json`, or the `metrics.json` of `editlib eval`, which
+    holds results under `scores`.
+
+    Args:
+        side: the model whose results are read from a `metrics.json`: "edited", or "base" where they were measured.
 
     Raises:
-        MetricError: no such file, no JSON object, or an entry that is no metric.
+        MetricError: no such file, no JSON object, an entry that is no metric, or no results of this model.
     """
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
@@ -172,6 +178,11 @@ def read_results(path: Path) -> dict[str, MetricResult]:
         raise MetricError(f"cannot read results from {path}: {error}; expected a JSON file of metrics") from None
     if not isinstance(whole, dict):
         raise MetricError(f"{path} holds {quote(whole)}; expected an object of metrics by name")
+    scores = whole.get("scores")
+    if isinstance(scores, dict) and "agg_value" not in scores:
+        if not isinstance(scores.get(side), dict):
+            raise MetricError(f"{path} holds no results of the model {side!r}; expected one of {', '.join(scores)}")
+        whole = scores[side]
     try:
         return {name: MetricResult.from_dict({name: body}) for name, body in whole.items()}
     except MetricError as error:
