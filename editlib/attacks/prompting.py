@@ -9,10 +9,11 @@ from dataclasses import replace
 from functools import partial
 
 from editlib import data
+from editlib.algorithms.unierase.subject_rows import answer_slot
 from editlib.attacks.asking import AttackContext, Prompts, ask_each, ask_greedily, not_asked, right_answers, trials
 from editlib.attacks.outcome import AttackOutcome
 from editlib.evaluation.metrics import has_answer, refusal_verdict
-from editlib.models.generation import sample_each
+from editlib.models.generation import greedy, sample_each
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.models.vocabulary import token_id
@@ -75,6 +76,30 @@ def _begun(target: LoadedModel, fact: EditRequest) -> Prompts:
     ):
         return "the answer is one token"
     return [target.form.encode(fact.question).followed_by(start)]
+
+
+def prefill_own(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
+    """Every answer begins with the sentence of the model before the edit, up to where the right answer starts.
+
+    The sentence is the base's greedy answer to the plain question. A fact is not tried where the base does not answer
+    it right, or answers with no words before.
+    """
+    prompts = [context.base.form.encode(fact.question) for fact in facts]
+    said = greedy(context.base.anat, prompts, max_new_tokens=context.settings.max_new_tokens) if prompts else []
+    begun = [_own_sentence(target, fact, ids, context) for fact, ids in zip(facts, said, strict=True)]
+    return ask_greedily(target, facts, begun, context)
+
+
+def _own_sentence(target: LoadedModel, fact: EditRequest, said: Sequence[int], context: AttackContext) -> Prompts:
+    answers = right_answers(fact)
+    slot = answer_slot(context.base.form, said, answers)
+    if slot is None:
+        return "the model before the edit does not say it"
+    lead = context.base.text(said[:slot])
+    # With inflected endings allowed, an earlier word may count as the answer; it would leak by itself.
+    if not lead or has_answer(lead, answers, endings=context.settings.endings):
+        return "no words before the answer"
+    return [target.form.encode(fact.question).followed_by(tuple(said[:slot]))]
 
 
 # The same asked in other words.
