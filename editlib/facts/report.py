@@ -12,6 +12,7 @@ from typing import Any
 
 from editlib.facts.plots import ReportError, plot_png, plots, require_matplotlib
 from editlib.files import atomic_path, write_json
+from editlib.reports.attacks import attack_section
 from editlib.reports.page import filled, groups, headline, small
 from editlib.reports.summary import number, rows, summary_rows, verdict
 
@@ -45,6 +46,7 @@ def write_report(metrics: Mapping[str, Any], path: Path) -> None:
         verdict=escape(verdict(metrics)),
         headline="\n".join(map(headline, rows(metrics))),
         plots=_plots(metrics),
+        attacks=attack_section(metrics.get("attacks") or []),
         answers="\n".join(_answers(metrics.get("items") or [])),
         receipt="\n".join(_receipt(metrics)),
         footer=escape(" · ".join(_footer(metrics))),
