@@ -13,7 +13,7 @@ from typing import Any
 from editlib.facts.plots import ReportError, plot_png, plots, require_matplotlib
 from editlib.files import atomic_path, write_json
 from editlib.reports.attacks import attack_section
-from editlib.reports.page import filled, groups, headline, small
+from editlib.reports.page import filled, groups, headline, small, verdict_line
 from editlib.reports.summary import number, rows, summary_rows, verdict
 
 __all__ = ["ReportError", "plot_png", "require_matplotlib", "summary_rows", "verdict", "write_report"]
@@ -39,11 +39,11 @@ def write_report(metrics: Mapping[str, Any], path: Path) -> None:
     base, edited = _name(metrics, "base"), _name(metrics, "edited")
     page = filled(
         __package__,
-        "report.html",
+        "report",
         title=escape(f"{edited} · editlib report"),
         heading=f"What {escape(edited)} forgot, and what it kept",
         models=f"edited model <b>{escape(edited)}</b>, compared with its base <b>{escape(base)}</b>",
-        verdict=escape(verdict(metrics)),
+        summary=verdict_line(verdict(metrics)),
         headline="\n".join(map(headline, rows(metrics))),
         plots=_plots(metrics),
         attacks=attack_section(metrics.get("attacks") or []),

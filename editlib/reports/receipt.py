@@ -14,7 +14,7 @@ from editlib.errors import ModelError, RequestError
 from editlib.export import Delta, read_receipt
 from editlib.export.private import open_receipt, private_receipt
 from editlib.files import atomic_folder, atomic_path, check_file, check_output, write_json
-from editlib.reports.page import filled, groups, headline, plain
+from editlib.reports.page import filled, groups, headline, plain, verdict_line
 from editlib.reports.summary import RATIO, SHARES, number, rows, verdict
 from editlib.requests.reading import read_requests
 from editlib.requests.request import EditRequest
@@ -144,11 +144,11 @@ def page(told: Mapping[str, Any]) -> str:
     by = f"by editlib {told.get('editlib')} with {told.get('algorithm')}, {when_of(told.get('created', ''))}"
     return filled(
         __package__,
-        "receipt.html",
+        "receipt",
         title=escape(f"{title} · receipt"),
         heading=escape(title),
         models=escape(by),
-        verdict=escape(verdict(metrics) if metrics else "No measurements were given."),
+        summary=verdict_line(verdict(metrics) if metrics else "No measurements were given."),
         note=escape(_note(told)),
         asked="\n".join(_asked(told)),
         measures="\n".join(_measures(metrics)) if metrics else "",

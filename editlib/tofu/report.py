@@ -9,7 +9,7 @@ from typing import Any
 
 from editlib.evaluation.metrics import MetricResult, write_results
 from editlib.files import atomic_path, write_json
-from editlib.reports.page import filled, groups, small
+from editlib.reports.page import filled, groups, small, verdict_line
 from editlib.reports.summary import number
 from editlib.reports.tables import write_table
 from editlib.tofu.sets import SETS
@@ -123,12 +123,12 @@ def _page(metrics: Mapping[str, Any]) -> str:
     base, edited = metrics["base"]["name"], metrics["edited"]["name"]
     return filled(
         __package__,
-        "tofu.html",
+        "tofu",
         title=escape(f"{edited} · TOFU · editlib report"),
         heading=f"What {escape(edited)} forgot of TOFU, and what it kept",
         models=f"edited model <b>{escape(edited)}</b>, compared with its base <b>{escape(base)}</b>; "
         f"{escape(metrics['forget'])}, mode {escape(metrics['mode'])}",
-        verdict=escape(verdict(metrics)),
+        summary=verdict_line(verdict(metrics)),
         note=escape(conditions(metrics)),
         measures="\n".join(_measures(metrics)),
         points="\n".join(_points(metrics.get("points") or [])),
