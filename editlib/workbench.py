@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
 from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import TokenError
 from editlib.export import library_version
 from editlib.models.anatomy import Anatomy, anatomy
@@ -46,7 +46,7 @@ class Workbench:
     sha256: str
     name: str
     progress: bool = True
-    shard: Shard = ALONE  # this process's share of `make_stats`, where several work together
+    shard: Process = ALONE  # this process's share of `make_stats`, where several work together
     dtype: str | None = None  # what `load` was told; none: as stored
     prompts: PromptSettings = field(default_factory=PromptSettings)  # how the model is asked
     today: bool = False  # the date in `prompts` is only that of this run: a recorded one goes before it
@@ -60,7 +60,7 @@ class Workbench:
         *,
         name: str | None = None,
         progress: bool = True,
-        shard: Shard = ALONE,
+        shard: Process = ALONE,
         prompts: PromptSettings | None = None,
     ) -> Workbench:
         """`name` is what the model is called in receipts and in `stats_dir`; default: what it was loaded from."""

@@ -23,8 +23,8 @@ def evaluate(
     edited: Annotated[str, typer.Argument(help="the model after it, or a chain's folder")],
     out_dir: Annotated[Path, typer.Option("--out", help="gets metrics.json and report.html")],
     protocol: Annotated[str, typer.Option(help="facts or tofu, see docs/how-to/test-an-edit.md")] = "facts",
-    mode: Annotated[str, typer.Option(help="batch, sequential (a chain, batch by batch) or precise")] = "batch",
-    request: Annotated[str | None, typer.Option(help="precise: the id of the one request that was forgotten")] = None,
+    mode: Annotated[str, typer.Option(help="batch, sequential (a chain, batch by batch) or single")] = "batch",
+    request: Annotated[str | None, typer.Option(help="single: the id of the one request that was forgotten")] = None,
     requests: Annotated[
         Path | None, typer.Option(help="facts: to forget, see docs/reference/file-formats.md; default: the chain's own")
     ] = None,
@@ -88,7 +88,7 @@ def evaluate(
             forget or "forget01",
             learned_file=learned,
             reference=reference,
-            whole=mode != "precise",
+            whole=mode not in ("single", "precise"),
             limit=limit,
             max_new_tokens=max_new_tokens or ANSWER_TOKENS,
             judges=Judges(encoder, classifier),

@@ -19,9 +19,9 @@ from editlib.comparison.meter import changed_weights, measure_resources
 from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.results import collect
 from editlib.comparison.store import FAILED, Store, try_lock
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import ConfigError, EditlibError, OutputError
-from editlib.evaluation.forget_set import Base, Protocol, Task
+from editlib.evaluation.forget_set import Base, Benchmark, Task
 from editlib.export import library_version
 from editlib.files import check_output
 from editlib.models.weights import weights_sha256
@@ -47,7 +47,7 @@ def compare(
     config: Config,
     out: str | Path,
     *,
-    shard: Shard = ALONE,
+    shard: Process = ALONE,
     load: Load | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def compare(
     return _Run(config, out, shard, load or _loader(config, shard), progress and shard.first).all()
 
 
-def _loader(config: Config, shard: Shard) -> Load:
+def _loader(config: Config, shard: Process) -> Load:
     general = config.general
     place = general.device_map or (None if shard.device is None else {"": str(shard.device)})
 
@@ -86,7 +86,7 @@ def _loader(config: Config, shard: Shard) -> Load:
 class _Run:
     """One call of `compare`."""
 
-    def __init__(self, config: Config, out: Path, shard: Shard, load: Load, progress: bool) -> None:
+    def __init__(self, config: Config, out: Path, shard: Process, load: Load, progress: bool) -> None:
         self.config, self.shard, self.progress = config, shard, progress
         self._load = load
         self.store = Store(out)
@@ -119,7 +119,7 @@ class _Run:
         bench.progress = bench.progress and self.progress
         return bench
 
-    def _enter(self, protocol: Protocol) -> SetEvaluator:
+    def _enter(self, protocol: Benchmark) -> SetEvaluator:
         """The arena of a set; one base model is held at a time."""
         if self._evaluator is not None and self._evaluator.name == protocol.name:
             return self._evaluator
@@ -138,7 +138,7 @@ class _Run:
         self._evaluator = SetEvaluator(self.config, protocol.name, made, shelf, progress=bench.progress)
         return self._evaluator
 
-    def _about(self, protocol: Protocol, evaluator: SetEvaluator) -> dict[str, Any]:
+    def _about(self, protocol: Benchmark, evaluator: SetEvaluator) -> dict[str, Any]:
         """What the results say of a set."""
         return {
             "protocol": protocol.protocol,
@@ -152,7 +152,7 @@ class _Run:
             "to_forget": list(protocol.to_forget),
         }
 
-    def _cells(self, protocol: Protocol, evaluator: SetEvaluator) -> list[RunCell]:
+    def _cells(self, protocol: Benchmark, evaluator: SetEvaluator) -> list[RunCell]:
         seeds = self.config.general.seeds
         parts = tuple(part.key for part in evaluator.parts())
         found = []

@@ -108,8 +108,8 @@ class ForgetSet(ABC):
         }
 
 
-class Protocol(ABC):
-    """A kind of set: its settings, what can be checked before a model is loaded, and how a set comes of them."""
+class Benchmark(ABC):
+    """A benchmark of `editlib compare`: its settings, checked before a model is loaded, and the making of its sets."""
 
     Settings: ClassVar[type[SetSettings]]
     protocol: ClassVar[str]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from editlib import data
 from editlib.errors import ConfigError, RequestError
 from editlib.evaluation.answer_cache import AnswerCache, ask
-from editlib.evaluation.forget_set import Base, ForgetSet, Measure, Protocol, Scores, SetSettings, Task
+from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings, Task
 from editlib.evaluation.metrics import wilson_interval
 from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, FactSplit, split_in_proportion
 from editlib.facts.scores import KINDS, Item, build_items, evaluate
@@ -35,7 +35,7 @@ class FactsSettings(SetSettings):
     skip_bad: bool = knob(False, "leave rows of these files out that cannot be used, and count them")
 
 
-class Facts(Protocol):
+class Facts(Benchmark):
     """Direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
 
     Settings, protocol = FactsSettings, "facts"

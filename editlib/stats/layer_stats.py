@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import StatsError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
@@ -77,7 +77,7 @@ def layer_stats(
     skip_first: int = 1,
     checkpoint_seconds: float = 30.0,
     progress: bool = True,
-    shard: Shard = ALONE,
+    shard: Process = ALONE,
 ) -> dict[int, LayerStats]:
     """One forward pass over `documents` for all `layers`, stopped behind the last one.
 

@@ -20,7 +20,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import StatsError
 from editlib.files import atomic_path
 from editlib.models.anatomy import Anatomy
@@ -68,7 +68,7 @@ class MomentSums:
             total.zero_()
         self.tokens = 0
 
-    def add_up(self, shard: Shard) -> None:
+    def add_up(self, shard: Process) -> None:
         """Replaces the sums of this process by those of all."""
         self.flush()
         for layer in sorted(self.sums):
@@ -153,7 +153,7 @@ class Checkpoint:
         return at, documents
 
 
-def drop_checkpoint(path: Path, shard: Shard = ALONE) -> None:
+def drop_checkpoint(path: Path, shard: Process = ALONE) -> None:
     """Removes what this process kept at `path`."""
     shard.own(path).unlink(missing_ok=True)
 

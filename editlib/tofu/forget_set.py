@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from editlib.evaluation.answer_cache import AnswerCache
-from editlib.evaluation.forget_set import Base, ForgetSet, Measure, Protocol, Scores, SetSettings
+from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings
 from editlib.evaluation.metrics import MetricResult, read_results, write_results
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import Forced
@@ -45,7 +45,7 @@ class TofuSettings(SetSettings):
     classifier: str | None = knob(None, "a classifier of entailment")
 
 
-class Tofu(Protocol):
+class Tofu(Benchmark):
     """Questions about fictitious authors (2401.06121)."""
 
     Settings, protocol = TofuSettings, "tofu"
