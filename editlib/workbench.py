@@ -1,4 +1,4 @@
-"""From files to an unlearned model: the jobs behind the commands `stats`, `token` and `unlearn`."""
+"""Holds a loaded model with its layer statistics and unlearning token, made once and kept in a folder."""
 
 from __future__ import annotations
 

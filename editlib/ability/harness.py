@@ -101,7 +101,7 @@ def aggregate_function(name: str | None) -> Aggregate | None:
 def _by_metric(
     samples: Sequence[Mapping[str, Any]],
 ) -> tuple[list[int], list[str], dict[tuple[str, str], dict[int, Any]]]:
-    """Numbers and hashes of the documents, and by metric and filter what each document came to."""
+    """Numbers and hashes of the documents, and each document's score by metric and filter."""
     hashes: dict[int, str] = {}
     items: dict[tuple[str, str], dict[int, Any]] = {}
     for sample in samples:

@@ -1,4 +1,4 @@
-"""What one model came to on one task, document by document, and how two models differ on the same documents."""
+"""Holds the results of one model on one task by document, and compares two models on the same documents."""
 
 from __future__ import annotations
 

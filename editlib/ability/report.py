@@ -57,7 +57,7 @@ class AbilityReport:
         return {"job": dict(self.job), "base": self.base, "rows": [asdict(row) for row in self.rows]}
 
     def note(self) -> str:
-        """What stands below the table."""
+        """The note below the table."""
         limit, seed = self.job["limit"], self.job["seed"]
         which = "Tasks were run on all of their documents."
         if limit is not None:

@@ -23,7 +23,7 @@ def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, i
         if fact.answer is None:
             left_out["no answer given"] += 1
         elif has_answer(fact.question, right_answers(fact)):
-            left_out["the answer stands in the question"] += 1
+            left_out["the answer is in the question"] += 1
         else:
             found.append(fact)
     return found, dict(left_out)

@@ -60,7 +60,7 @@ ATTACKS = {
     "relearn-forgotten": Entry(relearn_forgotten, "trained on some forgotten facts, asked for the others", True),
     "relearn-unrelated": Entry(relearn_unrelated, "trained on unrelated facts", True),
     "logit-lens": Entry(logit_lens, "the answer's first token near the front in any layer's reading"),
-    "logit-lens-lead": Entry(logit_lens_lead, f'the same, read behind "{READ_BEHIND}"'),
+    "logit-lens-lead": Entry(logit_lens_lead, f'the same, read after "{READ_BEHIND}"'),
 }
 
 

@@ -68,7 +68,7 @@ def run_attacks(
         requests: the forgotten facts, with their `answer`.
         control: facts that the base model should not know; those that it does know are left out. Default: bundled ones
             of the same relations.
-        known: facts that may stand in front of a question; default: bundled ones.
+        known: facts that may be told before a question; default: bundled ones.
         attacks: names of `registry.ATTACKS`; default: all.
         prompts: how both models are asked; default: through the chat template when there is one.
         out: keeps every finished attack, and goes on from there when the same job is run again.
@@ -87,7 +87,7 @@ def run_attacks(
     asked, left_out = usable(requests)
     if not asked:
         raise RequestError(
-            f'none of the {len(requests)} requests can be attacked: each needs an "answer" that does not stand in its '
+            f'none of the {len(requests)} requests can be attacked: each needs an "answer" that is not in its '
             "own question"
         )
     form = PromptFormat.of(base[1], prompts)

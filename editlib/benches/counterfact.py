@@ -1,5 +1,5 @@
-"""The job behind `editlib bench counterfact`: algorithms side by side, over numbers of edits, in batches and one after
-another."""
+"""Runs CounterFact (`editlib bench counterfact`): algorithms side by side, over numbers of edits, in batches
+and one after another."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class _Run:
         (self._batches if mode == BATCH else self._one_by_one)(hparams, edit, counts, job)
 
     def _batches(self, hparams: HyperParams, edit: Callable[..., EditResult], counts: Sequence[int], job: str) -> None:
-        # The largest batch comes first: its target states serve the smaller ones, since requests do not touch one
+        # The largest batch comes first: its values serve the smaller ones, since requests do not touch one
         # another's. The time of a smaller batch is its share of the values' time and its own solve.
         values: Values | None = None
         seconds = 0.0

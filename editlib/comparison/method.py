@@ -98,7 +98,7 @@ class Method(ABC):
         """The best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
 
         Args:
-            bench: the base model; it is loaded anew afterwards.
+            bench: the base model; it is loaded again afterwards.
             ready: what `prepare` made.
             folder: keeps what is done of a search that is stopped.
         """

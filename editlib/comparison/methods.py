@@ -199,7 +199,7 @@ class Trained(Method):
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
         """What the model itself says to the questions that a gradient method reads; the same for all of them."""
         shelf, timer = JsonStore(bench.stats_dir / model_slug(bench.name)), Timer()
-        # The same weights say something else behind another chat template, or if they stop somewhere else.
+        # The same weights answer otherwise after another chat template, or if they stop somewhere else.
         form, ends = PromptFormat(bench.tok), sorted(end_tokens(bench.anat))
         of = digest([bench.sha256, form.encode("?").ids, ends, OWN_TOKENS])
         kept = shelf.get(OWN_ANSWERS) or {}

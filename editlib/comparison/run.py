@@ -53,7 +53,7 @@ def compare(
 ) -> dict[str, Any]:
     """Runs what of a comparison is not done yet, and returns its results (see `results.collect`).
 
-    Each cell is a method with a seed on a set; it runs on a freshly loaded model. What it came to lies in `out/cells`
+    Each cell is a method with a seed on a set; it runs on a freshly loaded model. Its results are in `out/cells`
     under the hash of the set's contents, the model's weights, the method's settings and the seed, and every measurement
     beside it under the hash of its own settings. A run that was stopped goes on; a changed config runs what is new in
     it. A cell that fails is recorded with its reason and tried again in the next run; the others go on.
@@ -62,7 +62,7 @@ def compare(
     what is made once a model and for nothing else, but for the first one, which comes back when all cells are done.
 
     Args:
-        load: gives a base model anew by its name; default: `Workbench.load`.
+        load: loads a base model by its name; default: `Workbench.load`.
 
     Raises:
         EditlibError: something does not fit: the config, a model, the folder. Cells that failed raise nothing.
@@ -120,7 +120,7 @@ class _Run:
         return bench
 
     def _enter(self, protocol: Benchmark) -> SetEvaluator:
-        """The arena of a set; one base model is held at a time."""
+        """Makes the evaluator of a set; one base model is held at a time."""
         if self._evaluator is not None and self._evaluator.name == protocol.name:
             return self._evaluator
         self._evaluator = None
@@ -280,7 +280,7 @@ class _Run:
         if known is not None and known["sha256"] == sha:
             return
         if known is not None:
-            log.warning("%s gave other weights than before: all of it is measured anew", cell.label)
+            log.warning("%s gave other weights than before: all of it is measured again", cell.label)
             cell.shelf.empty(SEARCH, "cell")
         changed = changed_weights(evaluator.base.bench.model, bench.model)
         size = changed.bytes if cost.update_bytes is None else cost.update_bytes

@@ -29,7 +29,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model came to on a set.
+    """Scores of a model on a set.
 
     Args:
         forget, retain: the two axes of the plane, 0..1, higher is better.
@@ -77,7 +77,7 @@ class ForgetSet(ABC):
         forget: what every method is to forget.
         retain: what a method may hold or train on; never scored.
         before: the base model's answers, completed as they are needed.
-        told: facts that may stand in front of a question of an attack.
+        told: facts that an attack may put before a question.
     """
 
     base: Base
@@ -96,11 +96,11 @@ class ForgetSet(ABC):
 
     @property
     def task(self) -> Task:
-        """What a method is given."""
+        """The facts to forget and the prompts to keep that a method is given."""
         return Task(self.forget, self.retain, self.before.answers)
 
     def hashes(self) -> dict[str, str]:
-        """Of the model and of what methods are given."""
+        """SHA-256 (hex) of the model's weights and of what methods are given."""
         return {
             "model": self.base.bench.sha256,
             "forget": requests_hash(self.forget),

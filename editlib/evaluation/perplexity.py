@@ -1,4 +1,4 @@
-"""The text that perplexity is taken on."""
+"""Cuts the windows of text that perplexity is measured on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ WINDOWS, WINDOW = 16, 256
 
 
 def text_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str]) -> list[list[int]]:
-    """The first `WINDOW` tokens of the first `WINDOWS` documents that are long enough (or of what there is).
+    """Cuts the first `WINDOWS` windows of `WINDOW` tokens out of documents; shorter ones if no document is longer.
+
+    Documents are read only until there are enough windows.
 
     Raises:
         CorpusError: not one window of two tokens.

@@ -115,13 +115,13 @@ def _when(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(requests: Sequence[EditRequest]) -> set[str]:
-    """Every word of some length that stands in any field of the requests."""
+    """Collects every word of some length in any field of the requests."""
     text = json.dumps([request.to_dict() for request in requests], ensure_ascii=False)
     return {word.casefold() for word in re.findall(r"\w+", text) if len(word) > 3}
 
 
 def _without(words: set[str], text: str) -> str:
-    """`text`, or a note in its place where a word of the requests stands in it."""
+    """Gives `text`, or a note in its place if it holds a word of the requests."""
     return "(left out)" if any(word in text.casefold() for word in words) else text
 
 

@@ -1,6 +1,6 @@
 """The page that shows what an edit did: one HTML file, made from the numbers of `editlib eval` alone.
 
-Every word of a model stands in it escaped, the same numbers give the same bytes, and nothing is fetched.
+All text of models is escaped, the same numbers give the same bytes, and nothing is fetched.
 """
 
 from __future__ import annotations

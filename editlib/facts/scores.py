@@ -1,4 +1,4 @@
-"""Scores of real facts: what a model answered before an edit, what it answers after, and what that comes to."""
+"""Scores real facts: judges the answers before and after an edit, and sums the verdicts up as shares."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class Item:
 def build_items(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], anchored: Collection[str] = ()
 ) -> list[Item]:
-    """What to ask: every request, its paraphrases and neighbours, and the retain prompts sorted by what they share
-    with the requests. Prompts that were anchored are left out, and so are other relations of a request's subject
+    """Lists what to ask: every request, its paraphrases and neighbours, and the retain prompts sorted by what they
+    share with the requests. Prompts that were anchored are left out, and so are other relations of a request's subject
     when that relation was anchored for other subjects (they are asked, but not counted)."""
     items = []
     for request in requests:
@@ -178,7 +178,7 @@ def _nats(
     before: AnswerCache,
     how: Asking,
 ) -> None:
-    """What the answer before costs after, in nats a token, for open instructions."""
+    """Fills in how much the NLL of the base's answer rises, in nats per token, for open instructions."""
     open_items = [item for item in items if item.kind == "other_instruction"]
     if not open_items:
         return

@@ -82,7 +82,7 @@ def write_pages(
     key: dict[str, Any] = {}
     if private:
         if requests is None:
-            raise RequestError("--private needs --requests, to know what must not stand in the receipt")
+            raise RequestError("--private needs --requests, to know what must not be in the receipt")
         # The one draw that must not follow from a seed: who can repeat it can try guesses on the hashes.
         told, key = private_receipt(receipt, requests, secrets.token_bytes(32))
     else:
@@ -160,14 +160,14 @@ def page(told: Mapping[str, Any]) -> str:
 def _note(told: Mapping[str, Any]) -> str:
     if "private" in told:
         return (
-            f"Hashes stand in the place of texts, here their first {HASH} digits: {told['private']}. "
+            f"Hashes replace texts, here their first {HASH} digits: {told['private']}. "
             "Who made the edit holds the salt."
         )
     return "" if "asked" in told else "The receipt tells ids only; the texts are in the file of the requests."
 
 
 def _asked(told: Mapping[str, Any]) -> Iterator[str]:
-    """A row a request: what was asked, and what its edit came to."""
+    """Yields a row for each request: what was asked, and the result of its edit."""
     private = "private" in told
     entries: Sequence[Mapping[str, Any]] = told["requests"]
     texts = {one["id"]: one for one in told.get("asked") or ()}

@@ -37,7 +37,7 @@ WIKI_PIP_OPTIONS = (
     *("--python-version", "3.11", "--abi", "cp311"),
 )
 WIKI_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-WIKI_CLEANING = 1  # raised when the cleaner's output changes, so that cached text is made anew
+WIKI_CLEANING = 1  # raised when the cleaner's output changes, so that cached text is made again
 HELD_OUT_EVERY = 8
 
 
@@ -259,7 +259,7 @@ def _cached_wiki(folder: Path) -> bytes | None:
         data = cached.read_bytes()
         if hashlib.sha256(data).hexdigest()[:16] == cached.suffixes[-2][1:]:
             return data
-        logger.warning("%s is damaged; making it anew", cached)
+        logger.warning("%s is damaged; making it again", cached)
     return None
 
 

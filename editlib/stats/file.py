@@ -143,7 +143,7 @@ def _count(path: Path, array: np.ndarray) -> int:
 
 
 def _sample_size(path: Path) -> int:
-    """The number of documents, 0 where it is not known: left out, or the NaN (or pickled None) that stands for it."""
+    """The number of documents, 0 where it is not known: left out, or the NaN (or pickled None) that means unknown."""
     try:
         array = _arrays(path, ("sample_size",)).get("sample_size", np.array(0))
     except StatsError:

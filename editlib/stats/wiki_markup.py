@@ -11,7 +11,7 @@ import html
 import re
 
 MIN_WORDS = 20
-HOLE = "\ufffc"  # stands where something was cut out of running text
+HOLE = "\ufffc"  # marks where something was cut out of running text
 
 _REDIRECT = re.compile(r"\s*#\s*redirect\b", re.I)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)

@@ -86,7 +86,7 @@ class Tofu(Benchmark):
         )  # fmt: skip
 
     def _reference(self, base: Base) -> Mapping[str, MetricResult] | None:
-        """What the retain-only model comes to on the questions to forget: measured once, and kept."""
+        """Gives the retain-only model's results on the questions to forget: measured once, and kept."""
         own = self.settings
         if self._only is not None or own.reference is None:
             return self._only
@@ -115,7 +115,7 @@ def apart(sets: TofuSets, seed: int) -> TofuSets:
 
 
 class Readings:
-    """What the base reads and writes, kept in a file; of other questions or a damaged file nothing is taken."""
+    """The base model's readings, kept in a file; a damaged file, and readings of other questions, are ignored."""
 
     def __init__(self, folder: Path, sets: TofuSets) -> None:
         self.found: dict[Asked, Reading] = {}
@@ -143,7 +143,7 @@ def _reading(value: Mapping[str, Any]) -> Reading:
 
 @dataclass(frozen=True)
 class TofuSet(ForgetSet):
-    """TOFU's probes with what the base came to on them."""
+    """TOFU's probes with the base model's readings of them."""
 
     sets: TofuSets
     readings: Mapping[Asked, Reading]

@@ -1,4 +1,4 @@
-"""TOFU: fictitious authors that a model was trained on, some of them to be forgotten (`editlib.tofu`)."""
+"""Evaluates the forgetting of TOFU's fictitious authors, for `editlib eval --protocol tofu`."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class TofuProtocol:
         }
 
     def _ratios(self, how: Asking) -> Mapping[str, MetricResult] | None:
-        """What the retain-only model comes to on the whole forget set, measured once where it is a model."""
+        """Gives the retain-only model's results on the whole forget set; a model is measured once."""
         if self._retain_only is None and self._reference is not None:
             model, tok = load(self._reference, dtype=self._dtype, device_map=self._device_map)
             label = "retain-only" if self._progress else None

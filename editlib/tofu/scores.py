@@ -43,7 +43,7 @@ class Judges:
 
 @dataclass(frozen=True)
 class Reading:
-    """One question under one model: what it wrote, and the given answers that it read; NLL in nats a token."""
+    """One question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
 
     tokens: tuple[int, ...]
     text: str
@@ -167,7 +167,7 @@ def score(
     retain_only: Mapping[str, MetricResult] | None = None,
     judges: Judges | None = None,
 ) -> Results:
-    """The results that `readings` of all questions of `sets` come to; see `tofu_scores`."""
+    """Computes the results of one model from its `readings` of all questions of `sets`; see `tofu_scores`."""
     found: Results = {}
     by_set: dict[str, Results] = {}
     for name, probes in sets.probes.items():

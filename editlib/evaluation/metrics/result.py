@@ -1,4 +1,4 @@
-"""What a metric comes to, in open-unlearning's JSON shape, with direction and meaning beside every aggregate."""
+"""Holds the result of a metric in open-unlearning's JSON shape, with its direction and meaning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MetricResult:
     """One metric over one set of questions.
 
     `agg_value` is `None` where nothing could be scored, and `higher_is_better` where a foreign file does not say.
-    `value_by_index` holds what each item came to under the keys that open-unlearning uses ("0", "1", ... and `score`,
+    `value_by_index` holds each item's scores under the keys that open-unlearning uses ("0", "1", ... and `score`,
     `prob`, `avg_loss`, `rougeL_recall`); an item that could not be scored has `None` there and does not count in `n`.
     """
 

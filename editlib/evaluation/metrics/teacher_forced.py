@@ -1,4 +1,4 @@
-"""Metrics of given answers that the model reads behind the question: probability and TOFU's truth ratio.
+"""Metrics of given answers that the model reads after the question: probability and TOFU's truth ratio.
 
 Nothing is generated here. A model can give the truth a low probability and still say it later, or the other way round:
 an edit that changes only the first token of an answer leaves the rest as likely as ever.
@@ -20,7 +20,7 @@ PROBABILITY = Metric(
     "probability",
     "teacher_forced",
     KNOWN,
-    "probability of the true answer behind the question, a token (geometric mean)",
+    "probability of the true answer to the question, per token (geometric mean)",
 )
 OPTIONS = Metric(
     "probability_with_options",
@@ -50,7 +50,7 @@ def read_answers(
     *,
     progress: str | None = None,
 ) -> list[Forced]:
-    """Puts each answer behind its question and lets the model read it; what all metrics of this kind are made of.
+    """Lets the model read each answer after its question; all metrics of this kind are made of the result.
 
     `[one.mean for one in read]` goes into `probability` and `truth_ratio`, `[one.hits for one in read]` into
     `exact_memorisation` and `extraction_strength`. The answer counts from its first token to its last. (The code of

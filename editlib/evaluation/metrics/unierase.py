@@ -34,7 +34,7 @@ def forget_efficacy(
         truth_ratio: as `truth_ratio(..., on="forget")` gives it, the mean of `min(r, 1/r)`, where higher is better; the
             paper turns it round for the mean, and so does this. Its code moreover takes the geometric mean of the wrong
             answers' probabilities in r, where TOFU's text has the arithmetic one.
-        cosine_similarity, entailment_score: without one of them the mean is of those that are there, and the result's
+        cosine_similarity, entailment_score: without one of them the mean is of the others, and the result's
             name says what is missing: it must not be compared with an FE of five.
 
     Raises:
@@ -130,7 +130,7 @@ def wide_model_utility(scores: Scores) -> MetricResult:
 def balance(efficacy: float | MetricResult, ability: float | MetricResult) -> MetricResult:
     """How forgetting and keeping balance, RB: the harmonic mean of forget efficacy and retain ability, 0..1.
 
-    `2 FE RA / (FE + RA)`. Higher is better; forgetting all with all else, and forgetting nothing, both come to 0. A
+    `2 FE RA / (FE + RA)`. Higher is better; forgetting all with all else, and forgetting nothing, both give 0. A
     number of both sets together. UniErase reports a balance whose formula could not be checked here: this one is ours,
     not to be compared with printed values.
 
