@@ -55,7 +55,7 @@ Attack = Callable[[LoadedModel, Sequence[EditRequest], AttackContext], AttackOut
 
 
 def right_answers(fact: EditRequest) -> tuple[str, ...]:
-    """The answer and its aliases."""
+    """Lists the answer and its aliases."""
     return () if fact.answer is None else (fact.answer, *fact.aliases)
 
 

@@ -16,7 +16,7 @@ CANDIDATES = 6  # asked for each one that is wanted
 
 
 def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
-    """The facts whose leaking can be seen, and how many are left out by reason."""
+    """Lists the facts whose leaking can be seen, and how many are left out by reason."""
     found: list[EditRequest] = []
     left_out: Counter[str] = Counter()
     for fact in facts:
@@ -30,14 +30,14 @@ def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, i
 
 
 def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
-    """Those of `facts` that the model answers wrong, and in all of their paraphrases too."""
+    """Lists the facts that the model answers wrong, in all of their paraphrases, too."""
     prompts = [[base.form.encode(text) for text in (fact.question, *fact.filled_paraphrases)] for fact in facts]
     asked = ask_greedily(base, facts, prompts, context).trials
     return [fact for fact, trial in zip(facts, asked, strict=True) if not trial.leaked]
 
 
 def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
-    """Bundled facts that the model does not know, of each relation as many as are forgotten, where there are so many.
+    """Picks bundled facts that the model does not know, of each relation as many as are forgotten if there are.
 
     Requests of no bundled relation are stood for by facts of all relations.
     """

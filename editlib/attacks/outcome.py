@@ -43,7 +43,7 @@ class Trial:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Trial:
-        """What `dataclasses.asdict` gave, also after a way through JSON."""
+        """Reads what `dataclasses.asdict` gave, also after a way through JSON."""
         outputs = tuple(Completion(**output) for output in value["outputs"])
         return cls(**{**value, "answers": tuple(value["answers"]), "outputs": outputs})
 
@@ -84,12 +84,12 @@ class AttackResult:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the result JSON-ready."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> AttackResult:
-        """What `to_dict` gave, also after a way through JSON."""
+        """Reads what `to_dict` gave, also after a way through JSON."""
         shares = {
             column: Share(**{**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])})
             for column, share in value["shares"].items()

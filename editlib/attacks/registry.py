@@ -65,7 +65,7 @@ ATTACKS = {
 
 
 def choose(names: Sequence[str] | None = None) -> list[str]:
-    """The attacks of these names, or all, in the order of the registry.
+    """Lists the attacks of these names, or all, in the order of the registry.
 
     Raises:
         AttackError: an unknown name, no name, or `peft` missing for one that needs it.

@@ -51,5 +51,5 @@ class AttackSettings:
                 raise AttackError(f"{one.name} is {value!r}; expected a number from {least} on")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the settings JSON-ready."""
         return asdict(self)

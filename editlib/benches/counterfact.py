@@ -147,7 +147,7 @@ class _Run:
             self._add("none", "-", count, 0.0, self.base)
 
     def measure(self, hparams: HyperParams, mode: str, given: dict[str, Any]) -> None:
-        """All cells of one algorithm in one mode that are not there yet."""
+        """Measures all cells of one algorithm in one mode that are not there yet."""
         job = f"{self.base}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
         done = {cell.edits for cell in self.cells if (cell.job, cell.mode) == (job, mode)}
         counts = [count for count in self.counts if count not in done]

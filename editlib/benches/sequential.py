@@ -96,7 +96,7 @@ def bench_sequential(
 
 
 def _mixed(parts: FactSplit, seed: int) -> FactSplit:
-    """The facts to forget in one order over all relations."""
+    """Puts the facts to forget in one order over all relations."""
     order = torch.randperm(len(parts.forget), generator=torch.Generator().manual_seed(seed)).tolist()
     return replace(parts, forget=[parts.forget[i] for i in order])
 
@@ -122,7 +122,7 @@ class _Run:
         self.points = [point for point in kept if point.job.startswith(self.job)]
 
     def follow(self, load: Callable[[], Workbench], hparams: HyperParams, size: int) -> None:
-        """One chain to its end, measured at `counts`."""
+        """Follows one chain to its end, measured at `counts`."""
         job = f"{self.job}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
         there = {point.edits for point in self.points if (point.job, point.size) == (job, size)}
         if there >= set(self.counts):

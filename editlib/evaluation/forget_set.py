@@ -44,7 +44,7 @@ class Scores:
     items: Sequence[Mapping[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the scores JSON-ready."""
         return asdict(self)
 
 
@@ -88,7 +88,7 @@ class ForgetSet(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Hashes of all that decides the scores, JSON-ready."""
+        """Gives hashes of all that decides the scores, JSON-ready."""
 
     @abstractmethod
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
@@ -143,7 +143,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def make(self, base: Base) -> ForgetSet:
-        """The set for a base model; what it finds out is kept in the base's folder and read again next time.
+        """Makes the set for a base model; what it finds out is kept in the base's folder and read again next time.
 
         Raises:
             EditlibError: the model does not know enough, or is not for this set.

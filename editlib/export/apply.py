@@ -34,7 +34,7 @@ def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, over
 
 
 def load_base(base: str, delta: Delta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model `base`, in the dtype that the edit was made in, and its tokenizer; see `check_base`.
+    """Loads the model `base`, in the dtype that the edit was made in, and its tokenizer; see `check_base`.
 
     Raises:
         ModelError: it cannot be loaded.

@@ -125,12 +125,12 @@ class Delta:
             raise DeltaError(f"{path}: an incomplete delta file ({error}); make it again with --delta") from None
 
     def shape(self, layer: int) -> tuple[int, ...]:
-        """`(d_model, d_ff)` of the matrix of `layer`."""
+        """Gives `(d_model, d_ff)` of the matrix of `layer`."""
         return self.factors[layer].shape if layer in self.factors else tuple(self.matrices[layer].shape)
 
 
 def _opened(path: str | Path, whole: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The document and the tensors of a file's bytes."""
+    """Reads the document and the tensors of a file's bytes."""
     try:
         end = 8 + int.from_bytes(whole[:8], "little")
         header = json.loads(whole[8:end])["__metadata__"]
@@ -157,7 +157,7 @@ def make_delta(
     token: UnlearningToken | None,
     receipt: Mapping[str, Any],
 ) -> Delta:
-    """The difference between an edited model and its base.
+    """Computes the difference between an edited model and its base.
 
     Args:
         anat: of the edited model.

@@ -50,7 +50,7 @@ class FactsProtocol:
         endings: int = 0,
         progress: bool = False,
     ) -> FactsProtocol:
-        """The protocol with what it needs from files.
+        """Makes the protocol with what it needs from files.
 
         Args:
             retain_file: prompts that must still be answered; those that the edit's receipt lists as anchors are left

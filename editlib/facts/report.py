@@ -60,7 +60,7 @@ def _name(metrics: Mapping[str, Any], side: str) -> str:
 
 
 def _plots(metrics: Mapping[str, Any]) -> str:
-    """One figure a plot; no section where there is nothing to draw."""
+    """Draws one figure for each plot; no section where there is nothing to draw."""
     drawn = [
         f"<figure><figcaption><b>{escape(plot.title)}</b> <span>{escape(plot.note)}</span></figcaption>\n"
         + plot.svg.replace("<svg", f'<svg role="img" aria-label="{escape(f"{plot.title}: {plot.words}")}"', 1)
@@ -77,7 +77,7 @@ def _plots(metrics: Mapping[str, Any]) -> str:
 
 
 def _answers(items: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """A section for each kind of question, failures first, otherwise in the order of the file."""
+    """Yields a section for each kind of question, failures first, otherwise in the order of the file."""
     own = {kind: title for title, kinds in SECTIONS.items() for kind in kinds}
     sections: dict[str, list[Mapping[str, Any]]] = {title: [] for title in SECTIONS}
     last = [*SECTIONS][-1]
@@ -117,7 +117,7 @@ def _answer(item: Mapping[str, Any]) -> str:
 
 
 def _reason(item: Mapping[str, Any], outcome: str) -> str:
-    """Why an item failed or was left out, as far as its fields tell."""
+    """Says why an item failed or was left out, as far as its fields tell."""
     if outcome == "skip":
         return "wrong already before" if item.get("right_before") is False else ""
     if outcome == "pass":

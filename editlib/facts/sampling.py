@@ -89,7 +89,7 @@ def split_facts(bench: Workbench, before: AnswerCache, deal: SplitSpec, seed: in
 def split_in_proportion(
     bench: Workbench, before: AnswerCache, total: int, seed: int, relations: Sequence[str] = RELATIONS
 ) -> FactSplit:
-    """`total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
+    """Picks `total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
 
     Raises:
         RequestError: the model knows less than twice as many, so that too few are left to watch.
@@ -107,7 +107,7 @@ def split_in_proportion(
 
 
 def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
-    """`total` shared out in proportion to `known`, none above its own number, by largest remainders."""
+    """Shares `total` out in proportion to `known`, none above its own number, by largest remainders."""
     every = sum(known.values())
     exact = {name: total * count / every for name, count in known.items()}
     found = {name: int(share) for name, share in exact.items()}
@@ -118,7 +118,7 @@ def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
 
 
 def knows(bench: Workbench, before: AnswerCache, fact: EditRequest) -> bool:
-    """Whether the model's answer in `before` holds the right one."""
+    """Says whether the model's answer in `before` holds the right one."""
     text = plain_text(bench.tok, before.answers[fact.question])
     return has_answer(text, (fact.answer or "", *fact.aliases))
 

@@ -209,7 +209,7 @@ def judge(item: Item, endings: int = 0) -> None:
 
 
 def summarise(items: Sequence[Item]) -> dict[str, Any]:
-    """The shares, each with its number of items, 95 % interval, meaning and split by relation."""
+    """Computes the shares, each with its number of items, 95 % interval, meaning and split by relation."""
     groups = {name: _group(name, [item for item in items if item.kind in kinds]) for name, kinds in KINDS.items()}
     refusals = [item for item in items if item.kind in ("request", "paraphrase") and item.refused_after]
     fluent = sum(is_fluent(item.after) for item in refusals)

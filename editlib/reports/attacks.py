@@ -36,7 +36,7 @@ def attack_section(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(head: str, share: Mapping[str, Any]) -> str:
-    """A share with its counts and its interval: the bootstrap's, or Wilson's where all or no facts leaked."""
+    """Formats a share with its counts and its interval: the bootstrap's, or Wilson's where all or no facts leaked."""
     rate = number(share.get("rate"))
     if rate is None:
         return f'<td data-label="{head}"><span class="empty">not tried</span></td>'

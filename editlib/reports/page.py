@@ -47,7 +47,7 @@ def _own(package: str, file: str) -> str:
 
 
 def headline(row: Row) -> str:
-    """A measure as a row of the table of measures."""
+    """Formats a measure as a row of the table of measures."""
     metric, value, n, interval, direction, meaning = map(escape, row)
     return (
         f'<tr><th scope="row">{metric}</th><td class="number">{value}</td>'
@@ -58,7 +58,7 @@ def headline(row: Row) -> str:
 
 
 def groups(told: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """One table body for each group of values that holds any, under its name."""
+    """Yields one table body for each group of values that holds any, under its name."""
     for title, values in told.items():
         lines = {key: text for key, value in values.items() if (text := plain(value))}
         if lines:
@@ -69,12 +69,12 @@ def groups(told: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
 
 
 def small(notes: Iterable[str]) -> str:
-    """Notes below a cell's text."""
+    """Formats notes below a cell's text."""
     return "".join(f"<small>{escape(note)}</small>" for note in notes if note)
 
 
 def plain(value: object) -> str:
-    """A value of a receipt on one line, as a person would write it."""
+    """Formats a value of a receipt on one line, as a person would write it."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {plain(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):

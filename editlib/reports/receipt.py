@@ -108,7 +108,7 @@ def check_place(out: Path, *, private: bool, overwrite: bool) -> Path | None:
 
 
 def key_path(out: Path) -> Path:
-    """Where the key to a private receipt goes: beside its folder, which can then be published as it is."""
+    """Says where the key to a private receipt goes: beside its folder, which can then be published as it is."""
     return out.with_name(f"{out.name}.private.json")
 
 
@@ -135,7 +135,7 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page(told: Mapping[str, Any]) -> str:
-    """The page of a receipt as `write_receipt` completes it. The same receipt gives the same page."""
+    """Builds the page of a receipt as `write_receipt` completes it. The same receipt gives the same page."""
     forgets, base = bool(told.get("token")), str(told["base"]["name"])
     count = len(told["requests"])
     metrics = told.get("metrics")
@@ -196,7 +196,7 @@ def _asked(told: Mapping[str, Any]) -> Iterator[str]:
 
 
 def when_of(time: object) -> str:
-    """A time as a person would write it."""
+    """Formats a time as a person would write it."""
     return str(time).replace("T", " ").replace("+00:00", " UTC")
 
 
@@ -221,7 +221,7 @@ def _measures(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _head(first: str, *, numbers: Sequence[str], texts: Sequence[str] = ()) -> str:
-    """The opening of a table of measures, with its columns' heads."""
+    """Makes the opening of a table of measures, with its columns' heads."""
     cells = [f'<th scope="col" class="number">{name}</th>' for name in numbers]
     cells = [f'<th scope="col">{first}</th>', *cells, *[f'<th scope="col">{name}</th>' for name in texts]]
     return f'<table class="headline stack">\n<thead><tr>{"".join(cells)}</tr></thead>\n<tbody>'
@@ -261,7 +261,7 @@ def _dumped(value: object) -> str:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """A file that only its owner may read."""
+    """Writes a file that only its owner may read."""
     with atomic_path(path, private=True) as temporary:
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

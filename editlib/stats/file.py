@@ -102,12 +102,12 @@ def read_stats(path: Path) -> LayerStats:
 
 
 def read_count(path: Path) -> int:
-    """The number of tokens in a file, without reading its matrix; raises like `read_stats`."""
+    """Reads the number of tokens in a file, without reading its matrix; raises like `read_stats`."""
     return _count(path, _arrays(path, ("mom2.count",))["mom2.count"])
 
 
 def read_header(path: Path) -> StatsHeader | None:
-    """The header of a file, `None` in those of other tools, without reading its matrix; raises like `read_stats`."""
+    """Reads a file's header (`None` in those of other tools) but not its matrix; raises like `read_stats`."""
     return _header(path, _arrays(path, ("editlib.header",)))
 
 
@@ -153,7 +153,7 @@ def _sample_size(path: Path) -> int:
 
 
 def _flaw(mom2: np.ndarray) -> str | None:
-    """Why `mom2` can be no sum of `k k^T`, in words; `None` when it can."""
+    """Says why `mom2` can be no sum of `k k^T`; `None` when it can."""
     if mom2.ndim != 2 or mom2.shape[0] != mom2.shape[-1] or not mom2.size:
         return f"holds an array of shape {' x '.join(map(str, mom2.shape)) or '()'}, which is not square"
     if mom2.dtype.kind != "f" or mom2.dtype.itemsize > 8:

@@ -28,7 +28,7 @@ Window = tuple[int, list[int]]
 
 
 def token_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str], max_length: int) -> Iterator[Window]:
-    """`(document number, token ids)` for every window of at most `max_length` tokens of every document."""
+    """Yields `(document number, token ids)` for every window of at most `max_length` tokens of every document."""
     for number, text in enumerate(documents):
         for ids in cut(tok, text, max_length):
             yield number, ids

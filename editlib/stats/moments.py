@@ -63,7 +63,7 @@ class MomentSums:
             self._flush(layer)
 
     def clear(self) -> None:
-        """Back to nothing counted."""
+        """Sets all sums and counts back to zero."""
         for total in self.sums.values():
             total.zero_()
         self.tokens = 0

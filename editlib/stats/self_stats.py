@@ -123,7 +123,7 @@ def _sample(
     length: int,
     device: torch.device,
 ) -> None:
-    """One batch of samples, recorded as it is written."""
+    """Generates one batch of samples, recorded as it is written."""
     batch = pad(rows, side="left", device=device)
     ids, mask, cache = batch.input_ids, batch.attention_mask, DynamicCache()
     for step in range(length + 1):

@@ -100,7 +100,7 @@ class Tofu(Benchmark):
 
 
 def apart(sets: TofuSets, seed: int) -> TofuSets:
-    """The sets where no question of the probe set `retain` is among the requests that a method may train on.
+    """Makes the sets where no question of the probe set `retain` is among the requests that a method may train on.
 
     Where the probes are most of what there is to keep, half of them are not asked, and trained on instead.
     """

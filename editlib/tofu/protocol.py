@@ -55,7 +55,7 @@ class TofuProtocol:
         whole: bool = True,
         **options: Any,
     ) -> TofuProtocol:
-        """The protocol with its sets from a folder or the Hub; see `read_tofu` and, for `options`, the class.
+        """Makes the protocol with its sets from a folder or the Hub; see `read_tofu` and, for `options`, the class.
 
         Args:
             learned_file: the questions that the model was trained on, in TOFU's form; default: all.
@@ -129,4 +129,4 @@ class TofuProtocol:
         write_tofu(metrics, out)
 
     def finish(self) -> None:
-        """Nothing is kept."""
+        """Does nothing: no file is kept."""

@@ -107,7 +107,7 @@ def compare_tofu(
     before: Readings | None = None,
     progress: bool = False,
 ) -> TofuScores:
-    """`tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
+    """Runs `tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
 
     Args:
         before: readings of the base model that are known already; the missing ones are added.
@@ -156,7 +156,7 @@ def read(
 
 
 def _given(one: Asked) -> list[str]:
-    """The answers that the model reads: the true one, a paraphrase where there is one, wrong ones."""
+    """Lists the answers that the model reads: the true one, a paraphrase where there is one, wrong ones."""
     return [one.answer, *([] if one.paraphrase is None else [one.paraphrase]), *one.wrong]
 
 
@@ -180,7 +180,7 @@ def score(
 
 
 def _of_set(name: str, probes: Sequence[Asked], said: Sequence[Reading], judges: Judges) -> Results:
-    """The metrics of one set by their bare names; each item has the question's id."""
+    """Computes the metrics of one set by their bare names; each item has the question's id."""
     on: Split = "forget" if name.startswith("forget") else "retain"
     texts, answers = [one.text for one in said], [one.answer for one in probes]
     hits = [one.answer.hits for one in said]
@@ -215,7 +215,7 @@ def _of_set(name: str, probes: Sequence[Asked], said: Sequence[Reading], judges:
 
 
 def _summary(found: Mapping[str, Results], retain_only: Mapping[str, MetricResult] | None) -> list[MetricResult]:
-    """The summary numbers whose parts are all there."""
+    """Computes the summary numbers whose parts are all there."""
     results = []
     forget, retain = found.get("forget", {}), found.get("retain", {})
     judged = ("cosine_similarity", "entailment_score")
@@ -244,7 +244,7 @@ def _measured(results: Results, names: Sequence[str]) -> bool:
 def _paired_ratios(
     own: MetricResult, retain_only: Mapping[str, MetricResult]
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """The forget set's truth ratios of both models, of the same questions.
+    """Pairs the forget set's truth ratios of both models, of the same questions.
 
     Raises:
         MetricError: the retain-only model's are not of these questions.
@@ -256,7 +256,7 @@ def _paired_ratios(
 
 
 def reference_results(path: Path, sets: TofuSets, *, whole: bool = True) -> dict[str, MetricResult]:
-    """The results of a retain-only model that an earlier run wrote (`edited.json`), checked to be of the forget set.
+    """Reads a retain-only model's results of an earlier run (`edited.json`), and checks that they fit the forget set.
 
     Args:
         whole: every question of the set must be among them; else one of them is enough.

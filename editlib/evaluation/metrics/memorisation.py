@@ -25,7 +25,7 @@ EXTRACTION = Metric(
 
 
 def exact_memorisation(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricResult:
-    """Exact memorisation (Tirumala et al., 2205.10770; for unlearning Wang et al., 2406.09179), 0..1.
+    """Computes exact memorisation (Tirumala et al., 2205.10770; for unlearning Wang et al., 2406.09179), 0..1.
 
     `1/|a| Σ_k 1{argmax f(q, a_<k) = a_k}`. Mean over the answers. Lower is better on a forget set, where the measure is
     a model that never saw the answers (grammar alone makes many tokens certain); higher on a retain set.

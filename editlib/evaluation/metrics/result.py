@@ -40,7 +40,7 @@ class MetricResult:
     meaning: str = ""
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """`{name: {"agg_value": ..., "value_by_index": {"0": {...}}, "higher_is_better": ..., ...}}`."""
+        """Gives `{name: {"agg_value": ..., "value_by_index": {"0": {...}}, "higher_is_better": ..., ...}}`."""
         body = {
             "agg_value": self.agg_value,
             "higher_is_better": self.higher_is_better,
@@ -84,7 +84,7 @@ class MetricResult:
         )
 
     def values(self, key: str = "score") -> list[float]:
-        """What the items hold under `key`, without those that could not be scored.
+        """Lists what the items hold under `key`, without those that could not be scored.
 
         Raises:
             MetricError: no item has this key.
@@ -105,7 +105,7 @@ class Metric:
     meaning: str
 
     def averaged(self, on: Split, items: Sequence[Mapping[str, Any]], key: str) -> MetricResult:
-        """The mean of what `items` hold under `key`, named `<on>_<kind>_<name>`."""
+        """Takes the mean of what `items` hold under `key`, named `<on>_<kind>_<name>`."""
         if on not in get_args(Split):
             raise MetricError(f"on={on!r}; expected one of {', '.join(get_args(Split))}")
         counted = [item[key] for item in items if item[key] is not None]
@@ -135,7 +135,7 @@ def same_number(**given: Sequence[Any]) -> None:
 
 
 def unit_value(name: str, value: float | MetricResult | None) -> float:
-    """A number in 0..1, out of a result where one is given.
+    """Checks that a number, or that of a result, is in 0..1, and gives it.
 
     Raises:
         MetricError: there is none, or it lies outside.
