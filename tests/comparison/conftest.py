@@ -13,7 +13,7 @@ from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
 from editlib.errors import EditError
 from editlib.evaluation.answer_cache import AnswerCache
-from editlib.evaluation.forget_set import ForgetSet, Measure, Benchmark, Scores, SetSettings
+from editlib.evaluation.forget_set import Benchmark, ForgetSet, Measure, Scores, SetSettings
 from editlib.requests.request import EditRequest
 from editlib.settings import Section, knob
 from editlib.workbench import Workbench
