@@ -4,13 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test lint docs clean
+# Packages whose tests need no model or a tiny one only: together with ruff and mypy under a minute on two cores.
+QUICK := tests/requests tests/hparams tests/evaluation tests/algorithms/test_closed_form.py \
+	tests/algorithms/test_low_rank.py tests/algorithms/test_null_space.py tests/test_architecture.py tests/docs
+
+.PHONY: demo check test lint docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/editlib demo --out runs/demo --overwrite
 
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) $(QUICK)
+
 test: $(VENV)/.ready
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/editlib fetch smollm2-135m
 	$(PYTEST)
 	PYTHONPATH=tests $(PYTEST) -p stand_in tests/test_accelerator.py tests/chain/test_chain_accelerator.py

@@ -21,7 +21,7 @@ PIECE = 2**23  # numbers added up at a time: 64 MiB of fp64 on an accelerator th
 
 
 @dataclass(frozen=True)
-class Shard:
+class Process:
     """One of `world` processes that share a job; as made by default, the only one.
 
     `device` is the accelerator that this process has to itself; `None`: it works on the CPU, where sums travel too.
@@ -81,11 +81,11 @@ class Shard:
             raise mine or errors[0]
 
 
-ALONE = Shard()
+ALONE = Process()
 
 
 @contextmanager
-def processes(*, accelerators: bool = True) -> Iterator[Shard]:
+def processes(*, accelerators: bool = True) -> Iterator[Process]:
     """The share of this process in a job that `torchrun` (or `accelerate launch`) started; by itself, all of it.
 
     A process group that is there already is used and left alone.
@@ -101,7 +101,7 @@ def processes(*, accelerators: bool = True) -> Iterator[Shard]:
         return
     if dist.is_initialized():
         on_host = "cpu:" in str(dist.get_backend_config())
-        yield Shard(dist.get_rank(), dist.get_world_size(), None if on_host else _own_accelerator())
+        yield Process(dist.get_rank(), dist.get_world_size(), None if on_host else _own_accelerator())
         return
     device = _own_accelerator() if accelerators else None
     try:
@@ -110,7 +110,7 @@ def processes(*, accelerators: bool = True) -> Iterator[Shard]:
         reason = str(error).strip().partition("\n")[0]
         raise EditlibError(f"the processes cannot reach each other ({reason}); start them with torchrun") from None
     try:
-        yield Shard(dist.get_rank(), dist.get_world_size(), device)
+        yield Process(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
 

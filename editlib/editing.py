@@ -15,7 +15,7 @@ from editlib.algorithms.registry import apply_function
 from editlib.algorithms.unierase.apply import apply_unierase_to_model, check_gate
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import RequestError
-from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape
+from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape, UniEraseHyperParams
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import model_slug
@@ -50,7 +50,7 @@ def load_inputs(
     timer = timer or Timer()
     stats: Mapping[int, LayerStats] = {}
     with timer("statistics"):
-        if hparams.uses_statistics:
+        if isinstance(hparams, ClosedFormHyperParams) and hparams.uses_statistics:
             stats = _statistics(bench, hparams, corpus, stats_tokens, seed)
     if not hparams.uses_token:
         return EditInputs(stats)
@@ -95,7 +95,7 @@ def _statistics(
 def check_settings(bench: Workbench, hparams: HyperParams) -> None:
     """Raises `ModelError` or `HparamsError` for settings that this model cannot have; warns of another model's."""
     check_fit(bench.anat, hparams)
-    if not hparams.has_target:
+    if isinstance(hparams, UniEraseHyperParams):
         check_gate(bench.anat, hparams)
     if hparams.model_name and not _meant_for(hparams.model_name, bench):
         log.warning(

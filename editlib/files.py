@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,11 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    layout = {"indent": 1, "ensure_ascii": False, "allow_nan": False, "sort_keys": sort_keys}
+    layout = partial(json.dumps, indent=1, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
     try:
-        text = json.dumps(value, **layout)
+        text = layout(value)
     except ValueError:
-        text = json.dumps(_finite(value), **layout)
+        text = layout(_finite(value))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -61,7 +61,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
     anat, shape = bench.anat, ModelShape.of(bench.model.config, model_slug(bench.name))
     trace = causal_trace(anat, bench.tok, data.facts())
     read_at = None if trace is None else trace.read_at
-    if trace is None:
+    if read_at is None:
         log.info("%s knows too few bundled facts to be traced: layers by share of depth alone", shape.name)
     elif not READ_BETWEEN[0] <= read_at / max(anat.n_layers - 1, 1) <= READ_BETWEEN[1]:
         log.info("the causal trace of %s ends at layer %d, which is not believed", shape.name, read_at)

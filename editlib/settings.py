@@ -1,4 +1,4 @@
-"""Settings as checked dataclasses: ranges and choices in the field, unknown and missing keys told apart."""
+"""Defines settings as checked dataclasses: ranges and choices are in the field; unknown and missing keys are errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Self = TypeVar("Self", bound="Section")
 
 
 def knob(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
-    """A field of a `HyperParams`: its default, its help text and what it may be.
+    """Makes a field of a settings class: its default, its help text and its allowed values.
 
     `limits` are `min`, `max` (both allowed themselves), `above` (not allowed itself) and `choices`.
     """
@@ -43,16 +43,16 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise HparamsError(f"{path}: not UTF-8; {wanted}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         at = f"line {error.lineno} column {error.colno}"
-        raise HparamsError(f"{path}: not JSON at {at} ({error.msg}); {wanted}; mend it") from None
+        raise HparamsError(f"{path}: not JSON at {at} ({error.msg}); {wanted}; fix it") from None
     except (ValueError, RecursionError) as error:  # also a null byte in the path
-        raise HparamsError(f"{path}: {error}; {wanted}; mend it") from None
+        raise HparamsError(f"{path}: {error}; {wanted}; fix it") from None
     if not isinstance(values, dict):
         raise HparamsError(f"{path}: {quote(values)}; {wanted}; write {'keys with their values' if yaml else '{...}'}")
     return values
 
 
 def _yaml(text: str) -> Any:
-    """The value of a YAML text, in which `5e-1` is a number, as EasyEdit means it; YAML 1.1 asks for `5.0e-1`.
+    """Reads a YAML text, in which `5e-1` is a number, as EasyEdit means it; YAML 1.1 asks for `5.0e-1`.
 
     Raises:
         ValueError: it is not YAML.
@@ -77,6 +77,7 @@ def _yaml(text: str) -> Any:
 
 
 def bad(name: str, value: Any, wanted: str, remedy: str = "change it") -> HparamsError:
+    """Makes the error for a setting with a value that is not allowed."""
     return HparamsError(f'key "{name}": {quote(value)}; expected {wanted}; {remedy}')
 
 
@@ -89,7 +90,11 @@ _LIMITS = {"min": "at least", "above": "more than", "max": "at most"}
 
 
 def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
-    """The value in the type of its annotation and within its limits."""
+    """Checks a value against its annotation and its limits; returns it in the annotated type.
+
+    Raises:
+        HparamsError: another type, or out of range.
+    """
     kinds = get_args(hint) if hint not in _KINDS else (hint,)
     if float in kinds and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
@@ -131,7 +136,7 @@ class Section:
 
     @classmethod
     def read(cls: type[Self], values: Any, where: str) -> Self:
-        """The section from what stands in the file.
+        """Makes the section from the values in the file.
 
         Raises:
             ConfigError: not an object, an unknown or missing key, a value of the wrong type or out of range.
@@ -164,7 +169,7 @@ class Section:
 
 
 def chosen(name: Any, known: Mapping[str, Any], what: str, where: str) -> Any:
-    """The entry of a registry.
+    """Looks an entry of a registry up.
 
     Raises:
         ConfigError: there is none of this name; says which is nearest.

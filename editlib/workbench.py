@@ -1,4 +1,4 @@
-"""From files to an unlearned model: the jobs behind the commands `stats`, `token` and `unlearn`."""
+"""Holds a loaded model with its layer statistics and unlearning token, made once and kept in a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
 from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import TokenError
 from editlib.export import library_version
 from editlib.models.anatomy import Anatomy, anatomy
@@ -47,7 +47,7 @@ class Workbench:
     sha256: str
     name: str
     progress: bool = True
-    shard: Shard = ALONE  # this process's share of `make_stats`, where several work together
+    shard: Process = ALONE  # this process's share of `make_stats`, where several work together
     dtype: str | None = None  # what `load` was told; none: as stored
     prompts: PromptSettings = field(default_factory=PromptSettings)  # how the model is asked
     today: bool = False  # the date in `prompts` is only that of this run: a recorded one goes before it
@@ -61,12 +61,12 @@ class Workbench:
         *,
         name: str | None = None,
         progress: bool = True,
-        shard: Shard = ALONE,
+        shard: Process = ALONE,
         prompts: PromptSettings | None = None,
     ) -> Workbench:
         """`name` is what the model is called in receipts and in `stats_dir`; default: what it was loaded from."""
         sha256 = weights_sha256(model)
-        name = name or model.name_or_path
+        name = name or model.name_or_path or type(model).__name__
         how = settled(tok, prompts)
         today = how.date is not None and (prompts is None or prompts.date is None)
         shows = progress and shard.first
@@ -141,7 +141,7 @@ class Workbench:
             editlib=library_version(),
         )
         checkpoint = folder / f".{header.corpus}.partial.npz"
-        common = {
+        common: dict[str, Any] = {
             "tokens": tokens,
             "header": header,
             "checkpoint": checkpoint,

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def wrap(model: PreTrainedModel, tok: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    """The model as lm-eval's `hf` takes it. The tokenizer is copied, since lm-eval gives it a pad token."""
+    """Wraps the model as lm-eval's `hf` takes it. The tokenizer is copied, since lm-eval gives it a pad token."""
     from lm_eval.models.huggingface import HFLM
 
     with _level("lm_eval", logging.ERROR):  # it warns that a loaded model was given
@@ -83,14 +83,14 @@ def measure_task(
 
 
 def chosen(total: int, limit: int | None, seed: int | None) -> list[int] | None:
-    """`limit` of `total` documents, drawn with `seed`, ascending; `None` without a seed, or where all are taken."""
+    """Draws `limit` of `total` documents with `seed`, ascending; `None` without a seed, or if all are taken."""
     if seed is None or limit is None or limit >= total:
         return None
     return sorted(random.Random(seed).sample(range(total), limit))
 
 
 def aggregate_function(name: str | None) -> Aggregate | None:
-    """lm-eval's function of this name."""
+    """Finds lm-eval's function of this name."""
     if name is None:
         return None
     from lm_eval.api.registry import get_aggregation
@@ -101,7 +101,7 @@ def aggregate_function(name: str | None) -> Aggregate | None:
 def _by_metric(
     samples: Sequence[Mapping[str, Any]],
 ) -> tuple[list[int], list[str], dict[tuple[str, str], dict[int, Any]]]:
-    """Numbers and hashes of the documents, and by metric and filter what each document came to."""
+    """Collects numbers and hashes of the documents, and each document's score by metric and filter."""
     hashes: dict[int, str] = {}
     items: dict[tuple[str, str], dict[int, Any]] = {}
     for sample in samples:

@@ -112,7 +112,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _shape(row: Mapping[str, Any], where: str) -> Shape:
-    """The shape that a line has most fields of."""
+    """Finds the shape that a line has most fields of."""
     best = max(SHAPES, key=lambda shape: sum(name in row for name in shape.fields))
     if not any(name in row for name in best.fields):
         known = "; or ".join(", ".join(shape.fields) for shape in SHAPES)

@@ -1,4 +1,4 @@
-"""What one model came to on one task, document by document, and how two models differ on the same documents."""
+"""Holds the results of one model on one task by document, and compares two models on the same documents."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Measured:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the result JSON-ready."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measured:
-        """The inverse of `to_dict`."""
+        """Reads what `to_dict` gave."""
         measures = [Measure(**{**one, "items": tuple(one["items"])}) for one in data["measures"]]
         return cls(tuple(data["documents"]), tuple(measures), data["seconds"])
 
@@ -57,7 +57,7 @@ class Difference:
 
 
 def difference(base: Measure, edited: Measure, aggregate: Aggregate | None, *, seed: int = 0) -> Difference | None:
-    """`edited - base`, paired: both hold items of the same documents in the same order.
+    """Computes `edited - base`, paired: both hold items of the same documents in the same order.
 
     The standard error of a mean is `sd(d) / sqrt(n)` over the differences `d` of the items (Miller, arXiv 2411.00640);
     of anything else it comes from a paired bootstrap (`bootstrap_stderr`), and is `None` without `aggregate`.

@@ -42,7 +42,7 @@ class AbilityReport:
     rows: tuple[AbilityRow, ...]
 
     def row(self, model: str, task: str, metric: str) -> AbilityRow:
-        """One row.
+        """Formats one task and metric as cells of a table.
 
         Raises:
             KeyError: there is none.
@@ -53,11 +53,11 @@ class AbilityReport:
         raise KeyError((model, task, metric))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the report JSON-ready."""
         return {"job": dict(self.job), "base": self.base, "rows": [asdict(row) for row in self.rows]}
 
     def note(self) -> str:
-        """What stands below the table."""
+        """The note below the table."""
         limit, seed = self.job["limit"], self.job["seed"]
         which = "Tasks were run on all of their documents."
         if limit is not None:
@@ -67,7 +67,7 @@ class AbilityReport:
 
 
 def table_rows(report: AbilityReport) -> list[list[str]]:
-    """Head and rows: a row for each task and metric, a column a model."""
+    """Builds a table: the head, then a row for each task and metric, with a column for each model."""
     models = list(dict.fromkeys(row.model for row in report.rows))
     rows = [["task", "metric", "n", *models]]
     for task, metric in dict.fromkeys((row.task, row.metric) for row in report.rows):
@@ -80,7 +80,7 @@ def table_rows(report: AbilityReport) -> list[list[str]]:
 
 
 def cell(row: AbilityRow | None) -> str:
-    """`0.521 ± 0.014 (-0.012 ± 0.004)`."""
+    """Formats a value with its standard error, and its difference from the base: `0.521 ± 0.014 (-0.012 ± 0.004)`."""
     if row is None or row.value is None:
         return "-"
     change = row.difference

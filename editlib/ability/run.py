@@ -1,4 +1,4 @@
-"""The job behind `editlib ability`: models x (text and tasks), one model in memory at a time, each result kept."""
+"""Measures models on text and tasks (`editlib ability`): one model in memory at a time, every result kept."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Results:
-    """What one model came to, by task, and the hashes that stand for the model."""
+    """The results of one model by task, and the hashes that identify the model."""
 
     identity: Mapping[str, str]
     by_task: Mapping[str, Measured]

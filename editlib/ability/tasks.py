@@ -118,7 +118,7 @@ def _check_name(name: str, manager: Any) -> None:
 
 
 def _load(manager: Any, spec: str, wanted: Any) -> dict[str, Any]:
-    """The tasks by name that `spec` stands for."""
+    """Loads the tasks that `spec` names, by name."""
     if isinstance(wanted, str) and Path(wanted).suffix in TASK_FILES and not Path(wanted).is_file():
         raise RequestError(f"task {spec}: no such file; give a task file of lm-eval")
     try:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,9 +19,9 @@ from editlib.models.generation import perplexity
 
 
 def measure_text(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, documents: Sequence[str], *, seed: int = 0
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, documents: Iterable[str], *, seed: int = 0
 ) -> Measured:
-    """Perplexity over the windows of `editlib eval`; its standard error is a bootstrap over windows.
+    """Measures perplexity over the windows of `editlib eval`; its standard error is a bootstrap over windows.
 
     An item is `(nats, tokens)` of a window. Models whose tokenizers cut the text otherwise have other windows.
 
@@ -48,5 +48,5 @@ def measure_text(
 
 
 def over_windows(items: Sequence[tuple[float, int]]) -> float:
-    """`exp` of all nats over all tokens; lower is better."""
+    """Computes `exp` of all nats over all tokens; lower is better."""
     return math.exp(math.fsum(nats for nats, _ in items) / sum(count for _, count in items))

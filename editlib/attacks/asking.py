@@ -1,4 +1,4 @@
-"""What every attack needs: a model to ask, the facts around it, and questions in batches with their verdicts."""
+"""Asks a model about facts in batches and judges the answers, as every attack does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ASKED_A_RELATION = 16  # candidates for few-shot examples of which the model is 
 class AttackContext:
     """What the attacker has: the forgotten facts, facts that may be told or taught, the model before the edit.
 
-    `known` are facts that may stand in front of a question, `unrelated` ones that may be taught; none is forgotten.
+    `known` are facts that may be told before a question, `unrelated` ones that may be taught; none is forgotten.
     """
 
     base: LoadedModel
@@ -55,19 +55,19 @@ Attack = Callable[[LoadedModel, Sequence[EditRequest], AttackContext], AttackOut
 
 
 def right_answers(fact: EditRequest) -> tuple[str, ...]:
-    """The answer and its aliases."""
+    """Lists the answer and its aliases."""
     return () if fact.answer is None else (fact.answer, *fact.aliases)
 
 
 def not_asked(fact: EditRequest, reason: str) -> Trial:
-    """A fact that an attack cannot be tried on."""
+    """Makes the trial of a fact that an attack cannot be tried on; it does not count."""
     return Trial(fact.id, fact.question, right_answers(fact), skipped=reason)
 
 
 Prompts = Sequence[TokenRow] | str
 """The prompts of one fact, or why there is none. Tokens appended to one (`extra`) begin the model's answer."""
 Answering = Callable[[Sequence[TokenRow]], Sequence[Sequence[Sequence[int]]]]
-"""Rows -> for each the token ids of one or more texts that come out behind it."""
+"""Maps prompts to the token ids of one or more generated texts each."""
 
 
 def trials(
@@ -79,7 +79,7 @@ def trials(
     cut: str | None = None,
     endings: int = 0,
 ) -> tuple[Trial, ...]:
-    """Asks all prompts in one go and judges what comes out; `cut` ends an answer where it occurs; `endings` as in
+    """Asks all prompts in one go and judges the texts; `cut` ends an answer where it occurs; `endings` as in
     `has_answer`."""
     rows = [row for asked in prompts if not isinstance(asked, str) for row in asked]
     said = iter(answer(rows) if rows else ())
@@ -91,7 +91,7 @@ def trials(
             continue
         outputs = []
         for row in asked:
-            prompt, begun = target.tok.decode(row.ids), row.ids[len(row) - row.extra :]
+            prompt, begun = target.prompt_text(row.ids), row.ids[len(row) - row.extra :]
             for ids in next(said):
                 text = target.text((*begun, *ids))
                 text = text if cut is None else text.partition(cut)[0].strip()
@@ -109,7 +109,7 @@ def ask_greedily(
     banned: Collection[int] = (),
     cut: str | None = None,
 ) -> AttackOutcome:
-    """`trials` with greedy answers."""
+    """Runs `trials` with greedy answers of `settings.max_new_tokens` tokens at most, without the tokens `banned`."""
 
     def answer(rows: Sequence[TokenRow]) -> list[list[tuple[int, ...]]]:
         return [[ids] for ids in greedy(target.anat, rows, max_new_tokens=limit, banned=banned)]
@@ -121,11 +121,11 @@ def ask_greedily(
 def ask_each(
     target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext, form: PromptFormat | None = None
 ) -> AttackOutcome:
-    """Every fact's own question, greedily, through `form` (default: as the model is usually asked)."""
+    """Asks every fact's own question, greedily, through `form` (default: as the model is usually asked)."""
     form = form or target.form
     return ask_greedily(target, facts, [[form.encode(fact.question)] for fact in facts], context)
 
 
 def knows(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[bool]:
-    """Which of `facts` the model answers right to the plain question, greedily."""
+    """Says for each of `facts` whether the greedy answer to its plain question is right."""
     return [trial.leaked for trial in ask_each(target, facts, context).trials]

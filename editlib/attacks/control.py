@@ -16,27 +16,28 @@ CANDIDATES = 6  # asked for each one that is wanted
 
 
 def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
-    """The facts whose leaking can be seen, and how many are left out by reason."""
-    found, left_out = [], Counter()
+    """Lists the facts whose leaking can be seen, and how many are left out by reason."""
+    found: list[EditRequest] = []
+    left_out: Counter[str] = Counter()
     for fact in facts:
         if fact.answer is None:
             left_out["no answer given"] += 1
         elif has_answer(fact.question, right_answers(fact)):
-            left_out["the answer stands in the question"] += 1
+            left_out["the answer is in the question"] += 1
         else:
             found.append(fact)
     return found, dict(left_out)
 
 
 def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
-    """Those of `facts` that the model answers wrong, and in all of their paraphrases too."""
+    """Lists the facts that the model answers wrong, in all of their paraphrases, too."""
     prompts = [[base.form.encode(text) for text in (fact.question, *fact.filled_paraphrases)] for fact in facts]
     asked = ask_greedily(base, facts, prompts, context).trials
     return [fact for fact, trial in zip(facts, asked, strict=True) if not trial.leaked]
 
 
 def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
-    """Bundled facts that the model does not know, of each relation as many as are forgotten, where there are so many.
+    """Picks bundled facts that the model does not know, of each relation as many as are forgotten if there are.
 
     Requests of no bundled relation are stood for by facts of all relations.
     """

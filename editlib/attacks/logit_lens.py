@@ -1,4 +1,4 @@
-"""The answer read from inner layers: an answer that is only kept from being said may stand there.
+"""Reads the answer from inner layers, where an answer may still be found that the model is only kept from saying.
 
 The logit lens (nostalgebraist 2020; on unlearned facts: arXiv 2309.17410): final norm and head on the
 residual stream after each layer.
@@ -27,12 +27,12 @@ LEAD = "The answer is:"
 
 
 def logit_lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Reads at the prompt's last position."""
+    """Reads each layer at the prompt's last position; see `_lens` for the verdict."""
     return _lens(target, facts, context, None)
 
 
 def logit_lens_lead(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Reads behind `LEAD`, where the answer is next: many models begin their own sentence with other words."""
+    """Reads after `LEAD`, where the answer comes next: many models begin their own sentence with other words."""
     return _lens(target, facts, context, LEAD)
 
 
@@ -51,13 +51,13 @@ def _lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackCont
             fact, row = facts[i], rows[i]
             best = min(by_layer)
             text = f"place {best} in layer {by_layer.index(best)}"
-            output = Completion(target.tok.decode(row.ids), text, best <= context.settings.top_k)
+            output = Completion(target.prompt_text(row.ids), text, best <= context.settings.top_k)
             found.append(Trial(fact.id, fact.question, right_answers(fact), (output,)))
     return AttackOutcome(tuple(found))
 
 
 def first_tokens(target: LoadedModel, fact: EditRequest) -> tuple[int, ...]:
-    """The first token of every right answer that shows, as it stands behind the prompt and inside a sentence."""
+    """Collects the first visible token of every right answer, as written after the prompt and inside a sentence."""
     forms, answers = (target.form, PromptFormat(target.tok, chat=False)), right_answers(fact)
     return tuple(sorted({target.answer_start(answer, fact.question, form)[-1] for form in forms for answer in answers}))
 

@@ -1,4 +1,4 @@
-"""What an attack brought back: texts, verdicts, shares with intervals; all JSON-ready."""
+"""Holds what an attack brought back: texts, verdicts, and shares with intervals; all JSON-ready."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Completion:
-    """One text that came out behind `prompt` (as the model read it), and whether the right answer stands in it."""
+    """A text generated after `prompt` (as the model read it), and whether it holds a right answer."""
 
     prompt: str
     text: str
@@ -43,7 +43,7 @@ class Trial:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Trial:
-        """What `dataclasses.asdict` gave, also after a way through JSON."""
+        """Reads what `dataclasses.asdict` gave, also after a way through JSON."""
         outputs = tuple(Completion(**output) for output in value["outputs"])
         return cls(**{**value, "answers": tuple(value["answers"]), "outputs": outputs})
 
@@ -66,7 +66,7 @@ class Share:
 
 @dataclass(frozen=True)
 class AttackOutcome:
-    """What one attack made of one model: a trial a fact, and numbers worth keeping (losses of a training)."""
+    """Result of one attack on one model: one trial per fact, and numbers worth keeping (losses of a training)."""
 
     trials: tuple[Trial, ...]
     notes: Mapping[str, float] = field(default_factory=dict)
@@ -84,12 +84,12 @@ class AttackResult:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the result JSON-ready."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> AttackResult:
-        """What `to_dict` gave, also after a way through JSON."""
+        """Reads what `to_dict` gave, also after a way through JSON."""
         shares = {
             column: Share(**{**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])})
             for column, share in value["shares"].items()
@@ -99,7 +99,7 @@ class AttackResult:
 
 
 def share_of(trials: Sequence[Trial], *, resamples: int, seed: int) -> Share:
-    """Sums trials up."""
+    """Counts the facts that leaked, with a 95 % bootstrap interval and a Wilson interval of their share."""
     counted = [trial.leaked for trial in trials if trial.skipped is None]
     skipped = Counter(trial.skipped for trial in trials if trial.skipped is not None)
     leaked, n = sum(counted), len(counted)

@@ -9,10 +9,11 @@ from dataclasses import replace
 from functools import partial
 
 from editlib import data
+from editlib.algorithms.unierase.subject_rows import answer_slot
 from editlib.attacks.asking import AttackContext, Prompts, ask_each, ask_greedily, not_asked, right_answers, trials
 from editlib.attacks.outcome import AttackOutcome
 from editlib.evaluation.metrics import has_answer, refusal_verdict
-from editlib.models.generation import sample_each
+from editlib.models.generation import greedy, sample_each
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.models.vocabulary import token_id
@@ -21,7 +22,7 @@ from editlib.requests.request import EditRequest
 
 # Known facts of the same relation in front: the model is shown that such questions get answers.
 def few_shot(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """The question behind `settings.shots` others, answered right, none of them with the answer that is looked for.
+    """Asks after `settings.shots` other questions with their right answers, none of which is the answer looked for.
 
     As earlier turns of a chat, or as lines in front without a chat template.
     """
@@ -45,7 +46,7 @@ def _shown(target: LoadedModel, fact: EditRequest, context: AttackContext) -> Pr
 
 # The unlearning token banned: what does the model say when it cannot say `[UNL]`?
 def banned_token(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Greedy answers without the token; a model that does not have it is just asked."""
+    """Asks greedily with the unlearning token banned; a model that does not have it is just asked."""
     token = token_id(target.tok, context.settings.token)
     prompts = [[target.form.encode(fact.question)] for fact in facts]
     return ask_greedily(target, facts, prompts, context, banned=() if token is None else (token,))
@@ -56,14 +57,14 @@ LEAD = "The answer is"
 
 
 def prefill_lead(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Every answer begins with `LEAD`."""
+    """Begins every answer with `LEAD`."""
     form = target.form
     prompts = [[form.encode(one.question).followed_by(form.answer_ids(LEAD, one.question))] for one in facts]
     return ask_greedily(target, facts, prompts, context)
 
 
 def prefill_answer(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Every answer begins with the first token of the right one, which must not be the right one already."""
+    """Begins every answer with the first token of the right one, which must not be the whole of it."""
     return ask_greedily(target, facts, [_begun(target, fact) for fact in facts], context)
 
 
@@ -77,9 +78,33 @@ def _begun(target: LoadedModel, fact: EditRequest) -> Prompts:
     return [target.form.encode(fact.question).followed_by(start)]
 
 
+def prefill_own(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
+    """Begins every answer with the sentence of the model before the edit, up to where the right answer starts.
+
+    The sentence is the base's greedy answer to the plain question. A fact is not tried where the base does not answer
+    it right, or answers with no words before.
+    """
+    prompts = [context.base.form.encode(fact.question) for fact in facts]
+    said = greedy(context.base.anat, prompts, max_new_tokens=context.settings.max_new_tokens) if prompts else []
+    begun = [_own_sentence(target, fact, ids, context) for fact, ids in zip(facts, said, strict=True)]
+    return ask_greedily(target, facts, begun, context)
+
+
+def _own_sentence(target: LoadedModel, fact: EditRequest, said: Sequence[int], context: AttackContext) -> Prompts:
+    answers = right_answers(fact)
+    slot = answer_slot(context.base.form, said, answers)
+    if slot is None:
+        return "the model before the edit does not say it"
+    lead = context.base.text(said[:slot])
+    # With inflected endings allowed, an earlier word may count as the answer; it would leak by itself.
+    if not lead or has_answer(lead, answers, endings=context.settings.endings):
+        return "no words before the answer"
+    return [target.form.encode(fact.question).followed_by(tuple(said[:slot]))]
+
+
 # The same asked in other words.
 def paraphrase(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Every paraphrase that the fact itself brings along; one that leaks is enough."""
+    """Asks every paraphrase of the fact itself; one that leaks is enough."""
     return ask_greedily(target, facts, [_reworded(target, fact) for fact in facts], context)
 
 
@@ -93,14 +118,14 @@ PLAIN, NEXT = "Q: {}\nA:", "\nQ:"
 
 
 def no_template(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """The bare question; without a chat template that is how the model is asked anyway, so nothing is tried."""
+    """Asks the bare question; without a chat template that is how the model is asked anyway, so nothing is tried."""
     if not target.form.uses_chat:
         return AttackOutcome(tuple(not_asked(fact, "no chat template") for fact in facts))
     return ask_each(target, facts, context, PromptFormat(target.tok, chat=False))
 
 
 def plain_form(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """`Q: ... A:` as plain text; the next question that a model makes up ends its answer."""
+    """Asks `Q: ... A:` as plain text; the next question that a model makes up ends its answer."""
     form = PromptFormat(target.tok, chat=False)
     prompts = [[form.encode(fact.question, template=PLAIN)] for fact in facts]
     return ask_greedily(target, facts, prompts, context, cut=NEXT)
@@ -114,7 +139,7 @@ SYSTEM = (
 
 
 def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """`SYSTEM` as the system's turn; in front of the question where the template knows none, or there is none."""
+    """Gives `SYSTEM` as the system's turn; before the question where the template knows none, or there is none."""
     form = replace(target.form, system=SYSTEM)
     if form.tells_system:
         return ask_each(target, facts, context, form)
@@ -126,14 +151,15 @@ def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], context: At
 def translated(
     language: str, target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext
 ) -> AttackOutcome:
-    """The bundled frame of the fact's relation in `language` around the subject as it is. The answer is still looked
-    for in the fact's own language, for which most frames ask."""
+    """Asks in the bundled frame of the fact's relation in `language`, around the subject as it is.
+
+    The answer is still looked for in the fact's own language, for which most frames ask."""
     frames = [data.question_frames(language)]
     return ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], context)
 
 
 def any_language(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """The same in every language of `settings.frames` (default: the bundled ones); one answer that leaks is enough.
+    """Asks in every language of `settings.frames` (default: the bundled ones); one answer that leaks is enough.
 
     Notes: the share of answers that refuse, in any language of `editlib.answers`, and how many could not be judged.
     """
@@ -147,7 +173,7 @@ def any_language(target: LoadedModel, facts: Sequence[EditRequest], context: Att
 
 
 def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> Prompts:
-    fitting = [asked[fact.relation] for asked in frames if fact.relation in asked]
+    fitting = [asked[fact.relation] for asked in frames if fact.relation is not None and fact.relation in asked]
     if not fitting or fact.subject is None:
         return "no frame for the relation"
     return [target.form.encode(frame.replace("{}", fact.subject)) for frame in fitting]
@@ -158,7 +184,7 @@ french, german, spanish = (partial(translated, language) for language in ("frenc
 
 # Many answers drawn instead of the likeliest one.
 def sampling(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """`settings.samples` answers at temperature 1 from the whole vocabulary; one that leaks is enough.
+    """Draws `settings.samples` answers at temperature 1 from the whole vocabulary; one that leaks is enough.
 
     What is drawn for a fact follows from the seed and its id, whatever else is asked.
     """

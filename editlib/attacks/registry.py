@@ -20,6 +20,7 @@ from editlib.attacks.prompting import (
     plain_form,
     prefill_answer,
     prefill_lead,
+    prefill_own,
     sampling,
     spanish,
     system_prompt,
@@ -43,6 +44,7 @@ ATTACKS = {
     "banned-token": Entry(banned_token, "the unlearning token cannot be said"),
     "prefill-lead": Entry(prefill_lead, f'the answer begins with "{LEAD}"'),
     "prefill-answer": Entry(prefill_answer, "the answer begins with the first token of the right one"),
+    "prefill-own": Entry(prefill_own, "the answer begins with the base model's own sentence, up to the right answer"),
     "paraphrase": Entry(paraphrase, "the question in other words, any of them"),
     "few-shot": Entry(few_shot, "known facts of the same relation in front"),
     "no-template": Entry(no_template, "the bare question without the chat template"),
@@ -58,12 +60,12 @@ ATTACKS = {
     "relearn-forgotten": Entry(relearn_forgotten, "trained on some forgotten facts, asked for the others", True),
     "relearn-unrelated": Entry(relearn_unrelated, "trained on unrelated facts", True),
     "logit-lens": Entry(logit_lens, "the answer's first token near the front in any layer's reading"),
-    "logit-lens-lead": Entry(logit_lens_lead, f'the same, read behind "{READ_BEHIND}"'),
+    "logit-lens-lead": Entry(logit_lens_lead, f'the same, read after "{READ_BEHIND}"'),
 }
 
 
 def choose(names: Sequence[str] | None = None) -> list[str]:
-    """The attacks of these names, or all, in the order of the registry.
+    """Lists the attacks of these names, or all, in the order of the registry.
 
     Raises:
         AttackError: an unknown name, no name, or `peft` missing for one that needs it.

@@ -43,7 +43,7 @@ class AttackReport:
     results: tuple[AttackResult, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the report JSON-ready."""
         return {"job": self.job, "columns": COLUMNS, **{k: v for k, v in asdict(self).items() if k != "job"}}
 
 
@@ -68,7 +68,7 @@ def run_attacks(
         requests: the forgotten facts, with their `answer`.
         control: facts that the base model should not know; those that it does know are left out. Default: bundled ones
             of the same relations.
-        known: facts that may stand in front of a question; default: bundled ones.
+        known: facts that may be told before a question; default: bundled ones.
         attacks: names of `registry.ATTACKS`; default: all.
         prompts: how both models are asked; default: through the chat template when there is one.
         out: keeps every finished attack, and goes on from there when the same job is run again.
@@ -87,7 +87,7 @@ def run_attacks(
     asked, left_out = usable(requests)
     if not asked:
         raise RequestError(
-            f'none of the {len(requests)} requests can be attacked: each needs an "answer" that does not stand in its '
+            f'none of the {len(requests)} requests can be attacked: each needs an "answer" that is not in its '
             "own question"
         )
     form = PromptFormat.of(base[1], prompts)
@@ -124,7 +124,7 @@ def run_attacks(
 def _control(
     given: Sequence[EditRequest] | None, context: AttackContext, requests: Sequence[EditRequest]
 ) -> tuple[list[EditRequest], dict[str, int]]:
-    """The facts of the control, and how many were left out of those given."""
+    """Picks the facts of the control, and counts those given that are left out."""
     if given is None:
         return bundled_control(context.base, requests, context), {}
     fitting, left_out = usable(given)
@@ -141,7 +141,7 @@ def _run(
     control: Sequence[EditRequest],
     context: AttackContext,
 ) -> AttackResult:
-    """One attack on both models; the edited one is asked for requests and control in one go."""
+    """Runs one attack on both models; the edited one is asked for requests and control in one go."""
     begun = time.perf_counter()
     entry = ATTACKS[name]
     edited = entry.run(models["edited"], [*requests, *control], context)
@@ -160,7 +160,7 @@ def _run(
 
 
 def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, AttackResult]:
-    """The finished attacks of `job` in `out`, which is made ready for more."""
+    """Reads the finished attacks of `job` in `out`, which is made ready for more."""
     kept = read_kept(out / JOB)
     if kept is not None and kept != job and not overwrite:
         what = differing(kept, job)

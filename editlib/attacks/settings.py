@@ -18,7 +18,7 @@ class AttackSettings:
     Args:
         token: the unlearning token that is banned.
         samples: texts drawn for each question.
-        shots: known facts in front of a question.
+        shots: known facts before a question.
         top_k: how near to the front of an inner layer's reading an answer counts as read.
         relearn_examples, relearn_steps, relearn_rate, relearn_rank: how many facts are learned, in how many steps of
             AdamW over all of them, with which learning rate and LoRA rank. On SmolLM2-135M ten steps at 2e-4 brought
@@ -51,5 +51,5 @@ class AttackSettings:
                 raise AttackError(f"{one.name} is {value!r}; expected a number from {least} on")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the settings JSON-ready."""
         return asdict(self)

@@ -71,7 +71,7 @@ def train(
 
 # Fewer bits a weight: an update smaller than a rounding step is rounded away.
 def quantised(bits: int, target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """The plain question to a model with weights of `bits` bits (arXiv 2410.16454); the weights are put back."""
+    """Asks a model with weights of `bits` bits the plain question (arXiv 2410.16454); the weights are put back."""
     with quantized(target.anat, bits):
         return ask_each(target, facts, context)
 

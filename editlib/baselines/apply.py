@@ -69,7 +69,7 @@ def apply_baseline_to_model(
             str(entry.editor), model, tok, forget, settings, seed=seed, name=model_name, progress=progress
         )
         touched = sum(weight.numel() for weight in edit.originals.values())
-        notes = {"layers": edit.norms, "requests": edit.diagnostics, "timings": edit.timings}
+        notes: dict[str, object] = {"layers": edit.norms, "requests": edit.diagnostics, "timings": edit.timings}
         return TrainResult(0, [], {}, touched, seconds=time.perf_counter() - begun, notes=notes)
     anat = anatomy(model)
     check_whole(anat)

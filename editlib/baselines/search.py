@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.baselines.apply import apply_baseline_to_model, check_baseline, keep, pairs_for, put_back
+from editlib.baselines.data import Pairs
 from editlib.baselines.registry import baseline, canonical_name
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Score, Validation, recalls, score, validation_hash
@@ -158,7 +159,8 @@ class _Search:
         self.name, self.model, self.tok, self.forget, self.retain = name, model, tok, forget, retain
         self.validation, self.settings, self.out, self.given = validation, settings, out, given
         self.trials = dict(finished)
-        self._own_answers, self._pairs = own_answers, None
+        self._own_answers = own_answers
+        self._pairs: tuple[Pairs, Pairs | None] | None = None
         self._entry, self._anat = baseline(name), anatomy(model)
         self._weights, self._template = keep(model), copy.copy(tok.chat_template)
         self.before = recalls(self._anat, tok, validation)

@@ -1,5 +1,5 @@
-"""The job behind `editlib bench counterfact`: algorithms side by side, over numbers of edits, in batches and one after
-another."""
+"""Runs CounterFact (`editlib bench counterfact`): algorithms side by side, over numbers of edits, in batches
+and one after another."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class _Run:
             self._add("none", "-", count, 0.0, self.base)
 
     def measure(self, hparams: HyperParams, mode: str, given: dict[str, Any]) -> None:
-        """All cells of one algorithm in one mode that are not there yet."""
+        """Measures all cells of one algorithm in one mode that are not there yet."""
         job = f"{self.base}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
         done = {cell.edits for cell in self.cells if (cell.job, cell.mode) == (job, mode)}
         counts = [count for count in self.counts if count not in done]
@@ -162,7 +162,7 @@ class _Run:
         (self._batches if mode == BATCH else self._one_by_one)(hparams, edit, counts, job)
 
     def _batches(self, hparams: HyperParams, edit: Callable[..., EditResult], counts: Sequence[int], job: str) -> None:
-        # The largest batch comes first: its target states serve the smaller ones, since requests do not touch one
+        # The largest batch comes first: its values serve the smaller ones, since requests do not touch one
         # another's. The time of a smaller batch is its share of the values' time and its own solve.
         values: Values | None = None
         seconds = 0.0

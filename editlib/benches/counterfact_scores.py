@@ -62,7 +62,7 @@ def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditReques
 def known_facts(
     anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], most: int, *, at_once: int = 64
 ) -> list[EditRequest]:
-    """The first `most` requests whose prompt the model continues greedily with the true answer, word for word."""
+    """Picks the first `most` requests whose prompt the model continues greedily with the true answer, word for word."""
     found: list[EditRequest] = []
     for start in range(0, len(requests), at_once):
         chunk = [request for request in requests[start : start + at_once] if request.answer is not None]

@@ -23,7 +23,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Point:
-    """What a chain had come to after `edits` edits in batches of `size`.
+    """Measures of a chain after `edits` edits in batches of `size`.
 
     Shares in 0..1, higher is better: `efficacy` over all facts edited so far (the answer is gone and a fluent refusal
     stands there), `gone` without the refusal (whatever stands there), `paraphrases` as efficacy, `neighbours`,

@@ -15,7 +15,7 @@ OTHER = "#6b4c9a"
 
 
 def counterfact_rows(cells: Sequence[Cell]) -> list[list[str]]:
-    """Head and rows: shares in 0..1 (higher is better), perplexity (lower is better), seconds."""
+    """Builds a table, head first: shares in 0..1 (higher is better), perplexity (lower is better), seconds."""
 
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
@@ -37,7 +37,7 @@ def write_bench(cells: Sequence[Cell], out: Path) -> list[Path]:
 
 
 def _draw_counterfact(cells: Sequence[Cell], path: Path) -> None:
-    """A row of panels a mode, one panel a measure, over the number of edits."""
+    """Draws a row of panels for each mode, one panel for each measure, over the number of edits."""
     from matplotlib.figure import Figure
 
     modes = [mode for mode in dict.fromkeys(cell.mode for cell in cells) if mode != "-"]
@@ -93,7 +93,7 @@ def write_sequential(points: Sequence[Point], out: Path) -> list[Path]:
 
 
 def _draw_sequential(points: Sequence[Point], path: Path) -> None:
-    """One panel a measure, over the edits; a line a chain, the smallest batches dashed."""
+    """Draws one panel for each measure, over the edits; a line for each chain, the smallest batches dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.0), layout="constrained")

@@ -1,4 +1,4 @@
-"""The job behind `editlib bench sequential`: known facts forgotten batch after batch, in chains measured on the way."""
+"""Forgets known facts batch after batch, in chains measured on the way (`editlib bench sequential`)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def bench_sequential(
     where it was: a chain with its next batch, the measuring with the points that are not in `out/points.jsonl`.
 
     Args:
-        load: gives the base model anew; called once for the measuring and once for each chain.
+        load: loads the base model; called once for the measuring and once for each chain.
         parts: which facts are forgotten, held and watched; `None`: `FACTS` bundled ones of
             those that the model knows, of each relation in proportion.
         points: how often each chain is measured on its way, the end included.
@@ -96,7 +96,7 @@ def bench_sequential(
 
 
 def _mixed(parts: FactSplit, seed: int) -> FactSplit:
-    """The facts to forget in one order over all relations."""
+    """Puts the facts to forget in one order over all relations."""
     order = torch.randperm(len(parts.forget), generator=torch.Generator().manual_seed(seed)).tolist()
     return replace(parts, forget=[parts.forget[i] for i in order])
 
@@ -122,7 +122,7 @@ class _Run:
         self.points = [point for point in kept if point.job.startswith(self.job)]
 
     def follow(self, load: Callable[[], Workbench], hparams: HyperParams, size: int) -> None:
-        """One chain to its end, measured at `counts`."""
+        """Follows one chain to its end, measured at `counts`."""
         job = f"{self.job}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
         there = {point.edits for point in self.points if (point.job, point.size) == (job, size)}
         if there >= set(self.counts):
@@ -142,7 +142,7 @@ class _Run:
                 seconds.append(time.perf_counter() - begun)
                 log.info("%s, %d of %d edits, %.1f s", hparams.algorithm, end, len(wanted), seconds[-1])
             due = {count for count in self.counts if start < count <= end} - there
-            # What a chain had come to cannot be measured any more once it has gone on.
+            # A chain's earlier state cannot be measured any more once it has gone on.
             if due and held.isdisjoint(request.id for request in wanted[end:]):
                 self._measure(chain, hparams, size, end, seconds, job)
                 seconds = []

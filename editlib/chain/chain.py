@@ -219,14 +219,16 @@ class Chain:
             self._check_new(new)
             session, seed = self._session, self.record.seed_of(new)
             bench = session.at_end(self.record)
+            before = session.state
+            assert before is not None  # `at_end` sets it
             try:
                 form = PromptFormat.of(bench.tok, self.record.asking)
                 check_requests_fit(bench.model, form, new)
                 editor = session.editor(self.record)
                 known = {question: ids for notes in self._notes for question, ids in notes.answers.items()}
                 anchors = editor.anchors_for(new, self.requests, known)
-                batch, result = editor.edit(session.state, new, anchors, seed)
-                state = session.state.after(batch)
+                batch, result = editor.edit(before, new, anchors, seed)
+                state = before.after(batch)
                 weights = state.write(bench.anat)
                 number = len(self.batches) + 1
                 entry = write_entry(self._store, batch, result, weights, number, seed, self._clock())

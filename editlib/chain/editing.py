@@ -20,7 +20,7 @@ from editlib.chain.state import ChainState, digest, new_part
 from editlib.chain.store import Store
 from editlib.data import without_overlap
 from editlib.export import library_version
-from editlib.hparams import HyperParams
+from editlib.hparams import HyperParams, UniEraseHyperParams
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
@@ -73,7 +73,7 @@ class Editor:
         from earlier batches are not generated again. If there are more than `max_anchors`, they are drawn by the
         chain's seed, so that batches share as many as possible.
         """
-        if not self.hparams.holds_anchors:
+        if not (isinstance(self.hparams, UniEraseHyperParams) and self.hparams.holds_anchors):
             return BatchAnchors()
         usable = without_overlap(self.retain, [*earlier, *requests])
         chosen = choose_anchors(usable, requests, most=self.hparams.max_anchors, seed=self.record.seed)
@@ -101,7 +101,7 @@ class Editor:
         anchor_keys = self._anchor_keys(anchors, requests, seed)
         state.write(anat)
         edit_state = state.edit_state(anat, self.record.templates)
-        given = {"state": edit_state, "values": values, "seed": seed, "chat": self.record.asking}
+        given: dict[str, Any] = {"state": edit_state, "values": values, "seed": seed, "chat": self.record.asking}
         if anchor_keys is not None:
             given["anchored"] = anchor_keys
         result = editing.apply(self.bench, requests, self.hparams, self.inputs, **given)
@@ -114,7 +114,7 @@ class Editor:
 
     def _anchor_keys(self, anchors: BatchAnchors, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
         """The anchors' keys in the base model; reused if the last batch had the same anchors. `None` without any."""
-        if self.hparams.has_target:
+        if not isinstance(self.hparams, UniEraseHyperParams):
             return None
         subjects = [request.subject for request in requests] if self.hparams.anchor_subjects else []
         asked = tuple(prompt.id for prompt in anchors.prompts), tuple(subjects)

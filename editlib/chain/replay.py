@@ -29,7 +29,7 @@ def replayed(
     Returns:
         The entries of all batches, and the content of those that were solved again.
     """
-    first = next(i for i, entry in enumerate(record.batches) if not gone.isdisjoint(entry.ids))
+    first = next(i for i, entry in enumerate(record.batches) if any(name in gone for name in entry.ids))
     kept, made = list(record.batches[:first]), []
     state, carryover, prompts = None, GateCarryover(), {}
     known = {question: ids for stored in answers for question, ids in stored.items()}
@@ -68,7 +68,7 @@ class GateCarryover:
         """The values of the `kept` requests of a batch, with what they carry over from revoked ones."""
         values = batch.values.select(kept)
         relations = {batch.requests[i].relation for i in kept}
-        gate = {}
+        gate: dict[str | None, Tensor] = {}
         for relation, value in values.gate.items():
             total = value + self._open.pop(relation) if relation in self._open else value
             (gate if relation in relations else self._open)[relation] = total

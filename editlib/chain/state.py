@@ -121,7 +121,7 @@ class ChainState:
 def digest(weight: Tensor) -> str:
     """SHA-256 (hex) over dtype, shape and bytes of one weight `[d_model, d_ff]`."""
     sha256 = hashlib.sha256(f"{weight.dtype}:{tuple(weight.shape)};".encode())
-    sha256.update(memoryview(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    sha256.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 

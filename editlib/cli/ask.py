@@ -29,6 +29,7 @@ def ask(
     from editlib.export import read_receipt
     from editlib.export.receipt import prompts_of
     from editlib.models.anatomy import anatomy
+    from editlib.models.loaded import plain_text
     from editlib.models.loading import load
     from editlib.models.prompts import settled
 
@@ -41,9 +42,7 @@ def ask(
         loaded, tok = load(name, dtype=dtype, device_map=device_map)
         forms[name] = settled(tok, recorded[name] or usual)
         answers = ask_model(anatomy(loaded), tok, questions, max_new_tokens=max_new_tokens, how=forms[name])
-        columns[name] = {
-            question: tok.decode(ids, skip_special_tokens=True).strip() for question, ids in answers.items()
-        }
+        columns[name] = {question: plain_text(tok, ids) for question, ids in answers.items()}
     table = Table("question", *columns)
     for question in dict.fromkeys(questions):
         table.add_row(question, *[answers[question] for answers in columns.values()])

@@ -23,8 +23,8 @@ def evaluate(
     edited: Annotated[str, typer.Argument(help="the model after it, or a chain's folder")],
     out_dir: Annotated[Path, typer.Option("--out", help="gets metrics.json and report.html")],
     protocol: Annotated[str, typer.Option(help="facts or tofu, see docs/how-to/test-an-edit.md")] = "facts",
-    mode: Annotated[str, typer.Option(help="batch, sequential (a chain, batch by batch) or precise")] = "batch",
-    request: Annotated[str | None, typer.Option(help="precise: the id of the one request that was forgotten")] = None,
+    mode: Annotated[str, typer.Option(help="batch, sequential (a chain, batch by batch) or single")] = "batch",
+    request: Annotated[str | None, typer.Option(help="single: the id of the one request that was forgotten")] = None,
     requests: Annotated[
         Path | None, typer.Option(help="facts: to forget, see docs/reference/file-formats.md; default: the chain's own")
     ] = None,
@@ -72,10 +72,10 @@ def evaluate(
 
     check_output(out_dir, overwrite=overwrite)
     how = prompt_settings(prompts)
-    facts = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
+    facts: dict[str, object] = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
     facts |= {"--skip-bad": skip_bad, "--endings": endings}
-    fiction = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference, "--limit": limit}
-    fiction |= {"--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
+    fiction: dict[str, object] = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference}
+    fiction |= {"--limit": limit, "--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
     chosen: Any
     if protocol == "facts":
         _refuse(fiction, "tofu")
@@ -88,7 +88,7 @@ def evaluate(
             forget or "forget01",
             learned_file=learned,
             reference=reference,
-            whole=mode != "precise",
+            whole=mode not in ("single", "precise"),
             limit=limit,
             max_new_tokens=max_new_tokens or ANSWER_TOKENS,
             judges=Judges(encoder, classifier),
@@ -164,7 +164,8 @@ def subjects(
     if out_file is not None:
         check_file(out_file, overwrite=overwrite)
     found = read_questions(requests, subjects=None if given is None else read_subjects(given), skip_bad=skip_bad)
-    order = {None: 0, **{rule: -i for i, rule in enumerate(RULES, 1)}}  # from the weakest rule to the strongest
+    order: dict[str | None, int] = {None: 0}
+    order |= {rule: -i for i, rule in enumerate(RULES, 1)}  # from the weakest rule to the strongest
     rules = {request.id: subject.rule if subject else None for request, subject in found}
     ranked = sorted(found, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
     rows = [["question", "subject", "rule"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -40,7 +40,7 @@ def finetune(
     from editlib.jobs.finetune import FinetuneSettings
     from editlib.jobs.finetune import finetune as run
 
-    given = {
+    given: dict[str, Any] = {
         "epochs": epochs,
         "learning_rate": learning_rate if learning_rate is not None or not lora else 1e-3,
         "batch_size": batch_size,

@@ -69,7 +69,9 @@ def layer_numbers(text: str) -> list[int]:
     return sorted(found)
 
 
-def workbench(model: str, stats_dir: Path, dtype: str | None, device_map: str | None, **options: Any) -> Any:
+def workbench(
+    model: str, stats_dir: Path, dtype: str | None, device_map: str | dict[str, str] | None, **options: Any
+) -> Any:
     """A loaded model with its statistics' folder."""
     from editlib.workbench import Workbench
 

@@ -4,11 +4,14 @@ from editlib.comparison.config import PROTOCOLS, Config, read_config
 from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
-from editlib.evaluation.forget_set import ForgetSet, Measure, Protocol, Scores, Task
+from editlib.evaluation.forget_set import Benchmark, ForgetSet, Measure, Scores, Task
+
+Protocol = Benchmark  # its name before 0.2
 
 __all__ = [
     "METHODS",
     "PROTOCOLS",
+    "Benchmark",
     "Config",
     "Cost",
     "ForgetSet",

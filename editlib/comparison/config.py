@@ -16,7 +16,7 @@ from editlib.attacks.settings import AttackSettings
 from editlib.comparison.method import General, Method
 from editlib.comparison.methods import read_method
 from editlib.errors import AttackError, ConfigError, nearest, quote
-from editlib.evaluation.forget_set import Protocol
+from editlib.evaluation.forget_set import Benchmark
 from editlib.facts.forget_set import Facts
 from editlib.settings import Section, chosen, knob
 from editlib.stats.corpus import load_corpus
@@ -54,7 +54,7 @@ class Config:
     words, kept for the results."""
 
     general: General
-    sets: tuple[Protocol, ...]
+    sets: tuple[Benchmark, ...]
     methods: tuple[Method, ...]
     attacks: AttackPlan | None
     ability: AbilityPlan | None
@@ -150,8 +150,8 @@ def _some(values: Any, where: str, read: Callable[[Any, str], T], named: Callabl
     return found
 
 
-def _sets(values: Any, where: str, general: General) -> tuple[Protocol, ...]:
-    def read(value: Any, place: str) -> Protocol:
+def _sets(values: Any, where: str, general: General) -> tuple[Benchmark, ...]:
+    def read(value: Any, place: str) -> Benchmark:
         value = {"protocol": value} if isinstance(value, str) else value
         if not isinstance(value, Mapping):
             raise ConfigError(f'{place}: {quote(value)}; expected an object with "protocol"; write it as one')
@@ -195,4 +195,4 @@ def _ability(values: Any, where: str) -> AbilityPlan | None:
     return plan
 
 
-PROTOCOLS: dict[str, type[Protocol]] = {kind.protocol: kind for kind in (Facts, Tofu)}
+PROTOCOLS: dict[str, type[Benchmark]] = {kind.protocol: kind for kind in (Facts, Tofu)}

@@ -75,7 +75,7 @@ class SetEvaluator:
     def _ability(self, task: str, bench: Workbench) -> dict[str, Any]:
         """One task of lm-eval, beside the base; the edited model is saved for it, and removed afterwards."""
         plan, root = self.config.ability, self.shelf.path.parent.parent
-        how = {
+        how: dict[str, Any] = {
             "text": None,
             "limit": plan and plan.limit,
             "seed": plan and plan.seed,

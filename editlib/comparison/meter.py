@@ -45,8 +45,9 @@ def measure_resources() -> Iterator[Meter]:
             peak = max(peak, process.memory_info().rss)
 
     api = getattr(torch, "accelerator", None)
-    tells = api is not None and api.is_available() and hasattr(api, "max_memory_allocated")
-    if tells:
+    if api is not None and not (api.is_available() and hasattr(api, "max_memory_allocated")):
+        api = None
+    if api is not None:
         api.reset_peak_memory_stats()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -59,7 +60,7 @@ def measure_resources() -> Iterator[Meter]:
         watcher.join()
         peak = max(peak, process.memory_info().rss)
         meter.memory_mb, meter.more_mb = peak / MIB, (peak - begun_with) / MIB
-        if tells:
+        if api is not None:
             meter.accelerator_mb = api.max_memory_allocated() / MIB
 
 

@@ -65,8 +65,8 @@ class Method(ABC):
     """
 
     Settings: ClassVar[type[Section]]
-    family: ClassVar[str]
-    seeded: ClassVar[bool] = True  # false: the same for every seed, and run for the first one alone
+    family: str
+    seeded: bool = True  # false: the same for every seed, and run for the first one alone
 
     def __init__(self, name: str, label: str, settings: Section, where: str, general: General) -> None:
         """Raises `EditlibError` for settings that cannot be used, whatever the model's weights are."""
@@ -98,7 +98,7 @@ class Method(ABC):
         """The best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
 
         Args:
-            bench: the base model; it is loaded anew afterwards.
+            bench: the base model; it is loaded again afterwards.
             ready: what `prepare` made.
             folder: keeps what is done of a search that is stopped.
         """

@@ -124,8 +124,14 @@ class ClosedForm(Method):
             with timer("token"):
                 if not path.exists():
                     bench.make_token(hparams=TokenHyperParams(seed=seed), path=path)
-        made_from = {"corpus": self.general.corpus, "stats_tokens": self.general.stats_tokens}
-        means = editing.load_inputs(bench, self.hparams, token=path, timer=timer, **made_from)
+        means = editing.load_inputs(
+            bench,
+            self.hparams,
+            token=path,
+            timer=timer,
+            corpus=self.general.corpus,
+            stats_tokens=self.general.stats_tokens,
+        )
         return Prepared(means, timer.seconds)
 
     def forget(self, bench: Workbench, task: Task, seed: int, *, ready: Any, found: Mapping[str, Any] | None) -> Cost:
@@ -193,7 +199,7 @@ class Trained(Method):
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
         """What the model itself says to the questions that a gradient method reads; the same for all of them."""
         shelf, timer = JsonStore(bench.stats_dir / model_slug(bench.name)), Timer()
-        # The same weights say something else behind another chat template, or if they stop somewhere else.
+        # The same weights answer otherwise after another chat template, or if they stop somewhere else.
         form, ends = PromptFormat(bench.tok), sorted(end_tokens(bench.anat))
         of = digest([bench.sha256, form.encode("?").ids, ends, OWN_TOKENS])
         kept = shelf.get(OWN_ANSWERS) or {}

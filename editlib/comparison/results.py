@@ -62,8 +62,7 @@ def machine() -> dict[str, Any]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other one dominates: at least as large in both and larger in one. Equal points stand or fall
-    together."""
+    """Says for each point whether no other one dominates it: is at least as large in both and larger in one."""
     return [
         not any(a >= x and b >= y and (a > x or b > y) for a, b in points)  # nothing dominates itself
         for x, y in points

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from editlib.comparison.meter import changed_weights, measure_resources
 from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.results import collect
 from editlib.comparison.store import FAILED, Store, try_lock
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import ConfigError, EditlibError, OutputError
-from editlib.evaluation.forget_set import Base, Protocol, Task
+from editlib.evaluation.forget_set import Base, Benchmark, Task
 from editlib.export import library_version
 from editlib.files import check_output
 from editlib.models.weights import weights_sha256
@@ -47,13 +47,13 @@ def compare(
     config: Config,
     out: str | Path,
     *,
-    shard: Shard = ALONE,
+    shard: Process = ALONE,
     load: Load | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Runs what of a comparison is not done yet, and returns its results (see `results.collect`).
 
-    Each cell is a method with a seed on a set; it runs on a freshly loaded model. What it came to lies in `out/cells`
+    Each cell is a method with a seed on a set; it runs on a freshly loaded model. Its results are in `out/cells`
     under the hash of the set's contents, the model's weights, the method's settings and the seed, and every measurement
     beside it under the hash of its own settings. A run that was stopped goes on; a changed config runs what is new in
     it. A cell that fails is recorded with its reason and tried again in the next run; the others go on.
@@ -62,7 +62,7 @@ def compare(
     what is made once a model and for nothing else, but for the first one, which comes back when all cells are done.
 
     Args:
-        load: gives a base model anew by its name; default: `Workbench.load`.
+        load: loads a base model by its name; default: `Workbench.load`.
 
     Raises:
         EditlibError: something does not fit: the config, a model, the folder. Cells that failed raise nothing.
@@ -73,7 +73,7 @@ def compare(
     return _Run(config, out, shard, load or _loader(config, shard), progress and shard.first).all()
 
 
-def _loader(config: Config, shard: Shard) -> Load:
+def _loader(config: Config, shard: Process) -> Load:
     general = config.general
     place = general.device_map or (None if shard.device is None else {"": str(shard.device)})
 
@@ -86,7 +86,7 @@ def _loader(config: Config, shard: Shard) -> Load:
 class _Run:
     """One call of `compare`."""
 
-    def __init__(self, config: Config, out: Path, shard: Shard, load: Load, progress: bool) -> None:
+    def __init__(self, config: Config, out: Path, shard: Process, load: Load, progress: bool) -> None:
         self.config, self.shard, self.progress = config, shard, progress
         self._load = load
         self.store = Store(out)
@@ -119,8 +119,8 @@ class _Run:
         bench.progress = bench.progress and self.progress
         return bench
 
-    def _enter(self, protocol: Protocol) -> SetEvaluator:
-        """The arena of a set; one base model is held at a time."""
+    def _enter(self, protocol: Benchmark) -> SetEvaluator:
+        """Makes the evaluator of a set; one base model is held at a time."""
         if self._evaluator is not None and self._evaluator.name == protocol.name:
             return self._evaluator
         self._evaluator = None
@@ -138,7 +138,7 @@ class _Run:
         self._evaluator = SetEvaluator(self.config, protocol.name, made, shelf, progress=bench.progress)
         return self._evaluator
 
-    def _about(self, protocol: Protocol, evaluator: SetEvaluator) -> dict[str, Any]:
+    def _about(self, protocol: Benchmark, evaluator: SetEvaluator) -> dict[str, Any]:
         """What the results say of a set."""
         return {
             "protocol": protocol.protocol,
@@ -152,7 +152,7 @@ class _Run:
             "to_forget": list(protocol.to_forget),
         }
 
-    def _cells(self, protocol: Protocol, evaluator: SetEvaluator) -> list[RunCell]:
+    def _cells(self, protocol: Benchmark, evaluator: SetEvaluator) -> list[RunCell]:
         seeds = self.config.general.seeds
         parts = tuple(part.key for part in evaluator.parts())
         found = []
@@ -227,12 +227,14 @@ class _Run:
         protocol = next(one for one in self.config.sets if one.name == cell.set)
         evaluator = self._enter(protocol)
         task, method = evaluator.set.task, cell.method
-        searched = self._search(cell, evaluator) if method.searches else {"found": None, "seconds": 0.0}
+        searched: dict[str, Any] = {"found": None, "seconds": 0.0}
+        if method.searches:
+            searched = self._search(cell, evaluator)
         bench = self.load(protocol.model)
         ready = self._prepare(method, bench, task, cell.seed)
         with measure_resources() as meter:
             cost = method.forget(bench, task, cell.seed, ready=ready.made, found=searched["found"])
-        before = searched.get("prepared", {})
+        before: Mapping[str, float] = searched.get("prepared", {})
         prepared = {name: before.get(name, 0.0) + ready.seconds.get(name, 0.0) for name in {**before, **ready.seconds}}
         took = {**asdict(meter), "search_seconds": searched["seconds"], "prepared": prepared}
         self._keep_edit(cell, evaluator, bench, cost, took)
@@ -278,14 +280,14 @@ class _Run:
         if known is not None and known["sha256"] == sha:
             return
         if known is not None:
-            log.warning("%s gave other weights than before: all of it is measured anew", cell.label)
+            log.warning("%s gave other weights than before: all of it is measured again", cell.label)
             cell.shelf.empty(SEARCH, "cell")
         changed = changed_weights(evaluator.base.bench.model, bench.model)
         size = changed.bytes if cost.update_bytes is None else cost.update_bytes
         told = {**took, "touched": asdict(changed), "update_bytes": size}
         cell.shelf.put(EDIT, {"sha256": sha, "cost": told, "notes": dict(cost.notes)})
 
-    def _parts(self, cell: RunCell, parts: Sequence[Measurement], bench: Workbench) -> dict[str, str]:
+    def _parts(self, cell: RunCell, parts: Iterable[Measurement], bench: Workbench) -> dict[str, str]:
         """Measures what is missing; the reasons of what failed."""
         failed = {}
         for part in parts:

@@ -21,7 +21,7 @@ class Store:
         self.root = Path(root)
 
     def cell(self, identity: Mapping[str, Any]) -> JsonStore:
-        """The shelf of a cell; `identity` decides what stands in it."""
+        """The shelf of a cell; `identity` decides which one."""
         return JsonStore(self.root / "cells" / digest(identity)[:24])
 
     def set(self, identity: Mapping[str, Any]) -> JsonStore:

@@ -1,4 +1,4 @@
-"""The base model's answers, generated once and kept; and the asking itself."""
+"""Asks a model many questions, and keeps the base model's answers so that they are generated once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AnswerCache:
 
     @classmethod
     def load(cls, path: Path, model_sha256: str) -> AnswerCache:
-        """The saved answers when they are this model's, otherwise none; they only save time."""
+        """Reads saved answers; none if the file is missing, damaged or of another model: they only save time."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["model_sha256"] == model_sha256:
@@ -51,10 +51,12 @@ def ask(
     how: Asking = None,
     progress: str | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Greedy answers by question, as token ids; `drafts` are likely answers that are verified instead of generated.
+    """Generates greedy answers, as token ids by question.
 
     Args:
-        how: the prompts' settings.
+        drafts: likely answers by question, as token ids; they are verified, which is faster than generating.
+        max_new_tokens: length of an answer, in tokens.
+        how: settings of the prompts.
 
     Raises:
         RequestError: a question beyond the model's positions; nothing is asked then.

@@ -29,7 +29,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model came to on a set.
+    """Scores of a model on a set.
 
     Args:
         forget, retain: the two axes of the plane, 0..1, higher is better.
@@ -44,7 +44,7 @@ class Scores:
     items: Sequence[Mapping[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the scores JSON-ready."""
         return asdict(self)
 
 
@@ -77,7 +77,7 @@ class ForgetSet(ABC):
         forget: what every method is to forget.
         retain: what a method may hold or train on; never scored.
         before: the base model's answers, completed as they are needed.
-        told: facts that may stand in front of a question of an attack.
+        told: facts that an attack may put before a question.
     """
 
     base: Base
@@ -88,7 +88,7 @@ class ForgetSet(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Hashes of all that decides the scores, JSON-ready."""
+        """Gives hashes of all that decides the scores, JSON-ready."""
 
     @abstractmethod
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
@@ -96,11 +96,11 @@ class ForgetSet(ABC):
 
     @property
     def task(self) -> Task:
-        """What a method is given."""
+        """The facts to forget and the prompts to keep that a method is given."""
         return Task(self.forget, self.retain, self.before.answers)
 
     def hashes(self) -> dict[str, str]:
-        """Of the model and of what methods are given."""
+        """SHA-256 (hex) of the model's weights and of what methods are given."""
         return {
             "model": self.base.bench.sha256,
             "forget": requests_hash(self.forget),
@@ -108,8 +108,8 @@ class ForgetSet(ABC):
         }
 
 
-class Protocol(ABC):
-    """A kind of set: its settings, what can be checked before a model is loaded, and how a set comes of them."""
+class Benchmark(ABC):
+    """A benchmark of `editlib compare`: its settings, checked before a model is loaded, and the making of its sets."""
 
     Settings: ClassVar[type[SetSettings]]
     protocol: ClassVar[str]
@@ -143,7 +143,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def make(self, base: Base) -> ForgetSet:
-        """The set for a base model; what it finds out is kept in the base's folder and read again next time.
+        """Makes the set for a base model; what it finds out is kept in the base's folder and read again next time.
 
         Raises:
             EditlibError: the model does not know enough, or is not for this set.

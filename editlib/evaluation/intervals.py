@@ -14,7 +14,7 @@ DRAWS = 1000
 
 
 def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927); `(0, 1)` for no observations."""
+    """Computes the 95 % interval of a share (Wilson 1927); `(0, 1)` for no observations."""
     if n == 0:
         return 0.0, 1.0
     share = right / n
@@ -24,7 +24,7 @@ def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of `values` (Efron 1979); `(0, 1)` for no values.
+    """Computes the 95 % percentile interval of the mean of `values` (Efron 1979); `(0, 1)` for no values.
 
     Draws `resamples` times as many values as there are, with replacement, and takes the 2.5 % and 97.5 % quantiles of
     the means, both being means that were drawn.

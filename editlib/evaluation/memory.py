@@ -15,7 +15,7 @@ MIB = 1024 * 1024
 
 
 def peak_rss_mb() -> float:
-    """The largest memory that this process and its finished children held, in MiB; on Windows without the children."""
+    """Gives the peak memory of this process and its finished children, in MiB; without the children on Windows."""
     if resource is None:
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss) / MIB

@@ -1,8 +1,8 @@
-"""The text that perplexity is taken on."""
+"""Cuts the windows of text that perplexity is measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,8 +12,10 @@ from editlib.models.prompts import token_windows
 WINDOWS, WINDOW = 16, 256
 
 
-def text_windows(tok: PreTrainedTokenizerBase, documents: Sequence[str]) -> list[list[int]]:
-    """The first `WINDOW` tokens of the first `WINDOWS` documents that are long enough (or of what there is).
+def text_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str]) -> list[list[int]]:
+    """Cuts the first `WINDOWS` windows of `WINDOW` tokens out of documents; shorter ones if no document is longer.
+
+    Documents are read only until there are enough windows.
 
     Raises:
         CorpusError: not one window of two tokens.

@@ -1,4 +1,4 @@
-"""The interface of the evaluation protocols of `editlib eval`."""
+"""Defines the interface of the evaluation protocols of `editlib eval`."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Protocol(typing.Protocol):
 
     @property
     def requests(self) -> Sequence[EditRequest]:
-        """All that may be forgotten."""
+        """All requests that may be forgotten."""
         ...
 
     def measure(
         self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
     ) -> dict[str, Any]:
-        """What both models come to when `requests` should be forgotten, JSON-ready.
+        """Measures both models where `requests` should be forgotten; returns a JSON-ready dict.
 
         Args:
             requests: some of the protocol's own.
@@ -57,21 +57,21 @@ class Protocol(typing.Protocol):
         ...
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
-        """The few numbers of `measure` that are followed over the batches of a chain, of the edited model, by name."""
+        """Picks the numbers of the edited model that are followed over the batches of a chain, by name."""
         ...
 
     def table(self, metrics: Mapping[str, Any]) -> list[list[str]]:
-        """Head and rows for a terminal."""
+        """Builds a table for a terminal: the head, then the rows."""
         ...
 
     def note(self, metrics: Mapping[str, Any]) -> str:
-        """What a reader of the table must know besides, such as what was drawn and left out; may be empty."""
+        """Says what the table does not show, such as what was drawn or left out; may be empty."""
         ...
 
     def write(self, metrics: Mapping[str, Any], out: Path) -> None:
-        """Writes `metrics.json` and pages to the folder `out`, which is there."""
+        """Writes `metrics.json` and pages to the existing folder `out`."""
         ...
 
     def finish(self) -> None:
-        """Keeps what the user asked to have kept for another time."""
+        """Writes what the user asked to keep for another run, such as the base model's answers."""
         ...

@@ -34,7 +34,7 @@ def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, over
 
 
 def load_base(base: str, delta: Delta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model `base`, in the dtype that the edit was made in, and its tokenizer; see `check_base`.
+    """Loads the model `base`, in the dtype that the edit was made in, and its tokenizer; see `check_base`.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -68,9 +68,10 @@ def apply_delta(model: PreTrainedModel, tok: PreTrainedTokenizerBase, delta: Del
         )
 
 
-def check_base(anat: Anatomy, delta: Delta, name: str) -> None:
+def check_base(anat: Anatomy, delta: Delta, name: str | None) -> None:
     """Raises `DeltaError` when a model is not the one that `delta` was made from."""
     kind = type(anat.model).__name__
+    name = name or "this model"
     if kind != delta.architecture:
         raise DeltaError(f"the delta belongs to a {delta.architecture} ({delta.base}), but {name} is a {kind}")
     for layer, module in delta.modules.items():

@@ -28,7 +28,7 @@ _SEAL = b'"sha256":"%s"'  # in the file's header; what is quoted inside the docu
 class Delta:
     """What turns one base model into one edited model, to the bit.
 
-    `modules` names the edited MLP output matrix of each layer. A layer stands in `factors`, or, where those would not
+    `modules` names the edited MLP output matrix of each layer. A layer is in `factors`, or, where those would not
     give the edited matrix to the bit or take more room than it, in `matrices` as the edited matrix `[d_model, d_ff]`.
     """
 
@@ -44,7 +44,7 @@ class Delta:
     receipt: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Writes the file, all or nothing. A SHA-256 over all its bytes stands in it.
+        """Writes the file, all or nothing. It holds a SHA-256 over all its other bytes.
 
         Raises:
             OutputError: `path` cannot be written.
@@ -125,12 +125,12 @@ class Delta:
             raise DeltaError(f"{path}: an incomplete delta file ({error}); make it again with --delta") from None
 
     def shape(self, layer: int) -> tuple[int, ...]:
-        """`(d_model, d_ff)` of the matrix of `layer`."""
+        """Gives `(d_model, d_ff)` of the matrix of `layer`."""
         return self.factors[layer].shape if layer in self.factors else tuple(self.matrices[layer].shape)
 
 
 def _opened(path: str | Path, whole: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The document and the tensors of a file's bytes."""
+    """Reads the document and the tensors of a file's bytes."""
     try:
         end = 8 + int.from_bytes(whole[:8], "little")
         header = json.loads(whole[8:end])["__metadata__"]
@@ -139,7 +139,7 @@ def _opened(path: str | Path, whole: bytes) -> tuple[dict[str, Any], dict[str, T
         raise DeltaError(f"{path}: not a delta file, or a damaged one; give a file written with --delta") from None
     blank = whole[:end].replace(_SEAL % digest.encode(), _SEAL % _BLANK.encode(), 1) + whole[end:]
     if hashlib.sha256(blank).hexdigest() != digest:
-        raise DeltaError(f"{path}: damaged (its bytes do not have the hash that stands in it); fetch or make it again")
+        raise DeltaError(f"{path}: damaged (its bytes do not have the hash that it holds); fetch or make it again")
     try:
         return json.loads(text), load(whole)
     except (SafetensorError, ValueError) as error:
@@ -157,7 +157,7 @@ def make_delta(
     token: UnlearningToken | None,
     receipt: Mapping[str, Any],
 ) -> Delta:
-    """The difference between an edited model and its base.
+    """Computes the difference between an edited model and its base.
 
     Args:
         anat: of the edited model.

@@ -54,7 +54,7 @@ class LoraReport:
 def lora_from_file(
     base: str, delta_file: str | Path, out: str | Path, *, rank: int | None = None, overwrite: bool = False
 ) -> LoraReport:
-    """The edit in `delta_file` as an adapter of the model `base` in the folder `out`; see `save_lora`."""
+    """Writes the edit in `delta_file` as an adapter of the model `base` in the folder `out`; see `save_lora`."""
     check_rank(rank)
     check_output(Path(out), overwrite=overwrite)
     delta = Delta.load(delta_file)
@@ -129,7 +129,7 @@ def check_rank(rank: int | None) -> None:
 
 
 def _update(anat: Anatomy, delta: Delta, layer: int) -> LowRank:
-    """The update of a layer; where only the edited matrix is known, its difference from the base."""
+    """Gives the update of a layer; where only the edited matrix is known, its difference from the base."""
     if layer in delta.factors:
         return delta.factors[layer]
     return LowRank.full(delta.matrices[layer].double() - anat.weight(layer).detach().cpu().double())

@@ -34,7 +34,7 @@ def check_asked(receipt: Mapping[str, Any], requests: Sequence[EditRequest]) -> 
 
 
 def open_receipt(receipt: Mapping[str, Any], requests: Sequence[EditRequest] | None) -> dict[str, Any]:
-    """The receipt with the text of what was asked under `asked`, where `requests` are given."""
+    """Gives the receipt with the text of what was asked under `asked`, where `requests` are given."""
     if requests is None:
         return dict(receipt)
     check_asked(receipt, requests)
@@ -44,7 +44,7 @@ def open_receipt(receipt: Mapping[str, Any], requests: Sequence[EditRequest] | N
 def private_receipt(
     receipt: Mapping[str, Any], requests: Sequence[EditRequest], salt: bytes
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The receipt without a word of the requests, and the key to it, which the owner keeps.
+    """Makes the receipt without a word of the requests, and the key to it, which the owner keeps.
 
     Every text becomes a hash under a key of its own request, so that equal answers do not show, and one request can be
     proved by its key without giving the others away. Only what is known to hold no text is kept as it is; the unsalted
@@ -115,18 +115,18 @@ def _when(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(requests: Sequence[EditRequest]) -> set[str]:
-    """Every word of some length that stands in any field of the requests."""
+    """Collects every word of some length in any field of the requests."""
     text = json.dumps([request.to_dict() for request in requests], ensure_ascii=False)
     return {word.casefold() for word in re.findall(r"\w+", text) if len(word) > 3}
 
 
 def _without(words: set[str], text: str) -> str:
-    """`text`, or a note in its place where a word of the requests stands in it."""
+    """Gives `text`, or a note in its place if it holds a word of the requests."""
     return "(left out)" if any(word in text.casefold() for word in words) else text
 
 
 def _setting(words: set[str], value: Any) -> Any:
-    """A setting as it is, without its texts: templates are the user's own words."""
+    """Gives a setting as it is, without its texts: templates are the user's own words."""
     if isinstance(value, str):
         return _without(words, value) if re.fullmatch(r"[\w./-]*", value) else "(left out)"
     if isinstance(value, (list, tuple)):

@@ -31,7 +31,7 @@ RECEIPT = "editlib.json"
 
 
 def library_version() -> str:
-    """The installed version of editlib."""
+    """Gives the installed version of editlib."""
     try:
         return version("editlib")
     except PackageNotFoundError:  # a source tree on the path
@@ -49,7 +49,7 @@ def make_receipt(
     token: UnlearningToken | None,
     seed: int,
 ) -> dict[str, Any]:
-    """What was asked, with what settings, from which base, and how large the change was; JSON-ready."""
+    """Makes a receipt: what was asked, with which settings, of which base, and the size of the change; JSON-ready."""
     return {
         **origin(base, base_sha256, requests, hparams, token, seed),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -70,7 +70,7 @@ def origin(
     token: UnlearningToken | None,
     seed: int,
 ) -> dict[str, Any]:
-    """The part of a receipt that is known before the edit: of what, by what, with which settings."""
+    """Makes the part of a receipt that is known before the edit: of what, by what, with which settings."""
     return {
         "editlib": library_version(),
         "algorithm": hparams.algorithm,
@@ -88,7 +88,7 @@ def origin(
 
 
 def asked_as(tok: PreTrainedTokenizerBase, how: Asking, requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """The part of a receipt about prompts: their settings, and the first one as the model saw it."""
+    """Makes the part of a receipt about prompts: their settings, and the first one as the model saw it."""
     form = PromptFormat.of(tok, how)
     first = form.render(requests[0].question) if requests else None
     return {"prompts": form.settings.to_dict(), "first_prompt": first}
@@ -107,7 +107,7 @@ def prompts_of(receipt: Mapping[str, Any] | None, given: PromptSettings | None =
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:
-    """The receipt of an edited folder, or `None` when it has none (a base model, or a name on the Hub).
+    """Reads the receipt of an edited folder, or `None` when it has none (a base model, or a name on the Hub).
 
     Raises:
         ModelError: a receipt that cannot be read.

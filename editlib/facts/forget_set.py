@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from editlib import data
 from editlib.errors import ConfigError, RequestError
 from editlib.evaluation.answer_cache import AnswerCache, ask
-from editlib.evaluation.forget_set import Base, ForgetSet, Measure, Protocol, Scores, SetSettings, Task
+from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings, Task
 from editlib.evaluation.metrics import wilson_interval
 from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, FactSplit, split_in_proportion
 from editlib.facts.scores import KINDS, Item, build_items, evaluate
@@ -35,7 +35,7 @@ class FactsSettings(SetSettings):
     skip_bad: bool = knob(False, "leave rows of these files out that cannot be used, and count them")
 
 
-class Facts(Protocol):
+class Facts(Benchmark):
     """Direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
 
     Settings, protocol = FactsSettings, "facts"
@@ -94,7 +94,7 @@ class Facts(Protocol):
         return FactSplit(forget, held, watch)
 
     def _dealt(self, base: Base, before: AnswerCache) -> FactSplit:
-        """`forget` facts over all relations, of each in proportion to what the model knows of it."""
+        """Picks `forget` facts over all relations, of each in proportion to what the model knows of it."""
         own = self.settings
         try:
             return split_in_proportion(base.bench, before, own.forget or 0, own.seed, own.relations or RELATIONS)
@@ -151,17 +151,17 @@ class FactsSet(ForgetSet):
 
 
 def _scored(request: EditRequest) -> EditRequest:
-    """The request with the paraphrases that are scored: all but the first, where there are several."""
+    """Makes the request with the paraphrases that are scored: all but the first, where there are several."""
     return replace(request, paraphrases=request.paraphrases[1:] or request.paraphrases)
 
 
 def _tuned(request: EditRequest) -> EditRequest:
-    """The request with the paraphrase that a search may be judged by, which is never scored."""
+    """Makes the request with the paraphrase that a search may be judged by, which is never scored."""
     return replace(request, paraphrases=request.paraphrases[:1] if len(request.paraphrases) > 1 else ())
 
 
 def _gone(items: Sequence[Item], kind: str) -> Measure:
-    """The share of questions whose right answer does not stand in the text any more."""
+    """Computes the share of questions whose right answer is no longer in the text."""
     counted = [item for item in items if item.kind == kind and item.right_before]
     gone, n = sum(not item.right_after for item in counted), len(counted)
     asked = "direct question" if kind == "request" else "other wordings, which no method saw"
@@ -180,7 +180,7 @@ def _mean(parts: Sequence[Measure], meaning: str) -> Measure:
 
 
 def _told(item: Item) -> dict[str, Any]:
-    """What the page and the results keep of an item."""
+    """Picks what the page and the results keep of an item."""
     passed = item.passed
     if item.kind in ("request", "paraphrase"):
         passed = not item.right_after

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from editlib.errors import EditlibError
 from editlib.files import atomic_path
@@ -58,7 +58,7 @@ class Plot(NamedTuple):
 
 
 def plots(metrics: Mapping[str, Any]) -> list[Plot]:
-    """Every plot that `metrics` has numbers for.
+    """Draws every plot that `metrics` has numbers for.
 
     Raises:
         ReportError: matplotlib is not installed.
@@ -139,7 +139,7 @@ def draw_shares(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
 
 
 def draw_relations(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
-    """A field for each relation and share, stronger where the share is greater; at most `MOST_RELATIONS`."""
+    """Draws a field for each relation and share, stronger where the share is greater; at most `MOST_RELATIONS`."""
     from matplotlib.patches import Rectangle
 
     table = {name: measure(metrics, name).get("by_relation") or {} for name in SHARES}
@@ -180,7 +180,7 @@ def draw_relations(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
 
 
 def draw_layers(receipt: Mapping[str, Any]) -> tuple[Figure | None, str]:
-    """How large the update of each layer is beside its weight."""
+    """Draws how large the update of each layer is, relative to its weight."""
     layers = receipt.get("layers") or {}
     ratios = {str(layer): told["ratio"] for layer, told in layers.items() if _valued(told, "ratio")}
     if not ratios:
@@ -201,7 +201,7 @@ def draw_layers(receipt: Mapping[str, Any]) -> tuple[Figure | None, str]:
 
 
 def draw_timings(receipt: Mapping[str, Any]) -> tuple[Figure | None, str]:
-    """How long each part of the edit took, in the order of the work."""
+    """Draws how long each part of the edit took, in the order of the work."""
     timings = receipt.get("timings") or {}
     times = {str(part).replace("_", " "): timings[part] for part in timings if _valued(timings, part)}
     if not times:
@@ -229,18 +229,18 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib with our settings, none of the user's; a font that lacks a letter is no reason to warn."""
+    """Gives matplotlib our settings and none of the user's; a font that lacks a letter is no reason to warn."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        cast("dict[str, Any]", matplotlib.rcParams).update(STYLE)
         warnings.filterwarnings("ignore", "Glyph")
         yield
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    """The figure as an element of a page: no XML head, no metadata, no clashing ids, the page's colours."""
+    """Writes the figure as an element of a page: no XML head, no metadata, no clashing ids, the page's colours."""
     import matplotlib
 
     out = io.StringIO()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,11 @@ from editlib.evaluation.perplexity import text_windows
 from editlib.evaluation.protocol import Side
 from editlib.facts.plots import require_matplotlib
 from editlib.facts.report import write_outputs
-from editlib.facts.scores import KINDS, NOT_JUDGED, build_items, evaluate
+from editlib.facts.scores import KINDS, NOT_JUDGED, RATIO, build_items, evaluate
 from editlib.reports.summary import summary_rows
 from editlib.requests.reading import read_requests
 from editlib.requests.request import EditRequest
 from editlib.stats.corpus import load_corpus
-
-RATIO = "perplexity_ratio"
 
 
 class FactsProtocol:
@@ -31,12 +29,12 @@ class FactsProtocol:
         requests: Sequence[EditRequest],
         retain: Sequence[EditRequest],
         *,
-        documents: Sequence[str] = (),
+        documents: Iterable[str] = (),
         before_file: Path | None = None,
         endings: int = 0,
         progress: bool = False,
     ) -> None:
-        self.requests, self._retain, self._documents = list(requests), list(retain), list(documents)
+        self.requests, self._retain, self._documents = list(requests), list(retain), documents
         self._before_file, self._endings, self._progress = before_file, endings, progress
         self._before: AnswerCache | None = None
 
@@ -52,7 +50,7 @@ class FactsProtocol:
         endings: int = 0,
         progress: bool = False,
     ) -> FactsProtocol:
-        """The protocol with what it needs from files.
+        """Makes the protocol with what it needs from files.
 
         Args:
             retain_file: prompts that must still be answered; those that the edit's receipt lists as anchors are left
@@ -68,7 +66,7 @@ class FactsProtocol:
         require_matplotlib()
         given = data.retain_prompts(requests) + data.general("test")
         retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad)
-        documents = [] if text is None else load_corpus(text).documents
+        documents: Iterable[str] = () if text is None else load_corpus(text).documents
         return cls(requests, retain, documents=documents, before_file=before_file, endings=endings, progress=progress)
 
     def measure(

@@ -1,6 +1,6 @@
 """The page that shows what an edit did: one HTML file, made from the numbers of `editlib eval` alone.
 
-Every word of a model stands in it escaped, the same numbers give the same bytes, and nothing is fetched.
+All text of models is escaped, the same numbers give the same bytes, and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 from editlib.facts.plots import ReportError, plot_png, plots, require_matplotlib
 from editlib.files import atomic_path, write_json
-from editlib.reports.page import filled, groups, headline, small
+from editlib.reports.attacks import attack_section
+from editlib.reports.page import filled, groups, headline, small, verdict_line
 from editlib.reports.summary import number, rows, summary_rows, verdict
 
 __all__ = ["ReportError", "plot_png", "require_matplotlib", "summary_rows", "verdict", "write_report"]
@@ -38,13 +39,14 @@ def write_report(metrics: Mapping[str, Any], path: Path) -> None:
     base, edited = _name(metrics, "base"), _name(metrics, "edited")
     page = filled(
         __package__,
-        "report.html",
+        "report",
         title=escape(f"{edited} · editlib report"),
         heading=f"What {escape(edited)} forgot, and what it kept",
         models=f"edited model <b>{escape(edited)}</b>, compared with its base <b>{escape(base)}</b>",
-        verdict=escape(verdict(metrics)),
+        summary=verdict_line(verdict(metrics)),
         headline="\n".join(map(headline, rows(metrics))),
         plots=_plots(metrics),
+        attacks=attack_section(metrics.get("attacks") or []),
         answers="\n".join(_answers(metrics.get("items") or [])),
         receipt="\n".join(_receipt(metrics)),
         footer=escape(" · ".join(_footer(metrics))),
@@ -58,7 +60,7 @@ def _name(metrics: Mapping[str, Any], side: str) -> str:
 
 
 def _plots(metrics: Mapping[str, Any]) -> str:
-    """One figure a plot; no section where there is nothing to draw."""
+    """Draws one figure for each plot; no section where there is nothing to draw."""
     drawn = [
         f"<figure><figcaption><b>{escape(plot.title)}</b> <span>{escape(plot.note)}</span></figcaption>\n"
         + plot.svg.replace("<svg", f'<svg role="img" aria-label="{escape(f"{plot.title}: {plot.words}")}"', 1)
@@ -75,7 +77,7 @@ def _plots(metrics: Mapping[str, Any]) -> str:
 
 
 def _answers(items: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """A section for each kind of question, failures first, otherwise in the order of the file."""
+    """Yields a section for each kind of question, failures first, otherwise in the order of the file."""
     own = {kind: title for title, kinds in SECTIONS.items() for kind in kinds}
     sections: dict[str, list[Mapping[str, Any]]] = {title: [] for title in SECTIONS}
     last = [*SECTIONS][-1]
@@ -115,7 +117,7 @@ def _answer(item: Mapping[str, Any]) -> str:
 
 
 def _reason(item: Mapping[str, Any], outcome: str) -> str:
-    """Why an item failed or was left out, as far as its fields tell."""
+    """Says why an item failed or was left out, as far as its fields tell."""
     if outcome == "skip":
         return "wrong already before" if item.get("right_before") is False else ""
     if outcome == "pass":

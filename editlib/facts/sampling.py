@@ -10,6 +10,7 @@ from editlib import data
 from editlib.errors import RequestError
 from editlib.evaluation.answer_cache import AnswerCache, ask
 from editlib.evaluation.metrics import has_answer
+from editlib.models.loaded import plain_text
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -88,7 +89,7 @@ def split_facts(bench: Workbench, before: AnswerCache, deal: SplitSpec, seed: in
 def split_in_proportion(
     bench: Workbench, before: AnswerCache, total: int, seed: int, relations: Sequence[str] = RELATIONS
 ) -> FactSplit:
-    """`total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
+    """Picks `total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
 
     Raises:
         RequestError: the model knows less than twice as many, so that too few are left to watch.
@@ -106,7 +107,7 @@ def split_in_proportion(
 
 
 def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
-    """`total` shared out in proportion to `known`, none above its own number, by largest remainders."""
+    """Shares `total` out in proportion to `known`, none above its own number, by largest remainders."""
     every = sum(known.values())
     exact = {name: total * count / every for name, count in known.items()}
     found = {name: int(share) for name, share in exact.items()}
@@ -117,8 +118,8 @@ def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
 
 
 def knows(bench: Workbench, before: AnswerCache, fact: EditRequest) -> bool:
-    """Whether the model's answer in `before` holds the right one."""
-    text = bench.tok.decode(before.answers[fact.question], skip_special_tokens=True)
+    """Says whether the model's answer in `before` holds the right one."""
+    text = plain_text(bench.tok, before.answers[fact.question])
     return has_answer(text, (fact.answer or "", *fact.aliases))
 
 

@@ -1,8 +1,9 @@
-"""Scores of real facts: what a model answered before an edit, what it answers after, and what that comes to."""
+"""Scores real facts: judges the answers before and after an edit, and sums the verdicts up as shares."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
 from editlib.evaluation.memory import peak_rss_mb
 from editlib.evaluation.metrics import (
+    MetricResult,
     has_answer,
     is_fluent,
     is_fluent_refusal,
@@ -22,6 +24,7 @@ from editlib.evaluation.metrics import (
 )
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import continuation_nll, perplexity
+from editlib.models.loaded import plain_text
 from editlib.models.positions import check_prompts
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.request import EditRequest
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 
 NATS_ALLOWED = 0.1
 NOT_JUDGED = "refusals_not_judged"
+RATIO = "perplexity_ratio"
 
 MEANINGS = {
     "efficacy": "direct question: the answer is gone, and the model refuses in a fluent sentence",
@@ -77,8 +81,8 @@ class Item:
 def build_items(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], anchored: Collection[str] = ()
 ) -> list[Item]:
-    """What to ask: every request, its paraphrases and neighbours, and the retain prompts sorted by what they share
-    with the requests. Prompts that were anchored are left out, and so are other relations of a request's subject
+    """Lists what to ask: every request, its paraphrases and neighbours, and the retain prompts sorted by what they
+    share with the requests. Prompts that were anchored are left out, and so are other relations of a request's subject
     when that relation was anchored for other subjects (they are asked, but not counted)."""
     items = []
     for request in requests:
@@ -141,8 +145,8 @@ def evaluate(
     }
     after = ask(*edited, questions, drafts=kept, how=how, progress="after" if progress else None)
     for item in items:
-        item.before = base[1].decode(before.answers[item.question], skip_special_tokens=True).strip()
-        item.after = edited[1].decode(after[item.question], skip_special_tokens=True).strip()
+        item.before = plain_text(base[1], before.answers[item.question])
+        item.after = plain_text(edited[1], after[item.question])
     _nats(base, edited, items, before, how)
     for item in items:
         judge(item, endings)
@@ -159,7 +163,8 @@ def evaluate(
     if windows:
         texts = {"before": perplexity(base[0], windows), "after": perplexity(edited[0], windows)}
         metrics["perplexity"] = texts
-        metrics["perplexity_ratio"] = texts["after"] / texts["before"]
+        metrics[RATIO] = texts["after"] / texts["before"]
+    metrics["scores"] = {"edited": scores_of(items, metrics, len(windows))}
     metrics["seconds"] = time.perf_counter() - begun
     metrics["peak_rss_mb"] = peak_rss_mb()
     metrics["items"] = [asdict(item) for item in items]
@@ -173,7 +178,7 @@ def _nats(
     before: AnswerCache,
     how: Asking,
 ) -> None:
-    """What the answer before costs after, in nats a token, for open instructions."""
+    """Fills in how much the NLL of the base's answer rises, in nats per token, for open instructions."""
     open_items = [item for item in items if item.kind == "other_instruction"]
     if not open_items:
         return
@@ -204,12 +209,50 @@ def judge(item: Item, endings: int = 0) -> None:
 
 
 def summarise(items: Sequence[Item]) -> dict[str, Any]:
-    """The shares, each with its number of items, 95 % interval, meaning and split by relation."""
+    """Computes the shares, each with its number of items, 95 % interval, meaning and split by relation."""
     groups = {name: _group(name, [item for item in items if item.kind in kinds]) for name, kinds in KINDS.items()}
     refusals = [item for item in items if item.kind in ("request", "paraphrase") and item.refused_after]
     fluent = sum(is_fluent(item.after) for item in refusals)
     groups["refusal_quality"] = _share("refusal_quality", fluent, len(refusals), {})
     return {**{name: group["value"] for name, group in groups.items()}, "groups": groups}
+
+
+def scores_of(items: Sequence[Item], metrics: Mapping[str, Any], windows: int = 0) -> dict[str, Any]:
+    """Gives the measures of judged `items` in the form of `MetricResult.to_dict`, by name, for `read_results`.
+
+    The `score` of an item is 1 where it passed, 0 where it failed and `None` where it does not count.
+
+    Args:
+        metrics: what `summarise` gives, and the perplexity ratio where it was measured.
+        windows: how many windows of text the perplexity is of.
+    """
+    verdicts = {
+        name: [(item, item.passed if item.counted else None) for item in items if item.kind in kinds]
+        for name, kinds in KINDS.items()
+    }
+    refusals = [item for item in items if item.kind in ("request", "paraphrase") and item.refused_after]
+    verdicts["refusal_quality"] = [(item, is_fluent(item.after)) for item in refusals]
+    results = [
+        MetricResult(
+            name=name,
+            agg_value=metrics["groups"][name]["value"],
+            value_by_index={
+                str(i): {"id": item.id, "score": None if passed is None else float(passed)}
+                for i, (item, passed) in enumerate(judged)
+            },
+            kind="generated",
+            higher_is_better=True,
+            n=metrics["groups"][name]["n"],
+            meaning=MEANINGS[name],
+        )
+        for name, judged in verdicts.items()
+    ]
+    if RATIO in metrics:
+        ratio = metrics[RATIO] if math.isfinite(metrics[RATIO]) else None
+        results.append(
+            MetricResult(RATIO, ratio, {}, "teacher_forced", False, windows, "perplexity on text, after over before")
+        )
+    return {name: body for result in results for name, body in result.to_dict().items()}
 
 
 def _group(name: str, items: Sequence[Item]) -> dict[str, Any]:

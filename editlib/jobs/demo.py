@@ -1,4 +1,4 @@
-"""The whole job on a real model: known facts are found, some are forgotten, the rest is watched."""
+"""The whole job on a real model: finds facts that it knows, forgets some, then measures and attacks the result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,18 @@ DEAL = SplitSpec(
 )
 
 
-def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
-    """Forgets the facts of `DEAL` and writes `model/`, `metrics.json`, `report.html` and the request files to `out`.
+ATTACKS = ("direct", "banned-token", "prefill-lead", "prefill-own", "paraphrase", "few-shot")
+"""Those that need no training, and so take seconds."""
 
-    The clock starts when the model lies in the cache. The saved folder is measured by a new process.
+
+def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
+    """Forgets the facts of `DEAL` and writes `model/`, `metrics.json`, `report.html`, `attacks/` and the request files
+    to `out`.
+
+    The clock starts when the model is in the cache. New processes measure and attack the saved folder.
+
+    Raises:
+        EditlibError: `out` cannot be used, the model cannot be fetched, or a process fails.
     """
     out = Path(out)
     check_output(out, overwrite=overwrite)
@@ -62,24 +71,29 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
         seed=seed,
     )
     del model, bench
-    measured = out / "measured"
-    command = [
-        sys.executable,
-        "-m",
-        "editlib",
-        "eval",
-        MODEL,
-        str(out / "model"),
-        "--requests",
-        str(files["forget"]),
-    ]
-    command += ["--retain", str(files["watch"]), "--before", str(out / "before.json"), "--out", str(measured)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise EditlibError(f"measuring the saved folder failed with exit code {done.returncode}; see the lines above")
+    measured, attacked = out / "measured", out / "attacks"
+    watched = ["--retain", str(files["watch"]), "--before", str(out / "before.json")]
+    _on_saved_folder("eval", out, files["forget"], [*watched, "--out", str(measured)])
+    _on_saved_folder("attack", out, files["forget"], ["--attacks", ",".join(ATTACKS), "--out", str(attacked)])
     metrics = json.loads((measured / "metrics.json").read_text(encoding="utf-8"))
     shutil.rmtree(measured)
+    results = json.loads((attacked / "attacks.json").read_text(encoding="utf-8"))["results"]
+    metrics["attacks"] = [{key: result[key] for key in ("attack", "meaning", "shares")} for result in results]
     metrics["seconds"] = time.perf_counter() - begun
     metrics["peak_rss_mb"] = peak_rss_mb()
     write_outputs(metrics, out)
     return metrics
+
+
+def _on_saved_folder(command: str, out: Path, requests: Path, options: Sequence[str]) -> None:
+    """Runs `editlib eval` or `editlib attack` on the base and the folder `out/model`, in a new process.
+
+    Raises:
+        EditlibError: it fails; its own message is on stderr.
+    """
+    called = [sys.executable, "-m", "editlib", command, MODEL, str(out / "model"), "--requests", str(requests)]
+    done = subprocess.run([*called, *options], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise EditlibError(
+            f"`editlib {command}` on the saved folder failed with exit code {done.returncode}; see the lines above"
+        )

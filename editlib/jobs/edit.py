@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def unlearn(
     bench: Workbench,
     requests: Sequence[EditRequest],
-    hparams: UniEraseHyperParams,
+    hparams: HyperParams,
     out: str | Path,
     *,
     retain: Sequence[EditRequest] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def sequential(protocol: Protocol, base: Side, edited: Edited, request: str | No
     return {**metrics, "points": points}
 
 
-def precise(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
+def single(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """One request, where all others should be kept."""
     wanted = [one for one in protocol.requests if one.id == request]
     others = [one for one in protocol.requests if one.id != request]
@@ -59,21 +59,24 @@ def precise(protocol: Protocol, base: Side, edited: Edited, request: str | None 
 
 
 Mode = Callable[[Protocol, Side, "Edited", str | None], dict[str, Any]]
-MODES: Mapping[str, Mode] = {"batch": batch, "sequential": sequential, "precise": precise}
+MODES: Mapping[str, Mode] = {"batch": batch, "sequential": sequential, "single": single}
+OLD_MODES = {"precise": "single"}
+"""Names that modes had before, and still may be given by."""
 
 
 def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) -> None:
     """Raises `RequestError` for a way of asking that cannot be; call it before models are loaded."""
+    mode = OLD_MODES.get(mode, mode)
     if mode not in MODES:
         raise RequestError(f"--mode {mode!r}: expected one of {', '.join(MODES)}")
     if mode == "sequential" and not is_chain(edited):
         raise RequestError(f"{edited} is no chain; --mode sequential follows the batches of one (`editlib chain`)")
-    if mode != "precise":
+    if mode != "single":
         if request is not None:
-            raise RequestError("--request is for --mode precise; leave one of the two out")
+            raise RequestError("--request is for --mode single; leave one of the two out")
         return
     if request is None:
-        raise RequestError("--mode precise needs --request with the id of the one that was forgotten")
+        raise RequestError("--mode single needs --request with the id of the one that was forgotten")
     ids = [one.id for one in protocol.requests]
     if request not in ids:
         raise RequestError(f"--request {request!r}: no request has this id; those there are: {', '.join(ids[:3])}, ...")
@@ -117,7 +120,7 @@ class Edited:
         prompts = settled(tok, prompts_of(receipt, self._given))
         return Side(self.path, anat, tok, weights_sha256(anat.model), receipt, prompts)
 
-    def steps(self, requests: Sequence[EditRequest]) -> Iterator[tuple[int, list[EditRequest], Side]]:
+    def steps(self, requests: Sequence[EditRequest]) -> Generator[tuple[int, list[EditRequest], Side], None, None]:
         """After each batch of the chain: its number, those of `requests` that were edited so far, and the model.
 
         Raises:
@@ -160,7 +163,7 @@ def evaluate_models(
     Args:
         edited: a model or a folder of a chain.
         mode: one of `MODES`.
-        request: the id of the one request of `precise`.
+        request: the id of the one request of `single`.
         prompts: how both models are asked; `None`: as the edit's receipt names it.
 
     Raises:
@@ -169,6 +172,7 @@ def evaluate_models(
     out = Path(out)
     check_output(out, overwrite=overwrite)
     check_mode(protocol, edited, mode, request)
+    mode = OLD_MODES.get(mode, mode)
     model, tok = load(base, dtype=dtype, device_map=device_map)
     before = Side(base, anatomy(model), tok, weights_sha256(model))
     after = Edited(edited, base, before.sha256, dtype, device_map, prompts)

@@ -22,6 +22,7 @@ from editlib.export import library_version
 from editlib.files import atomic_folder, check_output, write_json
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import end_tokens, greedy, perplexity
+from editlib.models.loaded import plain_text
 from editlib.models.loading import DeviceMap, load
 from editlib.models.packaged.terms import terms_of
 from editlib.models.prompts import PromptFormat, TokenRow
@@ -198,7 +199,7 @@ def measure(
     some = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
     read = read_answers(anat, form, [pair.question for pair in some], [pair.answer or "" for pair in some])
     said = greedy(anat, [form.encode(pair.question) for pair in some], max_new_tokens=CHECKED_TOKENS)
-    texts = [tok.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    texts = [plain_text(tok, ids) for ids in said]
     windows = text_windows(tok, load_corpus("wiki-sample:heldout").documents) if text == "wiki-sample" else []
     return {
         "probability": probability([one.mean for one in read], on="retain").agg_value,

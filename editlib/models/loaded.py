@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,4 +41,13 @@ class LoadedModel:
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, without special ones."""
-        return cast(str, self.tok.decode(list(ids), skip_special_tokens=True)).strip()
+        return plain_text(self.tok, ids)
+
+    def prompt_text(self, ids: Sequence[int]) -> str:
+        """Tokens as text, with special ones, as the model reads them."""
+        return str(self.tok.decode(list(ids)))
+
+
+def plain_text(tok: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Decodes token ids without special tokens, and without blanks at the ends."""
+    return str(tok.decode(list(ids), skip_special_tokens=True)).strip()

@@ -1,4 +1,4 @@
-"""What the HTML pages share: the template with its style, and tables of values in words. All text is escaped here."""
+"""Builds HTML pages: one frame with one style for all of them, and tables of values in words."""
 
 from __future__ import annotations
 
@@ -10,19 +10,44 @@ from string import Template
 from editlib.reports.summary import Row
 
 
-def filled(package: str, template: str, **parts: str) -> str:
-    """Fills the page `template`, a file of `package`, with its `parts`, which are markup, and with the common style."""
-    page = files(package).joinpath(template).read_text(encoding="utf-8")
-    return Template(page).substitute(style=page_style(), **parts)
+def filled(
+    package: str, name: str, *, title: str, heading: str, models: str, summary: str, footer: str, **parts: str
+) -> str:
+    """Fills the frame of all pages with the page `name` of `package`; every text is markup, so already escaped.
+
+    Args:
+        name: of `<name>.html`, what is inside `<main>`; of `<name>.css` and `<name>.js`, if the package has them.
+        title: what the browser's tab shows.
+        models: the line below the heading that names the models.
+        summary: the rest of the page's header.
+        parts: what the page's own placeholders stand for.
+    """
+    script = _own(package, f"{name}.js")
+    return Template(_own("editlib.reports", "frame.html")).substitute(
+        title=title,
+        style=_own("editlib.reports", "page.css") + _own(package, f"{name}.css"),
+        heading=heading,
+        models=models,
+        summary=summary,
+        main=Template(_own(package, f"{name}.html")).substitute(parts),
+        footer=footer,
+        script=f"<script>\n{script}</script>\n" if script else "",
+    )
 
 
-def page_style() -> str:
-    """The style sheet that all pages share."""
-    return files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+def verdict_line(text: str) -> str:
+    """Wraps a verdict in words, which is escaped here, for the header of a page."""
+    return f'<p class="verdict">{escape(text)}</p>'
+
+
+def _own(package: str, file: str) -> str:
+    """Reads a file of a package; an empty text where it has no such file."""
+    path = files(package).joinpath(file)
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def headline(row: Row) -> str:
-    """A measure as a row of the table of measures."""
+    """Formats a measure as a row of the table of measures."""
     metric, value, n, interval, direction, meaning = map(escape, row)
     return (
         f'<tr><th scope="row">{metric}</th><td class="number">{value}</td>'
@@ -33,7 +58,7 @@ def headline(row: Row) -> str:
 
 
 def groups(told: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """One table body for each group of values that holds any, under its name."""
+    """Yields one table body for each group of values that holds any, under its name."""
     for title, values in told.items():
         lines = {key: text for key, value in values.items() if (text := plain(value))}
         if lines:
@@ -44,12 +69,12 @@ def groups(told: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
 
 
 def small(notes: Iterable[str]) -> str:
-    """Notes below a cell's text."""
+    """Formats notes below a cell's text."""
     return "".join(f"<small>{escape(note)}</small>" for note in notes if note)
 
 
 def plain(value: object) -> str:
-    """A value of a receipt on one line, as a person would write it."""
+    """Formats a value of a receipt on one line, as a person would write it."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {plain(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):

@@ -14,7 +14,7 @@ from editlib.errors import ModelError, RequestError
 from editlib.export import Delta, read_receipt
 from editlib.export.private import open_receipt, private_receipt
 from editlib.files import atomic_folder, atomic_path, check_file, check_output, write_json
-from editlib.reports.page import filled, groups, headline, plain
+from editlib.reports.page import filled, groups, headline, plain, verdict_line
 from editlib.reports.summary import RATIO, SHARES, number, rows, verdict
 from editlib.requests.reading import read_requests
 from editlib.requests.request import EditRequest
@@ -82,7 +82,7 @@ def write_pages(
     key: dict[str, Any] = {}
     if private:
         if requests is None:
-            raise RequestError("--private needs --requests, to know what must not stand in the receipt")
+            raise RequestError("--private needs --requests, to know what must not be in the receipt")
         # The one draw that must not follow from a seed: who can repeat it can try guesses on the hashes.
         told, key = private_receipt(receipt, requests, secrets.token_bytes(32))
     else:
@@ -108,7 +108,7 @@ def check_place(out: Path, *, private: bool, overwrite: bool) -> Path | None:
 
 
 def key_path(out: Path) -> Path:
-    """Where the key to a private receipt goes: beside its folder, which can then be published as it is."""
+    """Says where the key to a private receipt goes: beside its folder, which can then be published as it is."""
     return out.with_name(f"{out.name}.private.json")
 
 
@@ -135,7 +135,7 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page(told: Mapping[str, Any]) -> str:
-    """The page of a receipt as `write_receipt` completes it. The same receipt gives the same page."""
+    """Builds the page of a receipt as `write_receipt` completes it. The same receipt gives the same page."""
     forgets, base = bool(told.get("token")), str(told["base"]["name"])
     count = len(told["requests"])
     metrics = told.get("metrics")
@@ -144,11 +144,11 @@ def page(told: Mapping[str, Any]) -> str:
     by = f"by editlib {told.get('editlib')} with {told.get('algorithm')}, {when_of(told.get('created', ''))}"
     return filled(
         __package__,
-        "receipt.html",
+        "receipt",
         title=escape(f"{title} · receipt"),
         heading=escape(title),
         models=escape(by),
-        verdict=escape(verdict(metrics) if metrics else "No measurements were given."),
+        summary=verdict_line(verdict(metrics) if metrics else "No measurements were given."),
         note=escape(_note(told)),
         asked="\n".join(_asked(told)),
         measures="\n".join(_measures(metrics)) if metrics else "",
@@ -160,14 +160,14 @@ def page(told: Mapping[str, Any]) -> str:
 def _note(told: Mapping[str, Any]) -> str:
     if "private" in told:
         return (
-            f"Hashes stand in the place of texts, here their first {HASH} digits: {told['private']}. "
+            f"Hashes replace texts, here their first {HASH} digits: {told['private']}. "
             "Who made the edit holds the salt."
         )
     return "" if "asked" in told else "The receipt tells ids only; the texts are in the file of the requests."
 
 
 def _asked(told: Mapping[str, Any]) -> Iterator[str]:
-    """A row a request: what was asked, and what its edit came to."""
+    """Yields a row for each request: what was asked, and the result of its edit."""
     private = "private" in told
     entries: Sequence[Mapping[str, Any]] = told["requests"]
     texts = {one["id"]: one for one in told.get("asked") or ()}
@@ -196,7 +196,7 @@ def _asked(told: Mapping[str, Any]) -> Iterator[str]:
 
 
 def when_of(time: object) -> str:
-    """A time as a person would write it."""
+    """Formats a time as a person would write it."""
     return str(time).replace("T", " ").replace("+00:00", " UTC")
 
 
@@ -221,7 +221,7 @@ def _measures(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _head(first: str, *, numbers: Sequence[str], texts: Sequence[str] = ()) -> str:
-    """The opening of a table of measures, with its columns' heads."""
+    """Makes the opening of a table of measures, with its columns' heads."""
     cells = [f'<th scope="col" class="number">{name}</th>' for name in numbers]
     cells = [f'<th scope="col">{first}</th>', *cells, *[f'<th scope="col">{name}</th>' for name in texts]]
     return f'<table class="headline stack">\n<thead><tr>{"".join(cells)}</tr></thead>\n<tbody>'
@@ -261,7 +261,7 @@ def _dumped(value: object) -> str:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """A file that only its owner may read."""
+    """Writes a file that only its owner may read."""
     with atomic_path(path, private=True) as temporary:
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

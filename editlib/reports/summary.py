@@ -47,12 +47,12 @@ class Row(NamedTuple):
 
 
 def summary_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(metric, value, n, meaning with the better direction) of every measure, for a table in a terminal."""
+    """Lists (metric, value, n, meaning with the better direction) of every measure, for a table in a terminal."""
     return [(r.metric, r.value, r.n, f"{r.meaning} ({r.direction})".strip()) for r in rows(metrics)]
 
 
 def rows(metrics: Mapping[str, Any]) -> Iterator[Row]:
-    """The known measures in a fixed order, then those that only the file knows."""
+    """Yields the known measures in a fixed order, then those that only the file knows."""
     groups = metrics.get("groups") or {}
     known = [name for name in [*SHARES, RATIO] if name in metrics or name in groups]
     for name in dict.fromkeys([*known, *groups]):
@@ -69,7 +69,7 @@ def rows(metrics: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """One sentence in plain words: how much is refused, how much is kept, what became of the perplexity."""
+    """Says in one sentence how much is refused, how much is kept, and how the perplexity changed."""
     parts = []
     for family, verb in ((FORGET, "refused"), (KEEP, "kept")):
         nouns = {name: share.noun for name, share in SHARES.items() if share.family == family and share.noun}
@@ -86,7 +86,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
 
 def measure(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One measure with its value and meaning, whether the file tells all about it or only its value."""
+    """Gives one measure with its value and meaning, whether the file tells all about it or only its value."""
     group = {"value": metrics.get(name), **((metrics.get("groups") or {}).get(name) or {})}
     if name in SHARES and not group.get("meaning"):
         group["meaning"] = SHARES[name].meaning
@@ -98,25 +98,26 @@ def measure(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def right_of(group: Mapping[str, Any]) -> str:
-    """ "31 of 32", from the count where the file has one, otherwise from the share; "" without an n."""
+    """Gives "31 of 32", from the count where the file has one, otherwise from the share; "" without an n."""
     n, right = number(group.get("n")), number(group.get("right"))
     return f"{round(group['value'] * n) if right is None else right:.0f} of {n:.0f}" if n else ""
 
 
 def interval(group: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The two ends of a measure's interval, where it has one."""
+    """Gives the two ends of a measure's interval, where it has one."""
     ends = [end for end in map(number, group.get("interval") or ()) if end is not None]
     return (ends[0], ends[1]) if len(ends) == 2 else None
 
 
 def number(value: object) -> float | None:
-    """`value` where it is a finite number; None for anything else, so that nan and null read the same."""
-    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if real else None
+    """Gives `value` where it is a finite number; None for anything else, so that nan and null read the same."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _count(group: Mapping[str, Any], noun: str) -> str:
-    """How many of a measure went right; "" where nothing was counted."""
+    """Says how many items of a measure passed; "" where nothing was counted."""
     value = number(group["value"])
     if value is None:
         return ""

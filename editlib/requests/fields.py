@@ -9,8 +9,10 @@ from editlib.errors import RequestError
 
 Row = dict[str, Any]
 
-OWN_FIELDS = ("id", "prompt", "subject", "target_new", "answer", "aliases", "phrasings", "paraphrases", "neighbours")
-OWN_FIELDS += ("group", "relation")
+OWN_FIELDS = (
+    "id", "prompt", "subject", "target_new", "answer", "aliases", "phrasings", "paraphrases", "neighbours", "group",
+    "relation",
+)  # fmt: skip
 FREE_FIELDS = ("kind", "split", "source", "note", "meta")
 """Fields of the own format that the reader passes over: room for the user's own remarks."""
 

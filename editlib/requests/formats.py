@@ -159,7 +159,7 @@ def _unzip(row: Row) -> list[Row]:
 
 
 def _no_row(name: str, value: Any) -> Row:
-    raise FieldError(name, f"{quote(value)}; expected one object, or a list of them; mend it")
+    raise FieldError(name, f"{quote(value)}; expected one object, or a list of them; fix it")
 
 
 def _refuse_others(row: Row) -> None:

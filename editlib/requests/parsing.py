@@ -1,4 +1,4 @@
-"""Rows of a file -> requests, with everything that is wrong or ambiguous in them gathered, to be told at once."""
+"""Makes requests from the rows of a file, and reports everything that is wrong or ambiguous in them at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from editlib.requests.rows import FileRow, file_rows
 log = logging.getLogger(__name__)
 
 NAMED_ROWS = 5
-"""So many bad rows are told with what is wrong with them; of the others only their numbers."""
+"""How many bad rows are reported with their errors; of the others, only the row numbers are."""
 REPEATED = "rewrites that ask the same as an earlier one are left out"
 
 
@@ -36,7 +36,7 @@ class Parsed:
 
 
 def parse_file(path: Path, *, skip_bad: bool = False) -> Parsed:
-    """Reads a file's requests as they stand there and logs what is ambiguous in it.
+    """Reads a file's requests as they are and logs what is ambiguous in it.
 
     Args:
         skip_bad: leave rows out that cannot be used, and log how many and what is wrong with them.
@@ -141,7 +141,7 @@ def _complaint(path: Path, parsed: Parsed) -> str:
         return f"{row.where(path)}{_name_of(row)}: {said}{others}"
     told = "; ".join(_told(parsed.bad))
     given = f"{path}: {len(parsed.bad)} of {parsed.rows} rows cannot be used: {told}"
-    return f"{given}; mend them, or leave them out with --skip-bad"
+    return f"{given}; fix them, or leave them out with --skip-bad"
 
 
 def _told(bad: Sequence[tuple[FileRow, str]]) -> list[str]:

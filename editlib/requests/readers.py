@@ -26,7 +26,7 @@ def counterfact(row: Row) -> Row:
     """CounterFact, one of ROME's request dicts, which are its `requested_rewrite` alone, or one rewrite of MQuAKE."""
     rewrite = row.get("requested_rewrite", row)
     if not isinstance(rewrite, dict):
-        raise FieldError("requested_rewrite", f"{quote(rewrite)}; expected one object, or a list of them; mend it")
+        raise FieldError("requested_rewrite", f"{quote(rewrite)}; expected one object, or a list of them; fix it")
     true = text_of(rewrite.get("target_true"))
     return {
         "prompt": rewrite.get("prompt"),
@@ -141,7 +141,7 @@ def ripple(row: Row) -> Row:
     """
     edit = row["edit"]
     if not isinstance(edit, dict):
-        raise FieldError("edit", f'{quote(edit)}; expected an object with "prompt"; mend it')
+        raise FieldError("edit", f'{quote(edit)}; expected an object with "prompt"; fix it')
     subject = stripped(edit.get("subject"))
     if subject is None:
         given = "RippleEdits names it by its number in Wikidata only"

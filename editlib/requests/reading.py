@@ -27,7 +27,7 @@ def read_requests(
 ) -> list[EditRequest]:
     """Read requests from JSON Lines, a JSON array, a Parquet file or a folder by `datasets.save_to_disk`.
 
-    The format is found out by the fields of each object: the own one (see `EditRequest`) or one of those that
+    The format is recognised by the fields of each object: the own one (see `EditRequest`) or one of those that
     `docs/reference/file-formats.md` lists. A request without an id is called `<file stem>:<position in the file>`.
     Questions of sets that name no subject get theirs from `editlib.requests.subjects`; those that none is found for are
     logged, and have none. Logs, too, which of two fields is taken where a format has two, and requests that contradict
@@ -96,7 +96,7 @@ def with_subjects(
         subjects: the user's own, by id or by question; they go before what is found.
 
     Raises:
-        RequestError: `subjects` names no request, or what does not stand in its question once.
+        RequestError: `subjects` names no request, or a subject that is not in its question exactly once.
     """
     subjects = subjects or {}
     known = {name for request in requests for name in (request.id, request.question)}

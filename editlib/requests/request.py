@@ -26,7 +26,7 @@ class Probe:
 class EditRequest:
     """A fact to edit (with `target_new`) or to unlearn (without).
 
-    `prompt` holds one `{}` where the subject stands; a prompt that spells the subject out once is
+    `prompt` holds one `{}` in the place of the subject; a prompt that spells the subject out once is
     turned into that form. `{}` decides where the subject is there more than once; braces that are only braces:
     see `editlib.requests.templates`. Without a subject the prompt is plain text. `answer` and `aliases` are the
     truth, used to score. Lists become tuples; a neighbour may be a `Probe`, a dict or a bare prompt.

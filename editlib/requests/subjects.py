@@ -13,11 +13,11 @@ from difflib import SequenceMatcher
 
 RULES = {
     "given": "the file or the user says it",
-    "name": "a name that leads several of the questions nearby (an author's in TOFU) stands in this one",
+    "name": "a name that leads several of the questions nearby (an author's in TOFU) is in this one",
     "part of the name": "a part, or another model_slug, of the name that the questions nearby are about",
     "title": "no name, but the title of a work in quotation marks; of several the one that the answer repeats",
     "description": "no name and no title, but words that pick out one person: the author born in ..., known for ...",
-    "shared name": "no name leads the questions nearby: the longest name that stands in question and answer",
+    "shared name": "no name leads the questions nearby: the longest name in both question and answer",
 }
 
 NEARBY = 20  # TOFU asks twenty questions an author, one after the other
@@ -33,7 +33,7 @@ OPENERS = frozenset(
         where which who whom whose why will with would writer you""",
     )
 )
-"""Words that stand in front of a name with a capital only because the sentence begins there."""
+"""Words before a name that have a capital only because the sentence begins there."""
 
 PARTICLES = frozenset(
     re.findall(r"\w+", "al ben bin binti da das de del della den der di dos du el ibn la le ter van von zu")
@@ -54,7 +54,7 @@ _DESCRIPTION = re.compile(
 class Subject:
     """The words of a question that say whose fact it asks for, and the rule (of `RULES`) that found them.
 
-    `about` is the name that this question and others nearby are about, where that is known; it need not stand in the
+    `about` is the name that this question and others nearby are about, where that is known; it need not be in the
     question.
     """
 
@@ -64,7 +64,7 @@ class Subject:
 
 
 def find_subjects(questions: Sequence[str], answers: Sequence[str]) -> list[Subject | None]:
-    """The subject of each question, or `None` where no rule finds one; a subject stands in its question once.
+    """The subject of each question, or `None` where no rule finds one; a subject is in its question exactly once.
 
     Questions about one person are expected to lie together, as in TOFU; where they do not, fewer names are found to
     lead, and the rules that look at one question alone decide.
@@ -89,7 +89,7 @@ class _Asked:
         self.names = list(dict.fromkeys(_names(bare)))
 
     def once(self, text: str) -> bool:
-        """Whether `text` can be looked up: it stands in the question exactly once."""
+        """Whether `text` can be looked up: it is in the question exactly once."""
         return len(_places(self.question, text)) == 1
 
 
@@ -164,7 +164,7 @@ def _names(text: str) -> Iterator[str]:
     words = list(_WORD.finditer(text))
     start = 0
     while start < len(words):
-        end, last = start, start  # the run ends behind the last capital
+        end, last = start, start  # the run ends after the last capital
         while end < len(words) and (end == start or _joined(text, words[end - 1], words[end])):
             if words[end][0][0].isupper():
                 last = end + 1

@@ -44,15 +44,15 @@ def fill(name: str, text: str, subject: str | None) -> Filled:
         given = f'{quote(text)} has {places} "{NAMED}"'
         raise FieldError(name, f"{given}; expected one, in the subject's place; take the others out")
     if places:
-        before, _, behind = text.partition(NAMED)
-        return _joined(before, subject, behind)
+        before, _, after = text.partition(NAMED)
+        return _joined(before, subject, after)
     spelled = occurrences(_unescaped(text), subject)
     if marks.count(PLACE) == 1:
         place = next(mark for mark in _MARKS.finditer(text) if mark[0] == PLACE)
         return _joined(_unescaped(text[: place.start()]), subject, _unescaped(text[place.end() :]))
     if marks == [BRACES] and len(spelled) != 1:  # a subject in braces
-        before, _, behind = text.partition(PLACE)
-        return _joined(before, subject, behind)
+        before, _, after = text.partition(PLACE)
+        return _joined(before, subject, after)
     if PLACE in marks and len(spelled) != 1:
         given = f'{quote(text)} has {marks.count(PLACE)} "{{}}"'
         raise FieldError(name, f'{given}; expected one, in the subject\'s place; write the others as "{{{{}}}}"')
@@ -77,9 +77,9 @@ def template_of(prompt: str, subject: str) -> str:
         given = f"{quote(subject)} stands more than once in {quote(filled.text)}"
         one = filled.text[: found[0]] + PLACE + filled.text[found[0] + len(subject) :]
         raise FieldError("subject", f'{given}; expected "{{}}" in the place that is meant; write, say, {quote(one)}')
-    before, behind = filled.text[: filled.start], filled.text[filled.start + len(subject) :]
-    plain = before + PLACE + behind
-    return plain if _reads(plain, subject, filled) else before + NAMED + behind
+    before, after = filled.text[: filled.start], filled.text[filled.start + len(subject) :]
+    plain = before + PLACE + after
+    return plain if _reads(plain, subject, filled) else before + NAMED + after
 
 
 def literal(text: str) -> str:
@@ -88,7 +88,7 @@ def literal(text: str) -> str:
 
 
 def occurrences(text: str, subject: str) -> list[int]:
-    """Where the subject stands as words of its own, else (as in scripts without spaces) anywhere."""
+    """Finds the subject as words of its own, else (as in scripts without spaces) anywhere."""
     spelled = re.escape(subject)
     whole = [m.start() for m in re.finditer(rf"(?<!\w){spelled}(?!\w)", text)]
     return whole or [m.start() for m in re.finditer(rf"(?={spelled})", text)]
@@ -101,8 +101,8 @@ def _reads(text: str, subject: str, wanted: Filled) -> bool:
         return False
 
 
-def _joined(before: str, subject: str, behind: str) -> Filled:
-    return Filled(before + subject + behind, len(before))
+def _joined(before: str, subject: str, after: str) -> Filled:
+    return Filled(before + subject + after, len(before))
 
 
 def _unescaped(text: str) -> str:

@@ -37,7 +37,7 @@ WIKI_PIP_OPTIONS = (
     *("--python-version", "3.11", "--abi", "cp311"),
 )
 WIKI_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-WIKI_CLEANING = 1  # raised when the cleaner's output changes, so that cached text is made anew
+WIKI_CLEANING = 1  # raised when the cleaner's output changes, so that cached text is made again
 HELD_OUT_EVERY = 8
 
 
@@ -55,7 +55,7 @@ class Corpus:
 
 
 def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
-    """Open a corpus.
+    """Opens a corpus.
 
     Args:
         spec: a .txt file (documents are separated by blank lines); a .jsonl file; `hf:NAME[/CONFIG][:SPLIT]`
@@ -81,7 +81,7 @@ def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
 
 
 def hash_documents(documents: Iterable[str]) -> str:
-    """sha256 over the documents in order; where one ends and the next begins counts."""
+    """Hashes the documents in order (SHA-256, hex); where one ends and the next begins counts."""
     digest = hashlib.sha256()
     for document in documents:
         data = document.encode()
@@ -204,10 +204,11 @@ def _load_hf(spec: str, text_field: str | None) -> Corpus:
 
 
 def _open_stream(datasets: Any, name: str, split: str, spec: str) -> Any:
-    """Try OWNER/NAME before NAME/CONFIG: both are written `a/b`."""
+    """Opens a data set as OWNER/NAME before NAME/CONFIG: both are written `a/b`."""
     readings: list[tuple[str, str | None]] = [(name, None)]
     if "/" in name:
-        readings.append(tuple(name.rsplit("/", 1)))
+        dataset, _, config_name = name.rpartition("/")
+        readings.append((dataset, config_name))
     if name.count("/") == 2:
         del readings[0]
     problem = None
@@ -238,7 +239,7 @@ def _one_line_errors(spec: str) -> Iterator[None]:
 
 
 def _wiki_articles() -> list[str]:
-    """The cleaned articles, from the cache or made now."""
+    """Gives the cleaned articles, from the cache or made now."""
     folder = cache_dir() / "corpora"
     try:
         data = _cached_wiki(folder) or _make_wiki(folder)
@@ -258,7 +259,7 @@ def _cached_wiki(folder: Path) -> bytes | None:
         data = cached.read_bytes()
         if hashlib.sha256(data).hexdigest()[:16] == cached.suffixes[-2][1:]:
             return data
-        logger.warning("%s is damaged; making it anew", cached)
+        logger.warning("%s is damaged; making it again", cached)
     return None
 
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,16 +73,14 @@ def write_stats(path: Path, stats: LayerStats) -> None:
     assert stats.header is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, temporary.open("wb") as out:
-        np.savez(
-            out,
-            **{
-                "mom2.constructor": np.array(CONSTRUCTOR),
-                "mom2.count": np.array(stats.count),
-                "mom2.mom2": stats.mom2.to(torch.float32).numpy(),
-                "sample_size": np.array(stats.sample_size),
-                "editlib.header": np.array(json.dumps(asdict(stats.header))),
-            },
-        )
+        arrays: dict[str, Any] = {
+            "mom2.constructor": np.array(CONSTRUCTOR),
+            "mom2.count": np.array(stats.count),
+            "mom2.mom2": stats.mom2.to(torch.float32).numpy(),
+            "sample_size": np.array(stats.sample_size),
+            "editlib.header": np.array(json.dumps(asdict(stats.header))),
+        }
+        np.savez(out, **arrays)
     stats.path = path
 
 
@@ -103,12 +102,12 @@ def read_stats(path: Path) -> LayerStats:
 
 
 def read_count(path: Path) -> int:
-    """The number of tokens in a file, without reading its matrix; raises like `read_stats`."""
+    """Reads the number of tokens in a file, without reading its matrix; raises like `read_stats`."""
     return _count(path, _arrays(path, ("mom2.count",))["mom2.count"])
 
 
 def read_header(path: Path) -> StatsHeader | None:
-    """The header of a file, `None` in those of other tools, without reading its matrix; raises like `read_stats`."""
+    """Reads a file's header (`None` in those of other tools) but not its matrix; raises like `read_stats`."""
     return _header(path, _arrays(path, ("editlib.header",)))
 
 
@@ -144,7 +143,7 @@ def _count(path: Path, array: np.ndarray) -> int:
 
 
 def _sample_size(path: Path) -> int:
-    """The number of documents, 0 where it is not known: left out, or the NaN (or pickled None) that stands for it."""
+    """The number of documents, 0 where it is not known: left out, or the NaN (or pickled None) that means unknown."""
     try:
         array = _arrays(path, ("sample_size",)).get("sample_size", np.array(0))
     except StatsError:
@@ -154,7 +153,7 @@ def _sample_size(path: Path) -> int:
 
 
 def _flaw(mom2: np.ndarray) -> str | None:
-    """Why `mom2` can be no sum of `k k^T`, in words; `None` when it can."""
+    """Says why `mom2` can be no sum of `k k^T`; `None` when it can."""
     if mom2.ndim != 2 or mom2.shape[0] != mom2.shape[-1] or not mom2.size:
         return f"holds an array of shape {' x '.join(map(str, mom2.shape)) or '()'}, which is not square"
     if mom2.dtype.kind != "f" or mom2.dtype.itemsize > 8:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import StatsError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
@@ -28,14 +28,14 @@ Window = tuple[int, list[int]]
 
 
 def document_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str], max_length: int) -> Iterator[Window]:
-    """`(document number, token ids)` for every window of at most `max_length` tokens of every document."""
+    """Yields `(document number, token ids)` for every window of at most `max_length` tokens of every document."""
     for number, text in enumerate(documents):
         for ids in token_windows(tok, text, max_length):
             yield number, ids
 
 
 def counted_windows(windows: Iterable[Window], tokens: int, skip_first: int) -> Iterator[Window]:
-    """The windows whose tokens behind the first `skip_first` add up to `tokens`, the last one cut to fit.
+    """Yields windows whose tokens after the first `skip_first` add up to `tokens`, the last one cut to fit.
 
     No more of `windows` is drawn than that takes, so a streamed corpus may be endless.
     """
@@ -77,9 +77,9 @@ def layer_stats(
     skip_first: int = 1,
     checkpoint_seconds: float = 30.0,
     progress: bool = True,
-    shard: Shard = ALONE,
+    shard: Process = ALONE,
 ) -> dict[int, LayerStats]:
-    """One forward pass over `documents` for all `layers`, stopped behind the last one.
+    """Collects second moments of `layers` in one forward pass over `documents`, stopped after the last layer.
 
     Several processes deal the batches of one list among themselves and add their sums up: every batch, and so the
     result, is that of one process, to fp64 rounding.
@@ -88,7 +88,7 @@ def layer_stats(
         tokens: stop after this many counted tokens.
         skip_first: leave out this many tokens at the start of each window; the first token of a text carries keys
             up to 10^4 times larger than the rest and would swamp the sum. 0 counts them, as ROME and MEMIT do.
-        checkpoint: a file that keeps the sums while the pass runs, also behind Ctrl-C; found again, it is continued.
+        checkpoint: a file that keeps the sums while the pass runs, also after Ctrl-C; found again, it is continued.
             Each of several processes keeps its own. It stays: remove it (`drop_checkpoint`) once the result is safe.
         max_length, batch_tokens: tokens a window and a padded batch may hold, whatever the model's own maximum; a
             window longer than `batch_tokens` is a batch by itself.
@@ -132,7 +132,7 @@ def layer_stats(
 
 
 def record_moments(anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums: MomentSums, skip_first: int) -> int:
-    """Adds the keys of every real token of `batch` behind the first `skip_first` to `sums`; how many there were."""
+    """Adds the keys of every real token of `batch` after the first `skip_first` to `sums`; returns their number."""
     counted = batch.attention_mask.bool() & (batch.position_ids >= skip_first)
     with no_param_grad(anat.model), torch.no_grad():
         forward(

@@ -20,7 +20,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import StatsError
 from editlib.files import atomic_path
 from editlib.models.anatomy import Anatomy
@@ -63,12 +63,12 @@ class MomentSums:
             self._flush(layer)
 
     def clear(self) -> None:
-        """Back to nothing counted."""
+        """Sets all sums and counts back to zero."""
         for total in self.sums.values():
             total.zero_()
         self.tokens = 0
 
-    def add_up(self, shard: Shard) -> None:
+    def add_up(self, shard: Process) -> None:
         """Replaces the sums of this process by those of all."""
         self.flush()
         for layer in sorted(self.sums):
@@ -113,7 +113,7 @@ class Checkpoint:
             return
         started = time.monotonic()
         self._sums.flush()
-        arrays = {f"sum.{layer}": total.numpy() for layer, total in self._sums.sums.items()}
+        arrays: dict[str, Any] = {f"sum.{layer}": total.numpy() for layer, total in self._sums.sums.items()}
         state = {"job": self._job, "batch": at, "tokens": self._sums.tokens, "documents": documents}
         with atomic_path(self.path) as temporary, temporary.open("wb") as out:
             np.savez(out, state=np.array(json.dumps(state)), **arrays)
@@ -153,7 +153,7 @@ class Checkpoint:
         return at, documents
 
 
-def drop_checkpoint(path: Path, shard: Shard = ALONE) -> None:
+def drop_checkpoint(path: Path, shard: Process = ALONE) -> None:
     """Removes what this process kept at `path`."""
     shard.own(path).unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from editlib.distributed import ALONE, Shard
+from editlib.distributed import ALONE, Process
 from editlib.errors import StatsError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
@@ -42,7 +42,7 @@ def self_stats(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
     progress: bool = True,
-    shard: Shard = ALONE,
+    shard: Process = ALONE,
 ) -> dict[int, LayerStats]:
     """Samples answers to `prompts` at temperature 1 and sums the keys of every sampled token, in the same passes.
 
@@ -100,7 +100,7 @@ def self_stats(
     return finish(sums, anat, header, number * batch_rows)
 
 
-def _resume(keeper: Checkpoint, sums: MomentSums, shard: Shard) -> tuple[int, int]:
+def _resume(keeper: Checkpoint, sums: MomentSums, shard: Process) -> tuple[int, int]:
     """(next batch, tokens so far by all processes); from the beginning unless all stopped at the same batch."""
     with shard.together():
         number, _ = keeper.resume()
@@ -123,7 +123,7 @@ def _sample(
     length: int,
     device: torch.device,
 ) -> None:
-    """One batch of samples, recorded as it is written."""
+    """Generates one batch of samples, recorded as it is written."""
     batch = pad(rows, side="left", device=device)
     ids, mask, cache = batch.input_ids, batch.attention_mask, DynamicCache()
     for step in range(length + 1):

@@ -32,7 +32,7 @@ class Spectrum:
 
 
 def summary(stats: LayerStats) -> Spectrum:
-    """The spectrum of one layer; the rank counts eigenvalues above fp32's resolution of the largest."""
+    """Computes the spectrum of one layer; the rank counts eigenvalues above fp32's resolution of the largest."""
     values, _ = eigen(stats.moment())
     resolution = float(values[-1]) * len(values) * torch.finfo(torch.float32).eps
     null = {threshold: kept_dimensions(values, threshold) for threshold in THRESHOLDS}
@@ -40,7 +40,7 @@ def summary(stats: LayerStats) -> Spectrum:
 
 
 def sketch(spectrum: Spectrum, width: int = 24) -> str:
-    """The logarithms of the eigenvalues, largest first, as a line of blocks for a terminal."""
+    """Draws the logarithms of the eigenvalues, largest first, as a line of blocks for a terminal."""
     logs = spectrum.eigenvalues.flip(0).clamp_min(1e-12).log10()
     points = logs[torch.linspace(0, len(logs) - 1, width).long()]
     low, high = float(points.min()), float(points.max())
@@ -87,7 +87,7 @@ def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kept_dimensions(eigenvalues: Tensor, threshold: float, rule: str = "absolute") -> int:
-    """How many of the smallest `eigenvalues` (ascending) an edit may use.
+    """Counts how many of the smallest `eigenvalues` (ascending) an edit may use.
 
     `rule`: "absolute" keeps eigenvalues below `threshold` (AlphaEdit); "energy" keeps the directions that together
     hold less than that share of the trace; "dimensions" keeps that share of all directions.

@@ -53,18 +53,18 @@ class _Stored:
 
 
 def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
-    """`<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
+    """Gives `<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
     folder = Path(stats_dir) / model_slug(header.model) / f"{header.corpus}_stats"
     return folder / f"{header.module}_{PRECISION}_mom2_{header.documents}.npz"
 
 
 def model_slug(model: str) -> str:
-    """The folder name of a model: its id with `/` as `_`, or the last part of a local path."""
+    """Gives the folder name of a model: its id with `/` as `_`, or the last part of a local path."""
     return Path(model).resolve().name if Path(model).is_dir() else model.strip("/").replace("/", "_")
 
 
 def model_slugs(model: str) -> list[str]:
-    """Every folder name that a tool of the family gives a model: ROME and MEMIT the whole id, others its last part."""
+    """Lists the folder names that tools give a model: ROME and MEMIT use the whole id, others its last part."""
     bare = model.rstrip("/")
     names = [model_slug(model), bare.replace("/", "_").strip("_"), bare.replace("/", "_"), bare.rpartition("/")[2]]
     return [name for name in dict.fromkeys(names) if name not in ("", ".", "..")]
@@ -96,7 +96,7 @@ def find_stats(
     dataset: str | None = None,
     samples: int | None = None,
 ) -> LayerStats:
-    """The file of one module, under any model_slug of the model's name.
+    """Finds the file of one module, under any model_slug of the model's name.
 
     Args:
         corpus: take files of this corpus only (the folders `<corpus>_stats` and `<corpus>@..._stats`).
@@ -134,7 +134,7 @@ def find_layers(
     dataset: str | None = None,
     samples: int | None = None,
 ) -> dict[int, LayerStats]:
-    """The statistics of several layers of one model; chooses and raises like `find_stats`."""
+    """Finds the statistics of several layers of one model; chooses and raises like `find_stats`."""
     return {
         layer: find_stats(
             Path(stats_dir),
@@ -151,7 +151,7 @@ def find_layers(
 
 
 def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) -> dict[int, LayerStats]:
-    """All stored statistics of a model by layer number, the one with most tokens where there are several.
+    """Finds all stored statistics of a model by layer number, the one with most tokens where there are several.
 
     Raises:
         StatsNotFound: none there.
@@ -170,7 +170,7 @@ def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) 
 
 
 def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_Stored]:
-    """The files of a model, in a fixed order."""
+    """Lists the files of a model, in a fixed order."""
     for name in model_slugs(model):
         for folder in sorted((Path(stats_dir) / name).glob("*_stats")):
             of = folder.name.removesuffix("_stats").partition("@")[0]
@@ -183,13 +183,13 @@ def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_
 
 
 def _made_from(path: Path, model_sha256: str) -> bool:
-    """Whether a file was made from these weights, or does not say from which."""
+    """Says whether a file was made from these weights, or does not say from which."""
     header = read_header(path)
     return header is None or header.model_sha256 in ("", model_sha256)
 
 
 def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
-    """One file of several for the same module; see `find_stats`."""
+    """Chooses one file of several for the same module; see `find_stats`."""
     left = [one for one in found if one.corpus == dataset] or list(found)
     left = [one for one in left if one.number == samples] or left
     if len(left) > 1:
@@ -223,7 +223,7 @@ def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "
 
 
 def stats_hash(hashes: Mapping[int, str]) -> str:
-    """One hash over those of the statistics of several layers, for receipts."""
+    """Computes one hash over those of the statistics of several layers, for receipts."""
     digest = hashlib.sha256()
     for layer in sorted(hashes):
         digest.update(f"{layer}:{hashes[layer]};".encode())

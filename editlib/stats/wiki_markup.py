@@ -11,7 +11,7 @@ import html
 import re
 
 MIN_WORDS = 20
-HOLE = "\ufffc"  # stands where something was cut out of running text
+HOLE = "\ufffc"  # marks where something was cut out of running text
 
 _REDIRECT = re.compile(r"\s*#\s*redirect\b", re.I)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
@@ -52,7 +52,7 @@ _SUPERSCRIPT = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺�
 
 
 def clean_wiki(markup: str) -> list[str]:
-    """The prose paragraphs of one article: at least 20 words each, ending a sentence; [] for a redirect."""
+    """Extracts the prose paragraphs of one article: at least 20 words each, ending a sentence; [] for a redirect."""
     if _REDIRECT.match(markup):
         return []
     text = _COMMENT.sub("", markup)
@@ -71,7 +71,7 @@ def clean_wiki(markup: str) -> list[str]:
 
 
 def _until_stable(pattern: re.Pattern, replace, text: str) -> str:
-    """Replace innermost matches first, so that nesting of any depth unwinds."""
+    """Replaces innermost matches first, so that nesting of any depth unwinds."""
     count = 1
     while count:
         text, count = pattern.subn(replace, text)

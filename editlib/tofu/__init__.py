@@ -1,4 +1,4 @@
-"""TOFU (2401.06121): its sets of questions with their subjects, and what a model comes to on them."""
+"""TOFU (2401.06121): its sets of questions with their subjects, and scores of models on them."""
 
 from editlib.tofu.scores import TofuScores, compare_tofu, tofu_scores
 from editlib.tofu.sets import Asked, TofuSets, read_tofu

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from editlib.evaluation.answer_cache import AnswerCache
-from editlib.evaluation.forget_set import Base, ForgetSet, Measure, Protocol, Scores, SetSettings
+from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings
 from editlib.evaluation.metrics import MetricResult, read_results, write_results
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import Forced
@@ -45,7 +45,7 @@ class TofuSettings(SetSettings):
     classifier: str | None = knob(None, "a classifier of entailment")
 
 
-class Tofu(Protocol):
+class Tofu(Benchmark):
     """Questions about fictitious authors (2401.06121)."""
 
     Settings, protocol = TofuSettings, "tofu"
@@ -75,8 +75,8 @@ class Tofu(Protocol):
         judges = Judges(own.encoder, own.classifier)
         known = Readings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
-        given = {"max_new_tokens": own.max_new_tokens, "progress": label}
-        read((base.bench.anat, base.bench.tok), self.sets, known.found, **given)
+        model = (base.bench.anat, base.bench.tok)
+        read(model, self.sets, known.found, max_new_tokens=own.max_new_tokens, progress=label)
         known.save()
         answers = {one.question: reading.tokens for one, reading in known.found.items()}
         before = AnswerCache(base.bench.sha256, answers)
@@ -86,7 +86,7 @@ class Tofu(Protocol):
         )  # fmt: skip
 
     def _reference(self, base: Base) -> Mapping[str, MetricResult] | None:
-        """What the retain-only model comes to on the questions to forget: measured once, and kept."""
+        """Gives the retain-only model's results on the questions to forget: measured once, and kept."""
         own = self.settings
         if self._only is not None or own.reference is None:
             return self._only
@@ -100,7 +100,7 @@ class Tofu(Protocol):
 
 
 def apart(sets: TofuSets, seed: int) -> TofuSets:
-    """The sets where no question of the probe set `retain` is among the requests that a method may train on.
+    """Makes the sets where no question of the probe set `retain` is among the requests that a method may train on.
 
     Where the probes are most of what there is to keep, half of them are not asked, and trained on instead.
     """
@@ -115,7 +115,7 @@ def apart(sets: TofuSets, seed: int) -> TofuSets:
 
 
 class Readings:
-    """What the base reads and writes, kept in a file; of other questions or a damaged file nothing is taken."""
+    """The base model's readings, kept in a file; a damaged file, and readings of other questions, are ignored."""
 
     def __init__(self, folder: Path, sets: TofuSets) -> None:
         self.found: dict[Asked, Reading] = {}
@@ -143,7 +143,7 @@ def _reading(value: Mapping[str, Any]) -> Reading:
 
 @dataclass(frozen=True)
 class TofuSet(ForgetSet):
-    """TOFU's probes with what the base came to on them."""
+    """TOFU's probes with the base model's readings of them."""
 
     sets: TofuSets
     readings: Mapping[Asked, Reading]
@@ -187,7 +187,7 @@ class TofuSet(ForgetSet):
             metric = f"{name}_generated_rouge_l_recall"
             for i, one in enumerate(probes):
                 then, now = (told[metric].value_by_index[str(i)]["rougeL_recall"] for told in (before, results))
-                item = {"id": one.id, "kind": name, "question": one.question, "answer": one.answer}
+                item: dict[str, Any] = {"id": one.id, "kind": name, "question": one.question, "answer": one.answer}
                 item |= {"before": self.readings[one].text, "after": after[one].text, "passed": None, "counted": True}
                 item["note"] = "" if None in (then, now) else f"ROUGE-L {then:.2f} → {now:.2f}"
                 found.append(item)

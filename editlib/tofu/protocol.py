@@ -1,4 +1,4 @@
-"""TOFU: fictitious authors that a model was trained on, some of them to be forgotten (`editlib.tofu`)."""
+"""Evaluates the forgetting of TOFU's fictitious authors, for `editlib eval --protocol tofu`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TofuProtocol:
         whole: bool = True,
         **options: Any,
     ) -> TofuProtocol:
-        """The protocol with its sets from a folder or the Hub; see `read_tofu` and, for `options`, the class.
+        """Makes the protocol with its sets from a folder or the Hub; see `read_tofu` and, for `options`, the class.
 
         Args:
             learned_file: the questions that the model was trained on, in TOFU's form; default: all.
@@ -108,7 +108,7 @@ class TofuProtocol:
         }
 
     def _ratios(self, how: Asking) -> Mapping[str, MetricResult] | None:
-        """What the retain-only model comes to on the whole forget set, measured once where it is a model."""
+        """Gives the retain-only model's results on the whole forget set; a model is measured once."""
         if self._retain_only is None and self._reference is not None:
             model, tok = load(self._reference, dtype=self._dtype, device_map=self._device_map)
             label = "retain-only" if self._progress else None
@@ -129,4 +129,4 @@ class TofuProtocol:
         write_tofu(metrics, out)
 
     def finish(self) -> None:
-        """Nothing is kept."""
+        """Does nothing: no file is kept."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from editlib.evaluation.metrics import MetricResult, write_results
 from editlib.files import atomic_path, write_json
-from editlib.reports.page import filled, groups, small
+from editlib.reports.page import filled, groups, small, verdict_line
 from editlib.reports.summary import number
 from editlib.reports.tables import write_table
 from editlib.tofu.sets import SETS
@@ -41,7 +41,7 @@ def write_tofu(metrics: Mapping[str, Any], out: Path) -> None:
 
 
 def headline_of(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The summary numbers, and a generated and a teacher-forced one of what to forget and of what to keep."""
+    """Picks the summary numbers, and a generated and a teacher-forced one of what to forget and of what to keep."""
     names = [name for wanted in HEADLINE for name in scores if name == wanted or name.startswith(f"{wanted}_without")]
     for part in ("forget", "retain"):
         names += [f"{part}_generated_rouge_l_recall", f"{part}_teacher_forced_probability"]
@@ -49,7 +49,7 @@ def headline_of(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | No
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """Head and rows, the summary first: both models side by side, and which way is good."""
+    """Builds a table: the head, then the summary, then both models side by side and which way is good."""
     rows = [["set", "metric", "before", "after", "n", "good"]]
     for part, names in _by_set(metrics).items():
         for name in names:
@@ -61,7 +61,7 @@ def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
 
 
 def conditions(metrics: Mapping[str, Any]) -> str:
-    """Under which the numbers hold, in sentences: how many questions were asked, and what was left out."""
+    """Says how many questions were asked and what was left out, in sentences."""
     limit = metrics.get("limit")
     sizes = ", ".join(f"{TITLES[name].lower()} {n}" for name, n in metrics["sets"].items())
     told = [f"Asked: {sizes}."]
@@ -80,7 +80,7 @@ def conditions(metrics: Mapping[str, Any]) -> str:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """One sentence: how much of the answers is still said, of what to forget and of what to keep."""
+    """Says in one sentence how much of the answers is still said, of what to forget and of what to keep."""
     told = []
     for part, what in (("forget", "to be forgotten"), ("retain", "to be kept")):
         name = f"{part}_generated_rouge_l_recall"
@@ -92,7 +92,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
 
 def _by_set(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names of all results: those of both sets together, then set by set."""
+    """Lists the names of all results: those of both sets together, then set by set."""
     found: dict[str, list[str]] = {SUMMARY: [], **{name: [] for name in SETS}}
     for name in metrics["scores"]["edited"]:
         owner = next((part for part in SETS if any(name.startswith(f"{part}_{kind}_") for kind in KINDS)), SUMMARY)
@@ -109,7 +109,7 @@ def _short(part: str, name: str) -> str:
 
 
 def _both(metrics: Mapping[str, Any], name: str, *, digits: int = 3) -> tuple[str, str, Mapping[str, Any]]:
-    """A result's value before and after as text, and its body."""
+    """Gives a result's value before and after as text, and its body."""
     bodies = [metrics["scores"][side].get(name) for side in ("base", "edited")]
     values = [None if body is None else number(body["agg_value"]) for body in bodies]
     before, after = ("–" if value is None else f"{value:.{digits}f}" for value in values)
@@ -123,12 +123,12 @@ def _page(metrics: Mapping[str, Any]) -> str:
     base, edited = metrics["base"]["name"], metrics["edited"]["name"]
     return filled(
         __package__,
-        "tofu.html",
+        "tofu",
         title=escape(f"{edited} · TOFU · editlib report"),
         heading=f"What {escape(edited)} forgot of TOFU, and what it kept",
         models=f"edited model <b>{escape(edited)}</b>, compared with its base <b>{escape(base)}</b>; "
         f"{escape(metrics['forget'])}, mode {escape(metrics['mode'])}",
-        verdict=escape(verdict(metrics)),
+        summary=verdict_line(verdict(metrics)),
         note=escape(conditions(metrics)),
         measures="\n".join(_measures(metrics)),
         points="\n".join(_points(metrics.get("points") or [])),
@@ -155,7 +155,7 @@ def _measures(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _points(points: list[Mapping[str, Any]]) -> Iterator[str]:
-    """A row a batch, where a chain was followed."""
+    """Yields a row for each batch, where a chain was followed."""
     if not points:
         return
     names = [name for name in points[-1] if name != "batch"]

@@ -18,6 +18,7 @@ from editlib.evaluation.metrics.generated import Classifier, Encoder
 from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import Forced
+from editlib.models.loaded import plain_text
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.tofu.sets import SIDE, Asked, TofuSets
 
@@ -42,7 +43,7 @@ class Judges:
 
 @dataclass(frozen=True)
 class Reading:
-    """One question under one model: what it wrote, and the given answers that it read; NLL in nats a token."""
+    """One question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
 
     tokens: tuple[int, ...]
     text: str
@@ -106,7 +107,7 @@ def compare_tofu(
     before: Readings | None = None,
     progress: bool = False,
 ) -> TofuScores:
-    """`tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
+    """Runs `tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
 
     Args:
         before: readings of the base model that are known already; the missing ones are added.
@@ -117,8 +118,10 @@ def compare_tofu(
     after: dict[Asked, Reading] = {}
     label = "after" if progress else None
     read(edited, sets, after, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=label)
-    given = {"retain_only": retain_only, "judges": judges}
-    return TofuScores(score(sets, known, **given), score(sets, after, **given), sets, known, after)
+    base_results, edited_results = (
+        score(sets, readings, retain_only=retain_only, judges=judges) for readings in (known, after)
+    )
+    return TofuScores(base_results, edited_results, sets, known, after)
 
 
 def read(
@@ -148,12 +151,12 @@ def read(
     for one in asked:
         answer, *others = [next(forced) for _ in _given(one)]
         paraphrase = answer if one.paraphrase is None else others.pop(0)
-        text = tok.decode(said[one.question], skip_special_tokens=True).strip()
+        text = plain_text(tok, said[one.question])
         known[one] = Reading(said[one.question], text, answer, paraphrase.mean, tuple(other.mean for other in others))
 
 
 def _given(one: Asked) -> list[str]:
-    """The answers that the model reads: the true one, a paraphrase where there is one, wrong ones."""
+    """Lists the answers that the model reads: the true one, a paraphrase where there is one, wrong ones."""
     return [one.answer, *([] if one.paraphrase is None else [one.paraphrase]), *one.wrong]
 
 
@@ -164,7 +167,7 @@ def score(
     retain_only: Mapping[str, MetricResult] | None = None,
     judges: Judges | None = None,
 ) -> Results:
-    """The results that `readings` of all questions of `sets` come to; see `tofu_scores`."""
+    """Computes the results of one model from its `readings` of all questions of `sets`; see `tofu_scores`."""
     found: Results = {}
     by_set: dict[str, Results] = {}
     for name, probes in sets.probes.items():
@@ -177,7 +180,7 @@ def score(
 
 
 def _of_set(name: str, probes: Sequence[Asked], said: Sequence[Reading], judges: Judges) -> Results:
-    """The metrics of one set by their bare names; each item has the question's id."""
+    """Computes the metrics of one set by their bare names; each item has the question's id."""
     on: Split = "forget" if name.startswith("forget") else "retain"
     texts, answers = [one.text for one in said], [one.answer for one in probes]
     hits = [one.answer.hits for one in said]
@@ -212,7 +215,7 @@ def _of_set(name: str, probes: Sequence[Asked], said: Sequence[Reading], judges:
 
 
 def _summary(found: Mapping[str, Results], retain_only: Mapping[str, MetricResult] | None) -> list[MetricResult]:
-    """The summary numbers whose parts are all there."""
+    """Computes the summary numbers whose parts are all there."""
     results = []
     forget, retain = found.get("forget", {}), found.get("retain", {})
     judged = ("cosine_similarity", "entailment_score")
@@ -241,7 +244,7 @@ def _measured(results: Results, names: Sequence[str]) -> bool:
 def _paired_ratios(
     own: MetricResult, retain_only: Mapping[str, MetricResult]
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """The forget set's truth ratios of both models, of the same questions.
+    """Pairs the forget set's truth ratios of both models, of the same questions.
 
     Raises:
         MetricError: the retain-only model's are not of these questions.
@@ -253,7 +256,7 @@ def _paired_ratios(
 
 
 def reference_results(path: Path, sets: TofuSets, *, whole: bool = True) -> dict[str, MetricResult]:
-    """The results of a retain-only model that an earlier run wrote (`edited.json`), checked to be of the forget set.
+    """Reads a retain-only model's results of an earlier run (`edited.json`), and checks that they fit the forget set.
 
     Args:
         whole: every question of the set must be among them; else one of them is enough.
@@ -288,7 +291,7 @@ def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: st
             f"{what}: lacks {len(missing)} of {len(ids)} questions ({missing[0]}); measure the retain-only model with "
             "the same --forget, --limit and --seed"
         )
-    return {name: float(ratios[name]) for name in ids}
+    return {name: float(ratio) for name in ids if (ratio := ratios[name]) is not None}
 
 
 def document(scores: TofuScores) -> dict[str, Any]:
@@ -300,7 +303,7 @@ def document(scores: TofuScores) -> dict[str, Any]:
             side: results[f"{name}_generated_rouge_l_recall"].value_by_index for side, (results, _) in sides.items()
         }
         for i, one in enumerate(probes):
-            item = {"id": one.id, "set": name, "question": one.question, "answer": one.answer}
+            item: dict[str, Any] = {"id": one.id, "set": name, "question": one.question, "answer": one.answer}
             for side, (_, readings) in sides.items():
                 when = {"base": "before", "edited": "after"}[side]
                 item[when] = readings[one].text

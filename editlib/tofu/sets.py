@@ -59,7 +59,7 @@ class TofuSets:
     subjects: tuple[Subject | None, ...] = ()
 
     def forgetting(self, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()) -> TofuSets:
-        """The same sets where only `requests` are to be forgotten, and `kept`, others of them, are to be kept."""
+        """Gives the same sets where only `requests` are to be forgotten, and `kept`, others of them, are to be kept."""
         ids, more = {request.id for request in requests}, {request.id for request in kept}
         asked = self.probes["forget"]
         probes = {
@@ -77,11 +77,11 @@ class TofuSets:
         )
 
     def only(self, *names: str) -> TofuSets:
-        """The same sets where only the probe sets `names` are asked."""
+        """Gives the same sets where only the probe sets `names` are asked."""
         return replace(self, probes={name: probes for name, probes in self.probes.items() if name in names})
 
     def limited(self, limit: int | None, seed: int = 0) -> TofuSets:
-        """At most `limit` questions a probe set, drawn with `seed`; a smaller set's draw is part of a larger one's."""
+        """Draws at most `limit` questions of each probe set; a smaller draw of a `seed` is part of a larger one."""
         if limit is None:
             return self
         return replace(self, probes={name: draw(probes, limit, seed) for name, probes in self.probes.items()})
@@ -169,7 +169,7 @@ def questions_in(path: str | Path) -> frozenset[str]:
 
 
 def _questions(path: Path, own: dict[str, str]) -> tuple[list[EditRequest], list[Subject | None]]:
-    """The requests of a file with their subjects; takes those of the user's `own` out that it has used."""
+    """Makes the requests of a file with their subjects; takes those of the user's `own` out that it has used."""
     given = {}
     if own:
         names = {name for request, _ in read_questions(path) for name in (request.id, request.question)}
@@ -183,7 +183,7 @@ def _questions(path: Path, own: dict[str, str]) -> tuple[list[EditRequest], list
 
 
 def _rest(place: _Place, forget: str, asked: Collection[str], own: dict[str, str]) -> list[EditRequest]:
-    """All other questions: from the set made for it, or what the two largest sets hold besides."""
+    """Makes all other questions: from the set made for it, or what the two largest sets hold besides."""
     if path := place.find(FORGET[forget]):
         return _questions(path, own)[0]
     whole = [request for name in ("forget10", "retain90") for request in _questions(place.need(name), own)[0]]
@@ -193,7 +193,7 @@ def _rest(place: _Place, forget: str, asked: Collection[str], own: dict[str, str
 def _probes(
     requests: Sequence[EditRequest], rows: Mapping[Pair, Mapping[str, Any]], field: str, *, only: bool = False
 ) -> tuple[Asked, ...]:
-    """What is asked about `requests`: under `field` of their perturbed rows, or the question itself.
+    """Lists what is asked about `requests`: under `field` of their perturbed rows, or the question itself.
 
     Args:
         only: leave out those without a perturbed row.
@@ -227,7 +227,7 @@ class _Place:
             )
 
     def need(self, name: str) -> Path:
-        """The file of a set.
+        """Finds the file of a set.
 
         Raises:
             RequestError: there is none, or the Hub cannot be reached.
@@ -237,7 +237,7 @@ class _Place:
         raise RequestError(f"{self.source}: holds no {name}.jsonl; expected TOFU's files (see docs/how-to/tofu.md)")
 
     def find(self, name: str) -> Path | None:
-        """The file of a set, `None` if it is not there; raises as `need` where that cannot be known."""
+        """Finds the file of a set, `None` if it is not there; raises as `need` where that cannot be known."""
         if self._folder is not None:
             return next((path for end in ("jsonl", "json") if (path := self._folder / f"{name}.{end}").is_file()), None)
         from huggingface_hub import hf_hub_download
@@ -256,7 +256,7 @@ class _Place:
         raise RequestError(f"{self.source} cannot be read from the Hub ({reason}); {wanted}")
 
     def rows(self, name: str) -> dict[Pair, dict[str, Any]]:
-        """The rows of a set by question and answer, none where the set is not there.
+        """Reads the rows of a set by question and answer, none where the set is not there.
 
         Raises:
             RequestError: a row that cannot be used.

@@ -26,7 +26,7 @@ class Part:
     """One part of a loss: `weight * sum of loss over a batch / (its items, or its learned tokens)`.
 
     Args:
-        per: what the sum is divided by. "token" is what a mean over all tokens of the batch comes to, however the batch
+        per: what the sum is divided by. "token" gives the mean over all tokens of the batch, however the batch
             is cut into passes.
         layer: the loss reads the states that leave this layer, not logits.
         share: items of this part in a step, as a share of the batch size.
@@ -41,7 +41,7 @@ class Part:
     share: float = 1.0
 
     def batch(self, step: int, size: int, seed: int) -> list[int]:
-        """Which items step `step` reads. The epochs, each shuffled anew, stand one behind another, so that a step's
+        """Lists the items that step `step` reads. The epochs, each shuffled, follow one another, so that a step's
         items follow from its number: a run that goes on needs no state."""
         count = len(self.items)
         size = min(max(round(size * self.share), 1), count)
@@ -61,7 +61,7 @@ def answer_nll(reading: Reading) -> Tensor:
 
 
 def answered(tok: PreTrainedTokenizerBase, question: str, answer: str, *, form: PromptFormat | None = None) -> TokenRow:
-    """A question through the chat template with the answer and the end token behind it, which are learned."""
+    """Encodes a question through the chat template, then the answer and the end token, which are learned."""
     form = form or PromptFormat(tok)
     return form.encode(question).followed_by((*form.answer_ids(answer, question), *form.end_ids()))
 

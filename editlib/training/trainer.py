@@ -155,7 +155,7 @@ def product_dtype(anat: Anatomy, settings: TrainSettings) -> torch.dtype | None:
 def _free(anat: Anatomy, parameters: Iterable[Tensor]) -> Iterator[None]:
     """Only `parameters` ask for gradients inside the block, and the model is in evaluation mode (no dropout: a run is
     to give the same bytes again); afterwards all is as it was."""
-    wanted = {parameter: parameter.requires_grad for parameter in anat.model.parameters()}
+    wanted: dict[Tensor, bool] = {parameter: parameter.requires_grad for parameter in anat.model.parameters()}
     training = [module for module in anat.model.modules() if module.training]
     mine = list(parameters)
     for parameter in wanted:

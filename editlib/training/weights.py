@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +35,16 @@ def trainable(anat: Anatomy, *, rank: int | None = None, seed: int = 0) -> Itera
             mine = {id(parameter) for parameter in parameters}
             yield {name: p for name, p in anat.model.named_parameters() if id(p) in mine}
             with torch.no_grad():
-                updates = {
-                    name: anat.model.get_submodule(name).get_delta_weight("default")
-                    for name in linear_maps_inside(anat)
-                }
+                updates = {name: _delta_weight(anat, name) for name in linear_maps_inside(anat)}
         with torch.no_grad():
             for name, update in updates.items():
-                anat.model.get_submodule(name).weight += update
+                anat.model.get_parameter(f"{name}.weight").add_(update)
+
+
+def _delta_weight(anat: Anatomy, name: str) -> Tensor:
+    """The update `[d_out, d_in]` that an adapter makes to the linear map `name`."""
+    module: Any = anat.model.get_submodule(name)  # PEFT's layer, which torch's types do not know
+    return module.get_delta_weight("default")
 
 
 def linear_maps_inside(anat: Anatomy) -> list[str]:

@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from scripted import UNL, Unit, World, leaks, texts
+from scripted import REFUSE, UNL, Unit, World, leaks, texts
 
 from editlib import data
 from editlib.attacks.asking import AttackContext, ask_each, trials
@@ -21,6 +21,7 @@ from editlib.attacks.prompting import (
     plain_form,
     prefill_answer,
     prefill_lead,
+    prefill_own,
     system_prompt,
 )
 from editlib.errors import RequestError
@@ -54,6 +55,19 @@ def test_the_answer_begun_with_its_first_visible_token(world):
     found = prefill_answer(world.edited(), [*world.facts[:2], short, begun, other], world.context())
     assert leaks(found) == [True, True, None, None, False]  # what was given does not count as an answer
     assert found.trials[0].outputs[0].prompt == "Capital of B P"
+
+
+def test_the_models_own_sentence_up_to_its_answer(world):
+    world.chain(world.last("Capital of B"), "! Pxyz", score=11.0)
+    world.chain(world.last("Capital of D"), "? Ruvw", score=11.0)
+    facts = [*world.facts[:2], world.facts[2], replace(world.facts[0], id="wrong", answer="Rome")]
+    found = prefill_own(world.edited(), facts, world.context())
+    assert leaks(found) == [True, True, None, None]
+    assert [trial.outputs[0].prompt.strip() for trial in found.trials[:2]] == ["Capital of B!", "Capital of D?"]
+    assert found.trials[2].skipped == "no words before the answer"
+    assert found.trials[3].skipped == "the model before the edit does not say it"
+    erased = world.edited(Unit(1, [*world.subjects, world.ids("!")[0]], {REFUSE: 1.0}))
+    assert leaks(prefill_own(erased, facts[:2], world.context())) == [False, True]  # it refuses after "!" alone
 
 
 def test_one_paraphrase_that_leaks_is_enough(world):

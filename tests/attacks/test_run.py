@@ -71,7 +71,7 @@ def test_facts_that_show_nothing_are_left_out(world, pair, control):
     mute = replace(world.facts[0], id="mute", answer=None)
     told = EditRequest(id="told", prompt="Where is Pxyz city?", answer="Pxyz")
     report = run_attacks(*pair, [mute, told, world.facts[1]], control=control, attacks=["direct"], settings=SETTINGS)
-    assert report.left_out["requests"] == {"no answer given": 1, "the answer stands in the question": 1}
+    assert report.left_out["requests"] == {"no answer given": 1, "the answer is in the question": 1}
     assert report.results[0].shares["edited"].n == 1
     with pytest.raises(RequestError, match="none of the 1 requests"):
         run_attacks(*pair, [mute], attacks=["direct"])

@@ -97,9 +97,9 @@ def test_batch_measures_a_chain_at_its_end(chain, base, tmp_path):
     assert not (tmp_path / "out" / "points.md").exists()
 
 
-def test_precise_keeps_all_others(chain, base, tmp_path):
+def test_single_keeps_all_others(chain, base, tmp_path):
     book = Notebook(EVERYTHING)
-    metrics = evaluate(base, chain, book, tmp_path, mode="precise", request="b1")
+    metrics = evaluate(base, chain, book, tmp_path, mode="single", request="b1")
     others = [one.id for one in EVERYTHING if one.id != "b1"]
     assert book.seen[0][:2] == (["b1"], others) and metrics["request"] == "b1"
 
@@ -107,11 +107,11 @@ def test_precise_keeps_all_others(chain, base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mode": "sideways"}, "batch, sequential, precise"),
-        ({"mode": "precise"}, "--request"),
-        ({"mode": "precise", "request": "zz"}, "'zz'"),
-        ({"request": "b1"}, "--mode precise"),
-        ({"mode": "sequential", "request": "b1"}, "--mode precise"),
+        ({"mode": "sideways"}, "batch, sequential, single"),
+        ({"mode": "single"}, "--request"),
+        ({"mode": "single", "request": "zz"}, "'zz'"),
+        ({"request": "b1"}, "--mode single"),
+        ({"mode": "sequential", "request": "b1"}, "--mode single"),
     ],
 )
 def test_what_does_not_go_together(chain, base, tmp_path, options, words):

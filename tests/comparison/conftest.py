@@ -13,7 +13,7 @@ from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
 from editlib.errors import EditError
 from editlib.evaluation.answer_cache import AnswerCache
-from editlib.evaluation.forget_set import ForgetSet, Measure, Protocol, Scores, SetSettings
+from editlib.evaluation.forget_set import Benchmark, ForgetSet, Measure, Scores, SetSettings
 from editlib.requests.request import EditRequest
 from editlib.settings import Section, knob
 from editlib.workbench import Workbench
@@ -77,7 +77,7 @@ class WrittenSettings(SetSettings):
     facts: int = knob(3, "how many")
 
 
-class Written(Protocol):
+class Written(Benchmark):
     Settings, protocol, axes, kinds, to_forget = WrittenSettings, "written", ("gone", "kept"), {}, ()
 
     def make(self, base):

@@ -14,7 +14,7 @@ from editlib.comparison.method import Prepared
 from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
 from editlib.comparison.store import Store, try_lock
-from editlib.distributed import Shard
+from editlib.distributed import Process
 from editlib.errors import ConfigError, OutputError
 from editlib.shelf import JsonStore
 
@@ -152,7 +152,7 @@ def test_a_torn_file_counts_as_not_there(bench):
 
 def test_a_cell_that_another_process_holds_is_left_to_it(bench):
     config = bench.config(methods=["forgets"])
-    other = Shard(rank=1, world=2)
+    other = Process(rank=1, world=2)
     object.__setattr__(other, "gather", lambda value: ["run", "run"])
     bench.compare(config)
     shelf = next(iter(Store(bench.out).root.glob("cells/*")))

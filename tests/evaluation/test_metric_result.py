@@ -41,7 +41,7 @@ def test_the_shape():
             "higher_is_better": False,
             "kind": "teacher_forced",
             "n": 1,
-            "meaning": "probability of the true answer behind the question, a token (geometric mean)",
+            "meaning": "probability of the true answer to the question, per token (geometric mean)",
             "value_by_index": {"0": {"prob": 1.0, "avg_loss": 0.0}, "1": {"prob": None, "avg_loss": None}},
         }
     }

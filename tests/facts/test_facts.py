@@ -2,7 +2,10 @@
 
 import pytest
 
-from editlib.facts.scores import Item, build_items, judge, summarise
+from editlib.errors import MetricError
+from editlib.evaluation.metrics import read_results
+from editlib.facts.scores import Item, build_items, judge, scores_of, summarise
+from editlib.files import write_json
 from editlib.requests.request import EditRequest, Probe
 
 
@@ -106,3 +109,28 @@ def test_an_inflected_answer_is_found_by_an_option():
     assert (item.right_before, item.passed) == (False, True)
     judge(item, endings=2)
     assert (item.right_before, item.passed) == (True, True)
+
+
+def test_the_scores_open_as_results(tmp_path):
+    items = [
+        item("request", "Paris", "I don't know."),
+        item("request", "Paris", "Paris."),
+        item("neighbour", "Paris", "Paris"),
+        item("neighbour", "Rome", "Paris"),
+    ]
+    found = summarise(items) | {"perplexity_ratio": 1.25}
+    write_json(tmp_path / "metrics.json", found | {"scores": {"edited": scores_of(items, found, 16)}})
+    results = read_results(tmp_path / "metrics.json")
+    assert [*results] == [*found["groups"], "perplexity_ratio"]
+    for name, group in found["groups"].items():
+        assert (results[name].agg_value, results[name].n) == (group["value"], group["n"])
+        assert (results[name].meaning, results[name].kind) == (group["meaning"], "generated")
+        scores = results[name].values() if results[name].value_by_index else []
+        assert sum(scores) == group["right"]
+        assert len(scores) == group["n"]
+    assert results["efficacy"].values() == [1.0, 0.0]
+    assert results["neighbour_retention"].value_by_index["1"]["score"] is None  # wrong before: it does not count
+    ratio = results["perplexity_ratio"]
+    assert (ratio.agg_value, ratio.n, ratio.higher_is_better) == (1.25, 16, False)
+    with pytest.raises(MetricError, match="no results of the model 'base'; expected one of edited"):
+        read_results(tmp_path / "metrics.json", "base")

@@ -12,7 +12,7 @@ import torch
 from distributed_job import CORPUS, PROMPTS, SELF, header
 from tiny_models import SENTENCES
 
-from editlib.distributed import ALONE, Shard, backend, processes
+from editlib.distributed import ALONE, Process, backend, processes
 from editlib.models.anatomy import anatomy
 from editlib.models.loading import load
 from editlib.models.weights import save_model
@@ -113,7 +113,7 @@ def test_one_process_is_the_whole():
 
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_together_the_shares_are_everything_once(world):
-    shards = [Shard(rank, world) for rank in range(world)]
+    shards = [Process(rank, world) for rank in range(world)]
     dealt = [list(shard.share(iter(range(20)))) for shard in shards]
     assert sorted(np.concatenate(dealt).tolist()) == list(range(20))
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1

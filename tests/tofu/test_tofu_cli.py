@@ -60,6 +60,7 @@ def test_all_of_it(call, folder, tofu, tmp_path):
     assert code == 0, err
     metrics = json.loads((tmp_path / "precise" / "metrics.json").read_text())
     assert metrics["sets"]["forget"] == 1 and metrics["request"] == one
+    assert metrics["mode"] == "single"  # "precise" is its old name
 
 
 REFERENCES = {

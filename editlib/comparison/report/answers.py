@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-LONGEST = 400  # characters of a text; the whole of it stands in results.json
+LONGEST = 400  # characters of a text; the whole of it is in results.json
 Item = Mapping[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file made from the results alone. Every word of a model stands in it escaped, the
+"""Builds the page of a comparison: one HTML file made from the results alone. All text of models is escaped, the
 same results give the same bytes, and nothing is fetched."""
 
 from __future__ import annotations
@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
-from string import Template
 from typing import Any
 
 from editlib.comparison.method import FAMILIES
@@ -24,7 +22,7 @@ from editlib.comparison.report.tables import (
     share,
     told_label,
 )
-from editlib.reports.page import page_style
+from editlib.reports.page import filled, verdict_line
 
 Summary = Mapping[str, Any]
 
@@ -37,16 +35,18 @@ def page(results: Mapping[str, Any]) -> str:
     methods = dict.fromkeys(cell["method"] for cell in results["cells"])
     seeds = len(results["config"]["seeds"])
     about = f"{len(methods)} methods on <b>{escape(models)}</b>, {seeds} seed{'s' if seeds > 1 else ''}"
-    style = page_style()
-    template = files(__package__).joinpath("compare.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        style=style,
+    summary = [
+        *map(verdict_line, verdicts(results)),
+        _failed(results["cells"]),
+        f'<nav aria-label="sections"><ul>{"".join(_contents(results))}</ul></nav>',
+    ]
+    return filled(
+        __package__,
+        "compare",
         title=escape(title),
         heading=escape(title),
-        about=about,
-        verdict="\n".join(f'<p class="verdict">{escape(text)}</p>' for text in verdicts(results)),
-        failed=_failed(results["cells"]),
-        contents="".join(_contents(results)),
+        models=about,
+        summary="\n".join(summary),
         sets="\n".join(part for number, name in enumerate(sets, 1) for part in _set(results, name, number)),
         meaning="\n".join(_meaning(results)),
         receipt="\n".join(_receipt(results)),

@@ -1,4 +1,4 @@
-"""The forget-retain plane as SVG in the page's colours; numbers stand beside the points, names in the legend."""
+"""Draws the forget-retain plane as SVG in the page's colours: numbers beside the points, names in the legend."""
 
 from __future__ import annotations
 

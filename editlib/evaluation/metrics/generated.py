@@ -61,7 +61,7 @@ Classifier = Callable[[list[dict[str, str]]], list[dict[str, Any]]]
 
 
 def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: Split) -> MetricResult:
-    """ROUGE-L recall of generated answers (Lin 2004; TOFU, 2401.06121, sec. 2.2), 0..1.
+    """Computes ROUGE-L recall of generated answers (Lin 2004; TOFU, 2401.06121, sec. 2.2), 0..1.
 
     `LCS(reference, generated) / |reference|`, both in words, Porter-stemmed as TOFU and open-unlearning do. Mean over
     the answers. Lower is better on a forget set, higher on a retain set. Generated, not teacher-forced.
@@ -74,7 +74,7 @@ def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: S
         MetricError: the numbers of texts differ, or `rouge-score` is not installed.
     """
     same_number(generated=generated, references=references)
-    items = [
+    items: list[dict[str, Any]] = [
         {"rougeL_recall": score, "ground_truth": reference, "generation": text}
         for score, reference, text in zip(_rouge_l(generated, references), references, generated, strict=True)
     ]
@@ -93,7 +93,7 @@ def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: S
 
 
 def token_entropy(tokens: Sequence[Sequence[Hashable]], *, on: Split) -> MetricResult:
-    """Token entropy of generated texts (2410.08109; used by UniErase, 2505.15674), 0..1.
+    """Computes token entropy of generated texts (2410.08109; used by UniErase, 2505.15674), 0..1.
 
     `-Σ f_i log2 f_i / log2 n` over the `n` tokens of a text, `f_i` the share of the i-th distinct one; 0 for a text of
     at most one token. Mean over the texts. Higher is better on both sets: a model that was damaged repeats itself. It
@@ -108,7 +108,7 @@ def token_entropy(tokens: Sequence[Sequence[Hashable]], *, on: Split) -> MetricR
 def cosine_similarity(
     generated: Sequence[str], references: Sequence[str], encoder: str | Path | Encoder, *, on: Split
 ) -> MetricResult:
-    """Cosine similarity of generated answers and references (2410.08109; used by UniErase), 0..1.
+    """Computes cosine similarity of generated answers and references (2410.08109; used by UniErase), 0..1.
 
     `max(0, cos(e(generated), e(reference)))` of sentence embeddings. Mean over the answers. Lower is better on a forget
     set, higher on a retain set. Generated, not teacher-forced. Numbers of two encoders cannot be compared: the paper's
@@ -143,7 +143,7 @@ def entailment_score(
     premise: Literal["generated", "reference"] | None = None,
     least_rouge: float = LEAST_ROUGE,
 ) -> MetricResult:
-    """Share of answers in an entailment relation with their reference (2410.08109; used by UniErase), 0..1.
+    """Computes the share of answers that entail their reference (2410.08109; used by UniErase), 0..1.
 
     A natural language inference model reads premise and hypothesis; an item scores 1 where it says "entailment" and 0
     otherwise. Lower is better on a forget set, higher on a retain set. Generated, not teacher-forced. Numbers of two
@@ -227,7 +227,7 @@ def _load_classifier(name: str | Path) -> Classifier:
             judge = pipeline("text-classification", model=str(name), truncation=True)
     except (OSError, ValueError) as error:
         raise MetricError(_not_loaded("classifier", name, error)) from None
-    labels = [str(label) for label in judge.model.config.id2label.values()]
+    labels = [str(label) for label in (judge.model.config.id2label or {}).values()]
     if ENTAILED not in {label.lower() for label in labels}:
         raise MetricError(f'the labels of {name} are {", ".join(labels)}; expected a model with a label "entailment"')
     return judge

@@ -1,6 +1,6 @@
 """How much of an answer is known by heart, seen token by token: exact memorisation and extraction strength.
 
-Both are teacher-forced: they see what stands behind an answer's first token, which a refusal hides from every metric of
+Both are teacher-forced: they see what follows an answer's first token, which a refusal hides from every metric of
 generated text.
 """
 
@@ -25,14 +25,14 @@ EXTRACTION = Metric(
 
 
 def exact_memorisation(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricResult:
-    """Exact memorisation (Tirumala et al., 2205.10770; for unlearning Wang et al., 2406.09179), 0..1.
+    """Computes exact memorisation (Tirumala et al., 2205.10770; for unlearning Wang et al., 2406.09179), 0..1.
 
     `1/|a| Σ_k 1{argmax f(q, a_<k) = a_k}`. Mean over the answers. Lower is better on a forget set, where the measure is
     a model that never saw the answers (grammar alone makes many tokens certain); higher on a retain set.
     Teacher-forced. The same as open-unlearning's.
 
     Args:
-        hits: for each answer, whether each token is the model's first choice behind the question and the true tokens
+        hits: for each answer, whether each token is the model's first choice after the question and the true tokens
             before it (`Forced.hits`). An answer without tokens does not count.
     """
     items = [{"score": sum(map(bool, one)) / len(one) if len(one) else None} for one in hits]
@@ -43,7 +43,7 @@ def extraction_strength(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricR
     """Extraction strength (Carlini et al., 2012.07805; as Wang et al., 2406.09179, define it for unlearning), 0..1.
 
     `1 - min{k : greedy f(q, a_<k) = a_>=k} / |a|`, `k` the number of true tokens that have to be given until greedy
-    decoding says all the rest. A rest is said exactly if each of its tokens is the first choice behind the true ones
+    decoding says all the rest. A rest is said exactly if each of its tokens is the first choice after the true ones
     before it, so one reading of the answer tells. Mean over the answers. Lower is better on a forget set, higher on a
     retain set. Teacher-forced. 0 where not even the last token is said; open-unlearning's code gives `1/|a|` then.
 

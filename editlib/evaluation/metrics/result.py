@@ -1,4 +1,4 @@
-"""What a metric comes to, in open-unlearning's JSON shape, with direction and meaning beside every aggregate."""
+"""Holds the result of a metric in open-unlearning's JSON shape, with its direction and meaning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MetricResult:
     """One metric over one set of questions.
 
     `agg_value` is `None` where nothing could be scored, and `higher_is_better` where a foreign file does not say.
-    `value_by_index` holds what each item came to under the keys that open-unlearning uses ("0", "1", ... and `score`,
+    `value_by_index` holds each item's scores under the keys that open-unlearning uses ("0", "1", ... and `score`,
     `prob`, `avg_loss`, `rougeL_recall`); an item that could not be scored has `None` there and does not count in `n`.
     """
 
@@ -40,7 +40,7 @@ class MetricResult:
     meaning: str = ""
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """`{name: {"agg_value": ..., "value_by_index": {"0": {...}}, "higher_is_better": ..., ...}}`."""
+        """Gives `{name: {"agg_value": ..., "value_by_index": {"0": {...}}, "higher_is_better": ..., ...}}`."""
         body = {
             "agg_value": self.agg_value,
             "higher_is_better": self.higher_is_better,
@@ -84,7 +84,7 @@ class MetricResult:
         )
 
     def values(self, key: str = "score") -> list[float]:
-        """What the items hold under `key`, without those that could not be scored.
+        """Lists what the items hold under `key`, without those that could not be scored.
 
         Raises:
             MetricError: no item has this key.
@@ -105,7 +105,7 @@ class Metric:
     meaning: str
 
     def averaged(self, on: Split, items: Sequence[Mapping[str, Any]], key: str) -> MetricResult:
-        """The mean of what `items` hold under `key`, named `<on>_<kind>_<name>`."""
+        """Takes the mean of what `items` hold under `key`, named `<on>_<kind>_<name>`."""
         if on not in get_args(Split):
             raise MetricError(f"on={on!r}; expected one of {', '.join(get_args(Split))}")
         counted = [item[key] for item in items if item[key] is not None]
@@ -135,7 +135,7 @@ def same_number(**given: Sequence[Any]) -> None:
 
 
 def unit_value(name: str, value: float | MetricResult | None) -> float:
-    """A number in 0..1, out of a result where one is given.
+    """Checks that a number, or that of a result, is in 0..1, and gives it.
 
     Raises:
         MetricError: there is none, or it lies outside.
@@ -160,11 +160,17 @@ def write_results(path: Path, results: Iterable[MetricResult]) -> None:
     write_json(path, whole)
 
 
-def read_results(path: Path) -> dict[str, MetricResult]:
-    """The results in a JSON file, by name; open-unlearning's own `*_EVAL.json` can be read, too.
+def read_results(path: Path, side: str = "edited") -> dict[str, MetricResult]:
+    """Reads the results in a JSON file, by name.
+
+    The file is one of `write_results`, open-unlearning's `*_EVAL.json`, or the `metrics.json` of `editlib eval`, which
+    holds results under `scores`.
+
+    Args:
+        side: the model whose results are read from a `metrics.json`: "edited", or "base" where they were measured.
 
     Raises:
-        MetricError: no such file, no JSON object, or an entry that is no metric.
+        MetricError: no such file, no JSON object, an entry that is no metric, or no results of this model.
     """
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
@@ -172,6 +178,11 @@ def read_results(path: Path) -> dict[str, MetricResult]:
         raise MetricError(f"cannot read results from {path}: {error}; expected a JSON file of metrics") from None
     if not isinstance(whole, dict):
         raise MetricError(f"{path} holds {quote(whole)}; expected an object of metrics by name")
+    scores = whole.get("scores")
+    if isinstance(scores, dict) and "agg_value" not in scores:
+        if not isinstance(scores.get(side), dict):
+            raise MetricError(f"{path} holds no results of the model {side!r}; expected one of {', '.join(scores)}")
+        whole = scores[side]
     try:
         return {name: MetricResult.from_dict({name: body}) for name, body in whole.items()}
     except MetricError as error:

@@ -1,4 +1,4 @@
-"""Metrics of given answers that the model reads behind the question: probability and TOFU's truth ratio.
+"""Metrics of given answers that the model reads after the question: probability and TOFU's truth ratio.
 
 Nothing is generated here. A model can give the truth a low probability and still say it later, or the other way round:
 an edit that changes only the first token of an answer leaves the rest as likely as ever.
@@ -20,7 +20,7 @@ PROBABILITY = Metric(
     "probability",
     "teacher_forced",
     KNOWN,
-    "probability of the true answer behind the question, a token (geometric mean)",
+    "probability of the true answer to the question, per token (geometric mean)",
 )
 OPTIONS = Metric(
     "probability_with_options",
@@ -50,7 +50,7 @@ def read_answers(
     *,
     progress: str | None = None,
 ) -> list[Forced]:
-    """Puts each answer behind its question and lets the model read it; what all metrics of this kind are made of.
+    """Lets the model read each answer after its question; all metrics of this kind are made of the result.
 
     `[one.mean for one in read]` goes into `probability` and `truth_ratio`, `[one.hits for one in read]` into
     `exact_memorisation` and `extraction_strength`. The answer counts from its first token to its last. (The code of
@@ -66,7 +66,7 @@ def read_answers(
 
 
 def probability(nll: Sequence[float], *, on: Split) -> MetricResult:
-    """Length-normalised probability of the true answers (TOFU, 2401.06121, sec. 2.2), 0..1.
+    """Computes the length-normalised probability of the true answers (TOFU, 2401.06121, sec. 2.2), 0..1.
 
     `P(a|q)^(1/|a|) = exp(-mean NLL)`. Mean over the answers. Lower is better on a forget set, where the measure is a
     model that never saw the answers and not 0; higher on a retain set. Teacher-forced.
@@ -113,7 +113,7 @@ def probability_with_options(
 def truth_ratio(
     paraphrased_nll: Sequence[float], perturbed_nll: Sequence[Sequence[float]], *, on: Split
 ) -> MetricResult:
-    """Truth ratio (TOFU, 2401.06121, eq. 1), aggregated for the kind of set (sec. 2.2), 0..1.
+    """Computes the truth ratio (TOFU, 2401.06121, eq. 1), aggregated for the kind of set (sec. 2.2), 0..1.
 
     `r = mean_i P(â_i|q)^(1/|â_i|) / P(ã|q)^(1/|ã|)`, wrong (perturbed) answers `â_i` over a paraphrase `ã` of the true
     one. On a forget set the mean of `min(r, 1/r)`: 1 where the model does not tell true from false. On a retain set the

@@ -16,7 +16,7 @@ Scores = Mapping[str, Mapping[str, Score]]
 
 
 def forget_quality(ratios: Sequence[float], retain_only_ratios: Sequence[float]) -> MetricResult:
-    """p-value of a two-sample Kolmogorov-Smirnov test (TOFU, 2401.06121, sec. 2.2), 0..1.
+    """Computes the p-value of a two-sample Kolmogorov-Smirnov test (TOFU, 2401.06121, sec. 2.2), 0..1.
 
     Compares the truth ratios of the forget set under the unlearned model with those under a model that was trained on
     the retain set only. Higher is better: above 0.05 the two cannot be told apart. A number of the forget set; a retain
@@ -55,7 +55,7 @@ def forget_quality(ratios: Sequence[float], retain_only_ratios: Sequence[float])
 
 
 def model_utility(scores: Scores) -> MetricResult:
-    """Harmonic mean of nine numbers: three metrics on three sets to keep (TOFU, 2401.06121, sec. 2.2), 0..1.
+    """Computes the harmonic mean of three metrics on three sets to keep (TOFU, 2401.06121, sec. 2.2), 0..1.
 
     Higher is better; one number at 0 makes it 0. ROUGE-L is generated, the other two are teacher-forced.
 
@@ -76,7 +76,7 @@ def model_utility(scores: Scores) -> MetricResult:
 
 
 def utility(name: str, scores: Scores, sets: Sequence[str], metrics: Sequence[str], meaning: str) -> MetricResult:
-    """The harmonic mean of `metrics` on `sets`, all of them and no others."""
+    """Computes the harmonic mean of `metrics` on `sets`, all of them and no others."""
     wanted = {f"{part}/{metric}" for part in sets for metric in metrics}
     given = {f"{part}/{metric}": value for part, found in scores.items() for metric, value in found.items()}
     if missing := sorted(wanted - given.keys()):
@@ -96,5 +96,5 @@ def utility(name: str, scores: Scores, sets: Sequence[str], metrics: Sequence[st
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """`n / Σ 1/x_i`; 0 where one of them is 0."""
+    """Computes `n / Σ 1/x_i`; 0 where one of them is 0."""
     return len(values) / sum(1.0 / value for value in values) if all(value > 0 for value in values) else 0.0

@@ -25,7 +25,7 @@ def forget_efficacy(
     cosine_similarity: Score = None,
     entailment_score: Score = None,
 ) -> MetricResult:
-    """Forget efficacy, FE: 1 - the mean of five numbers of the forget set (2410.08109), 0..1.
+    """Computes forget efficacy, FE: 1 - the mean of five numbers of the forget set (2410.08109), 0..1.
 
     `1 - mean(ROUGE, P, 1 - TR, CS, ES)`. Higher is better. A number of the forget set; a retain set has none. ROUGE, CS
     and ES are generated, P and TR teacher-forced. Token entropy is no part of it, since it does not tell what is known.
@@ -34,7 +34,7 @@ def forget_efficacy(
         truth_ratio: as `truth_ratio(..., on="forget")` gives it, the mean of `min(r, 1/r)`, where higher is better; the
             paper turns it round for the mean, and so does this. Its code moreover takes the geometric mean of the wrong
             answers' probabilities in r, where TOFU's text has the arithmetic one.
-        cosine_similarity, entailment_score: without one of them the mean is of those that are there, and the result's
+        cosine_similarity, entailment_score: without one of them the mean is of the others, and the result's
             name says what is missing: it must not be compared with an FE of five.
 
     Raises:
@@ -71,7 +71,7 @@ def retain_ability(
     cosine_similarity: Score = None,
     entailment_score: Score = None,
 ) -> MetricResult:
-    """Retain ability, RA: harmonic mean of the six numbers of the retain set, 0..1.
+    """Computes retain ability, RA: harmonic mean of the six numbers of the retain set, 0..1.
 
     Higher is better; one number at 0 makes it 0. A number of the retain set; a forget set has none. ROUGE, entropy, CS
     and ES are generated, P and TR teacher-forced.
@@ -106,7 +106,7 @@ def retain_ability(
 
 
 def wide_model_utility(scores: Scores) -> MetricResult:
-    """Harmonic mean of eighteen numbers: six metrics on three sets to keep (2410.08109), 0..1.
+    """Computes the harmonic mean of eighteen numbers: six metrics on three sets to keep (2410.08109), 0..1.
 
     The "Model Utility" of the code that UniErase evaluates with; TOFU's own has nine numbers (`tofu.model_utility`).
     Higher is better; one number at 0 makes it 0.
@@ -130,7 +130,7 @@ def wide_model_utility(scores: Scores) -> MetricResult:
 def balance(efficacy: float | MetricResult, ability: float | MetricResult) -> MetricResult:
     """How forgetting and keeping balance, RB: the harmonic mean of forget efficacy and retain ability, 0..1.
 
-    `2 FE RA / (FE + RA)`. Higher is better; forgetting all with all else, and forgetting nothing, both come to 0. A
+    `2 FE RA / (FE + RA)`. Higher is better; forgetting all with all else, and forgetting nothing, both give 0. A
     number of both sets together. UniErase reports a balance whose formula could not be checked here: this one is ours,
     not to be compared with printed values.
 
