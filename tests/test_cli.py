@@ -200,3 +200,23 @@ def test_the_device_reaches_what_loads_the_model(call, folder, requests, tmp_pat
     args = [places.get(word, word) for word in TO_LOAD[command].split()]
     code, _, err = call(*command.split(), *args, "--device-map", "nowhere")
     assert code == 2 and "device_map 'nowhere': not on this machine" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["tune", "x", "--requests", "y", "--budget", "-1"], ["--budget", "tune --help"]),
+        (["tune", "x", "--requests", "y", "--budget", "nan"], ["--budget"]),
+        (["unlearn", "x", "--requests", "y", "--out", "z", "--seed", "-1"], ["--seed"]),
+        (["unlearn", "x", "--requests", "y", "--out", "z", "--seed", str(2**70)], ["--seed"]),
+        (["unlearn", "x"], ["--requests"]),
+        (["unlearnn"], ["unlearnn"]),
+        (["token", "x", "--steps", "many"], ["--steps"]),
+        (["finetune", "--data", "y", "--out", "z", "--learning-rate", "nan"], ["learning_rate"]),
+        (["finetune", "--data", "y", "--out", "z", "--learning-rate", "-1"], ["learning_rate"]),
+        (["finetune", "--data", "y", "--out", "z", "--keep", "inf"], ["keep"]),
+        (["baseline", "x", "--method", "GA", "--requests", "y", "--out", "z", "--beta", "nan"], ["beta"]),
+    ],
+)
+def test_numbers_and_options_that_cannot_be_are_one_line(call, args, words):
+    refused(call(*args), *words)

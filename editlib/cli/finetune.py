@@ -20,7 +20,9 @@ def finetune(
     data: Annotated[list[Path], typer.Option(help="pairs to learn: TOFU or request files; may be given again")],
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the model that knows them")],
     model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
-    authors: Annotated[int | None, typer.Option(help="only the first N authors of each file, 20 pairs each")] = None,
+    authors: Annotated[
+        int | None, typer.Option(min=1, help="only the first N authors of each file, 20 pairs each")
+    ] = None,
     lora: Annotated[bool, typer.Option("--lora/--full", help="a LoRA adapter, merged at the end, or all weights")] = (
         False
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import shutil
 import textwrap
@@ -67,6 +68,10 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise HparamsError(f"epochs is {self.epochs}; expected 1 or more")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise HparamsError(f"learning_rate is {self.learning_rate!r}; expected a number above 0")
+        if self.batch_size < 1:
+            raise HparamsError(f"batch_size is {self.batch_size}; expected 1 or more")
         if not 0 <= self.keep <= 1:
             raise HparamsError(f"keep is {self.keep}; expected a share from 0 to 1")
         if self.rank is not None and self.rank < 1:
