@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ from editlib.errors import EditlibError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
-BadUse = typer.BadParameter.__mro__[2]  # click's ClickException, of which some versions of typer have a copy
+BadUse: Any = typer.BadParameter.__mro__[2]  # click's ClickException, of which some versions of typer have a copy
 
 
 class Level(str, Enum):
@@ -51,7 +51,7 @@ def main() -> None:
     raise SystemExit(code or 0)
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: Any) -> str:
     """What was wrong; of a command line that cannot be read also which command's help says what is right. Nothing where
     the help is shown already."""
     if not isinstance(error, BadUse):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, SkipBad, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, SkipBad, out, prompt_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +32,7 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     keep: Annotated[float | None, typer.Option(help="share of general prompts and of plain text read besides")] = None,
     text: Annotated[str, typer.Option(help="corpus of that text, or none")] = "wiki-sample",
+    prompts: Prompts = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -53,7 +54,8 @@ def finetune(
         **{name: value for name, value in given.items() if value is not None}, text=None if text == "none" else text
     )
     done = run(
-        model, data, out_dir, authors=authors, settings=settings, skip_bad=skip_bad, seed=seed,
+        model, data, out_dir, authors=authors, settings=settings, skip_bad=skip_bad,
+        prompts=prompt_settings(prompts), seed=seed,
         dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
     if done["done_before"]:
