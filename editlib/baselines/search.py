@@ -277,7 +277,7 @@ def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | No
         kept = json.loads((out / JOB).read_text(encoding="utf-8")) if (out / JOB).is_file() else None
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; check the folder") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         kept = {}
     if kept is not None and kept != job:
         raise OutputError(

@@ -46,6 +46,12 @@ def main() -> None:
         if said := _in_one_line(error):
             sys.stderr.write(f"editlib: {said}\n")
         raise SystemExit(2) from None
+    except OSError as error:  # a name that no file can have, a folder that may not be read
+        if error.filename is None:
+            raise
+        logging.getLogger(__name__).debug("", exc_info=True)
+        sys.stderr.write(f"editlib: {str(error.filename)[:200]}: {error.strerror}; check the path\n")
+        raise SystemExit(2) from None
     if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":  # torchrun interrupts all its processes
         sys.stderr.write("editlib: interrupted; nothing was left half-written\n")
     raise SystemExit(code or 0)

@@ -250,7 +250,7 @@ def _share(name: str, rows: Sequence[TokenRow], settings: FinetuneSettings) -> P
 def _receipt(out: Path) -> dict[str, Any] | None:
     try:
         value = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

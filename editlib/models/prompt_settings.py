@@ -122,7 +122,7 @@ def differing(recorded: Mapping[str, Any], own: Mapping[str, Any], what: str) ->
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
