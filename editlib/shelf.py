@@ -27,7 +27,7 @@ def read_kept(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file that an earlier run wrote; a damaged file counts as not there."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

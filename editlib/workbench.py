@@ -150,7 +150,7 @@ class Workbench:
         }
         if text is None:
             prompts = data.questions("train") + [prompt.question for prompt in data.general("anchor")]
-            made = self_stats(anat, self.tok, layers, prompts, seed=seed, **common)
+            made = self_stats(anat, self.tok, layers, prompts, seed=seed, how=self.given_prompts, **common)
         else:
             with cast_params(self.model, fast_dtype(self.model)):
                 made = layer_stats(
@@ -270,6 +270,11 @@ class Workbench:
         if token.header.prompts and token.header.prompts != self.prompts.to_dict():
             log.info("%s: %s", place, differing(token.header.prompts, self.prompts.to_dict(), "the token was learned"))
         return token
+
+    @property
+    def given_prompts(self) -> PromptSettings:
+        """The prompts' settings that decide what is kept under them: all but a date that is only today's."""
+        return replace(self.prompts, date=None) if self.today else self.prompts
 
     def adopt(self, prompts: Mapping[str, Any]) -> None:
         """Takes over the date of recorded `prompts`, where the own one is only today's."""

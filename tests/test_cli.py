@@ -200,3 +200,54 @@ def test_the_device_reaches_what_loads_the_model(call, folder, requests, tmp_pat
     args = [places.get(word, word) for word in TO_LOAD[command].split()]
     code, _, err = call(*command.split(), *args, "--device-map", "nowhere")
     assert code == 2 and "device_map 'nowhere': not on this machine" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["tune", "x", "--requests", "y", "--budget", "-1"], ["--budget", "tune --help"]),
+        (["tune", "x", "--requests", "y", "--budget", "nan"], ["--budget"]),
+        (["unlearn", "x", "--requests", "y", "--out", "z", "--seed", "-1"], ["--seed"]),
+        (["unlearn", "x", "--requests", "y", "--out", "z", "--seed", str(2**70)], ["--seed"]),
+        (["unlearn", "x"], ["--requests"]),
+        (["unlearnn"], ["unlearnn"]),
+        (["token", "x", "--steps", "many"], ["--steps"]),
+        (["finetune", "--data", "y", "--out", "z", "--learning-rate", "nan"], ["learning_rate"]),
+        (["finetune", "--data", "y", "--out", "z", "--learning-rate", "-1"], ["learning_rate"]),
+        (["finetune", "--data", "y", "--out", "z", "--keep", "inf"], ["keep"]),
+        (["baseline", "x", "--method", "GA", "--requests", "y", "--out", "z", "--beta", "nan"], ["beta"]),
+    ],
+)
+def test_numbers_and_options_that_cannot_be_are_one_line(call, args, words):
+    refused(call(*args), *words)
+
+
+LONG = "x" * 300
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["edit", "FOLDER", "--requests", LONG, "--algorithm", "FT", "--out", "OUT"],
+        ["edit", "FOLDER", "--requests", "GOOD", "--algorithm", "FT", "--hparams", LONG, "--out", "OUT"],
+        ["edit", "FOLDER", "--requests", "GOOD", "--algorithm", "FT", "--out", LONG],
+        ["ask", LONG, "Who?"],
+        ["compare", "--config", LONG, "--out", "OUT"],
+        ["receipt", LONG, "--out", "OUT"],
+        ["edit", "FOLDER", "--requests", "DEEP", "--algorithm", "FT", "--out", "OUT"],
+        ["apply", "FOLDER", "DEEP", "--out", "OUT"],
+        ["receipt", "DEEP", "--out", "OUT"],
+        ["compare", "--config", "DEEP", "--out", "OUT"],
+        ["stats", "FOLDER", "--layers", "1", "--corpus", "DEEP"],
+        ["attack", "FOLDER", "FOLDER", "--requests", "GOOD", "--frames", "DEEP", "--out", "OUT"],
+    ],
+    ids=lambda args: " ".join(args)[:60],
+)
+def test_names_too_long_and_brackets_too_deep_are_one_line(call, folder, tmp_path, args):
+    (tmp_path / "deep.jsonl").write_text(DEEP, encoding="utf-8")
+    (tmp_path / "good.jsonl").write_text(json.dumps({**GOOD, "target_new": "Rome"}), encoding="utf-8")
+    places = {"FOLDER": folder, "OUT": tmp_path / "out", "DEEP": tmp_path / "deep.jsonl"}
+    places["GOOD"] = tmp_path / "good.jsonl"
+    refused(call(*[places.get(arg, arg) for arg in args]))
+    assert not (tmp_path / "out").exists()

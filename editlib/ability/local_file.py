@@ -104,7 +104,7 @@ def _text(path: Path) -> str:
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{where}: not JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):
         raise RequestError(f"{where}: a {type(row).__name__}; expected an object")

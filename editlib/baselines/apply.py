@@ -20,6 +20,8 @@ from editlib.baselines.registry import Baseline, baseline, canonical_name
 from editlib.baselines.settings import BaselineSettings
 from editlib.errors import HparamsError, RequestError
 from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import Asking
 from editlib.requests.request import EditRequest
 from editlib.training import Part, TrainResult, train
 from editlib.training.trainer import product_dtype
@@ -38,6 +40,7 @@ def apply_baseline_to_model(
     model_name: str | None = None,
     pairs: tuple[Pairs, Pairs | None] | None = None,
     own_answers: Mapping[str, Sequence[int]] | None = None,
+    how: PromptSettings | None = None,
     watch: Callable[[int], None] | None = None,
     watched: Sequence[int] = (),
     progress: bool = False,
@@ -50,7 +53,7 @@ def apply_baseline_to_model(
         settings: `None` values are replaced by the baseline's defaults.
         model_name: the model's name, for bundled settings and statistics; default: the path or id it was loaded from.
         pairs: the result of `pairs_for` for the same model and seed, so that a search computes it once.
-        own_answers: see `make_pairs`.
+        own_answers, how: see `make_pairs`.
         watch, watched: see `training.train`.
 
     Raises:
@@ -59,14 +62,14 @@ def apply_baseline_to_model(
         EditError: a loss that is not finite. After any error the model is unchanged, bit for bit.
     """
     entry, settings = baseline(name), settings or BaselineSettings()
-    check_baseline(name, forget, retain, settings)
+    check_baseline(name, forget, retain, settings, how)
     begun = time.perf_counter()
     if entry.kind == "prompt":
         rule = refuse_in_context(tok, forget)
         return TrainResult(0, [], {}, 0, seconds=time.perf_counter() - begun, notes={"told": rule})
     if entry.kind == "editor":
         edit = aim_at_refusal(
-            str(entry.editor), model, tok, forget, settings, seed=seed, name=model_name, progress=progress
+            str(entry.editor), model, tok, forget, settings, seed=seed, name=model_name, how=how, progress=progress
         )
         touched = sum(weight.numel() for weight in edit.originals.values())
         notes: dict[str, object] = {"layers": edit.norms, "requests": edit.diagnostics, "timings": edit.timings}
@@ -74,7 +77,7 @@ def apply_baseline_to_model(
     anat = anatomy(model)
     check_whole(anat)
     with unchanged_on_error(model):
-        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, own_answers=own_answers)
+        made = pairs or pairs_for(entry, anat, tok, forget, retain, seed=seed, own_answers=own_answers, how=how)
         inputs = LossInputs(
             anat,
             *made,
@@ -89,7 +92,11 @@ def apply_baseline_to_model(
 
 
 def check_baseline(
-    name: str, forget: Sequence[EditRequest], retain: Sequence[EditRequest], settings: BaselineSettings
+    name: str,
+    forget: Sequence[EditRequest],
+    retain: Sequence[EditRequest],
+    settings: BaselineSettings,
+    how: PromptSettings | None = None,
 ) -> None:
     """Raises `EditlibError` if a baseline cannot be run with these requests and settings; call it before long work."""
     entry, name = baseline(name), canonical_name(name)
@@ -97,6 +104,8 @@ def check_baseline(
         raise RequestError("no request to forget was given; give at least one")
     if entry.needs_retain and not retain:
         raise RequestError(f"{name} needs prompts whose answers must stay (--retain); give some, or choose another")
+    if entry.kind == "prompt" and how is not None and (how.tags is not None or how.chat is False):
+        raise RequestError(f"{name} tells its rule in the chat template, which these prompts go without; remove them")
     if entry.steers and settings.rank is not None:
         raise HparamsError(f"{name} trains the MLP output matrices of three layers; leave the rank out")
 
@@ -110,13 +119,14 @@ def pairs_for(
     *,
     seed: int,
     own_answers: Mapping[str, Sequence[int]] | None = None,
+    how: Asking = None,
 ) -> tuple[Pairs, Pairs | None]:
     """Makes the training pairs of a gradient baseline from the model as it is.
 
     Returns:
         The pairs to forget, and the pairs to keep (`None` if the baseline has no retain part).
     """
-    make = partial(make_pairs, anat, tok, own_answers=own_answers)
+    make = partial(make_pairs, anat, tok, own_answers=own_answers, how=how)
     kept = make(retain, seed=seed + 1, own=True) if entry.needs_retain else None
     return make(forget, seed=seed), kept
 

@@ -14,7 +14,7 @@ from editlib.evaluation.metrics import has_answer
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import end_tokens, greedy
 from editlib.models.loaded import plain_text
-from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.prompts import Asking, PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.training import Item
 
@@ -54,6 +54,7 @@ def make_pairs(
     refusals: Sequence[str] | None = None,
     own: bool = False,
     own_answers: Mapping[str, Sequence[int]] | None = None,
+    how: Asking = None,
 ) -> Pairs:
     """Pairs each request's question and its `phrasings` with an answer and a refusal.
 
@@ -65,14 +66,15 @@ def make_pairs(
         own: use the model's own answer in place of a bare name even if it is wrong. For prompts to keep: what is kept
             is what the model says, and unknown names would teach it to answer in bare names.
         own_answers: the result of `generate_own_answers` for this model and these requests; default: generated.
+        how: the prompts' settings.
 
     Raises:
         RequestError: no request.
     """
     if not requests:
         raise RequestError("no request was given to train on; give at least one")
-    form = PromptFormat(tok)
-    own_answers = generate_own_answers(anat, tok, requests, known=own_answers)
+    form = PromptFormat.of(tok, how)
+    own_answers = generate_own_answers(anat, tok, requests, known=own_answers, how=how)
     asked = [(text, request) for request in requests for text in request.wordings]
     rows = [form.encode(text) for text, _ in asked]
     rng = random.Random(seed)
@@ -98,12 +100,14 @@ def generate_own_answers(
     requests: Sequence[EditRequest],
     *,
     known: Mapping[str, Sequence[int]] | None = None,
+    how: Asking = None,
     progress: str | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Generates the model's greedy answers (at most 48 tokens) for requests whose answer is a bare name or missing.
 
     Args:
         known: answers that are not generated again.
+        how: the prompts' settings.
 
     Returns:
         Token ids by question, without the end token, including the `known` ones.
@@ -111,7 +115,7 @@ def generate_own_answers(
     found = {question: tuple(ids) for question, ids in (known or {}).items()}
     wanted = [text for request in requests if _is_bare(request) for text in request.wordings]
     missing = [text for text in dict.fromkeys(wanted) if text not in found]
-    form = PromptFormat(tok)
+    form = PromptFormat.of(tok, how)
     said = greedy(anat, [form.encode(text) for text in missing], max_new_tokens=OWN_TOKENS, progress=progress)
     return found | dict(zip(missing, said, strict=True))
 

@@ -11,6 +11,7 @@ from editlib import editing
 from editlib.algorithms.edit import EditResult
 from editlib.baselines.settings import BaselineSettings
 from editlib.hparams import HyperParams, ModelShape, find_hparams, load_hparams
+from editlib.models.prompt_settings import PromptSettings
 from editlib.requests.request import EditRequest
 from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
@@ -44,18 +45,22 @@ def aim_at_refusal(
     *,
     seed: int,
     name: str | None = None,
+    how: PromptSettings | None = None,
     progress: bool = False,
 ) -> EditResult:
     """Edits `model` in place so that every question, asked through the chat template, is answered with `REFUSAL`.
+
+    Args:
+        how: the prompts' settings, where they are others.
 
     Raises:
         RequestError: a request without a subject.
         HparamsError, StatsError: settings or statistics that do not fit.
     """
-    bench = Workbench.of(model, tok, settings.stats_dir, name=name, progress=progress)
+    bench = Workbench.of(model, tok, settings.stats_dir, name=name, progress=progress, prompts=how)
     hparams = editor_hparams(algorithm, bench, settings)
     wanted = [replace(request, target_new=REFUSAL) for request in forget]
     editing.check_settings(bench, hparams)
     editing.check_wanted(wanted, hparams)
     inputs = editing.load_inputs(bench, hparams, corpus=settings.corpus, seed=seed)
-    return editing.apply(bench, wanted, hparams, inputs, chat=None, seed=seed)
+    return editing.apply(bench, wanted, hparams, inputs, chat=how, seed=seed)

@@ -22,6 +22,7 @@ from editlib.baselines.validation import Score, Validation, recalls, score, vali
 from editlib.errors import EditError, HparamsError, OutputError
 from editlib.files import write_json
 from editlib.models.anatomy import anatomy
+from editlib.models.prompt_settings import PromptSettings
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
@@ -84,6 +85,7 @@ def search(
     seed: int = 0,
     model_name: str | None = None,
     own_answers: Mapping[str, Sequence[int]] | None = None,
+    how: PromptSettings | None = None,
     out: Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
@@ -98,7 +100,7 @@ def search(
     Args:
         forget, retain, validation: as `validation.split` makes them.
         settings: everything except learning rate and steps.
-        own_answers: see `make_pairs`.
+        own_answers, how: see `make_pairs`.
         out: a folder for finished trials; the same search resumes from it.
 
     Raises:
@@ -106,7 +108,7 @@ def search(
         EditlibError: see `apply_baseline_to_model`. A loss that is not finite is a failed trial, not an error.
     """
     name, budget, settings = canonical_name(name), budget or Budget(), settings or BaselineSettings()
-    check_baseline(name, forget, retain, settings)
+    check_baseline(name, forget, retain, settings, how)
     check_range(name, budget)
     job = {
         "baseline": name,
@@ -117,9 +119,10 @@ def search(
         "budget": asdict(budget),
         "settings": settings.to_dict(),
         "seed": seed,
+        **({} if how is None else {"prompts": how.to_dict()}),
     }
     finished = {} if out is None else _opened(out, job)
-    given = {"seed": seed, "model_name": model_name, "progress": progress}
+    given = {"seed": seed, "model_name": model_name, "how": how, "progress": progress}
     tries = _Search(name, model, tok, forget, retain, validation, settings, finished, own_answers, out, given)
     plan = list(_plan(name, budget))
     for rate, points in plan:
@@ -154,7 +157,7 @@ class _Search:
 
         Args:
             finished: trials of an earlier run by learning rate and steps.
-            given: `seed`, `model_name` and `progress` of `apply_baseline_to_model`.
+            given: `seed`, `model_name`, `how` and `progress` of `apply_baseline_to_model`.
         """
         self.name, self.model, self.tok, self.forget, self.retain = name, model, tok, forget, retain
         self.validation, self.settings, self.out, self.given = validation, settings, out, given
@@ -163,7 +166,7 @@ class _Search:
         self._pairs: tuple[Pairs, Pairs | None] | None = None
         self._entry, self._anat = baseline(name), anatomy(model)
         self._weights, self._template = keep(model), copy.copy(tok.chat_template)
-        self.before = recalls(self._anat, tok, validation)
+        self.before = recalls(self._anat, tok, validation, given["how"])
         self._since = time.perf_counter()  # the end of the last trial
 
     def run_rate(self, rate: float | None, points: Sequence[int | None]) -> None:
@@ -194,7 +197,7 @@ class _Search:
         """Measures the model as it is now, and keeps the trial; one that `failed` scores 0."""
         measured = Score(0.0, 0.0, 0.0)
         if failed is None:
-            measured = score(recalls(self._anat, self.tok, self.validation), self.before)
+            measured = score(recalls(self._anat, self.tok, self.validation, self.given["how"]), self.before)
         now = time.perf_counter()
         trial = TrialRun(rate, steps, **asdict(measured), seconds=now - self._since, failed=failed)
         self._since = now
@@ -210,7 +213,7 @@ class _Search:
         if self._pairs is None:
             self._pairs = pairs_for(
                 self._entry, self._anat, self.tok, self.forget, self.retain,
-                seed=self.given["seed"], own_answers=self._own_answers,
+                seed=self.given["seed"], own_answers=self._own_answers, how=self.given["how"],
             )  # fmt: skip
         return {"pairs": self._pairs, "watch": lambda steps: self.record(rate, steps), "watched": points}
 
@@ -276,7 +279,7 @@ def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | No
         kept = json.loads((out / JOB).read_text(encoding="utf-8")) if (out / JOB).is_file() else None
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; check the folder") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         kept = {}
     if kept is not None and kept != job:
         raise OutputError(

@@ -13,7 +13,7 @@ from editlib.evaluation.metrics import balance, rouge_l_recall
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
 from editlib.models.loaded import plain_text
-from editlib.models.prompts import PromptFormat
+from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import literal
@@ -104,13 +104,13 @@ class Recalls:
         return sum(self.forget) / len(self.forget), sum(self.retain) / len(self.retain)
 
 
-def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation) -> Recalls:
+def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation, how: Asking = None) -> Recalls:
     """Computes the ROUGE-L recall of the greedy answers (24 tokens) to the validation questions.
 
     Raises:
         MetricError: `rouge-score` is not installed.
     """
-    form = PromptFormat(tok)
+    form = PromptFormat.of(tok, how)
     pairs = (*validation.forget, *validation.retain)
     said = greedy(anat, [form.encode(question) for question, _ in pairs], max_new_tokens=ANSWER_TOKENS)
     texts = [plain_text(tok, ids) for ids in said]

@@ -23,6 +23,7 @@ from editlib.evaluation.perplexity import text_windows
 from editlib.finding import find_settings
 from editlib.hparams import HyperParams, algorithm_of
 from editlib.models.generation import perplexity
+from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import requests_hash, write_requests
 from editlib.requests.request import EditRequest
@@ -95,7 +96,8 @@ def bench_counterfact(
     known: bool = False,
     seed: int = 0,
 ) -> list[Cell]:
-    """Measures each algorithm of `settings` at every number of edits, on the first so many requests.
+    """Measures each algorithm of `settings` at every number of edits, on the first so many requests, asked as plain
+    text unless the workbench's prompts are others.
 
     The facts are written to `out/facts.jsonl`, for other commands. Cells are appended to `out/cells.jsonl` as they are
     done; those already there from the same job are not measured
@@ -108,15 +110,18 @@ def bench_counterfact(
         RequestError: fewer usable requests than the largest of `counts`.
         EditlibError: input that does not fit the model.
     """
+    how = bench.asking(False)
+    form = PromptFormat.of(bench.tok, how)
     usable = [request for request in requests if None not in (request.subject, request.target_new, request.answer)]
     if known:
-        usable = known_facts(bench.anat, PromptFormat(bench.tok, chat=False), usable, max(counts))
+        usable = known_facts(bench.anat, form, usable, max(counts))
     if len(usable) < max(counts):
         what = "a subject, a new answer and a true one" + (" that the model gives" if known else "")
         raise RequestError(
             f"{len(usable)} of {len(requests)} requests have {what}; expected at least {max(counts)}: give a larger "
             "file, or smaller --edits"
         )
+    check_requests_fit(bench.model, form, usable[: max(counts)])
     out.mkdir(parents=True, exist_ok=True)
     write_requests(out / "facts.jsonl", usable[: max(counts)])
     run = _Run(bench, usable, out / "cells.jsonl", sorted(counts), text, seed)
@@ -126,7 +131,7 @@ def bench_counterfact(
             stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed)
         for mode in modes:
             if hparams.takes_batches or mode != BATCH:
-                run.measure(hparams, mode, {"stats": stats} if stats else {})
+                run.measure(hparams, mode, {"chat": how, **({"stats": stats} if stats else {})})
     return run.cells
 
 
@@ -137,9 +142,9 @@ class _Run:
         self, bench: Workbench, requests: list[EditRequest], path: Path, counts: list[int], text: str, seed: int
     ) -> None:
         self.bench, self.requests, self.path, self.counts, self.seed = bench, requests, path, counts, seed
-        self.form = PromptFormat(bench.tok, chat=False)
+        self.form = PromptFormat.of(bench.tok, bench.asking(False))
         self.windows = text_windows(bench.tok, load_corpus(text).documents)
-        self.base = f"{bench.sha256[:16]}:{requests_hash(requests)[:16]}:{seed}"
+        self.base = bench.given_prompts.key(f"{bench.sha256[:16]}:{requests_hash(requests)[:16]}:{seed}")
         kept = [Cell(**cell) for cell in read_cells(path)]
         self.cells = [cell for cell in kept if cell.job.startswith(self.base)]
         there = {cell.edits for cell in self.cells if cell.algorithm == "none"}

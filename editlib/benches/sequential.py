@@ -82,7 +82,7 @@ def bench_sequential(
     """
     out.mkdir(parents=True, exist_ok=True)
     base = load()
-    before = AnswerCache.load(out / "before.json", base.sha256)
+    before = AnswerCache.load(out / "before.json", base.given_prompts.key(base.sha256))
     parts = parts or _mixed(split_in_proportion(base, before, FACTS, seed), seed)
     before.save(out / "before.json")
     for name in ("forget", "anchors", "watch"):
@@ -117,7 +117,7 @@ class _Run:
         self.base, self.before, self.parts, self.out, self.seed = base, before, parts, out, seed
         self.counts, self.windows = counts, windows
         asked = [*parts.forget, *parts.anchors, *parts.watch]
-        self.job = f"{base.sha256[:16]}:{requests_hash(asked)[:16]}:{seed}"
+        self.job = base.given_prompts.key(f"{base.sha256[:16]}:{requests_hash(asked)[:16]}:{seed}")
         kept = [Point(**point) for point in read_cells(out / "points.jsonl")]
         self.points = [point for point in kept if point.job.startswith(self.job)]
 
@@ -160,14 +160,22 @@ class _Run:
                 bench,
                 hparams,
                 retain=None if hparams.has_target else self.parts.anchors,
-                chat=PromptFormat(bench.tok).uses_chat,
+                chat=PromptFormat.of(bench.tok, bench.prompts).uses_chat,
                 seed=self.seed,
             )
         chain = Chain.open(folder, bench)
         same = chain.record.hparams == json.loads(json.dumps(hparams.to_dict())) and chain.record.seed == self.seed
-        if not same or not {request.id for request in wanted}.issuperset(request.id for request in chain.requests):
-            raise OutputError(f"{folder} holds a chain of other facts or settings; choose another --out, or remove it")
+        alike = same and self._asks_alike(chain)
+        if not alike or not {request.id for request in wanted}.issuperset(request.id for request in chain.requests):
+            held = "a chain of other facts, settings or prompts"
+            raise OutputError(f"{folder} holds {held}; choose another --out, or remove it")
         return chain
+
+    def _asks_alike(self, chain: Chain) -> bool:
+        """Whether a chain asks as it would if it were started now; a date that is only today's does not count."""
+        given = self.base.given_prompts
+        own = [name for name in ("system", "arguments", "tags", "date") if getattr(given, name)]
+        return all(chain.record.prompts.get(name) == given.to_dict()[name] for name in own)
 
     def _measure(
         self, chain: Chain, hparams: HyperParams, size: int, edits: int, seconds: Sequence[float], job: str
@@ -178,6 +186,7 @@ class _Run:
             (chain.anat, chain.tok),
             items,
             before=self.before,
+            how=self.base.prompts,
             windows=self.windows,
             progress=self.base.progress,
         )

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from editlib.errors import EditlibError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
+BadUse: Any = typer.BadParameter.__mro__[2]  # click's ClickException, of which some versions of typer have a copy
 
 
 class Level(str, Enum):
@@ -40,14 +41,29 @@ def _main(log: Annotated[Level, typer.Option(help="what is said on stderr")] = L
 def main() -> None:
     """Runs the command; a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
     try:
-        app(standalone_mode=True)
-    except EditlibError as error:
-        sys.stderr.write(f"editlib: {error}\n")
+        code = app(standalone_mode=False)
+    except (EditlibError, BadUse) as error:
+        if said := _in_one_line(error):
+            sys.stderr.write(f"editlib: {said}\n")
         raise SystemExit(2) from None
-    except SystemExit as end:
-        if end.code == INTERRUPTED and os.environ.get("RANK", "0") == "0":  # torchrun interrupts all its processes
-            sys.stderr.write("editlib: interrupted; nothing was left half-written\n")
-        raise
+    except OSError as error:  # a name that no file can have, a folder that may not be read
+        if error.filename is None:
+            raise
+        logging.getLogger(__name__).debug("", exc_info=True)
+        sys.stderr.write(f"editlib: {str(error.filename)[:200]}: {error.strerror}; check the path\n")
+        raise SystemExit(2) from None
+    if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":  # torchrun interrupts all its processes
+        sys.stderr.write("editlib: interrupted; nothing was left half-written\n")
+    raise SystemExit(code or 0)
+
+
+def _in_one_line(error: Any) -> str:
+    """What was wrong; of a command line that cannot be read also which command's help says what is right. Nothing where
+    the help is shown already."""
+    if not isinstance(error, BadUse):
+        return str(error)
+    said, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)
+    return f"{said.rstrip('.')}; see {context.command_path} --help" if said and context is not None else said
 
 
 @app.command()

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Model, Overwrite, Requests, Seed, SkipBad, StatsDir, out
+from editlib.cli.options import (
+    DeviceMap,
+    Dtype,
+    Model,
+    Overwrite,
+    Prompts,
+    Requests,
+    Seed,
+    SkipBad,
+    StatsDir,
+    out,
+    prompt_settings,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -41,6 +53,7 @@ def baseline(
     hparams: Annotated[str | None, typer.Option(help="settings of an editor; default: those of the model")] = None,
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for an editor's statistics that have to be made first")] = "wiki-sample",
+    prompts: Prompts = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -56,6 +69,7 @@ def baseline(
         raise HparamsError("--search looks for learning rate and steps itself; leave --learning-rate and --steps out")
     if search is None and (low is not None or high is not None):
         raise HparamsError("--low and --high are the range of a search; give --search, or leave them out")
+    how = prompt_settings(prompts)
     settings = BaselineSettings(
         learning_rate=learning_rate,
         steps=steps,
@@ -70,7 +84,7 @@ def baseline(
     budget = None if search is None else Budget(rates=search, steps=max_steps, points=points, low=low, high=high)
     receipt = baseline_folder(
         method, model, requests, out_dir, retain_file=retain, settings=settings, budget=budget,
-        skip_bad=skip_bad, seed=seed, dtype=dtype, device_map=device_map, overwrite=overwrite,
+        skip_bad=skip_bad, prompts=how, seed=seed, dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
     found = receipt["baseline"]["search"]
     if found is not None:

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Requests, Seed, SkipBad, StatsDir, out, print_table, workbench
+from editlib.cli.options import (
+    DeviceMap,
+    Dtype,
+    Prompts,
+    Requests,
+    Seed,
+    SkipBad,
+    StatsDir,
+    out,
+    print_table,
+    prompt_settings,
+    workbench,
+)
 
 bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a data set.")
 
@@ -29,6 +41,7 @@ def bench_counterfact(
     stats_dir: StatsDir = Path("stats"),
     corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
     text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    prompts: Prompts = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -40,10 +53,11 @@ def bench_counterfact(
     from editlib.benches.report import counterfact_rows, write_bench
     from editlib.requests.reading import read_requests
 
+    how = prompt_settings(prompts)
     plan = check_plan(model, algorithms, hparams or [], edits, modes)
     wanted = read_requests(requests, skip_bad=skip_bad)
     cells = run(
-        workbench(model, stats_dir, dtype, device_map),
+        workbench(model, stats_dir, dtype, device_map, prompts=how),
         wanted,
         plan.settings,
         out_dir,
@@ -71,6 +85,7 @@ def bench_sequential(
     ] = None,
     sizes: Annotated[str, typer.Option(help="requests a batch: a chain each")] = "10,1",
     points: Annotated[int, typer.Option(min=1, help="how often a chain is measured on its way")] = 5,
+    prompts: Prompts = None,
     stats_dir: StatsDir = Path("stats"),
     text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
     seed: Seed = 0,
@@ -82,9 +97,10 @@ def bench_sequential(
     from editlib.benches.sequential import bench_sequential as run
     from editlib.benches.sequential import check_plan
 
+    how = prompt_settings(prompts)
     settings, wanted = check_plan(model, algorithms, hparams or [], sizes)
     found = run(
-        lambda: workbench(model, stats_dir, dtype, device_map),
+        lambda: workbench(model, stats_dir, dtype, device_map, prompts=how),
         settings,
         wanted,
         out_dir,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Seed, SkipBad, out
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, SkipBad, out, prompt_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +20,9 @@ def finetune(
     data: Annotated[list[Path], typer.Option(help="pairs to learn: TOFU or request files; may be given again")],
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the model that knows them")],
     model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
-    authors: Annotated[int | None, typer.Option(help="only the first N authors of each file, 20 pairs each")] = None,
+    authors: Annotated[
+        int | None, typer.Option(min=1, help="only the first N authors of each file, 20 pairs each")
+    ] = None,
     lora: Annotated[bool, typer.Option("--lora/--full", help="a LoRA adapter, merged at the end, or all weights")] = (
         False
     ),
@@ -30,6 +32,7 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     keep: Annotated[float | None, typer.Option(help="share of general prompts and of plain text read besides")] = None,
     text: Annotated[str, typer.Option(help="corpus of that text, or none")] = "wiki-sample",
+    prompts: Prompts = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -51,7 +54,8 @@ def finetune(
         **{name: value for name, value in given.items() if value is not None}, text=None if text == "none" else text
     )
     done = run(
-        model, data, out_dir, authors=authors, settings=settings, skip_bad=skip_bad, seed=seed,
+        model, data, out_dir, authors=authors, settings=settings, skip_bad=skip_bad,
+        prompts=prompt_settings(prompts), seed=seed,
         dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
     if done["done_before"]:

@@ -89,7 +89,7 @@ def tune(
     Finished(out_dir)
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
     settings = find_settings(model, "UniErase", hparams)
-    check_tuning(wanted, settings)
+    check_tuning(wanted, settings, budget)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
     tuned = run(
         bench,

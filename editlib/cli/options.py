@@ -16,7 +16,7 @@ out = Console()
 
 Model = Annotated[str, typer.Argument(help="a packaged model (smollm2-135m), a local folder or a Hugging Face id")]
 StatsDir = Annotated[Path, typer.Option(help="where statistics and the token are kept")]
-Seed = Annotated[int, typer.Option(help="every random draw follows from it")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="every random draw follows from it")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output folder that is not empty")]
 Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/reference/file-formats.md")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave rows that cannot be used out, and count them")]

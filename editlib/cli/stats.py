@@ -13,8 +13,8 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from editlib.cli.options import Dtype, Model, Seed, StatsDir, layer_numbers, out, workbench
-from editlib.errors import EditlibError
+from editlib.cli.options import Dtype, Model, Prompts, Seed, StatsDir, layer_numbers, out, prompt_settings, workbench
+from editlib.errors import EditlibError, StatsError
 
 
 class _StatsGroup(TyperGroup):
@@ -57,6 +57,7 @@ def stats_make(
     stats_dir: StatsDir = Path("stats"),
     max_length: Annotated[int, typer.Option(min=2, help="tokens a window may hold")] = 512,
     skip_first: Annotated[int, typer.Option(min=0, help="leave out so many tokens at the start of a window")] = 1,
+    prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: Annotated[
@@ -68,10 +69,12 @@ def stats_make(
     from editlib.distributed import processes
 
     with processes(accelerators=device_map != "cpu") as shard, _one_voice(shard):
-        wanted = layer_numbers(layers)
+        wanted, how = layer_numbers(layers), prompt_settings(prompts)
+        if how is not None and corpus != "self":
+            raise StatsError(f"--prompt is for --corpus self, which the model is asked for; not for {corpus}")
         with shard.together():
             place = device_map or (None if shard.device is None else {"": str(shard.device)})
-            bench = workbench(model, stats_dir, dtype, place, shard=shard)
+            bench = workbench(model, stats_dir, dtype, place, shard=shard, prompts=how)
         made = bench.make_stats(
             wanted, corpus=corpus, tokens=tokens, seed=seed, max_length=max_length, skip_first=skip_first
         )

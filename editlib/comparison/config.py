@@ -15,9 +15,10 @@ from editlib.attacks.registry import choose
 from editlib.attacks.settings import AttackSettings
 from editlib.comparison.method import General, Method
 from editlib.comparison.methods import read_method
-from editlib.errors import AttackError, ConfigError, nearest, quote
+from editlib.errors import AttackError, ConfigError, RequestError, nearest, quote
 from editlib.evaluation.forget_set import Benchmark
 from editlib.facts.forget_set import Facts
+from editlib.models.prompt_settings import PromptSettings
 from editlib.settings import Section, chosen, knob
 from editlib.stats.corpus import load_corpus
 from editlib.tofu.forget_set import Tofu
@@ -51,7 +52,7 @@ class AbilityPlan(Section):
 @dataclass(frozen=True)
 class Config:
     """A comparison, checked. `attacks` and `ability` are `None` where they are not wanted; `source` is the file's own
-    words, kept for the results."""
+    words, kept for the results; `prompts` is how models are asked, `None`: as they usually are."""
 
     general: General
     sets: tuple[Benchmark, ...]
@@ -59,6 +60,7 @@ class Config:
     attacks: AttackPlan | None
     ability: AbilityPlan | None
     source: Mapping[str, Any]
+    prompts: PromptSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config with every default filled in; JSON-ready."""
@@ -68,6 +70,7 @@ class Config:
             "methods": [{"method": one.name, "label": one.label, **one.identity()} for one in self.methods],
             "attacks": None if self.attacks is None else asdict(self.attacks),
             "ability": None if self.ability is None else asdict(self.ability),
+            **({} if self.prompts is None else {"prompts": self.prompts.to_dict()}),
         }
 
 
@@ -84,7 +87,7 @@ def read_config(path: str | Path) -> Config:
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     """`read_config` for what a file holds."""
-    lists = {"sets": _sets, "methods": _methods, "attacks": _attacks, "ability": _ability}
+    lists = {"sets": _sets, "methods": _methods, "attacks": _attacks, "ability": _ability, "prompts": _prompts}
     known = [*General.__dataclass_fields__, *lists]
     for key in values:
         if key not in known:
@@ -101,6 +104,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
         _attacks(values.get("attacks"), f'{where}: "attacks"'),
         _ability(values.get("ability"), f'{where}: "ability"'),
         values,
+        _prompts(values.get("prompts"), f'{where}: "prompts"'),
     )
     for text in (general.corpus, general.perplexity):
         if text not in (None, "self"):
@@ -182,6 +186,17 @@ def _attacks(values: Any, where: str) -> AttackPlan | None:
     except TypeError:
         raise ConfigError(f"{where}: settings: {quote(plan.settings)}; expected numbers; change them") from None
     return plan
+
+
+def _prompts(values: Any, where: str) -> PromptSettings | None:
+    if values is None or values == {}:
+        return None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {quote(values)}; expected a table such as system, tags or date; write it as one")
+    try:
+        return PromptSettings.of_values(values)
+    except RequestError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _ability(values: Any, where: str) -> AbilityPlan | None:

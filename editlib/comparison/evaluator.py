@@ -68,7 +68,7 @@ class SetEvaluator:
                 yield Measurement(f"ability {name}", key, partial(self._ability, name))
 
     def _scores(self, bench: Workbench) -> dict[str, Any]:
-        return self.set.score(LoadedModel(bench.anat, bench.tok), progress=self.progress).to_dict()
+        return self.set.score(LoadedModel(bench.anat, bench.tok, bench.prompts), progress=self.progress).to_dict()
 
     # --- ability -----------------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class SetEvaluator:
         def measure(bench: Workbench) -> dict[str, Any]:
             begun, count = time.perf_counter(), len(self.attacked)
             facts = [*self.attacked, *self._control]
-            found = ATTACKS[name].run(LoadedModel(bench.anat, bench.tok), facts, self._context)
+            found = ATTACKS[name].run(LoadedModel(bench.anat, bench.tok, bench.prompts), facts, self._context)
             trials = {"edited": found.trials[:count], "base": self._base(name), "control": found.trials[count:]}
             how = self._context.settings
             shares = {

@@ -22,6 +22,7 @@ from editlib.evaluation.forget_set import Task
 from editlib.finding import find_settings
 from editlib.hparams import ALGORITHMS, HyperParams
 from editlib.models.generation import end_tokens
+from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.settings import Section, chosen, knob
@@ -140,7 +141,7 @@ class ClosedForm(Method):
         if found is not None:
             chosen = {"v_lr": best["learning_rate"], "v_num_grad_steps": best["steps"]}
             hparams = type(hparams).from_dict({**hparams.to_dict(), **chosen}, "the search")
-        given: dict[str, Any] = {"chat": None, "seed": seed}
+        given: dict[str, Any] = {"chat": bench.prompts, "seed": seed}
         if self.unlearns:
             given |= {"retain": task.retain, "known_answers": task.known_answers}
         result = editing.apply(bench, self._wanted(task), hparams, means, **given)
@@ -184,7 +185,7 @@ class Trained(Method):
         return {"settings": own, **_searching(self.budget, self.general)}
 
     def check(self, bench: Workbench, task: Task) -> None:
-        check_baseline(self.name, task.forget, task.retain, self.how)
+        check_baseline(self.name, task.forget, task.retain, self.how, _given(bench))
         if self.budget is not None:
             split(task.forget, task.retain, questions=self.budget.questions)
 
@@ -200,14 +201,14 @@ class Trained(Method):
         """What the model itself says to the questions that a gradient method reads; the same for all of them."""
         shelf, timer = JsonStore(bench.stats_dir / model_slug(bench.name)), Timer()
         # The same weights answer otherwise after another chat template, or if they stop somewhere else.
-        form, ends = PromptFormat(bench.tok), sorted(end_tokens(bench.anat))
+        form, ends = PromptFormat.of(bench.tok, bench.prompts), sorted(end_tokens(bench.anat))
         of = digest([bench.sha256, form.encode("?").ids, ends, OWN_TOKENS])
         kept = shelf.get(OWN_ANSWERS) or {}
         known = kept.get("answers", {}) if kept.get("of") == of else {}
         requests = [*task.forget, *(task.retain if BASELINES[self.name].needs_retain else ())]
         with timer("own answers"):
             label = "own answers" if bench.progress else None
-            said = generate_own_answers(bench.anat, bench.tok, requests, known=known, progress=label)
+            said = generate_own_answers(bench.anat, bench.tok, requests, known=known, how=bench.prompts, progress=label)
         if len(said) > len(known):
             shelf.put(OWN_ANSWERS, {"of": of, "answers": said})
         return Prepared(said, timer.seconds)
@@ -224,7 +225,7 @@ class Trained(Method):
             forget, retain = parts.forget, parts.retain
         result = apply_baseline_to_model(
             self.name, bench.model, bench.tok, forget, retain, how, seed=seed, model_name=bench.name,
-            own_answers=ready, progress=bench.progress,
+            own_answers=ready, how=bench.prompts, progress=bench.progress,
         )  # fmt: skip
         told = str(result.notes.get("told") or "")
         ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
@@ -248,9 +249,16 @@ def _searched(
     parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
     found: SearchResult = search(
         name, bench.model, bench.tok, parts.forget, parts.retain, parts.validation, budget, settings,
-        seed=seed, model_name=bench.name, own_answers=own_answers, out=folder, progress=bench.progress,
+        seed=seed, model_name=bench.name, own_answers=own_answers, how=_given(bench), out=folder,
+        progress=bench.progress,
     )  # fmt: skip
     return {**found.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
+
+
+def _given(bench: Workbench) -> PromptSettings | None:
+    """The prompts' settings of the config, `None` where it has none."""
+    found = bench.given_prompts
+    return found if found.to_dict() else None
 
 
 def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | None:

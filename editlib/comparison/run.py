@@ -24,6 +24,8 @@ from editlib.errors import ConfigError, EditlibError, OutputError
 from editlib.evaluation.forget_set import Base, Benchmark, Task
 from editlib.export import library_version
 from editlib.files import check_output
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
 from editlib.shelf import JsonStore
 from editlib.stats.store import model_slug
@@ -78,7 +80,7 @@ def _loader(config: Config, shard: Process) -> Load:
     place = general.device_map or (None if shard.device is None else {"": str(shard.device)})
 
     def load(name: str) -> Workbench:
-        return Workbench.load(name, general.stats_dir, dtype=general.dtype, device_map=place)
+        return Workbench.load(name, general.stats_dir, dtype=general.dtype, device_map=place, prompts=config.prompts)
 
     return load
 
@@ -125,10 +127,12 @@ class _Run:
             return self._evaluator
         self._evaluator = None
         bench = self.load(protocol.model)
-        what = {"protocol": protocol.protocol, **protocol.settings.to_dict(), "model": bench.sha256}
+        what = {"protocol": protocol.protocol, **protocol.settings.to_dict(), "model": bench.sha256, **self._asked()}
         shelf = self.store.set(what)
         with try_lock(shelf, wait=True):
             made = protocol.make(Base(bench, shelf.path))
+        form = PromptFormat.of(bench.tok, bench.prompts)
+        check_requests_fit(bench.model, form, [*made.forget, *made.retain, *made.told])
         for method in self.config.methods:
             try:
                 method.check(bench, made.task)
@@ -137,6 +141,11 @@ class _Run:
                 raise ConfigError(f"{where}: {error}") from None
         self._evaluator = SetEvaluator(self.config, protocol.name, made, shelf, progress=bench.progress)
         return self._evaluator
+
+    def _asked(self) -> dict[str, Any]:
+        """The config's prompts, which decide every cell; nothing where there are none."""
+        given = self.config.prompts
+        return {} if given is None else {"prompts": given.to_dict()}
 
     def _about(self, protocol: Benchmark, evaluator: SetEvaluator) -> dict[str, Any]:
         """What the results say of a set."""
@@ -165,6 +174,7 @@ class _Run:
                     "method": [method.stored_name, method.identity()],
                     "seed": seed if method.seeded else None,
                     "dtype": self.config.general.dtype,
+                    **self._asked(),
                 }
                 found.append(RunCell(protocol.name, method, seed, identity, self.store.cell(identity), parts))
         return found

@@ -36,7 +36,7 @@ class AnswerCache:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["model_sha256"] == model_sha256:
                 return cls(model_sha256, {question: tuple(ids) for question, ids in found["answers"].items()})
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         return cls(model_sha256, {})
 

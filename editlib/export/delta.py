@@ -135,14 +135,14 @@ def _opened(path: str | Path, whole: bytes) -> tuple[dict[str, Any], dict[str, T
         end = 8 + int.from_bytes(whole[:8], "little")
         header = json.loads(whole[8:end])["__metadata__"]
         text, digest = header["editlib_delta"], header["sha256"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise DeltaError(f"{path}: not a delta file, or a damaged one; give a file written with --delta") from None
     blank = whole[:end].replace(_SEAL % digest.encode(), _SEAL % _BLANK.encode(), 1) + whole[end:]
     if hashlib.sha256(blank).hexdigest() != digest:
         raise DeltaError(f"{path}: damaged (its bytes do not have the hash that it holds); fetch or make it again")
     try:
         return json.loads(text), load(whole)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise DeltaError(f"{path}: not a readable delta file ({error}); make it again with --delta") from None
 
 

@@ -117,5 +117,5 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable receipt ({error}); make the edit again, or remove the file") from None

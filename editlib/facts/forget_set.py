@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 from editlib import data
 from editlib.errors import ConfigError, RequestError
-from editlib.evaluation.answer_cache import AnswerCache, ask
+from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
 from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings, Task
 from editlib.evaluation.metrics import wilson_interval
 from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, FactSplit, split_in_proportion
 from editlib.facts.scores import KINDS, Item, build_items, evaluate
 from editlib.models.loaded import LoadedModel
+from editlib.models.positions import check_prompts
+from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import read_requests, requests_hash, write_requests
 from editlib.requests.request import EditRequest
 from editlib.settings import knob
@@ -124,6 +126,8 @@ class FactsSet(ForgetSet):
     def complete(self) -> None:
         """Asks the base what it was not asked yet, and keeps the answers."""
         bench, items = self.base.bench, self.items()
+        form = PromptFormat.of(bench.tok, bench.prompts)
+        check_prompts(bench.model, form, [(item.id, item.question) for item in items], room=ANSWER_TOKENS)
         missing = [item.question for item in items if item.question not in self.before.answers]
         if missing:
             label = "answers before" if bench.progress else None
@@ -133,7 +137,8 @@ class FactsSet(ForgetSet):
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
         items = self.items()
         base = (self.base.bench.anat, self.base.bench.tok)
-        told = evaluate(base, (edited.anat, edited.tok), items, before=self.before, progress=progress)
+        after, how = (edited.anat, edited.tok), edited.prompts
+        told = evaluate(base, after, items, before=self.before, how=how, progress=progress)
         gone = {kind: _gone(items, kind) for kind in ("request", "paraphrase")}
         measures = {
             "gone": gone["request"],

@@ -15,10 +15,13 @@ from editlib.baselines.registry import BASELINES, baseline, canonical_name
 from editlib.baselines.search import SearchResult, check_range, search
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Split, split
-from editlib.export import save_edited
+from editlib.export import asked_as, save_edited
 from editlib.export.receipt import origin
 from editlib.files import check_output
 from editlib.models.loading import DeviceMap, load
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat, settled
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import read_with_retain
 from editlib.requests.request import EditRequest
@@ -64,6 +67,7 @@ def baseline_folder(
     settings: BaselineSettings | None = None,
     budget: Budget | None = None,
     skip_bad: bool = False,
+    prompts: PromptSettings | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device_map: DeviceMap = None,
@@ -81,6 +85,7 @@ def baseline_folder(
         retain_file: prompts whose answers must stay; default: the bundled ones, as for `editlib unlearn`.
         budget: of a search for learning rate and steps first; `None` for none.
         skip_bad: leave rows of the files out that cannot be used, see `read_requests`.
+        prompts: how the model is asked; the receipt names it, so that later commands ask in the same way.
 
     Returns:
         The receipt.
@@ -92,26 +97,28 @@ def baseline_folder(
     check_output(out, overwrite=overwrite)
     requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad)
     retain = data.retain_prompts(requests) if given is None else given
-    check_baseline(name, requests, retain, settings)
+    check_baseline(name, requests, retain, settings, prompts)
     if budget is not None:
         check_range(name, budget)
     parts = split(requests, retain, questions=budget.questions, seed=seed) if budget is not None else None
     loaded, tok = load(model, dtype=dtype, device_map=device_map)
-    sha = weights_sha256(loaded)
+    how = settled(tok, prompts)
+    check_requests_fit(loaded, PromptFormat.of(tok, how), [*requests, *retain])
+    sha, asked = weights_sha256(loaded), asked_as(tok, how, requests)
     trials = out.parent / f".{out.name}.search"
     found = None
     forget, kept = (requests, retain) if parts is None else (parts.forget, parts.retain)
     if parts is not None:
         found = search(
             name, loaded, tok, forget, kept, parts.validation, budget, settings,
-            seed=seed, model_name=model, out=trials, progress=progress,
+            seed=seed, model_name=model, how=prompts, out=trials, progress=progress,
         )  # fmt: skip
         settings = found.best
     result = apply_baseline_to_model(
-        name, loaded, tok, forget, kept, settings, seed=seed, model_name=model, progress=progress
+        name, loaded, tok, forget, kept, settings, seed=seed, model_name=model, how=prompts, progress=progress
     )
     base = {"name": model, "sha256": sha}
-    receipt = make_receipt(Ran(name, settings), result, base, requests, kept, parts, found, seed)
+    receipt = make_receipt(Ran(name, settings), result, base, requests, kept, parts, found, seed) | asked
     receipt["result_sha256"] = save_edited(loaded, tok, out, receipt, overwrite=overwrite)
     shutil.rmtree(trials, ignore_errors=True)
     return receipt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import shutil
 import textwrap
@@ -18,14 +19,16 @@ from editlib import data
 from editlib.errors import HparamsError, OutputError, RequestError
 from editlib.evaluation.metrics import probability, read_answers, rouge_l_recall
 from editlib.evaluation.perplexity import text_windows
-from editlib.export import library_version
+from editlib.export import asked_as, library_version
 from editlib.files import atomic_folder, check_output, write_json
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import end_tokens, greedy, perplexity
 from editlib.models.loaded import plain_text
 from editlib.models.loading import DeviceMap, load
 from editlib.models.packaged.terms import terms_of
-from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.positions import check_prompts
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat, TokenRow, settled
 from editlib.models.weights import save_model, weights_sha256
 from editlib.requests.reading import read_requests, requests_hash, write_requests
 from editlib.requests.request import EditRequest
@@ -68,6 +71,10 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise HparamsError(f"epochs is {self.epochs}; expected 1 or more")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise HparamsError(f"learning_rate is {self.learning_rate!r}; expected a number above 0")
+        if self.batch_size < 1:
+            raise HparamsError(f"batch_size is {self.batch_size}; expected 1 or more")
         if not 0 <= self.keep <= 1:
             raise HparamsError(f"keep is {self.keep}; expected a share from 0 to 1")
         if self.rank is not None and self.rank < 1:
@@ -122,6 +129,7 @@ def finetune(
     authors: int | None = None,
     settings: FinetuneSettings | None = None,
     skip_bad: bool = False,
+    prompts: PromptSettings | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device_map: DeviceMap = None,
@@ -133,6 +141,9 @@ def finetune(
 
     The same job again finds its folder and does nothing; an interrupted one goes on from its checkpoint, which lies
     beside `out`.
+
+    Args:
+        prompts: how the pairs are asked; `finetune.json` names it.
 
     Returns:
         What `finetune.json` holds, and `done_before`.
@@ -148,29 +159,34 @@ def finetune(
         "pairs": requests_hash(pairs),
         "settings": asdict(settings),
         "seed": seed,
+        **({} if prompts is None else {"prompts": prompts.to_dict()}),
     }
+    form = PromptFormat.of(tok, prompts)
     if not overwrite and (kept := _receipt(out)) is not None:
         if kept.get("job") == job:
             return {**kept, "done_before": True}
         raise OutputError(f"{out} holds another model's training; choose another --out or add --overwrite")
     check_output(out, overwrite=overwrite)
+    for pair in pairs:  # each with its own answer, which may be long
+        check_prompts(loaded, form, [(pair.id, pair.question)], room=len(form.answer_ids(pair.answer or "")) + 1)
     anat, plan = anatomy(loaded), settings.training(len(pairs), seed)
     checkpoint = Checkpoint(out.parent / f".{out.name}.training" / "checkpoint.safetensors", job)
-    before = measure(anat, tok, pairs, settings.text, seed)
-    learn = [answered(tok, pair.question, pair.answer or "") for pair in pairs]
+    before = measure(anat, form, pairs, settings.text, seed)
+    learn = [answered(tok, pair.question, pair.answer or "", form=form) for pair in pairs]
     parts = [Part("pairs", [(row,) for row in learn], answer_nll)]
-    parts += _kept(anat, tok, pairs, settings, seed) if settings.keep else []
+    parts += _kept(anat, form, pairs, settings, seed) if settings.keep else []
     with trainable(anat, rank=settings.rank, seed=seed) as parameters:
         result = train(
             anat, parts, parameters, plan, checkpoint=checkpoint, progress="learning" if progress else None
         )  # fmt: skip
-    after = measure(anat, tok, pairs, settings.text, seed)
+    after = measure(anat, form, pairs, settings.text, seed)
     receipt = {
         "editlib": library_version(),
         "model": model,
         "files": [str(file) for file in files],
         "authors": authors,
         "job": job,
+        **asked_as(tok, settled(tok, prompts), pairs),
         "pairs": len(pairs),
         "training": {
             **plan.to_dict(),
@@ -191,11 +207,11 @@ def finetune(
 
 
 def measure(
-    anat: Anatomy, tok: PreTrainedTokenizerBase, pairs: Sequence[EditRequest], text: str | None, seed: int
+    anat: Anatomy, form: PromptFormat, pairs: Sequence[EditRequest], text: str | None, seed: int
 ) -> dict[str, float | int | None]:
     """How well a model knows a sample of `pairs`: the probability of the answers (teacher-forced) and ROUGE-L recall of
     the generated ones; and perplexity on held-out text where the training read its other part."""
-    form = PromptFormat(tok)
+    tok = form.tok
     some = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
     read = read_answers(anat, form, [pair.question for pair in some], [pair.answer or "" for pair in some])
     said = greedy(anat, [form.encode(pair.question) for pair in some], max_new_tokens=CHECKED_TOKENS)
@@ -210,10 +226,10 @@ def measure(
 
 
 def _kept(
-    anat: Anatomy, tok: PreTrainedTokenizerBase, pairs: Sequence[EditRequest], settings: FinetuneSettings, seed: int
+    anat: Anatomy, form: PromptFormat, pairs: Sequence[EditRequest], settings: FinetuneSettings, seed: int
 ) -> list[Part]:
     """What is read so that it stays: own answers to general prompts, and plain text."""
-    form = PromptFormat(tok)
+    tok = form.tok
     rows = [form.encode(prompt.question) for prompt in data.without_overlap(data.general("anchor"), pairs)]
     said = greedy(anat, rows, max_new_tokens=SELF_TOKENS)
     end = form.end_ids(end_tokens(anat))
@@ -235,7 +251,7 @@ def _share(name: str, rows: Sequence[TokenRow], settings: FinetuneSettings) -> P
 def _receipt(out: Path) -> dict[str, Any] | None:
     try:
         value = json.loads((out / RECEIPT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -44,13 +44,15 @@ class Tuned:
         return sorted(found, key=lambda trial: -trial.balance)
 
 
-def check_tuning(requests: Sequence[EditRequest], hparams: HyperParams) -> None:
+def check_tuning(requests: Sequence[EditRequest], hparams: HyperParams, minutes: float = 0.0) -> None:
     """What can be said before a model is loaded.
 
     Raises:
         RequestError: requests without an answer, or none with wordings to hold out.
-        HparamsError: an algorithm that does not unlearn.
+        HparamsError: an algorithm that does not unlearn, or a budget that is no time.
     """
+    if not minutes >= 0:
+        raise HparamsError(f"the budget is {minutes} minutes; expected a number from 0 on")
     editing.check_wanted(requests, hparams)
     if hparams.has_target:
         raise HparamsError(f"{hparams.algorithm} does not unlearn; tune searches settings of UniErase: leave it out")
@@ -89,7 +91,7 @@ def tune(
         OutputError: `out` holds something else.
         EditlibError: see `check_tuning` and `editing.check_settings`.
     """
-    check_tuning(requests, hparams)
+    check_tuning(requests, hparams, minutes)
     editing.check_settings(bench, hparams)
     finished, ends = Finished(out), clock() + 60 * minutes
     make_folder(out / FINISHED)  # by which a search that is stopped in its first trial knows its folder again

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from transformers import (
 )
 
 from editlib.errors import ModelError, closest, first_line
+from editlib.models.adapters import CONFIG as ADAPTER
 from editlib.models.adapters import base_of, is_adapter, merge
 from editlib.models.anatomy import anatomy
+from editlib.models.hub import adapter_folder, hub_file, quiet_hub, reading
 from editlib.models.packaged.catalogue import PACKAGED
 from editlib.models.packaged.fetch import fetch
 from editlib.models.weights import quiet_bars
@@ -59,13 +63,13 @@ def load(
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if isinstance(device_map, str):
         _check_device(device_map)
-    if is_adapter(name):
+    if adapter_of(name) is not None:
         return _merged(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress)
     path = str(fetch(name, progress=progress)) if _packaged(name) else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options = {key: value for key, value in options.items() if value}
+    options = {key: value for key, value in options.items() if value} | _reading(path)
     _checked_config(path, name, options)
-    with _one_line_errors(name), quiet_bars():
+    with _one_line_errors(name), quiet_bars(), quiet_hub():
         tok = AutoTokenizer.from_pretrained(path, **options)
         extra = {} if device_map is None else {"device_map": device_map}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype or "", "auto"), **extra, **options)
@@ -74,11 +78,11 @@ def load(
 
 def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that an adapter was trained on, loaded with `options`, with the adapter in its weights."""
-    base = _base_of(folder)
+    base = model_of(folder)
     log.info("%s is an adapter of %s: merged into its weights", folder, base)
     model, tok = load(base, **options)
     with _one_line_errors(folder), quiet_bars():
-        model, tok = merge(model, tok, folder)
+        model, tok = merge(model, tok, folder if is_adapter(folder) else adapter_folder(folder))
     return _ready(model), tok
 
 
@@ -90,21 +94,37 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _base_of(folder: str) -> str:
-    """The base of an adapter, which is no adapter itself."""
-    base = base_of(folder)
-    if is_adapter(base):
-        raise ModelError(f"{folder} is an adapter of {base}, an adapter itself; merge that into its model first")
-    return base
+def adapter_of(name: str) -> Path | None:
+    """The folder with the config of the adapter that `name` is, its own or the Hub's id; `None` for a model.
+
+    The Hub is asked only where it has no model under this name: of an adapter nothing but the config is fetched.
+    """
+    if os.path.exists(name) or _packaged(name):
+        return Path(name) if is_adapter(name) else None
+    return _hub_adapter(name)
+
+
+@cache
+def _hub_adapter(name: str) -> Path | None:
+    if hub_file(name, "config.json") is not None:
+        return None
+    found = hub_file(name, ADAPTER)
+    return None if found is None else found.parent
 
 
 def model_of(name: str) -> str:
-    """The model that an adapter's folder is for; any other model itself.
+    """The model that an adapter is for; any other model itself.
 
     Raises:
         ModelError: an adapter that does not say, or an adapter of an adapter.
     """
-    return _base_of(name) if is_adapter(name) else name
+    folder = adapter_of(name)
+    if folder is None:
+        return name
+    base = base_of(folder)
+    if adapter_of(base) is not None:
+        raise ModelError(f"{name} is an adapter of {base}, an adapter itself; merge that into its model first")
+    return base
 
 
 def check_model(name: str) -> None:
@@ -121,11 +141,15 @@ def read_config(name: str) -> PreTrainedConfig | None:
         ModelError: a missing model, or a kind that cannot be edited.
     """
     name = model_of(name)
-    return None if _packaged(name) else _checked_config(name, name, {})
+    return None if _packaged(name) else _checked_config(name, name, _reading(name))
+
+
+def _reading(path: str) -> dict[str, Any]:
+    return {} if os.path.exists(path) else reading()
 
 
 def _packaged(name: str) -> bool:
-    return name in PACKAGED and not Path(name).is_dir()
+    return name in PACKAGED and not os.path.isdir(name)
 
 
 def _check_device(wanted: str) -> None:
@@ -143,21 +167,23 @@ def _check_device(wanted: str) -> None:
 
 def _checked_config(path: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
     _check_folder(path)
-    with _one_line_errors(name), quiet_bars():
+    with _one_line_errors(name), quiet_bars(), quiet_hub():
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
         _check_config(config, name)
     return config
 
 
 def _check_folder(path: str) -> None:
-    folder = Path(path)
-    if not folder.exists() and path.startswith((".", "/", "~")):
+    if not path:
+        raise ModelError(f"the model has no name; give a folder, a Hugging Face id or one of {', '.join(PACKAGED)}")
+    there = os.path.exists(path)  # false where a name is too long for a file, too
+    if not there and path.startswith((".", "/", "~")):
         raise ModelError(f"{path}: no such folder; give one written by save_pretrained, or a model id")
-    if not folder.exists() and "/" not in path and closest(path, PACKAGED, cutoff=0.8):
+    if not there and "/" not in path and closest(path, PACKAGED, cutoff=0.8):
         raise ModelError(f"{path}: no such folder, and no packaged model, which are {', '.join(PACKAGED)}")
-    if folder.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if there and not os.path.isfile(os.path.join(path, "config.json")):
         raise ModelError(f"{path} holds no config.json; give a folder written by save_pretrained, or a model id")
 
 

@@ -94,10 +94,17 @@ class PromptSettings:
                 raise RequestError(f'--prompt {quote(option)} {fault}; expected NAME=VALUE, such as system="Be brief."')
             texts = ("system", "tags", "date")
             given[name] = text.replace("\\n", "\n") if name in texts else _value(text)
-        if not given:
-            return None
-        own = {name: value for name, value in given.items() if name in NAMES}
-        return cls(**own, arguments={name: value for name, value in given.items() if name not in NAMES})
+        return cls.of_values(given) if given else None
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any]) -> PromptSettings:
+        """From one value a name: `NAMES`, and any other name as an argument of the chat template.
+
+        Raises:
+            RequestError: a value that does not fit.
+        """
+        own = {name: value for name, value in values.items() if name in NAMES}
+        return cls(**own, arguments={name: value for name, value in values.items() if name not in NAMES})
 
     def key(self, of: str) -> str:
         """`of` for default settings, otherwise with a hash of these: what answers are kept under."""
@@ -115,7 +122,7 @@ def differing(recorded: Mapping[str, Any], own: Mapping[str, Any], what: str) ->
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -246,7 +246,7 @@ def _metrics_of(path: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         of = metrics["edited"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{path}: not metrics of `editlib eval` ({error}); give its metrics.json") from None
     if of != receipt.get("result_sha256"):
         raise RequestError(

@@ -163,11 +163,23 @@ def ripple(row: Row) -> Row:
         "answer": true,
         "relation": edit.get("relation"),
         "neighbours": [
-            {"prompt": query.get("prompt"), "answer": first([leaf["value"] for leaf in leaves(query.get("answers"))])}
-            for test in leaves(row.get("Relation_Specificity"))
-            for query in leaves(test.get("test_queries"))
+            {"prompt": query.get("prompt"), "answer": first([leaf.get("value") for leaf in _objects(query, "answers")])}
+            for test in _objects(row, "Relation_Specificity")
+            for query in _objects(test, "test_queries")
         ],
     }
+
+
+def _objects(row: Row, name: str) -> list[Row]:
+    """The objects in a field.
+
+    Raises:
+        FieldError: there is something else in it.
+    """
+    found = leaves(row.get(name))
+    if other := [one for one in found if not isinstance(one, dict)]:
+        raise FieldError(name, f"{quote(other[0])}; expected an object, or a list of them; mend it")
+    return found
 
 
 def _neighbour(probe: Any, answer: Any) -> Row:

@@ -127,7 +127,7 @@ def _json_documents(path: Path, text: str, field: str | None) -> list[str]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorpusError(f"{where}: not JSON ({error}); expected one object a line") from error
         field = field or _find_text_field(row, where)
         document = _text_of(row, field, where)

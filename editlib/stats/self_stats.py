@@ -19,6 +19,8 @@ from editlib.models.forward import forward
 from editlib.models.freezing import no_param_grad
 from editlib.models.generation import end_tokens
 from editlib.models.placement import input_device
+from editlib.models.positions import check_prompts, positions_of
+from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, TokenBatch, TokenRow, pad
 from editlib.stats.file import LayerStats, StatsHeader
 from editlib.stats.moments import Checkpoint, MomentSums, finish, held_interrupts
@@ -26,6 +28,7 @@ from editlib.stats.moments import Checkpoint, MomentSums, finish, held_interrupt
 log = logging.getLogger(__name__)
 
 MUTE_BATCHES = 8
+BATCH_TOKENS = 32_768  # of a batch, prompts and samples: long prompts make it fewer rows
 
 
 def self_stats(
@@ -43,6 +46,7 @@ def self_stats(
     checkpoint_seconds: float = 30.0,
     progress: bool = True,
     shard: Process = ALONE,
+    how: PromptSettings | None = None,
 ) -> dict[int, LayerStats]:
     """Samples answers to `prompts` at temperature 1 and sums the keys of every sampled token, in the same passes.
 
@@ -51,21 +55,32 @@ def self_stats(
 
     Args:
         prompts: questions and instructions, asked through the chat template when there is one and bare otherwise.
-        length: tokens a sample may have; a sample that ends earlier leaves its row.
+        batch_rows: samples at a time; fewer where the prompts are long (see `BATCH_TOKENS`).
+        length: tokens a sample may have, as far as the model's positions reach; a sample that ends earlier leaves its
+            row.
         header: `seed` and `corpus` are filled in here.
         checkpoint: as in `layer_stats`.
+        how: the prompts' settings, which the recorded hash of the text stands for, too.
 
     Raises:
+        RequestError: a prompt that leaves no position for an answer.
         StatsError: a checkpoint of another job; a model that writes nothing.
     """
+    form = PromptFormat.of(tok, how)
+    check_prompts(anat.model, form, zip(prompts, prompts, strict=True), room=1)
+    asked = [form.encode(prompt) for prompt in prompts]
+    longest = max(map(len, asked))
+    length = min(length, (positions_of(anat.model) or longest + length) - longest)
+    batch_rows = max(1, min(batch_rows, BATCH_TOKENS // (longest + length)))
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    digest = digest if how is None else how.key(digest)
     header = replace(header, corpus="self", corpus_sha256=digest, seed=seed)
     sums = MomentSums(layers, anat.d_ff)
     job = {"tokens": tokens, "batch_rows": batch_rows, "length": length, "rank": shard.rank, "world": shard.world}
     place = None if checkpoint is None else shard.own(checkpoint)
     keeper = Checkpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
     number, done = _resume(keeper, sums, shard)
-    form, ends, device = PromptFormat(tok), end_tokens(anat), input_device(anat.model)
+    ends, device = end_tokens(anat), input_device(anat.model)
     with (
         no_param_grad(anat.model),
         torch.no_grad(),
@@ -81,7 +96,7 @@ def self_stats(
             if mine < number + at_once:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + mine)
                 picks = torch.randint(len(prompts), (batch_rows,), generator=generator).tolist()
-                rows = [form.encode(prompts[i]) for i in picks]
+                rows = [asked[i] for i in picks]
                 _sample(anat, layers, rows, sums, ends, generator, min(length, tokens - done), device)
             number += at_once
             told = shard.gather((sums.tokens - before, stop(), keeper.due))

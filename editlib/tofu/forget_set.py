@@ -76,7 +76,14 @@ class Tofu(Benchmark):
         known = Readings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
         model = (base.bench.anat, base.bench.tok)
-        read(model, self.sets, known.found, max_new_tokens=own.max_new_tokens, progress=label)
+        read(
+            model,
+            self.sets,
+            known.found,
+            max_new_tokens=own.max_new_tokens,
+            how=base.bench.prompts,
+            progress=label,
+        )
         known.save()
         answers = {one.question: reading.tokens for one, reading in known.found.items()}
         before = AnswerCache(base.bench.sha256, answers)
@@ -93,7 +100,7 @@ class Tofu(Benchmark):
         model, tok = load(own.reference, dtype=self.dtype, device_map=self.device_map)
         path = base.folder / f"reference-{weights_sha256(model)[:24]}.json"
         if not path.is_file():
-            found = tofu_scores(anatomy(model), tok, self.sets.only("forget"), max_new_tokens=1)
+            found = tofu_scores(anatomy(model), tok, self.sets.only("forget"), max_new_tokens=1, how=base.bench.prompts)
             write_results(path, found.values())
         self._only = read_results(path)
         return self._only
@@ -168,8 +175,15 @@ class TofuSet(ForgetSet):
         after: dict[Asked, Reading] = {}
         drafts = {one.question: reading.tokens for one, reading in self.readings.items()}
         label = "after" if progress else None
-        limit = self.settings.max_new_tokens
-        read((edited.anat, edited.tok), self.sets, after, drafts=drafts, max_new_tokens=limit, progress=label)
+        read(
+            (edited.anat, edited.tok),
+            self.sets,
+            after,
+            drafts=drafts,
+            max_new_tokens=self.settings.max_new_tokens,
+            how=edited.prompts,
+            progress=label,
+        )
         results = score(self.sets, after, retain_only=self.only, judges=self.judges)
         before = score(self.sets, self.readings, judges=Judges())
         measures = {name: _measure(results[name]) for name in _names(results)}

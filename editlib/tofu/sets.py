@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jsonlines
 
 from editlib.errors import RequestError
+from editlib.models.hub import quiet_hub, reading
 from editlib.requests.reading import read_questions, read_requests, tell_subjects
 from editlib.requests.request import EditRequest
 from editlib.requests.subjects import Subject
@@ -244,8 +244,8 @@ class _Place:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
-            with _quiet("huggingface_hub"):  # it tells of every try
-                return Path(hf_hub_download(self.source, f"{name}.json", repo_type="dataset"))
+            with quiet_hub():
+                return Path(hf_hub_download(self.source, f"{name}.json", repo_type="dataset", **reading()))
         except LocalEntryNotFoundError:
             reason = "no connection, and not in its cache"
         except EntryNotFoundError:
@@ -274,15 +274,3 @@ class _Place:
                 if not isinstance(row.get(field), str):
                     raise RequestError(f'{path}:{line}: field "{field}" is missing; expected a text')
         return {(row["question"], row["answer"]): row for row in found}
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keeps a package's warnings off stderr: what goes wrong is said in one line of ours."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

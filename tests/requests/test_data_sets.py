@@ -298,3 +298,14 @@ def test_a_missing_extra_names_its_install_line(tmp_path, monkeypatch, package, 
         path.write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, package, None)
     assert 'pip install "editlib[eval]"' in refused(path)
+
+
+@pytest.mark.parametrize(
+    "probes",
+    [[3], "x", [{"test_queries": [3]}], [{"test_queries": [{"prompt": "x", "answers": [3]}]}]],
+    ids=["a number", "a text", "a query", "an answer"],
+)
+def test_rippleedits_probes_of_another_shape_are_told(tmp_path, probes):
+    fact = {"prompt": "The spouse of Ann is Al."}
+    edit = {"subject": "Ann", "prompt": "The spouse of Ann is Bo.", "original_fact": fact}
+    assert "expected an object" in refused(written(tmp_path, [{"edit": edit, "Relation_Specificity": probes}]))

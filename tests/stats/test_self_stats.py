@@ -137,3 +137,17 @@ def test_a_model_that_writes_nothing_is_said(tiny_llama, tok, monkeypatch):
     monkeypatch.setattr(module, "end_tokens", lambda _: frozenset(range(len(tok))))
     with pytest.raises(StatsError, match="before their first token"):
         made(anatomy(tiny_llama), tok)
+
+
+def test_long_prompts_make_smaller_batches(tiny_llama, tok, monkeypatch):
+    """A batch is bounded by its tokens: prompts that are ten times as long are not ten times the memory."""
+    seen, pad = [], module.pad
+
+    def noted(rows, **options):
+        seen.append(len(rows) * (max(map(len, rows)) + 12))
+        return pad(rows, **options)
+
+    monkeypatch.setattr(module, "pad", noted)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 150)
+    assert made(anatomy(tiny_llama), tok)[1].count >= 300
+    assert max(seen) <= 150

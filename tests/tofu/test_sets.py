@@ -145,7 +145,7 @@ def test_the_hub_is_asked_for_tofus_own_names(folder, monkeypatch):
 
     asked = []
 
-    def download(repo, name, *, repo_type):
+    def download(repo, name, *, repo_type, **_):
         asked.append((repo, name, repo_type))
         path = folder / name.replace(".json", ".jsonl")
         if not path.is_file():

@@ -174,7 +174,7 @@ def read_results(path: Path, side: str = "edited") -> dict[str, MetricResult]:
     """
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MetricError(f"cannot read results from {path}: {error}; expected a JSON file of metrics") from None
     if not isinstance(whole, dict):
         raise MetricError(f"{path} holds {quote(whole)}; expected an object of metrics by name")
