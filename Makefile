@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test bench lint docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/editlib demo --out runs/demo --overwrite
@@ -14,6 +14,11 @@ test: $(VENV)/.ready
 	$(BIN)/editlib fetch smollm2-135m
 	$(PYTEST)
 	PYTHONPATH=tests $(PYTEST) -p stand_in tests/test_accelerator.py tests/chain/test_chain_accelerator.py
+
+# The core ratios of speed; a part that is finished is not measured again.
+bench: $(VENV)/.ready
+	$(BIN)/editlib fetch smollm2-135m
+	$(BIN)/python benchmarks/bench.py --out runs/bench
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
