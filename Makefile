@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 
 QUICK := tests/requests tests/hparams tests/evaluation tests/algorithms/test_closed_form.py \
 	tests/algorithms/test_low_rank.py tests/algorithms/test_null_space.py tests/test_architecture.py tests/docs
 
-.PHONY: demo check test lint docs clean
+.PHONY: demo check test bench lint docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/editlib demo --out runs/demo --overwrite
@@ -24,6 +24,11 @@ test: $(VENV)/.ready
 	$(BIN)/editlib fetch smollm2-135m
 	$(PYTEST)
 	PYTHONPATH=tests $(PYTEST) -p stand_in tests/test_accelerator.py tests/chain/test_chain_accelerator.py
+
+# The core ratios of speed; a part that is finished is not measured again.
+bench: $(VENV)/.ready
+	$(BIN)/editlib fetch smollm2-135m
+	$(BIN)/python benchmarks/bench.py --out runs/bench
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -1,14 +1,18 @@
 """AlphaEdit as its authors' code and EasyEdit run it, written down to be timed beside ours; no code of editlib.
 
-One request after the other for the target states, its surroundings in one padded batch, every step a pass through the
-whole model with logits at every position; keys and states by whole passes; one dense `d_ff x d_ff` solve a layer
-(AlphaEdit, 2410.02355, eq. 14). The stored projector and the sum of earlier keys are dense, too.
+One request after the other for the values, its contexts in one padded batch, every step a pass through the whole model
+with logits at every position; keys and states by whole passes; one dense `d_ff x d_ff` solve a layer (AlphaEdit,
+2410.02355, eq. 14). The stored projector and the sum of earlier keys are dense, too. Statistics take one pass a layer,
+stopped behind it, as in ROME's code. No weight gets a gradient.
+
+One thing is not as published: the authors stop a request when its whole loss is small, editlib when the NLL of its
+target is. Here both do the latter, so that the two sides take the same steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +22,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Asked:
-    """One request as token ids: prompts in their surroundings and where the subject ends, the plain one first; the
-    target; and the prompt about the subject whose next token must stay."""
+    """One request as token ids: its contexts and where the subject ends in each, the plain one first; the target; and
+    the KL prompt, whose next token must stay."""
 
     contexts: Sequence[tuple[list[int], int]]
     target: list[int]
@@ -88,7 +92,7 @@ def compute_z(model: nn.Module, layer: nn.Module, asked: Asked, settings: Settin
         before = now.detach().clone() if before is None else before
         kl = settings.kl_factor * F.kl_div(before, now, log_target=True, reduction="sum")
         loss = nll + kl + settings.weight_decay * delta.norm() / start[0].norm() ** 2
-        if float(loss.detach()) < settings.stop_loss or step == settings.steps - 1:
+        if float(nll.detach()) < settings.stop_loss or step == settings.steps - 1:
             break
         optimizer.zero_grad()
         loss.backward()
@@ -134,27 +138,68 @@ def alphaedit(
     settings: Settings,
     projectors: dict[int, Tensor],
 ) -> int:
-    """Edits the model in place; returns the steps that the target states took.
+    """Edits the model in place; returns the steps that the values took.
 
     `layers` are the decoder layers, `matrices` their MLP output matrices, `projectors` the dense `P [d_ff, d_ff]`, kept
     on the CPU and moved a layer at a time.
     """
     model.requires_grad_(False)
+    found = [compute_z(model, layers[settings.layers[-1]], one, settings) for one in asked]
+    write(model, layers, matrices, asked, settings, projectors, torch.stack([z for z, _ in found], 1))
+    return sum(taken for _, taken in found)
+
+
+def write(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    matrices: Sequence[nn.Linear],
+    asked: Sequence[Asked],
+    settings: Settings,
+    projectors: dict[int, Tensor],
+    targets: Tensor,
+) -> None:
+    """Spreads the way to the values `targets [d_model, n]` over the layers, and adds the new keys to the past ones."""
     top = layers[settings.layers[-1]]
-    found = [compute_z(model, top, one, settings) for one in asked]
-    targets = torch.stack([z for z, _ in found], 1)  # [d_model, n]
     plain = [one.contexts[0] for one in asked]
     past = {layer: torch.zeros_like(projector) for layer, projector in projectors.items()}
     for i, layer in enumerate(settings.layers):
         p, matrix = projectors[layer].to(targets.device), matrices[layer]
         keys = compute_ks(model, matrix, asked)
         residual = (targets - look(model, top, plain, False).T) / (len(settings.layers) - i)
-        gram = keys @ keys.T + past[layer].to(targets.device)
-        unit = torch.eye(len(p), dtype=p.dtype, device=p.device)
-        update = torch.linalg.solve(p @ gram + settings.l2 * unit, p @ keys @ residual.T)
+        update = solve(keys, residual, p, past[layer].to(targets.device), settings.l2)
         with torch.no_grad():
-            matrix.weight += update.T.to(matrix.weight.dtype)
+            matrix.weight += update.to(matrix.weight.dtype)
     for layer in settings.layers:
         new = compute_ks(model, matrices[layer], asked)
         past[layer] += (new @ new.T).cpu()
-    return sum(taken for _, taken in found)
+
+
+def solve(keys: Tensor, residual: Tensor, p: Tensor, past: Tensor, l2: float) -> Tensor:
+    """`Δ [d_model, d_ff]` of `(P (K K^T + C) + L2 I) Δ^T = P K R^T`, with `C = past` the sum over earlier keys."""
+    gram = keys @ keys.T + past
+    unit = torch.eye(len(p), dtype=p.dtype, device=p.device)
+    return torch.linalg.solve(p @ gram + l2 * unit, p @ keys @ residual.T).T
+
+
+@torch.no_grad()
+def layer_stats(
+    model: nn.Module, layer: nn.Module, matrix: nn.Module, batches: Sequence[Sequence[list[int]]]
+) -> Tensor:
+    """The second moment `[d_ff, d_ff]`, not divided by the number of tokens, of one layer's keys over texts."""
+    device, total = next(model.parameters()).device, torch.zeros(())
+    for rows in batches:
+        inputs = padded(rows, device)
+        seen: list[Tensor] = []
+        with hooked(matrix, lambda _, args, __, seen=seen: seen.append(args[0])), hooked(layer, stop), suppress(_Stop):
+            model(**inputs, use_cache=False)
+        keys = seen[0][inputs["attention_mask"].bool()].float()
+        total = total + (keys.T @ keys).cpu()
+    return total
+
+
+class _Stop(Exception):
+    """Ends a pass behind the layer whose keys were wanted."""
+
+
+def stop(*_: object) -> None:
+    raise _Stop

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from editlib.cli import ability, ask, attack, baseline, compare, demo, edit, evaluate, export, finetune, hparams
+from editlib.cli import ability, ask, attack, baseline, compare, demo, edit, evaluate, export, finetune, hparams, plan
 from editlib.cli.bench import bench_app
 from editlib.cli.chain import chain_app
 from editlib.cli.hparams import hparams_app
@@ -80,7 +80,7 @@ def fetch(
 
 
 app.add_typer(stats_app, name="stats")
-for command in (edit, evaluate, attack, ask, demo):
+for command in (edit, plan, evaluate, attack, ask, demo):
     command.register(app)
 app.add_typer(bench_app, name="bench")
 for command in (ability, compare, finetune, baseline):

@@ -148,6 +148,18 @@ def _reading(path: str) -> dict[str, Any]:
     return {} if os.path.exists(path) else reading()
 
 
+def read_config_file(path: str) -> PreTrainedConfig:
+    """The configuration in a JSON file, whatever it is called.
+
+    Raises:
+        ModelError: not a configuration, or that of a kind that cannot be edited.
+    """
+    with _one_line_errors(path), quiet_bars():
+        config = AutoConfig.from_pretrained(path)
+        _check_config(config, path)
+    return config
+
+
 def _packaged(name: str) -> bool:
     return name in PACKAGED and not os.path.isdir(name)
 

@@ -57,7 +57,7 @@ class _Columns:
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:
-    return torch.take_along_dim(x, order.to(x.device).reshape(*order.shape, *[1] * (x.dim() - 2)), 1)
+    return x[torch.arange(len(x), device=x.device)[:, None], order.to(x.device)]
 
 
 def run(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 
@@ -28,6 +29,17 @@ def cast_params(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[N
     finally:
         for parameter, data in originals.items():
             parameter.data = data
+
+
+@contextmanager
+def plain_attention(device: torch.device) -> Iterator[None]:
+    """On the CPU, attention inside the block is plain products and a softmax, not the fused kernel, whose gradient is
+    several times slower where few tokens look back at a long prefix."""
+    if device.type != "cpu":
+        yield
+        return
+    with sdpa_kernel([SDPBackend.MATH]):
+        yield
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -42,9 +42,8 @@ class Prefix:
         if not bool((mask[:, 1:] < mask[:, :-1]).any()):
             return
         # Stable: the tokens keep their order, and only the padding moves to the left.
-        order = mask.argsort(dim=1, stable=True)  # [n, P]
-        pick = order[:, None, :, None]  # [n, 1, P, 1], over heads and head_dim
-        layers = tuple(tuple(torch.take_along_dim(x, pick.to(x.device), 2) for x in pair) for pair in self.layers)
+        order = mask.argsort(dim=1, stable=True)
+        layers = tuple((_reordered(keys, order), _reordered(values, order)) for keys, values in self.layers)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "attention_mask", mask.gather(1, order))
         if self.input_ids is not None:
@@ -72,3 +71,10 @@ class Prefix:
     def cache(self) -> KVCache:
         """A fresh cache that a pass may append to; the prefix itself is never changed."""
         return DynamicCache(list(self.layers)) if self.input_ids is None else TokenReplay(self.input_ids)
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """`x [n, heads, P, head_dim]` with the columns of each row in the `order [n, P]`. Indexing copies whole columns;
+    `take_along_dim` goes number by number and takes six times as long."""
+    rows, heads = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
+    return x[rows[:, None, None], heads[None, :, None], order.to(x.device)[:, None]]

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import einsum
 from torch import Tensor
 
 from editlib.distributed import ALONE, Process
@@ -54,7 +53,7 @@ class MomentSums:
     def _flush(self, layer: int) -> None:
         if self._waiting[layer]:
             keys = torch.cat(self._waiting[layer])
-            self.sums[layer] += einsum(keys, keys, "token i, token j -> i j").cpu()
+            self.sums[layer] += gram(keys).cpu()
             self._waiting[layer] = []
 
     def flush(self) -> None:
@@ -74,6 +73,19 @@ class MomentSums:
         for layer in sorted(self.sums):
             shard.add_up(self.sums[layer])
         self.tokens = sum(shard.gather(self.tokens))
+
+
+def gram(keys: Tensor, pieces: int = 8) -> Tensor:
+    """`Σ k k^T [d_ff, d_ff]` of `keys [tokens, d_ff]`, which is symmetric: what lies on and above the diagonal is
+    computed, in slabs of rows, and mirrored. That is little more than half the operations of the whole product."""
+    d_ff = keys.shape[1]
+    total = keys.new_empty(d_ff, d_ff)
+    for piece in range(pieces):
+        top, bottom = d_ff * piece // pieces, d_ff * (piece + 1) // pieces
+        slab = keys[:, top:bottom].T @ keys[:, top:]
+        total[top:bottom, top:] = slab
+        total[bottom:, top:bottom] = slab[:, bottom - top :].T
+    return total
 
 
 def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int) -> dict[int, LayerStats]:

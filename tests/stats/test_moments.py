@@ -19,7 +19,7 @@ from editlib.models.loading import load
 from editlib.models.weights import save_model
 from editlib.stats import layer_stats as module
 from editlib.stats.layer_stats import document_windows
-from editlib.stats.moments import drop_checkpoint, held_interrupts
+from editlib.stats.moments import drop_checkpoint, gram, held_interrupts
 from editlib.workbench import Workbench
 
 
@@ -223,3 +223,11 @@ def test_a_command_that_is_stopped_or_killed_goes_on(tiny_llama, tok, tmp_path):
     assert made[0].header == made[1].header and made[0].count == 80_000
     assert torch.allclose(made[0].mom2, made[1].mom2, rtol=1e-6)
     assert sorted(path.name for path in (stats / "tiny").iterdir()) == ["c_stats"]
+
+
+@pytest.mark.parametrize("d_ff", [5, 16, 37])
+def test_half_of_a_symmetric_product_gives_all_of_it(d_ff):
+    keys = torch.randn(50, d_ff, generator=torch.Generator().manual_seed(d_ff))
+    total = gram(keys)
+    torch.testing.assert_close(total, keys.T @ keys)
+    assert torch.equal(total, total.T)

@@ -25,6 +25,7 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.forward import forward, new_cache, shared_prefix
 from editlib.models.freezing import no_param_grad
 from editlib.models.generation import end_tokens
+from editlib.models.precision import cast_params, fast_dtype, plain_attention
 from editlib.models.prefix import Prefix
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, TokenRow, pad, settled
@@ -48,6 +49,8 @@ class TokenHyperParams:
     reach: float = 14.0  # nats that the token lies below everything else where an answer starts
     floor: float = 12.0  # nats that it stays below everything else on other ordinary text, at least
     guard_prompts: int = 180  # ordinary prompts whose answers are watched
+    guard_tokens: int = 24  # of an answer that are watched
+    precision: str = "fast"  # dtype of the model's passes: "model", or "fast": bf16 where the processor is faster in it
     seed: int = 0
 
 
@@ -112,16 +115,15 @@ class UnlearningToken:
                 f"but this model has {width}; "
                 "learn one for it with `editlib token`"
             )
-        number = add_token(model, tok, self.header.token)
-        write_rows(anat, number, self.row_in, self.row_out)
-        return number
+        unl_id = add_token(model, tok, self.header.token)
+        write_rows(anat, unl_id, self.row_in, self.row_out)
+        return unl_id
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Form:
     """All training questions in one prompt form, encoded once."""
 
-    format: PromptFormat
     prefix: Prefix
     refusals: list[tuple[int, ...]]  # each with the token that ends an answer
 
@@ -144,7 +146,8 @@ def learn_token(
     Everything in front of the token is constant, so it is run once; a step costs the token and the refusal behind
     it. With tied embeddings one row is trained as input and output, otherwise two. A guard (`Guard.penalty`) holds the
     token's logit `reach` nats under the log-sum of all others where an answer starts, and at least `floor` nats under
-    it elsewhere in the questions and in the model's own answers to them and to `ordinary`.
+    it elsewhere in the questions and in the model's own answers to them and to `ordinary`. The rows are learned in
+    fp32, whatever the dtype of the model's passes.
 
     Args:
         ordinary: further prompts whose answers the token must keep out of, such as open instructions.
@@ -155,61 +158,22 @@ def learn_token(
         ModelError: `layers` outside the model.
     """
     hp = hparams or TokenHyperParams()
-    least = max(hp.batch, 2)
-    if len(questions) < least or len(refusals) < 2:
-        raise TokenError(
-            f"{len(questions)} questions and {len(refusals)} refusals given; at least {least} and 2 are needed"
-        )
-    if min(hp.steps, hp.batch) < 1:
-        raise TokenError(f"steps {hp.steps} and batch {hp.batch} given; both must be at least 1")
-    noisy = hp.layers or tuple(range(4 * anat.n_layers // 30, 8 * anat.n_layers // 30 + 1))
-    anat.check_layers(list(noisy))
-    check_rows(anat)
-    generator = torch.Generator().manual_seed(hp.seed)
-    number = add_token(anat.model, tok, token)
-    with no_param_grad(anat.model):
-        settings = settled(tok, prompts)
-        asked = PromptFormat.of(tok, settings)
-        forms, guard = _encode(anat, asked, questions, refusals, number)
+    _check(anat, questions, refusals, hp)
+    settings = settled(tok, prompts)
+    unl_id = add_token(anat.model, tok, token)
+    dtype = fast_dtype(anat.model) if hp.precision == "fast" else None
+    with no_param_grad(anat.model), cast_params(anat.model, dtype):
+        form = PromptFormat.of(tok, settings)
+        forms, guard = _encode(anat, form, questions, refusals, unl_id)
         watched = [*ordinary, *questions][: hp.guard_prompts]
         if watched:
-            guard = Guard.joined([guard, answer_guard(anat, [asked.encode(text) for text in watched], number)])
-        typical = anat.embedding.weight[:number].float()
-        mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
-        row_in = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
-        rows = [row_in] if anat.tied else [row_in, row_in.detach().clone().requires_grad_()]
-        optimizer = torch.optim.Adam(rows, lr=hp.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, hp.steps, eta_min=hp.lr / 20)
-        losses = []
-        mean_rows = [torch.zeros_like(row, requires_grad=False) for row in rows]
-        averaged = min(max(hp.averaged_steps, 1), hp.steps)
-        for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
-            form = forms[step % len(forms)]
-            noise_layer = noisy[step % len(noisy)] if step >= hp.steps - hp.robust_steps else None
-            with (
-                _noise(anat, noise_layer, hp.noise, generator),
-                rows_in_place(anat, number, rows[0], rows[-1]),
-            ):
-                loss = _refusal_nll(anat, form, number, hp.batch, generator)
-            penalty = guard.penalty(rows[-1], hp.reach, hp.floor)
-            total = loss + hp.guard_weight * penalty
-            if not torch.isfinite(total):
-                raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
-            losses.append(float(loss.detach()))
-            log.debug("step %d: refusal NLL %.3f, guard %.3f", step, losses[-1], float(penalty.detach()))
-            optimizer.zero_grad()
-            torch.autograd.backward(total)
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for row in rows:
-                    row.mul_((1.5 * length / row.norm()).clamp_max(1.0))
-                if step >= hp.steps - averaged:
-                    for mean_row, row in zip(mean_rows, rows, strict=True):
-                        mean_row.add_(row / averaged)
-        write_rows(anat, number, mean_rows[0], mean_rows[-1])
-        where = guard.summary(mean_rows[-1])
-    log.info("token learned: refusal NLL %.3f nats a token, on ordinary text %s", losses[-1], where)
+            asked = [form.encode(text) for text in watched]
+            guard = Guard.joined([guard, answer_guard(anat, asked, unl_id, answer_tokens=hp.guard_tokens)])
+        with plain_attention(anat.device):
+            rows, nll = _train(anat, forms, guard, unl_id, hp, progress=progress)
+    write_rows(anat, unl_id, rows[0], rows[-1])
+    gaps = guard.summary(rows[-1])
+    log.info("token learned: refusal NLL %.3f nats a token, on ordinary text %s", nll, gaps)
     header = TokenHeader(
         token=token,
         model=str(anat.model.name_or_path),
@@ -219,9 +183,29 @@ def learn_token(
         refusals=len(refusals),
         hparams=asdict(hp),
         prompts=settings.to_dict(),
-        metrics={"refusal_nll": sum(losses[-averaged:]) / averaged, **where},
+        metrics={"refusal_nll": nll, **gaps},
     )
-    return UnlearningToken(mean_rows[0].float().cpu(), mean_rows[-1].float().cpu(), header)
+    return UnlearningToken(rows[0].float().cpu(), rows[-1].float().cpu(), header)
+
+
+def _check(anat: Anatomy, questions: Sequence[str], refusals: Sequence[str], hp: TokenHyperParams) -> None:
+    """Refuses what `learn_token` cannot work with, before anything is changed."""
+    least = max(hp.batch, 2)
+    if len(questions) < least or len(refusals) < 2:
+        raise TokenError(
+            f"{len(questions)} questions and {len(refusals)} refusals given; at least {least} and 2 are needed"
+        )
+    if min(hp.steps, hp.batch) < 1:
+        raise TokenError(f"steps {hp.steps} and batch {hp.batch} given; both must be at least 1")
+    if hp.precision not in ("fast", "model"):
+        raise TokenError(f'precision {hp.precision!r} given; expected "fast" or "model"')
+    anat.check_layers(_noisy_layers(anat, hp))
+    check_rows(anat)
+
+
+def _noisy_layers(anat: Anatomy, hp: TokenHyperParams) -> list[int]:
+    """The layers that carry noise in the robust steps."""
+    return list(hp.layers or range(4 * anat.n_layers // 30, 8 * anat.n_layers // 30 + 1))
 
 
 def _encode(
@@ -229,7 +213,7 @@ def _encode(
     asked: PromptFormat,
     questions: Sequence[str],
     refusals: Sequence[str],
-    number: int,
+    unl_id: int,
 ) -> tuple[list[_Form], Guard]:
     """The prompt forms with their cached prefixes, each question in one form, and from the same pass the guard over
     the questions."""
@@ -241,13 +225,13 @@ def _encode(
         rows = [form.encode(question) for question in questions[i :: len(formats)]]
         end = form.end_ids(end_tokens(anat)) if end_tokens(anat) else ()  # a model that never stops is taught no end
         with torch.no_grad():
-            prefix, guard = _ordinary(anat, rows, number)
-        forms.append(_Form(form, prefix, [(*form.answer_ids(text), *end) for text in refusals]))
+            prefix, guard = _ordinary(anat, rows, unl_id)
+        forms.append(_Form(prefix, [(*form.answer_ids(text), *end) for text in refusals]))
         guards.append(guard)
     return forms, Guard.joined(guards)
 
 
-def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) -> tuple[Prefix, Guard]:
+def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int = 4) -> tuple[Prefix, Guard]:
     """The cached `rows`, and the guard over their ends and each `every`-th position before."""
     front, rests = shared_prefix(anat, rows)
     batch = pad(rests, side="left", device=anat.device)
@@ -257,17 +241,64 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], number: int, every: int = 4) 
     back = batch.last[:, None] - columns
     row, column = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
     places = (row, column)
-    states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), number, places, cache=cache)
+    states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), unl_id, places, cache=cache)
     prefix = Prefix.of(cache, mask)
     return prefix, Guard(states, log_sums, back[places] == 0)
 
 
-def _refusal_nll(anat: Anatomy, form: _Form, number: int, batch: int, generator: torch.Generator) -> Tensor:
+def _train(
+    anat: Anatomy, forms: Sequence[_Form], guard: Guard, unl_id: int, hp: TokenHyperParams, *, progress: bool
+) -> tuple[list[Tensor], float]:
+    """The learned rows `[d_model]` (one where embeddings are tied, else input and output), averaged over the last
+    `averaged_steps`, and the refusals' mean NLL over those steps, in nats a token.
+
+    Raises:
+        TokenError: a loss that is not finite.
+    """
+    generator = torch.Generator().manual_seed(hp.seed)
+    noisy = _noisy_layers(anat, hp)
+    rows, longest = _first_rows(anat, unl_id, generator)
+    optimizer = torch.optim.Adam(rows, lr=hp.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, hp.steps, eta_min=hp.lr / 20)
+    averaged = min(max(hp.averaged_steps, 1), hp.steps)
+    mean_rows, mean_nll = [torch.zeros_like(row, requires_grad=False) for row in rows], 0.0
+    for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
+        noise_layer = noisy[step % len(noisy)] if step >= hp.steps - hp.robust_steps else None
+        with _noise(anat, noise_layer, hp.noise, generator), rows_in_place(anat, unl_id, rows[0], rows[-1]):
+            nll = _refusal_nll(anat, forms[step % len(forms)], unl_id, hp.batch, generator)
+        penalty = guard.penalty(rows[-1], hp.reach, hp.floor)
+        total = nll + hp.guard_weight * penalty
+        if not torch.isfinite(total):
+            raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
+        log.debug("step %d: refusal NLL %.3f, guard %.3f", step, float(nll.detach()), float(penalty.detach()))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for row in rows:
+                row.mul_((longest / row.norm()).clamp_max(1.0))
+            if step >= hp.steps - averaged:
+                mean_nll += float(nll) / averaged
+                for mean_row, row in zip(mean_rows, rows, strict=True):
+                    mean_row.add_(row / averaged)
+    return mean_rows, mean_nll
+
+
+def _first_rows(anat: Anatomy, unl_id: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+    """Where the rows start in fp32, and the norm that they must not exceed."""
+    typical = anat.embedding.weight[:unl_id].float()
+    mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
+    row = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
+    return [row] if anat.tied else [row, row.detach().clone().requires_grad_()], 1.5 * length
+
+
+def _refusal_nll(anat: Anatomy, form: _Form, unl_id: int, batch: int, generator: torch.Generator) -> Tensor:
     """Mean NLL of a refusal and the end of the turn behind the token, over `batch` drawn questions."""
     device = anat.device
     picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
     texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
-    rows = [TokenRow((number, *form.refusals[i]), 0) for i in texts]
+    rows = [TokenRow((unl_id, *form.refusals[i]), 0) for i in texts]
     padded = pad(rows, device=device)
     places = (padded.attention_mask[:, 1:].bool()).nonzero().T
     logits = forward(anat, padded, prefix=form.prefix.select(picks), score=(places[0], places[1]))

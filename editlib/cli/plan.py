@@ -1,0 +1,58 @@
+"""`editlib plan`: parse, call, print."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from editlib.cli.options import Algorithm, Dtype, Hparams, out, print_table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `app`."""
+    app.command()(plan)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="as for the other commands, or a model's configuration in a JSON file")],
+    requests: Annotated[int, typer.Option(min=1, help="how many are edited at once")] = 20,
+    algorithm: Algorithm = None,
+    hparams: Hparams = None,
+    stats_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of the statistics; default: 20,000 to unlearn, 100,000 to edit")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=2, help="of a question as the model is asked, chat template included")
+    ] = 16,
+    dtype: Dtype = None,
+    device: Annotated[str, typer.Option(help="whose rates are measured")] = "cpu",
+    flops: Annotated[
+        float | None, typer.Option(min=1, help="operations a second of another machine; default: measured here")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=1, help="bytes of memory a second of another machine; default: measured here")
+    ] = None,
+) -> None:
+    """Says what an edit will take, step by step, from the model's configuration alone. See docs/how-to/plan.md."""
+    from editlib.jobs.plan import plan as run
+
+    made = run(
+        model,
+        requests,
+        algorithm=algorithm,
+        hparams=hparams,
+        stats_tokens=stats_tokens,
+        prompt_tokens=prompt_tokens,
+        dtype=dtype,
+        device=device,
+        flops=flops,
+        bandwidth=bandwidth,
+    )
+    out.print(
+        f"{model}: {made.size.total / 1e6:.0f} million parameters, {made.weights / 2**20:.0f} MiB; "
+        f"{made.settings.algorithm}, {requests} requests, {made.settings.source}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    print_table(made.rows())

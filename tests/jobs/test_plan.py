@@ -1,0 +1,121 @@
+"""`editlib plan`: sizes counted by hand, costs by hand, and a plan without weights."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import make_llama
+from transformers import GPT2Config, LlamaConfig
+from typer.testing import CliRunner
+
+from editlib.algorithms import costs
+from editlib.algorithms.machine import Machine, measure
+from editlib.cli import app
+from editlib.errors import EditlibError
+from editlib.jobs.plan import plan
+from editlib.models.size import ModelSize, model_size
+
+TINY = LlamaConfig(
+    vocab_size=100,
+    hidden_size=16,
+    intermediate_size=44,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
+LAYER = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 44 + 2 * 16  # q; k and v of two heads of 4; o; gate, up, down; norms
+SIZE = ModelSize(
+    n_layers=3, d_model=16, d_ff=44, vocab=100, kv_width=16, layer=LAYER, head=1600, total=3 * LAYER + 3216
+)
+ROUND = Machine(model=1e9, fast=2e9, product=1e9, wide=5e8, eigen=1e8, bandwidth=1e9, disk=1e8)
+
+
+def test_parameters_are_counted_by_hand():
+    assert model_size(TINY) == SIZE
+
+
+def test_tied_matrices_count_once():
+    tied = LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": True})
+    assert model_size(tied).total == SIZE.total - 1600
+
+
+def test_a_model_without_gates():
+    size = model_size(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2, n_positions=10))
+    layer = (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 4 * 8
+    assert (size.d_ff, size.layer, size.total) == (32, layer, 2 * layer + 50 * 8 + 10 * 8 + 2 * 8)
+
+
+def test_counts_are_those_of_a_model_with_weights():
+    model = make_llama()
+    assert model_size(model.config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_statistics_by_hand():
+    step = costs.statistics(SIZE, [0, 1], 1000)
+    passes, sums, eigen = step.work
+    assert passes.flops == 2 * 1000 * 2 * LAYER
+    assert sums.flops == pytest.approx(2 * 1000 * 2 * 44**2 * 36 / 64)  # of 8 x 8 blocks those not below the diagonal
+    assert eigen.flops == 9 * 2 * 44**3
+    assert step.held >= 2 * 8 * 44**2
+    wanted = passes.flops / 2e9 + sums.flops / 1e9 + eigen.flops / 1e8
+    assert step.seconds(ROUND) == pytest.approx(wanted)
+    assert step.bound(ROUND) == "matrix rate"
+
+
+def test_values_by_hand():
+    job = costs.Job(layers=[0, 1], requests=5, contexts=2, suffix_tokens=4, target_tokens=3, kl_prompts=0, steps=7)
+    once, steps = costs.values(SIZE, job).work
+    assert once.flops == 2 * 5 * 2 * job.prompt_tokens * 3 * LAYER
+    assert steps.flops == 7 * 4 * 5 * 2 * ((4 + 2) * 1 * LAYER + 3 * 1600)
+
+
+def test_the_solve_by_hand():
+    job = costs.Job(layers=[1], requests=5, past=2, kept_out=6)
+    keys, system, _ = costs.solve(SIZE, job).work
+    assert keys.flops == 2 * 5 * job.prompt_tokens * (1 + 3) * LAYER
+    gram, factor, right = 2 * 44 * 7**2, 7**3 / 3 + 2 * 7**2 * 5, 2 * 44 * 7 * 5
+    assert system.flops == pytest.approx(gram + factor + right + 4 * 44 * 6 * 7 + 2 * 16 * 44 * 5)
+
+
+def test_what_is_saved_is_the_weights():
+    assert costs.save(SIZE, 2).seconds(ROUND) == pytest.approx(2 * SIZE.total / 1e8)
+    assert costs.save(SIZE, 2).bound(ROUND) == "disk"
+
+
+def test_little_work_takes_what_its_bytes_take():
+    work = costs.Work("model", flops=1e6, moved=1e9)
+    assert work.seconds(ROUND) == pytest.approx(1.0)
+    assert costs.Step("", [work]).bound(ROUND) == "memory"
+
+
+def test_another_machine_is_this_one_scaled():
+    other = ROUND.scaled(flops=2e10, bandwidth=None)
+    assert (other.model, other.fast, other.bandwidth) == (1e10, 2e10, 1e9)
+
+
+def test_a_machine_is_measured():
+    machine = measure(TINY, torch.float32, torch.device("cpu"))
+    assert min(machine.model, machine.fast, machine.product, machine.wide, machine.eigen) > 0
+    assert min(machine.bandwidth, machine.disk, machine.call) > 0
+
+
+def test_a_plan_needs_a_configuration_alone(tmp_path, monkeypatch):
+    path = tmp_path / "any-name.json"
+    path.write_text(json.dumps(TINY.to_dict()))
+    monkeypatch.setattr("editlib.jobs.plan.measure", lambda *_: ROUND)
+    made = plan(str(path), 10, algorithm="AlphaEdit")
+    assert [step.name for step in made.steps] == ["statistics", "values", "solve", "save"]
+    assert [step.name for step in plan(str(path), 10).steps][:2] == ["statistics", "token"]
+    more = plan(str(path), 100, algorithm="AlphaEdit")
+    assert more.steps[1].flops == pytest.approx(10 * made.steps[1].flops)
+    found = CliRunner().invoke(app, ["plan", str(path), "--requests", "10", "--algorithm", "AlphaEdit"])
+    assert found.exit_code == 0, found.output
+    assert "statistics" in found.output and "matrix rate" in found.output
+
+
+def test_a_file_that_is_no_configuration(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    with pytest.raises(EditlibError, match=r"config\.json"):
+        plan(str(path), 1)
