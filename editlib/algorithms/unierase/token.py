@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +64,9 @@ class TokenHeader:
     seed: int
     questions: int
     refusals: int
-    hparams: dict = field(default_factory=dict)
-    prompts: dict = field(default_factory=dict)  # of the questions it was learned over, see `PromptSettings`
-    metrics: dict = field(default_factory=dict)
+    hparams: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)  # of the questions it was learned over, see `PromptSettings`
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,14 +169,14 @@ def learn_token(
         if watched:
             asked = [form.encode(text) for text in watched]
             guard = Guard.joined([guard, answer_guard(anat, asked, unl_id, answer_tokens=hp.guard_tokens)])
-        with plain_attention(anat.device):
+        with nullcontext() if dtype is None else plain_attention(anat.device):
             rows, nll = _train(anat, forms, guard, unl_id, hp, progress=progress)
     write_rows(anat, unl_id, rows[0], rows[-1])
     gaps = guard.summary(rows[-1])
     log.info("token learned: refusal NLL %.3f nats a token, on ordinary text %s", nll, gaps)
     header = TokenHeader(
         token=token,
-        model=anat.model.name_or_path,
+        model=anat.model.name_or_path or "",
         model_sha256=model_sha256,
         seed=hp.seed,
         questions=len(questions),
@@ -238,7 +239,8 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int = 4) 
     mask = batch.attention_mask if front is None else torch.cat([front.attention_mask, batch.attention_mask], dim=1)
     columns = torch.arange(batch.input_ids.shape[1], device=batch.last.device)
     back = batch.last[:, None] - columns
-    places = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
+    row, column = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
+    places = (row, column)
     states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), unl_id, places, cache=cache)
     prefix = Prefix.of(cache, mask)
     return prefix, Guard(states, log_sums, back[places] == 0)
@@ -270,7 +272,7 @@ def _train(
             raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
         log.debug("step %d: refusal NLL %.3f, guard %.3f", step, float(nll.detach()), float(penalty.detach()))
         optimizer.zero_grad()
-        total.backward()
+        torch.autograd.backward(total)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
