@@ -76,6 +76,7 @@ def check(shape: str, layers: Sequence[int], requests: int, steps: int, device: 
     with tempfile.TemporaryDirectory() as folder:
         kept = {layer: replace(one, path=Path(folder) / f"{layer}.npz") for layer, one in stats.made.items()}
         null_spaces(kept, hparams, device)  # kept beside the files, so that the edit does not decompose again
+        apply_alphaedit_to_model(model, tok, asked[:1], hparams, stats=kept).revert(model)  # warms up
         edit = measured(lambda: apply_alphaedit_to_model(model, tok, asked, hparams, stats=kept), device)
     lengths = [len(tok(request.question)["input_ids"]) for request in asked]
     mean = round(sum(lengths) / requests)

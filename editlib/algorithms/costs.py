@@ -1,8 +1,9 @@
 """What each step of an edit takes: floating-point operations, bytes moved and bytes held, counted from sizes alone.
 
 A product of `[m, k]` and `[k, n]` counts `2 m k n` operations. A forward pass over a token costs two operations a
-parameter; its gradient towards the inputs, weights left out, two more. A piece of work takes the longer of its
-operations at the machine's rate and its bytes at the memory's.
+parameter; its gradient towards the inputs, weights left out, two more. A piece of work takes its operations at the
+machine's rate and, for every call of a layer, what that takes however few tokens it is given; or its bytes at the
+memory's rate, if that is longer.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class Work:
 
     def by_rate(self, machine: Machine) -> bool:
         """Whether the machine's rate of operations bounds it, not its memory."""
-        return self.rate != "disk" and self.flops / getattr(machine, self.rate) >= self.moved / machine.bandwidth
+        return self.rate != "disk" and self.flops / machine.rate(self.rate) >= self.moved / machine.bandwidth
 
     def seconds(self, machine: Machine) -> float:
         if self.rate == "disk":
             return self.moved / machine.disk
-        return max(self.flops / getattr(machine, self.rate), self.moved / machine.bandwidth, self.calls * machine.call)
+        return max(self.flops / machine.rate(self.rate) + self.calls * machine.call, self.moved / machine.bandwidth)
 
 
 @dataclass(frozen=True)

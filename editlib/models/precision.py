@@ -33,8 +33,8 @@ def cast_params(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[N
 
 @contextmanager
 def plain_attention(device: torch.device) -> Iterator[None]:
-    """On the CPU, attention inside the block is plain products and a softmax, not the fused kernel, whose gradient is
-    several times slower where few tokens look back at a long prefix."""
+    """On the CPU, attention inside the block is plain products and a softmax, not the fused kernel, whose gradient in
+    bf16 is several times slower where few tokens look back at a long prefix."""
     if device.type != "cpu":
         yield
         return

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from editlib.errors import ModelError
@@ -46,9 +48,11 @@ def model_size(config: PreTrainedConfig, name: str = "the model") -> ModelSize:
     text = config.get_text_config(decoder=True)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = _from_config(config)
         layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
-        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        ends: Any = model  # these two methods of transformers have no types
+        head: Tensor = ends.get_output_embeddings().weight
+        embedding: Tensor = ends.get_input_embeddings().weight
     except (ValueError, RuntimeError, AttributeError, KeyError) as error:
         raise ModelError(
             f"{name}: {type(config).__name__} cannot be counted from its configuration ({error})"
@@ -79,8 +83,16 @@ def one_layer(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     with device:
-        model = AutoModelForCausalLM.from_config(small, dtype=dtype)
-    return model.eval().requires_grad_(False)
+        model = _from_config(small, dtype=dtype)
+    module: nn.Module = model
+    module.eval().requires_grad_(False)
+    return model
+
+
+def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model with random weights; `from_config` of transformers has no types."""
+    make = cast(Callable[..., PreTrainedModel], AutoModelForCausalLM.from_config)
+    return make(config, **options)
 
 
 def config_of(name: str) -> PreTrainedConfig:

@@ -119,3 +119,9 @@ def test_a_file_that_is_no_configuration(tmp_path):
     path.write_text("{}")
     with pytest.raises(EditlibError, match=r"config\.json"):
         plan(str(path), 1)
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "float12"}, {"device": "abacus"}])
+def test_what_is_not_there_is_named(wrong):
+    with pytest.raises(EditlibError, match=next(iter(wrong.values()))):
+        plan("smollm2-135m", 1, **wrong)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def learn_token(
         if watched:
             asked = [form.encode(text) for text in watched]
             guard = Guard.joined([guard, answer_guard(anat, asked, unl_id, answer_tokens=hp.guard_tokens)])
-        with plain_attention(anat.device):
+        with nullcontext() if dtype is None else plain_attention(anat.device):
             rows, nll = _train(anat, forms, guard, unl_id, hp, progress=progress)
     write_rows(anat, unl_id, rows[0], rows[-1])
     gaps = guard.summary(rows[-1])
@@ -272,7 +272,7 @@ def _train(
             raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
         log.debug("step %d: refusal NLL %.3f, guard %.3f", step, float(nll.detach()), float(penalty.detach()))
         optimizer.zero_grad()
-        total.backward()
+        torch.autograd.backward(total)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
