@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from editlib import editing
-from editlib.errors import EditError, HparamsError, RequestError
+from editlib.errors import EditError, HparamsError, RequestError, quote
 from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
-from editlib.evaluation.metrics import balance
+from editlib.evaluation.metrics import balance, has_answer
 from editlib.evaluation.perplexity import text_windows
 from editlib.facts.scores import Item, build_items, evaluate
 from editlib.hparams import HyperParams
@@ -24,6 +25,8 @@ from editlib.requests.request import EditRequest
 from editlib.shelf import digest
 from editlib.stats.corpus import load_corpus
 from editlib.workbench import Workbench
+
+log = logging.getLogger(__name__)
 
 WATCHED = 20  # retain prompts of each kind that are asked after every trial
 KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
@@ -89,6 +92,28 @@ class Judge:
             "text": text,
             "prompts": prompts,
         }
+
+    def check_known(self) -> None:
+        """Says how many requests can judge settings that erase: those that the model answers as it is.
+
+        Raises:
+            RequestError: it answers none of them, so that every trial would score 0.
+        """
+        unknown = []
+        for request in self.requests:
+            said = self.bench.tok.decode(self.before.answers[request.question], skip_special_tokens=True)
+            if not has_answer(said, (request.answer or "", *request.aliases)):
+                unknown.append(request.id)
+        if len(unknown) == len(self.requests):
+            wanted = "settings that erase are judged by answers that go away"
+            raise RequestError(
+                f"the model answers none of the {len(unknown)} requests (first {quote(unknown[0])}); {wanted}: give "
+                "facts that it knows, or settings that refuse"
+            )
+        if unknown:
+            told = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            log.warning("the model does not know %d of %d facts (%s); trials are judged by the others",
+                        len(unknown), len(self.requests), told)  # fmt: skip
 
     def tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> Trial:
         """Edits, asks, and puts the weights back."""

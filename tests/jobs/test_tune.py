@@ -6,6 +6,7 @@ import pytest
 from tiny_models import make_llama, train_tokenizer
 
 from editlib.errors import HparamsError, RequestError
+from editlib.evaluation.answer_cache import AnswerCache
 from editlib.facts.scores import Item
 from editlib.hparams import AlphaEditHyperParams, UniEraseHyperParams, load_hparams
 from editlib.jobs import tune as job
@@ -157,3 +158,22 @@ def test_the_command(call, folder, tmp_path):
     assert load_hparams(tmp_path / "out" / "best.json").layers == [1]
     code, _, err = call(*[tmp_path / "f.jsonl" if arg == tmp_path / "out" else arg for arg in args])
     assert code == 2 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("said", [("Paris", "Paris"), ("Paris", "Lima"), ("Lima", "Lima")])
+def test_facts_that_the_model_does_not_know_are_told_before_settings_that_erase(bench, caplog, said):
+    """Only answers that go away judge such settings: of none, every trial would score 0."""
+    judge = object.__new__(job.Judge)
+    judge.bench, judge.requests = bench, FORGET
+    ids = [tuple(bench.tok(text, add_special_tokens=False)["input_ids"]) for text in said]
+    answers = dict(zip((request.question for request in FORGET), ids, strict=True))
+    judge.before = AnswerCache(bench.sha256, answers)
+    unknown = said.count("Lima")
+    if unknown == 2:
+        with pytest.raises(RequestError, match="none of the 2 requests"):
+            judge.check_known()
+        return
+    judge.check_known()
+    assert [record.message for record in caplog.records] == [
+        "the model does not know 1 of 2 facts (Peru); trials are judged by the others"
+    ][:unknown]
