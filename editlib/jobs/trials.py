@@ -18,6 +18,7 @@ from editlib.evaluation.perplexity import text_windows
 from editlib.facts.scores import Item, build_items, evaluate
 from editlib.hparams import HyperParams
 from editlib.models.generation import perplexity
+from editlib.models.loaded import plain_text
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import requests_hash
@@ -101,7 +102,7 @@ class Judge:
         """
         unknown = []
         for request in self.requests:
-            said = self.bench.tok.decode(self.before.answers[request.question], skip_special_tokens=True)
+            said = plain_text(self.bench.tok, self.before.answers[request.question])
             if not has_answer(said, (request.answer or "", *request.aliases)):
                 unknown.append(request.id)
         if len(unknown) == len(self.requests):
