@@ -87,6 +87,18 @@ def test_edits_with_every_algorithm(call, folder, facts, corpus, tmp_path, name)
     assert ("exact" in said) == (config["r"] < 4 and name not in ("FT", "RECT"))
 
 
+def test_rows_that_were_left_out_are_in_the_receipt(call, folder, tmp_path):
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([FACTS[0], {"prompt": "No subject {} here"}, {"prompt": 7}]))
+    path = settings(tmp_path, "FT", layers=[2], lr=0.02, norm_constraint=0.2, num_steps=1)
+    out = tmp_path / "out"
+    args = ["--requests", facts, "--hparams", path, "--out", out, "--skip-bad"]
+    code, _, err = call("edit", folder, *args)
+    assert code == 0, err
+    receipt = json.loads((out / "editlib.json").read_text())
+    assert receipt["left_out"] == {"facts.json": ["row 2", "row 3"]} and len(receipt["requests"]) == 1
+
+
 def test_settings_without_a_name_need_one(call, folder, facts, tmp_path):
     path = tmp_path / "h.json"
     path.write_text(json.dumps({"layers": [1]}))

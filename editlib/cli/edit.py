@@ -88,7 +88,8 @@ def unlearn(
 
     check_places(out_dir, delta, overwrite=overwrite)
     how = prompt_settings(prompts)
-    wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out)
     settings = find_settings(model, "UniErase", hparams)
     check_wanted(wanted, settings)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
@@ -107,6 +108,7 @@ def unlearn(
         seed=seed,
         delta=delta,
         overwrite=overwrite,
+        left_out=left_out,
     )
     _norms_table(result, receipt)
     out.print(str(out_dir), soft_wrap=True)
@@ -175,13 +177,15 @@ def edit(
             dtype=dtype, device_map=device_map, delta=delta, skip_bad=skip_bad, overwrite=overwrite,
         )  # fmt: skip
         return
-    wanted = read_requests(requests, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
     check_wanted(wanted, settings)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     settings = fit_settings(bench, settings)
     result, receipt = run(
-        bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite
-    )
+        bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite,
+        left_out=left_out,
+    )  # fmt: skip
     _norms_table(result, receipt)
     out.print(str(out_dir), soft_wrap=True)
 

@@ -95,7 +95,8 @@ def baseline_folder(
     """
     out, settings, name = Path(out), settings or BaselineSettings(), canonical_name(name)
     check_output(out, overwrite=overwrite)
-    requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad, left_out=left_out)
     retain = data.retain_prompts(requests) if given is None else given
     check_baseline(name, requests, retain, settings, prompts)
     if budget is not None:
@@ -119,6 +120,8 @@ def baseline_folder(
     )
     base = {"name": model, "sha256": sha}
     receipt = make_receipt(Ran(name, settings), result, base, requests, kept, parts, found, seed) | asked
+    if left_out:
+        receipt["left_out"] = left_out
     receipt["result_sha256"] = save_edited(loaded, tok, out, receipt, overwrite=overwrite)
     shutil.rmtree(trials, ignore_errors=True)
     return receipt

@@ -39,9 +39,13 @@ def unlearn(
     seed: int = 0,
     delta: Path | None = None,
     overwrite: bool = False,
+    left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
     """Unlearns `requests` and writes the edited model with its receipt to `out`, and the edit alone to the file `delta`
     when one is given; returns the edit and the receipt.
+
+    Args:
+        left_out: rows of the request files that were left out, by file; the receipt lists them.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
@@ -58,7 +62,7 @@ def unlearn(
         "chat": bench.asking(),
         "seed": seed,
     }
-    return _edited(bench, requests, hparams, means, out, timer, given, delta, overwrite=overwrite)
+    return _edited(bench, requests, hparams, means, out, timer, given, delta, overwrite=overwrite, left_out=left_out)
 
 
 def rows_of(
@@ -110,6 +114,7 @@ def edit(
     seed: int = 0,
     delta: Path | None = None,
     overwrite: bool = False,
+    left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
     """Edits `requests` towards their `target_new` by the algorithm that `hparams` are for, and writes the edited model
     with its receipt to `out`, and the edit alone to the file `delta` when one is given; returns the edit and the
@@ -119,6 +124,7 @@ def edit(
         corpus: what statistics are made from where there are none. Of those that are there, the ones of the corpus that
             `hparams` names (`mom2_dataset`) come first; which were taken is logged.
         chat: ask through the chat template (`None`: when the tokenizer has one).
+        left_out: see `unlearn`.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
@@ -140,6 +146,7 @@ def edit(
         {"chat": bench.asking(chat), "seed": seed},
         delta,
         overwrite=overwrite,
+        left_out=left_out,
     )
 
 
@@ -154,6 +161,7 @@ def _edited(
     delta: Path | None,
     *,
     overwrite: bool,
+    left_out: Mapping[str, Sequence[str]] | None,
 ) -> tuple[EditResult, dict[str, Any]]:
     """Edits, and writes the folder with its receipt, and the edit alone to `delta`."""
     result = apply(bench, requests, hparams, means, **given)
@@ -168,6 +176,8 @@ def _edited(
         token=means.token,
         seed=given["seed"],
     ) | asked_as(bench.tok, given["chat"], requests)
+    if left_out:
+        receipt["left_out"] = {name: list(rows) for name, rows in left_out.items()}
     receipt["result_sha256"] = save_edited(bench.model, bench.tok, Path(out), receipt, overwrite=overwrite)
     if delta is not None:
         alone = make_delta(

@@ -23,7 +23,11 @@ log = logging.getLogger(__name__)
 
 
 def read_requests(
-    path: str | Path, *, subjects: Mapping[str, str] | None = None, skip_bad: bool = False
+    path: str | Path,
+    *,
+    subjects: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
+    left_out: dict[str, list[str]] | None = None,
 ) -> list[EditRequest]:
     """Read requests from JSON Lines, a JSON array, a Parquet file or a folder by `datasets.save_to_disk`.
 
@@ -36,6 +40,7 @@ def read_requests(
     Args:
         subjects: the user's own for such questions, by id or by question.
         skip_bad: leave rows that cannot be used out, and log their numbers and what is wrong with them.
+        left_out: gets these rows by the file's name, for a receipt.
 
     Raises:
         RequestError: the file cannot be read or rows cannot be used; names the file, every such line or row, and the
@@ -43,6 +48,8 @@ def read_requests(
     """
     path = Path(path)
     parsed = parse_file(path, skip_bad=skip_bad)
+    if left_out is not None and parsed.bad:
+        left_out[path.name] = [row.place for row, _ in parsed.bad]
     requests = parsed.requests
     found = with_subjects([requests[i] for i in parsed.questions], subjects)
     for i, (request, _) in zip(parsed.questions, found, strict=True):
@@ -54,15 +61,19 @@ def read_requests(
 
 
 def read_with_retain(
-    path: str | Path, retain: str | Path | None, *, skip_bad: bool = False
+    path: str | Path,
+    retain: str | Path | None,
+    *,
+    skip_bad: bool = False,
+    left_out: dict[str, list[str]] | None = None,
 ) -> tuple[list[EditRequest], list[EditRequest] | None]:
     """Read requests, and the prompts to be kept where there is a file of them; logs those that are in both.
 
     Raises:
         RequestError: see `read_requests`.
     """
-    requests = read_requests(path, skip_bad=skip_bad)
-    kept = None if retain is None else read_requests(retain, skip_bad=skip_bad)
+    requests = read_requests(path, skip_bad=skip_bad, left_out=left_out)
+    kept = None if retain is None else read_requests(retain, skip_bad=skip_bad, left_out=left_out)
     warn_of_kept(requests, kept or ())
     return requests, kept
 

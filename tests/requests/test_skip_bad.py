@@ -25,7 +25,7 @@ def commands(group, name=""):
 READERS = {
     name: {parameter.name for parameter in command.params}
     for name, command in commands(typer.main.get_command(app))
-    if FILES & {parameter.name for parameter in command.params}
+    if FILES & {parameter.name for parameter in command.params} and name != "plan"  # whose --requests is a number
 }
 
 
