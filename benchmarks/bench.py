@@ -11,7 +11,7 @@ made of under `parts`:
 - `values_ratio_default`: the same over editlib with the settings that ship for the model
 - `job_ratio`: the whole edit of all requests, published over editlib
 - `statistics_ratio`: a pass a layer over one pass for all layers
-- `token_ratio`: the unlearning token with the settings of before over the default ones
+- `token_ratio`: the unlearning token in the model's dtype, as it was learned before, over the default
 - `solve_time_ratio`, `solve_memory_ratio`: the dense system over the factored one, 14336 x 4096, 64 directions kept out
 - `sequential_flatness`: seconds of a chain's last batches over those of its first
 """
@@ -57,7 +57,7 @@ from editlib.stats.layer_stats import batches, counted_windows, layer_stats, tok
 LAYERS = [4, 5, 6, 7, 8]
 STATISTICS_TOKENS = 8192
 WINDOW, BATCH_TOKENS = 256, 4096
-FORMER = TokenHyperParams(steps=150, robust_steps=50, batch=8, lr=0.05, precision="model")
+FORMER = TokenHyperParams(precision="model")  # in fp32, as the token was learned before
 
 
 def main() -> None:

@@ -144,10 +144,10 @@ def encoded(tok: PreTrainedTokenizerBase, request: EditRequest) -> Asked:
 def drawn_stats(anat: Anatomy, layers: Sequence[int], folder: Path) -> dict[int, LayerStats]:
     """Second moments of random keys with a falling spectrum, stored, so that their decomposition is kept."""
     made, device = {}, anat.device
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for layer in layers:
         scale = torch.logspace(0, -2, anat.d_ff, device=device)
-        keys = scale[:, None] * torch.randn(anat.d_ff, 2 * anat.d_ff, generator=generator, device=device)
+        keys = scale[:, None] * torch.randn(anat.d_ff, 2 * anat.d_ff, generator=generator).to(device)
         header = StatsHeader(
             "drawn", anat.mlp_output_names[layer], anat.d_ff, keys.shape[1], 1, "drawn", "", 64, 0, 0, ""
         )

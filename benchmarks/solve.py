@@ -67,8 +67,8 @@ def compare(
         known: the row of an earlier call with as many past keys: its dense figures are taken over.
         check: the largest `d_ff` at which both are compared with a dense solve in fp64.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
     keys, before, residual = draw(d_ff, n), draw(d_ff, past), draw(d_model, n)
     wide = wide_dtype(device)
     space = NullSpace(torch.linalg.qr(draw(d_ff, kept_out).to(wide)).Q, False, d_ff - kept_out)

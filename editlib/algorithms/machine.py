@@ -14,7 +14,7 @@ from editlib.models.precision import cast_params, fast_dtype, wide_dtype
 from editlib.models.size import model_size, one_layer
 
 EIGEN = 9  # operations of a symmetric eigen-decomposition with all vectors, a cubed dimension
-TOKENS = 512  # of the pass that is timed
+TOKENS = 64  # of the pass that is timed: as many as a step of a few values has
 SQUARE = 1024  # of the systems that are timed
 MIB = 1024 * 1024
 

@@ -97,9 +97,10 @@ def plan(
                 size,
                 steps=learned.steps,
                 batch=learned.batch,
-                questions=len(data.questions("train")),
+                questions=min(learned.questions, len(data.questions("train"))),
                 guard_prompts=learned.guard_prompts,
                 question_tokens=prompt_tokens,
+                answer_tokens=learned.guard_tokens,
             )
         )
     if isinstance(settings, ClosedFormHyperParams):

@@ -42,12 +42,14 @@ class TokenHyperParams:
     robust_steps: int = 50  # of `steps`, the last ones, with noise on the matrices that edits will change
     batch: int = 8
     lr: float = 0.05
+    memory: float = 0.999  # of squared gradients, Adam's second beta; less suits fewer steps
     noise: float = 0.1  # standard deviation of the noise in units of the weight's own
     layers: tuple[int, ...] = ()  # that carry noise; none given: from 4/30 to 8/30 of the depth, where edits are usual
     averaged_steps: int = 20  # of `steps`, the last ones, whose rows are averaged
     guard_weight: float = 1.0
     reach: float = 14.0  # nats that the token lies below everything else where an answer starts
     floor: float = 12.0  # nats that it stays below everything else on other ordinary text, at least
+    questions: int = 1000  # that the token is learned over, at most
     guard_prompts: int = 180  # ordinary prompts whose answers are watched
     guard_tokens: int = 24  # of an answer that are watched
     precision: str = "fast"  # dtype of the model's passes: "model", or "fast": bf16 where the processor is faster in it
@@ -159,6 +161,7 @@ def learn_token(
     """
     hp = hparams or TokenHyperParams()
     _check(anat, questions, refusals, hp)
+    questions = questions[: max(hp.questions, hp.batch, 2)]
     settings = settled(tok, prompts)
     unl_id = add_token(anat.model, tok, token)
     dtype = fast_dtype(anat.model) if hp.precision == "fast" else None
@@ -258,7 +261,7 @@ def _train(
     generator = torch.Generator().manual_seed(hp.seed)
     noisy = _noisy_layers(anat, hp)
     rows, longest = _first_rows(anat, unl_id, generator)
-    optimizer = torch.optim.Adam(rows, lr=hp.lr)
+    optimizer = torch.optim.Adam(rows, lr=hp.lr, betas=(0.9, hp.memory))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, hp.steps, eta_min=hp.lr / 20)
     averaged = min(max(hp.averaged_steps, 1), hp.steps)
     mean_rows, mean_nll = [torch.zeros_like(row, requires_grad=False) for row in rows], 0.0
