@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import Algorithm, Dtype, Hparams, out, print_table
+from editlib.cli.options import Algorithm, DeviceMap, Dtype, Hparams, out, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -26,7 +26,7 @@ def plan(
         int, typer.Option(min=2, help="of a question as the model is asked, chat template included")
     ] = 16,
     dtype: Dtype = None,
-    device: Annotated[str, typer.Option(help="whose rates are measured")] = "cpu",
+    device_map: DeviceMap = None,
     flops: Annotated[
         float | None, typer.Option(min=1, help="operations a second of another machine; default: measured here")
     ] = None,
@@ -45,7 +45,7 @@ def plan(
         stats_tokens=stats_tokens,
         prompt_tokens=prompt_tokens,
         dtype=dtype,
-        device=device,
+        device=device_map or "cpu",
         flops=flops,
         bandwidth=bandwidth,
     )

@@ -78,6 +78,8 @@ def plan(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if device == "auto":
+        raise ModelError('device "auto": a plan is made of the rates of one device; expected one, such as cpu or cuda')
     check_device(device)
     config = config_of(model)
     size, shape = model_size(config, model), ModelShape.of(config, model_slug(model))

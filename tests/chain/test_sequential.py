@@ -109,7 +109,7 @@ def test_chains_of_another_job_are_refused(run, tmp_path):
     other = replace(SETTINGS[0], mom2_update_weight=2.0)
     before = (tmp_path / "out" / "chains" / "MEMIT-2" / "chain.json").read_bytes()
     for options in ({"settings": [other]}, {"seed": 1}, {"parts": replace(PARTS, forget=[*B, *C])}):
-        with pytest.raises(OutputError, match="MEMIT-2 holds a chain of other facts or settings"):
+        with pytest.raises(OutputError, match="MEMIT-2 holds a chain of other facts, settings or prompts"):
             run(**{"settings": SETTINGS[:1], "sizes": [2], **options})
     assert (tmp_path / "out" / "chains" / "MEMIT-2" / "chain.json").read_bytes() == before
 
