@@ -38,7 +38,7 @@ from sides import capital_requests, encoded, measured, same_settings, say
 from solve import compare
 
 from editlib import Chain, Workbench, data, load_hparams
-from editlib.algorithms.pipeline import prepare, target_states
+from editlib.algorithms.pipeline import find_values, prepare
 from editlib.algorithms.unierase.token import TokenHyperParams, learn_token
 from editlib.algorithms.values import Values
 from editlib.files import write_json
@@ -52,7 +52,7 @@ from editlib.requests.request import EditRequest
 from editlib.shelf import Finished
 from editlib.stats.corpus import load_corpus
 from editlib.stats.file import StatsHeader
-from editlib.stats.layer_stats import batches, counted_windows, layer_stats, token_windows
+from editlib.stats.layer_stats import batches, counted_windows, document_windows, layer_stats
 
 LAYERS = [4, 5, 6, 7, 8]
 STATISTICS_TOKENS = 8192
@@ -132,16 +132,16 @@ def values(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
         ("default", load_hparams(f"AlphaEdit/{args.model}")),
     ):
         assert isinstance(hparams, AlphaEditHyperParams)
-        find_values(side, requests[:1], hparams)  # warms up
-        ours = measured(partial(find_values, side, requests, hparams), anat.device)
+        values_of(side, requests[:1], hparams)  # warms up
+        ours = measured(partial(values_of, side, requests, hparams), anat.device)
         row |= {name: ours.seconds / len(requests), f"{name}_mb": ours.memory_mb, f"{name}_steps": sum(ours.made.steps)}
         row[f"values_ratio_{name}"] = row["published"] / row[name]
     return row
 
 
-def find_values(side: Side, requests: Sequence[EditRequest], hparams: AlphaEditHyperParams) -> Values:
+def values_of(side: Side, requests: Sequence[EditRequest], hparams: AlphaEditHyperParams) -> Values:
     """Values of `requests`, their encoding included."""
-    return target_states(prepare(side.bench.model, side.bench.tok, requests, hparams, chat=False), hparams)
+    return find_values(prepare(side.bench.model, side.bench.tok, requests, hparams, chat=False), hparams)
 
 
 def job(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
@@ -156,7 +156,7 @@ def layer_statistics(side: Side, args: argparse.Namespace) -> Mapping[str, float
     anat, tok, model, device = side.anat, side.bench.tok, side.bench.model, side.anat.device
     text = load_corpus("wiki-sample")
     header = StatsHeader(args.model, "", anat.d_ff, STATISTICS_TOKENS, 0, text.name, text.sha256, WINDOW, 0, 0, "")
-    windows = counted_windows(token_windows(tok, text.documents, WINDOW), STATISTICS_TOKENS, 0)
+    windows = counted_windows(document_windows(tok, text.documents, WINDOW), STATISTICS_TOKENS, 0)
     groups = [[ids for _, ids in group] for group in batches(windows, BATCH_TOKENS)]
 
     def published_passes() -> None:
