@@ -95,7 +95,7 @@ def compare(
 
 def left_over(delta: LowRank, keys: Tensor, residual: Tensor, past: Tensor, space: NullSpace) -> float:
     """What an update leaves of `(P (K K^T + K_p K_p^T) + L2 I) Δ^T = P K R^T`, as a share of the right side."""
-    x = delta.right.T  # [d_ff, n]; Δ^T = x R^T, so that R stands on both sides and is left out
+    x = delta.right.T  # [d_ff, n]; Δ^T = x R^T, and R is a factor of both sides, so it is left out
     left = space.project(keys @ (keys.T @ x) + past @ (past.T @ x)) + L2 * x
     return apart(left, space.project(keys))
 

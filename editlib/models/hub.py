@@ -17,7 +17,7 @@ ADAPTER_FILES = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")  # of an 
 
 @cache
 def in_reach() -> bool:
-    """Whether the Hub can be asked at all: its host has an address, or a proxy stands in between. Without this its
+    """Whether the Hub can be asked at all: its host has an address, or a proxy is set. Without this its
     library tries for half a minute."""
     from huggingface_hub import constants
 

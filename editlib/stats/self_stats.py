@@ -60,7 +60,7 @@ def self_stats(
             row.
         header: `seed` and `corpus` are filled in here.
         checkpoint: as in `layer_stats`.
-        how: the prompts' settings, which the recorded hash of the text stands for, too.
+        how: how questions are asked; the recorded hash of the text covers it, too.
 
     Raises:
         RequestError: a prompt that leaves no position for an answer.

@@ -19,7 +19,7 @@ IDS = torch.tensor([[5, 9, 2, 11, 30, 7]])
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """`cached(id)` -> the folder of this id in the Hub's cache, which stands for the Hub: no network is there."""
+    """`cached(id)` -> the folder of this id in the Hub's cache, used as the Hub: no network is there."""
     from huggingface_hub import constants
 
     root = tmp_path / "hub"
