@@ -1,4 +1,4 @@
-"""A PEFT adapter in a folder, given in place of a model: merged into its base on loading."""
+"""Load a PEFT adapter that is given in place of a model: it is merged into its base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from editlib.models.lora import peft_missing
 from editlib.models.placement import input_embedding
 
 CONFIG = "adapter_config.json"
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # any of them: the adapter has a tokenizer
 
 
 def is_adapter(name: str | Path) -> bool:
@@ -23,10 +23,12 @@ def is_adapter(name: str | Path) -> bool:
 
 
 def base_of(folder: str | Path) -> str:
-    """The model that an adapter was trained on, as its config names it; a relative path also from the adapter's folder.
+    """The model that an adapter was trained on, as its config names it.
+
+    A relative path counts from the working directory, or from the adapter's folder.
 
     Raises:
-        ModelError: the config cannot be read or names none, or `peft` is not installed.
+        ModelError: the config cannot be read or names no model, or `peft` is not installed.
     """
     path = Path(folder) / CONFIG
     if peft_missing():
@@ -48,11 +50,11 @@ def base_of(folder: str | Path) -> str:
 def merge(
     model: PreTrainedModel, tok: PreTrainedTokenizerBase, folder: str | Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Adds the adapter in `folder` to the weights of its base; the tokenizer is the adapter's where it has its own.
+    """Adds the adapter in `folder` to the weights of its base; the adapter's own tokenizer is used if it has one.
 
     Raises:
-        ModelError: an adapter of a kind that has no update of the weights (prompts, prefixes), or of one matrix that is
-            two (a head that is the embedding, too).
+        ModelError: an adapter that does not change weights (prompts, prefixes), or that changes embedding or head of a
+            model in which both are one matrix.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -62,13 +64,14 @@ def merge(
 
     if any((Path(folder) / name).is_file() for name in TOKENIZER):
         tok = AutoTokenizer.from_pretrained(folder)
-    if len(tok) > input_embedding(model).weight.shape[0]:
+    if len(tok) > input_embedding(model).weight.shape[0]:  # rows of the adapter's own tokens, which it overwrites
         model.resize_token_embeddings(len(tok), mean_resizing=False)
     shared = _shared(anatomy(model))
     adapted = PeftModel.from_pretrained(model, str(folder))
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = str(getattr(adapted.active_peft_config, "peft_type", "")).rpartition(".")[2]
         raise ModelError(f"{folder}: an adapter of the kind {kind} changes no weights; expected one of LoRA's kind")
+    # PEFT would merge the update into both ends of a tied matrix.
     changed = [name for name in shared if isinstance(adapted.get_base_model().get_submodule(name), whole)]
     if changed:
         given = f"{folder}: changes {', '.join(changed)} alone, which is one matrix with its other end in this model"
@@ -77,6 +80,6 @@ def merge(
 
 
 def _shared(anat: Anatomy) -> list[str]:
-    """The names of embedding and head where they are one matrix: merging one would change the other."""
+    """The names of embedding and head if they are one matrix: merging one would change the other."""
     names = {id(module): name for name, module in anat.model.named_modules()}
     return [names[id(module)] for module in (anat.embedding, anat.head)] if anat.tied else []

@@ -1,7 +1,7 @@
-"""Where a decoder-only model keeps the parts that an edit needs, found in its module tree.
+"""Find the parts of a decoder-only model that an edit needs, in its module tree.
 
-No list of model names: decoder layers are the one long `ModuleList`, the MLP output matrix is the linear
-map of a layer that writes into the residual stream and is not part of what mixes tokens (attention, convolution).
+No list of model names: the decoder layers are the one long `ModuleList`. The MLP output matrix is the linear map of a
+layer that writes into the residual stream and is not part of what mixes tokens (attention, convolution).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from editlib.models.tracing import Call, calls, hidden_of, stop_after, unwatched
 
 @dataclass
 class ProbeCache:
-    """What trial passes have shown about one model (`models.capabilities`, `models.residual_path`).
+    """Keeps the results of trial passes of one model (`models.capabilities`, `models.residual_path`).
 
     `resumes`: by layer, whether a pass can start there. `caches`: whether the model continues from cached keys and
     values; `None` until it is tried. `paths`: by layer, how its MLP output reaches the residual stream.
@@ -42,20 +42,20 @@ class Anatomy:
     model: PreTrainedModel
     layers: tuple[nn.Module, ...]
     layer_names: tuple[str, ...]
-    mlp_output_names: tuple[str, ...]  # e.g. "model.layers.4.mlp.down_proj", one a layer
-    d_model: int  # of the residual stream; the embeddings of some models are narrower
-    d_ff: int
-    output_width: int  # of the tuple that a layer returns by version of transformers; 0: the tensor itself
+    mlp_output_names: tuple[str, ...]  # one per layer, e.g. "model.layers.4.mlp.down_proj"
+    d_model: int  # width of the residual stream; the embeddings of some models are narrower
+    d_ff: int  # inputs of each MLP output matrix: the length of a key
+    output_width: int  # length of the tuple that a layer returns (varies with transformers); 0: the tensor itself
     probe_cache: ProbeCache = field(default_factory=ProbeCache, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
-        """How many decoder layers there are; they are counted from 0."""
+        """Number of decoder layers; they are counted from 0."""
         return len(self.layers)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in, offloaded embeddings or not."""
+        """The device that token ids are put on, whether the embeddings are offloaded or not."""
         return input_device(self.model)
 
     @property
@@ -75,20 +75,21 @@ class Anatomy:
 
     @cached_property
     def tail(self) -> tuple[nn.Module, ...]:
-        """The modules that one after the other take the states of the last layer to the head: mostly the final norm
-        alone, with a projection behind it or in its place where the head is narrower than the residual stream.
+        """The modules between the last layer and the head, in order.
 
-        Found by following the data through one pass over three tokens, which runs when this is first asked for.
+        Mostly the final norm alone; models whose head is narrower than the residual stream have a projection after it
+        or in its place. Found by following the data through one pass over three tokens, on first use.
         """
         return _tail(self.model, self.layers, self.head)
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The module that reads the last layer's states and normalises them for the head; `None` where there is none.
+        """The norm between the last layer and the head; `None` if the model has none.
 
-        `head(final_norm(hidden))` are the model's logits but for a scaling or capping of its own, unless `tail` holds
-        more than the norm.
+        `head(final_norm(hidden))` gives the logits before the model's own scaling or capping, unless `tail` holds more
+        than the norm.
         """
+        # A projection in the tail is linear; the norm is what is left.
         return next((module for module in self.tail if not isinstance(module, nn.Linear | Conv1D)), None)
 
     def mlp_output(self, layer: int) -> nn.Linear | Conv1D:
@@ -96,7 +97,7 @@ class Anatomy:
         return cast(nn.Linear | Conv1D, self.model.get_submodule(self.mlp_output_names[layer]))
 
     def weight(self, layer: int) -> Tensor:
-        """The MLP output matrix of `layer` as a view `[d_model, d_ff]`, whatever way the module stores it.
+        """The MLP output matrix of `layer` as a view `[d_model, d_ff]`, however the module stores it.
 
         Raises:
             ModelError: the weight is offloaded to where a write would be lost (a disk).
@@ -108,10 +109,10 @@ class Anatomy:
                 f"{self.mlp_output_names[layer]} is offloaded to disk, where an edit would be lost; "
                 f"load the model so that layer {layer} stays in memory (device_map, or dtype bfloat16)"
             )
-        return weight.T if isinstance(module, Conv1D) else weight
+        return weight.T if isinstance(module, Conv1D) else weight  # GPT-2's Conv1D stores [d_ff, d_model]
 
     def check_layers(self, layers: list[int]) -> None:
-        """Raises `ModelError` when a layer number lies outside the model."""
+        """Raises `ModelError` if the model lacks one of `layers`."""
         outside = [layer for layer in layers if not 0 <= layer < self.n_layers]
         if outside:
             raise ModelError(
@@ -120,12 +121,15 @@ class Anatomy:
             )
 
     def check_one_device(self) -> None:
-        """Raises `ModelError` where the layers run on several devices: edits and answers set and read states of one
-        layer beside keys and values of all. Layers that accelerate offloads run where the others do."""
-        found = {p.device for layer in self.layers for p in layer.parameters() if not p.is_meta}
-        if len(found) > 1:
+        """Raises `ModelError` if the layers run on several devices.
+
+        Edits and answers combine states of one layer with keys and values of all. Layers that accelerate offloads run
+        on the device of the others.
+        """
+        devices = {p.device for layer in self.layers for p in layer.parameters() if not p.is_meta}
+        if len(devices) > 1:
             raise ModelError(
-                f"the layers lie on {', '.join(sorted(map(str, found)))}; edits and answers need all of them on one "
+                f"the layers lie on {', '.join(sorted(map(str, devices)))}; edits and answers need all of them on one "
                 "device (statistics do not): name one that holds them as device_map, or load in a narrower dtype"
             )
 
@@ -142,9 +146,9 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     output_width, d_model = _first_output(model, layers[0])
     names = tuple(f"{prefix}.{i}" for i in range(len(layers)))
     kind = type(model).__name__
-    found = [_mlp_output(layer, d_model, f"{kind}, {name}") for layer, name in zip(layers, names, strict=True)]
-    widths = [_fan(layer.get_submodule(path))[0] for layer, path in zip(layers, found, strict=True)]
-    if len(set(widths)) > 1:
+    paths = [_mlp_output(layer, d_model, f"{kind}, {name}") for layer, name in zip(layers, names, strict=True)]
+    widths = [_fan(layer.get_submodule(path))[0] for layer, path in zip(layers, paths, strict=True)]
+    if len(set(widths)) > 1:  # keys of all layers are handled as one width, `d_ff`
         other = next(i for i, width in enumerate(widths) if width != widths[0])
         raise ModelError(
             f"{kind}: layer {other} has an MLP of width {widths[other]}, layer 0 one of {widths[0]}; "
@@ -154,7 +158,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         model=model,
         layers=tuple(layers),
         layer_names=names,
-        mlp_output_names=tuple(f"{name}.{path}" for name, path in zip(names, found, strict=True)),
+        mlp_output_names=tuple(f"{name}.{path}" for name, path in zip(names, paths, strict=True)),
         d_model=d_model,
         d_ff=widths[0],
         output_width=output_width,
@@ -182,6 +186,7 @@ def _check_kind(model: PreTrainedModel) -> None:
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+    """The name of the list of decoder layers, and the layers."""
     expected = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists: list[tuple[str, nn.ModuleList]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
@@ -199,9 +204,9 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def _fan(module: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a linear map."""
+    """The numbers of inputs and outputs of a linear map."""
     rows, columns = cast(Tensor, module.weight).shape
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)  # Linear stores [outputs, inputs]
 
 
 def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
@@ -213,8 +218,9 @@ def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
     def mixes_tokens(path: str) -> bool:
         return "attn" in path or "attention" in path or path.partition(".")[0] in mixers
 
+    # 1. A mixture of experts has no one output matrix, even where a shared expert looks like one.
     experts = [path for path in modules if path.rpartition(".")[2] == "experts"]
-    # Packed experts: even a shared expert beside them is only a part of the MLP's output.
+    # Packed experts are a parameter of three dimensions, without a module each.
     experts += [
         path
         for path, parameter in layer.named_parameters()
@@ -225,6 +231,7 @@ def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
             f"{where} is a mixture-of-experts layer ({experts[0]}): each token passes through other matrices, so "
             "no one update of an output matrix reaches all; use a dense model"
         )
+    # 2. What is left: linear maps as wide as the residual stream that are no part of attention.
     writers = [
         path
         for path, module in modules.items()
@@ -242,7 +249,10 @@ def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
 
 
 def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:
-    """How the first `layer` returns its states and how wide these are, seen in a pass of one token that ends there."""
+    """The length of the tuple that `layer` returns (0: a tensor) and the width of its states.
+
+    Observed in a pass of one token that ends after the first layer: no config key names the width reliably.
+    """
     seen: list[tuple[int, int]] = []
 
     def look(_: nn.Module, __: object, out: object) -> None:
@@ -260,6 +270,7 @@ def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:
 
 
 def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module) -> tuple[nn.Module, ...]:
+    """Follows the states of the last layer from module to module, up to the head."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     others = [module for module in model.modules() if id(module) not in inside]
     device = input_device(model)
@@ -267,18 +278,19 @@ def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module
     with unwatched(model), no_param_grad(model), torch.no_grad(), calls([layers[-1], *others], made):
         model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=False)
     at = next(i for i, call in enumerate(made) if call.module is layers[-1])
-    states, found = made[at].hidden, []
+    states, tail = made[at].hidden, []  # [1, 3, d_model]
     for call in made[at + 1 :]:
+        # Equal numbers tell which module reads the states: names differ between families.
         if call.input is None or call.output is None or not _same(call.input, states):
             continue
         if call.module is head:
             break
-        if not _same(call.output, states):  # dropout and identity pass on what they read
-            found.append(call.module)
+        if not _same(call.output, states):  # dropout and identity return their input
+            tail.append(call.module)
             states = call.output
-    return tuple(found)
+    return tuple(tail)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, however shaped."""
+    """Whether two tensors hold the same numbers, whatever their shapes."""
     return one.numel() == other.numel() and torch.equal(one.reshape(-1).to(other.device), other.reshape(-1))

@@ -1,8 +1,8 @@
-"""Can a part of this model be run alone? Found out by trying it on a few tokens, once for each `Anatomy`.
+"""Probe whether a part of a model can be run alone, by trying it on a few tokens, once for each `Anatomy`.
 
-A model cannot be resumed at a layer that reads more of the layers before it than the residual stream (shared keys and
-values, a state handed on), nor continued from keys and values where layers keep something else (convolutions,
-recurrence). Such models get the slow way, never a wrong result.
+A pass cannot start at a layer that reads more than the residual stream of the layers before it (shared keys and
+values, a state that is handed on). Nor can it continue from keys and values where layers keep something else
+(convolutions, recurrence). Such models are run in full, which is slower and never wrong.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from editlib.models.tracing import edit_hidden, unwatched
 
 log = logging.getLogger(__name__)
 
-LENGTH = 6
+LENGTH = 6  # tokens of a probe
 
 
 def can_skip(anat: Anatomy, start: int) -> bool:
-    """Whether the layers before `start` may be left out when what enters layer `start` is known."""
+    """Whether the layers before `start` may be left out when the states that enter layer `start` are known."""
     resumes = anat.probe_cache.resumes
     if start not in resumes:
-        warned = not all(resumes.values())  # once is enough, whichever layer it was
+        warned = not all(resumes.values())  # one warning per model, whichever layer it names
         resumes[start] = _probe(anat, lambda: _skips(anat, start))
         if not resumes[start] and not warned:
             log.warning(
@@ -42,35 +42,36 @@ def can_skip(anat: Anatomy, start: int) -> bool:
 
 
 def can_cache(anat: Anatomy) -> bool:
-    """Whether the model goes on from the keys and values of earlier tokens."""
+    """Whether the model continues from the cached keys and values of earlier tokens."""
     if anat.probe_cache.caches is None:
         anat.probe_cache.caches = _probe(anat, lambda: _caches(anat))
         if not anat.probe_cache.caches:
             log.warning(
-                "%s: it cannot go on from cached keys and values alone; earlier tokens are run every time, which is "
-                "slower",
+                "%s: it cannot continue from cached keys and values alone; earlier tokens are run every time, which "
+                "is slower",
                 type(anat.model).__name__,
             )
     return anat.probe_cache.caches
 
 
 def _probe(anat: Anatomy, attempt: Callable[[], bool]) -> bool:
-    """The result of `attempt`, run without gradients and unseen by anyone's hooks; False where it raises."""
+    """The result of `attempt`, run without gradients and without the caller's hooks; False if it raises."""
     with unwatched(anat.model), no_param_grad(anat.model), torch.no_grad():
         try:
             return attempt()
-        except Exception as error:  # whatever a model's own code raises when a part of it is missing
+        except Exception as error:  # a model's own code may raise anything when a part of it is missing
             log.debug("%s: %s", type(anat.model).__name__, error)
             return False
 
 
 def _tokens(anat: Anatomy, first: int) -> tuple[Tensor, Tensor]:
-    """One row of `LENGTH` different tokens and its mask."""
+    """One row of `LENGTH` different tokens and its mask, both `[1, LENGTH]`."""
     ids = (first + 7 * torch.arange(LENGTH, device=anat.device)) % anat.embedding.weight.shape[0]
     return ids[None], torch.ones_like(ids)[None]
 
 
 def _skips(anat: Anatomy, start: int) -> bool:
+    """Whether a pass from `start` on gives the logits of the whole pass."""
     ids, mask = _tokens(anat, 3)
     entered: list[Tensor] = []
 
@@ -78,31 +79,35 @@ def _skips(anat: Anatomy, start: int) -> bool:
         entered.append(hidden)
         return hidden
 
+    # 1. The whole pass, which also yields the states that enter `start`.
     with edit_hidden(anat.layers[start - 1], keep):
-        wanted = run(anat, ids, mask)
-    run(anat, *_tokens(anat, 5), stop=start)  # what these layers keep to themselves now belongs to other tokens
+        wanted = run(anat, ids, mask)  # [1, LENGTH, vocab]
+    # 2. Other tokens overwrite any state that the skipped layers hand on aside from the residual stream.
+    run(anat, *_tokens(anat, 5), stop=start)
+    # 3. The part alone. It runs the same operations on the same numbers, so rounding differs hardly at all.
     got = run(anat, ids, mask, start=start, hidden=entered[0])
-    # The same operations on the same numbers: hardly any difference is due to rounding.
     return _distance(got, wanted) < max(1e-4, 2 * torch.finfo(got.dtype).eps)
 
 
 def _caches(anat: Anatomy) -> bool:
+    """Whether the second half of a row, after a cache of the first, gives the logits of the whole row."""
     ids, mask = _tokens(anat, 3)
     half = LENGTH // 2
     wanted = run(anat, ids, mask)
     cache = DynamicCache()
     run(anat, ids[:, :half], mask[:, :half], cache)
     prefix = Prefix.of(cache, mask[:, :half])
+    # Sliding windows and recurrent layers may keep something else than [1, heads, half, head_dim].
     if not prefix.layers or any(x.dim() != 4 or x.shape[2] != half for pair in prefix.layers for x in pair):
         return False
-    run(anat, *_tokens(anat, 5))
+    run(anat, *_tokens(anat, 5))  # as in `_skips`: nothing may be left over in the layers themselves
     got = run(anat, ids[:, half:], mask, prefix.cache())
-    # Sums run in another order here, so that half precision alone makes a difference of some percent.
+    # Sums run in another order here: in half precision that alone changes logits by some percent.
     return _distance(got, wanted[:, half:]) < max(1e-3, 32 * torch.finfo(got.dtype).eps)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """`|one - other| / |other|`; where both are the same infinity (a masked vocabulary) there is no difference."""
+    """`|one - other| / |other|`; equal infinities (a masked vocabulary) count as no difference."""
     one, other = one.cpu().double(), other.cpu().double()
     same = one == other
     apart = torch.where(same, 0.0, one - other).norm()

@@ -47,8 +47,8 @@ def forward(
     """
     mask = batch.attention_mask
     if prefix is not None:
-        mask = torch.cat([prefix.attention_mask, mask], dim=1)
-        cache = prefix.cache()
+        mask = torch.cat([prefix.attention_mask, mask], dim=1)  # [n, P + T]
+        cache = prefix.cache()  # a pass extends its cache, and the prefix must stay as it is
     return run(
         anat,
         batch.input_ids,
@@ -66,36 +66,38 @@ def forward(
 
 
 def new_cache(anat: Anatomy, rows: int) -> KVCache:
-    """An empty cache for `forward` to fill over `rows` rows, of the kind that the model can go on from."""
+    """An empty cache for `forward` to fill over `rows` rows, of the kind that the model can continue from."""
     if can_cache(anat):
         return DynamicCache()
     return TokenReplay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
 
 
 def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) -> Prefix:
-    """Keys and values of `rows`, padded on the left so that what follows them starts in one column; with `grad` the
-    gradient of what follows goes through them."""
+    """Computes keys and values of `rows`; with `grad` the gradient of later tokens flows through them.
+
+    The rows are padded on the left, so that the tokens after them start in one column.
+    """
     batch = pad(rows, side="left", device=anat.device)
     if not can_cache(anat):
         return Prefix((), batch.attention_mask, batch.input_ids)
     cache = DynamicCache()
-    none = torch.zeros(0, dtype=torch.long)
+    none = torch.zeros(0, dtype=torch.long)  # no logits are needed, and the head is the widest matrix
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         forward(anat, batch, cache=cache, score=(none, none))
     return Prefix.of(cache, batch.attention_mask)
 
 
 def split(rows: list[TokenRow], at: list[int]) -> tuple[list[TokenRow], list[TokenRow]]:
-    """Cuts each row before the token at `at`: the front, and the rest with its lookup position moved along."""
-    # A front has no lookup of its own: its last token serves.
+    """Splits each row before the token at `at`; the lookup position of the rest is shifted accordingly."""
+    # A front has no lookup position: its last token takes the place.
     fronts = [TokenRow(row.ids[:cut], max(cut - 1, 0)) for row, cut in zip(rows, at, strict=True)]
     rests = [TokenRow(row.ids[cut:], row.lookup - cut, row.extra) for row, cut in zip(rows, at, strict=True)]
     return fronts, rests
 
 
 def shared_length(rows: list[TokenRow]) -> int:
-    """How many leading tokens all `rows` have in common, leaving at least one token of each."""
-    shortest = min(len(row) for row in rows) - 1
+    """Number of leading tokens that all `rows` have in common, leaving at least one token of each."""
+    shortest = min(len(row) for row in rows) - 1  # a pass over no token at all gives no logits
     first = rows[0].ids
     same = 0
     while same < shortest and all(row.ids[same] == first[same] for row in rows):
@@ -106,12 +108,17 @@ def shared_length(rows: list[TokenRow]) -> int:
 def shared_prefix(
     anat: Anatomy, rows: list[TokenRow], *, most: int | None = None, grad: bool = False
 ) -> tuple[Prefix | None, list[TokenRow]]:
-    """The tokens (`most` of them) that all rows begin with, run once, as one prefix for every row; and what remains of
-    each row. With `grad` the gradient of what follows goes through the prefix."""
+    """Runs the tokens that all rows begin with once, at most `most` of them.
+
+    With `grad` the gradient of later tokens flows through the prefix.
+
+    Returns:
+        The prefix, repeated for every row (`None` if the rows share no token), and what remains of each row.
+    """
     same = shared_length(rows) if most is None else min(shared_length(rows), most)
     if same == 0:
         return None, rows
     fronts, rests = split(rows, [same] * len(rows))
     device = anat.device
-    prefix = encode_prefix(anat, fronts[:1], grad=grad)
+    prefix = encode_prefix(anat, fronts[:1], grad=grad)  # one row: [1, heads, P, head_dim] in each layer
     return prefix.select(torch.zeros(len(rows), dtype=torch.long, device=device)), rests

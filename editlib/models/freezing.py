@@ -10,9 +10,10 @@ from torch import nn
 
 @contextmanager
 def no_param_grad(model: nn.Module) -> Iterator[None]:
-    """No parameter of `model` asks for a gradient inside the block; afterwards all is as it was, mode included."""
+    """Inside the block no parameter of `model` requires a gradient and the model is in eval mode; then both are
+    restored."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in model.modules() if module.training]  # each by itself: a user may mix modes
     for parameter in wanted:
         parameter.requires_grad_(False)
     model.eval()

@@ -1,4 +1,4 @@
-"""What is written between a prompt and its answer in running text."""
+"""Decide what separates a prompt from its answer in running text: a space or nothing."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import unicodedata
 
 from editlib.answers.scripts import UNSPACED, script_of
 
-_PAIRS = {"»": "«", "›": "‹", "”": "“", "’": "‘"}
-_WIDE = ("F", "W")  # East Asian marks, which bring their own space
+_PAIRS = {"»": "«", "›": "‹", "”": "“", "’": "‘"}  # marks that close in one language and open in another
+_WIDE = ("F", "W")  # East Asian marks, whose glyphs include their space
 
 
 def gap_between(prompt: str, answer: str) -> str:
-    """A space, or nothing: after a blank or a line end, after an opening quotation mark or bracket, and in scripts
-    without spaces.
+    """Returns a space or "", as running text has it between `prompt` and `answer`.
 
-    After a prompt whose last letter is of such a script there is none, nor after an East Asian mark; "Answer:" before
-    "北京" keeps its space. A quotation mark that does not tell its side opens after a blank, a bracket or nothing.
+    Nothing follows a blank, a line end, an opening quotation mark or bracket, an East Asian mark, or a letter of a
+    script without spaces; "Answer:" before "北京" keeps its space. A quotation mark that looks the same on both sides
+    opens after a blank, a bracket or nothing.
     """
     if not prompt or prompt[-1].isspace() or _opens(prompt):
         return ""
     last, first = prompt[-1], answer.lstrip()[:1]
-    if last.isalnum() or unicodedata.category(last).startswith("M"):
+    if last.isalnum() or unicodedata.category(last).startswith("M"):  # marks (M) are parts of letters
         return "" if _unspaced(prompt) else " "
     if unicodedata.east_asian_width(last) in _WIDE:
         return ""

@@ -1,5 +1,7 @@
-"""Greedy answers for many prompts at once (shared prefix computed once, finished rows dropped, drafts verified), and
-the likelihood of given answers after their prompts."""
+"""Generate answers for many prompts at once, and score given answers by their likelihood.
+
+A prefix that all prompts share is run once, rows that have ended are dropped, and drafts are verified in one pass.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +20,26 @@ from editlib.models.prefix import KVCache, Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 BATCH_ROWS = 64
-BATCH_TOKENS = 32_768  # of all rows of a batch, since a model keeps keys and values of every one in every layer
-BATCH_SCORED = 1536
+BATCH_TOKENS = 32_768  # over all rows, padding included: every layer keeps keys and values of each
+BATCH_SCORED = 1536  # positions with logits, each as wide as the vocabulary
 
 
 def end_tokens(anat: Anatomy) -> frozenset[int]:
-    """The token ids at which generation ends, as the model's generation config states them."""
+    """The token ids at which generation ends, from the model's generation config."""
     ends = anat.model.generation_config.eos_token_id
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
 @dataclass(frozen=True)
 class _Front:
-    """The `length` tokens that all rows of a job begin with, run once for all batches."""
+    """The first `length` tokens that all rows of a call share, run once for all its batches."""
 
     prefix: Prefix | None
     length: int
 
     @classmethod
     def of(cls, anat: Anatomy, rows: Sequence[TokenRow]) -> _Front:
+        """Runs the tokens that all `rows` begin with."""
         anat.check_one_device()
         length = shared_length(list(rows)) if rows else 0
         if not length:
@@ -44,7 +47,7 @@ class _Front:
         return cls(encode_prefix(anat, split([rows[0]], [length])[0]), length)
 
     def cut(self, rows: Sequence[TokenRow]) -> tuple[Prefix | None, list[TokenRow]]:
-        """The front for each of some rows, and what remains of them."""
+        """The front, repeated for each of `rows`, and what remains of them."""
         if self.prefix is None:
             return None, list(rows)
         zeros = torch.zeros(len(rows), dtype=torch.long, device=self.prefix.attention_mask.device)
@@ -61,13 +64,13 @@ def greedy(
     batch_rows: int = BATCH_ROWS,
     progress: str | None = None,
 ) -> list[tuple[int, ...]]:
-    """The greedy continuation of every row, without the end token, in the order of `rows`.
+    """Generates the greedy continuation of every row, without the end token, in the order of `rows`.
 
-    A draft (say, the answer of the model before an edit) is checked in one pass, and only what comes after the
-    first token that differs is generated; the result is the same with and without drafts.
+    A draft (say, the answer of the model before an edit) is verified in one pass, and only the tokens after the first
+    difference are generated; the result is the same with and without drafts.
 
     Args:
-        banned: token ids that are never said; the likeliest other token stands in their place.
+        banned: token ids that are never generated; the likeliest other token is taken.
         progress: a label for a progress bar on stderr; none without it.
     """
     ends = end_tokens(anat)
@@ -82,11 +85,12 @@ def greedy(
         front = _Front.of(anat, rows)
         if drafts is not None:
             known = _accept(anat, rows, front, drafts, max_new_tokens, ends, batch_rows, banned)
+        # Rows whose draft was right to its end, or to the limit, need no decoding.
         todo = [
             i for i in range(len(rows)) if len(known[i]) < max_new_tokens and not (known[i] and known[i][-1] in ends)
         ]
         bar.update(len(rows) - len(todo))
-        todo.sort(key=lambda i: len(rows[i]) + len(known[i]))
+        todo.sort(key=lambda i: len(rows[i]) + len(known[i]))  # rows of like lengths share a batch: little padding
         lengths = [len(row) + max_new_tokens for row in rows]
         for chunk in chunks(todo, lengths, rows=batch_rows):
             begun = [rows[i].followed_by(known[i]) for i in chunk]
@@ -108,17 +112,18 @@ def _accept(
     batch_rows: int,
     banned: Collection[int],
 ) -> list[tuple[int, ...]]:
-    """For each row the part of its draft that greedy decoding would produce, plus the token that follows it."""
+    """Verifies drafts: for each row the part that greedy decoding would produce, and the token after it."""
     accepted: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + len(drafts[i]))
     device = anat.device
     lengths = [len(row) + min(len(draft), limit) for row, draft in zip(rows, drafts, strict=True)]
     for chunk in chunks(order, lengths, rows=batch_rows):
-        tried = [tuple(drafts[i])[: limit - 1] for i in chunk]
+        tried = [tuple(drafts[i])[: limit - 1] for i in chunk]  # one token short: the pass itself yields the next
         prefix, rests = front.cut([rows[i] for i in chunk])
         batch = pad([rest.followed_by(draft) for rest, draft in zip(rests, tried, strict=True)], device=device)
+        # The last prompt token predicts a draft's first token, and each draft token the next one.
         places = [(r, len(rests[r]) - 1 + j) for r, draft in enumerate(tried) for j in range(len(draft) + 1)]
-        score = tuple(torch.tensor(places).T)
+        score = tuple(torch.tensor(places).T)  # rows [m], columns [m]
         best = _without(forward(anat, batch, prefix=prefix, score=score), banned).argmax(-1).tolist()
         at = 0
         for i, draft in zip(chunk, tried, strict=True):
@@ -138,14 +143,14 @@ def _accept(
 def sample(
     anat: Anatomy, rows: Sequence[TokenRow], *, max_new_tokens: int, top_k: int, generator: torch.Generator
 ) -> list[tuple[int, ...]]:
-    """A continuation of every row drawn at temperature 1 from the `top_k` likeliest tokens, without the end token.
+    """Samples a continuation of every row at temperature 1 from the `top_k` likeliest tokens, without the end token.
 
-    The draws come from `generator` alone, on the CPU; all rows are one batch.
+    All random numbers come from `generator`, on the CPU; all rows are one batch.
     """
 
     def draw(logits: Tensor, _: list[int]) -> Tensor:
-        best = logits.float().cpu().topk(min(top_k, logits.shape[-1]))
-        picked = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
+        best = logits.float().cpu().topk(min(top_k, logits.shape[-1]))  # [n, k]
+        picked = torch.multinomial(best.values.softmax(-1), 1, generator=generator)  # [n, 1], places in `best`
         return best.indices.gather(-1, picked)[:, 0]
 
     ends = end_tokens(anat)
@@ -162,10 +167,10 @@ def sample_each(
     max_new_tokens: int,
     batch_rows: int = BATCH_ROWS,
 ) -> list[tuple[int, ...]]:
-    """A continuation of every row drawn at temperature 1 from the whole vocabulary, without the end token.
+    """Samples a continuation of every row at temperature 1 from the whole vocabulary, without the end token.
 
-    Each row has a seed of its own, so that its draws do not depend on what else is in the batch. A draw is the token
-    in which a uniform number falls on the sum of the probabilities so far.
+    Each row has its own seed, so its draws do not depend on the batch. A uniform number in [0, 1) picks the token whose
+    interval of the cumulated probabilities holds it.
     """
     ends = end_tokens(anat)
     found: list[tuple[int, ...]] = [()] * len(rows)
@@ -177,7 +182,8 @@ def sample_each(
 
         def draw(logits: Tensor, alive: list[int], generators: list[torch.Generator] = generators) -> Tensor:
             sums = logits.cpu().double().softmax(-1).cumsum(-1)  # [n, vocab], fp64: the same draw on every device
-            uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in alive])
+            uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in alive])  # [n]
+            # Scaled to the last sum, which rounding leaves a little off 1.
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
         with no_param_grad(anat.model), torch.no_grad():
@@ -188,7 +194,7 @@ def sample_each(
 
 
 def _without(logits: Tensor, banned: Collection[int]) -> Tensor:
-    """`logits [n, vocab]` with the `banned` tokens out of reach."""
+    """`logits [n, vocab]` with those of `banned` tokens at minus infinity."""
     return logits.index_fill(-1, torch.tensor(sorted(banned), device=logits.device), -torch.inf) if banned else logits
 
 
@@ -200,20 +206,25 @@ def _decode(
     ends: frozenset[int],
     choose: Callable[[Tensor, list[int]], Tensor],
 ) -> list[tuple[int, ...]]:
-    """Decoding of one batch, end tokens included. `choose` picks tokens `[n]` from logits `[n, vocab]` and the numbers
-    of the rows that they belong to; rows that have ended are left out."""
+    """Decodes one batch; the end tokens are part of the result.
+
+    `choose` picks tokens `[n]` from logits `[n, vocab]` and the indices of their rows; rows that have ended are left
+    out.
+    """
     device = anat.device
     prefix, rests = front.cut(rows)
     batch = pad(rests, side="left", device=device)
     mask = batch.attention_mask if prefix is None else torch.cat([prefix.attention_mask, batch.attention_mask], dim=1)
     cache = new_cache(anat, len(rows)) if prefix is None else prefix.cache()
     new: list[list[int]] = [[] for _ in rows]
-    alive = list(range(len(rows)))
-    ids = batch.input_ids
+    alive = list(range(len(rows)))  # indices of the rows that have not ended
+    ids = batch.input_ids  # [n, T] at first, then [n alive, 1]
     while True:
         logits = _last_logits(anat, ids, mask, cache)
         picks = choose(logits, alive).tolist()  # one token for each living row
-        if prefix is not None:  # moves the padding between prefix and rest out of the way of sliding windows
+        if prefix is not None:
+            # After the first pass the padding lies between prefix and rest, where sliding windows would count it:
+            # a `Prefix` moves it to the left.
             prefix = Prefix.of(cache, mask)
             cache, mask, prefix = prefix.cache(), prefix.attention_mask, None
         for i, pick in zip(alive, picks, strict=True):
@@ -221,7 +232,7 @@ def _decode(
         keep = [j for j, i in enumerate(alive) if new[i][-1] not in ends and len(new[i]) < limits[i]]
         if not keep:
             return [tuple(tokens) for tokens in new]
-        if len(keep) < len(alive):
+        if len(keep) < len(alive):  # rows that have ended leave the cache, so that they cost nothing
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             mask = mask[index]
@@ -240,9 +251,9 @@ def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: KVCache) -> Te
 
 @dataclass(frozen=True)
 class Forced:
-    """An answer that was put behind its prompt and read token by token (teacher-forced), without its end token.
+    """The scores of a given answer after its prompt (teacher-forced), without its end token.
 
-    `nll`: nats of each answer token. `hits`: whether each is what greedy decoding would say behind the true tokens.
+    `nll`: nats of each answer token. `hits`: whether greedy decoding would produce it after the true tokens.
     """
 
     nll: tuple[float, ...]
@@ -250,14 +261,14 @@ class Forced:
 
     @property
     def mean(self) -> float:
-        """Nats a token; `nan` for an empty answer."""
+        """Mean NLL in nats per token; `nan` for an empty answer."""
         return math.fsum(self.nll) / len(self.nll) if self.nll else math.nan
 
 
 def teacher_forced(
     anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[Sequence[int]], *, progress: str | None = None
 ) -> list[Forced]:
-    """Reads each answer behind its prompt, in the order of `rows`.
+    """Scores each answer after its prompt, in the order of `rows`.
 
     Args:
         progress: a label for a progress bar on stderr; none without it.
@@ -276,7 +287,7 @@ def teacher_forced(
             prefix, rests = front.cut([rows[i] for i in chunk])
             batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
             places = [(r, len(rests[r]) - 1 + j) for r, i in enumerate(chunk) for j in range(len(answers[i]))]
-            logits = forward(anat, batch, prefix=prefix, score=tuple(torch.tensor(places).T)).float()
+            logits = forward(anat, batch, prefix=prefix, score=tuple(torch.tensor(places).T)).float()  # [m, vocab]
             wanted = torch.tensor([token for i in chunk for token in answers[i]], device=logits.device)
             nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").tolist()
             hits = (logits.argmax(-1) == wanted).tolist()
@@ -292,8 +303,15 @@ def teacher_forced(
 def chunks(
     order: Sequence[int], lengths: Sequence[int], scored: Sequence[int] | None = None, *, rows: int = BATCH_ROWS
 ) -> Iterator[list[int]]:
-    """`order` in batches of at most so many `rows`. Long ones make them smaller, and so do answers that are read: every
-    `scored` token costs a row of logits as wide as the vocabulary."""
+    """Splits `order` into batches of at most so many `rows`.
+
+    Long rows make a batch smaller, and so do scored tokens: each costs logits as wide as the vocabulary.
+
+    Args:
+        order: indices of rows.
+        lengths: tokens of each row.
+        scored: tokens of each row that logits are computed at.
+    """
     chunk: list[int] = []
     width = read = 0
     for i in order:
@@ -307,7 +325,7 @@ def chunks(
 
 
 def continuation_nll(anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[float]:
-    """Mean NLL in nats a token of each answer behind its prompt; `nan` for an empty answer."""
+    """Mean NLL in nats per token of each answer after its prompt; `nan` for an empty answer."""
     return [answer.mean for answer in teacher_forced(anat, rows, answers)]
 
 
@@ -320,4 +338,4 @@ def perplexity(anat: Anatomy, windows: Sequence[Sequence[int]]) -> float:
             logits = forward(anat, batch)[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, batch.input_ids[0, 1:], reduction="sum"))
         count += len(ids) - 1
-    return math.exp(min(total / count, 700.0))  # a destroyed model's may be no float
+    return math.exp(min(total / count, 700.0))  # exp of more overflows, and a destroyed model may reach it

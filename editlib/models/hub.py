@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: asked quietly, and only its cache where it is out of reach."""
+"""Access the Hugging Face Hub quietly; only its local cache if the Hub cannot be reached."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-ADAPTER_FILES = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")  # of an adapter's own: no checkpoints, no logs
+ADAPTER_FILES = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")  # without checkpoints and logs
 
 
 @cache
 def in_reach() -> bool:
-    """Whether the Hub can be asked at all: its host has an address, or a proxy is set. Without this its
-    library tries for half a minute."""
+    """Whether the Hub can be reached: its host has an address, or a proxy is set.
+
+    Without this check its library retries for half a minute.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -33,13 +35,13 @@ def in_reach() -> bool:
 
 
 def reading() -> dict[str, Any]:
-    """The options of `from_pretrained` by which a model that was loaded before is found without the Hub."""
+    """Options of `from_pretrained`: if the Hub cannot be reached, only its local cache is searched."""
     return {} if in_reach() else {"local_files_only": True}
 
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Keeps the library's warnings of every try off stderr: what goes wrong is said in one line of ours."""
+    """Keeps the library's warnings of every retry off stderr: the caller reports an error in one line."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -50,18 +52,18 @@ def quiet_hub() -> Iterator[None]:
 
 
 def hub_file(name: str, file: str) -> Path | None:
-    """A file of the Hub's model `name`, fetched into its cache; `None` where there is none, or it cannot be asked."""
+    """Fetches a file of the Hub's model `name` into the cache; `None` if there is none or the Hub cannot be reached."""
     from huggingface_hub import hf_hub_download
 
     try:
         with quiet_hub():
             return Path(hf_hub_download(name, file, **reading()))
-    except (OSError, ValueError):  # no such repository or file in it, no access, no network, no id at all
+    except (OSError, ValueError):  # no such repository or file, no access, no network, or not an id
         return None
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of an adapter on the Hub, fetched into its cache.
+    """Fetches an adapter from the Hub into the cache, and returns its folder.
 
     Raises:
         OSError: the Hub cannot be reached.

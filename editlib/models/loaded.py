@@ -1,4 +1,4 @@
-"""A loaded model with its tokenizer."""
+"""Hold a loaded model together with its tokenizer and prompt settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from editlib.models.prompts import PromptFormat, settled
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, as it is asked."""
+    """A model with its tokenizer and the settings of its prompts."""
 
     anat: Anatomy
     tok: PreTrainedTokenizerBase
@@ -24,27 +24,29 @@ class LoadedModel:
     def of(
         cls, model: PreTrainedModel, tok: PreTrainedTokenizerBase, prompts: PromptSettings | None = None
     ) -> LoadedModel:
-        """The loaded model of a plain one."""
+        """Builds it from a model and a tokenizer; costs the pass of `anatomy`."""
         return cls(anatomy(model), tok, settled(tok, prompts))
 
     @property
     def form(self) -> PromptFormat:
-        """How the model is asked when nothing is done about it."""
+        """The prompt format of the model's own settings."""
         return PromptFormat.of(self.tok, self.prompts)
 
     def answer_start(self, answer: str, question: str, form: PromptFormat | None = None) -> tuple[int, ...]:
-        """The tokens that an answer to `question` begins with, up to the first one that shows; some tokenizers write a
-        space as a token of its own."""
+        """The tokens that an answer to `question` begins with, up to the first one that is not blank.
+
+        Some tokenizers write a space as a token of its own.
+        """
         ids = (form or self.form).answer_ids(answer, question)
         shown = next((i for i, token in enumerate(ids) if self.text([token])), len(ids) - 1)
         return ids[: shown + 1]
 
     def text(self, ids: Sequence[int]) -> str:
-        """Tokens as text, without special ones."""
+        """Decodes token ids without special tokens."""
         return plain_text(self.tok, ids)
 
     def prompt_text(self, ids: Sequence[int]) -> str:
-        """Tokens as text, with special ones, as the model reads them."""
+        """Decodes token ids with special tokens, as the model reads them."""
         return str(self.tok.decode(list(ids)))
 
 

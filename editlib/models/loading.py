@@ -1,4 +1,4 @@
-"""A model id, a local folder or a packaged model -> (model, tokenizer)."""
+"""Load a model and its tokenizer from a Hugging Face id, a local folder or a packaged model."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def load(
     """Loads a decoder-only model that can be edited, in eval mode, and its tokenizer.
 
     Args:
-        name: a packaged model (`smollm2-135m`, fetched into the cache once), a local folder (that of a PEFT adapter is
-            merged into its base), or a Hugging Face id.
+        name: a packaged model (`smollm2-135m`, fetched into the cache once), a local folder, or a Hugging Face id. A
+            PEFT adapter is merged into its base.
         dtype: "float32", "bfloat16" or "float16"; `None` keeps the dtype the weights are stored in.
         device_map: a device, one of `SPREADS`, or a mapping of modules to devices; `None`: the CPU.
 
     Raises:
-        ModelError: no such model, no network, a kind that cannot be edited, or a device that is not there.
+        ModelError: no such model, no network, a kind that cannot be edited, or a device that is not available.
         FetchError: a packaged model that is neither cached nor can be downloaded.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -77,7 +77,7 @@ def load(
 
 
 def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that an adapter was trained on, loaded with `options`, with the adapter in its weights."""
+    """Loads the model that an adapter was trained on, with `options`, and merges the adapter into its weights."""
     base = model_of(folder)
     log.info("%s is an adapter of %s: merged into its weights", folder, base)
     model, tok = load(base, **options)
@@ -87,17 +87,17 @@ def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` in eval mode, once its anatomy has shown that it can be edited."""
-    anatomy(model)  # says at once what cannot be edited
+    """Puts `model` into eval mode, after a check that it can be edited."""
+    anatomy(model)  # raises for a kind that cannot be edited
     module: nn.Module = model
     module.eval()
     return model
 
 
 def adapter_of(name: str) -> Path | None:
-    """The folder with the config of the adapter that `name` is, its own or the Hub's id; `None` for a model.
+    """The folder with the config of the adapter `name`, a local folder or an id on the Hub; `None` for a model.
 
-    The Hub is asked only where it has no model under this name: of an adapter nothing but the config is fetched.
+    From the Hub only the adapter's config is fetched, and only if there is no model of this name.
     """
     if os.path.exists(name) or _packaged(name):
         return Path(name) if is_adapter(name) else None
@@ -113,10 +113,10 @@ def _hub_adapter(name: str) -> Path | None:
 
 
 def model_of(name: str) -> str:
-    """The model that an adapter is for; any other model itself.
+    """The base model of an adapter; any other model itself.
 
     Raises:
-        ModelError: an adapter that does not say, or an adapter of an adapter.
+        ModelError: an adapter that names no base, or an adapter of an adapter.
     """
     folder = adapter_of(name)
     if folder is None:
@@ -128,14 +128,17 @@ def model_of(name: str) -> str:
 
 
 def check_model(name: str) -> None:
-    """Raises `ModelError` where `load` would for a missing model or a kind that cannot be edited, without reading any
-    weights; call it before long work starts."""
+    """Raises `ModelError` for a missing model or a kind that cannot be edited; call it before long work.
+
+    Reads the configuration only, no weights.
+    """
     read_config(name)
 
 
 def read_config(name: str) -> PreTrainedConfig | None:
-    """The configuration of what `load` would load, without its weights; `None` for a packaged model, which may not be
-    here yet.
+    """Reads the configuration of the model that `load` would load, without its weights.
+
+    `None` for a packaged model, which may not be fetched yet.
 
     Raises:
         ModelError: a missing model, or a kind that cannot be edited.
@@ -145,14 +148,15 @@ def read_config(name: str) -> PreTrainedConfig | None:
 
 
 def _reading(path: str) -> dict[str, Any]:
+    """The options of `from_pretrained`: a local folder needs none, and a name none that asks the Hub in vain."""
     return {} if os.path.exists(path) else reading()
 
 
 def read_config_file(path: str) -> PreTrainedConfig:
-    """The configuration in a JSON file, whatever it is called.
+    """Reads the configuration in a JSON file of any name.
 
     Raises:
-        ModelError: not a configuration, or that of a kind that cannot be edited.
+        ModelError: not a configuration, or one of a kind that cannot be edited.
     """
     with _one_line_errors(path), quiet_bars():
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
@@ -165,16 +169,20 @@ def _packaged(name: str) -> bool:
 
 
 def check_device(wanted: str) -> None:
-    """Raises `ModelError` for a device that is not there: PyTorch's own answer is a traceback, or nothing ("cpu:1")."""
+    """Raises `ModelError` for a device that is not available.
+
+    PyTorch itself gives a long traceback, or accepts the name ("cpu:1").
+    """
     api = getattr(torch, "accelerator", None)
-    if api is None:  # before torch 2.6, which cannot tell
+    if api is None:  # torch before 2.6 cannot list its devices
         return
-    there = ["cpu", "cpu:0"]
+    devices = ["cpu", "cpu:0"]
     if api.is_available():
         kind = api.current_accelerator().type
-        there += [kind, *(f"{kind}:{i}" for i in range(api.device_count()))]
-    if wanted not in (*SPREADS, *there):
-        raise ModelError(f"device_map {wanted!r}: not on this machine; expected one of {', '.join((*SPREADS, *there))}")
+        devices += [kind, *(f"{kind}:{i}" for i in range(api.device_count()))]
+    if wanted not in (*SPREADS, *devices):
+        expected = ", ".join((*SPREADS, *devices))
+        raise ModelError(f"device_map {wanted!r}: not on this machine; expected one of {expected}")
 
 
 def _checked_config(path: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
@@ -186,16 +194,17 @@ def _checked_config(path: str, name: str, options: dict[str, Any]) -> PreTrained
 
 
 def _check_folder(path: str) -> None:
+    """Raises `ModelError` for a path that holds no model, before transformers takes it for an id on the Hub."""
     if not path:
         raise ModelError(f"the model has no name; give a folder, a Hugging Face id or one of {', '.join(PACKAGED)}")
-    there = os.path.exists(path)  # false where a name is too long for a file, too
-    if not there and path.startswith((".", "/", "~")):
+    exists = os.path.exists(path)  # false for a name that is too long for a file, too
+    if not exists and path.startswith((".", "/", "~")):
         raise ModelError(f"{path}: no such folder; give one written by save_pretrained, or a model id")
-    if not there and "/" not in path and closest(path, PACKAGED, cutoff=0.8):
+    if not exists and "/" not in path and closest(path, PACKAGED, cutoff=0.8):
         raise ModelError(f"{path}: no such folder, and no packaged model, which are {', '.join(PACKAGED)}")
     if os.path.isfile(path):
         raise ModelError(f"{path} is a file; give the folder that holds config.json and the weights")
-    if there and not os.path.isfile(os.path.join(path, "config.json")):
+    if exists and not os.path.isfile(os.path.join(path, "config.json")):
         raise ModelError(f"{path} holds no config.json; give a folder written by save_pretrained, or a model id")
 
 
@@ -208,6 +217,7 @@ def _check_config(config: object, name: str) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(name: str) -> Iterator[None]:
+    """Turns what transformers raises, often of many lines, into a `ModelError` of one."""
     try:
         yield
     except ModelError:

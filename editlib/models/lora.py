@@ -1,4 +1,4 @@
-"""A fresh LoRA adapter inside a model, for a while; only this file needs `peft`."""
+"""Put a fresh LoRA adapter into a model for the length of a block; only this file needs `peft`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def peft_missing() -> bool:
 
 @contextmanager
 def lora_adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
-    """Inside the block every linear map of the decoder layers carries a LoRA adapter (arXiv 2106.09685) of `rank`,
-    whose parameters are yielded and alone ask for gradients; afterwards the very same modules are back.
+    """Adds a LoRA adapter (arXiv 2106.09685) of `rank` to every linear map of the decoder layers inside the block.
 
-    The adapter starts as no change at all (`B = 0`); `A` is drawn from `seed`. PEFT's scaling is 1.
+    Yields its parameters, the only ones that require gradients. Afterwards the original modules are put back. The
+    adapter starts as no change (`B = 0`); `A` is drawn from `seed`. PEFT's scaling is 1.
 
     Raises:
         ModelError: `peft` is missing, or a weight is offloaded.
@@ -40,18 +40,19 @@ def lora_adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Par
     training = {module: module.training for module in model.modules()}
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank,
+        lora_alpha=rank,  # PEFT scales by alpha / r
         lora_dropout=0.0,
         target_modules=sorted(maps),
         fan_in_fan_out=not all(isinstance(module, nn.Linear) for module in maps.values()),  # GPT-2's Conv1D
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # the caller's generator is left alone
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model)
         model.eval()
         yield [p for name, p in model.named_parameters() if p not in wanted and p.requires_grad and "lora_" in name]
     finally:
+        # PEFT's own unloading would leave new modules: a caller's references must stay valid.
         for name, module in maps.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module)

@@ -1,4 +1,4 @@
-"""A change of an MLP output matrix's output as a change of the residual stream, and back."""
+"""Convert changes of an MLP output matrix's output to changes of the residual stream, and back."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class OutputPath:
 
 
 def _precise(module: nn.Module, device: torch.device) -> tuple[nn.Module, torch.dtype]:
-    """A twin of a small module with its parameters in fp64 (fp32 where there is none), without anyone's hooks."""
+    """A copy of a small module with its parameters in fp64 (fp32 if the device lacks it), without hooks."""
     dtype = wide_dtype(device)
-    twin = copy.copy(module)
+    twin = copy.copy(module)  # shallow: the dictionaries below are replaced, not changed
     for name in ("forward", "_hf_hook", "_old_forward"):  # what accelerate puts on an instance
         twin.__dict__.pop(name, None)
     for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -99,6 +99,7 @@ def _precise(module: nn.Module, device: torch.device) -> tuple[nn.Module, torch.
 
 
 def _data(module: nn.Module, name: str) -> Tensor:
+    """The data of a parameter; raises `ModelError` if it is on disk."""
     data = in_memory(module, name)
     if data is None:
         raise ModelError(f"{type(module).__name__}.{name} is offloaded to disk; load the model into memory to edit it")

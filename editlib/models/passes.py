@@ -1,7 +1,7 @@
-"""One pass of a model, told exactly what to leave out, what to put in and what to look at.
+"""Run one pass of a model in which layers are skipped, states replaced and activations read.
 
-Layers are left out inside the model's own forward, so masks, positions, caches and logit scaling stay those of
-transformers for every family. Whether they may be left out is for `capabilities` to say.
+Layers are skipped inside the model's own forward, so masks, positions, caches and logit scaling stay those of
+transformers for every family. `capabilities` tells whether a layer may be skipped.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class _Columns:
     def __init__(self, mask: Tensor, front: int, close: bool) -> None:
         self.front = front
         self.order: Tensor | None = None
-        if close and bool((mask[:, 1:] > mask[:, :-1]).any()):
-            self.order = (1 - mask).argsort(dim=1, stable=True)
+        if close and bool((mask[:, 1:] > mask[:, :-1]).any()):  # padding before a token, in some row
+            self.order = (1 - mask).argsort(dim=1, stable=True)  # [n, front + T]
             self.places = self.order.argsort(dim=1)  # the inverse permutation
 
     def enter(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class _Columns:
         return self.enter(torch.cat([into[:, : self.front], x.to(into)], dim=1))
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """The pass's columns of the caller's places."""
+        """Maps the caller's places, rows and columns `[m]` each, to the pass's columns `[m]`."""
         columns = columns + self.front
         return (
             columns if self.order is None else self.places[rows.to(self.places.device), columns.to(self.places.device)]
@@ -57,6 +57,7 @@ class _Columns:
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:
+    """`x [n, T, ...]` with the columns of each row in `order [n, T]`."""
     return x[torch.arange(len(x), device=x.device)[:, None], order.to(x.device)]
 
 
@@ -78,11 +79,11 @@ def run(
     """Runs the model over `input_ids [n, T]` after `past`, which it extends; `mask [n, P + T]` covers both.
 
     Args:
-        start, hidden: `hidden [n, T, d_model]` enters layer `start`, whatever the layers before it say. With `skip`
-            these are left out; without it they run, for a model whose later layers need more of them than that.
+        start, hidden: `hidden [n, T, d_model]` enters layer `start` in place of the output of the layers before it.
+            With `skip` these are left out; without it they run, for models whose later layers read more of them.
         stop, keys, key_layers, score, final: as for `forward.forward`.
     """
-    # 1. A cache is extended; tokens that are run again are put before the batch instead.
+    # 1. A cache is extended; replayed tokens are put before the batch instead.
     cache: DynamicCache | None = None
     front, ids = 0, input_ids
     if isinstance(past, TokenReplay):
@@ -90,9 +91,9 @@ def run(
         ids = torch.cat([past.input_ids, input_ids], dim=1)  # [n, P + T]
     else:
         cache = past
-    # 2. Padding is moved out of the way of what counts columns.
+    # 2. Padding inside a row is moved to its end, where nothing that counts columns meets it.
     here = mask[:, -ids.shape[1] :]  # [n, front + T], without the columns of a cache
-    # A cache that is filled from the left keeps its padding there: what comes next stands right behind the tokens.
+    # A new cache keeps its padding on the left, so that the next tokens directly follow the present ones.
     columns = _Columns(here, front, close=cache is None or mask.shape[1] > here.shape[1])
     mask = torch.cat([mask[:, : -ids.shape[1]], columns.enter(here)], dim=1)
     kwargs: dict[str, Any] = {
@@ -105,7 +106,7 @@ def run(
         kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     lengths = [layer[0].shape[2] for layer in cache] if columns.order is not None and cache is not None else []
     stopped: list[Tensor] = []
-    # 3. What is put in and looked at are hooks, which end with the block.
+    # 3. States are replaced and read by hooks, which end with the block.
     with ExitStack() as stack:
         if stop is not None:
             stack.enter_context(stop_after(anat.layers[stop - 1], lambda h: stopped.append(columns.leave(h))))
@@ -123,7 +124,7 @@ def run(
             if final is not None:
                 stack.enter_context(record_inputs({0: anat.head}, lambda _, h: final(h[0])))
         output = anat.model(**kwargs)
-    # 4. What the pass leaves for the next one is in the order of the caller's mask.
+    # 4. The cache for the next pass is put into the order of the caller's mask.
     if isinstance(past, TokenReplay):
         past.input_ids = ids
     elif cache is not None and lengths:
@@ -146,10 +147,11 @@ def _starting_at(
 
 
 def _restore_order(cache: DynamicCache, lengths: list[int], columns: _Columns) -> None:
-    """Puts what a pass has appended to `cache`, behind `lengths` columns, into the order of the caller's mask."""
+    """Puts the columns that a pass has appended to `cache`, after `lengths` columns, into the order of the caller's
+    mask."""
     for layer, length in zip(cache.layers, lengths, strict=True):
         for name in ("keys", "values"):
-            held = getattr(layer, name)
-            if held.shape[2] > length:  # a layer that was left out has appended nothing
-                new = columns.leave(held[:, :, length:].transpose(1, 2)).transpose(1, 2)
-                setattr(layer, name, torch.cat([held[:, :, :length], new], dim=2))
+            cached = getattr(layer, name)  # [n, heads, P + T, head_dim]
+            if cached.shape[2] > length:  # a skipped layer has appended nothing
+                new = columns.leave(cached[:, :, length:].transpose(1, 2)).transpose(1, 2)
+                setattr(layer, name, torch.cat([cached[:, :, :length], new], dim=2))

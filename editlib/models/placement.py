@@ -1,4 +1,4 @@
-"""Where a model's tensors are: whole on one device, spread over several, or offloaded by accelerate."""
+"""Locate a model's tensors: on one device, spread over several, or offloaded by accelerate."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids are to be put: the device on which the embedding runs, offloaded or not."""
+    """The device for token ids: the one on which the embedding runs, offloaded or not."""
     embedding = input_embedding(model)
     if embedding.weight.device.type != "meta":
         return embedding.weight.device
+    # An offloaded embedding is on the meta device; accelerate's hook names the one it is copied to.
     found = [device for hook in _hooks(embedding) if (device := getattr(hook, "execution_device", None)) is not None]
     return torch.device(found[0]) if found else torch.device("cpu")
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """`(name, tensor on the CPU)` of all parameters and persistent buffers, in the order of their names.
+    """Yields `(name, tensor on the CPU)` of all parameters and persistent buffers, sorted by name.
 
-    What accelerate has offloaded stands in the model as `meta` and is fetched from its own store, one at a time.
+    Tensors that accelerate has offloaded are on the meta device; they are read from its store, one at a time.
 
     Raises:
-        ModelError: a tensor without data that no store holds.
+        ModelError: a tensor on the meta device that is in no store.
     """
     for name, tensor in sorted(model.state_dict().items()):
         yield name, (_offloaded(model, name) if tensor.device.type == "meta" else tensor).detach().cpu()
 
 
 def in_memory(module: nn.Module, name: str) -> Tensor | None:
-    """The data of a parameter of `module` that its next forward pass will use; `None` when no such tensor can be had.
+    """The data of a parameter of `module` that its next forward pass will use; `None` if it is in a file.
 
-    accelerate leaves a parameter that it offloads on the meta device and copies it in for each pass: from CPU memory,
-    where a change stays, or from a file, where it would not.
+    accelerate keeps a parameter that it offloads on the meta device and copies it in for each pass: from CPU memory,
+    where a change lasts, or from a file, where it would be lost.
     """
     parameter: Tensor = getattr(module, name).data
     if not parameter.is_meta:
@@ -56,7 +57,7 @@ def in_memory(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
-    """The hook that holds a tensor sits on its module, or on one around it (whole blocks)."""
+    """Reads an offloaded tensor from accelerate's store: that of its module, or of a module around it."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):
         for hook in _hooks(model.get_submodule(".".join(parts[:cut]))):
@@ -67,6 +68,6 @@ def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """accelerate's hooks of one module: none, one, or a sequence."""
+    """The hooks that accelerate has put on a module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))

@@ -1,4 +1,4 @@
-"""Whether prompts fit into the positions that a model has."""
+"""Check that prompts fit into the positions of a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from editlib.errors import RequestError, quote
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 
-SPARE = 8  # special tokens that a tokenizer may put around a text
+SPARE = 8  # upper bound of the special tokens that a tokenizer adds to a text
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """How many tokens the model reads at once; `None` where its config names no limit."""
+    """The most tokens that the model reads at once; `None` if its config names no limit."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
@@ -22,21 +22,22 @@ def positions_of(model: PreTrainedModel) -> int | None:
 def check_prompts(
     model: PreTrainedModel, form: PromptFormat, prompts: Iterable[tuple[str, str]], *, room: int = 0
 ) -> None:
-    """Refuses prompts that are longer than the model's positions, before any of them is run.
+    """Raises `RequestError` if a prompt is longer than the model's positions, before any is run.
 
     Args:
-        prompts: what each is called, and its question.
+        prompts: name and question of each.
         room: tokens that the answer needs.
 
     Raises:
-        RequestError: names the first one with its length, and how many others there are.
+        RequestError: names the first such prompt with its length, and the number of others.
     """
     limit = positions_of(model)
     if limit is None:
         return
     long = []
     for name, question in prompts:
-        if 2 * len(form.render(question).encode()) + SPARE + room <= limit:  # a token is a byte at least
+        # A token holds at least one byte: texts that are short even with a factor of 2 as margin need no encoding.
+        if 2 * len(form.render(question).encode()) + SPARE + room <= limit:
             continue
         if (length := len(form.encode(question)) + room) > limit:
             long.append((name, length))
@@ -53,7 +54,7 @@ def check_prompts(
 def check_requests_fit(
     model: PreTrainedModel, form: PromptFormat, requests: Sequence[EditRequest], *, room: int = 0
 ) -> None:
-    """`check_prompts` for the questions of `requests` with all their wordings and what should be answered to them."""
+    """Applies `check_prompts` to the questions of `requests`, with all their wordings and target answers."""
     longest = max((len(form.answer_ids(request.target_new)) for request in requests if request.target_new), default=0)
     texts = (
         (request.id, text)

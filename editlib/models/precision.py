@@ -1,4 +1,4 @@
-"""Run a model in a narrower dtype for a while, without losing a bit of its weights."""
+"""Run a model in another dtype inside a block, without losing a bit of its weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def cast_params(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside the block the parameters of `model` are in `dtype`; afterwards the very same tensors are back.
+    """Casts the parameters of `model` to `dtype` inside the block; afterwards the original tensors are put back.
 
-    Statistics and the token's training bear bf16 products, which run several times faster than fp32 where the
-    processor has them. Rows written inside the block are lost: write them after it. `None` changes nothing.
+    Statistics and the training of [UNL] tolerate bf16 products, which are several times faster than fp32 on processors
+    that have them. Weights written inside the block are lost: write them after it. `None` changes nothing.
     """
     if dtype is None:
         yield
         return
+    # References, not copies: fp32 weights and their cast exist side by side only inside the block.
     originals = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
     for parameter, data in originals.items():
         parameter.data = data.to(dtype)
@@ -33,8 +34,10 @@ def cast_params(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[N
 
 @contextmanager
 def plain_attention(device: torch.device) -> Iterator[None]:
-    """On the CPU, attention inside the block is plain products and a softmax, not the fused kernel, whose gradient in
-    bf16 is several times slower where few tokens look back at a long prefix."""
+    """Computes attention on the CPU by plain products and a softmax inside the block.
+
+    The gradient of the fused kernel in bf16 is several times slower if few tokens attend to a long prefix.
+    """
     if device.type != "cpu":
         yield
         return
@@ -48,9 +51,9 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """bf16 for a fp32 model on a processor whose bf16 products are the faster ones, `None` (as it is) otherwise.
+    """bf16 for an fp32 model on a processor whose bf16 products are faster; `None` (no cast) otherwise.
 
-    An offloaded model stays as it is too: its hooks would bring fp32 weights into a bf16 pass.
+    An offloaded model is not cast either: its hooks would bring fp32 weights into a bf16 pass.
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return None
@@ -60,18 +63,23 @@ def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
 
 
 def _bf16_is_faster() -> bool:
-    """Asked of the processor, not timed, so that two runs on one machine compute in the same dtype."""
+    """Whether bf16 products are faster, from the processor's features.
+
+    Not timed, so that two runs on one machine use the same dtype.
+    """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    # Intel's AVX-512 has bf16 products, too, but they run at half the speed of fp32; its AMX makes up for it.
+    # Intel's AVX-512 has bf16 products too, but at half the speed of fp32; AMX is faster than both.
     return bool(known.get("amx_bf16")) or "Intel" not in known.get("cpu_name", "")
 
 
 @contextmanager
 def fp32_params(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the parameters of `model` are in fp32, so that small steps add up; afterwards they are rounded
-    to their own dtypes once. A fp32 model is left as it is."""
+    """Casts the parameters of `model` to fp32 inside the block, so that small steps add up.
+
+    Afterwards they are rounded to their own dtypes, once. An fp32 model is not changed.
+    """
     narrow = {p: p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     for parameter in narrow:
         parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""A batch's fixed prefix: a KV cache, or token ids that are run again for models whose cache cannot be reused."""
+"""Hold a batch's fixed prefix: a KV cache, or token ids to run again for models whose cache cannot be reused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from transformers import DynamicCache
 
 @dataclass
 class TokenReplay:
-    """Replaces a cache where a model cannot continue from keys and values: keeps the tokens, which every pass runs
-    again. Slow, but correct for any model. `input_ids` is `[n, P]`."""
+    """Replaces a cache for models that cannot continue from keys and values: every pass runs the tokens again.
 
-    input_ids: Tensor
+    Slow, but correct for any model.
+    """
+
+    input_ids: Tensor  # [n, P]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows, like the method of a cache."""
+        """Keeps some rows; the name is that of a cache's method."""
         self.input_ids = self.input_ids[indices]
 
 
@@ -26,16 +28,16 @@ KVCache = DynamicCache | TokenReplay
 
 @dataclass(frozen=True)
 class Prefix:
-    """Holds what a pass needs of the tokens before a batch.
+    """Holds what a pass needs of the tokens before a batch, for each of its rows or one for all.
 
-    `layers` holds `(keys, values)` of every layer, `[n or 1, heads, P, head_dim]` each; it is empty for a model that
-    cannot go on from them, whose `input_ids [n or 1, P]` are kept instead. `attention_mask` is `[n or 1, P]`. Columns
-    that it hides are moved to the left, since sliding windows and some biases count columns, hidden ones too.
+    `layers` holds the keys and values of every layer. It is empty for a model that cannot continue from them, whose
+    `input_ids` are kept instead. Columns that the mask hides are moved to the left, since sliding windows and some
+    biases count columns, hidden ones too.
     """
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    attention_mask: Tensor
-    input_ids: Tensor | None = None
+    layers: tuple[tuple[Tensor, Tensor], ...]  # [n or 1, heads, P, head_dim] each
+    attention_mask: Tensor  # [n or 1, P]
+    input_ids: Tensor | None = None  # [n or 1, P]
 
     def __post_init__(self) -> None:
         mask = self.attention_mask
@@ -51,7 +53,7 @@ class Prefix:
 
     @classmethod
     def of(cls, past: KVCache, attention_mask: Tensor) -> Prefix:
-        """What a cache holds, whose columns `attention_mask` describes."""
+        """Takes over the contents of a cache; `attention_mask` tells which of its columns hold tokens."""
         if isinstance(past, TokenReplay):
             return cls((), attention_mask, past.input_ids)
         return cls(tuple((layer[0], layer[1]) for layer in past), attention_mask)
@@ -62,19 +64,19 @@ class Prefix:
         return self.attention_mask.sum(1)
 
     def select(self, rows: Tensor) -> Prefix:
-        """The prefix of some rows, or one shared prefix widened to as many."""
+        """The prefix of some rows; a shared prefix is repeated for each."""
         shared = self.attention_mask.shape[0] == 1
         pick = torch.zeros_like(rows) if shared else rows
         ids = None if self.input_ids is None else self.input_ids[pick]
         return Prefix(tuple((k[pick], v[pick]) for k, v in self.layers), self.attention_mask[pick], ids)
 
     def cache(self) -> KVCache:
-        """A fresh cache that a pass may append to; the prefix itself is never changed."""
+        """A new cache that a pass may append to; the prefix itself is never changed."""
         return DynamicCache(list(self.layers)) if self.input_ids is None else TokenReplay(self.input_ids)
 
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:
-    """`x [n, heads, P, head_dim]` with the columns of each row in the `order [n, P]`. Indexing copies whole columns;
-    `take_along_dim` goes number by number and takes six times as long."""
+    """`x [n, heads, P, head_dim]` with the columns of each row in `order [n, P]`."""
+    # Indexing copies whole columns; `take_along_dim` copies single numbers and takes six times as long.
     rows, heads = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
     return x[rows[:, None, None], heads[None, :, None], order.to(x.device)[:, None]]

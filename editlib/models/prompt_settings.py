@@ -1,4 +1,4 @@
-"""How a model is asked, as settings that are recorded: with them a prompt of last week is the same text today."""
+"""Record how prompts are made from questions, so that a prompt of last week is the same text today."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """How questions become prompts.
+    """Settings of the prompts that questions become.
 
     Args:
-        chat: through the tokenizer's chat template; `None`: when it has one.
+        chat: use the tokenizer's chat template; `None`: if it has one.
         system: the system's turn, for chat templates only.
         arguments: further arguments of the chat template (`enable_thinking`).
-        tags: what surrounds a question in plain text, with "{}" in its place ("Question: {}\\nAnswer:"). With them the
-            chat template is not used.
+        tags: text around a plain question, with "{}" in its place ("Question: {}\\nAnswer:"). The chat template is then
+            not used.
         date: the day that a chat template prints as today, as "2026-01-31"; `None`: today.
 
     Raises:
-        RequestError: a value of another form, or settings that exclude each other.
+        RequestError: a value of the wrong type, or settings that exclude each other.
     """
 
     chat: bool | None = None
@@ -61,15 +61,15 @@ class PromptSettings:
                 raise RequestError(f"prompts: date {quote(self.date)}; expected a day such as 2026-01-31") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without what is left at its default."""
+        """The settings as JSON values, without those at their default."""
         return {name: value for name, value in asdict(self).items() if value not in (None, {})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PromptSettings:
-        """What `to_dict` gave.
+        """Reads the output of `to_dict`.
 
         Raises:
-            RequestError: an unknown key or a value of another form.
+            RequestError: an unknown key or a value of the wrong type.
         """
         known = [one.name for one in fields(cls)]
         for name in values:
@@ -79,11 +79,13 @@ class PromptSettings:
 
     @classmethod
     def of_options(cls, options: Sequence[str]) -> PromptSettings | None:
-        """From `NAME=VALUE` each: `NAMES`, and any other name as an argument of the chat template, whose value is read
-        as JSON where it is some. "\\n" is a line end in texts. `None` for no option.
+        """Reads options of the form `NAME=VALUE`; `None` if there is none.
+
+        A name other than `NAMES` is an argument of the chat template, and its value is read as JSON if possible. In
+        texts "\\n" is a line end.
 
         Raises:
-            RequestError: no "=", a name that is given twice, or a value that does not fit.
+            RequestError: no "=", a name that is given twice, or an invalid value.
         """
         given: dict[str, Any] = {}
         for option in options:
@@ -98,28 +100,29 @@ class PromptSettings:
 
     @classmethod
     def of_values(cls, values: Mapping[str, Any]) -> PromptSettings:
-        """From one value a name: `NAMES`, and any other name as an argument of the chat template.
+        """Reads a mapping from names to values; a name other than `NAMES` is an argument of the chat template.
 
         Raises:
-            RequestError: a value that does not fit.
+            RequestError: an invalid value.
         """
         own = {name: value for name, value in values.items() if name in NAMES}
         return cls(**own, arguments={name: value for name, value in values.items() if name not in NAMES})
 
     def key(self, of: str) -> str:
-        """`of` for default settings, otherwise with a hash of these: what answers are kept under."""
+        """The key that answers of `of` are stored under: `of` itself for default settings, else with their hash."""
         settings = self.to_dict()
         return f"{of}:{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}" if settings else of
 
 
 def differing(recorded: Mapping[str, Any], own: Mapping[str, Any], what: str) -> str:
-    """One line about prompts that are not those recorded; `what` was done with the recorded ones."""
+    """One line for a message: `what` was done with `recorded` prompts, which differ from the present ones."""
     names = [name for name in (*NAMES, "arguments") if recorded.get(name) != own.get(name)]
     was, now = (", ".join(f"{name} {quote(given.get(name))}" for name in names) for given in (recorded, own))
     return f"{what} with other prompts ({was}) than those asked now ({now})"
 
 
 def _value(text: str) -> Any:
+    """The JSON value that `text` is, or the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -127,9 +130,9 @@ def _value(text: str) -> Any:
 
 
 def dated(template: str, day: date) -> str:
-    """A chat template that takes `day` for today: its function `strftime_now` is written over.
+    """A chat template that prints `day` as today: a macro replaces the function `strftime_now`.
 
-    A template gets plain data only, so the function is a macro that fills the day into the format.
+    A macro, since transformers passes only plain data to a template.
     """
     filled = "".join(f" | replace('{directive}', '{text}')" for directive, text in _directives(day).items())
     # The empty expression keeps a line end with which the template begins.
@@ -137,6 +140,7 @@ def dated(template: str, day: date) -> str:
 
 
 def _directives(day: date) -> dict[str, str]:
+    """The text of each directive of `strftime` on a day, in English whatever the locale; its time is midnight."""
     month, weekday = _MONTHS[day.month - 1], _DAYS[day.weekday()]
     return {
         "%B": month,

@@ -1,6 +1,6 @@
-"""Questions -> token rows with lookup positions -> padded batches.
+"""Encode questions as token rows with lookup positions, and pad them to batches.
 
-Everything is encoded from the rendered text as a whole; padding is ours, so the caller's tokenizer is never touched.
+The rendered text is always encoded as a whole. Padding is done here, so the caller's tokenizer is never changed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from editlib.models.lookup import TokenizedText, first_token, last_token
 from editlib.models.prompt_settings import NAMES, PromptSettings, dated
 from editlib.requests.templates import occurrences
 
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
-_NEUTRAL = ("\n", '"', "(")  # what an answer without a space before it may follow
-WORD = "a"  # stands for a question where any would do
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # a placeholder that no text or template contains
+_NEUTRAL = ("\n", '"', "(")  # texts that an answer may follow without a space
+WORD = "a"  # any question, where its text does not matter
 
 Place = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
-"""What `fact_token` may be (ROME, MEMIT): the prompt's last token, the subject's first or last one, or the one behind
-the subject's last one (the prompt's last token where nothing is behind it)."""
+"""Values of `fact_token` (ROME, MEMIT): the prompt's last token, the subject's first or last one, or the one after the
+subject's last one (the prompt's last token if the subject ends the prompt)."""
 
 
 Asking = PromptSettings | bool | None
@@ -38,8 +38,8 @@ Asking = PromptSettings | bool | None
 class TokenRow:
     """One prompt as token ids.
 
-    `lookup` is the index of the token whose hidden state is edited (see `Place`); `extra` counts the tokens at the
-    end that were appended behind the prompt (an answer).
+    `lookup` is the index of the token whose hidden state is edited (see `Place`). `extra` counts the tokens that were
+    appended to the prompt (an answer).
     """
 
     ids: tuple[int, ...]
@@ -50,21 +50,22 @@ class TokenRow:
         return len(self.ids)
 
     def followed_by(self, ids: Sequence[int]) -> TokenRow:
-        """The same prompt with `ids` behind it."""
+        """The same prompt with `ids` appended."""
         return TokenRow(self.ids + tuple(ids), self.lookup, self.extra + len(ids))
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Padded rows. `input_ids` and `attention_mask` are `[n, T]`, `lookup` and `last` are `[n]` column indices."""
+    """Padded rows. `lookup` and `last` are column indices: those of the lookup position and of the last token."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    lookup: Tensor
-    last: Tensor
+    input_ids: Tensor  # [n, T]
+    attention_mask: Tensor  # [n, T]
+    lookup: Tensor  # [n]
+    last: Tensor  # [n]
 
     @property
     def position_ids(self) -> Tensor:
+        """Positions `[n, T]` that count a row's tokens from 0, padding aside."""
         return (self.attention_mask.cumsum(1) - 1).clamp_min(0)
 
     def __len__(self) -> int:
@@ -74,9 +75,9 @@ class TokenBatch:
 def pad(rows: Sequence[TokenRow], *, side: str = "right", device: torch.device | str | None = None) -> TokenBatch:
     """Pads `rows` with token 0, which the attention mask hides, on the given side."""
     width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)  # [n, T]
     mask = torch.zeros_like(ids)
-    shift = torch.zeros(len(rows), dtype=torch.long)
+    shift = torch.zeros(len(rows), dtype=torch.long)  # [n], the column of each row's first token
     for i, row in enumerate(rows):
         start = width - len(row) if side == "left" else 0
         ids[i, start : start + len(row)] = torch.tensor(row.ids)
@@ -88,16 +89,21 @@ def pad(rows: Sequence[TokenRow], *, side: str = "right", device: torch.device |
 
 
 def leading_tokens(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The special tokens that a tokenizer puts in front of a text (BOS). What it puts behind one (EOS) is left off
-    everywhere: it would end a prompt before its answer."""
+    """The special tokens that a tokenizer puts before a text (BOS).
+
+    Those after a text (EOS) are left out everywhere: they would end a prompt before its answer.
+    """
     bare, full = TokenizedText.of(tok, WORD).ids, tuple(tok(WORD)["input_ids"])
+    # Where the bare tokens start inside the full ones tells how many come first.
     added = range(len(full) - len(bare) + 1)
     return next((full[:n] for n in added if full[n : n + len(bare)] == bare), ())
 
 
 def token_windows(tok: PreTrainedTokenizerBase, text: str, length: int) -> Iterator[list[int]]:
-    """A text in windows of at most `length` tokens, each with the tokens that a text begins with (BOS) in front: models
-    that were trained with it read text without it badly. Windows of one token are left out."""
+    """Splits a text into windows of at most `length` tokens; windows of one token are left out.
+
+    Each window starts with the tokens that a text begins with (BOS): models trained with it read text without it badly.
+    """
     front = list(leading_tokens(tok))
     ids = list(tok(text, add_special_tokens=False, verbose=False)["input_ids"])
     room = max(length - len(front), 1)
@@ -108,11 +114,11 @@ def token_windows(tok: PreTrainedTokenizerBase, text: str, length: int) -> Itera
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a question becomes the text that the model reads.
+    """Turns a question into the text that the model reads.
 
-    `chat=None` uses the tokenizer's chat template when it has one; `False` asks with the bare text. `shots` are
-    questions with their answers that come before it: turns of the chat, or lines of the text. `system` and `arguments`
-    are for chat templates only; `tags` and `date` are those of `PromptSettings`.
+    `chat=None` uses the tokenizer's chat template if it has one; `False` asks with the bare text. `shots` are
+    few-shot examples, questions with answers: turns of the chat, or lines of the text. `system` and `arguments` are for
+    chat templates only; `tags` and `date` are those of `PromptSettings`.
     """
 
     tok: PreTrainedTokenizerBase
@@ -133,7 +139,7 @@ class PromptFormat:
 
     @classmethod
     def of(cls, tok: PreTrainedTokenizerBase, how: Asking = None) -> PromptFormat:
-        """The format of a tokenizer by its settings, or by their `chat` alone.
+        """Builds the format of a tokenizer from settings, or from their `chat` alone.
 
         Raises:
             RequestError: a system or arguments without a chat template, or ones that the template does not use.
@@ -143,6 +149,7 @@ class PromptFormat:
         form = cls(tok, how.chat, how.system, (), how.arguments, how.tags, how.date)
         if not form.uses_chat and (how.system is not None or how.arguments):
             raise RequestError("prompts: this tokenizer has no chat template, which a system or arguments are for")
+        # A template may ignore what it is given without an error; the prompt would then not be the one asked for.
         if how.system is not None and not form.tells_system:
             raise RequestError("prompts: the chat template leaves out what the system says; put it into the questions")
         template = str(getattr(tok, "chat_template", ""))
@@ -156,17 +163,18 @@ class PromptFormat:
 
     @property
     def settings(self) -> PromptSettings:
-        """What the format is made of, without the tokenizer and the shots."""
+        """The settings of the format, without tokenizer and shots."""
         return PromptSettings(self.chat, self.system, self.arguments, self.tags, self.date)
 
     @property
     def prints_date(self) -> bool:
         """Whether prompts depend on the day."""
+        # Two days that differ in every part of a date.
         days = ("2001-02-03", "2012-11-22")
         return self.uses_chat and len({replace(self, date=day).render(WORD) for day in days}) > 1
 
     def render(self, question: str) -> str:
-        """The text up to the point where the model answers."""
+        """The prompt of a question: the text up to the point where the model answers."""
         if not self.uses_chat:
             shown = (self.joined(self._tagged(asked), answer) + "\n" for asked, answer in self.shots)
             return "".join(shown) + self._tagged(question)
@@ -174,7 +182,7 @@ class PromptFormat:
 
     @property
     def tells_system(self) -> bool:
-        """Whether what the system says reaches the model: some chat templates refuse it or leave it out."""
+        """Whether the system's turn reaches the model: some chat templates refuse it or leave it out."""
         if not self.uses_chat or self.system is None:
             return False
         from jinja2 import TemplateError
@@ -193,26 +201,26 @@ class PromptFormat:
         place: Place = "subject_last",
         template: str = "{}",
     ) -> TokenRow:
-        """Token ids of the rendered question, with the lookup position at `place`.
+        """Encodes the rendered question, with the lookup position at `place`.
 
         Args:
-            subject: stands in the question once; without it the lookup position is the prompt's last token.
-            start: the character of the question that the subject begins at, where it is there more than once.
-            place: which token is looked up. A token that reaches across an end of the subject counts as the
-                subject's, so the space in front of it belongs to its first token where the two are one token.
-            template: what surrounds the question, which stands at its last `{}`. All else in it is plain text: other
-                braces stay, and the subject is not looked for in it.
+            subject: occurs in the question once; without it the lookup position is the prompt's last token.
+            start: index of the subject's first character in the question, needed if it occurs more than once.
+            place: which token is looked up. A token that crosses an end of the subject counts as part of it, such as a
+                first token that includes the space before the subject.
+            template: a context template; the question replaces its last `{}`. The rest is plain text: other braces
+                stay, and the subject is not searched in it.
 
         Raises:
-            RequestError: the subject does not stand in the question exactly once, the chat template changed it or
-                the tokenizer leaves nothing of it.
+            RequestError: the subject does not occur exactly once in the question, the chat template changed it, or the
+                tokenizer drops it.
         """
-        before, mark, behind = template.rpartition("{}")
+        before, mark, after = template.rpartition("{}")
         if not mark:
             raise RequestError(f'template {template!r} has no "{{}}"; expected one in the place of the question')
         if place not in get_args(Place):
             raise RequestError(f"place {place!r}; expected one of {', '.join(get_args(Place))}")
-        whole = before + question + behind
+        whole = before + question + after
         text = self.render(whole)
         tokenized = TokenizedText.of(self.tok, text)
         ids = self._front() + tokenized.ids
@@ -221,8 +229,8 @@ class PromptFormat:
         if start is None:
             places = occurrences(question, subject)
             if len(places) != 1:
-                given = f"subject {subject!r} stands {len(places)} times in {question!r}"
-                raise RequestError(f"{given}; it must stand once, or the request's prompt have {{}} in its place")
+                given = f"subject {subject!r} occurs {len(places)} times in {question!r}"
+                raise RequestError(f"{given}; it must occur once, or the request's prompt have {{}} in its place")
             start = places[0]
         start += self._start(text, whole) + len(before)
         find = first_token if place == "subject_first" else last_token
@@ -230,43 +238,48 @@ class PromptFormat:
         return TokenRow(ids, min(lookup + (place == "subject_first_after_last"), len(ids) - 1))
 
     def answer_ids(self, answer: str, question: str = WORD) -> tuple[int, ...]:
-        """Token ids of an answer as it follows the prompt, with what is written between the two (`gap`).
+        """Encodes an answer as it follows the prompt, with what is written between the two (`gap`).
 
-        An answer that is encoded alone would begin a text, where many tokenizers put a space of their own. Only where
-        the end of a prompt melts into the answer it is encoded so.
+        Encoded alone, the answer would begin a text, and many tokenizers put a space there. That is done only if the
+        last token of every prompt tried merges with the answer.
 
         Args:
-            question: what the answer is given to; without it, a word of the Latin script.
+            question: the question that is answered; without it, a word of the Latin script.
         """
         text = self.gap(answer, question) + answer.lstrip()
-        # A space starts a word whatever is before it. Without one, what the tokenizer puts in front of a text would
-        # be a space that the prompt has already, or that does not belong there.
+        # An answer that starts with a space is encoded alike after any prompt. One that does not is encoded after its
+        # own prompt or a neutral text, since a space added by the tokenizer does not belong there.
         fronts = [self.render(WORD)] if self.uses_chat or text[:1].isspace() else [self.render(question), *_NEUTRAL]
         for front in fronts:
             before, both = (TokenizedText.of(self.tok, some).ids for some in (front, front + text))
-            if both[: len(before)] == before:
+            if both[: len(before)] == before:  # no token crosses the boundary: the rest is the answer
                 return both[len(before) :]
         return TokenizedText.of(self.tok, text).ids
 
     def gap(self, answer: str, question: str = WORD) -> str:
-        """What is written between the prompt of `question` and an answer: what running text has (`gap_between`), or the
-        blanks that a chat template writes there."""
+        """The characters between the prompt of `question` and an answer.
+
+        Those of running text (`gap_between`), or the blanks that a chat template writes there.
+        """
         return self._template_gap() if self.uses_chat else gap_between(self.render(question), answer)
 
     def joined(self, question: str, answer: str) -> str:
-        """The question and its answer as running text, without what the format puts around them."""
+        """The question and its answer as running text, without tags or chat template."""
         return question + gap_between(question, answer) + answer.lstrip()
 
     def end_ids(self, ends: Collection[int] = ()) -> tuple[int, ...]:
-        """The token that ends an answer: the first special one that the chat template writes after it (`<|eot_id|>`,
-        `<end_of_turn>`); without a template, or where it writes none, the tokenizer's end of text.
+        """The token that ends an answer, as a tuple of at most one.
+
+        It is the first special token that the chat template writes after an answer (`<|eot_id|>`, `<end_of_turn>`).
+        Without a template, or if it writes none, it is the tokenizer's end of text.
 
         Args:
-            ends: where the model stops generating (`end_tokens`). One of them is preferred, among what the template
-                writes, and without a template among them and the tokenizer's own.
+            ends: the tokens at which the model stops generating (`end_tokens`). If the template writes one of them, or
+                one is the tokenizer's own, it is preferred.
         """
         written = self._written_after() if self.uses_chat else ()
         usual = () if self.tok.eos_token_id is None else (self.tok.eos_token_id,)
+        # In order of preference: tokens that both the source and the model name come before those of one alone.
         stopping = [[token for token in tokens if token in ends] for tokens in (written, usual)]
         return tuple((*stopping[0], *written, *stopping[1], *sorted(ends), *usual)[:1])
 
@@ -274,7 +287,7 @@ class PromptFormat:
         """The special tokens that the chat template writes after an answer, up to the next turn."""
         special = set(self.tok.all_special_ids) | set(self.tok.get_added_vocab().values())
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
-        for last in ([], [{"role": "user", "content": WORD}]):  # some end only answers that others follow
+        for last in ([], [{"role": "user", "content": WORD}]):  # some templates end only answers before another turn
             shown = self._apply([*messages, *last]).rpartition(MARK)[2]
             found = tuple(token for token in TokenizedText.of(self.tok, shown).ids if token in special)
             if found:
@@ -282,7 +295,7 @@ class PromptFormat:
         return ()
 
     def _apply(self, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
-        """`messages` as the chat template writes them; with `ask` up to where the model answers."""
+        """Renders `messages` with the chat template; with `ask` up to where the model answers."""
         options = dict(self.arguments)
         if self.date is not None:
             options["chat_template"] = dated(self.tok.get_chat_template(), Day.fromisoformat(self.date))
@@ -291,22 +304,27 @@ class PromptFormat:
         return cast(str, text)  # with tokenize=False
 
     def _tagged(self, question: str) -> str:
+        """The question inside `tags`."""
         return question if self.tags is None else self.tags.replace("{}", question)
 
     def _messages(self, question: str) -> list[dict[str, str]]:
+        """The turns of a chat: the system's, the shots, the question."""
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for asked, answer in self.shots:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": question}]
 
     def _front(self) -> tuple[int, ...]:
-        """What the tokenizer puts in front of a bare text; a chat template writes its own."""
+        """The tokens that the tokenizer puts before a bare text; a chat template writes its own."""
         return () if self.uses_chat else leading_tokens(self.tok)
 
     def _start(self, text: str, question: str) -> int:
-        """Where in `text`, its rendering, the question starts: seen with a mark that no template writes itself."""
+        """The index in `text`, the rendered question, at which the question starts.
+
+        Found by rendering a placeholder instead: the question's own text might occur in the template too.
+        """
         start = self.render(MARK).find(MARK)
-        for shown in (question, question.strip()):  # some templates strip what they are given
+        for shown in (question, question.strip()):  # some templates strip the content
             if start >= 0 and text.startswith(shown, start):
                 return start - question.index(shown)
         raise RequestError(f"the chat template changes the question {question!r}; use plain prompts for it")
@@ -320,7 +338,7 @@ class PromptFormat:
 
 
 def settled(tok: PreTrainedTokenizerBase, how: PromptSettings | None = None) -> PromptSettings:
-    """The settings with today as their date, where they name none and the chat template prints one."""
+    """Sets today as the date of settings that name none, if the chat template prints one."""
     settings = how or PromptSettings()
     if settings.date is None and PromptFormat.of(tok, settings).prints_date:
         return replace(settings, date=Day.today().isoformat())

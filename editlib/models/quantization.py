@@ -1,4 +1,4 @@
-"""A model's weights as they would be after quantisation, for a while, without losing a bit of the true ones."""
+"""Round a model's weights to few bits inside a block, without losing a bit of the original ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from editlib.models.anatomy import Anatomy
 
 
 def linear_maps(anat: Anatomy) -> dict[str, nn.Linear | Conv1D]:
-    """The linear maps (`Linear`, `Conv1D`) inside the decoder layers by their names, each once; not the head."""
+    """The linear maps (`Linear`, `Conv1D`) of the decoder layers by name, each once; not the head."""
     found: dict[int, tuple[str, nn.Linear | Conv1D]] = {}
     for prefix, layer in zip(anat.layer_names, anat.layers, strict=True):
         for name, module in layer.named_modules():
@@ -25,7 +25,7 @@ def linear_maps(anat: Anatomy) -> dict[str, nn.Linear | Conv1D]:
 
 
 def check_in_memory(anat: Anatomy) -> None:
-    """Raises `ModelError` when a weight is offloaded, so that no other could stand in its place."""
+    """Raises `ModelError` if a weight is offloaded, so that it cannot be replaced."""
     for name, module in linear_maps(anat).items():
         if module.weight.is_meta:
             raise ModelError(
@@ -36,8 +36,8 @@ def check_in_memory(anat: Anatomy) -> None:
 
 @contextmanager
 def quantized(anat: Anatomy, bits: int) -> Iterator[None]:
-    """Inside the block every linear map of the decoder layers has weights of `bits` bits; afterwards the very same
-    tensors are back.
+    """Quantises every linear map of the decoder layers to `bits` bits inside the block; then the original tensors are
+    put back.
 
     Round to nearest, symmetric, one scale an output channel, without calibration: `scale = max |w| / (2^(bits-1) - 1)`
     over the channel, `w -> scale * round(w / scale)`, the absmax quantisation of arXiv 2208.07339. Computed
@@ -61,7 +61,7 @@ def quantized(anat: Anatomy, bits: int) -> Iterator[None]:
 
 
 def round_channels(weight: Tensor, bits: int, *, channel: int = 0) -> Tensor:
-    """`weight` of two dimensions rounded to `2^bits - 1` levels, one scale for each index of dimension `channel`."""
+    """Rounds a matrix to `2^bits - 1` levels, with one scale for each index of dimension `channel`."""
     full = weight.float()  # [rows, columns]
     most = 2 ** (bits - 1) - 1
     scale = full.abs().amax(1 - channel, keepdim=True) / most  # [rows, 1] or [1, columns]

@@ -1,9 +1,8 @@
-"""How what an MLP output matrix writes reaches the residual stream.
+"""Find how the output of an MLP output matrix reaches the residual stream.
 
-MEMIT (2210.07229, alg. 1) takes for granted that a change of the matrix's output is the same change of the
-layer's output. That does not hold where a norm follows the MLP (Gemma 2 and 3, OLMo 2), where its branch is
-scaled (Granite) or where the sum is normalised (OPT-350m). What lies between is found by changing the output in one
-small pass and following the change, not from module names.
+MEMIT (2210.07229, alg. 1) assumes that a change of the matrix's output is the same change of the layer's output. That
+fails if a norm follows the MLP (Gemma 2 and 3, OLMo 2), if its branch is scaled (Granite), or if the sum is normalised
+(OPT-350m). The path is found by changing the output in one small pass and following the change, not from module names.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from editlib.models.output_path import OutputPath
 from editlib.models.passes import run
 from editlib.models.tracing import Call, calls, edit_output, unwatched
 
-TOKENS = 3
+TOKENS = 3  # of a probe
 
 
 def output_path(anat: Anatomy, layer: int) -> OutputPath:
     """Finds what lies between the MLP output matrix of `layer` and the residual stream.
 
-    Costs two passes of 3 tokens, once for an anatomy.
+    Costs two passes of 3 tokens, once per anatomy.
 
     Raises:
-        ModelError: something else than a factor or one module stands there (a gate, two norms).
+        ModelError: it is more than a factor and one module (a gate, two norms).
     """
     paths = anat.probe_cache.paths
     if layer not in paths:
@@ -38,13 +37,14 @@ def output_path(anat: Anatomy, layer: int) -> OutputPath:
 
 
 def _find_path(anat: Anatomy, layer: int) -> OutputPath:
+    """The path of one layer, from a pass as it is and a pass with noise on the matrix's output."""
     matrix, module = anat.mlp_output(layer), anat.layers[layer]
     generator = torch.Generator().manual_seed(0)
     base = _observe(anat, layer, lambda output: output)
-    # Large, so that little of it is rounded away in later sums.
+    # Large noise, so that rounding in later sums hides little of it.
     size = 4 * max(_rms(call.hidden) for call in base if call.module in (matrix, module))
-    noise = size * torch.randn(TOKENS, anat.d_model, generator=generator)
-    pushes: list[Tensor] = []
+    noise = size * torch.randn(TOKENS, anat.d_model, generator=generator)  # [tokens, d_model]
+    pushes: list[Tensor] = []  # the noise as the model's dtype rounds it
 
     def push(output: Tensor) -> Tensor:
         moved = output + noise.to(output).reshape(output.shape)
@@ -52,20 +52,21 @@ def _find_path(anat: Anatomy, layer: int) -> OutputPath:
         return moved
 
     moved = _observe(anat, layer, push)
-    # 1. A change that arrives as it is, or times one factor, needs no module.
-    unit = torch.finfo(base[0].hidden.dtype).eps
+    # 1. The change arrives as it is, or times one factor: there is no module between.
+    unit = torch.finfo(base[0].hidden.dtype).eps  # relative rounding error
     total = _difference(moved[0].hidden, base[0].hidden)
     factor = _factor(total, pushes[0], unit)
     if factor is not None:
         return OutputPath(scale=factor)
-    # 2. Otherwise one module between matrix and stream reads the change linearly and hands it on linearly.
+    # 2. Otherwise look for one module whose input is the change times `gain`, and whose output, times `scale`, is the
+    #    change of the layer's output.
     begun = next(i for i, call in enumerate(base) if call.module is matrix)
     for before, after in zip(base[begun + 1 :], moved[begun + 1 :], strict=True):
         if before.input is None or after.input is None or before.output is None:
             continue
         read, written = _difference(after.input, before.input), _difference(after.hidden, before.hidden)
         gain, scale = _factor(read, pushes[0], unit), _factor(total, written, unit)
-        # A module that hands the change on as it is (dropout) is not the one that bends it.
+        # A module that passes the change on unchanged (dropout) is not the nonlinear one.
         if gain is not None and scale is not None and _factor(written, pushes[0], unit) is None:
             return OutputPath(before.module, scale, gain)
     raise ModelError(
@@ -76,9 +77,11 @@ def _find_path(anat: Anatomy, layer: int) -> OutputPath:
 
 @torch.no_grad()
 def _observe(anat: Anatomy, layer: int, change: Callable[[Tensor], Tensor]) -> list[Call]:
-    """All calls inside `layer`, its own first, in a pass in which always the same random states enter it and the
-    output of its MLP output matrix is changed. (In a real text those of the first token may be so large that a change
-    drowns in rounding.)"""
+    """Runs `layer` on fixed random states, with `change` applied to the output of its MLP output matrix.
+
+    Returns all calls inside the layer, its own first. The states are random, since those of a real text's first token
+    may be so large that rounding hides the change.
+    """
     device, dtype = anat.device, anat.embedding.weight.dtype
     ids = torch.arange(1, TOKENS + 1, device=device)[None]
     states = torch.randn(1, TOKENS, anat.d_model, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -92,7 +95,7 @@ def _observe(anat: Anatomy, layer: int, change: Callable[[Tensor], Tensor]) -> l
         # The layers before run too, for a layer that reads more of them than these states.
         run(anat, ids, torch.ones_like(ids), start=layer, stop=layer + 1, hidden=states, skip=False)
     begun = next(i for i, call in enumerate(made) if call.module is anat.layers[layer])
-    return made[begun:]  # a module that layers share (an activation) was called before
+    return made[begun:]  # a module that layers share (an activation) was called in earlier layers too
 
 
 def _rms(x: Tensor) -> float:
@@ -100,15 +103,15 @@ def _rms(x: Tensor) -> float:
 
 
 def _difference(moved: Tensor, base: Tensor) -> Tensor:
-    """`[tokens, d]`; fp64 on the CPU, but no more precise than what it is computed from."""
+    """`moved - base` as `[tokens, d]`, in fp64 on the CPU, so that the subtraction adds no rounding."""
     return (moved.cpu().double() - base.cpu().double()).reshape(-1, moved.shape[-1])
 
 
 def _factor(found: Tensor, given: Tensor, unit: float) -> float | None:
-    """`s` where `found = s * given` up to rounding by `unit`, exactly 1.0 where rounding alone speaks against it."""
+    """`s` with `found = s * given` up to rounding by `unit`, exactly 1.0 if it is 1 up to rounding; else `None`."""
     if found.shape != given.shape or not bool(given.any()):
         return None
-    s = float((found * given).sum() / given.square().sum())
+    s = float((found * given).sum() / given.square().sum())  # least squares
     if s == 0 or float((found - s * given).norm()) > 16 * unit * float(found.norm()):
         return None
     return 1.0 if abs(s - 1) < max(unit, 1e-5) else s

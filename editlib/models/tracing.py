@@ -1,4 +1,4 @@
-"""Watch, replace and cut short a model's own forward pass."""
+"""Observe, change and stop a model's own forward pass, with hooks that end with their block."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class _Stop(Exception):
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a decoder layer's output, a tensor or what begins with one by version of transformers."""
-    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    """The hidden states `[n, T, d_model]` in a decoder layer's output: a tensor, or a tuple that begins with it."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output  # varies with transformers
     return hidden
 
 
@@ -38,7 +38,7 @@ def record_inputs(modules: Mapping[Any, nn.Module], sink: Callable[[Any, Tensor]
 def stop_after(module: nn.Module | None, sink: Callable[[Tensor], None]) -> Iterator[None]:
     """Ends the forward pass inside the block after `module`, whose hidden states go to `sink`.
 
-    With `None` nothing is cut short.
+    With `None` the pass runs to its end.
     """
     if module is None:
         yield
@@ -46,7 +46,7 @@ def stop_after(module: nn.Module | None, sink: Callable[[Tensor], None]) -> Iter
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         sink(hidden_of(output))
-        raise _Stop
+        raise _Stop  # only an exception can leave the model's own forward early
 
     handle = module.register_forward_hook(hook)
     try:
@@ -83,7 +83,7 @@ def edit_hidden(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 
     def hook(_: Tensor, output: Any) -> Any:
         new = change(hidden_of(output))
-        return (new, *output[1:]) if isinstance(output, tuple | list) else new
+        return (new, *output[1:]) if isinstance(output, tuple | list) else new  # the rest of a tuple stays
 
     with edit_output(layer, hook):
         yield
@@ -91,7 +91,7 @@ def edit_hidden(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 
 @dataclass
 class Call:
-    """One call of a module: its first tensor and the hidden states it returned, both as they were at that moment."""
+    """One call of a module: copies of its first tensor and of the hidden states that it returned."""
 
     module: nn.Module
     input: Tensor | None
@@ -107,10 +107,11 @@ class Call:
 @contextmanager
 def calls(modules: Iterable[nn.Module], made: list[Call]) -> Iterator[None]:
     """Appends to `made` every call of `modules`, in the order in which the calls begin."""
-    open_calls: list[Call] = []
+    open_calls: list[Call] = []  # a stack: modules are nested, so the call that ends is the last one that began
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        # Copies, since later modules may write into the same memory.
         open_calls.append(Call(module, None if first is None else first.detach().clone()))
         made.append(open_calls[-1])
 
@@ -127,7 +128,7 @@ def calls(modules: Iterable[nn.Module], made: list[Call]) -> Iterator[None]:
 
 @contextmanager
 def unwatched(model: nn.Module) -> Iterator[None]:
-    """No hook that is already there runs inside the block: a probe must not reach those who watch a pass outside."""
+    """Switches off all hooks of `model` inside the block: a probe must not trigger the hooks of its caller."""
     names = ("_forward_hooks", "_forward_pre_hooks")
     kept = [(module, name, getattr(module, name)) for module in model.modules() for name in names]
     for module, name, _ in kept:
@@ -141,16 +142,16 @@ def unwatched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def bypass(layers: tuple[nn.Module, ...], hidden: Tensor, *, width: int = 0) -> Iterator[None]:
-    """Lets `layers` return `hidden` without computing anything, so that the pass goes on behind them.
+    """Lets `layers` return `hidden` without computing anything, so that the pass continues after them.
 
-    `width` is that of the tuple which these layers return, 0 when they return the tensor itself.
+    `width` is the length of the tuple that these layers return; 0 if they return the tensor itself.
     """
     output = (hidden, *[None] * (width - 1)) if width else hidden
 
     def skipped(*_: Any, **__: Any) -> Any:
         return output
 
-    # An instance attribute stands in front of the class's method; there may be one already (accelerate's hooks).
+    # An instance attribute hides the class's method; accelerate may have set one already, which is put back.
     own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = skipped

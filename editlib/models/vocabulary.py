@@ -1,4 +1,4 @@
-"""Adding one token to a model and its tokenizer, and its rows in the embedding matrices."""
+"""Add one token to a model and its tokenizer, and read and write its rows in the embedding matrices."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from editlib.models.tracing import edit_output
 
 
 def token_id(tok: PreTrainedTokenizerBase, token: str) -> int | None:
-    """The id of a special token, or `None` when the tokenizer does not have it."""
+    """The id of a special token, or `None` if the tokenizer lacks it."""
     added: dict[str, int] = tok.get_added_vocab()
     return added.get(token)
 
 
 def add_token(model: PreTrainedModel, tok: PreTrainedTokenizerBase, token: str) -> int:
-    """Adds `token` as a special token and makes room for its rows; returns its id.
+    """Adds `token` as a special token, with rows for it in the embedding matrices; returns its id.
 
-    Rows that exist already (a vocabulary padded to a round size) are used before the matrices grow.
+    Spare rows (of a vocabulary padded to a round size) are used before the matrices grow.
 
     Raises:
         TokenError: the text is already an ordinary token.
     """
-    known = extend_tokenizer(tok, token)
-    if known >= input_embedding(model).weight.shape[0]:
-        with torch.random.fork_rng(devices=[]):  # new rows are drawn at random until they are written
+    unl_id = extend_tokenizer(tok, token)
+    if unl_id >= input_embedding(model).weight.shape[0]:
+        # transformers fills new rows at random: the same each time, and without touching the caller's generator.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model.resize_token_embeddings(known + 1, mean_resizing=False)
-    return known
+            model.resize_token_embeddings(unl_id + 1, mean_resizing=False)
+    return unl_id
 
 
 def extend_tokenizer(tok: PreTrainedTokenizerBase, token: str) -> int:
@@ -44,17 +45,17 @@ def extend_tokenizer(tok: PreTrainedTokenizerBase, token: str) -> int:
     Raises:
         TokenError: the text is already an ordinary token.
     """
-    known = token_id(tok, token)
-    if known is None:
+    unl_id = token_id(tok, token)
+    if unl_id is None:
         if token in tok.get_vocab():
             raise TokenError(f"token {token!r} is already an ordinary token of this tokenizer; choose another text")
         tok.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
-        known = cast(int, tok.convert_tokens_to_ids(token))
-    return known
+        unl_id = cast(int, tok.convert_tokens_to_ids(token))
+    return unl_id
 
 
 def embedding_names(anat: Anatomy) -> tuple[str, ...]:
-    """The names of the modules that hold rows of tokens: the input embedding, and the head where it is not tied."""
+    """The names of the modules that hold a row per token: the input embedding, and the head unless it is tied."""
     wanted = [anat.embedding] if anat.tied else [anat.embedding, anat.head]
     names = {id(module): name for name, module in anat.model.named_modules()}
     return tuple(names[id(module)] for module in wanted)
@@ -62,16 +63,19 @@ def embedding_names(anat: Anatomy) -> tuple[str, ...]:
 
 @contextmanager
 def rows_in_place(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor) -> Iterator[None]:
-    """Lets the model use `row_in [d_model]` and `row_out [d_model]` for `token`, with gradients to both."""
+    """Lets the model use `row_in [d_model]` and `row_out [d_model]` for `token`, with gradients to both.
+
+    The outputs of embedding and head are changed, not their weights, so that no gradient of a whole matrix is stored.
+    """
 
     def embed(ids: Tensor, output: Tensor) -> Tensor:
-        return torch.where((ids == token)[..., None], _scaled(row_in, output), output)
+        return torch.where((ids == token)[..., None], _scaled(row_in, output), output)  # [n, T, d_model]
 
     def logits(hidden: Tensor, output: Tensor) -> Tensor:
-        own = hidden @ row_out.to(hidden.dtype)
+        logit = hidden @ row_out.to(hidden.dtype)  # [n, T]
         bias = getattr(anat.head, "bias", None)
-        own = own if bias is None else own + bias[token]
-        return torch.cat([output[..., :token], own[..., None], output[..., token + 1 :]], dim=-1)
+        logit = logit if bias is None else logit + bias[token]
+        return torch.cat([output[..., :token], logit[..., None], output[..., token + 1 :]], dim=-1)  # [n, T, vocab]
 
     scale = getattr(anat.embedding, "embed_scale", None)  # Gemma multiplies inside the embedding module
 
@@ -86,7 +90,7 @@ def rows_in_place(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor) ->
 
 
 def check_rows(anat: Anatomy) -> None:
-    """Raises `ModelError` when the embedding rows are not in memory, so that none can be read or written."""
+    """Raises `ModelError` if the embedding matrices are offloaded, so that no row can be read or written."""
     if anat.embedding.weight.is_meta or anat.head.weight.is_meta:
         raise ModelError(
             f"{type(anat.model).__name__} has its embeddings or its head offloaded, where no unlearning token can be "
@@ -95,7 +99,7 @@ def check_rows(anat: Anatomy) -> None:
 
 
 def write_rows(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor | None) -> None:
-    """Writes the rows of `token` into the embedding matrices; with tied matrices there is only `row_in`.
+    """Writes the rows of `token`, `[d_model]` each, into the embedding matrices; tied matrices have `row_in` only.
 
     Raises:
         ModelError: the matrices are offloaded.

@@ -1,4 +1,4 @@
-"""A model's weights as a whole: their hash, and the folder that they are saved in."""
+"""Hash all weights of a model, and save it as a folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from editlib.models.placement import stored_tensors
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """Hash over names, dtypes, shapes and bytes of all parameters and persistent buffers, in the order of their names.
+    """Hashes names, dtypes, shapes and bytes of all parameters and persistent buffers, sorted by name.
 
-    Does not depend on how a folder is sharded, on metadata in its files, or on what of the model is offloaded.
+    Independent of how a folder is sharded, of metadata in its files, and of offloading.
     """
     digest = hashlib.sha256()
     for name, tensor in stored_tensors(model):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        # As bytes: numpy has no bf16, and an empty tensor cannot be viewed.
         raw = tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
         digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 
 def save_model(model: PreTrainedModel, tok: PreTrainedTokenizerBase, folder: Path) -> None:
-    """An ordinary Hugging Face folder: safetensors, configuration, generation settings and tokenizer."""
+    """Writes an ordinary Hugging Face folder: safetensors, configuration, generation settings and tokenizer."""
     with quiet_bars():
         model.save_pretrained(folder)
         tok.save_pretrained(folder)
@@ -36,7 +37,7 @@ def save_model(model: PreTrainedModel, tok: PreTrainedTokenizerBase, folder: Pat
 
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Keeps transformers' own loading and writing bars off stderr."""
+    """Hides transformers' own progress bars of loading and writing."""
     shown = transformers_logging.is_progress_bar_enabled()
     hide: Callable[[], None] = transformers_logging.disable_progress_bar
     show: Callable[[], None] = transformers_logging.enable_progress_bar

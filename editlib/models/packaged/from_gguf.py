@@ -1,4 +1,4 @@
-"""A GGUF file -> an ordinary Hugging Face folder."""
+"""Convert a GGUF file to an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def convert_gguf(gguf: Path, into: Path) -> None:
-    """Write the model in fp32, dequantised, and its tokenizer into a folder. The same bytes each time.
+    """Writes the model, dequantised to fp32, and its tokenizer into a folder. The same bytes each time.
 
-    Nothing is printed, and no random number is drawn. Raises whatever gguf, safetensors and transformers raise.
+    Prints nothing and draws no random number. Raises whatever gguf, safetensors and transformers raise.
     """
-    # Here and not above: transformers takes seconds to import, and a finished folder needs none of it.
+    # Imported here, since transformers takes seconds to import and a finished folder does not need it.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -23,17 +23,17 @@ def convert_gguf(gguf: Path, into: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         config = loaded.config
-        for noise in ("quantization_config", "_model_name_or_path"):  # of the GGUF file, not of this model
+        for noise in ("quantization_config", "_model_name_or_path"):  # they describe the GGUF file, not this model
             config.__dict__.pop(noise, None)
-        # A model that came from GGUF counts as quantised and refuses to be saved: hand its weights to another
-        # one, made without memory of its own, so that nothing is drawn and no second copy of the weights exists.
+        # transformers counts a model from GGUF as quantised and refuses to save it. Its weights are assigned to a model
+        # on the meta device instead: no random weights are drawn, and no second copy of the weights is made.
         build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             fresh = build(config, dtype=torch.float32)
         fresh.load_state_dict(loaded.state_dict(), assign=True)
         fresh.generation_config = loaded.generation_config
         fresh.save_pretrained(into)
-        for noise in ("is_local", "local_files_only"):  # how this file was opened, not what the tokenizer is
+        for noise in ("is_local", "local_files_only"):  # they say how the file was opened
             tokenizer.init_kwargs.pop(noise, None)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(into)
@@ -41,7 +41,7 @@ def convert_gguf(gguf: Path, into: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence log lines, warnings and bars; the GGUF reader's bar heeds no switch, hence the redirection."""
+    """Silences log lines, warnings and bars; the GGUF reader's bar has no switch, hence the redirection."""
     from transformers.utils import logging as chatter
 
     verbosity = chatter.get_verbosity()

@@ -1,4 +1,4 @@
-"""The terms that a model comes under, as far as its folder tells: what has to stand beside every copy and offspring."""
+"""Find the licence terms in a model's folder, which must go with every copy and every model made from it."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-# The names that licences ask for (Apache's NOTICE, Gemma's terms, Llama's LICENSE and USE_POLICY).
+# File names that licences require (Apache's NOTICE, Gemma's terms, Llama's LICENSE and USE_POLICY).
 _FILE = re.compile(r"(licen[cs]e|notice|copying|copyright|use_policy|.*terms)([ ._-].*)?", re.IGNORECASE)
 _LINE = re.compile(r"license(_name|_link)?:\s*\S")
 
 
 @dataclass(frozen=True)
 class Terms:
-    """`lines` of a model card's header that name the licence, and the `files` that go with the weights."""
+    """Lines of a model card's header that name the licence, and the files that go with the weights."""
 
     lines: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
 
     def copy_to(self, folder: Path) -> None:
-        """Puts the files into `folder`."""
+        """Copies the files into `folder`."""
         for file in self.files:
             shutil.copyfile(file, folder / file.name)
 
     @property
     def header(self) -> str:
-        """The lines as they go into another card's header."""
+        """The lines for another card's header."""
         return "".join(f"{line}\n" for line in self.lines)
 
     @property
     def sentence(self) -> str:
-        """A paragraph for another model's card; empty where no file says anything."""
+        """A paragraph for another model's card; empty if there are no files."""
         if not self.files:
             return ""
         names = ", ".join(f"`{file.name}`" for file in self.files)
-        return f"\nThe terms of the base model hold for this one too: {names}.\n"
+        return f"\nThe terms of the base model apply to this one too: {names}.\n"
 
 
 def terms_of(model: PreTrainedModel) -> Terms:
-    """The terms in the folder that `model` was loaded from; none for a model that came from elsewhere."""
+    """Reads the terms in the folder that `model` was loaded from; empty for a model that is not from a folder."""
     folder = Path(model.name_or_path or "")
     if not model.name_or_path or not folder.is_dir():
         return Terms()

