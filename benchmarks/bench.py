@@ -72,13 +72,14 @@ def main() -> None:
     if unknown := set(args.only) - set(PARTS):
         raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
     finished, side = Finished(args.out), Side(args.model)
-    ratios, parts = {}, {}
+    ratios: dict[str, float] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name, (measure, keys) in PARTS.items():
         job = {"part": name, "machine": machine(), **{key: getattr(args, key) for key in keys}}
         made = finished.find(job, dict)
         if made is None and name in args.only:
             say(f"{name}: measuring")
-            made = measure(side, args)
+            made = dict(measure(side, args))
             finished.keep(name, job, made)
         if made is not None:
             say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in made.items()))
@@ -164,8 +165,18 @@ def layer_statistics(side: Side, args: argparse.Namespace) -> Mapping[str, float
             published.layer_stats(model, anat.layers[layer], anat.mlp_output(layer), groups)
 
     def one_pass() -> None:
-        options = {"tokens": STATISTICS_TOKENS, "max_length": WINDOW, "batch_tokens": BATCH_TOKENS, "skip_first": 0}
-        layer_stats(anat, tok, LAYERS, text.documents, header=header, progress=False, **options)
+        layer_stats(
+            anat,
+            tok,
+            LAYERS,
+            text.documents,
+            tokens=STATISTICS_TOKENS,
+            header=header,
+            max_length=WINDOW,
+            batch_tokens=BATCH_TOKENS,
+            skip_first=0,
+            progress=False,
+        )
 
     def bare_pass() -> None:
         with torch.no_grad():
@@ -196,13 +207,14 @@ def token(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
 
 def solve(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
     """One layer's closed form at real size."""
-    row = compare(*args.solve, 400, 0, 64, torch.device("cpu"))
+    d_ff, d_model = args.solve
+    row = compare(d_ff, d_model, 400, 0, 64, torch.device("cpu"))
     return {**row, "solve_time_ratio": row["time_ratio"], "solve_memory_ratio": row["memory_ratio"]}
 
 
 def sequential(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
-    """A chain of AlphaEdit, one request a batch: the median seconds of the last five batches and of the first five
-    behind the first."""
+    """A chain of AlphaEdit with one request per batch: median seconds of the last five batches, and of the second to
+    the sixth."""
     requests, hparams = capital_requests(args.batches), load_hparams(f"AlphaEdit/{args.model}")
     seconds = []
     with tempfile.TemporaryDirectory() as folder:

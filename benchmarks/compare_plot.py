@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="what `editlib compare --out` wrote")
     parser.add_argument("--out", type=Path, required=True, help="the picture")
     args = parser.parse_args()
-    sets = {}
+    sets: dict[str, Any] = {}
     for folder in args.folders:
         try:
             sets |= json.loads((folder / "results.json").read_text(encoding="utf-8"))["sets"]

@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--small", action="store_true", help="tiny shapes and few requests, to try the script itself")
     args = parser.parse_args()
-    begun, found = time.perf_counter(), {"device": name_of(args.device), "torch": torch.__version__}
+    begun = time.perf_counter()
+    found: dict[str, Any] = {"device": name_of(args.device), "torch": torch.__version__}
     side = Side(MODEL, str(args.device))
     for name, work, share in parts(side, args.device, args.small):
         if time.perf_counter() - begun > (1 - share) * 60 * args.minutes:

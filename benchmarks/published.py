@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def padded(rows: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def compute_z(model: nn.Module, layer: nn.Module, asked: Asked, settings: Settings) -> tuple[Tensor, int]:
+def compute_z(model: PreTrainedModel, layer: nn.Module, asked: Asked, settings: Settings) -> tuple[Tensor, int]:
     """`z [d_model]` of one request, and the steps that it took."""
     device = next(model.parameters()).device
     rows = [[*ids, *asked.target[:-1]] for ids, _ in asked.contexts] + [asked.about[0]]
@@ -131,7 +132,7 @@ def compute_ks(model: nn.Module, matrix: nn.Module, asked: Sequence[Asked]) -> T
 
 
 def alphaedit(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[nn.Module],
     matrices: Sequence[nn.Linear],
     asked: Sequence[Asked],
@@ -150,7 +151,7 @@ def alphaedit(
 
 
 def write(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[nn.Module],
     matrices: Sequence[nn.Linear],
     asked: Sequence[Asked],

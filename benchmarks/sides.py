@@ -62,8 +62,9 @@ def measured(work: Callable[[], T], device: torch.device) -> Cost[T]:
         made = work()
         if device.type != "cpu":
             torch.accelerator.synchronize()
-    on_device = device.type != "cpu" and meter.accelerator_mb is not None
-    return Cost(made, meter.seconds, meter.accelerator_mb - held if on_device else meter.more_mb)
+    if device.type != "cpu" and meter.accelerator_mb is not None:
+        return Cost(made, meter.seconds, meter.accelerator_mb - held)
+    return Cost(made, meter.seconds, meter.more_mb)
 
 
 def give_back_memory() -> None:
@@ -133,12 +134,14 @@ def encoded(tok: PreTrainedTokenizerBase, request: EditRequest) -> Asked:
     def row(text: str, subject: str) -> tuple[list[int], int]:
         pieces = tok(text, return_offsets_mapping=True)
         end = text.rindex(subject) + len(subject)
-        lookup = next(i for i, (first, behind) in enumerate(pieces["offset_mapping"]) if first < end <= behind)
+        lookup = next(i for i, (start, stop) in enumerate(pieces["offset_mapping"]) if start < end <= stop)
         return list(pieces["input_ids"]), lookup
 
-    contexts = [row(template.replace("{}", request.question), request.subject) for template in CONTEXTS]
-    target = tok(" " + request.target_new, add_special_tokens=False)["input_ids"]
-    return Asked(contexts, target, row(f"{request.subject} is a", request.subject))
+    subject, answer = request.subject, request.target_new
+    assert subject is not None and answer is not None, f"{request.id}: an edit needs a subject and a target"
+    contexts = [row(template.replace("{}", request.question), subject) for template in CONTEXTS]
+    target = tok(" " + answer, add_special_tokens=False)["input_ids"]
+    return Asked(contexts, target, row(f"{subject} is a", subject))
 
 
 def drawn_stats(anat: Anatomy, layers: Sequence[int], folder: Path) -> dict[int, LayerStats]:
@@ -165,7 +168,7 @@ def dense_projector(stats: LayerStats) -> Tensor:
 
 @torch.no_grad()
 def target_nll(model: PreTrainedModel, asked: Sequence[Asked]) -> float:
-    """Mean over the requests of the target's NLL behind the plain prompt, in nats a token."""
+    """Mean over the requests of the target's NLL after the plain prompt, in nats per token."""
     device, total = next(model.parameters()).device, 0.0
     for one in asked:
         ids = one.contexts[0][0]

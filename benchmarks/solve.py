@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     directions = args.kept_out or [64, 512, args.d_ff // 3]
-    rows = []
+    rows: list[dict[str, float]] = []
     for past, kept_out in itertools.product(args.past, directions):
         known = next((row for row in rows if row["past"] == past), None)  # its dense system costs the same
         row = compare(args.d_ff, args.d_model, args.keys, past, kept_out, args.device, known, args.check)
@@ -74,7 +74,7 @@ def compare(
     space = NullSpace(torch.linalg.qr(draw(d_ff, kept_out).to(wide)).Q, False, d_ff - kept_out)
     inputs = keys.to(wide), residual.to(wide), before.to(wide)
     ours = measured(lambda: alphaedit(inputs[0], inputs[1], space, l2=L2, constraints=[inputs[2]]), device)
-    row = {"d_ff": d_ff, "d_model": d_model, "keys": n, "past": past, "kept_out": kept_out}
+    row: dict[str, float] = {"d_ff": d_ff, "d_model": d_model, "keys": n, "past": past, "kept_out": kept_out}
     row |= {"seconds": ours.seconds, "mb": ours.memory_mb, "residual": left_over(ours.made, *inputs, space)}
     if known is None:
         basis = space.basis.float()
