@@ -22,36 +22,40 @@ Self = TypeVar("Self", bound="HyperParams")
 
 @dataclass(frozen=True, kw_only=True)
 class HyperParams:
-    """Keys of every algorithm: which matrices to edit, and where the values come from.
+    """Keys of every algorithm: which matrices to edit, and the origin of the settings.
 
-    `layers` has no default: which layers to edit depends on the model. The module templates of published files are
-    compared with what is found in the model, and may be left out.
+    `layers` has no default, since it depends on the model. Published files name modules by templates; these are
+    compared with the modules that are found in the model, and may be left out.
 
     Raises:
         HparamsError: a value of the wrong type or out of range; quotes it and what is allowed.
     """
 
     algorithm: ClassVar[str] = ""
-    paper: ClassVar[str] = ""  # where it comes from
-    summary: ClassVar[str] = ""  # what it does, in one line
+    paper: ClassVar[str] = ""  # its source, mostly the number on arXiv
+    summary: ClassVar[str] = ""  # its method in one line
 
     # Traits of the algorithm, so that no caller asks for its class.
-    chainable: ClassVar[bool] = True  # finds values that can be replayed, which a chain needs
+    chainable: ClassVar[bool] = True  # its values can be stored and replayed, which a chain needs
     has_target: ClassVar[bool] = True  # edits towards a request's `target_new`
     takes_batches: ClassVar[bool] = True  # edits several requests at once
     values_first: ClassVar[bool] = False  # finds the values of a whole batch before any weight changes
     refits_totals: ClassVar[bool] = False  # cuts the sum of all edits so far, not only its own
 
     layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0, depth=True)
-    model_name: str | None = knob(None, "the model these values were found for")
-    rewrite_module_tmp: str | None = knob(None, 'the edited matrix, "{}" for the layer; none: found')
-    layer_module_tmp: str | None = knob(None, 'the decoder layer, "{}" for its number; none: found')
-    mlp_module_tmp: str | None = knob(None, 'the MLP, "{}" for the layer; none: found')
-    notes: dict | str = knob("", "free text, such as where the values come from")
-    unused: dict = field(
-        default_factory=dict, repr=False, compare=False, metadata={"help": "published keys of no use here"}
+    model_name: str | None = knob(None, "the model that these settings are for")
+    rewrite_module_tmp: str | None = knob(
+        None, 'name of the edited matrix, "{}" for the layer\'s number; none: found in the model'
     )
-    source: str = field(default="", repr=False, compare=False, metadata={"help": "where they come from, for receipts"})
+    layer_module_tmp: str | None = knob(None, 'name of a decoder layer, "{}" for its number; none: found in the model')
+    mlp_module_tmp: str | None = knob(None, 'name of an MLP, "{}" for the layer\'s number; none: found in the model')
+    notes: dict | str = knob("", "free text, such as the origin of the settings")
+    unused: dict = field(
+        default_factory=dict, repr=False, compare=False, metadata={"help": "published keys that are not used"}
+    )
+    source: str = field(
+        default="", repr=False, compare=False, metadata={"help": "origin of the settings, for receipts"}
+    )
 
     @property
     def edited_layers(self) -> list[int]:
@@ -81,7 +85,7 @@ class HyperParams:
         self.check()
 
     def check(self) -> None:
-        """What one field alone cannot tell; subclasses add theirs and call this one."""
+        """Checks what involves several fields; subclasses add their checks and call this one."""
         if not self.layers or any(a >= b for a, b in pairwise(self.layers)):
             raise bad("layers", self.layers, "at least one, rising, none twice", "sort the list")
         for name in ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp"):
@@ -91,11 +95,11 @@ class HyperParams:
 
     @classmethod
     def depth_fields(cls) -> list[str]:
-        """Names of the fields that count decoder layers, whose values are of use to one depth of model only."""
+        """Names of the fields that hold layer numbers; their values fit models of one depth only."""
         return [item.name for item in fields(cls) if item.metadata.get("depth")]
 
     def check_depth(self, n_layers: int) -> None:
-        """Raises `HparamsError` for a layer that a model of `n_layers` does not have; needs no model."""
+        """Raises `HparamsError` for a layer number of `n_layers` or more; needs no model."""
         for name in self.depth_fields():
             value = getattr(self, name)
             outside = [layer for layer in (value if isinstance(value, list) else [value or 0]) if layer >= n_layers]
@@ -107,24 +111,24 @@ class HyperParams:
 
     @classmethod
     def from_dict(cls: type[Self], values: Mapping[str, Any], where: str = "hparams") -> Self:
-        """Build from published keys; keys of the family without a use here go to `unused`.
+        """Builds settings from published keys; keys of the ROME family that are not used go to `unused`.
 
         Raises:
-            HparamsError: an unknown or missing key, or a bad value; starts with `where`.
+            HparamsError: an unknown or missing key, or an invalid value; starts with `where`.
         """
         values, idle = as_ours(values)
         names = [item.name for item in fields(cls) if item.name not in _ABOUT]
         for key in values:
             if key not in names and key not in FAMILY_KEYS | CLOSED_FORM_KEYS:
                 near = nearest(str(key), names, FAMILY_KEYS)
-                raise HparamsError(f'{where}: key "{key}": unknown; expected {near}; rename it, or take it out')
+                raise HparamsError(f'{where}: key "{key}": unknown; expected {near}; rename it, or remove it')
         for item in fields(cls):
             if item.name not in values and item.default is item.default_factory is MISSING:
                 wanted = item.metadata["help"]
                 raise HparamsError(f'{where}: key "{item.name}": missing; expected {wanted}; add it')
         unused = idle | {key: value for key, value in values.items() if key not in names}
         if unused:
-            logger.info("%s: of no use to %s: %s", where, cls.algorithm or cls.__name__, ", ".join(unused))
+            logger.info("%s: not used by %s: %s", where, cls.algorithm or cls.__name__, ", ".join(unused))
         try:
             return cls(**{key: value for key, value in values.items() if key in names}, unused=unused, source=where)
         except HparamsError as error:
@@ -132,7 +136,7 @@ class HyperParams:
 
     @classmethod
     def from_json(cls: type[Self], path: str | Path) -> Self:
-        """Read one flat JSON or YAML object.
+        """Reads one flat JSON or YAML object.
 
         Raises:
             HparamsError: the file cannot be read, or see `from_dict`.
@@ -140,7 +144,7 @@ class HyperParams:
         return cls.from_dict(read_settings(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys with their values, ready for JSON and for `from_dict`; without `unused` and `source`."""
+        """All keys with their values, for JSON and `from_dict`; without `unused` and `source`."""
         return {key: value for key, value in asdict(self).items() if key not in _ABOUT}
 
 
@@ -149,12 +153,12 @@ class ClosedFormHyperParams(HyperParams):
     """Keys of the closed-form edits: how a request's value is found, and which layer statistics are used.
 
     Values are found by gradient steps (`v_*`, `kl_factor`, `clamp_norm_factor`); `mom2_*` name the layer statistics.
-    Keys and values are averaged over context templates. Without `context_templates` the model writes them: MEMIT's
-    five, or as many as `context_template_length_params` says (ROME's pairs of length and number).
+    Keys and values are averaged over context templates. Without `context_templates` the model generates them: MEMIT's
+    five, or those of `context_template_length_params` (ROME's pairs of length and number).
     """
 
     plain_share: ClassVar[float | None] = None
-    """Share of the plain prompt in a request's key; none: it counts as one context among the others."""
+    """Weight of the plain prompt in a request's mean key; none: the same as that of each context template."""
 
     fact_token: str = knob(
         "subject_last",
@@ -162,33 +166,47 @@ class ClosedFormHyperParams(HyperParams):
         choices=("subject_last", "last", "subject_first", "subject_first_after_last"),
     )
     context_templates: list[str] | None = knob(
-        None, 'context templates of the prompt, "{}" in its place, the plain one first; none: the model writes them'
+        None, 'texts around the prompt, "{}" in its place, the plain "{}" first; none: the model generates them'
     )
     context_template_length_params: list[list[int]] | None = knob(
-        None, "pairs of length in tokens and number of the templates that the model writes; none: MEMIT's five", min=0
+        None, "pairs of length in tokens and number of the generated context templates; none: MEMIT's five", min=0
     )
     v_optimizer: str = knob(
         "adam",
-        'optimiser of a value; "normalised" steps down the gradient by a fixed length',
+        'optimiser of a value; "normalised" is gradient descent with steps of a fixed length',
         choices=("adam", "normalised"),
     )
     v_precision: str = knob(
-        "model", 'dtype that values are found in; "fast" is bf16 where that is faster', choices=("model", "fast")
+        "model",
+        'dtype of the passes that find values: the model\'s, or "fast": bf16 if the processor is faster in it',
+        choices=("model", "fast"),
     )
-    v_num_grad_steps: int = knob(25, "gradient steps for a value, at most", min=1)
-    v_lr: float = knob(0.5, "Adam's learning rate, or a normalised step's length in norms of the state", above=0)
-    v_loss_layer: int | None = knob(None, "layer whose output is read for the loss; none: the last", min=0, depth=True)
-    v_weight_decay: float = knob(0.5, "weight of the norm of the change to the state", min=0)
-    clamp_norm_factor: float = knob(4.0, "largest change to the state, in norms of the state", above=0)
+    v_num_grad_steps: int = knob(25, "largest number of gradient steps for a value", min=1)
+    v_lr: float = knob(
+        0.5, "Adam's learning rate, or the length of a normalised step in norms of the hidden state", above=0
+    )
+    v_loss_layer: int | None = knob(
+        None, "layer whose output enters the loss; none: the last, the only one supported", min=0, depth=True
+    )
+    v_weight_decay: float = knob(0.5, "weight in the loss of the norm of the change to the hidden state", min=0)
+    clamp_norm_factor: float = knob(
+        4.0, "largest norm of the change to the hidden state, in norms of the hidden state", above=0
+    )
     kl_factor: float = knob(
-        0.0625, "weight of the KL term, which keeps what the model says about the subject in general", min=0
+        0.0625, "weight of the KL term, which preserves predictions about the subject in general", min=0
     )
     early_stop_loss: float = knob(
         0.05, "a value is done when the NLL of its target is below this (nats per token)", min=0
     )
-    rescale_norm: bool = knob(False, "scale values back to the norm of the state before (NAS, 2602.02543)")
-    mom2_dataset: str | None = knob(None, "corpus whose layer statistics are preferred; none: those of most tokens")
-    mom2_n_samples: int | None = knob(None, "texts in them, where there are several files", min=1)
+    rescale_norm: bool = knob(
+        False, "scale a value to the norm that the hidden state had before the edit (NAS, 2602.02543)"
+    )
+    mom2_dataset: str | None = knob(
+        None, "corpus whose layer statistics are preferred; none: those over the most tokens"
+    )
+    mom2_n_samples: int | None = knob(
+        None, "number of texts in the layer statistics, to choose between several files", min=1
+    )
     mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
 
     def check_depth(self, n_layers: int) -> None:
@@ -215,4 +233,4 @@ class ClosedFormHyperParams(HyperParams):
 
 
 CLOSED_FORM_KEYS = frozenset(item.name for item in fields(ClosedFormHyperParams)) - _ABOUT
-"""Known to the family, whatever of them an algorithm uses."""
+"""Keys that files of the ROME family may hold, whether an algorithm uses them or not."""

@@ -1,4 +1,4 @@
-"""The settings that ship: one JSON file an algorithm and model."""
+"""Read the bundled settings: one JSON file per algorithm and model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bundled(algorithm: str, name: str) -> HyperParams:
 
 
 def class_of(algorithm: str) -> type[HyperParams]:
-    """The settings' class of an algorithm, whose name may be in any case.
+    """The settings class of an algorithm; its name may be in any case.
 
     Raises:
         HparamsError: there is no such algorithm.
@@ -43,8 +43,8 @@ def class_of(algorithm: str) -> type[HyperParams]:
     for name, (ours, meaning) in RELATIVES.items():
         if name.lower() == algorithm.lower():
             raise HparamsError(
-                f"algorithm {algorithm!r} ({meaning}): not here; expected one of {', '.join(ALGORITHMS)}; its settings "
-                f"load with --algorithm {ours}"
+                f"algorithm {algorithm!r} ({meaning}): not available; expected one of {', '.join(ALGORITHMS)}; its "
+                f"settings load with --algorithm {ours}"
             )
     raise HparamsError(f"algorithm {algorithm!r}: unknown; expected {nearest(algorithm, ALGORITHMS)}")
 

@@ -1,7 +1,7 @@
-"""Settings for a model that none were measured on: those of a reference, carried over by what is comparable.
+"""Derive settings for a model without measured ones, from those of a reference model.
 
-Layers carry over by their share of the depth (`knob(..., depth=True)` marks the fields that count layers), a threshold
-on eigenvalues as a share of energy; all else is copied. Where each value comes from is written into `notes`.
+Layer numbers are scaled by depth (`knob(..., depth=True)` marks the fields), an absolute threshold on eigenvalues
+becomes a share of energy, and everything else is copied. `notes` records the origin of each value.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from editlib.hparams.methods import UniEraseHyperParams
 from editlib.hparams.shapes import KNOWN, ModelShape, known_as
 
 SMALL, GEMMA, LARGE = "smollm2-135m", "gemma3-270m", "llama-3-8b"
-"""Where settings are carried over from: two models that editlib was measured on, and the one that most published values
-are for."""
+"""The reference models: two that editlib was measured on, and the one that most published settings are for."""
 
 WIDE = 1600  # models at least as wide as GPT2-XL, where published settings begin
 ENERGY = 0.3
-"""Share of the energy of a layer's keys in the directions that may be edited. On smollm2-135m the published 0.02 comes
-to 0.49, 0.37, 0.31, 0.28, 0.25 and 0.19 in layers 3 to 8 (20,000 tokens): 0.3 is the median."""
+"""Share of the energy of a layer's keys in the directions that may be edited. On smollm2-135m the published threshold,
+0.02, gives shares of 0.49, 0.37, 0.31, 0.28, 0.25 and 0.19 in layers 3 to 8 (20,000 tokens): 0.3 is the median."""
 
 READ_AT = {SMALL: 22}
 """By reference, the last layer at which the subject's state decides the answer (`algorithms.causal_trace`)."""
 
 NORM_BEHIND = frozenset({"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "granite", "exaone4", "glm4"})
-"""Architectures with a norm or a factor after the MLP, where the answer gate cannot be."""
+"""Architectures with a norm or a factor after the MLP, for which there is no answer gate."""
 
 MEASURED: dict[tuple[str, str | None], str] = {
     (
@@ -40,13 +39,16 @@ MEASURED: dict[tuple[str, str | None], str] = {
     ): "with layers and gate by share of depth and the threshold still at 0.02: efficacy 1.00, "
     "unseen wordings .95, perplexity ratio 1.004",
 }
-"""By algorithm and name, what was measured with settings that were carried over like this."""
+"""Measurements with derived settings, by algorithm and model."""
 
 
 @dataclass(frozen=True)
 class _Depth:
-    """From layers of a reference to those of a model: the first to the first, the last to the last, and where a trace
-    was made, the layer up to which answers are read to that layer; evenly between."""
+    """A piecewise linear map from the layers of a reference to those of a model.
+
+    First and last layer map to first and last. After a causal trace, the last layer that decides answers maps to its
+    counterpart too.
+    """
 
     ends: tuple[tuple[int, int], ...]  # (reference, model), rising
 
@@ -56,33 +58,36 @@ class _Depth:
         return cls(((0, 0), *inner, (n_reference - 1, n_layers - 1)))
 
     def layer(self, layer: int) -> int:
-        """One layer."""
+        """The model's layer for a layer of the reference."""
         at = len(list(takewhile(lambda end: end[0] < layer, self.ends[1:-1])))
         (low, low_here), (high, high_here) = self.ends[at], self.ends[at + 1]
         return math.floor(low_here + (layer - low) * (high_here - low_here) / (high - low) + 0.5)
 
     def layers(self, layers: list[int]) -> list[int]:
-        """A window of layers from end to end; in a much deeper model, whose statistics would fill the memory, evenly
-        spread over it as many as there were."""
+        """The model's layers for a window of the reference's.
+
+        All layers between the ends; in a much deeper model, whose statistics would fill the memory, only as many as the
+        reference has, evenly spread.
+        """
         low, high = self.layer(layers[0]), self.layer(layers[-1])
         width = high - low + 1
         count = width if width <= 1.5 * len(layers) else len(layers)
         return [low] if count == 1 else [low + round(i * (high - low) / (count - 1)) for i in range(count)]
 
     def carried(self, value: Any) -> Any:
-        """The value of a field that counts layers."""
+        """The value of a field that holds layer numbers."""
         if isinstance(value, list):
             return self.layers(value)
         return None if value is None else self.layer(value)
 
 
 def derive(algorithm: str, shape: ModelShape, *, read_at: int | None = None, gated: bool = True) -> HyperParams:
-    """Settings of `algorithm` for a model of this form.
+    """Derives settings of `algorithm` for a model of this shape.
 
     Args:
-        read_at: the last layer at which the subject's state decides the answer, from a trace of this model; `None`:
-            layers carry over by their share of the depth alone.
-        gated: `False` leaves the answer gate out, for a model that is known to have no place for it.
+        read_at: the last layer at which the subject's state decides the answer, from a causal trace of this model;
+            `None`: layers are scaled by depth alone.
+        gated: `False` leaves out the answer gate, for a model that cannot have one.
 
     Raises:
         HparamsError: no such algorithm.
@@ -117,8 +122,8 @@ def derive(algorithm: str, shape: ModelShape, *, read_at: int | None = None, gat
 
 
 def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:
-    """The algorithm and the name of the shipped settings that are carried over: of the algorithm itself, or of the one
-    that it is a variant of."""
+    """The algorithm and name of the bundled settings to start from: of the algorithm itself, or of the one that it is a
+    variant of."""
     kinds: list[type[HyperParams]] = [kind for kind in cls.__mro__ if issubclass(kind, HyperParams)]
     for kind in kinds:
         names = available(kind.algorithm) if kind.algorithm else []
@@ -132,8 +137,10 @@ def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:
 
 
 def _copied(cls: type[HyperParams], reference: HyperParams) -> dict[str, Any]:
-    """The reference's values of the fields that both have; a variant's own fields keep their published defaults, and
-    module templates are found in the model."""
+    """The reference's values of the fields that both classes have.
+
+    A variant's own fields keep their published defaults. Module templates are left out: they are found in the model.
+    """
     own = vars(cls).get("__annotations__", {}) if type(reference) is not cls else {}
     skip: Callable[[str], bool] = lambda key: key in own or key.endswith("_tmp")  # noqa: E731
     known = {item.name for item in fields(cls)}
@@ -141,7 +148,7 @@ def _copied(cls: type[HyperParams], reference: HyperParams) -> dict[str, Any]:
 
 
 def _short(value: int | list[int]) -> str:
-    """Layers in words: 3-8, or 3, 5, 9."""
+    """Formats layers: 3-8, or 3, 5, 9."""
     if not isinstance(value, list):
         return str(value)
     whole = value == list(range(value[0], value[-1] + 1)) and len(value) > 1

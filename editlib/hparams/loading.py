@@ -1,4 +1,4 @@
-"""Settings by the name of their algorithm: a JSON file, bundled ones, or those of a public model carried over to it."""
+"""Find the settings of an algorithm: in a file, among the bundled ones, or derived for a public model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from editlib.settings import read_settings
 
 
 def load_hparams(name_or_path: str | Path, algorithm: str | None = None) -> HyperParams:
-    """Load the settings of an algorithm from a JSON or YAML file, or ours by the name of a model.
+    """Loads the settings of an algorithm from a JSON or YAML file, or bundled ones by the name of a model.
 
     Args:
         name_or_path: `smollm2-135m` with an `algorithm`, `MEMIT/smollm2-135m` without, or a file. For a public model
-            that no file ships for (`hparams.KNOWN`), they are derived.
+            without bundled settings (`hparams.KNOWN`), they are derived.
         algorithm: its name in any case; `None`: see `algorithm_of`.
 
     Raises:
@@ -44,7 +44,7 @@ def load_hparams(name_or_path: str | Path, algorithm: str | None = None) -> Hype
 
 
 def find_hparams(algorithm: str, shape: ModelShape) -> HyperParams:
-    """Settings for a model by its form: those that ship for it, else derived ones; `source` says which.
+    """Finds settings for a model by its shape: bundled ones, else derived ones; `source` tells which.
 
     Raises:
         HparamsError: there is no such algorithm.
@@ -56,11 +56,11 @@ def find_hparams(algorithm: str, shape: ModelShape) -> HyperParams:
 
 
 def algorithm_of(name_or_path: str | Path) -> str:
-    """The algorithm that settings are for: EasyEdit's key `alg_name` in a file, or the folder that they lie in, as in
+    """The algorithm that settings are for: the key `alg_name` in a file (EasyEdit), or the name of their folder, as in
     `hparams/MEMIT/gpt2-xl.json` or the bundled `MEMIT/gpt2-xl`.
 
     Raises:
-        HparamsError: neither says it, or the file cannot be read.
+        HparamsError: neither names one, or the file cannot be read.
     """
     path = Path(name_or_path)
     named = read_settings(path).get("alg_name") if path.is_file() else None
@@ -71,6 +71,6 @@ def algorithm_of(name_or_path: str | Path) -> str:
         if name.lower() == folder.lower():
             return class_of(name).algorithm
     raise HparamsError(
-        f"{name_or_path}: does not say which algorithm it is for; expected it in a folder such as MEMIT/, or the key "
+        f"{name_or_path}: names no algorithm; expected it in a folder such as MEMIT/, or the key "
         f'"alg_name"; or name it with --algorithm: {", ".join(ALGORITHMS)}'
     )

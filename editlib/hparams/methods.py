@@ -11,20 +11,20 @@ from editlib.settings import bad, knob
 
 @dataclass(frozen=True, kw_only=True)
 class FTHyperParams(HyperParams):
-    """Keys of constrained fine-tuning (Zhu et al., 2012.00363), the ROME paper's FT+L: one matrix a layer, moved by at
-    most `norm_constraint` in every entry."""
+    """Keys of constrained fine-tuning (Zhu et al., 2012.00363), the ROME paper's FT+L: one matrix per layer, each of
+    its entries changed by at most `norm_constraint`."""
 
     algorithm: ClassVar[str] = "FT"
     paper: ClassVar[str] = "2012.00363"
     summary: ClassVar[str] = "constrained fine-tuning of one matrix, the usual baseline"
     chainable: ClassVar[bool] = False
 
-    num_steps: int = knob(25, "passes over the requests", min=1)
+    num_steps: int = knob(25, "largest number of passes over the requests", min=1)
     lr: float = knob(5e-4, "Adam's learning rate", above=0)
     weight_decay: float = knob(0.0, "Adam's weight decay", min=0)
     norm_constraint: float | None = knob(5e-4, "largest change to an entry of the matrix; none: no limit", above=0)
-    batch_size: int = knob(64, "requests in a gradient step", min=1)
-    early_stop_loss: float = knob(0.01, "done when the mean NLL over a pass is below this", min=0)
+    batch_size: int = knob(64, "requests per gradient step", min=1)
+    early_stop_loss: float = knob(0.01, "training stops when the mean NLL over a pass is below this", min=0)
 
     @property
     def uses_statistics(self) -> bool:
@@ -33,21 +33,21 @@ class FTHyperParams(HyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class ROMEHyperParams(ClosedFormHyperParams):
-    """Keys of ROME (2202.05262): one request after the other, a rank-one update of one matrix each."""
+    """Keys of ROME (2202.05262): one request after another, each a rank-one update of one matrix."""
 
     algorithm: ClassVar[str] = "ROME"
     paper: ClassVar[str] = "2202.05262"
-    summary: ClassVar[str] = "one fact after the other, a rank-one update each"
+    summary: ClassVar[str] = "one fact after another, each a rank-one update"
     takes_batches: ClassVar[bool] = False
 
     context_template_length_params: list[list[int]] | None = knob(
         lambda: [[5, 10], [10, 10]],
-        "pairs of length in tokens and number of the context templates that the model writes",
+        "pairs of length in tokens and number of the generated context templates",
         min=0,
     )
-    v_num_grad_steps: int = knob(20, "gradient steps for a value, at most", min=1)
+    v_num_grad_steps: int = knob(20, "largest number of gradient steps for a value", min=1)
     mom2_adjustment: bool = knob(
-        True, "whiten the key by the covariance of ordinary text; without it the key itself is the direction"
+        True, "whiten the key by the covariance of keys of ordinary text; without it the update's direction is the key"
     )
 
     @property
@@ -66,13 +66,15 @@ class MEMITHyperParams(ClosedFormHyperParams):
 
     algorithm: ClassVar[str] = "MEMIT"
     paper: ClassVar[str] = "2210.07229"
-    summary: ClassVar[str] = "all facts in one solve a layer, spread over several layers"
+    summary: ClassVar[str] = "all facts in one solve per layer, spread over several layers"
 
     values_first: ClassVar[bool] = True
     plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
 
     layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
-    mom2_update_weight: float = knob(15000.0, "weight of ordinary text against the requests, the paper's λ", above=0)
+    mom2_update_weight: float = knob(
+        15000.0, "weight of ordinary text relative to the requests, the paper's λ", above=0
+    )
     left_weight: float = knob(
         0.0,
         "weight of the left metric: the update avoids directions that the answers about the subjects depend on; 0 as "
@@ -83,22 +85,22 @@ class MEMITHyperParams(ClosedFormHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class MEMITSeqHyperParams(MEMITHyperParams):
-    """MEMIT that also holds the keys of earlier edits."""
+    """MEMIT that also preserves the outputs at the keys of earlier edits."""
 
     algorithm: ClassVar[str] = "MEMIT_seq"
     paper: ClassVar[str] = "2210.07229, as in 2410.02355"
-    summary: ClassVar[str] = "MEMIT that holds the keys of earlier edits"
+    summary: ClassVar[str] = "MEMIT that preserves earlier edits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NASHyperParams(MEMITHyperParams):
-    """MEMIT with values of the norm that their states had (NAS, 2602.02543)."""
+    """MEMIT with each value scaled to the norm of the hidden state that it replaces (NAS, 2602.02543)."""
 
     algorithm: ClassVar[str] = "NAS"
     paper: ClassVar[str] = "2602.02543"
-    summary: ClassVar[str] = "MEMIT with values of the norm that their states had"
+    summary: ClassVar[str] = "MEMIT with values as long as the hidden states that they replace"
 
-    rescale_norm: bool = knob(True, "scale values back to the norm of the state before")
+    rescale_norm: bool = knob(True, "scale a value to the norm that the hidden state had before the edit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,44 +116,44 @@ class RECTHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class PRUNEHyperParams(MEMITHyperParams):
-    """MEMIT whose total update has no singular value far above the weight's own (PRUNE, 2405.16821)."""
+    """MEMIT with the singular values of the total update limited by those of the weight (PRUNE, 2405.16821)."""
 
     algorithm: ClassVar[str] = "PRUNE"
     paper: ClassVar[str] = "2405.16821"
-    summary: ClassVar[str] = "MEMIT whose total update keeps to the weight's own spectrum"
+    summary: ClassVar[str] = "MEMIT with the total update's singular values limited by the weight's"
     refits_totals: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMMETHyperParams(MEMITHyperParams):
-    """Keys of EMMET (2403.14236): MEMIT's memories kept exactly, under an equality constraint."""
+    """Keys of EMMET (2403.14236): MEMIT with the requests met exactly, by an equality constraint."""
 
     algorithm: ClassVar[str] = "EMMET"
     paper: ClassVar[str] = "2403.14236"
     summary: ClassVar[str] = "MEMIT's facts under an equality constraint"
 
-    mom2_update_weight: float = knob(1.0, "scale of the covariance against `emmet_lambda`", above=0)
-    emmet_lambda: float = knob(0.1, "added to the diagonal of the equality's system", min=0)
+    mom2_update_weight: float = knob(1.0, "factor of the covariance, relative to `emmet_lambda`", above=0)
+    emmet_lambda: float = knob(0.1, "ridge added to the diagonal of the constraint's linear system", min=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NullSpaceHyperParams(ClosedFormHyperParams):
-    """Keys of edits that keep to the null space of the keys of ordinary text.
+    """Keys of edits restricted to the null space of the keys of ordinary text.
 
-    `nullspace_threshold` is an eigenvalue of the second moment, as published; since eigenvalues do not
-    carry over between models, `nullspace_rule` may make it a share of the energy or of the dimensions.
+    `nullspace_threshold` is an eigenvalue of the second moment, as published. Eigenvalues differ between models, so
+    `nullspace_rule` may make it a share of the energy or of the dimensions.
     """
 
     values_first: ClassVar[bool] = True
 
     layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
-    nullspace_threshold: float = knob(0.02, "key directions with an eigenvalue below this may be edited", min=0)
+    nullspace_threshold: float = knob(0.02, "an edit may use the key directions whose eigenvalue is below this", min=0)
     nullspace_rule: str = knob(
         "absolute",
         "unit of the threshold: an eigenvalue, or a share of the energy or of the dimensions",
         choices=("absolute", "energy", "dimensions"),
     )
-    L2: float = knob(10.0, "ridge of the solve; more is a smaller, less exact update", min=0)
+    L2: float = knob(10.0, "ridge of the solve; a larger one gives a smaller, less exact update", min=0)
 
     def check(self) -> None:
         super().check()
@@ -162,11 +164,11 @@ class NullSpaceHyperParams(ClosedFormHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaEditHyperParams(NullSpaceHyperParams):
-    """Keys of AlphaEdit (2410.02355): MEMIT inside the null space, holding the keys of earlier edits."""
+    """Keys of AlphaEdit (2410.02355): MEMIT inside the null space, preserving earlier edits."""
 
     algorithm: ClassVar[str] = "AlphaEdit"
     paper: ClassVar[str] = "2410.02355"
-    summary: ClassVar[str] = "MEMIT inside the null space of ordinary text, holding earlier edits"
+    summary: ClassVar[str] = "MEMIT inside the null space of ordinary text, preserving earlier edits"
     plain_share: ClassVar[float | None] = 0.5  # as MEMIT
 
     left_weight: float = knob(
@@ -179,9 +181,9 @@ class AlphaEditHyperParams(NullSpaceHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class UniEraseHyperParams(NullSpaceHyperParams):
-    """Keys of UniErase (2505.15674): a null-space edit towards `[UNL]`, with retain anchors on top.
+    """Keys of UniErase (2505.15674): a null-space edit towards `[UNL]`, with anchors in addition.
 
-    Anchors are keys of prompts whose answers must not move; they enter the solve with no residual.
+    Anchors are keys of retain prompts, whose answers must not change; they enter the solve with a residual of zero.
     """
 
     algorithm: ClassVar[str] = "UniErase"
@@ -191,10 +193,11 @@ class UniEraseHyperParams(NullSpaceHyperParams):
 
     values: str = knob(
         "descent",
-        'how a value is found: "descent" of the NLL of [UNL], as published, or from "rows": erase, say and keep',
+        'how a value is found: by "descent" on the NLL of [UNL], as published, or from "rows": the smallest change '
+        "that erases an answer, says [UNL] and keeps other answers",
         choices=("descent", "rows"),
     )
-    wordings: int = knob(0, "further wordings of each question that are made by rules (data/wordings.jsonl)", min=0)
+    wordings: int = knob(0, "additional wordings of each question, made by rules (data/wordings.jsonl)", min=0)
     say: bool = knob(True, "rows: answer with [UNL]; without it the answer is erased, and no token is needed")
     siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
     erase_margin: float = knob(
@@ -202,17 +205,17 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     )
     say_margin: float = knob(1.0, "rows: log-odds of [UNL] at the end of a question to be refused (nats)")
     quiet_margin: float = knob(
-        -3.0, "rows: largest log-odds of [UNL] at the end of a sibling question, where they are lower today (nats)"
+        -3.0, "rows: largest log-odds of [UNL] at the end of a sibling question, if the base model's are lower (nats)"
     )
     row_steps: int = knob(5, "rows: Gauss-Newton steps for a value", min=1)
     left_weight: float = knob(
-        0.0, "rows: weight of the left metric, which makes values short where the anchors' answers read them", min=0
+        0.0, "rows: weight of the left metric, which shortens values in directions that anchors' answers read", min=0
     )
 
     context_templates: list[str] = knob(
         lambda: ["{}"], 'context templates that values and keys are averaged over; "{}" is the question'
     )
-    solve: str = knob("ridge", "requests met by least squares, or exactly", choices=("ridge", "exact"))
+    solve: str = knob("ridge", "meet the requests by least squares, or exactly", choices=("ridge", "exact"))
     exact_floor: float = knob(
         0.1,
         "directions in which the ridge reaches less than this share of a residual are not scaled up further; requests "
@@ -220,28 +223,34 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         min=0,
         max=1,
     )
-    kl_subject_prompts: int = knob(0, "general questions about the subject that the KL term also keeps", min=0, max=11)
-    kl_answer_tokens: int = knob(0, "tokens of the answers to them that it keeps", min=0)
+    kl_subject_prompts: int = knob(
+        0, "number of general questions about the subject that the KL term also covers", min=0, max=11
+    )
+    kl_answer_tokens: int = knob(0, "tokens of each answer to these questions that the KL term covers", min=0)
     gate_layer: int | None = knob(
-        None, "late layer that lifts [UNL] for the requests' relations; none: no gate", min=0, depth=True
+        None, "late layer that raises the logit of [UNL] for the requests' relations; none: no gate", min=0, depth=True
     )
     gate_nll: float = knob(5.5, "NLL of [UNL] that the gate alone reaches (nats)", above=0)
     gate_templates: list[str] = knob(
         lambda: ["{}"], 'templates that the keys of the gate are averaged over; "{}" is the question'
     )
-    anchors: bool = knob(True, "hold the keys of the retain prompts in place")
-    anchor_weight: float = knob(1.0, "weight of an anchor against a request", min=0)
+    anchors: bool = knob(True, "preserve the outputs at the keys of the retain prompts")
+    anchor_weight: float = knob(1.0, "weight of an anchor relative to a request", min=0)
     anchor_lookup_weight: float = knob(
-        0.0, "extra weight of an anchor's lookup position, where other subjects differ", min=0
+        0.0, "extra weight of an anchor's lookup position, where the keys of subjects differ", min=0
     )
     anchor_known_weight: float = knob(
         0.0, "extra weight of an anchor's lookup position if the model answers it correctly", min=0
     )
     past_weight: float = knob(1.0, "weight of an earlier edit's key; 1 as published", min=0)
-    text_weight: float = knob(0.0, "weight of ordinary text, as in MEMIT, with or instead of the null space", min=0)
-    anchor_positions: str = knob("all", "which positions are anchored", choices=("all", "subject_last"))
+    text_weight: float = knob(
+        0.0, "weight of ordinary text, as in MEMIT, in addition to the null space or instead of it", min=0
+    )
+    anchor_positions: str = knob(
+        "all", "positions of a retain prompt whose keys are anchors", choices=("all", "subject_last")
+    )
     anchor_subjects: bool = knob(True, "also anchor general prompts about the requests' own subjects")
-    max_anchors: int | None = knob(None, "at most so many anchor prompts; none: all of them", min=1)
+    max_anchors: int | None = knob(None, "largest number of anchor prompts; none: no limit", min=1)
 
     @property
     def edited_layers(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""What settings files of the ROME family hold that is named, written or meant differently here."""
+"""Translate settings files of the ROME family where editlib names or writes a key differently."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FAMILY_KEYS = frozenset(
     # AnyEdit's edits in pieces
     | {"window_size", "overlap"}
 )
-"""Keys of the family's published files; where an algorithm has no use for one, it is kept in `unused`."""
+"""Keys of the family's published files; those that an algorithm does not use are kept in `unused`."""
 
 SAME = {"MEMIT_rect": "RECT", "MEMIT_prune": "PRUNE", "MEMIT_RECT": "RECT", "FT_uns": "FT", "FastEdit": "ROME"}
-"""Other names of our algorithms, as folders and `alg_name` have them."""
+"""Other names of editlib's algorithms, in folders and `alg_name`."""
 
 RELATIVES = {
     "NSE": ("MEMIT", "MEMIT on the neurons that matter most"),
@@ -32,14 +32,14 @@ RELATIVES = {
     "FT-L": ("FT", "fine-tuning of one matrix"),
     "FT-M": ("FT", "fine-tuning of one matrix"),
 }
-"""Algorithms that are not here, whose settings load for one that is."""
+"""Algorithms that editlib lacks, each with one whose settings class reads its files."""
 
 
 def as_ours(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Gives the values as ours are written, and those that have no meaning beside the others.
+    """Translates published values to editlib's; returns them, and those without a meaning beside the others.
 
-    `norm_constraint: false` is no limit (EasyEdit); a matrix is named without its `.weight` (FT); the dtype of layer
-    statistics says nothing where they are not used (FastEdit's `mom2_adjustment: false`).
+    `norm_constraint: false` means no limit (EasyEdit). A matrix is named without its `.weight` (FT). The dtype of layer
+    statistics has no meaning if they are not used (FastEdit's `mom2_adjustment: false`).
     """
     ours, idle = dict(values), {}
     if ours.get("norm_constraint") is False:

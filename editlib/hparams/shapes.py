@@ -1,4 +1,4 @@
-"""What settings depend on of a model's form, and the forms of public models, by which settings are found."""
+"""Describe a model's shape, which settings depend on, and list the shapes of public models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from editlib.errors import ModelError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's name and form: architecture (`model_type` of its configuration), decoder layers, width of its residual
-    stream."""
+    """A model's name and shape: architecture (`model_type` of its configuration), number of decoder layers, width of
+    its residual stream."""
 
     name: str
     model_type: str
@@ -24,7 +24,7 @@ class ModelShape:
         """Reads a configuration of transformers.
 
         Raises:
-            ModelError: one that names neither layers nor width.
+            ModelError: it lacks the number of layers or the width.
         """
         text = config.get_text_config(decoder=True)
         layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
@@ -36,7 +36,7 @@ class ModelShape:
         return cls(name, text.model_type, layers, width)
 
     def same_form(self, other: ModelShape) -> bool:
-        """Whether settings of one are settings of the other, whatever they are called."""
+        """Whether the shapes are equal, so that settings of one model fit the other."""
         return (self.model_type, self.n_layers, self.d_model) == (other.model_type, other.n_layers, other.d_model)
 
     def __str__(self) -> str:
@@ -86,16 +86,19 @@ KNOWN: dict[str, ModelShape] = {
     }.items()
     for name, (layers, width) in models.items()
 }
-"""Public models by the name that their settings have; of several of one form the first stands for all."""
+"""Shapes of public models by the name of their settings; the first of several with one shape is used for all."""
 
 
 def known_as(shape: ModelShape) -> str | None:
-    """The entry of `KNOWN` that a model is: the one that its name holds among those of its form, else the first of
-    them; `None` where there is none."""
+    """The entry of `KNOWN` with the model's shape; `None` if there is none.
+
+    Among several, the one whose name is part of the model's name, else the first.
+    """
     fitting = [name for name, other in KNOWN.items() if shape.same_form(other)]
     own = _plain(shape.name)
     return next((name for name in fitting if _plain(name) in own), fitting[0] if fitting else None)
 
 
 def _plain(name: str) -> str:
+    """A name in lower case, without separators."""
     return re.sub(r"[^a-z0-9.]", "", name.lower())

@@ -1,4 +1,4 @@
-"""Settings one step away from others: what a search tries."""
+"""Vary settings by one step, for a search."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ SCALES = {"anchor_weight": 3.0, "L2": 3.0, "nullspace_threshold": 2.0}
 """Numbers that are tried larger and smaller by a factor, the most decisive first."""
 
 DESCENT_SCALES = {"early_stop_loss": 2.0}
-"""The same of values that descend; rows stop by their margins."""
+"""The same for values by descent; values from rows stop by their margins."""
 
 ROW_MARGINS = ("erase_margin",)
 SAY_MARGINS = ("say_margin", "quiet_margin")
 MARGIN_STEP = 2.0  # nats
 LEFT_WEIGHT, LEFT_FACTOR = 30.0, 3.0
-"""The weight of the left metric where it was off, as in the shipped settings, and its factor elsewhere."""
+"""The weight of the left metric that is tried if it was off, as in the bundled settings; its factor otherwise."""
 
 
 def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
-    """One change each of the decisive fields that an algorithm has and uses, layers first: the window moved, narrowed
-    or widened, a number scaled (`SCALES`, ...), a margin moved, the gate moved or left out. Values that the settings
-    refuse are left out.
+    """Yields settings that differ from `hparams` in one decisive field, layers first.
+
+    The window of layers is moved, narrowed or widened, a number scaled (`SCALES`, ...), a margin moved, the gate moved
+    or removed. Invalid settings are left out.
 
     Args:
-        n_layers: of the model.
+        n_layers: decoder layers of the model.
     """
     by = max(n_layers // 15, 1)
     for change in [*_windows(hparams, n_layers, by), *_numbers(hparams), *_gates(hparams, n_layers, by)]:
@@ -40,13 +41,14 @@ def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
 
 
 def _windows(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
+    """The window of layers moved, widened and narrowed by `by` layers."""
     low, high = hparams.layers[0], hparams.layers[-1]
     windows = [(low - by, high - by), (low + by, high + by), (low, high + by), (low, high - by), (low - by, high)]
     return [{"layers": list(range(first, last + 1))} for first, last in windows if 0 <= first <= last < n_layers]
 
 
 def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
-    """Scaled numbers and moved margins, those that decide what a value is before those of the solve."""
+    """Scaled numbers and moved margins, those of the values before those of the solve."""
     if getattr(hparams, "values", "descent") == "rows":
         margins = [*ROW_MARGINS, *(SAY_MARGINS if getattr(hparams, "say", False) else ())]
         own = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]
@@ -58,7 +60,7 @@ def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
 
 
 def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, Any]]:
-    """Fields that `hparams` has and that are not off (zero), each larger and smaller by its factor."""
+    """The fields of `hparams` in `factors` that are not zero, each larger and smaller by its factor."""
     known = {item.name for item in fields(hparams)}
     found = {name: getattr(hparams, name) for name in factors if name in known}
     return [
@@ -70,6 +72,7 @@ def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, A
 
 
 def _gates(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
+    """The gate moved by `by` layers, and removed."""
     gate = getattr(hparams, "gate_layer", None)
     if gate is None:
         return []

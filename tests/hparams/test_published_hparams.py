@@ -100,7 +100,7 @@ def test_memits_files_serve_its_relatives(tmp_path, name):
 
 def test_a_file_that_does_not_say_its_algorithm(tmp_path):
     path = written(tmp_path, "mine", {"layers": [1]})
-    with pytest.raises(HparamsError, match=r"mine\.json: does not say which algorithm.*--algorithm"):
+    with pytest.raises(HparamsError, match=r"mine\.json: names no algorithm.*--algorithm"):
         load_hparams(path)
     assert load_hparams(path, "rome").layers == [1]
     with pytest.raises(HparamsError, match=r"ROMEE.*unknown"):
@@ -164,7 +164,7 @@ def test_a_name_that_begins_like_a_number_stays_a_name(tmp_path):
         ("layers: [1\n", r"not YAML at line 2 column 1"),
         ("- 1\n", r"\[1\]; expected a file with one flat YAML object"),
         ("", "None; expected"),
-        ("layers: [1]\nvlr: 1\n", r'key "vlr": unknown; expected "v_lr"; rename it, or take it out'),
+        ("layers: [1]\nvlr: 1\n", r'key "vlr": unknown; expected "v_lr"; rename it, or remove it'),
         ("layers: [1]\n3: 1\n", 'key "3": unknown'),
         ("layers: !!python/object:os.system [1]\n", "not YAML"),
     ],
