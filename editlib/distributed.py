@@ -37,7 +37,7 @@ class Process:
         return self.rank == 0
 
     def label(self, work: str) -> str:
-        """What a progress bar says over this process's part of some work."""
+        """The label of a progress bar over this process's part of some work."""
         return work if self.world == 1 else f"{work} (1 of {self.world} processes)"
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
@@ -49,7 +49,7 @@ class Process:
         return path if self.world == 1 else path.with_name(f"{path.stem}.{self.rank}-of-{self.world}{path.suffix}")
 
     def gather(self, value: T) -> list[T]:
-        """What every process gave, by rank. All must call it."""
+        """Gathers the value of every process, by rank. All must call it."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world

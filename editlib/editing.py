@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EditInputs:
-    """What an edit is made with beside its requests: second moments by layer, and UniErase's token."""
+    """Inputs of an edit other than the requests: layer statistics, and UniErase's token."""
 
     stats: Mapping[int, LayerStats]
     token: UnlearningToken | None = None
@@ -61,7 +61,7 @@ def load_inputs(
 def apply(
     bench: Workbench, requests: Sequence[EditRequest], hparams: HyperParams, means: EditInputs, **given: Any
 ) -> EditResult:
-    """Edits the model of `bench` in place; `given` is what the algorithm's `apply_<name>_to_model` takes besides."""
+    """Edits the model of `bench` in place; `given` are further arguments of the algorithm's `apply_<name>_to_model`."""
     if hparams.has_target:
         function = apply_function(hparams)
     else:

@@ -21,7 +21,7 @@ from editlib.errors import EditlibError, OutputError
 log = logging.getLogger(__name__)
 
 CANNOT_SYNC = {errno.EBADF, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTSUP, errno.ENOSYS}
-"""How a system says that it does not sync such a handle, in contrast to a disk that failed."""
+"""Error numbers of systems that do not sync such a handle, in contrast to a disk that failed."""
 
 
 @contextmanager

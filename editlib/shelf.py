@@ -85,7 +85,7 @@ class Finished:
             check_output(out, overwrite=overwrite)
 
     def find(self, job: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T | None:
-        """What an earlier run measured in the same job, as `read` makes it of its JSON; `None` where there is none."""
+        """The result of an earlier run of the same job, converted from JSON by `read`; `None` if there is none."""
         if self.folder is None or self.overwrite:
             return None
         for path in sorted(self.folder.glob(f"*.{_short_digest(job)}.json")):  # the same job may have had another name

@@ -48,7 +48,7 @@ class Workbench:
     name: str
     progress: bool = True
     shard: Process = ALONE  # this process's share of `make_stats`, where several work together
-    dtype: str | None = None  # what `load` was told; none: as stored
+    dtype: str | None = None  # the argument of `load`; none: as stored
     prompts: PromptSettings = field(default_factory=PromptSettings)  # how the model is asked
     today: bool = False  # the date in `prompts` is only that of this run: a recorded one goes before it
 
@@ -282,7 +282,7 @@ class Workbench:
             self.prompts = replace(self.prompts, date=prompts["date"])
 
     def asking(self, chat: bool | None = None) -> PromptSettings:
-        """How an edit asks: as `prompts` say, and otherwise as plain text where `chat` is false."""
+        """The prompt settings of an edit: `prompts` if given, else plain text if `chat` is false."""
         if chat is None or self.prompts.tags is not None:
             return self.prompts
         if not chat and (self.prompts.system is not None or self.prompts.arguments or self.prompts.chat):

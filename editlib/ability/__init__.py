@@ -1,4 +1,4 @@
-"""What a model can still do: perplexity on text, and tasks of lm-eval, models side by side."""
+"""Measure a model's remaining ability: perplexity on text and tasks of lm-eval, several models side by side."""
 
 from editlib.ability.report import AbilityReport, AbilityRow
 from editlib.ability.run import run_ability

@@ -35,7 +35,7 @@ class AbilityRow:
 
 @dataclass(frozen=True)
 class AbilityReport:
-    """What was measured how (`job`), the `base`, and a row for each model, task and metric."""
+    """The settings of the run (`job`), the `base`, and a row for each model, task and metric."""
 
     job: Mapping[str, Any]
     base: str

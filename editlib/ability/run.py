@@ -108,7 +108,7 @@ def _check(models: Mapping[str, Any], tasks: Sequence[str], text: str | None, li
 
 @dataclass(frozen=True)
 class _Plan:
-    """What every model is measured with."""
+    """The settings that every model is measured with."""
 
     kept: Finished
     corpus: Corpus | None
@@ -122,7 +122,7 @@ class _Plan:
 
     @property
     def text_name(self) -> str:
-        """What the text is called among the tasks; no task's name has a space."""
+        """The name of the text among the tasks; no task's name has a space."""
         return f"text {self.corpus.name}" if self.corpus is not None else ""
 
 

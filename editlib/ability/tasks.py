@@ -1,4 +1,4 @@
-"""What `--tasks` names -> lm-eval's task objects: its own tasks by name, task files (.yaml), files of questions."""
+"""Build lm-eval's task objects from `--tasks`: its own tasks by name, task files (.yaml), files of questions."""
 
 from __future__ import annotations
 

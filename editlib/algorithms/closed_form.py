@@ -71,7 +71,7 @@ def memit(
         past_count = both.shape[1] - keys.shape[1]
         return _checked(metric.solve(residual, *_without_past(system, whitened, past_count)))
     system.diagonal().add_(1)
-    # (I + S)^-1 in front of A^T (λ C)^-1, of which the rows of the new keys are wanted.
+    # (I + S)^-1 A^T (λ C)^-1, of which the rows of the new keys are needed.
     select = _last_columns(both.shape[1], keys)
     return _finite(residual, torch.cholesky_solve(select, torch.linalg.cholesky(system)).T @ whitened.T)
 

@@ -67,12 +67,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """What is edited: layers, requests and how each is asked.
+    """The size of an edit: layers, requests, prompts and steps.
 
-    `contexts` prompts of `prompt_tokens` tokens stand for a request, `suffix_tokens` of them from the subject's last
-    token on, `target_tokens` of the target behind; `kl_prompts` more prompts are compared at `kl_tokens` places each.
+    A request has `contexts` prompts of `prompt_tokens` tokens, `suffix_tokens` of them from the subject's last token
+    on, followed by `target_tokens` of the target. `kl_prompts` more prompts are compared at `kl_tokens` positions each.
     `steps` are those of a value, `past` the keys of earlier edits and anchors, `kept_out` the directions outside the
-    null space. `v_rate` is the rate that values are found at.
+    null space. `v_rate` is the arithmetic rate while values are found.
     """
 
     layers: Sequence[int]

@@ -95,7 +95,7 @@ def read_logits(
     if len(wanted) < 2 or any(suffixes is not wanted[0][0] for suffixes, _ in wanted):
         return [suffixes.logits(anat, layer, delta, positions) for suffixes, positions in wanted]
     each = [positions for _, positions in wanted]
-    # `row` counts within its own `rows`: behind the rows of the ones before, once they are joined.
+    # `row` counts within its own `rows`; joined, those of earlier parts come first.
     starts = [0, *torch.tensor([len(positions.rows) for positions in each]).cumsum(0).tolist()]
     joined = LogitPositions(
         torch.cat([positions.rows for positions in each]),

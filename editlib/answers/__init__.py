@@ -1,4 +1,4 @@
-"""How one answer is judged: does it say what was asked for, is it a refusal, does it read as a sentence?"""
+"""Judge one answer: whether it gives the right answer, is a refusal, and reads as a sentence."""
 
 from editlib.answers.fluency import is_fluent
 from editlib.answers.matching import has_answer

@@ -1,4 +1,4 @@
-"""Which script a text is written in, and whether that script sets words apart with spaces."""
+"""Find the script of a text, and whether that script separates words by spaces."""
 
 from __future__ import annotations
 

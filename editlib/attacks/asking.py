@@ -21,9 +21,9 @@ ASKED_A_RELATION = 16  # candidates for few-shot examples of which the model is 
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What the attacker has: the forgotten facts, facts that may be told or taught, the model before the edit.
+    """What an attacker has: the forgotten facts, facts for few-shot examples or training, the model before the edit.
 
-    `known` are facts that may be told before a question, `unrelated` ones that may be taught; none is forgotten.
+    `known` are facts for few-shot examples, `unrelated` ones for fine-tuning; none of them is forgotten.
     """
 
     base: LoadedModel

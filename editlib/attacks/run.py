@@ -36,7 +36,7 @@ JOB = "job.json"
 
 @dataclass(frozen=True)
 class AttackReport:
-    """What was attacked how (`job`), which facts could not be tried by any attack, and what came of each attack."""
+    """The settings of the run (`job`), the facts that no attack could try, and the outcome of each attack."""
 
     job: Mapping[str, Any]
     left_out: Mapping[str, Mapping[str, int]]
@@ -68,7 +68,7 @@ def run_attacks(
         requests: the forgotten facts, with their `answer`.
         control: facts that the base model should not know; those that it does know are left out. Default: bundled ones
             of the same relations.
-        known: facts that may be told before a question; default: bundled ones.
+        known: facts for few-shot examples; default: bundled ones.
         attacks: names of `registry.ATTACKS`; default: all.
         prompts: how both models are asked; default: through the chat template when there is one.
         out: keeps every finished attack, and goes on from there when the same job is run again.

@@ -1,4 +1,4 @@
-"""How hard the attacks try."""
+"""Settings of the attacks' effort."""
 
 from __future__ import annotations
 

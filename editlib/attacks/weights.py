@@ -52,7 +52,7 @@ def train(
     """AdamW without weight decay on the mean NLL of the answers (with their end token), all examples in every step.
 
     Returns:
-        The loss in nats a token before each step and after the last one.
+        The loss in nats per token before each step and after the last one.
     """
     rows = [answered(target.tok, one.question, one.answer or "", form=target.form) for one in examples]
     part = Part("examples", [(row,) for row in rows], answer_nll)

@@ -39,7 +39,7 @@ BATCH, SEQUENTIAL = "batch", "sequential"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, from the words of a command line."""
+    """The options of a benchmark run, as the command line gives them."""
 
     settings: list[HyperParams]
     counts: list[int]

@@ -1,4 +1,4 @@
-"""What the benchmarks measure: one point of a curve each."""
+"""Points of the benchmarks' curves: the scores after so many edits."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Cell:
 class Point:
     """Measures of a chain after `edits` edits in batches of `size`.
 
-    Shares in 0..1, higher is better: `efficacy` over all facts edited so far (the answer is gone and a fluent refusal
-    stands there), `gone` without the refusal (whatever stands there), `paraphrases` as efficacy, `neighbours`,
-    `same_subject` and `other` right after, of those right before. `perplexity_ratio` is after over before (1 is best),
-    `seconds` the mean of a batch since the point before.
+    Shares in 0..1, higher is better: `efficacy` over all facts edited so far (a fluent refusal replaces the answer),
+    `gone` (any text without the answer counts), `paraphrases` as efficacy. `neighbours`, `same_subject` and `other` are
+    right after, of those right before. `perplexity_ratio` is after over before (1 is best), `seconds` the mean of a
+    batch since the previous point.
     """
 
     algorithm: str

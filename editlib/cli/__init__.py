@@ -24,7 +24,7 @@ BadUse: Any = typer.BadParameter.__mro__[2]  # click's ClickException, of which 
 
 
 class Level(str, Enum):
-    """How much is said on stderr."""
+    """The amount of messages on stderr."""
 
     quiet = "quiet"
     info = "info"

@@ -30,7 +30,7 @@ def ability(
     device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """What models can still do: perplexity and lm-eval's tasks, side by side; goes on where it was stopped."""
+    """Measures what models can still do: perplexity and lm-eval tasks, side by side; resumes after an interruption."""
     from editlib.ability import run_ability
     from editlib.ability.report import table_rows
 

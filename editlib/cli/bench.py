@@ -83,7 +83,7 @@ def bench_sequential(
     hparams: Annotated[
         list[str] | None, typer.Option(help="settings of one of them (MEMIT/mine.json); default: bundled ones")
     ] = None,
-    sizes: Annotated[str, typer.Option(help="requests a batch: a chain each")] = "10,1",
+    sizes: Annotated[str, typer.Option(help="requests per batch; each size is a chain of its own")] = "10,1",
     points: Annotated[int, typer.Option(min=1, help="how often a chain is measured on its way")] = 5,
     prompts: Prompts = None,
     stats_dir: StatsDir = Path("stats"),

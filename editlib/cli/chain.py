@@ -176,7 +176,7 @@ def _check_kind(option: str, given: bool, kind: str, wanted: str) -> None:
 
 @chain_app.command()
 def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False) -> None:
-    """What the chain is and holds."""
+    """Describes the chain and its contents."""
     from editlib.chain import Chain
 
     found = Chain.open(folder).status()
@@ -192,7 +192,7 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
 
 @chain_app.command()
 def log(folder: Folder) -> None:
-    """What was asked when, a line a batch, and what was revoked."""
+    """Lists the batches, one per line, with their requests and time, and what was revoked."""
     from editlib.chain import Chain
 
     found = Chain.open(folder).status()

@@ -53,7 +53,7 @@ def token(
     learned = bench.make_token(refusals=refusals, hparams=hparams, path=out_file)
     numbers = learned.header.metrics
     out.print(
-        f"{learned.header.token}: refusal NLL {numbers['refusal_nll']:.2f} nats a token (lower is better), largest "
+        f"{learned.header.token}: refusal NLL {numbers['refusal_nll']:.2f} nats per token (lower is better), largest "
         f"probability on ordinary text {numbers['largest_probability_on_ordinary_text']:.1e} (lower is better)"
     )
     out.print(str(out_file or bench.token_path), soft_wrap=True)
@@ -131,7 +131,7 @@ def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:
 
 
 def _norms_table(result: Any, receipt: dict[str, Any]) -> None:
-    """How large an edit was, and what it took."""
+    """Shows the size of an edit and its cost."""
     table = Table("layer", "|update|", "|weight|", "ratio")
     for layer, norms in result.norms.items():
         table.add_row(str(layer), f"{norms['update']:.2f}", f"{norms['weight']:.2f}", f"{norms['ratio']:.3f}")

@@ -55,7 +55,7 @@ def lora(
 def receipt(
     edited: Annotated[str, typer.Argument(help="an edited folder, or a delta file")],
     out_dir: Annotated[Path, typer.Option("--out", help="gets receipt.json and receipt.html")],
-    requests: Annotated[Path | None, typer.Option(help="what was asked; without it ids alone are told")] = None,
+    requests: Annotated[Path | None, typer.Option(help="request file; without it the receipt names ids only")] = None,
     metrics: Annotated[Path | None, typer.Option(help="metrics.json of `editlib eval`")] = None,
     private: Annotated[
         bool, typer.Option("--private", help="salted hashes instead of texts; the key is written beside the folder")
@@ -74,7 +74,7 @@ def receipt(
 
 
 def tell_adapter(report: LoraReport, folder: Path) -> None:
-    """What an adapter holds of each layer's update."""
+    """Shows the share of each layer's update that an adapter holds."""
     table = Table("layer", "rank", "|update|", "left out (share of the norm)")
     for layer, one in sorted(report.layers.items(), key=lambda item: int(item[0])):
         table.add_row(str(layer), str(one.rank), f"{one.norm:.2f}", f"{one.error:.2e}" if one.error else "nothing")
@@ -85,7 +85,7 @@ def tell_adapter(report: LoraReport, folder: Path) -> None:
 
 
 def tell_receipt(page: Path, key: Path | None) -> None:
-    """Where a receipt is, and its key."""
+    """Names the files of a receipt and its key."""
     out.print(str(page), soft_wrap=True)
     if key is not None:
         out.print(f"key to the hashes, not to be published: {key}", soft_wrap=True)

@@ -30,7 +30,7 @@ def finetune(
     epochs: Annotated[int | None, typer.Option(min=1, help="times that every pair is read")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="default: 3e-4, with --lora 1e-3")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    keep: Annotated[float | None, typer.Option(help="share of general prompts and of plain text read besides")] = None,
+    keep: Annotated[float | None, typer.Option(help="share of general prompts and plain text read in addition")] = None,
     text: Annotated[str, typer.Option(help="corpus of that text, or none")] = "wiki-sample",
     prompts: Prompts = None,
     skip_bad: SkipBad = False,

@@ -1,4 +1,4 @@
-"""What the commands share: options, the console, a loaded model."""
+"""Shared parts of the commands: options, the console, a loaded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to compare, from a JSON or TOML file: read strictly, so that a typo is reported before a model loads."""
+"""Read the config of a comparison from a JSON or TOML file, strictly: a typo is reported before a model loads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class AttackPlan(Section):
-    """Which attacks are tried, on how many of the forgotten facts, and how hard."""
+    """The attacks that are tried, on how many of the forgotten facts, and their effort."""
 
     names: list[str] | None = knob(None, "names of attacks; none: all")
     facts: int | None = knob(None, "forgotten facts that are attacked, drawn by the seed; none: all", min=1)
@@ -42,7 +42,7 @@ class AttackPlan(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AbilityPlan(Section):
-    """Which tasks of lm-eval are run."""
+    """The tasks of lm-eval that are run."""
 
     tasks: list[str] = knob(help="names of tasks, or task files")
     limit: int | None = knob(None, "questions a task; none: all", min=1)

@@ -53,7 +53,7 @@ class SetEvaluator:
         return self.set.base
 
     def parts(self) -> Iterator[Measurement]:
-        """What is measured of every method, in this order."""
+        """The measurements of every method, in this order."""
         yield Measurement("scores", "scores", self._scores)
         if self.config.general.perplexity is not None:
             yield Measurement("perplexity", self._perplexity_key, self._perplexity)

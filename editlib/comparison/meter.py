@@ -1,4 +1,4 @@
-"""What a method took: time, memory, and which weights are other ones now."""
+"""Measure the cost of a method: time, memory, and the weights that it changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method is: settings that decide it, work that is shared, a search, and a change of a model in place."""
+"""Define a method: settings that decide it, work that is shared, a search, and a change of a model in place."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class NoSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EditSettings(Section):
-    """Where an algorithm's hyper-parameters come from."""
+    """The origin of an algorithm's hyper-parameters."""
 
     hparams: str | None = knob(None, "a JSON file or a bundled name; none: found by the model")
     settings: dict = knob(dict, "single hyper-parameters in place of those")
@@ -157,7 +157,7 @@ class ClosedForm(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineKeys(Section):
-    """How a baseline of `editlib.baselines` is run."""
+    """The settings of a baseline of `editlib.baselines`."""
 
     settings: dict = knob(dict, "keys of `BaselineSettings`: learning_rate, steps, batch_size, rank, ...")
     search: bool | dict = knob(False, "look for learning rate and steps first: true, or keys of `Budget`")
@@ -198,7 +198,7 @@ class Trained(Method):
         return BASELINES[self.name].kind == "gradient"
 
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
-        """What the model itself says to the questions that a gradient method reads; the same for all of them."""
+        """The model's own answers to the questions that a gradient method reads; the same for all such methods."""
         shelf, timer = JsonStore(bench.stats_dir / model_slug(bench.name)), Timer()
         # The same weights answer otherwise after another chat template, or if they stop somewhere else.
         form, ends = PromptFormat.of(bench.tok, bench.prompts), sorted(end_tokens(bench.anat))
@@ -280,7 +280,7 @@ def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | 
 
 
 def _searching(budget: Budget | None, general: General) -> dict[str, Any]:
-    """What of a search decides the method: its budget, and the seed that it runs with."""
+    """The part of a search that decides its result: its budget and its seed."""
     return {} if budget is None else {"search": {**asdict(budget), "seed": general.seeds[0]}}
 
 

@@ -50,7 +50,7 @@ def collect(
 
 
 def machine() -> dict[str, Any]:
-    """What the comparison ran on, as far as its figures depend on it."""
+    """The machine and versions that the comparison's figures depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -123,7 +123,7 @@ def _leaked(trial: Mapping[str, Any]) -> bool | None:
 
 
 def _measures(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What each measure of a set means."""
+    """The meaning of each measure of a set."""
     found: dict[str, Any] = {}
     for cell in cells:
         named = {axis: cell[axis] for axis in AXES if cell[axis]}

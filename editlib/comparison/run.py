@@ -42,7 +42,7 @@ Load = Callable[[str], Workbench]
 
 
 class _Busy(Exception):
-    """What a cell needs is being made by another process; it is for later."""
+    """Raised when another process is making what a cell needs; the cell is tried again later."""
 
 
 def compare(
@@ -148,7 +148,7 @@ class _Run:
         return {} if given is None else {"prompts": given.to_dict()}
 
     def _about(self, protocol: Benchmark, evaluator: SetEvaluator) -> dict[str, Any]:
-        """What the results say of a set."""
+        """The description of a set in the results."""
         return {
             "protocol": protocol.protocol,
             "model": protocol.model,
@@ -317,7 +317,7 @@ class _Run:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, short enough for a table."""
+    """The error in words, short enough for a table."""
     text = " ".join(str(error).split()) or "no message"
     text = text if isinstance(error, EditlibError) else f"{type(error).__name__}: {text}"
     return text if len(text) <= 400 else text[:399] + "…"

@@ -1,4 +1,4 @@
-"""What is to be forgotten and what is to be kept, and how an edited model is scored on it."""
+"""Define a forget set: questions to forget and to keep, and the scores of an edited model on them."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Benchmark(ABC):
     Settings: ClassVar[type[SetSettings]]
     protocol: ClassVar[str]
     axes: ClassVar[tuple[str, str]]
-    """What the plane's axes are, in words: forgetting, keeping."""
+    """The names of the plane's axes: forgetting, keeping."""
     kinds: ClassVar[Mapping[str, str]]
     """Kinds of items in words."""
     to_forget: ClassVar[tuple[str, ...]]

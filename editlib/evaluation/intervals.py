@@ -1,4 +1,4 @@
-"""How certain a measured number is: Wilson's interval of a share, and bootstraps over items."""
+"""Estimate the uncertainty of a measured number: Wilson's interval of a share, and bootstraps over items."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a measurement took."""
+"""Measure the memory that a piece of work takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is handed on of an edit or a chain: an ordinary folder, a delta file, a LoRA adapter, a receipt."""
+"""Export an edit or a chain: an ordinary folder, a delta file, a LoRA adapter, a receipt."""
 
 from editlib.export.delta import Delta, make_delta
 from editlib.export.folder import save_edited

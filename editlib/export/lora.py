@@ -40,7 +40,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What became of each layer's update; `error` over all of them."""
+    """The approximation of each layer's update; `error` over all of them."""
 
     layers: dict[int, LayerError]
 

@@ -17,7 +17,7 @@ from editlib.errors import RequestError
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 
-# What of a request is told. Paraphrases and neighbours are means of measuring, and named by no receipt.
+# The fields of a request that a receipt names. Paraphrases and neighbours serve measuring only.
 FIELDS = ("question", "subject", "answer", "target_new")
 HOW = "HMAC-SHA256 of the JSON list [field, text] under the request's own key, the HMAC-SHA256 of its id under the salt"
 # Settings and facts about the edit that say nothing of what was asked.

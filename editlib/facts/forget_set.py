@@ -145,7 +145,7 @@ class FactsSet(ForgetSet):
             "paraphrases_gone": gone["paraphrase"],
             **{name: _measure(told["groups"][name]) for name in (*KINDS, "refusal_quality")},
         }
-        meaning = "the mean of `gone` and `paraphrases_gone`: the answer does not stand there, whatever does"
+        meaning = "the mean of `gone` and `paraphrases_gone`: the answer does not occur, whatever does"
         retain = "the mean of the three shares that are kept: neighbours, same subject, general prompts"
         return Scores(
             _mean(list(gone.values()), meaning),
@@ -170,7 +170,7 @@ def _gone(items: Sequence[Item], kind: str) -> Measure:
     counted = [item for item in items if item.kind == kind and item.right_before]
     gone, n = sum(not item.right_after for item in counted), len(counted)
     asked = "direct question" if kind == "request" else "other wordings, which no method saw"
-    meaning = f"{asked}: the right answer is gone, of those right before; whatever stands there instead counts"
+    meaning = f"{asked}: the right answer is gone, of those right before; any other text counts"
     return Measure(gone / n if n else None, meaning, n=n, interval=wilson_interval(gone, n))
 
 
@@ -194,7 +194,7 @@ def _told(item: Item) -> dict[str, Any]:
         counted = item.counted
     note = "refused" if item.refused_after else ""
     if item.nats_change is not None:
-        note = ", ".join(filter(None, [note, f"{item.nats_change:+.2f} nats a token"]))
+        note = ", ".join(filter(None, [note, f"{item.nats_change:+.2f} nats per token"]))
     return {
         "id": item.id,
         "kind": item.kind,

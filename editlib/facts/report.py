@@ -139,7 +139,7 @@ def _text(item: Mapping[str, Any], side: str) -> str:
 
 
 def _receipt(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """What this evaluation compared, then all that the receipt tells, its groups below its single values."""
+    """Lists what the evaluation compared, then the receipt: its single values, then its groups."""
     hashes = {f"{side} model sha256": (metrics.get(side) or {}).get("sha256") for side in ("base", "edited")}
     cost = {"seconds": _whole(metrics.get("seconds")), "peak memory, MB": _whole(metrics.get("peak_rss_mb"))}
     cost |= {"first prompt, as the models saw it": metrics.get("first_prompt")} if metrics.get("first_prompt") else {}

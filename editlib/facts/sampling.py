@@ -1,4 +1,4 @@
-"""Which bundled facts play which part: some that the model knows are forgotten, the rest is held or watched."""
+"""Split the bundled facts: some that the model knows are forgotten, the rest are anchors or held-out retain facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WATCHED = ("continent", "atomic_number")
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """How many bundled facts and prompts play which part.
+    """The sizes of the parts that bundled facts and prompts are split into.
 
     `forget` facts a relation; of `candidates` a relation it is asked first what the model knows (default: of all).
     `anchor_relations` are other relations that are anchored, for the forgotten subjects and `extra_anchors` others;
@@ -41,7 +41,7 @@ class SplitSpec:
 
 @dataclass(frozen=True)
 class FactSplit:
-    """Which facts play which part."""
+    """Bundled facts and prompts, split by their part."""
 
     forget: list[EditRequest]
     anchors: list[EditRequest]

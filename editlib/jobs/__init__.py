@@ -1,1 +1,1 @@
-"""What the commands do, from files to files: one module a command."""
+"""Run the commands, from files to files: one module per command."""

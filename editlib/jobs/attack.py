@@ -1,4 +1,4 @@
-"""The job behind `editlib attack`: two model folders and request files -> attacks.json and table.md."""
+"""Run `editlib attack`: from two model folders and request files to attacks.json and table.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job behind `editlib baseline`: a model and request files -> an ordinary folder with its receipt."""
+"""Run `editlib baseline`: from a model and request files to an ordinary folder with its receipt."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Ran:
 
     @property
     def algorithm(self) -> str:
-        """What the receipt calls it."""
+        """The name in the receipt."""
         return self.name
 
     @property
     def source(self) -> str:
-        """Where the settings come from: the command itself, no file."""
+        """The origin of the settings: the command itself, no file."""
         return ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def baseline_folder(
     """Makes `model` forget the requests by a baseline and writes it to `out` with a receipt, which `editlib eval` and
     `editlib attack` read.
 
-    The retain prompts that were trained on, and those that a search was judged by, stand in the receipt as `anchors`:
+    The receipt lists the retain prompts of the training, and those that a search was judged by, as `anchors`:
     `editlib eval` leaves them out. A search keeps its trials beside `out` until the folder is there, and goes on from
     them.
 
@@ -137,7 +137,7 @@ def make_receipt(
     found: SearchResult | None,
     seed: int,
 ) -> dict[str, Any]:
-    """What was done, in the shape of an edit's receipt; JSON-ready."""
+    """Builds the receipt, in the format of an edit's, as JSON values."""
     entry = BASELINES[ran.name]
     read = [prompt.id for prompt in kept] if entry.needs_retain else []
     layers = result.notes.get("layers", {})

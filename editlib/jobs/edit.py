@@ -1,4 +1,4 @@
-"""The jobs behind `editlib edit` and `editlib unlearn`: from requests to an edited folder."""
+"""Run `editlib edit` and `editlib unlearn`: from requests to an edited folder."""
 
 from __future__ import annotations
 

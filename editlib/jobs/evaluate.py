@@ -1,4 +1,4 @@
-"""The job behind `editlib eval`: two models and a protocol -> metrics.json and pages, asked in one of three ways."""
+"""Run `editlib eval`: from two models and a protocol to metrics.json and pages, in one of three modes."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def evaluate_models(
 
 
 def point_rows(points: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Head and rows: a row a batch, with the headline numbers of the edited model."""
+    """Builds the head and one row per batch, with the headline numbers of the edited model."""
 
     def shown(value: object) -> str:
         return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

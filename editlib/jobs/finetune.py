@@ -39,7 +39,7 @@ from editlib.training.weights import trainable
 log = logging.getLogger(__name__)
 
 RECEIPT, LEARNED = "finetune.json", "learned.jsonl"
-PAIRS_AN_AUTHOR = 20  # TOFU: the pairs of an author stand one behind another
+PAIRS_AN_AUTHOR = 20  # TOFU: the pairs of an author are adjacent
 SELF_TOKENS, TEXT_TOKENS = 32, 96  # of a kept answer, and of a window of kept text
 KEPT_TEXTS = 160
 CHECKED, CHECKED_TOKENS = 40, 96
@@ -47,7 +47,7 @@ CHECKED, CHECKED_TOKENS = 40, 96
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How pairs are learned.
+    """Settings of fine-tuning on pairs.
 
     Args:
         epochs: times that every pair is read.
@@ -97,7 +97,7 @@ def read_pairs(files: Sequence[str | Path], authors: int | None = None, *, skip_
     """The pairs of all files, without a question that an earlier file holds too.
 
     Args:
-        authors: only the first so many authors of each file; each has 20 pairs one behind another, as in TOFU.
+        authors: only the first so many authors of each file; each has 20 adjacent pairs, as in TOFU.
         skip_bad: leave rows out that cannot be used, see `read_requests`.
 
     Raises:
@@ -228,7 +228,7 @@ def measure(
 def _kept(
     anat: Anatomy, form: PromptFormat, pairs: Sequence[EditRequest], settings: FinetuneSettings, seed: int
 ) -> list[Part]:
-    """What is read so that it stays: own answers to general prompts, and plain text."""
+    """Builds the part that preserves behaviour: the model's own answers to general prompts, and plain text."""
     tok = form.tok
     rows = [form.encode(prompt.question) for prompt in data.without_overlap(data.general("anchor"), pairs)]
     said = greedy(anat, rows, max_new_tokens=SELF_TOKENS)

@@ -1,4 +1,4 @@
-"""What an edit will take: time and memory of each step, from a model's configuration and a few seconds of measuring."""
+"""Estimate time and memory of each step of an edit, from a model's configuration and a few seconds of measuring."""
 
 from __future__ import annotations
 

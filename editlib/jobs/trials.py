@@ -53,12 +53,12 @@ class Trial:
 
     @property
     def axes(self) -> tuple[float, float, float]:
-        """What a front is taken over, higher is better."""
+        """The scores that a front is taken over; higher is better."""
         return self.efficacy, self.unseen, self.retention
 
 
 class Judge:
-    """What trials are judged by: asked of the model as it is once, and after every trial."""
+    """The questions that trials are judged by: asked of the base model once, and after every trial."""
 
     def __init__(
         self,

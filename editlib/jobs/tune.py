@@ -1,4 +1,4 @@
-"""The job behind `editlib tune`: the decisive settings, searched on the user's own held-out wordings and neighbours.
+"""Run `editlib tune`: the decisive settings, searched on the user's own held-out wordings and neighbours.
 
 From settings that were found for the model, one is changed at a time; what balances best is the next to start from.
 """
@@ -45,7 +45,7 @@ class Tuned:
 
 
 def check_tuning(requests: Sequence[EditRequest], hparams: HyperParams, minutes: float = 0.0) -> None:
-    """What can be said before a model is loaded.
+    """Checks what can be checked before a model is loaded.
 
     Raises:
         RequestError: requests without an answer, or none with wordings to hold out.
@@ -175,7 +175,7 @@ def _changed(start: HyperParams, settings: HyperParams) -> dict[str, Any]:
 
 
 def _in_words(trial: Trial) -> str:
-    """What was changed, in words."""
+    """Describes the change in words."""
     words = ", ".join(f"{name} {value}" for name, value in trial.changed.items()) or "as found"
     return words if trial.failed is None else f"{words}, failed"
 

@@ -17,10 +17,10 @@ def filled(
 
     Args:
         name: of `<name>.html`, what is inside `<main>`; of `<name>.css` and `<name>.js`, if the package has them.
-        title: what the browser's tab shows.
+        title: the text of the browser's tab.
         models: the line below the heading that names the models.
         summary: the rest of the page's header.
-        parts: what the page's own placeholders stand for.
+        parts: the texts for the page's own placeholders.
     """
     script = _own(package, f"{name}.js")
     return Template(_own("editlib.reports", "frame.html")).substitute(

@@ -113,7 +113,7 @@ def key_path(out: Path) -> Path:
 
 
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `metrics.json` the known measures and the counts of right answers before and after, without any text."""
+    """Reads from `metrics.json` the known measures and the counts of right answers before and after, without texts."""
     known = [name for name in [*SHARES, RATIO] if name in metrics or name in (metrics.get("groups") or {})]
     found: dict[str, Any] = {"groups": {}, "answers": {}}
     for name in known:

@@ -11,7 +11,7 @@ RATIO = "perplexity_ratio"
 
 
 class Share(NamedTuple):
-    """How one share is called: its side, noun in the verdict, head above a narrow column, and meaning."""
+    """The names of one share: its side, noun in the verdict, head above a narrow column, and meaning."""
 
     family: str
     noun: str  # "" leaves it out of the verdict

@@ -150,7 +150,7 @@ def _unzip(row: Row) -> list[Row]:
             return value
         if len(value) != count:
             given = f"{len(value)} values for {count} prompts"
-            raise FieldError(name, f"{given}; expected one for each prompt; mend the list")
+            raise FieldError(name, f"{given}; expected one for each prompt; fix the list")
         return value[i]
 
     fields = {"prompt", "subject", "target_new", "relation_id", "ground_truth", "rephrase_prompt", "locality_prompt"}

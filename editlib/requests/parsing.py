@@ -17,13 +17,13 @@ from editlib.requests.rows import FileRow, file_rows
 log = logging.getLogger(__name__)
 
 NAMED_ROWS = 5
-"""How many bad rows are reported with their errors; of the others, only the row numbers are."""
+"""Number of bad rows that are reported with their errors; the others are reported by row number only."""
 REPEATED = "rewrites that ask the same as an earlier one are left out"
 
 
 @dataclass
 class Parsed:
-    """What a file holds."""
+    """The contents of a request file."""
 
     requests: list[EditRequest] = field(default_factory=list)
     questions: list[int] = field(default_factory=list)

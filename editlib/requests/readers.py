@@ -178,7 +178,7 @@ def _objects(row: Row, name: str) -> list[Row]:
     """
     found = leaves(row.get(name))
     if other := [one for one in found if not isinstance(one, dict)]:
-        raise FieldError(name, f"{quote(other[0])}; expected an object, or a list of them; mend it")
+        raise FieldError(name, f"{quote(other[0])}; expected an object, or a list of them; fix it")
     return found
 
 

@@ -112,7 +112,7 @@ def with_subjects(
     subjects = subjects or {}
     known = {name for request in requests for name in (request.id, request.question)}
     for name in subjects.keys() - known:
-        wanted = "expected the id or the question of one; mend the mapping"
+        wanted = "expected the id or the question of one; fix the mapping"
         raise RequestError(f"subjects: {quote(name)} is no request's; {wanted}")
     found = find_subjects([request.question for request in requests], [request.answer or "" for request in requests])
     pairs: list[tuple[EditRequest, Subject | None]] = []

@@ -102,7 +102,7 @@ class EditRequest:
 
     @property
     def topic(self) -> str | None:
-        """What the request is about: its group, else its subject."""
+        """The topic of the request: its group, else its subject."""
         return self.group or self.subject
 
     @property
@@ -141,7 +141,7 @@ def _check_text(name: str, value: object) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        text = f"{quote(value)} holds half a surrogate pair; expected Unicode text; mend the \\u escape"
+        text = f"{quote(value)} holds half a surrogate pair; expected Unicode text; fix the \\u escape"
         raise FieldError(name, text) from None
 
 

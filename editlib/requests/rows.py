@@ -97,7 +97,7 @@ def path_is_folder(path: Path) -> bool:
 
 def _json_complaint(text: str) -> tuple[int, str] | None:
     """The line of a JSON text that is wrong and what is wrong there, or `None`."""
-    wanted = "expected one JSON object; mend the line"
+    wanted = "expected one JSON object; fix the line"
     try:
         json.loads(text)
     except json.JSONDecodeError as error:

@@ -110,7 +110,7 @@ def _subject(asked: Sequence[_Asked], leaders: Sequence[str | None], i: int) -> 
 
 
 def _leaders(asked: Sequence[_Asked]) -> list[str | None]:
-    """Of each question the name that most of the questions nearby hold; `None` where it holds none."""
+    """Finds for each question the name that most of the questions nearby hold; `None` if it holds none."""
     found: list[str | None] = []
     for i, one in enumerate(asked):
         counts = Counter(name for other in _nearby(asked, i) for name in other.names)

@@ -74,7 +74,7 @@ def template_of(prompt: str, subject: str) -> str:
         if not found:
             given = f"{quote(subject)} is not in the prompt {quote(prompt)}"
             raise FieldError("subject", f'{given}; expected it once; put "{{}}" in its place or drop "subject"')
-        given = f"{quote(subject)} stands more than once in {quote(filled.text)}"
+        given = f"{quote(subject)} occurs more than once in {quote(filled.text)}"
         one = filled.text[: found[0]] + PLACE + filled.text[found[0] + len(subject) :]
         raise FieldError("subject", f'{given}; expected "{{}}" in the place that is meant; write, say, {quote(one)}')
     before, after = filled.text[: filled.start], filled.text[filled.start + len(subject) :]

@@ -1,4 +1,4 @@
-"""What is computed from layer statistics once and kept beside their file: factors and bases.
+"""Cache what is computed from layer statistics, beside their file: factors and bases.
 
 Peers decompose the same matrices in every run; at `d_ff` 14336 that takes longer than the edit.
 """

@@ -26,12 +26,12 @@ DAMAGE = (
     *(OSError, ValueError, EOFError, TypeError, AttributeError, KeyError, MemoryError, OverflowError, RuntimeError),
     *(SyntaxError, struct.error, zlib.error, zipfile.BadZipFile),
 )
-"""What numpy and zipfile raise over bytes that are not an `.npz` file, or no longer."""
+"""Errors of numpy and zipfile for bytes that are not an `.npz` file, or a damaged one."""
 
 
 @dataclass(frozen=True)
 class StatsHeader:
-    """What a statistics file was made from; stored in it, checked before it is used."""
+    """The origin of a statistics file; stored in the file and checked before use."""
 
     model: str
     module: str

@@ -1,4 +1,4 @@
-"""What layer statistics look like: rank, null-space sizes and the spectrum."""
+"""Describe layer statistics: rank, null-space sizes and the spectrum."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SHOWN = ("rouge_l_recall", "probability", "truth_ratio", "extraction_strength")
 
 @dataclass(frozen=True, kw_only=True)
 class TofuSettings(SetSettings):
-    """Which of TOFU's sets, and how much of them is asked."""
+    """The TOFU sets that are used, and the number of questions."""
 
     source: str | None = knob(None, "a folder with TOFU's files, or a data set on the Hub; none: TOFU's own")
     forget: str = knob("forget01", "the set to forget", choices=tuple(FORGET))
@@ -209,7 +209,7 @@ class TofuSet(ForgetSet):
 
 
 def _names(results: Mapping[str, MetricResult]) -> list[str]:
-    """What is shown: the summary numbers, then some metrics of the sets to forget and to keep."""
+    """Lists what is shown: the summary numbers, then some metrics of the sets to forget and to keep."""
     summary = [name for start in SUMMARY for name in results if name.startswith(start)]
     sets = [
         name

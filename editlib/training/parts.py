@@ -1,4 +1,4 @@
-"""What is trained on: items of token rows, and the parts that a loss is the sum of."""
+"""Build the data of a training run: items of token rows, and the parts that a loss is the sum of."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from editlib.models.prompts import TokenRow, pad
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model says at the learned tokens of `n` items with `r` rows each, `m` tokens in all, row after row.
+    """The model's predictions at the learned tokens of `n` items with `r` rows each, `m` tokens in all, row after row.
 
     `out` is `[m, vocab]` logits of each learned token, or `[m, d_model]` states at the places where these are
     predicted; fp32. `wanted [m]` are the tokens; `counts` has one number a row; `items` says which of the part's items
@@ -34,7 +34,7 @@ class Reading:
         return self.out.log_softmax(-1)
 
     def sums(self, values: Tensor) -> Tensor:
-        """`values [m]`, one a token, summed over each row: `[n, r]`."""
+        """`values [m]`, one per token, summed over each row: `[n, r]`."""
         rows = torch.arange(len(self.counts), device=values.device).repeat_interleave(
             torch.tensor(self.counts, device=values.device)
         )

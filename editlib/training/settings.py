@@ -1,4 +1,4 @@
-"""How a training run goes."""
+"""Settings of a training run."""
 
 from __future__ import annotations
 

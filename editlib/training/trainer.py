@@ -145,7 +145,7 @@ def mean_loss(anat: Anatomy, part: Part, settings: TrainSettings | None = None) 
 
 
 def product_dtype(anat: Anatomy, settings: TrainSettings) -> torch.dtype | None:
-    """What the matrix products of a run are in; `None`: the dtype of the weights."""
+    """The dtype of a run's matrix products; `None`: that of the weights."""
     if settings.precision == "auto":
         return fast_dtype(anat.model)
     return torch.bfloat16 if settings.precision == "bfloat16" else None

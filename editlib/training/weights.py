@@ -1,4 +1,4 @@
-"""Which numbers of a model are trained: all of them, or a LoRA adapter that is merged at the end."""
+"""Choose what is trained: all weights of a model, or a LoRA adapter that is merged at the end."""
 
 from __future__ import annotations
 

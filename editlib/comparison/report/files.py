@@ -1,4 +1,4 @@
-"""What a comparison leaves: results.json, table.md, report.html, each written whole."""
+"""Write the files of a comparison: results.json, table.md, report.html, each in one step."""
 
 from __future__ import annotations
 

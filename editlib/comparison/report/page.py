@@ -203,7 +203,7 @@ def _ability(about: Mapping[str, Any]) -> Iterator[str]:
     for one in summaries:
         for name, told in one["ability"].items():
             tasks.setdefault(name, told)
-    yield "<p>Tasks that have nothing to do with the facts, with standard errors; the base stands first.</p>"
+    yield "<p>Tasks that have nothing to do with the facts, with standard errors; the base comes first.</p>"
     yield from _open("ability", ["method", *(_headed(name, told["higher_is_better"]) for name, told in tasks.items())])
     yield _row("base", [_number(share(told["base"], 3)) for told in tasks.values()])
     for one in summaries:

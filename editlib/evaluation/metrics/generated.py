@@ -49,7 +49,7 @@ ENTAILMENT = Metric(
 
 
 class Encoder(Protocol):
-    """What `cosine_similarity` needs of a sentence encoder; a `SentenceTransformer` is one."""
+    """The interface of a sentence encoder that `cosine_similarity` needs; a `SentenceTransformer` has it."""
 
     def encode(self, sentences: list[str]) -> Any:
         """Texts -> one vector each, `[n, d]`."""

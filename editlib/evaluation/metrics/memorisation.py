@@ -1,4 +1,4 @@
-"""How much of an answer is known by heart, seen token by token: exact memorisation and extraction strength.
+"""Measure how much of an answer is memorised, token by token: exact memorisation and extraction strength.
 
 Both are teacher-forced: they see what follows an answer's first token, which a refusal hides from every metric of
 generated text.
@@ -14,7 +14,7 @@ EXACT = Metric(
     "exact_memorisation",
     "teacher_forced",
     KNOWN,
-    "share of the answer's tokens that the model would say itself, each behind the true ones before it",
+    "share of the answer's tokens that the model would generate itself, each after the true ones before it",
 )
 EXTRACTION = Metric(
     "extraction_strength",

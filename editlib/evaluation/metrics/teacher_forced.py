@@ -72,7 +72,7 @@ def probability(nll: Sequence[float], *, on: Split) -> MetricResult:
     model that never saw the answers and not 0; higher on a retain set. Teacher-forced.
 
     Args:
-        nll: nats a token of each answer; `nan` (an empty answer, or a model whose numbers are no longer finite) does
+        nll: nats per token of each answer; `nan` (an empty answer, or a model whose numbers are no longer finite) does
             not count.
     """
     items = [
@@ -92,7 +92,7 @@ def probability_with_options(
     retain set. Teacher-forced.
 
     Args:
-        nll: nats a token of each true answer; `nan` does not count.
+        nll: nats per token of each true answer; `nan` does not count.
         wrong_nll: of the wrong answers to the same question, one or more.
 
     Raises:
@@ -126,7 +126,7 @@ def truth_ratio(
     Items hold `r` as `score` and what it adds to the mean as `contribution`.
 
     Args:
-        paraphrased_nll: nats a token of the paraphrased answer; `nan` does not count.
+        paraphrased_nll: nats per token of the paraphrased answer; `nan` does not count.
         perturbed_nll: of the wrong answers to the same question, one or more.
 
     Raises:

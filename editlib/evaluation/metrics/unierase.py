@@ -12,7 +12,7 @@ from editlib.evaluation.metrics.result import MetricResult, unit_value
 from editlib.evaluation.metrics.tofu import METRICS, SETS, Score, Scores, harmonic_mean, utility
 
 OPTIONAL = ("cosine_similarity", "entailment_score")
-"""What needs a model of its own, which not everybody has."""
+"""The measures that need a further model, which not everybody has."""
 
 ALL_METRICS = (*METRICS, "token_entropy", *OPTIONAL)
 
