@@ -19,6 +19,7 @@ from editlib.distributed import ALONE, Process
 from editlib.errors import TokenError
 from editlib.export import library_version
 from editlib.models.anatomy import Anatomy, anatomy
+from editlib.models.loaded import LoadedModel
 from editlib.models.loading import DeviceMap, load
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompt_settings import PromptSettings, differing
@@ -94,6 +95,11 @@ class Workbench:
     def anat(self) -> Anatomy:
         """The anatomy of `model`, found once, with what trial passes show about it."""
         return anatomy(self.model)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model with its tokenizer and prompt settings, without the rest of the workbench."""
+        return LoadedModel(self.anat, self.tok, self.prompts)
 
     @property
     def token_path(self) -> Path:

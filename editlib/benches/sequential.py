@@ -23,6 +23,7 @@ from editlib.evaluation.perplexity import text_windows
 from editlib.facts.sampling import FactSplit, split_in_proportion
 from editlib.facts.scores import build_items, evaluate
 from editlib.hparams import HyperParams
+from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import requests_hash, write_requests
 from editlib.requests.request import EditRequest
@@ -182,8 +183,8 @@ class _Run:
     ) -> None:
         items = build_items(self.parts.forget[:edits], self.parts.watch)
         metrics = evaluate(
-            (self.base.anat, self.base.tok),
-            (chain.anat, chain.tok),
+            self.base.loaded,
+            LoadedModel(chain.anat, chain.tok),
             items,
             before=self.before,
             how=self.base.prompts,

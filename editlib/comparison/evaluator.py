@@ -23,7 +23,6 @@ from editlib.comparison.store import try_lock
 from editlib.evaluation.forget_set import Base, ForgetSet
 from editlib.evaluation.perplexity import WINDOW, WINDOWS, text_windows
 from editlib.models.generation import perplexity
-from editlib.models.loaded import LoadedModel
 from editlib.models.weights import save_model
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
@@ -68,7 +67,7 @@ class SetEvaluator:
                 yield Measurement(f"ability {name}", key, partial(self._ability, name))
 
     def _scores(self, bench: Workbench) -> dict[str, Any]:
-        return self.set.score(LoadedModel(bench.anat, bench.tok, bench.prompts), progress=self.progress).to_dict()
+        return self.set.score(bench.loaded, progress=self.progress).to_dict()
 
     # --- ability -----------------------------------------------------------------------------------------------
 
@@ -158,7 +157,7 @@ class SetEvaluator:
         def measure(bench: Workbench) -> dict[str, Any]:
             begun, count = time.perf_counter(), len(self.attacked)
             facts = [*self.attacked, *self._control]
-            found = ATTACKS[name].run(LoadedModel(bench.anat, bench.tok, bench.prompts), facts, self._context)
+            found = ATTACKS[name].run(bench.loaded, facts, self._context)
             trials = {"edited": found.trials[:count], "base": self._base(name), "control": found.trials[count:]}
             how = self._context.settings
             shares = {

@@ -66,7 +66,7 @@ class Base(NamedTuple):
 
     @property
     def target(self) -> LoadedModel:
-        return LoadedModel(self.bench.anat, self.bench.tok, self.bench.prompts)
+        return self.bench.loaded
 
 
 @dataclass(frozen=True)

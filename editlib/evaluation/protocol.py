@@ -11,14 +11,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from editlib.models.anatomy import Anatomy
+from editlib.models.loaded import LoadedModel
 from editlib.models.prompt_settings import PromptSettings
 from editlib.requests.request import EditRequest
 
 
 @dataclass(frozen=True)
 class Side:
-    """A loaded model under its name; `receipt` is its edit's, where it has one; `prompts` say how it is
-    asked."""
+    """One of the two models that are compared, with its name, the hash of its weights and its edit's receipt."""
 
     name: str
     anat: Anatomy
@@ -28,8 +28,9 @@ class Side:
     prompts: PromptSettings = field(default_factory=PromptSettings)
 
     @property
-    def model(self) -> tuple[Anatomy, PreTrainedTokenizerBase]:
-        return self.anat, self.tok
+    def loaded(self) -> LoadedModel:
+        """The model with its tokenizer and prompt settings."""
+        return LoadedModel(self.anat, self.tok, self.prompts)
 
 
 class Protocol(typing.Protocol):

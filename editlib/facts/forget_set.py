@@ -136,9 +136,7 @@ class FactsSet(ForgetSet):
 
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
         items = self.items()
-        base = (self.base.bench.anat, self.base.bench.tok)
-        after, how = (edited.anat, edited.tok), edited.prompts
-        told = evaluate(base, after, items, before=self.before, how=how, progress=progress)
+        told = evaluate(self.base.target, edited, items, before=self.before, how=edited.prompts, progress=progress)
         gone = {kind: _gone(items, kind) for kind in ("request", "paraphrase")}
         measures = {
             "gone": gone["request"],

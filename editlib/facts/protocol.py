@@ -78,8 +78,8 @@ class FactsProtocol:
             self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, of)
         anchors = set(edited.receipt["anchors"]) if edited.receipt else set()
         return evaluate(
-            base.model,
-            edited.model,
+            base.loaded,
+            edited.loaded,
             build_items(requests, [*kept, *self._retain], anchors),
             before=self._before,
             windows=text_windows(base.tok, self._documents) if self._documents else (),

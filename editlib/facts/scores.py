@@ -9,8 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
 from editlib.evaluation.memory import peak_rss_mb
 from editlib.evaluation.metrics import (
@@ -22,9 +20,8 @@ from editlib.evaluation.metrics import (
     refusal_verdict,
     wilson_interval,
 )
-from editlib.models.anatomy import Anatomy
 from editlib.models.generation import continuation_nll, perplexity
-from editlib.models.loaded import plain_text
+from editlib.models.loaded import LoadedModel
 from editlib.models.positions import check_prompts
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.request import EditRequest
@@ -115,8 +112,8 @@ def _item(request: EditRequest, kind: str, question: str) -> Item:
 
 
 def evaluate(
-    base: tuple[Anatomy, PreTrainedTokenizerBase],
-    edited: tuple[Anatomy, PreTrainedTokenizerBase],
+    base: LoadedModel,
+    edited: LoadedModel,
     items: list[Item],
     *,
     before: AnswerCache,
@@ -131,22 +128,24 @@ def evaluate(
         before: answers of the base model that are known already; the missing ones are generated and added.
         windows: token ids for perplexity; none leaves it out.
         endings: letters that an inflected ending of an answer may have (see `has_answer`).
-        how: how both models are asked.
+        how: the prompts of both models.
     """
     begun = time.perf_counter()
     questions = [item.question for item in items]
-    form = PromptFormat.of(base[1], how)
-    check_prompts(base[0].model, form, [(item.id, item.question) for item in items], room=ANSWER_TOKENS)
+    form = PromptFormat.of(base.tok, how)
+    check_prompts(base.anat.model, form, [(item.id, item.question) for item in items], room=ANSWER_TOKENS)
     missing = [question for question in questions if question not in before.answers]
     if missing:
-        before.answers.update(ask(*base, missing, how=how, progress="before" if progress else None))
+        label = "before" if progress else None
+        before.answers.update(ask(base.anat, base.tok, missing, how=how, progress=label))
     kept = {
         item.question: before.answers[item.question] for item in items if item.kind not in ("request", "paraphrase")
     }
-    after = ask(*edited, questions, drafts=kept, how=how, progress="after" if progress else None)
+    label = "after" if progress else None
+    after = ask(edited.anat, edited.tok, questions, drafts=kept, how=how, progress=label)
     for item in items:
-        item.before = plain_text(base[1], before.answers[item.question])
-        item.after = plain_text(edited[1], after[item.question])
+        item.before = base.text(before.answers[item.question])
+        item.after = edited.text(after[item.question])
     _nats(base, edited, items, before, how)
     for item in items:
         judge(item, endings)
@@ -161,7 +160,7 @@ def evaluate(
             unjudged[0].after[:60],
         )
     if windows:
-        texts = {"before": perplexity(base[0], windows), "after": perplexity(edited[0], windows)}
+        texts = {"before": perplexity(base.anat, windows), "after": perplexity(edited.anat, windows)}
         metrics["perplexity"] = texts
         metrics[RATIO] = texts["after"] / texts["before"]
     metrics["scores"] = {"edited": scores_of(items, metrics, len(windows))}
@@ -172,8 +171,8 @@ def evaluate(
 
 
 def _nats(
-    base: tuple[Anatomy, PreTrainedTokenizerBase],
-    edited: tuple[Anatomy, PreTrainedTokenizerBase],
+    base: LoadedModel,
+    edited: LoadedModel,
     items: Sequence[Item],
     before: AnswerCache,
     how: Asking,
@@ -184,9 +183,9 @@ def _nats(
         return
     answers = [before.answers[item.question] for item in open_items]
     costs = []
-    for anat, tok in (base, edited):
-        form = PromptFormat.of(tok, how)
-        costs.append(continuation_nll(anat, [form.encode(item.question) for item in open_items], answers))
+    for model in (base, edited):
+        form = PromptFormat.of(model.tok, how)
+        costs.append(continuation_nll(model.anat, [form.encode(item.question) for item in open_items], answers))
     for item, old, new in zip(open_items, *costs, strict=True):
         item.nats_change = new - old
 

@@ -128,10 +128,9 @@ class Judge:
         except (EditError, HparamsError) as error:
             return Trial(changed, seconds=time.perf_counter() - begun, failed=str(error))
         try:
-            pair = (bench.anat, bench.tok)
-            # One model serves as both: every answer of before is known, so that nothing is asked of it.
-            items = build_items(self.requests, self.watched)
-            scores = evaluate(pair, pair, items, before=self.before, how=self.how, progress=bench.progress)
+            # One model serves as both: the base's answers are all known, so that the base is not asked.
+            items, both = build_items(self.requests, self.watched), bench.loaded
+            scores = evaluate(both, both, items, before=self.before, how=self.how, progress=bench.progress)
             ratio = perplexity(bench.anat, self.windows) / self.perplexity
         finally:
             result.revert(bench.model)
