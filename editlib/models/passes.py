@@ -95,15 +95,7 @@ def run(
     here = mask[:, -ids.shape[1] :]  # [n, front + T], without the columns of a cache
     # A new cache keeps its padding on the left, so that the next tokens directly follow the present ones.
     columns = _Columns(here, front, close=cache is None or mask.shape[1] > here.shape[1])
-    mask = torch.cat([mask[:, : -ids.shape[1]], columns.enter(here)], dim=1)
-    kwargs: dict[str, Any] = {
-        "input_ids": columns.enter(ids),
-        "attention_mask": mask,
-        "past_key_values": cache,
-        "use_cache": cache is not None,
-    }
-    if "position_ids" in inspect.signature(anat.model.forward).parameters:
-        kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    arguments = _arguments(anat, ids, mask, cache, columns)
     lengths = [layer[0].shape[2] for layer in cache] if columns.order is not None and cache is not None else []
     stopped: list[Tensor] = []
     # 3. States are replaced and read by hooks, which end with the block.
@@ -123,7 +115,7 @@ def run(
             stack.enter_context(edit_input(anat.head, lambda h: h[rows.to(h.device), at.to(h.device)][None]))
             if final is not None:
                 stack.enter_context(record_inputs({0: anat.head}, lambda _, h: final(h[0])))
-        output = anat.model(**kwargs)
+        output = anat.model(**arguments)
     # 4. The cache for the next pass is put into the order of the caller's mask.
     if isinstance(past, TokenReplay):
         past.input_ids = ids
@@ -132,6 +124,23 @@ def run(
     if stop is not None:
         return stopped[0]
     return output.logits[0] if score is not None else columns.leave(output.logits)
+
+
+def _arguments(
+    anat: Anatomy, ids: Tensor, mask: Tensor, cache: DynamicCache | None, columns: _Columns
+) -> dict[str, Any]:
+    """The arguments of the model's forward for `ids [n, front + T]`, in the pass's order of columns."""
+    width = ids.shape[1]
+    mask = torch.cat([mask[:, :-width], columns.enter(mask[:, -width:])], dim=1)  # [n, P + T]
+    arguments: dict[str, Any] = {
+        "input_ids": columns.enter(ids),
+        "attention_mask": mask,
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+    }
+    if "position_ids" in inspect.signature(anat.model.forward).parameters:
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -width:]
+    return arguments
 
 
 def _starting_at(
