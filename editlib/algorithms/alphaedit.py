@@ -36,7 +36,7 @@ def apply_alphaedit_to_model(
 ) -> EditResult:
     """Edits `model` in place so that every request is answered with its `target_new`.
 
-    No output moves along the key directions that ordinary text takes, nor at the keys of the edits before.
+    Outputs do not change along the key directions of ordinary text, nor at the keys of earlier edits.
 
     Args:
         stats: second moments by layer; read from `stats_dir` when not given.
@@ -53,11 +53,12 @@ def apply_alphaedit_to_model(
     encoded = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
     stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
     spaces = null_spaces(stats, hparams, encoded.anat.device)
+    # None unless `left_weight` is set: the published solve weighs all directions of the output alike.
     metric = find_left_metric(encoded.anat, encoded.form, encoded.requests, hparams.layers, hparams.left_weight)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
         # Past keys enter with a residual of zero (eq. 13).
-        past = state.past_block(layer, keys.mean)
+        past = state.past_block(layer, keys.mean)  # [d_ff, m]
         space = spaces[layer]
         return alphaedit(keys.mean, residual, space, l2=hparams.L2, constraints=[past], metric=metric)
 

@@ -1,5 +1,5 @@
-"""Context templates that keys and values are averaged over, written by the model itself (ROME, 2202.05262, sec. 3.1),
-and prompts about a subject in general."""
+"""Make the context templates that keys and values are averaged over (ROME, 2202.05262, sec. 3.1), and general prompts
+about a subject."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from editlib.requests.templates import occurrences
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
 """MEMIT's (`get_context_templates`): one text of ten tokens from each."""
-TOP_K = 5
+TOP_K = 5  # as published
 
 
 def context_templates(
     anat: Anatomy, form: PromptFormat, lengths: Sequence[Sequence[int]] | None, *, seed: int = 0
 ) -> list[str]:
-    """Samples texts from the model for the prompt to follow, as `"text. {}"`; the plain `"{}"` comes first.
+    """Samples texts from the model that the prompt may follow, as `"text. {}"`; the plain `"{}"` comes first.
 
     Args:
         lengths: ROME's pairs of length in tokens and number of texts, from the token that texts begin with; `None`:
@@ -29,10 +29,11 @@ def context_templates(
         seed: seed of the top-5 sampling, which the published code leaves unseeded; one model gives the same texts.
     """
     generator = torch.Generator().manual_seed(seed)
-    bare = PromptFormat(form.tok, chat=False)
+    bare = PromptFormat(form.tok, chat=False)  # running text, not an answer of the assistant
     if lengths is None:
         jobs = [([bare.encode(start) for start in BEGINNINGS], 10)]
     else:
+        # ROME samples from the token that starts a text; GPT-2 has its end token there.
         ends = (form.tok.bos_token_id, form.tok.eos_token_id)
         first = next((token for token in ends if token is not None), None)
         start = bare.encode(BEGINNINGS[0]) if first is None else TokenRow((first,), 0)
@@ -61,7 +62,7 @@ SUBJECT_PROMPTS = (
     "Who first described {}?",
     "When did people first hear of {}?",
 )
-"""What is asked of the subjects themselves, so that forgetting one fact does not silence the rest about them."""
+"""General questions about a subject, whose answers an edit preserves when one fact about it is forgotten."""
 
 
 def about(subject: str, most: int | None = None) -> list[str]:
@@ -75,8 +76,8 @@ def subject_prompts(
 ) -> list[list[TokenRow]]:
     """Encodes, per request, the texts about its subject in general that its value must not disturb.
 
-    They are ROME's "{} is a", and `prompts` general questions (`about`), each with `answer_tokens` of the answer that
-    the model gives today. Requests about one subject share them; a request without a subject has none.
+    They are ROME's "{} is a", and `prompts` general questions (`about`), each with `answer_tokens` of the present
+    model's answer. Requests about one subject share them; a request without a subject has none.
     """
     bare = PromptFormat(form.tok, chat=False)
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)

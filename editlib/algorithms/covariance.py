@@ -1,4 +1,4 @@
-"""The covariance of a layer's keys as ROME and MEMIT use it: factored once, then only solved with."""
+"""Factor the covariance of a layer's keys once, for the solves of ROME and MEMIT."""
 
 from __future__ import annotations
 
@@ -21,13 +21,10 @@ JITTERS = (0.0, 1e-6, 1e-5, 1e-4)
 
 @dataclass(frozen=True)
 class Covariance:
-    """The covariance `C = E[k k^T]` of a layer's keys, uncentred.
+    """The uncentred covariance `C = E[k k^T]` of a layer's keys, as its Cholesky factor."""
 
-    `factor [d_ff, d_ff]` is its lower Cholesky factor; `jitter` had to be added to its diagonal.
-    """
-
-    factor: Tensor
-    jitter: float
+    factor: Tensor  # [d_ff, d_ff], lower triangular
+    jitter: float  # added to the diagonal of C, 0 for a moment of full rank
 
     def solve(self, keys: Tensor) -> Tensor:
         """Returns `C^-1 keys [d_ff, n]` for `keys [d_ff, n]`, solved in the widest dtype that their device has."""
@@ -54,7 +51,7 @@ def covariance(moment: Tensor, name: str = "the layer") -> Covariance:
         raised.diagonal().add_(jitter)
         factor, failed = torch.linalg.cholesky_ex(raised)
         pivots = factor.diagonal()
-        # A pivot near the level of rounding is none: what is solved with it is noise.
+        # A pivot near the level of rounding would fill a solve with noise.
         if not int(failed) and float(pivots.min()) ** 2 > 1e-10 * mean:
             if share:
                 log.warning(

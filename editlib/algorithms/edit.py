@@ -1,4 +1,4 @@
-"""Writing updates layer by layer, and the result that can be taken back: what all algorithms of the family share."""
+"""Write updates layer by layer, and keep what is needed to undo them; shared by all algorithms of the ROME family."""
 
 from __future__ import annotations
 
@@ -25,21 +25,13 @@ from editlib.models.residual_path import output_path
 
 @dataclass(frozen=True)
 class EditState:
-    """What a later edit of the same model must know of the earlier ones; a new object after each.
+    """What a later edit of the same model needs to know about the earlier ones; a new object after each edit."""
 
-    Attributes:
-        past: keys of earlier requests by layer.
-        templates: context templates that the model wrote for the first edit.
-        totals: the updates so far, before their spectrum was cut (PRUNE only).
-        bases: the weights `[d_model, d_ff]` that `totals` are updates of.
-        opened: relations that the answer gate is open for (UniErase only).
-    """
-
-    past: dict[int, PastKeys] = field(default_factory=dict)
-    templates: tuple[str, ...] = ()
-    totals: dict[int, LowRank] = field(default_factory=dict)
-    bases: dict[int, Tensor] = field(default_factory=dict)
-    opened: frozenset[str] = frozenset()
+    past: dict[int, PastKeys] = field(default_factory=dict)  # keys of earlier requests by layer
+    templates: tuple[str, ...] = ()  # context templates that the model generated for the first edit
+    totals: dict[int, LowRank] = field(default_factory=dict)  # PRUNE: the updates so far, not pruned, by layer
+    bases: dict[int, Tensor] = field(default_factory=dict)  # PRUNE: the weights before all of them, [d_model, d_ff]
+    opened: frozenset[str] = frozenset()  # UniErase: relations that the answer gate is open for
 
     def past_block(self, layer: int, like: Tensor) -> Tensor:
         """Returns the past keys of `layer`, `[d_ff, m]`, in the dtype and on the device of `like [d_ff, ...]`."""
@@ -55,19 +47,15 @@ class EditState:
 
 @dataclass
 class EditResult:
-    """What an edit did to a model.
+    """The result of an edit, with what is needed to undo it, to replay it and to continue after it."""
 
-    `deltas` maps a layer to its update; `originals` keeps the weights as they were, `[d_model, d_ff]` each;
-    `diagnostics` holds one dict a request; `norms` one dict a layer; `state` is what the next edit is given.
-    """
-
-    deltas: dict[int, LowRank]
-    originals: dict[int, Tensor]
-    diagnostics: list[dict[str, Any]] = field(default_factory=list)
-    norms: dict[int, dict[str, float]] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
-    anchors: tuple[str, ...] = ()  # ids of the retain prompts that were held in place
-    state: EditState = field(default_factory=EditState)
+    deltas: dict[int, LowRank]  # the update of each layer
+    originals: dict[int, Tensor]  # the weights before, [d_model, d_ff] each
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)  # one dict per request
+    norms: dict[int, dict[str, float]] = field(default_factory=dict)  # `layer_norms`, one dict per layer
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by name of the step
+    anchors: tuple[str, ...] = ()  # ids of the retain prompts whose keys were constraints
+    state: EditState = field(default_factory=EditState)  # the argument of the next edit
     values: Values | None = None  # to replay the edit without finding them again
     keys: dict[int, Tensor] = field(default_factory=dict)  # of the requests, `[d_ff, n]` by layer
 
@@ -112,7 +100,8 @@ Solve = Callable[[int, LayerKeys, Tensor], LowRank]
 
 @dataclass(frozen=True)
 class Written:
-    """Updates, weights before `[d_model, d_ff]` and keys of the requests `[d_ff, n]`, by layer: what was written."""
+    """The updates that were written, the weights before `[d_model, d_ff]` and the requests' keys `[d_ff, n]`, by
+    layer."""
 
     deltas: dict[int, LowRank]
     originals: dict[int, Tensor]
@@ -128,16 +117,16 @@ def write_layers(
     *,
     weights: Sequence[Sequence[float]] | None = None,
 ) -> Written:
-    """Spreads the way to `targets [d_model, n]` over `layers` and writes each update (MEMIT, 2210.07229, alg. 1).
+    """Spreads the change to `targets [d_model, n]` over `layers` and writes each update (MEMIT, 2210.07229, alg. 1).
 
     At layer `i` of `L` the residual is `(Z - H) / (L - i)`, with `H` the states at the last of `layers` through the
-    weights as they are then, carried back through what follows the matrix (`models.residual_path`). Keys
-    too are those after the layers below were written, so they stay what they are when all is done. The updates are
-    summed in the solve's dtype and rounded to the weight's once. On any error the weights are put back.
+    present weights, mapped back through what follows the matrix (`models.residual_path`). The keys too are read after
+    the layers below were written, so they are still right at the end. Each update is summed in the solve's dtype and
+    rounded to the weight's once. On any error the weights are put back.
 
     Args:
-        contexts: per request its prompts, the plain one first, which gives `H`.
-        weights: per request those of its contexts in its key, which sum to one; `None`: the mean over all.
+        contexts: the prompts of each request, the plain one first, which gives `H`.
+        weights: of each request's contexts in its key, sum 1; `None`: the mean over all.
     """
     written = Written({}, {layer: anat.weight(layer).clone() for layer in layers}, {})
     try:
@@ -148,14 +137,14 @@ def write_layers(
         for i, layer in enumerate(layers):
             weight = anat.weight(layer)
             dtype = wide_dtype(weight.device)
-            stream.advance(layer)
+            stream.advance(layer)  # through the weights that the layers below have now
             every = stream.keys().to(weight.device, dtype)  # [d_ff, rows]
             keys = every @ mean.to(weight.device, dtype)  # [d_ff, n]
             states = stream.states(layers[-1])[:, plain].to(weight.device)  # H [d_model, n]
-            # The layers that are left share what is missing evenly (MEMIT, alg. 1).
+            # The remaining layers share the remaining difference evenly (MEMIT, alg. 1).
             residual = ((targets.to(weight.device) - states) / (len(layers) - i)).to(dtype)
             path = output_path(anat, layer)
-            # What the matrix has to write so that the residual stream changes by the residual.
+            # The change of the matrix's output that changes the residual stream by the residual.
             if not path.plain:
                 read = states if path.post is None else stream.inputs(path.post)[:, plain]
                 residual = path.invert(read, residual)
@@ -184,8 +173,10 @@ def write(anat: Anatomy, layer: int, delta: LowRank) -> None:
 
 
 def _averaging(counts: Sequence[int], weights: Sequence[Sequence[float]] | None) -> Tensor:
-    """Returns the matrix `[sum(counts), n]` that takes the keys of all contexts to one key a request: the mean over its
-    `counts[i]` contexts, or the sum with its `weights`."""
+    """Returns the matrix `[sum(counts), n]` that maps the keys of all contexts to one key per request.
+
+    The key is the mean over the request's `counts[i]` contexts, or their sum with its `weights`.
+    """
     mean = torch.zeros(sum(counts), len(counts), dtype=torch.float64)
     start = 0
     for i, count in enumerate(counts):

@@ -130,7 +130,7 @@ def _nll(anat: Anatomy, rows: list[tuple[TokenRow, tuple[int, ...]]]) -> Tensor:
     places = [(r, len(row) - len(ids) + j) for r, (row, ids) in enumerate(rows) for j in range(len(ids))]
     # The target's tokens are predicted one position earlier each.
     row, column = torch.tensor(places).T  # [m] each
-    logits = forward(anat, batch, score=(row, column)).float()
+    logits = forward(anat, batch, score=(row, column)).float()  # [m, vocab]
     wanted = torch.tensor([token for _, ids in rows for token in ids], device=logits.device)
     each = F.cross_entropy(logits, wanted, reduction="none")
     return torch.stack([part.mean() for part in torch.split(each, [len(ids) for _, ids in rows])])

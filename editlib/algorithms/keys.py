@@ -31,11 +31,10 @@ def batches(rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS) -> list[
 
 
 class KeyStream:
-    """Hidden states of many rows, carried upwards while the weights underneath change.
+    """Hidden states of many rows, carried up layer by layer while the weights of lower layers change.
 
-    An edit of layers `l1 < l2 < ...` needs the keys of each layer as they are after the layers below were written.
-    The stream holds the states that enter the next layer, so that all of it costs one pass through the layers, not
-    one pass a layer.
+    An edit of layers `l1 < l2 < ...` needs the keys of each layer after the layers below were written. The stream keeps
+    the states that enter the next layer, so that the whole edit costs one pass through the layers, not one per layer.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class KeyStream:
         self._order = batches(rows, batch_tokens)
         device = anat.device
         self._batches = [pad([rows[i] for i in group], device=device) for group in self._order]
-        # What enters `layer`, [n, T, d_model] a batch; the embeddings are run with the first layer.
+        # The states that enter `layer`, [n, T, d_model] per batch; at layer 0 a pass starts from the token ids.
         self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
 
     def _run(self, batch: TokenBatch, hidden: Tensor | None, start: int, stop: int, **kwargs: Any) -> Tensor:
@@ -77,7 +76,7 @@ class KeyStream:
                 seen.append(keys)
 
             self._run(batch, hidden, self.layer, self.layer + 1, keys=take, key_layers=(self.layer,))
-            yield seen[0]
+            yield seen[0]  # [n, T, d_ff]
 
     def inputs(self, module: nn.Module) -> Tensor:
         """Returns what `module` of the next layer reads at the lookup positions, `[d, n]`."""
@@ -90,7 +89,7 @@ class KeyStream:
 
             with record_inputs({0: module}, take):
                 self._run(batch, hidden, self.layer, self.layer + 1)
-            # Some models run their MLP over all tokens as one row.
+            # Some models flatten rows and columns for their MLP: [n * T, d] -> [n, T, d].
             found.append(_at(seen[-1].reshape(*batch.input_ids.shape, -1), batch))
         return torch.cat(found)[self._places()].T
 
@@ -98,7 +97,7 @@ class KeyStream:
         """Returns the states that leave `layer` at the lookup positions, `[d_model, n]`, through the weights now."""
         found = []
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
-            out = self._run(batch, hidden, self.layer, layer + 1)
+            out = self._run(batch, hidden, self.layer, layer + 1)  # [n, T, d_model]
             found.append(_at(out, batch))
         return torch.cat(found)[self._places()].T
 
@@ -110,6 +109,7 @@ class KeyStream:
 
 def _at(values: Tensor, batch: TokenBatch) -> Tensor:
     """Picks the lookup positions of `values [n, T, d]`: `[n, d]`, fp32 at least."""
+    # Sums over keys follow, which half precision would round.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values[torch.arange(len(batch), device=values.device), batch.lookup]
 
@@ -118,7 +118,7 @@ def compute_ks(anat: Anatomy, rows: Sequence[TokenRow], layers: Sequence[int]) -
     """Reads the key of every row at its lookup position, `{layer: [d_ff, n]}` (MEMIT, 2210.07229, eq. 19)."""
     stream = KeyStream(anat, rows, min(layers))
     found = {}
-    for layer in sorted(layers):
+    for layer in sorted(layers):  # a stream only goes up
         stream.advance(layer)
         found[layer] = stream.keys()
     return found

@@ -1,4 +1,4 @@
-"""A weight update as a product of two thin matrices, never multiplied out before it must be."""
+"""Represent a weight update as a product of two thin matrices, multiplied out only when it is added."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class LowRank:
         true = max(1, int((s > noise).sum()))
         kept = true if rank is None else min(rank, true)
         lost = float(s[kept:true].norm() / s.norm()) if kept < true else 0.0
-        root = s[:kept].sqrt()
+        root = s[:kept].sqrt()  # half of each singular value to either factor
         return LowRank(u[:, :kept] * root, root[:, None] * v[:kept]), lost
 
     def __matmul__(self, keys: Tensor) -> Tensor:

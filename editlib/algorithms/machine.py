@@ -21,32 +21,27 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine does a second.
+    """The speed of a machine: operations per second of each kind, bytes per second, and the overhead of a call."""
 
-    Operations of passes in the model's dtype (`model`) and in the faster one (`fast`), of products in fp32 (`product`)
-    and in the solve's dtype (`wide`), of eigen-decompositions (`eigen`); bytes of memory read or written (`bandwidth`)
-    and written to disk (`disk`). `call` is the seconds that a layer takes however little it is given.
-    """
-
-    model: float
-    fast: float
-    product: float
-    wide: float
-    eigen: float
-    bandwidth: float
-    disk: float
-    call: float = 0.0
+    model: float  # passes in the model's dtype
+    fast: float  # passes in the faster of the model's dtype and bf16
+    product: float  # matrix products in fp32
+    wide: float  # matrix products in the solve's dtype
+    eigen: float  # eigen-decompositions
+    bandwidth: float  # bytes of memory read or written
+    disk: float  # bytes written to disk
+    call: float = 0.0  # seconds that a layer takes for a single token
 
     def rate(self, name: str) -> float:
-        """Operations a second of one kind, by its field."""
+        """Operations per second of one kind, by the name of its field."""
         return float(getattr(self, name))
 
     def scaled(self, flops: float | None, bandwidth: float | None) -> Machine:
-        """Another machine: every rate of operations grows as `flops` over the `fast` rate measured here.
+        """Estimates another machine: every rate of operations is scaled by `flops` over the `fast` rate of this one.
 
         Args:
-            flops: operations a second in the fast dtype; `None`: those of this machine.
-            bandwidth: bytes a second; `None`: those of this machine.
+            flops: operations per second in the fast dtype; `None`: those of this machine.
+            bandwidth: bytes per second; `None`: those of this machine.
         """
         factor = 1.0 if flops is None else flops / self.fast
         return replace(
@@ -67,7 +62,7 @@ def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) 
             fast_rate, _ = _pass_rate(model, size.layer)
     square = torch.randn(SQUARE, SQUARE, dtype=wide, device=device)
     narrow, moment = square.float(), square @ square.T
-    block = torch.ones(64 * MIB, dtype=torch.float32, device=device)
+    block = torch.ones(64 * MIB, dtype=torch.float32, device=device)  # larger than a processor's cache
     place = torch.empty_like(block)
     return Machine(
         model=model_rate,
@@ -75,6 +70,7 @@ def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) 
         product=2 * SQUARE**3 / _seconds(lambda: narrow @ narrow, device),
         wide=2 * SQUARE**3 / _seconds(lambda: square @ square, device),
         eigen=EIGEN * SQUARE**3 / _seconds(lambda: torch.linalg.eigh(moment), device),
+        # A copy reads and writes every byte.
         bandwidth=2 * block.nbytes / _seconds(lambda: place.copy_(block), device),
         disk=_disk_rate(),
         call=call,
@@ -82,9 +78,12 @@ def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def _pass_rate(model: PreTrainedModel, parameters: int) -> tuple[float, float]:
-    """Operations a second of a pass over many tokens, and the seconds of one over a single token, which are left out of
-    the rate."""
+    """Measures the operations per second of a pass over many tokens, and the seconds of a pass over one token.
+
+    The rate excludes the seconds of one token, which are the overhead of a call.
+    """
     call = _pass_seconds(model, 1)
+    # Two operations, a product and a sum, per parameter and token.
     return 2 * (TOKENS - 1) * parameters / max(_pass_seconds(model, TOKENS) - call, 1e-9), call
 
 
@@ -95,9 +94,9 @@ def _pass_seconds(model: PreTrainedModel, tokens: int) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, at_least: float = 0.3) -> float:
-    """Seconds of one run, the fastest of several."""
+    """Measures the seconds of one run, the fastest of several."""
     best, begun = float("inf"), time.perf_counter()
-    work()
+    work()  # the first run allocates memory and chooses kernels
     while best == float("inf") or time.perf_counter() - begun < at_least:
         start = time.perf_counter()
         work()
@@ -108,7 +107,7 @@ def _seconds(work: Callable[[], object], device: torch.device, at_least: float =
 
 
 def _disk_rate() -> float:
-    """Bytes a second into a file of the folder for temporary ones."""
+    """Measures the bytes per second written to a temporary file."""
     block = bytes(64 * MIB)
     with tempfile.TemporaryFile() as file:
         begun = time.perf_counter()

@@ -62,6 +62,7 @@ def apply_memit_to_model(
     stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
     device = encoded.anat.device
     covariances = {layer: covariance_of(stats[layer], device=device) for layer in hparams.layers}
+    # λ in the paper: how much ordinary text weighs against the requests.
     weight = hparams.mom2_update_weight
     metric = find_left_metric(encoded.anat, encoded.form, encoded.requests, hparams.layers, hparams.left_weight)
 
@@ -81,7 +82,7 @@ def apply_memit_to_model(
 
 
 def relatively_largest(delta: LowRank, weight: Tensor, share: float) -> LowRank:
-    """Keeps the `share` of an update's entries that change `weight [d_model, d_ff]` most for their size (RECT,
+    """Keeps the `share` of an update's entries that change `weight [d_model, d_ff]` most relative to its size (RECT,
     2401.04700, eq. 6); the rest becomes zero."""
     dense = delta.dense()  # [d_model, d_ff]
     relative = (dense / (weight.to(dense) + 1e-8)).abs().flatten()  # 1e-8 as in the published code

@@ -1,4 +1,5 @@
-"""Which key directions an edit may use: those that ordinary text hardly takes (AlphaEdit, 2410.02355, sec. 3.1)."""
+"""Find the key directions that an edit may use: those that ordinary text hardly uses (AlphaEdit, 2410.02355, sec.
+3.1)."""
 
 from __future__ import annotations
 

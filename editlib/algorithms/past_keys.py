@@ -1,4 +1,4 @@
-"""The keys of earlier edits, which later ones must leave in place."""
+"""Keep the keys of earlier edits, whose outputs later edits must preserve."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 class PastKeys:
     """The keys of earlier edits, as `block [d_ff, m]` with the sum `K_p K_p^T` of all `count` keys and `m <= d_ff`.
 
-    A later solve needs no more of them than that sum (AlphaEdit, 2410.02355, eq. 13; UniErase, 2505.15674,
-    eq. 13), and a matrix of at most `d_ff` columns has it whatever their number: up to there the block is the keys
-    themselves, beyond it the triangular factor of their QR decomposition. The cost of a further edit stays flat.
+    A later solve needs only that sum (AlphaEdit, 2410.02355, eq. 13; UniErase, 2505.15674, eq. 13). Up to `d_ff` keys
+    the block is the keys themselves; beyond that it is the triangular factor of their QR decomposition, which has the
+    same sum. The cost of a further edit stays flat.
     """
 
-    block: Tensor
-    count: int
+    block: Tensor  # [d_ff, m], m <= d_ff
+    count: int  # all keys so far
 
     def with_keys(self, keys: Tensor) -> PastKeys:
         """Returns these keys and `keys [d_ff, n]` together."""

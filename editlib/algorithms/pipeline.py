@@ -35,22 +35,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedEdit:
-    """Requests as a model reads them, one entry a request in each list.
-
-    Attributes:
-        contexts: its prompts, the plain one first.
-        targets: token ids that must follow them.
-        kl_prompts: texts about its subject that its value must not disturb.
-        weights: of its contexts in its key, which sum to one; `None`: all alike.
-    """
+    """Requests as a model reads them; each list has one entry per request."""
 
     anat: Anatomy
     form: PromptFormat
     requests: list[EditRequest]
-    contexts: list[list[TokenRow]]
-    targets: list[tuple[int, ...]]
-    kl_prompts: list[list[TokenRow]]
-    weights: list[list[float]] | None = None
+    contexts: list[list[TokenRow]]  # the request's prompt in every template, the plain one first
+    targets: list[tuple[int, ...]]  # token ids that must follow the prompts
+    kl_prompts: list[list[TokenRow]]  # texts about the subject whose predictions the value must preserve
+    weights: list[list[float]] | None = None  # of the contexts in the request's key, sum 1; `None`: all equal
     templates: tuple[str, ...] = ("{}",)
 
     def only(self, i: int) -> EncodedEdit:
@@ -79,20 +72,23 @@ def prepare(
     """Encodes edits towards `target_new`.
 
     Args:
-        templates: context templates that the model wrote before (`EditState.templates`); it writes them when there
-            are none and `hparams` names none either.
+        templates: context templates that the model generated before (`EditState.templates`); if there are none and
+            `hparams` names none, the model generates them now.
 
     Raises:
         RequestError: none given, or one without what `hparams` needs.
         ModelError, HparamsError: settings that do not fit this model.
     """
+    # 1. Errors in requests and settings come before any work.
     requests = check_requests(requests, hparams.algorithm, subject=hparams.fact_token != "last")
     anat = anatomy(model)
     check_fit(anat, hparams)
     form = PromptFormat.of(tok, chat)
+    # 2. Templates of an earlier edit are reused: an edited model would generate others, and keys would not compare.
     templates = hparams.context_templates or templates
     if not templates:
         templates = context_templates(anat, form, hparams.context_template_length_params, seed=seed)
+    # 3. One list of contexts per request; its wordings come first in each template.
     contexts = [encode_contexts(form, request, templates, hparams.fact_token) for request in requests]
     targets = [form.answer_ids(str(request.target_new), request.question) for request in requests]
     weights = None
@@ -104,7 +100,7 @@ def prepare(
 
 
 def _weights(contexts: int, plain: int, share: float) -> list[float]:
-    """Weighs a request's contexts: `share` for the first `plain` together, the rest for the others."""
+    """Returns weights of a request's contexts: `share` in all for the first `plain`, the rest for the others."""
     others = contexts - plain
     if not others:
         return [1 / plain] * plain
@@ -174,17 +170,17 @@ def find_values(
 ) -> Values:
     """Finds the values of the requests: states after the last of `layers` from which each target follows.
 
-    The change `δ` is found in the dtype that `v_precision` says, and added to the states in the model's own.
+    The change `δ` is found in the dtype of `v_precision`, and added to the states in the model's own dtype.
 
     Args:
-        groups: requests, by index, that share one change `δ`, found in the contexts of all of them; they must have
-            one target and one set of KL prompts. `None`: each has its own.
+        groups: indices of requests that share one change `δ`, found in the contexts of all of them; they must have one
+            target and one set of KL prompts. `None`: each request has its own.
         norms: see `compute_zs`; not with `groups`.
     """
     anat, layer = encoded.anat, hparams.layers[-1]
     groups = groups or [[i] for i in range(len(encoded.requests))]
-    first = [group[0] for group in groups]  # whose target and KL prompts serve the group
-    group_of = {i: number for number, group in enumerate(groups) for i in group}
+    first = [group[0] for group in groups]  # its target and KL prompts are those of the group
+    group_of = {i: number for number, group in enumerate(groups) for i in group}  # from groups back to requests
     with no_param_grad(anat.model):
         with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
             values = compute_zs(
@@ -204,13 +200,13 @@ def find_values(
                 names=[encoded.requests[i].id for i in first],
                 progress=progress,
             ).select([group_of[i] for i in range(len(encoded.requests))])
-        # h as the model itself computes it: the descent may have run in bf16.
-        today = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer).states(layer)  # [d_model, n]
-    targets = today + values.deltas
+        # h in the model's own dtype: the descent may have run in bf16.
+        current = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer).states(layer)  # [d_model, n]
+    targets = current + values.deltas  # z = h + δ, [d_model, n]
     if hparams.rescale_norm:
         # NAS (2602.02543): the direction of z, the norm of h.
-        targets = targets * (today.norm(dim=0) / targets.norm(dim=0).clamp_min(torch.finfo(targets.dtype).tiny))
-    return replace(values, targets=targets, deltas=targets - today if hparams.rescale_norm else values.deltas)
+        targets = targets * (current.norm(dim=0) / targets.norm(dim=0).clamp_min(torch.finfo(targets.dtype).tiny))
+    return replace(values, targets=targets, deltas=targets - current if hparams.rescale_norm else values.deltas)
 
 
 def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[dict[str, Any]]:
@@ -226,6 +222,7 @@ def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[d
         numbers = values.numbers(i)
         if not all(math.isfinite(number) for number in numbers.values()):
             raise EditError(f"request {request.id} gave {numbers}; the model is unchanged: lower `v_lr`")
+    # An NLL over log 2 is a probability under 1/2: greedy decoding may say something else.
     unlikely = [entry["id"] for entry in found if entry["target_nll"] > math.log(2)]
     if unlikely:
         count = f"{len(unlikely)} of {len(found)}"

@@ -1,4 +1,4 @@
-"""Which function applies the settings of which algorithm."""
+"""Map the settings of each algorithm to the function that applies them."""
 
 from __future__ import annotations
 

@@ -65,6 +65,7 @@ def apply_rome_to_model(
         covariance = covariance_of(stats[layer], device=encoded.anat.device)
 
     def solve(_: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+        # The key is the mean over contexts; the equality holds at the plain prompt's key, as published.
         return rome(keys.mean, keys.plain, residual, covariance)
 
     original = encoded.anat.weight(layer).clone()
@@ -72,7 +73,7 @@ def apply_rome_to_model(
     try:
         for i in tqdm(range(len(requests)), desc="edits", disable=not progress, leave=False):
             one = encoded.only(i)
-            # The weights have moved since the edit before, and with them the state that the value starts from.
+            # The weights have changed since the previous edit, and with them the state that the value starts from.
             own = values.select([i]) if values else find_values(one, hparams, norms=_output_norms(one, layer))
             results.append(edit_at_once(one, hparams, solve, state, own, progress=False))
             state = results[-1].state
@@ -84,6 +85,7 @@ def apply_rome_to_model(
 
 def _joined(results: Sequence[EditResult], layer: int, original: Tensor) -> EditResult:
     """Joins the edits of single requests into one result; `original [d_model, d_ff]` is the weight before all."""
+    # One update of rank n: the factors of the single edits, joined.
     deltas = {layer: sum((result.deltas[layer] for result in results[1:]), results[0].deltas[layer])}
     originals = {layer: original}
     seconds = {name: sum(result.timings.get(name, 0.0) for result in results) for name in results[0].timings}
@@ -107,9 +109,9 @@ def _output_norms(encoded: EncodedEdit, layer: int) -> Tensor:
     anat = encoded.anat
     with no_param_grad(anat.model), torch.no_grad():
         stream = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer)
-        output = anat.mlp_output(layer)(stream.keys().T.to(anat.weight(layer).dtype))
+        output = anat.mlp_output(layer)(stream.keys().T.to(anat.weight(layer).dtype))  # [n, d_model]
         path = output_path(anat, layer)
-        if path.post is not None:
+        if path.post is not None:  # a norm after the MLP decides the length of what is added
             output = path.post(stream.inputs(path.post).T.to(output.dtype))
-    norms: Tensor = output.float().norm(dim=1)
+    norms: Tensor = output.float().norm(dim=1)  # [n]
     return path.scale * norms
