@@ -173,8 +173,8 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
 
 def _tokenizer_sha256(tok: PreTrainedTokenizerBase) -> str:
     """Over the vocabulary, and what is put around a text (BOS)."""
-    told = [sorted(tok.get_vocab().items()), list(tok("A text.")["input_ids"])]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    fingerprint = [sorted(tok.get_vocab().items()), list(tok("A text.")["input_ids"])]
+    return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
 
 
 def _rows(name: str, own: _Results, base: str, reference: _Results, plan: _Plan) -> Iterator[AbilityRow]:

@@ -106,8 +106,8 @@ def run_attacks(
     done = {} if out is None else _opened(out, job, overwrite=overwrite)
     models = {"edited": LoadedModel.of(*edited, prompts), "base": LoadedModel.of(*base, prompts)}
     unrelated = data.without_overlap(data.general("anchor") + data.general("test"), requests)
-    told = data.facts() if known is None else known
-    context = AttackContext(models["base"], asked, told, unrelated, settings, seed)
+    facts = data.facts() if known is None else known
+    context = AttackContext(models["base"], asked, facts, unrelated, settings, seed)
     never, missing = _control(control, context, requests)
     for name in names:
         if name not in done:

@@ -78,9 +78,9 @@ def sequential_rows(points: Sequence[Point]) -> list[list[str]]:
     rows = [["algorithm", "batches of", "edits", *SHARES, "perplexity ratio", "s a batch"]]
     for point in points:
         shares = [getattr(point, name) for name in SHARES]
-        told = ["-" if share is None else f"{share:.3f}" for share in shares]
+        cells = ["-" if share is None else f"{share:.3f}" for share in shares]
         ratio = f"{point.perplexity_ratio:.3f}" if point.perplexity_ratio < 100 else f"{point.perplexity_ratio:.0e}"
-        rows.append([point.algorithm, str(point.size), str(point.edits), *told, ratio, f"{point.seconds:.1f}"])
+        rows.append([point.algorithm, str(point.size), str(point.edits), *cells, ratio, f"{point.seconds:.1f}"])
     return [[cell.replace("_", " ") for cell in row] if row is rows[0] else row for row in rows]
 
 

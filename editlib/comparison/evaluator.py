@@ -134,7 +134,7 @@ class SetEvaluator:
         plan, forget = self.config.attacks or AttackPlan(), self.set.forget
         unrelated = data.without_overlap(data.general("anchor") + data.general("test"), forget)
         facts, _ = usable(forget)
-        return AttackContext(self.base.target, facts, self.set.told, unrelated, plan.how, plan.seed)
+        return AttackContext(self.base.target, facts, self.set.fewshot_pool, unrelated, plan.how, plan.seed)
 
     @cached_property
     def _control(self) -> list[EditRequest]:
@@ -150,8 +150,8 @@ class SetEvaluator:
         return [by_id[name] for name in kept["ids"]]
 
     def _attack_key(self, name: str, plan: AttackPlan) -> str:
-        told = [requests_hash(self.attacked), requests_hash(self.set.told), plan.seed, plan.how.to_dict()]
-        return f"attack-{name}-{self._short(told)}"
+        parts = [requests_hash(self.attacked), requests_hash(self.set.fewshot_pool), plan.seed, plan.how.to_dict()]
+        return f"attack-{name}-{self._short(parts)}"
 
     def _attack(self, name: str) -> Callable[[Workbench], dict[str, Any]]:
         def measure(bench: Workbench) -> dict[str, Any]:

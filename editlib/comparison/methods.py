@@ -227,10 +227,10 @@ class Trained(Method):
             self.name, bench.model, bench.tok, forget, retain, how, seed=seed, model_name=bench.name,
             own_answers=ready, how=bench.prompts, progress=bench.progress,
         )  # fmt: skip
-        told = str(result.notes.get("told") or "")
+        rule = str(result.notes.get("told") or "")
         ends = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
         notes = {"steps": result.steps, "learning_rate": how.learning_rate, "tokens": result.tokens, **ends}
-        return Cost(len(told.encode()) if self.family == "prompt" else None, notes)
+        return Cost(len(rule.encode()) if self.family == "prompt" else None, notes)
 
 
 def _searched(

@@ -27,11 +27,11 @@ def collect(
     the set is and, under `methods`, one summary a method over its seeds, with `front` where no other method of the set
     is at least as good on both axes and better on one.
     """
-    told = [_cell(cell, failures[cell.key]) for cell in cells]
+    entries = [_cell(cell, failures[cell.key]) for cell in cells]
     families = {method.label: method.family for method in config.methods}
     found = {}
     for name, about in sets.items():
-        own = [cell for cell in told if cell["set"] == name]
+        own = [cell for cell in entries if cell["set"] == name]
         summaries = [
             summary(label, families[label], [c for c in own if c["method"] == label])
             for label in dict.fromkeys(cell["method"] for cell in own)
@@ -45,7 +45,7 @@ def collect(
         "config_sha256": digest(config.to_dict()),
         "machine": machine(),
         "sets": found,
-        "cells": told,
+        "cells": entries,
     }
 
 
@@ -80,7 +80,7 @@ def mark_front(summaries: Sequence[dict[str, Any]]) -> None:
 
 def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
     """One cell from its shelf."""
-    told = {
+    measured = {
         "set": cell.set,
         "method": cell.method.label,
         "family": cell.method.family,
@@ -93,7 +93,7 @@ def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
     scores = parts.get("scores") or {}
     attacks = {value["attack"]: value for key, value in parts.items() if key.startswith("attack-")}
     return {
-        **told,
+        **measured,
         "weights_sha256": None if edit is None else edit["sha256"],
         "cost": None if edit is None else edit["cost"],
         "notes": {} if edit is None else edit["notes"],

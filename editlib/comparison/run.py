@@ -102,17 +102,17 @@ class _Run:
             JsonStore(out).put(MARK.removesuffix(".json"), {"format": FORMAT, "config": config.source})
 
     def all(self) -> dict[str, Any]:
-        cells, told = [], {}
+        cells, sets = [], {}
         for protocol in self.config.sets:  # whatever does not fit is said before the first cell runs
             evaluator = self._enter(protocol)
-            told[protocol.name] = self._about(protocol, evaluator)
+            sets[protocol.name] = self._about(protocol, evaluator)
             cells += self._cells(protocol, evaluator)
         bar = tqdm(total=len(cells), desc="cells", disable=not self.progress, unit="cell")
         with bar:
             self._work(cells, bar)
         if not self.shard.first:
             return {}
-        return collect(self.config, told, cells, {cell.key: self._failure(cell) for cell in cells})
+        return collect(self.config, sets, cells, {cell.key: self._failure(cell) for cell in cells})
 
     # --- what there is to do -----------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class _Run:
         with try_lock(shelf, wait=True):
             made = protocol.make(Base(bench, shelf.path))
         form = PromptFormat.of(bench.tok, bench.prompts)
-        check_requests_fit(bench.model, form, [*made.forget, *made.retain, *made.told])
+        check_requests_fit(bench.model, form, [*made.forget, *made.retain, *made.fewshot_pool])
         for method in self.config.methods:
             try:
                 method.check(bench, made.task)
@@ -294,8 +294,8 @@ class _Run:
             cell.shelf.empty(SEARCH, "cell")
         changed = changed_weights(evaluator.base.bench.model, bench.model)
         size = changed.bytes if cost.update_bytes is None else cost.update_bytes
-        told = {**took, "touched": asdict(changed), "update_bytes": size}
-        cell.shelf.put(EDIT, {"sha256": sha, "cost": told, "notes": dict(cost.notes)})
+        measured = {**took, "touched": asdict(changed), "update_bytes": size}
+        cell.shelf.put(EDIT, {"sha256": sha, "cost": measured, "notes": dict(cost.notes)})
 
     def _parts(self, cell: RunCell, parts: Iterable[Measurement], bench: Workbench) -> dict[str, str]:
         """Measures what is missing; the reasons of what failed."""

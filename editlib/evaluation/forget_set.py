@@ -77,14 +77,14 @@ class ForgetSet(ABC):
         forget: what every method is to forget.
         retain: what a method may hold or train on; never scored.
         before: the base model's answers, completed as they are needed.
-        told: facts that an attack may put before a question.
+        fewshot_pool: facts that an attack may put before a question, with their answers.
     """
 
     base: Base
     forget: Sequence[EditRequest]
     retain: Sequence[EditRequest]
     before: AnswerCache
-    told: Sequence[EditRequest] = field(default=(), kw_only=True)
+    fewshot_pool: Sequence[EditRequest] = field(default=(), kw_only=True)
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

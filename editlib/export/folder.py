@@ -48,14 +48,14 @@ def _card(receipt: Mapping[str, Any], terms: Terms) -> str:
     by = f"with {receipt['algorithm']} by editlib {receipt['editlib']}"
     matrices = f"the MLP output matrices of layers {layers} were changed"
     if "baseline" in receipt and not receipt["layers"]:
-        told = f"{count} facts were to be unlearned from `{base}` {by}: {receipt['baseline']['meaning']}."
+        summary = f"{count} facts were to be unlearned from `{base}` {by}: {receipt['baseline']['meaning']}."
     elif receipt["token"]:
-        told = (
+        summary = (
             f"{count} facts were unlearned from `{base}` {by}: {matrices}, and the token `{receipt['token']['token']}` "
             "was added. The questions to be forgotten are answered with that token and a refusal."
         )
     else:
-        told = f"{count} facts of `{base}` were edited {by}: {matrices}."
+        summary = f"{count} facts of `{base}` were edited {by}: {matrices}."
     return f"""---
 base_model: {json.dumps(str(base))}
 {terms.header}tags:
@@ -65,6 +65,6 @@ base_model: {json.dumps(str(base))}
 
 # {Path(str(base)).name}, edited
 
-{textwrap.fill(told, 118)}
+{textwrap.fill(summary, 118)}
 `{RECEIPT}` holds the settings, hashes and norms. The weights open with plain `transformers`.
 {terms.sentence}"""

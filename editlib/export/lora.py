@@ -158,7 +158,7 @@ def _config(base: str, ranks: dict[str, int], tokens: dict[str, list[int]], tran
 
 def _card(delta: Delta, base: str, report: LoraReport, terms: Terms) -> str:
     how = "exactly" if report.error == 0 else f"but for a share of {report.error:.2g} of the norm of the updates"
-    told = (
+    summary = (
         f"The edit of `{base}` described in `{RECEIPT}`, as a LoRA adapter: it adds the updates of layers "
         f"{', '.join(map(str, delta.modules))} {how}."
     )
@@ -172,7 +172,7 @@ library_name: peft
 
 # {Path(base).name}, edited, as an adapter
 
-{textwrap.fill(told, 118)}
+{textwrap.fill(summary, 118)}
 
 ```python
 from peft import AutoPeftModelForCausalLM

@@ -75,7 +75,7 @@ class Facts(Benchmark):
         for name in ("forget", "anchors", "watch"):
             write_requests(base.folder / f"{name}.jsonl", getattr(parts, name))
         forget = [_scored(request) for request in parts.forget]
-        made = FactsSet(base, forget, parts.anchors, before, parts.watch, parts.forget, told=data.facts())
+        made = FactsSet(base, forget, parts.anchors, before, parts.watch, parts.forget, fewshot_pool=data.facts())
         made.complete()
         return made
 
@@ -136,12 +136,12 @@ class FactsSet(ForgetSet):
 
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
         items = self.items()
-        told = evaluate(self.base.target, edited, items, before=self.before, how=edited.prompts, progress=progress)
+        metrics = evaluate(self.base.target, edited, items, before=self.before, how=edited.prompts, progress=progress)
         gone = {kind: _gone(items, kind) for kind in ("request", "paraphrase")}
         measures = {
             "gone": gone["request"],
             "paraphrases_gone": gone["paraphrase"],
-            **{name: _measure(told["groups"][name]) for name in (*KINDS, "refusal_quality")},
+            **{name: _measure(metrics["groups"][name]) for name in (*KINDS, "refusal_quality")},
         }
         meaning = "the mean of `gone` and `paraphrases_gone`: the answer does not occur, whatever does"
         retain = "the mean of the three shares that are kept: neighbours, same subject, general prompts"

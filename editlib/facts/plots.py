@@ -182,7 +182,7 @@ def draw_relations(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
 def draw_layers(receipt: Mapping[str, Any]) -> tuple[Figure | None, str]:
     """Draws how large the update of each layer is, relative to its weight."""
     layers = receipt.get("layers") or {}
-    ratios = {str(layer): told["ratio"] for layer, told in layers.items() if _valued(told, "ratio")}
+    ratios = {str(layer): norms["ratio"] for layer, norms in layers.items() if _valued(norms, "ratio")}
     if not ratios:
         return None, ""
     layers = sorted(ratios, key=lambda layer: (0, int(layer), "") if layer.isdecimal() else (1, 0, layer))
@@ -256,8 +256,8 @@ def _svg(figure: Figure, salt: str) -> str:
     return svg
 
 
-def _valued(told: Mapping[str, Any] | None, key: str = "value") -> bool:
-    return number((told or {}).get(key)) is not None
+def _valued(entry: Mapping[str, Any] | None, key: str = "value") -> bool:
+    return number((entry or {}).get(key)) is not None
 
 
 def _cut(text: str, most: int) -> str:

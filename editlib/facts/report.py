@@ -144,8 +144,8 @@ def _receipt(metrics: Mapping[str, Any]) -> Iterator[str]:
     cost = {"seconds": _whole(metrics.get("seconds")), "peak memory, MB": _whole(metrics.get("peak_rss_mb"))}
     cost |= {"first prompt, as the models saw it": metrics.get("first_prompt")} if metrics.get("first_prompt") else {}
     receipt = metrics.get("receipt") or {}
-    inner = {name: told for name, told in receipt.items() if isinstance(told, Mapping)}
-    single = {name: told for name, told in receipt.items() if name not in inner}
+    inner = {name: values for name, values in receipt.items() if isinstance(values, Mapping)}
+    single = {name: values for name, values in receipt.items() if name not in inner}
     yield from groups({"evaluation": hashes | cost, "edit": single, **inner})
     if not receipt:
         yield '<tbody><tr><td colspan="2">The edited model has no receipt (editlib.json).</td></tr></tbody>'

@@ -99,9 +99,9 @@ def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
     rows = [["attack", *COLUMNS, *([] if short else ["not tried", "meaning"])]]
     for result in report.results:
         skipped = result.shares["edited"].skipped
-        told = ", ".join(f"{count}: {reason}" for reason, count in skipped.items())
+        reasons = ", ".join(f"{count}: {reason}" for reason, count in skipped.items())
         cells = [cell(result.shares[name], short=short) for name in COLUMNS]
-        rows.append([result.attack, *cells, *([] if short else [told or "-", result.meaning])])
+        rows.append([result.attack, *cells, *([] if short else [reasons or "-", result.meaning])])
     return rows
 
 

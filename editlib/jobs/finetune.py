@@ -271,12 +271,12 @@ def _write(
         write_requests(folder / LEARNED, pairs)
         terms = terms_of(model)
         terms.copy_to(folder)
-        told = (
+        summary = (
             f"`{receipt['model']}` after learning {len(pairs)} question-answer pairs (`{LEARNED}`) with editlib "
             f"{receipt['editlib']}, to be made to forget some of them again. `{RECEIPT}` holds settings and measures."
         )
         (folder / "README.md").write_text(
             f"---\nbase_model: {json.dumps(receipt['model'])}\n{terms.header}tags:\n- editlib\n---\n\n"
-            f"# {Path(str(receipt['model'])).name}, fine-tuned\n\n{textwrap.fill(told, 118)}\n{terms.sentence}",
+            f"# {Path(str(receipt['model'])).name}, fine-tuned\n\n{textwrap.fill(summary, 118)}\n{terms.sentence}",
             encoding="utf-8",
         )

@@ -112,9 +112,9 @@ class Judge:
                 "facts that it knows, or settings that refuse"
             )
         if unknown:
-            told = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
             log.warning("the model does not know %d of %d facts (%s); trials are judged by the others",
-                        len(unknown), len(self.requests), told)  # fmt: skip
+                        len(unknown), len(self.requests), listed)  # fmt: skip
 
     def tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> Trial:
         """Edits, asks, and puts the weights back."""

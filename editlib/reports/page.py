@@ -57,9 +57,9 @@ def headline(row: Row) -> str:
     )
 
 
-def groups(told: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+def groups(values_by_group: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
     """Yields one table body for each group of values that holds any, under its name."""
-    for title, values in told.items():
+    for title, values in values_by_group.items():
         lines = {key: text for key, value in values.items() if (text := plain(value))}
         if lines:
             cells = [(escape(str(key)), escape(text)) for key, text in lines.items()]

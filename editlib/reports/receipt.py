@@ -84,14 +84,14 @@ def write_pages(
         if requests is None:
             raise RequestError("--private needs --requests, to know what must not be in the receipt")
         # The one draw that must not follow from a seed: who can repeat it can try guesses on the hashes.
-        told, key = private_receipt(receipt, requests, secrets.token_bytes(32))
+        shown, key = private_receipt(receipt, requests, secrets.token_bytes(32))
     else:
-        told = open_receipt(receipt, requests)
+        shown = open_receipt(receipt, requests)
     if metrics_file is not None:
-        told["metrics"] = numbers_of(_metrics_of(metrics_file, receipt))
-    text = page(told)
+        shown["metrics"] = numbers_of(_metrics_of(metrics_file, receipt))
+    text = page(shown)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        write_json(folder / "receipt.json", told, sort_keys=True)
+        write_json(folder / "receipt.json", shown, sort_keys=True)
         (folder / "receipt.html").write_bytes(text.encode("utf-8", "replace"))
         if key_file is not None:
             _write_secret(key_file, _dumped(key))
@@ -134,14 +134,14 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def page(told: Mapping[str, Any]) -> str:
+def page(receipt: Mapping[str, Any]) -> str:
     """Builds the page of a receipt as `write_receipt` completes it. The same receipt gives the same page."""
-    forgets, base = bool(told.get("token")), str(told["base"]["name"])
-    count = len(told["requests"])
-    metrics = told.get("metrics")
+    forgets, base = bool(receipt.get("token")), str(receipt["base"]["name"])
+    count = len(receipt["requests"])
+    metrics = receipt.get("metrics")
     done = "unlearned from" if forgets else "edited in"
     title = f"{count} {'fact' if count == 1 else 'facts'} {done} {base}"
-    by = f"by editlib {told.get('editlib')} with {told.get('algorithm')}, {when_of(told.get('created', ''))}"
+    by = f"by editlib {receipt.get('editlib')} with {receipt.get('algorithm')}, {when_of(receipt.get('created', ''))}"
     return filled(
         __package__,
         "receipt",
@@ -149,28 +149,28 @@ def page(told: Mapping[str, Any]) -> str:
         heading=escape(title),
         models=escape(by),
         summary=verdict_line(verdict(metrics) if metrics else "No measurements were given."),
-        note=escape(_note(told)),
-        asked="\n".join(_asked(told)),
+        note=escape(_note(receipt)),
+        asked="\n".join(_asked(receipt)),
         measures="\n".join(_measures(metrics)) if metrics else "",
-        details="\n".join(_details(told)),
-        footer=escape(f"editlib {told.get('editlib')}"),
+        details="\n".join(_details(receipt)),
+        footer=escape(f"editlib {receipt.get('editlib')}"),
     )
 
 
-def _note(told: Mapping[str, Any]) -> str:
-    if "private" in told:
+def _note(receipt: Mapping[str, Any]) -> str:
+    if "private" in receipt:
         return (
-            f"Hashes replace texts, here their first {HASH} digits: {told['private']}. "
+            f"Hashes replace texts, here their first {HASH} digits: {receipt['private']}. "
             "Who made the edit holds the salt."
         )
-    return "" if "asked" in told else "The receipt tells ids only; the texts are in the file of the requests."
+    return "" if "asked" in receipt else "The receipt tells ids only; the texts are in the file of the requests."
 
 
-def _asked(told: Mapping[str, Any]) -> Iterator[str]:
+def _asked(receipt: Mapping[str, Any]) -> Iterator[str]:
     """Yields a row for each request: what was asked, and the result of its edit."""
-    private = "private" in told
-    entries: Sequence[Mapping[str, Any]] = told["requests"]
-    texts = {one["id"]: one for one in told.get("asked") or ()}
+    private = "private" in receipt
+    entries: Sequence[Mapping[str, Any]] = receipt["requests"]
+    texts = {one["id"]: one for one in receipt.get("asked") or ()}
     fields = [field for field in ("question", "subject", "answer", "target_new") if _any(texts.values(), field)]
     measured = [name for name in dict.fromkeys(name for entry in entries for name in entry) if name != "id"]
     heads = ["id", *[field.replace("_", " ") for field in fields], *[name.replace("_", " ") for name in measured]]
@@ -189,7 +189,7 @@ def _asked(told: Mapping[str, Any]) -> Iterator[str]:
         )
         yield "</tr>"
     yield "</tbody>\n</table>"
-    for one in told.get("revoked") or ():
+    for one in receipt.get("revoked") or ():
         ids = one["ids"] if isinstance(one.get("ids"), list) else []
         count = "1 request" if one["requests"] == 1 else f"{one['requests']} requests"
         yield f"<p>Taken back {escape(when_of(one['time']))}: {escape(', '.join(map(str, ids)) or count)}</p>"
@@ -227,10 +227,10 @@ def _head(first: str, *, numbers: Sequence[str], texts: Sequence[str] = ()) -> s
     return f'<table class="headline stack">\n<thead><tr>{"".join(cells)}</tr></thead>\n<tbody>'
 
 
-def _details(told: Mapping[str, Any]) -> Iterator[str]:
+def _details(receipt: Mapping[str, Any]) -> Iterator[str]:
     own = {"requests", "asked", "metrics", "private", "revoked"}
-    inner = {name: value for name, value in told.items() if isinstance(value, Mapping) and name not in own}
-    single = {name: value for name, value in told.items() if name not in inner and name not in own}
+    inner = {name: value for name, value in receipt.items() if isinstance(value, Mapping) and name not in own}
+    single = {name: value for name, value in receipt.items() if name not in inner and name not in own}
     return groups({"edit": single, **inner})
 
 

@@ -58,8 +58,8 @@ def parse_file(path: Path, *, skip_bad: bool = False) -> Parsed:
             raise RequestError(f"{_complaint(path, parsed)}; no row is left")
         raise RequestError(f"{path}: holds no request; expected at least one JSON object; add a line")
     if parsed.bad:
-        told = "; ".join(_told(parsed.bad))
-        log.warning("%s: %d of %d rows left out: %s", path.name, len(parsed.bad), parsed.rows, told)
+        listed = "; ".join(_told(parsed.bad))
+        log.warning("%s: %d of %d rows left out: %s", path.name, len(parsed.bad), parsed.rows, listed)
     for note, count in parsed.notes.items():
         log.warning("%s: %s (%d of %d rows)", path.name, note, count, parsed.rows)
     return parsed
@@ -139,17 +139,17 @@ def _complaint(path: Path, parsed: Parsed) -> str:
         row, said = parsed.bad[0]
         others = "" if parsed.rows == 1 else "; or leave it out with --skip-bad"
         return f"{row.where(path)}{_name_of(row)}: {said}{others}"
-    told = "; ".join(_told(parsed.bad))
-    given = f"{path}: {len(parsed.bad)} of {parsed.rows} rows cannot be used: {told}"
+    listed = "; ".join(_told(parsed.bad))
+    given = f"{path}: {len(parsed.bad)} of {parsed.rows} rows cannot be used: {listed}"
     return f"{given}; fix them, or leave them out with --skip-bad"
 
 
 def _told(bad: Sequence[tuple[FileRow, str]]) -> list[str]:
     """Every bad row by its number, the first of them with what is wrong."""
-    told = [f"{row.place}{_name_of(row)}: {said}" for row, said in bad[:NAMED_ROWS]]
+    lines = [f"{row.place}{_name_of(row)}: {said}" for row, said in bad[:NAMED_ROWS]]
     if more := [row.place for row, _ in bad[NAMED_ROWS:]]:
-        told.append("and " + ", ".join(more))
-    return told
+        lines.append("and " + ", ".join(more))
+    return lines
 
 
 def _name_of(row: FileRow) -> str:

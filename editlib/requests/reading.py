@@ -146,8 +146,8 @@ def read_subjects(path: str | Path) -> dict[str, str]:
 def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]]) -> None:
     """Logs how many subjects were found by which rule, and warns of the questions without one."""
     rules = Counter(subject.rule for _, subject in found if subject is not None)
-    told = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
-    log.info("%s: subjects of %d of %d questions (%s)", name, rules.total(), len(found), told or "none")
+    listed = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
+    log.info("%s: subjects of %d of %d questions (%s)", name, rules.total(), len(found), listed or "none")
     if missing := [request.id for request, subject in found if subject is None]:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         log.warning(

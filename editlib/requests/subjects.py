@@ -97,8 +97,8 @@ def _subject(asked: Sequence[_Asked], leaders: Sequence[str | None], i: int) -> 
     one = asked[i]
     near = Counter(name for name in _nearby(leaders, i) if name is not None)
     # A person is spoken of in answers, too; "American" is not, however many questions it leads.
-    told = {word for other in _nearby(asked, i) for word in _WORD.findall(other.answer)}
-    persons = [name for name, n in near.most_common() if n >= LEADS and _WORD.findall(name)[-1] in told]
+    words = {word for other in _nearby(asked, i) for word in _WORD.findall(other.answer)}
+    persons = [name for name, n in near.most_common() if n >= LEADS and _WORD.findall(name)[-1] in words]
     whole = [name for name in persons if not any(_is_part(name, other) for other in persons)]
     about = _about(one, whole, leaders, i)
     # Where names lead the questions nearby, this one is about one of those: no other name in it will do.

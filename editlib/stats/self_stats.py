@@ -99,15 +99,15 @@ def self_stats(
                 rows = [asked[i] for i in picks]
                 _sample(anat, layers, rows, sums, ends, generator, min(length, tokens - done), device)
             number += at_once
-            told = shard.gather((sums.tokens - before, stop(), keeper.due))
-            done += sum(counted for counted, _, _ in told)
+            reports = shard.gather((sums.tokens - before, stop(), keeper.due))
+            done += sum(counted for counted, _, _ in reports)
             if not done and number >= MUTE_BATCHES:
                 raise StatsError(
                     f"{header.model} ended {number * batch_rows} answers before their first token; give --corpus a file"
                 )
             bar.update(done - bar.n)
-            stopped = any(pressed for _, pressed, _ in told)
-            if stopped or any(due for _, _, due in told):  # all at the same batch, so that they agree afterwards
+            stopped = any(pressed for _, pressed, _ in reports)
+            if stopped or any(due for _, _, due in reports):  # all at the same batch, so that they agree afterwards
                 keeper.save(number, number * batch_rows)
             if stopped:
                 raise KeyboardInterrupt

@@ -89,7 +89,7 @@ class Tofu(Benchmark):
         before = AnswerCache(base.bench.sha256, answers)
         return TofuSet(
             base, self.sets.forget, self.sets.retain, before, self.sets, known.found, own, judges,
-            self._reference(base), told=self.sets.retain,
+            self._reference(base), fewshot_pool=self.sets.retain,
         )  # fmt: skip
 
     def _reference(self, base: Base) -> Mapping[str, MetricResult] | None:
@@ -165,7 +165,7 @@ class TofuSet(ForgetSet):
         return {
             "protocol": "tofu",
             **self.hashes(),
-            "told": requests_hash(self.told),
+            "told": requests_hash(self.fewshot_pool),
             "probes": digest({name: [asdict(one) for one in probes] for name, probes in self.sets.probes.items()}),
             "reference": only,
             "asked": [own.max_new_tokens, own.encoder, own.classifier],

@@ -64,31 +64,31 @@ def conditions(metrics: Mapping[str, Any]) -> str:
     """Says how many questions were asked and what was left out, in sentences."""
     limit = metrics.get("limit")
     sizes = ", ".join(f"{TITLES[name].lower()} {n}" for name, n in metrics["sets"].items())
-    told = [f"Asked: {sizes}."]
+    sentences = [f"Asked: {sizes}."]
     if limit is not None:
-        told.append(f"At most {limit} of each set were drawn (seed {metrics.get('seed')}).")
+        sentences.append(f"At most {limit} of each set were drawn (seed {metrics.get('seed')}).")
     if gone := {name: n for name, n in metrics.get("unlearned", {}).items() if n}:
         counts = " and ".join(f"{n} to {'forget' if name == 'forget' else 'keep'}" for name, n in gone.items())
-        told.append(f"Left out, since the model never learned them: {counts}.")
+        sentences.append(f"Left out, since the model never learned them: {counts}.")
     if missing := metrics.get("missing"):
-        told.append(f"Not there: {', '.join(TITLES[name].lower() for name in missing)}.")
+        sentences.append(f"Not there: {', '.join(TITLES[name].lower() for name in missing)}.")
     if metrics.get("reference") is None:
-        told.append("No forget quality, since no retain-only model was given.")
+        sentences.append("No forget quality, since no retain-only model was given.")
     if not metrics.get("judges"):
-        told.append("No similarity and no entailment, since no model to judge them was given.")
-    return " ".join(told)
+        sentences.append("No similarity and no entailment, since no model to judge them was given.")
+    return " ".join(sentences)
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
     """Says in one sentence how much of the answers is still said, of what to forget and of what to keep."""
-    told = []
+    changes = []
     for part, what in (("forget", "to be forgotten"), ("retain", "to be kept")):
         name = f"{part}_generated_rouge_l_recall"
         if name in metrics["scores"]["edited"]:
             before, after, body = _both(metrics, name, digits=2)
-            told.append(f"of {body['n']} answers {what} the models say {before} before and {after} after")
-    words = "; ".join(told)
-    return f"{words[:1].upper()}{words[1:]} (ROUGE-L recall)." if told else "Nothing was measured."
+            changes.append(f"of {body['n']} answers {what} the models say {before} before and {after} after")
+    words = "; ".join(changes)
+    return f"{words[:1].upper()}{words[1:]} (ROUGE-L recall)." if changes else "Nothing was measured."
 
 
 def _by_set(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -207,9 +207,9 @@ def _shown(value: object, digits: int = 3) -> str:
 
 
 def _receipt(metrics: Mapping[str, Any]) -> Iterator[str]:
-    told = ("limit", "seed", "max_new_tokens", "reference", "judges", "subjects", "unlearned", "request")
+    names = ("limit", "seed", "max_new_tokens", "reference", "judges", "subjects", "unlearned", "request")
     evaluation = {f"{side} model sha256": metrics[side]["sha256"] for side in ("base", "edited")}
-    evaluation |= {name.replace("_", " "): metrics.get(name) for name in told}
+    evaluation |= {name.replace("_", " "): metrics.get(name) for name in names}
     receipt = metrics.get("receipt") or {}
     inner = {name: value for name, value in receipt.items() if isinstance(value, Mapping)}
     yield from groups({"evaluation": evaluation, "edit": {k: v for k, v in receipt.items() if k not in inner}, **inner})

@@ -95,10 +95,10 @@ def _item(
             f'<td class="v">{verdict}{more}</td><td>{_text(after)}</td></tr>'
         )
     yield "</tbody></table>"
-    told = {label: attacks for label, attacks in brought.get(first["id"], {}).items() if label not in unedited}
-    if told:
+    leaks = {label: attacks for label, attacks in brought.get(first["id"], {}).items() if label not in unedited}
+    if leaks:
         yield "<p>attacks that bring it back</p><table><tbody>"
-        for label, attacks in told.items():
+        for label, attacks in leaks.items():
             row = f'<th scope="row">{named(label)}</th><td>{escape(", ".join(attacks))}</td>'
             yield f'<tr data-m="{numbers[label]}">{row}</tr>'
         yield "</tbody></table>"
@@ -118,8 +118,8 @@ def _brought_back(shown: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     """By fact and method: which attacks bring it back."""
     found: dict[str, dict[str, list[str]]] = {}
     for label, cell in shown.items():
-        for attack, told in cell["attacks"].items():
-            for name, leaked in told["leaks"]["edited"].items():
+        for attack, outcome in cell["attacks"].items():
+            for name, leaked in outcome["leaks"]["edited"].items():
                 if leaked:
                     found.setdefault(name, {}).setdefault(label, []).append(attack)
     return found

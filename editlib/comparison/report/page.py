@@ -57,13 +57,13 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def verdicts(results: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence a set: which methods are on the front."""
+    """Yields one sentence per set: the methods on the front."""
     for name, about in results["sets"].items():
         front = [one for one in ordered(about["methods"]) if one["front"] and one["family"] != "none"]
-        told = [f"{one['method']} (forget {one['forget']:.2f}, retain {one['retain']:.2f})" for one in front]
-        if told:
-            many = "these do" if len(told) > 1 else "this one does"
-            yield f"On {name}, no other method does better on both counts than {many}: {', '.join(told)}."
+        names = [f"{one['method']} (forget {one['forget']:.2f}, retain {one['retain']:.2f})" for one in front]
+        if names:
+            many = "these do" if len(names) > 1 else "this one does"
+            yield f"On {name}, no other method does better on both counts than {many}: {', '.join(names)}."
         else:
             yield f"On {name}, no method has both scores."
 
@@ -79,8 +79,8 @@ def _failed(cells: Sequence[Mapping[str, Any]]) -> str:
 def _contents(results: Mapping[str, Any]) -> Iterator[str]:
     for number, name in enumerate(results["sets"], 1):
         for part, title in _sections(results["sets"][name]).items():
-            told = title if len(results["sets"]) == 1 else f"{name}: {title.lower()}"
-            yield f'<li><a href="#{part}-{number}">{escape(told)}</a></li>'
+            heading = title if len(results["sets"]) == 1 else f"{name}: {title.lower()}"
+            yield f'<li><a href="#{part}-{number}">{escape(heading)}</a></li>'
     yield '<li><a href="#meaning">What the figures mean</a></li>'
 
 
@@ -157,8 +157,8 @@ def _headed(name: str, up: bool) -> str:
 def _share(summary: Summary, name: str) -> str:
     ends = summary["intervals"].get(name)
     value = summary["measures"].get(name)
-    told = "" if ends is None or value is None else f"<small>{ends[0]:.2f}–{ends[1]:.2f}</small>"
-    return f'<td class="number">{share(value)}{told}</td>'
+    interval = "" if ends is None or value is None else f"<small>{ends[0]:.2f}–{ends[1]:.2f}</small>"
+    return f'<td class="number">{share(value)}{interval}</td>'
 
 
 def _attacks(about: Mapping[str, Any]) -> Iterator[str]:
@@ -166,8 +166,8 @@ def _attacks(about: Mapping[str, Any]) -> Iterator[str]:
     columns = [one for one in summaries if one["family"] != "none"]  # the base has a column of its own
     attacks: dict[str, Mapping[str, Any]] = {}
     for one in summaries:
-        for name, told in one["attacks"].items():
-            attacks.setdefault(name, told)
+        for name, attack in one["attacks"].items():
+            attacks.setdefault(name, attack)
     yield (
         f"<p>The share of {about['attacked']} forgotten facts that an attack brings back, with its 95 % interval; "
         "lower is better, and a stronger colour is worse. <i>base</i> is the model before: where it is low, the attack "
@@ -175,17 +175,17 @@ def _attacks(about: Mapping[str, Any]) -> Iterator[str]:
         "is no higher than that is forgotten.</p>"
     )
     yield from _open("attacks", ["attack", "base", *(named(one["method"]) for one in columns)])
-    for name, told in attacks.items():
-        cells = [_rate(told["base"]), *(_attacked(one["attacks"].get(name)) for one in columns)]
-        yield f'<tr><th scope="row">{escape(name)}<small>{escape(told["meaning"])}</small></th>{"".join(cells)}</tr>'
+    for name, attack in attacks.items():
+        cells = [_rate(attack["base"]), *(_attacked(one["attacks"].get(name)) for one in columns)]
+        yield f'<tr><th scope="row">{escape(name)}<small>{escape(attack["meaning"])}</small></th>{"".join(cells)}</tr>'
     yield CLOSE
 
 
-def _attacked(told: Mapping[str, Any] | None) -> str:
-    if told is None:
+def _attacked(attack: Mapping[str, Any] | None) -> str:
+    if attack is None:
         return '<td class="rate">-</td>'
-    chance = told["control"]["rate"]
-    return _rate(told["edited"], "" if chance is None else f"chance {chance:.2f}")
+    chance = attack["control"]["rate"]
+    return _rate(attack["edited"], "" if chance is None else f"chance {chance:.2f}")
 
 
 def _rate(column: Mapping[str, Any], note: str = "") -> str:
@@ -201,11 +201,13 @@ def _ability(about: Mapping[str, Any]) -> Iterator[str]:
     summaries = [one for one in ordered(about["methods"]) if one["ability"]]
     tasks: dict[str, Mapping[str, Any]] = {}
     for one in summaries:
-        for name, told in one["ability"].items():
-            tasks.setdefault(name, told)
+        for name, scores in one["ability"].items():
+            tasks.setdefault(name, scores)
     yield "<p>Tasks that have nothing to do with the facts, with standard errors; the base comes first.</p>"
-    yield from _open("ability", ["method", *(_headed(name, told["higher_is_better"]) for name, told in tasks.items())])
-    yield _row("base", [_number(share(told["base"], 3)) for told in tasks.values()])
+    yield from _open(
+        "ability", ["method", *(_headed(name, scores["higher_is_better"]) for name, scores in tasks.items())]
+    )
+    yield _row("base", [_number(share(scores["base"], 3)) for scores in tasks.values()])
     for one in summaries:
         yield _row(told_label(one), [_number(scored(one["ability"].get(name))) for name in tasks])
     yield CLOSE
@@ -244,16 +246,16 @@ def _number(text: str) -> str:
 def _meaning(results: Mapping[str, Any]) -> Iterator[str]:
     for name, about in results["sets"].items():
         yield f"<h3>{escape(name)}</h3><dl>"
-        for measure, told in about["measures"].items():
-            yield _entry(measure.replace("_", " "), told["meaning"], told["higher_is_better"])
+        for measure, described in about["measures"].items():
+            yield _entry(measure.replace("_", " "), described["meaning"], described["higher_is_better"])
         yield "</dl>"
     yield "<h3>Everywhere</h3><dl>"
     yield _entry("perplexity", "on ordinary text, after over before; 1 is unchanged", False)
     attacks = {
-        name: told["meaning"]
+        name: attack["meaning"]
         for about in results["sets"].values()
         for one in about["methods"]
-        for name, told in one["attacks"].items()
+        for name, attack in one["attacks"].items()
     }
     for name, meaning in attacks.items():
         yield _entry(f"attack {name}", f"the share of forgotten facts that it brings back: {meaning}", False)

@@ -42,9 +42,9 @@ def plane(summaries: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
         axes: what the axes are, in words.
     """
     placed = [(n, one) for n, one in enumerate(summaries, 1) if all(one[axis] is not None for axis in AXES)]
-    told = ", ".join(f"{one['method']} {one['forget']:.2f} and {one['retain']:.2f}" for _, one in placed)
+    points = ", ".join(f"{one['method']} {one['forget']:.2f} and {one['retain']:.2f}" for _, one in placed)
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"forget and retain: {told}")}">',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"forget and retain: {points}")}">',
         *_grid(axes),
         *_front([one for _, one in placed if one["front"]]),
         *(mark for _, one in placed for mark in _seeds(one)),
@@ -115,9 +115,9 @@ def _seeds(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _marked(number: int, summary: Mapping[str, Any]) -> str:
-    told = f"{number} {summary['method']}: forget {summary['forget']:.3f}, retain {summary['retain']:.3f}"
+    label = f"{number} {summary['method']}: forget {summary['forget']:.3f}, retain {summary['retain']:.3f}"
     drawn = mark(summary["family"], *_at(summary["forget"], summary["retain"]))
-    return f"<g><title>{escape(told)}</title>{drawn}</g>"
+    return f"<g><title>{escape(label)}</title>{drawn}</g>"
 
 
 def _labels(points: Sequence[tuple[str, float, float]]) -> Iterator[str]:

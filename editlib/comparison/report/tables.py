@@ -66,7 +66,7 @@ def cost_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 def worst_attack(summary: Mapping[str, Any]) -> tuple[str, float] | None:
     """The attack that brought most back, and how much."""
-    rates = {name: told["edited"]["rate"] for name, told in summary["attacks"].items()}
+    rates = {name: attack["edited"]["rate"] for name, attack in summary["attacks"].items()}
     known = {name: rate for name, rate in rates.items() if rate is not None}
     if not known:
         return None
@@ -128,12 +128,12 @@ def attack_table(results: Mapping[str, Any], name: str) -> Rows:
     return rows
 
 
-def leak(told: Mapping[str, Any] | None) -> str:
+def leak(attack: Mapping[str, Any] | None) -> str:
     """ "0.12 (0.05-0.21)"."""
-    if told is None or told["edited"]["rate"] is None:
+    if attack is None or attack["edited"]["rate"] is None:
         return DASH
-    low, high = told["edited"]["interval"]
-    return f"{told['edited']['rate']:.2f} ({low:.2f}-{high:.2f})"
+    low, high = attack["edited"]["interval"]
+    return f"{attack['edited']['rate']:.2f} ({low:.2f}-{high:.2f})"
 
 
 def ability_table(results: Mapping[str, Any], name: str) -> Rows:
@@ -146,12 +146,12 @@ def ability_table(results: Mapping[str, Any], name: str) -> Rows:
     return rows
 
 
-def scored(told: Mapping[str, Any] | None) -> str:
+def scored(score: Mapping[str, Any] | None) -> str:
     """ "0.412 ± 0.010"."""
-    if told is None or told["value"] is None:
+    if score is None or score["value"] is None:
         return DASH
-    error = "" if told["stderr"] is None else f" ± {told['stderr']:.3f}"
-    return f"{told['value']:.3f}{error}"
+    error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+    return f"{score['value']:.3f}{error}"
 
 
 def cost_table(results: Mapping[str, Any], name: str) -> Rows:
