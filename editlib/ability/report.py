@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 NOTE = (
-    "A cell is a value and its standard error; behind an edited model's value, in brackets, its difference to {base} "
+    "A cell is a value and its standard error; after an edited model's value, in brackets, its difference to {base} "
     "and the standard error of that difference, paired over the same documents. An arrow says which way is better. "
     "{which}"
 )

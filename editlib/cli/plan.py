@@ -28,10 +28,10 @@ def plan(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     flops: Annotated[
-        float | None, typer.Option(min=1, help="operations a second of another machine; default: measured here")
+        float | None, typer.Option(min=1, help="operations per second of another machine; default: measured here")
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(min=1, help="bytes of memory a second of another machine; default: measured here")
+        float | None, typer.Option(min=1, help="bytes of memory per second of another machine; default: measured here")
     ] = None,
 ) -> None:
     """Says what an edit will take, step by step, from the model's configuration alone. See docs/how-to/plan.md."""

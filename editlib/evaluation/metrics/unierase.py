@@ -57,7 +57,7 @@ def forget_efficacy(
         kind="combined",
         higher_is_better=True,
         n=len(known),
-        meaning=f"1 - the mean of the {len(known)} numbers of the forget set that stand in value_by_index, the truth "
+        meaning=f"1 - the mean of the {len(known)} numbers of the forget set in value_by_index, the truth "
         "ratio turned round",
     )
 
@@ -101,7 +101,7 @@ def retain_ability(
         {"retain": known},
         ("retain",),
         tuple(known),
-        f"harmonic mean of the {len(known)} numbers of the retain set that stand in value_by_index",
+        f"harmonic mean of the {len(known)} numbers of the retain set in value_by_index",
     )
 
 
