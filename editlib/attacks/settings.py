@@ -13,19 +13,22 @@ LEAST = {"relearn_rate": 0.0, "relearn_steps": 0, "endings": 0}
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """`max_new_tokens` go for every attack; the others for one each.
+    """Settings of the attacks; `max_new_tokens` and `resamples` apply to all, the others to one attack each.
 
     Args:
         token: the unlearning token that is banned.
-        samples: texts drawn for each question.
-        shots: known facts before a question.
-        top_k: how near to the front of an inner layer's reading an answer counts as read.
-        relearn_examples, relearn_steps, relearn_rate, relearn_rank: how many facts are learned, in how many steps of
-            AdamW over all of them, with which learning rate and LoRA rank. On SmolLM2-135M ten steps at 2e-4 brought
-            the most back; twice as many cost the base half of what it knew.
-        frames: a file of questions in other languages in the form of `data/question_frames.jsonl`; `None`: that one.
+        max_new_tokens: largest number of tokens of an answer.
+        samples: texts sampled for each question.
+        shots: few-shot examples before a question.
+        top_k: rank up to which an answer's first token counts as read from an inner layer.
+        relearn_examples: number of facts that are learned.
+        relearn_steps: steps of AdamW, each over all these facts. On SmolLM2-135M ten steps at 2e-4 brought the most
+            back; twice as many cost the base half of what it knew.
+        relearn_rate: learning rate of these steps.
+        relearn_rank: rank of the LoRA adapter that is trained.
+        frames: a file of questions in other languages in the format of `data/question_frames.jsonl`; `None`: that one.
         endings: letters that an inflected ending of an answer may have (see `has_answer`).
-        resamples: of the bootstrap.
+        resamples: resamples of the bootstrap.
 
     Raises:
         AttackError: a number that is out of range.

@@ -13,18 +13,24 @@ from editlib.training.settings import Precision, TrainSettings
 
 @dataclass(frozen=True)
 class BaselineSettings:
-    """How a baseline is run. `None` means the baseline's default, see docs/reference/baselines.md.
+    """Settings of a baseline; `None` means the baseline's default, see docs/reference/baselines.md.
 
     Args:
-        learning_rate, steps: of the trainer; for an editor aimed at a refusal, of the optimisation of its values
-            (`v_lr`, `v_num_grad_steps`).
-        beta: of NPO, SimNPO, DPO and AP; `gamma` of SimNPO.
-        forget_weight, retain_weight: of the two parts of the loss.
-        rank: of a LoRA adapter that is merged at the end; `None`: all weights are trained.
+        learning_rate: learning rate; for an editor aimed at a refusal, that of its values (`v_lr`).
+        steps: optimiser steps; for an editor aimed at a refusal, those of its values (`v_num_grad_steps`).
+        batch_size: items of each part of the loss per step.
+        warmup_steps: steps of the linear warm-up.
+        beta: β of NPO, SimNPO, DPO and AP.
+        gamma: γ of SimNPO.
+        forget_weight: weight of the loss on what is forgotten.
+        retain_weight: weight of the loss on what is kept.
+        rank: rank of a LoRA adapter that is merged at the end; `None`: all weights are trained.
         layer: the layer whose states RMU steers; `None`: `n_layers // 4`.
-        steering: RMU's coefficient `c`, as a multiple of these states' mean norm before training.
+        steering: RMU's coefficient `c`, in units of the mean norm of these states before training.
+        precision: dtype of the training's matrix products, as in `TrainSettings`.
         hparams: settings of an editor: a JSON file or a bundled name; `None`: those bundled for the model.
-        stats_dir, corpus: folder of an editor's statistics, and the text that missing ones are made from.
+        stats_dir: folder of an editor's statistics.
+        corpus: text that missing statistics are computed from.
 
     Raises:
         HparamsError: a value out of range.

@@ -50,11 +50,14 @@ class FinetuneSettings:
     """Settings of fine-tuning on pairs.
 
     Args:
-        epochs: times that every pair is read.
-        rank: of a LoRA adapter, merged at the end; `None` trains all weights.
-        keep: what else is read in every step, as a share of the batch: the model's own answers to the bundled general
-            prompts, and as much plain text of `text`, so that it goes on chatting and writing as before.
-        text: corpus for that; `None`: the general prompts alone.
+        epochs: passes over all pairs.
+        learning_rate: largest learning rate.
+        batch_size: pairs per step.
+        warmup_steps: steps of the linear warm-up.
+        rank: rank of a LoRA adapter that is merged at the end; `None`: all weights are trained.
+        keep: share of the batch that is added to preserve the model's behaviour: its own answers to the bundled general
+            prompts, and as much plain text of `text`.
+        text: corpus of the plain text; `None`: the general prompts alone.
 
     Raises:
         HparamsError: a value out of range.

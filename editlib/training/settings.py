@@ -18,16 +18,17 @@ class TrainSettings:
     """AdamW (1711.05101) with a linear warm-up.
 
     Args:
-        learning_rate: the largest one, after the warm-up.
+        learning_rate: largest learning rate, reached after the warm-up.
         steps: optimiser steps.
-        batch_size: items of each part of the loss in a step; the steps go through shuffled epochs one after another.
-        warmup_steps: until the learning rate is reached.
-        decay: "constant" afterwards, or down to a tenth at the last step. With "constant" a longer run passes through
-            the very weights that a shorter one ends at.
-        max_grad_norm: longer gradients are cut to this L2 norm; `None` leaves them.
-        precision: of the matrix products; weights, gradients and AdamW's moments are fp32 always. "auto" is bfloat16
-            where the processor's bf16 products are the faster ones.
-        seed: of the order of the items.
+        batch_size: items of each part of the loss per step, drawn from shuffled epochs.
+        warmup_steps: steps of the linear warm-up.
+        decay: learning rate after the warm-up: "constant", or falling to a tenth at the last step. With "constant" a
+            longer run passes through the weights that a shorter one ends at.
+        max_grad_norm: gradients are clipped to this L2 norm; `None`: no clipping.
+        weight_decay: AdamW's weight decay.
+        precision: dtype of the matrix products; weights, gradients and AdamW's moments are always fp32. "auto" is
+            bfloat16 if the processor is faster in it.
+        seed: seed of the order of the items.
 
     Raises:
         HparamsError: a value out of range.
