@@ -24,18 +24,19 @@ WIDE = 8  # of a fp64 number
 
 @dataclass(frozen=True)
 class Work:
-    """Operations at one rate, the bytes that they move, and the calls of a layer that they are made in."""
+    """A piece of work that runs at one of the machine's rates."""
 
     rate: Rate
-    flops: float
-    moved: float = 0.0
-    calls: float = 0.0
+    flops: float  # operations
+    moved: float = 0.0  # bytes read and written
+    calls: float = 0.0  # calls of a layer, each with its overhead
 
     def by_rate(self, machine: Machine) -> bool:
-        """Whether the machine's rate of operations bounds it, not its memory."""
+        """Whether it is bound by the machine's rate of operations, not by its memory (the roofline model)."""
         return self.rate != "disk" and self.flops / machine.rate(self.rate) >= self.moved / machine.bandwidth
 
     def seconds(self, machine: Machine) -> float:
+        """Estimates the seconds on `machine`: the slower of computing and moving the bytes."""
         if self.rate == "disk":
             return self.moved / machine.disk
         return max(self.flops / machine.rate(self.rate) + self.calls * machine.call, self.moved / machine.bandwidth)
@@ -43,21 +44,23 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a job: its pieces of work, and the most bytes that it holds beyond the weights."""
+    """One step of a job."""
 
     name: str
     work: list[Work] = field(default_factory=list)
-    held: float = 0.0
+    held: float = 0.0  # the most bytes that it holds in addition to the weights
 
     @property
     def flops(self) -> float:
+        """Operations of all its work."""
         return sum(work.flops for work in self.work)
 
     def seconds(self, machine: Machine) -> float:
+        """Estimates the seconds of all its work on `machine`, one piece after another."""
         return sum(work.seconds(machine) for work in self.work)
 
     def bound(self, machine: Machine) -> str:
-        """What most of its time goes into: "matrix rate", "memory" or "disk"."""
+        """The resource that most of its time goes into: "matrix rate", "memory" or "disk"."""
         shares = {"matrix rate": 0.0, "memory": 0.0, "disk": 0.0}
         for work in self.work:
             kind = "disk" if work.rate == "disk" else "matrix rate" if work.by_rate(machine) else "memory"
@@ -98,7 +101,7 @@ def statistics(size: ModelSize, layers: Sequence[int], tokens: int, batch_tokens
         "statistics",
         [
             forward_pass(size, tokens, max(layers) + 1, "fast", passes=batches),
-            # fp32 products of the upper half, in eight slabs, added up in fp64: sums are read and written once a batch
+            # fp32 products of the upper half, in eight slabs, summed in fp64: sums are read and written once per batch
             Work("product", 1.125 * square * tokens * len(layers), 3 * square * WIDE * len(layers) * batches),
             decomposition(size, len(layers)),
         ],
@@ -112,7 +115,7 @@ def decomposition(size: ModelSize, layers: int) -> Work:
 
 
 def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = ITEM) -> Step:
-    """The values of all requests: what does not change, once; then `steps` passes from the edited layer up and back."""
+    """The values of all requests: one pass up to the edited layer, then `steps` passes from there up and back."""
     rows = job.requests * (job.contexts + job.kl_prompts)
     above = size.n_layers - max(job.layers) - 1
     suffix = job.requests * (job.contexts * (job.suffix_tokens + job.target_tokens - 1) + job.kl_prompts * 3)
@@ -142,8 +145,8 @@ def solve(size: ModelSize, job: Job) -> Step:
     """Keys, residuals, the closed form and the update of each layer."""
     first, last, n = min(job.layers), max(job.layers), job.requests
     tokens = n * job.contexts * job.prompt_tokens
-    m = n + job.past
-    # up to the first layer once; then each layer for its keys, to be advanced, and up to the last for the states
+    m = n + job.past  # keys in the linear system
+    # One pass up to the first layer; then each layer for its keys, once more to advance, and up to the last for H.
     layers_run = first + sum(2 + last - layer + 1 for layer in job.layers)
     system = 2 * size.d_ff * m**2 + m**3 / 3 + 2 * m**2 * n + 2 * size.d_ff * m * n
     project = 4 * size.d_ff * job.kept_out * m

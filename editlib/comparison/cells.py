@@ -27,13 +27,16 @@ class RunCell:
 
     @property
     def key(self) -> str:
+        """The hash of what decides the cell: the name of its file."""
         return self.shelf.path.name
 
     @property
     def label(self) -> str:
+        """The cell's name in messages."""
         seed = f", seed {self.seed}" if self.method.seeded else ""
         return f"{self.set}, {self.method.label}{seed}"
 
     @property
     def complete(self) -> bool:
+        """Whether the edit and all its measurements are stored."""
         return all(self.shelf.get(part) is not None for part in (EDIT, *self.parts))

@@ -66,6 +66,7 @@ class Base(NamedTuple):
 
     @property
     def target(self) -> LoadedModel:
+        """The model as attacks and scores take it."""
         return self.bench.loaded
 
 
