@@ -209,7 +209,7 @@ def test_easyedits_ft_has_no_limit_and_names_the_weight(tmp_path):
 def test_relatives_say_which_algorithm_their_settings_load_for(tmp_path, folder, content, ours, idle):
     path = written(tmp_path, f"{folder}/llama", content)
     for each in (path, written(tmp_path, "named", {**content, "alg_name": folder})):
-        with pytest.raises(HparamsError, match=rf"{folder}.*not here.*--algorithm {ours}$"):
+        with pytest.raises(HparamsError, match=rf"{folder}.*not available.*--algorithm {ours}$"):
             load_hparams(each)
         assert idle in load_hparams(each, ours).unused
 
