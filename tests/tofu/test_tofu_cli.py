@@ -154,3 +154,14 @@ def test_along_a_chain(call, folder, tofu, tmp_path):
     assert metrics["sets"]["retain"] == 3
     assert "After every batch" in (out / "report.html").read_text()
     assert "Asked: questions to forget 6" in said
+
+
+def test_rows_that_were_left_out_are_in_the_metrics(call, folder, tofu, tmp_path):
+    with (tofu / "world_facts_perturbed.jsonl").open("a") as file:
+        file.write('{"question": 7}\n')
+    given = ("--protocol", "tofu", "--tofu", tofu, *FEW, "--out", tmp_path / "out")
+    refused(call("eval", folder, folder, *given), "world_facts_perturbed.jsonl:3", "--skip-bad")
+    code, _, err = call("eval", folder, folder, *given, "--skip-bad")
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["left_out"] == {"world_facts_perturbed.jsonl": ["line 3"]}
