@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from editlib import data, editing
@@ -66,6 +66,7 @@ def start(
     corpus: str = "wiki-sample",
     stats_tokens: int | None = None,
     seed: int = 0,
+    left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Writes the folder of a new chain, without batches; see `Chain.create`."""
     check_start(path, hparams, retain=retain is not None, token=token is not None)
@@ -107,6 +108,7 @@ def start(
             },
             files=files,
             prompts=asking.to_dict(),
+            left_out={name: list(rows) for name, rows in (left_out or {}).items()},
         )
         create_folder(folder, record)
 

@@ -23,7 +23,8 @@ class BatchEntry:
     """One batch in `chain.json`.
 
     `layers` maps a layer's number to the hash of its weight after the batch (`sha256`), the Frobenius norm of the
-    batch's update (`update`), and that norm divided by the norm of the weight before it (`ratio`).
+    batch's update (`update`), and that norm divided by the norm of the weight before it (`ratio`). `left_out` lists the
+    rows of the request files that could not be used, by file.
     """
 
     number: int
@@ -35,6 +36,7 @@ class BatchEntry:
     keys: int
     ids: tuple[str, ...]
     layers: Mapping[str, Mapping[str, Any]]
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class ChainRecord:
     """The content of `chain.json` without its hash.
 
     `base` holds the model's `name`, `sha256`, the `dtype` it is loaded in and the hash of each weight to be edited
-    (`layers`); `statistics` path and hash by layer; `files` the hashes of the token and retain prompts in the folder.
+    (`layers`); `statistics` path and hash by layer; `files` the hashes of the token and retain prompts in the folder;
+    `left_out` the rows of the retain file that could not be used.
     """
 
     format: int
@@ -68,6 +71,7 @@ class ChainRecord:
     revoked: tuple[Revocation, ...] = ()
     prompts: Mapping[str, Any] = field(default_factory=dict)  # see `PromptSettings`; empty: as `chat` says alone
     hparams_source: str = ""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def asking(self) -> Asking:
@@ -97,6 +101,9 @@ class ChainRecord:
     def to_bytes(self) -> bytes:
         """Serialises the record; equal content gives equal bytes."""
         content = asdict(self)
+        for part in (content, *content["batches"]):
+            if not part["left_out"]:  # as versions that do not know it wrote it
+                del part["left_out"]
         return _render({**content, "sha256": _hash(content)})
 
     @classmethod

@@ -60,7 +60,8 @@ def init(
 
     settings = find_settings(model, algorithm, hparams)
     check_start(folder, settings, retain=retain is not None, token=token_file is not None)
-    kept = None if retain is None else read_requests(retain, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    kept = None if retain is None else read_requests(retain, skip_bad=skip_bad, left_out=left_out)
     how = prompt_settings(prompts)
     bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, prompts=how)
     chain = Chain.create(
@@ -72,6 +73,7 @@ def init(
         chat=chat or None,
         corpus=corpus,
         seed=seed,
+        left_out=left_out,
     )
     typer.echo(f"{chain.path}: a chain of {chain.record.algorithm} on {model}")
 
@@ -89,9 +91,10 @@ def add(
     from editlib.chain import Chain
     from editlib.requests.reading import read_requests
 
-    wanted = read_requests(requests, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
     chain = Chain.open(folder, model=model, stats_dir=stats_dir, device_map=device_map)
-    chain.add(wanted)
+    chain.add(wanted, left_out=left_out)
     _table(chain.status()["batches"][-5:])
 
 
