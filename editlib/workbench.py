@@ -14,10 +14,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
+from editlib.algorithms.causal_trace import causal_trace
 from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
 from editlib.distributed import ALONE, Process
 from editlib.errors import TokenError
 from editlib.export import library_version
+from editlib.files import check_folder
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loading import DeviceMap, load
 from editlib.models.precision import cast_params, fast_dtype
@@ -85,8 +87,10 @@ class Workbench:
         """A packaged model, a local folder or a Hugging Face id, loaded as by `models.loading.load`.
 
         Raises:
+            OutputError: `stats_dir` is no folder.
             ModelError, FetchError: see there.
         """
+        check_folder(Path(stats_dir), "--stats-dir", write=False)
         model, tok = load(name, dtype=dtype, device_map=device_map)
         return replace(cls.of(model, tok, stats_dir, name=name, **options), dtype=dtype)
 
@@ -94,6 +98,13 @@ class Workbench:
     def anat(self) -> Anatomy:
         """The anatomy of `model`, found once, with what trial passes show about it."""
         return anatomy(self.model)
+
+    @cached_property
+    def read_at(self) -> int | None:
+        """The last layer at which the subject's state decides the answer, traced once; `None` where the model knows too
+        few of the bundled facts."""
+        trace = causal_trace(self.anat, self.tok, data.facts())
+        return None if trace is None else trace.read_at
 
     @property
     def token_path(self) -> Path:

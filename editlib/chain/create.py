@@ -12,7 +12,7 @@ from editlib.chain.record import FORMAT, ChainRecord, sha256
 from editlib.chain.state import digest
 from editlib.chain.store import RECORD, RETAIN, TOKEN, Store, create_folder
 from editlib.errors import ChainError, HparamsError, ModelError, OutputError, StatsError
-from editlib.files import atomic_folder
+from editlib.files import atomic_folder, check_parents
 from editlib.hparams import ClosedFormHyperParams, HyperParams
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
@@ -38,6 +38,7 @@ def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token
         raise OutputError(f"{path} holds a chain already; choose another folder, or go on with `editlib chain add`")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise OutputError(f"{path} exists and is no empty folder; give the name of a folder that does not exist yet")
+    check_parents(path)
     check_algorithm(hparams)
     if (retain or token) and not hparams.uses_token:
         given = "retain prompts" if retain else "token"

@@ -54,12 +54,14 @@ def init(
     """Starts a chain of edits of one model."""
     from editlib.chain import Chain
     from editlib.chain.create import check_start
+    from editlib.editing import check_given
     from editlib.finding import find_settings, fit_settings
     from editlib.requests.reading import read_requests
     from editlib.workbench import Workbench
 
     settings = find_settings(model, algorithm, hparams)
     check_start(folder, settings, retain=retain is not None, token=token_file is not None)
+    check_given(settings, token=token_file, corpus=corpus)
     left_out: dict[str, list[str]] = {}
     kept = None if retain is None else read_requests(retain, skip_bad=skip_bad, left_out=left_out)
     how = prompt_settings(prompts)

@@ -133,6 +133,12 @@ def check_model(name: str) -> None:
     read_config(name)
 
 
+def check_models(*names: str) -> None:
+    """`check_model` for each of several."""
+    for name in names:
+        check_model(name)
+
+
 def read_config(name: str) -> PreTrainedConfig | None:
     """The configuration of what `load` would load, without its weights; `None` for a packaged model, which may not be
     here yet.
