@@ -226,6 +226,7 @@ class Chain:
             self._refresh()
             self._check_new(new)
             session, seed = self._session, self.record.seed_of(new)
+            session.check_inputs(self.record)
             bench = session.at_end(self.record)
             before = session.state
             assert before is not None  # `at_end` sets it

@@ -123,6 +123,17 @@ def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, s
     return tuple(context_templates(bench.anat, form, hparams.context_template_length_params, seed=seed))
 
 
+def check_inputs(record: ChainRecord, stats_dir: Path | None = None) -> None:
+    """Raises `StatsError` if statistics are not where they were and no other folder is given; needs no model."""
+    for layer, known in record.statistics.items():
+        if stats_dir is None and not Path(known["path"]).is_file():
+            raise StatsError(_gone(Path(known["path"]), int(layer)) + "; restore them, or give --stats-dir")
+
+
+def _gone(path: Path, layer: int) -> str:
+    return f"{path}: the chain's statistics of layer {layer} are gone"
+
+
 def inputs_of(store: Store, record: ChainRecord, bench: Workbench, stats_dir: Path | None = None) -> editing.EditInputs:
     """Loads the statistics and the token that the chain was started with.
 
@@ -157,16 +168,14 @@ def _stats(record: ChainRecord, layer: int, bench: Workbench, stats_dir: Path | 
     path = Path(known["path"])
     if path.is_file() or stats_dir is None:
         if not path.is_file():
-            raise StatsError(
-                f"{path}: the chain's statistics of layer {layer} are gone; restore them, or give --stats-dir"
-            )
+            raise StatsError(f"{_gone(path, layer)}; restore them, or give --stats-dir")
         stats = read_stats(path)
     else:
         name = bench.anat.mlp_output_names[layer]
         try:
             stats = find_stats(stats_dir, bench.name, None, name, bench.anat.d_ff, model_sha256=bench.sha256)
         except StatsNotFound as error:
-            raise StatsError(f"{path}: the chain's statistics of layer {layer} are gone, and {error}") from None
+            raise StatsError(f"{_gone(path, layer)}, and {error}") from None
     if stats.sha256() != known["sha256"]:
         raise StatsError(
             f"{stats.path}: the statistics of layer {layer} are not those that the chain was started with (hash "
