@@ -162,7 +162,7 @@ _TEXTS, _OBJECTS = ("created", "algorithm", "hparams_source"), ("base", "hparams
 def _misfit(record: ChainRecord) -> str | None:
     """Names what in a record is not of the kind that `asdict` writes; `None` where all is."""
     base = record.base
-    kinds = {name: (getattr(record, name), str) for name in _TEXTS}
+    kinds: dict[str, tuple[Any, Any]] = {name: (getattr(record, name), str) for name in _TEXTS}
     kinds |= {name: (getattr(record, name), Mapping) for name in (*_OBJECTS, "left_out")}
     kinds |= {"seed": (record.seed, int), "templates": (record.templates, tuple)}
     if isinstance(base, Mapping):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlib import data
 from editlib.errors import HparamsError, OutputError, RequestError
 from editlib.evaluation.metrics import probability, read_answers, rouge_l_recall
+from editlib.evaluation.metrics.generated import require_rouge
 from editlib.evaluation.perplexity import text_windows
 from editlib.export import asked_as, library_version
 from editlib.files import atomic_folder, check_folder, check_output, check_room, write_json
@@ -153,6 +154,7 @@ def finetune(
     """
     out, settings = Path(out), settings or FinetuneSettings()
     check_folder(out)
+    require_rouge()
     if settings.text is not None:
         check_corpus(settings.text)
     pairs = read_pairs(files, authors, skip_bad=skip_bad)

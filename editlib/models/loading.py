@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -161,6 +162,8 @@ def read_config_file(path: str) -> PreTrainedConfig:
         ModelError: not a configuration, or that of a kind that cannot be edited.
     """
     with _one_line_errors(path), quiet_bars():
+        if not isinstance(json.loads(Path(path).read_text(encoding="utf-8")), dict):
+            raise ValueError("not a JSON object")
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         _check_config(config, path)
     return config

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 NAMED_ROWS = 5
 """How many bad rows are reported with their errors; of the others, only the row numbers are."""
+OF_ONE_KIND = 20
+"""Where more rows than these are all bad in the same way, the file is of another kind, and no row is named."""
 REPEATED = "rewrites that ask the same as an earlier one are left out"
 
 
@@ -149,6 +151,8 @@ def _complaint(path: Path, bad: Sequence[tuple[FileRow, str]], rows: int) -> str
         row, said = bad[0]
         others = "" if rows == 1 else "; or leave it out with --skip-bad"
         return f"{row.where(path)}{_name_of(row)}: {said}{others}"
+    if len(bad) >= rows > OF_ONE_KIND and len({said for _, said in bad}) == 1:
+        return f"{path}: none of its {rows} rows can be used: {bad[0][1]}"
     given = f"{path}: {len(bad)} of {rows} rows cannot be used: {'; '.join(_told(bad))}"
     return f"{given}; fix them, or leave them out with --skip-bad"
 

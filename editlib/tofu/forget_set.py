@@ -20,7 +20,17 @@ from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.settings import knob
 from editlib.shelf import JsonStore, digest
-from editlib.tofu.scores import ANSWER_TOKENS, RATIOS, Judges, Reading, read, reference_results, score, tofu_scores
+from editlib.tofu.scores import (
+    ANSWER_TOKENS,
+    RATIOS,
+    Judges,
+    Reading,
+    check_scoring,
+    read,
+    reference_results,
+    score,
+    tofu_scores,
+)
 from editlib.tofu.sets import FORGET, Asked, TofuSets, questions_in, read_tofu
 
 EFFICACY, KEPT = "forget_efficacy", ("model_utility", "retain_ability")
@@ -64,6 +74,7 @@ class Tofu(Benchmark):
     def __init__(self, settings: SetSettings, where: str, **loading: Any) -> None:
         super().__init__(settings, where, **loading)
         own = self.settings
+        check_scoring(Judges(own.encoder, own.classifier), own.reference)
         learned = None if own.learned is None else questions_in(own.learned, skip_bad=own.skip_bad)
         sets = read_tofu(own.source, own.forget, learned=learned, skip_bad=own.skip_bad)
         self.sets = apart(sets.limited(own.limit, own.seed), own.seed)

@@ -15,7 +15,16 @@ from editlib.models.loading import DeviceMap, load
 from editlib.models.prompts import Asking
 from editlib.requests.request import EditRequest
 from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
-from editlib.tofu.scores import ANSWER_TOKENS, Judges, Reading, compare_tofu, document, reference_results, tofu_scores
+from editlib.tofu.scores import (
+    ANSWER_TOKENS,
+    Judges,
+    Reading,
+    check_scoring,
+    compare_tofu,
+    document,
+    reference_results,
+    tofu_scores,
+)
 from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
 
 
@@ -68,6 +77,7 @@ class TofuProtocol:
         Raises:
             EditlibError: a file that does not fit, or sets that cannot be reached.
         """
+        check_scoring(options.get("judges"), reference)
         learned = None if learned_file is None else questions_in(learned_file, skip_bad=skip_bad)
         made = cls(read_tofu(source, forget, learned=learned, skip_bad=skip_bad), reference=reference, **options)
         if reference is not None and Path(reference).is_file():
