@@ -17,6 +17,7 @@ from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import RequestError
 from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape, UniEraseHyperParams
 from editlib.requests.request import EditRequest
+from editlib.stats.corpus import check_corpus
 from editlib.stats.file import LayerStats
 from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
@@ -30,6 +31,19 @@ class EditInputs:
 
     stats: Mapping[int, LayerStats]
     token: UnlearningToken | None = None
+
+
+def check_given(hparams: HyperParams, *, token: Path | None = None, corpus: str | None = None) -> None:
+    """Checks the files that an edit takes besides its requests; call it before a model is loaded.
+
+    Raises:
+        TokenError: no token is in this file.
+        CorpusError: no text is in this file, or not of a kind that is read.
+    """
+    if token is not None and hparams.uses_token:
+        UnlearningToken.load(token)
+    if corpus is not None and hparams.uses_statistics:
+        check_corpus(corpus)
 
 
 def load_inputs(

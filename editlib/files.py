@@ -87,6 +87,55 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"--out {path} is a file; give the name of a folder that does not exist yet")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise OutputError(f"--out {path} exists and is not empty; choose another folder or add --overwrite")
+    check_parents(path)
+
+
+def make_folder(path: Path) -> None:
+    """Raises `OutputError` where that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; check the folder") from None
+
+
+def check_folder(path: Path, option: str = "--out", *, write: bool = True) -> None:
+    """Raises `OutputError` when `path` is no place for a folder that may be there already; call it before long work
+    starts.
+
+    Args:
+        write: files will be written to it; else it may be one that may only be read.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{option} {path} is a file; give the name of a folder")
+    if not path.exists():
+        check_parents(path)
+    elif write and not os.access(path, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: it may not be written; choose another place")
+
+
+def check_parents(path: Path) -> None:
+    """Raises `OutputError` when nothing can be made at `path`: what is above it is a file, or may not be written."""
+    above = next(folder for folder in path.absolute().parents if folder.exists() or not folder.name)
+    if not above.is_dir():
+        raise OutputError(f"cannot write {path}: {above} is no folder; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: {above} may not be written; choose another place")
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raises `OutputError` when the disk that `path` will be on has fewer than `needed` bytes; call it before long
+    work."""
+    above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists() or not folder.name)
+    try:
+        free = shutil.disk_usage(above).free
+    except OSError as error:  # a system that does not say it
+        log.debug("free space of %s: %s", above, error)
+        return
+    if free < needed:
+        raise OutputError(
+            f"cannot write {path}: it takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; free some space, "
+            "or choose another disk"
+        )
 
 
 def _open_up(path: Path) -> None:
@@ -135,6 +184,7 @@ def check_file(path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"{path} is a folder; give the name of a file that does not exist yet")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists; choose another name or add --overwrite")
+    check_parents(path)
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
@@ -148,10 +198,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
         text = layout(value)
     except ValueError:
         text = layout(_finite(value))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; check the folder") from None
+    make_folder(path.parent)
     with atomic_path(path) as temporary:
         temporary.write_bytes((text + "\n").encode("utf-8", "replace"))  # a model may write half a surrogate pair
 

@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from editlib import data
-from editlib.algorithms.causal_trace import causal_trace
 from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
 from editlib.models.loading import model_of, read_config
 from editlib.models.residual_path import output_path
@@ -59,8 +57,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
     if not is_derived(hparams):
         return hparams
     anat, shape = bench.anat, ModelShape.of(bench.model.config, model_slug(bench.name))
-    trace = causal_trace(anat, bench.tok, data.facts())
-    read_at = None if trace is None else trace.read_at
+    read_at = bench.read_at
     if read_at is None:
         log.info("%s knows too few bundled facts to be traced: layers by share of depth alone", shape.name)
     elif not READ_BETWEEN[0] <= read_at / max(anat.n_layers - 1, 1) <= READ_BETWEEN[1]:

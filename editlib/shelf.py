@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from editlib.errors import OutputError
-from editlib.files import atomic_path, check_output, write_json
+from editlib.files import atomic_path, check_output, make_folder, write_json
 
 T = TypeVar("T")
 FINISHED = "finished"
@@ -108,22 +108,29 @@ def _short_digest(job: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def make_folder(path: Path) -> None:
-    """Raises `OutputError` where that cannot be done."""
+def read_cells(path: Path, kind: type[T]) -> list[T]:
+    """The points of earlier runs; a line that was cut when its run was stopped is taken out of the file.
+
+    Args:
+        kind: the dataclass of a point.
+
+    Raises:
+        OutputError: the file holds anything else.
+    """
+    other = "not what an earlier run wrote; choose another --out, or remove the file"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; check the folder") from None
-
-
-def read_cells(path: Path) -> list[dict[str, Any]]:
-    """The points of earlier runs; a line that was cut when its run was stopped is taken out of the file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError):
+        raise OutputError(f"{path}: {other}") from None
     whole, end, cut = text.rpartition("\n")
+    try:
+        found = [kind(**json.loads(row)) for row in whole.split("\n") if row]
+    except (ValueError, TypeError, RecursionError):
+        raise OutputError(f"{path}: {other}") from None
     if cut:
         with atomic_path(path) as temporary:
             temporary.write_text(whole + end, encoding="utf-8")
-    return [json.loads(row) for row in whole.split("\n") if row]
+    return found
 
 
 def append_cell(path: Path, cell: Mapping[str, Any]) -> None:

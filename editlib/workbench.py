@@ -14,16 +14,19 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
+from editlib.algorithms.causal_trace import causal_trace
 from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
 from editlib.distributed import ALONE, Process
 from editlib.errors import TokenError
 from editlib.export import library_version
+from editlib.files import check_folder
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loaded import LoadedModel
 from editlib.models.loading import DeviceMap, load
+from editlib.models.positions import SPARE, fitting, positions_of
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompt_settings import PromptSettings, differing
-from editlib.models.prompts import settled
+from editlib.models.prompts import PromptFormat, settled
 from editlib.models.weights import weights_sha256
 from editlib.stats.corpus import load_corpus
 from editlib.stats.file import LayerStats, StatsHeader
@@ -86,8 +89,10 @@ class Workbench:
         """A packaged model, a local folder or a Hugging Face id, loaded as by `models.loading.load`.
 
         Raises:
+            OutputError: `stats_dir` is no folder.
             ModelError, FetchError: see there.
         """
+        check_folder(Path(stats_dir), "--stats-dir", write=False)
         model, tok = load(name, dtype=dtype, device_map=device_map)
         return replace(cls.of(model, tok, stats_dir, name=name, **options), dtype=dtype)
 
@@ -95,6 +100,13 @@ class Workbench:
     def anat(self) -> Anatomy:
         """The anatomy of `model`, found once, with what trial passes show about it."""
         return anatomy(self.model)
+
+    @cached_property
+    def read_at(self) -> int | None:
+        """The last layer at which the subject's state decides the answer, traced once; `None` where the model knows too
+        few of the bundled facts."""
+        trace = causal_trace(self.anat, self.tok, data.facts())
+        return None if trace is None else trace.read_at
 
     @property
     def loaded(self) -> LoadedModel:
@@ -238,15 +250,17 @@ class Workbench:
         path: Path | None = None,
     ) -> UnlearningToken:
         """Learns the unlearning token over the bundled questions and keeps it at `path`."""
-        hp = hparams or TokenHyperParams()
+        hp, texts = hparams or TokenHyperParams(), data.refusals(refusals)
         asked = data.questions("train")
         random.Random(hp.seed).shuffle(asked)
+        ordinary = [prompt.question for prompt in data.general("anchor")][: hp.guard_prompts // 3]
+        asked, ordinary = self._short_enough(asked, ordinary, texts, hp)
         token = learn_token(
             self.anat,
             self.tok,
             asked,
-            data.refusals(refusals),
-            ordinary=[prompt.question for prompt in data.general("anchor")][: hp.guard_prompts // 3],
+            texts,
+            ordinary=ordinary,
             hparams=hp,
             prompts=self.prompts,
             model_sha256=self.sha256,
@@ -254,6 +268,30 @@ class Workbench:
         )
         token.save(path or self.token_path)
         return token
+
+    def _short_enough(
+        self, asked: list[str], ordinary: list[str], refusals: Sequence[str], hp: TokenHyperParams
+    ) -> tuple[list[str], list[str]]:
+        """Those of the bundled questions that this model has positions for, with a refusal after them.
+
+        Raises:
+            TokenError: too few.
+        """
+        form = PromptFormat.of(self.tok, self.prompts)
+        forms = [form, PromptFormat(self.tok, chat=False)]
+        room = max(hp.guard_tokens, 1 + max(len(form.answer_ids(text)) for text in refusals) + SPARE)
+        kept = [asked, ordinary]
+        for one in forms:
+            kept = [fitting(self.model, one, questions, room=room) for questions in kept]
+        if len(kept[0]) < max(hp.batch, 2):
+            raise TokenError(
+                f"{self.name} has {positions_of(self.model)} positions, too few for {len(asked) - len(kept[0])} of "
+                f"the {len(asked)} bundled questions with a refusal ({room} tokens) as it is asked; give shorter "
+                "prompts or refusals, or another model"
+            )
+        if left_out := len(asked) + len(ordinary) - sum(map(len, kept)):
+            log.info("%d bundled questions are longer than the positions of %s: left out", left_out, self.name)
+        return kept[0], kept[1]
 
     def find_or_make_token(self, path: Path | None = None, *, seed: int = 0) -> UnlearningToken:
         """The token at `path`, or the one kept for this model, which is learned first when there is none.

@@ -1,6 +1,7 @@
 """Settings for models never seen, from the command line down to an edit of each common architecture."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from tiny_models import make_llama, train_tokenizer
 
 from editlib.algorithms.edit import EditState
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.baselines.refusal_edit import editor_hparams
+from editlib.baselines.settings import BaselineSettings
+from editlib.comparison.method import General
+from editlib.comparison.methods import read_method
 from editlib.editing import EditInputs, apply, check_settings
 from editlib.errors import HparamsError
 from editlib.finding import find_settings, fit_settings
@@ -119,6 +124,43 @@ def test_a_norm_that_no_list_names_takes_the_gate_out(tmp_path):
     found = fit_settings(bench, derive("UniErase", ModelShape("o", "new", 4, 32)))
     assert found.gate_layer is None
     check_settings(bench, found)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """A model whose answers are read up to layer 14 by its trace."""
+    calls = []
+
+    def trace(*given):
+        calls.append(given)
+        return SimpleNamespace(read_at=14)
+
+    monkeypatch.setattr("editlib.workbench.causal_trace", trace)
+    return calls
+
+
+def test_the_trace_is_made_once(tmp_path, unseen, traced):
+    bench = Workbench.load(str(unseen), tmp_path, progress=False)
+    shape = ModelShape.of(bench.model.config, "qwen")
+    for algorithm in ("MEMIT", "UniErase", "AlphaEdit"):
+        assert fit_settings(bench, derive(algorithm, shape)) == derive(algorithm, shape, read_at=14)
+    assert len(traced) == 1
+
+
+def test_a_comparison_and_a_baseline_take_the_trace_over(tmp_path, unseen, traced):
+    """As `unlearn` and `edit` do; single settings of the config stay."""
+    bench = Workbench.load(str(unseen), tmp_path, progress=False)
+    shape = ModelShape.of(bench.model.config, "qwen")
+    general = General(model=str(unseen))
+    for name, algorithm in (("UniErase", "UniErase"), ("MEMIT-refusal", "MEMIT")):
+        by_depth = find_settings(str(unseen), algorithm)
+        method = read_method({"method": name, "settings": {"v_num_grad_steps": 3}}, "here", general)
+        assert method.hparams.layers == by_depth.layers and method.hparams.v_num_grad_steps == 3
+        method.fit(bench)
+        fitted = derive(algorithm, shape, read_at=14)
+        assert method.hparams.to_dict() == {**fitted.to_dict(), "v_num_grad_steps": 3, "model_name": "qwen"}
+        assert fitted.layers != by_depth.layers
+    assert editor_hparams("MEMIT", bench, BaselineSettings()).layers == derive("MEMIT", shape, read_at=14).layers
 
 
 def test_the_file_is_complete_and_reads_itself(call, unseen, tmp_path):

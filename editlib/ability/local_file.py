@@ -97,8 +97,9 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{path}: cannot be read ({reason}); give a file of JSON lines") from None
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from editlib.ability.text import measure_text, over_windows
 from editlib.errors import MetricError
 from editlib.export import library_version
 from editlib.files import write_json
-from editlib.models.loading import DeviceMap, check_model, load
+from editlib.models.loading import DeviceMap, check_models, load
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.shelf import Finished
@@ -73,8 +73,7 @@ def run_ability(
     if tasks:
         require_lm_eval()
     kept = Finished(out, overwrite=overwrite)
-    for where in models.values():
-        check_model(str(where))
+    check_models(*map(str, models.values()))
     corpus = None if text is None else load_corpus(text)
     with tempfile.TemporaryDirectory(prefix="editlib-ability-") as folder:
         loaded = load_tasks(tasks, Path(folder)) if tasks else ()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlib import editing
 from editlib.algorithms.edit import EditResult
 from editlib.baselines.settings import BaselineSettings
+from editlib.finding import fit_settings
 from editlib.hparams import HyperParams, ModelShape, find_hparams, load_hparams
 from editlib.models.prompt_settings import PromptSettings
 from editlib.requests.request import EditRequest
@@ -28,7 +29,8 @@ def editor_hparams(algorithm: str, bench: Workbench, settings: BaselineSettings)
         HparamsError: given ones that cannot be read.
     """
     if settings.hparams is None:
-        hparams = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
+        found = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
+        hparams = fit_settings(bench, found)
     else:
         hparams = load_hparams(settings.hparams, algorithm)
     given = {"v_lr": settings.learning_rate, "v_num_grad_steps": settings.steps}

@@ -287,5 +287,5 @@ def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | No
         )
     if kept is None:
         write_json(out / JOB, job)
-    trials = [TrialRun(**cell) for cell in read_cells(out / TRIALS)]
+    trials = read_cells(out / TRIALS, TrialRun)
     return {(trial.learning_rate, trial.steps): trial for trial in trials}

@@ -18,8 +18,10 @@ from editlib.algorithms.registry import apply_function
 from editlib.algorithms.values import Values
 from editlib.benches.counterfact_scores import known_facts, score_edits
 from editlib.benches.points import Cell
+from editlib.editing import check_given
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.evaluation.perplexity import text_windows
+from editlib.facts.plots import require_matplotlib
 from editlib.finding import find_settings
 from editlib.hparams import HyperParams, algorithm_of
 from editlib.models.generation import perplexity
@@ -28,7 +30,7 @@ from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import requests_hash, write_requests
 from editlib.requests.request import EditRequest
 from editlib.shelf import append_cell, read_cells
-from editlib.stats.corpus import load_corpus
+from editlib.stats.corpus import check_corpus, load_corpus
 from editlib.stats.file import LayerStats
 from editlib.workbench import Workbench
 
@@ -46,10 +48,21 @@ class Plan:
     modes: list[str]
 
 
-def check_plan(model: str, algorithms: str, hparams: Sequence[str], edits: str, modes: str) -> Plan:
+def check_plan(
+    model: str,
+    algorithms: str,
+    hparams: Sequence[str],
+    edits: str,
+    modes: str,
+    *,
+    corpus: str = "wiki-sample",
+    text: str = "wiki-sample:heldout",
+) -> Plan:
     """Reads a plan before anything long starts.
 
     Raises:
+        CorpusError: a text that cannot be read.
+        ReportError: what draws the plot is missing.
         HparamsError: an unknown algorithm or mode, no settings for this model, or numbers that are none.
     """
     settings = settings_of(model, algorithms, hparams)
@@ -63,7 +76,26 @@ def check_plan(model: str, algorithms: str, hparams: Sequence[str], edits: str, 
     for mode in wanted:
         if mode not in (BATCH, SEQUENTIAL):
             raise HparamsError(f"--modes {mode!r}: expected {BATCH}, {SEQUENTIAL} or both")
+    for one in settings:
+        check_given(one, corpus=corpus)
+    check_corpus(text)
+    require_matplotlib()
     return Plan(settings, counts, wanted)
+
+
+def check_facts(requests: Sequence[EditRequest], counts: Sequence[int]) -> list[EditRequest]:
+    """Those of the requests that can be measured.
+
+    Raises:
+        RequestError: fewer than the largest of `counts`.
+    """
+    usable = [request for request in requests if None not in (request.subject, request.target_new, request.answer)]
+    if len(usable) < max(counts):
+        raise RequestError(
+            f"{len(usable)} of {len(requests)} requests have a subject, a new answer and a true one; expected at least "
+            f"{max(counts)}: give a larger file, or smaller --edits"
+        )
+    return usable
 
 
 def settings_of(model: str, algorithms: str, hparams: Sequence[str]) -> list[HyperParams]:
@@ -112,16 +144,15 @@ def bench_counterfact(
     """
     how = bench.asking(False)
     form = PromptFormat.of(bench.tok, how)
-    usable = [request for request in requests if None not in (request.subject, request.target_new, request.answer)]
+    usable = check_facts(requests, counts)
+    check_requests_fit(bench.model, form, usable if known else usable[: max(counts)])
     if known:
         usable = known_facts(bench.anat, form, usable, max(counts))
     if len(usable) < max(counts):
-        what = "a subject, a new answer and a true one" + (" that the model gives" if known else "")
         raise RequestError(
-            f"{len(usable)} of {len(requests)} requests have {what}; expected at least {max(counts)}: give a larger "
-            "file, or smaller --edits"
+            f"{bench.name} gives the true answer to {len(usable)} of {len(requests)} requests; expected at least "
+            f"{max(counts)}: give a larger file, or smaller --edits"
         )
-    check_requests_fit(bench.model, form, usable[: max(counts)])
     out.mkdir(parents=True, exist_ok=True)
     write_requests(out / "facts.jsonl", usable[: max(counts)])
     run = _Run(bench, usable, out / "cells.jsonl", sorted(counts), text, seed)
@@ -145,7 +176,7 @@ class _Run:
         self.form = PromptFormat.of(bench.tok, bench.asking(False))
         self.windows = text_windows(bench.tok, load_corpus(text).documents)
         self.base = bench.given_prompts.key(f"{bench.sha256[:16]}:{requests_hash(requests)[:16]}:{seed}")
-        kept = [Cell(**cell) for cell in read_cells(path)]
+        kept = read_cells(path, Cell)
         self.cells = [cell for cell in kept if cell.job.startswith(self.base)]
         there = {cell.edits for cell in self.cells if cell.algorithm == "none"}
         for count in sorted(set(counts) - there):

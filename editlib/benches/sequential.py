@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from editlib import data
 from editlib.baselines.refusal_edit import REFUSAL
 from editlib.benches.counterfact import settings_of
 from editlib.benches.points import Point
@@ -18,17 +19,21 @@ from editlib.chain import Chain
 from editlib.chain.create import check_algorithm
 from editlib.chain.store import RECORD
 from editlib.errors import EditError, HparamsError, OutputError
-from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache
 from editlib.evaluation.perplexity import text_windows
-from editlib.facts.sampling import FactSplit, split_in_proportion
+from editlib.facts.plots import require_matplotlib
+from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, FactSplit, split_in_proportion
 from editlib.facts.scores import build_items, evaluate
+from editlib.files import make_folder
+from editlib.finding import fit_settings
 from editlib.hparams import HyperParams
 from editlib.models.loaded import LoadedModel
+from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import requests_hash, write_requests
 from editlib.requests.request import EditRequest
 from editlib.shelf import append_cell, read_cells
-from editlib.stats.corpus import load_corpus
+from editlib.stats.corpus import check_corpus, load_corpus
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -36,10 +41,14 @@ log = logging.getLogger(__name__)
 FACTS = 100  # that are forgotten
 
 
-def check_plan(model: str, algorithms: str, hparams: Sequence[str], sizes: str) -> tuple[list[HyperParams], list[int]]:
+def check_plan(
+    model: str, algorithms: str, hparams: Sequence[str], sizes: str, *, text: str = "wiki-sample:heldout"
+) -> tuple[list[HyperParams], list[int]]:
     """Reads a plan before anything long starts: settings, and sizes of a batch.
 
     Raises:
+        CorpusError: a text that cannot be read.
+        ReportError: what draws the plot is missing.
         HparamsError: an unknown algorithm or one that cannot be chained, no settings for this model, sizes that are
             none.
     """
@@ -52,6 +61,8 @@ def check_plan(model: str, algorithms: str, hparams: Sequence[str], sizes: str) 
         wanted = [0]
     if min(wanted) < 1:
         raise HparamsError(f"--sizes {sizes!r}: expected numbers of requests a batch such as 10,1")
+    check_corpus(text)
+    require_matplotlib()
     return settings, list(dict.fromkeys(wanted))
 
 
@@ -81,19 +92,32 @@ def bench_sequential(
         OutputError: `out` holds a chain of other facts or settings.
         EditlibError: input that does not fit the model.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    documents = load_corpus(text).documents
     base = load()
+    settings = [fit_settings(base, hparams) for hparams in settings]
+    _check_facts_fit(base, parts)
+    make_folder(out)
     before = AnswerCache.load(out / "before.json", base.given_prompts.key(base.sha256))
     parts = parts or _mixed(split_in_proportion(base, before, FACTS, seed), seed)
     before.save(out / "before.json")
     for name in ("forget", "anchors", "watch"):
         write_requests(out / f"{name}.jsonl", getattr(parts, name))
     counts = sorted({round(len(parts.forget) * (i + 1) / points) for i in range(points)} - {0})
-    run = _Run(base, before, parts, out, counts, text_windows(base.tok, load_corpus(text).documents), seed)
+    run = _Run(base, before, parts, out, counts, text_windows(base.tok, documents), seed)
     for hparams in settings:
         for size in sizes:
             run.follow(load, hparams, size)
     return run.points
+
+
+def _check_facts_fit(base: Workbench, parts: FactSplit | None) -> None:
+    """Refuses facts that are longer than the model's positions, before any of them is asked."""
+    if parts is None:
+        asked = [fact for fact in data.facts() if fact.relation in (*RELATIONS, *ANCHORED, *WATCHED)]
+        asked += [*data.general("test"), *data.general("anchor")]
+    else:
+        asked = [*parts.forget, *parts.anchors, *parts.watch]
+    check_requests_fit(base.model, PromptFormat.of(base.tok, base.prompts), asked, room=ANSWER_TOKENS)
 
 
 def _mixed(parts: FactSplit, seed: int) -> FactSplit:
@@ -119,7 +143,7 @@ class _Run:
         self.counts, self.windows = counts, windows
         asked = [*parts.forget, *parts.anchors, *parts.watch]
         self.job = base.given_prompts.key(f"{base.sha256[:16]}:{requests_hash(asked)[:16]}:{seed}")
-        kept = [Point(**point) for point in read_cells(out / "points.jsonl")]
+        kept = read_cells(out / "points.jsonl", Point)
         self.points = [point for point in kept if point.job.startswith(self.job)]
 
     def follow(self, load: Callable[[], Workbench], hparams: HyperParams, size: int) -> None:

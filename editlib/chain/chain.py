@@ -74,6 +74,7 @@ class Chain:
         corpus: str = "wiki-sample",
         stats_tokens: int | None = None,
         seed: int = 0,
+        left_out: Mapping[str, Sequence[str]] | None = None,
         clock: Callable[[], str] = now,
     ) -> Chain:
         """Starts a chain without batches in the folder `path`.
@@ -85,6 +86,7 @@ class Chain:
             retain: prompts whose answers must stay (UniErase only); `None`: the bundled ones.
             chat: whether to ask through the chat template; `None`: as `editlib unlearn` and `editlib edit` do.
             seed: every random draw of the chain follows from it and from the requests of a batch.
+            left_out: rows of the retain file that were left out, by file; the record lists them.
             clock: returns the times that are recorded.
 
         Raises:
@@ -101,6 +103,7 @@ class Chain:
             corpus=corpus,
             stats_tokens=stats_tokens,
             seed=seed,
+            left_out=left_out,
         )
         return cls.open(path, bench, clock=clock)
 
@@ -204,8 +207,13 @@ class Chain:
         """The sum of all batches' updates, as factors by layer; layers that no batch has changed are absent."""
         return self._session.updates(self.record)
 
-    def add(self, requests: Iterable[EditRequest]) -> BatchEntry:
+    def add(
+        self, requests: Iterable[EditRequest], *, left_out: Mapping[str, Sequence[str]] | None = None
+    ) -> BatchEntry:
         """Edits `requests` as one more batch, and writes it.
+
+        Args:
+            left_out: rows of the request file that were left out, by file; the record lists them.
 
         Raises:
             RequestError: no request, one that is in the chain already, or one that lacks what the algorithm needs.
@@ -218,6 +226,7 @@ class Chain:
             self._refresh()
             self._check_new(new)
             session, seed = self._session, self.record.seed_of(new)
+            session.check_inputs(self.record)
             bench = session.at_end(self.record)
             before = session.state
             assert before is not None  # `at_end` sets it
@@ -231,7 +240,8 @@ class Chain:
                 state = before.after(batch)
                 weights = state.write(bench.anat)
                 number = len(self.batches) + 1
-                entry = write_entry(self._store, batch, result, weights, number, seed, self._clock())
+                time, rows = self._clock(), {name: list(rows) for name, rows in (left_out or {}).items()}
+                entry = write_entry(self._store, batch, result, weights, number, seed, time, rows)
                 record = self.record.with_batches([*self.batches, entry])
                 self._store.commit(record)
             except BaseException:

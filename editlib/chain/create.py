@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from editlib import data, editing
@@ -12,7 +12,7 @@ from editlib.chain.record import FORMAT, ChainRecord, sha256
 from editlib.chain.state import digest
 from editlib.chain.store import RECORD, RETAIN, TOKEN, Store, create_folder
 from editlib.errors import ChainError, HparamsError, ModelError, OutputError, StatsError
-from editlib.files import atomic_folder
+from editlib.files import atomic_folder, check_parents
 from editlib.hparams import ClosedFormHyperParams, HyperParams
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
@@ -38,6 +38,7 @@ def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token
         raise OutputError(f"{path} holds a chain already; choose another folder, or go on with `editlib chain add`")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise OutputError(f"{path} exists and is no empty folder; give the name of a folder that does not exist yet")
+    check_parents(path)
     check_algorithm(hparams)
     if (retain or token) and not hparams.uses_token:
         given = "retain prompts" if retain else "token"
@@ -66,6 +67,7 @@ def start(
     corpus: str = "wiki-sample",
     stats_tokens: int | None = None,
     seed: int = 0,
+    left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Writes the folder of a new chain, without batches; see `Chain.create`."""
     check_start(path, hparams, retain=retain is not None, token=token is not None)
@@ -107,6 +109,7 @@ def start(
             },
             files=files,
             prompts=asking.to_dict(),
+            left_out={name: list(rows) for name, rows in (left_out or {}).items()},
         )
         create_folder(folder, record)
 
@@ -118,6 +121,17 @@ def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, s
         return ()
     form = PromptFormat.of(bench.tok, asking)
     return tuple(context_templates(bench.anat, form, hparams.context_template_length_params, seed=seed))
+
+
+def check_inputs(record: ChainRecord, stats_dir: Path | None = None) -> None:
+    """Raises `StatsError` if statistics are not where they were and no other folder is given; needs no model."""
+    for layer, known in record.statistics.items():
+        if stats_dir is None and not Path(known["path"]).is_file():
+            raise StatsError(_gone(Path(known["path"]), int(layer)) + "; restore them, or give --stats-dir")
+
+
+def _gone(path: Path, layer: int) -> str:
+    return f"{path}: the chain's statistics of layer {layer} are gone"
 
 
 def inputs_of(store: Store, record: ChainRecord, bench: Workbench, stats_dir: Path | None = None) -> editing.EditInputs:
@@ -154,16 +168,14 @@ def _stats(record: ChainRecord, layer: int, bench: Workbench, stats_dir: Path | 
     path = Path(known["path"])
     if path.is_file() or stats_dir is None:
         if not path.is_file():
-            raise StatsError(
-                f"{path}: the chain's statistics of layer {layer} are gone; restore them, or give --stats-dir"
-            )
+            raise StatsError(f"{_gone(path, layer)}; restore them, or give --stats-dir")
         stats = read_stats(path)
     else:
         name = bench.anat.mlp_output_names[layer]
         try:
             stats = find_stats(stats_dir, bench.name, None, name, bench.anat.d_ff, model_sha256=bench.sha256)
         except StatsNotFound as error:
-            raise StatsError(f"{path}: the chain's statistics of layer {layer} are gone, and {error}") from None
+            raise StatsError(f"{_gone(path, layer)}, and {error}") from None
     if stats.sha256() != known["sha256"]:
         raise StatsError(
             f"{stats.path}: the statistics of layer {layer} are not those that the chain was started with (hash "

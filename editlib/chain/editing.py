@@ -136,7 +136,14 @@ class Editor:
 
 
 def write_entry(
-    store: Store, batch: Batch, result: EditResult, weights: Mapping[int, Tensor], number: int, seed: int, time: str
+    store: Store,
+    batch: Batch,
+    result: EditResult,
+    weights: Mapping[int, Tensor],
+    number: int,
+    seed: int,
+    time: str,
+    left_out: Mapping[str, Sequence[str]],
 ) -> BatchEntry:
     """Writes a batch's file and returns its entry; it belongs to the chain once a record naming it is committed."""
     layers = {
@@ -150,4 +157,4 @@ def write_entry(
     file, sha256 = store.write_batch(number, batch.to_bytes())
     ids = tuple(request.id for request in batch.requests)
     count = max((keys.shape[1] for keys in batch.keys.values()), default=0)
-    return BatchEntry(number, file, sha256, time, library_version(), seed, count, ids, layers)
+    return BatchEntry(number, file, sha256, time, library_version(), seed, count, ids, layers, left_out)

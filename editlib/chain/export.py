@@ -11,6 +11,7 @@ import torch
 from editlib.algorithms.edit import layer_norms
 from editlib.algorithms.low_rank import LowRank
 from editlib.chain.chain import Chain
+from editlib.chain.record import ChainRecord
 from editlib.errors import ChainError
 from editlib.export import Delta, make_delta, save_edited
 from editlib.export.apply import load_base
@@ -106,6 +107,7 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
         ]
     base = record.base
     norms = layer_norms(_fp64_updates(chain), chain.base_weights)
+    left_out = _left_out(record)
     return {
         **origin(base["name"], base["sha256"], chain.requests, record.settings, chain.token, record.seed),
         "created": record.batches[-1].time,
@@ -118,7 +120,17 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
         "layers": {str(layer): one for layer, one in sorted(norms.items())},
         "result_sha256": weights_sha256(chain.model),
         **asked_as(chain.tok, record.asking, chain.requests),
+        **({"left_out": left_out} if left_out else {}),
     }
+
+
+def _left_out(record: ChainRecord) -> dict[str, list[str]]:
+    """The rows that could not be used, by file; a name that several batches had is followed by the batch."""
+    found = {name: list(rows) for name, rows in record.left_out.items()}
+    for entry in record.batches:
+        for name, rows in entry.left_out.items():
+            found[name if name not in found else f"{name} (batch {entry.number})"] = list(rows)
+    return found
 
 
 def _fp64_updates(chain: Chain) -> dict[int, LowRank]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from editlib.errors import ChainError
+from editlib.errors import ChainError, quote
 from editlib.hparams import ALGORITHMS, HyperParams
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import Asking
@@ -23,7 +23,8 @@ class BatchEntry:
     """One batch in `chain.json`.
 
     `layers` maps a layer's number to the hash of its weight after the batch (`sha256`), the Frobenius norm of the
-    batch's update (`update`), and that norm divided by the norm of the weight before it (`ratio`).
+    batch's update (`update`), and that norm divided by the norm of the weight before it (`ratio`). `left_out` lists the
+    rows of the request files that could not be used, by file.
     """
 
     number: int
@@ -35,6 +36,7 @@ class BatchEntry:
     keys: int
     ids: tuple[str, ...]
     layers: Mapping[str, Mapping[str, Any]]
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class ChainRecord:
     """The content of `chain.json` without its hash.
 
     `base` holds the model's `name`, `sha256`, the `dtype` it is loaded in and the hash of each weight to be edited
-    (`layers`); `statistics` path and hash by layer; `files` the hashes of the token and retain prompts in the folder.
+    (`layers`); `statistics` path and hash by layer; `files` the hashes of the token and retain prompts in the folder;
+    `left_out` the rows of the retain file that could not be used.
     """
 
     format: int
@@ -68,6 +71,7 @@ class ChainRecord:
     revoked: tuple[Revocation, ...] = ()
     prompts: Mapping[str, Any] = field(default_factory=dict)  # see `PromptSettings`; empty: as `chat` says alone
     hparams_source: str = ""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def asking(self) -> Asking:
@@ -97,6 +101,9 @@ class ChainRecord:
     def to_bytes(self) -> bytes:
         """Serialises the record; equal content gives equal bytes."""
         content = asdict(self)
+        for part in (content, *content["batches"]):
+            if not part["left_out"]:  # as versions that do not know it wrote it
+                del part["left_out"]
         return _render({**content, "sha256": _hash(content)})
 
     @classmethod
@@ -124,9 +131,16 @@ class ChainRecord:
         try:
             batches = [_made(BatchEntry, entry) for entry in content.pop("batches")]
             revoked = [_made(Revocation, entry) for entry in content.pop("revoked")]
-            return _made(cls, {**content, "batches": batches, "revoked": revoked})
+            record: ChainRecord = _made(cls, {**content, "batches": batches, "revoked": revoked})
+            if wrong := _misfit(record):
+                raise TypeError(f"{wrong} is of another kind")
         except (TypeError, KeyError, AttributeError) as error:
             raise ChainError(f"{where}: not the content of a chain ({error}); restore it from a copy") from None
+        if record.algorithm not in ALGORITHMS:
+            raise ChainError(
+                f"{where}: its algorithm {quote(record.algorithm)} is not known; open it with the version that wrote it"
+            )
+        return record
 
 
 def sha256(raw: bytes) -> str:
@@ -140,6 +154,29 @@ def _made(kind: Any, values: Mapping[str, Any]) -> Any:
     if unknown := set(values) - known:
         raise KeyError(sorted(unknown)[0])
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+_TEXTS, _OBJECTS = ("created", "algorithm", "hparams_source"), ("base", "hparams", "statistics", "files", "prompts")
+
+
+def _misfit(record: ChainRecord) -> str | None:
+    """Names what in a record is not of the kind that `asdict` writes; `None` where all is."""
+    base = record.base
+    kinds: dict[str, tuple[Any, Any]] = {name: (getattr(record, name), str) for name in _TEXTS}
+    kinds |= {name: (getattr(record, name), Mapping) for name in (*_OBJECTS, "left_out")}
+    kinds |= {"seed": (record.seed, int), "templates": (record.templates, tuple)}
+    if isinstance(base, Mapping):
+        kinds |= {f"base {name}": (base.get(name), str) for name in ("name", "sha256")}
+        kinds |= {"base layers": (base.get("layers"), Mapping), "base dtype": (base.get("dtype") or "", str)}
+    for entry in record.batches:
+        at = f"batch {entry.number} "
+        kinds |= {at + name: (getattr(entry, name), str) for name in ("file", "sha256", "time", "editlib")}
+        kinds |= {at + "number": (entry.number, int), at + "seed": (entry.seed, int), at + "ids": (entry.ids, tuple)}
+        layers = entry.layers if isinstance(entry.layers, Mapping) and entry.layers else {"": None}
+        kinds |= {f"{at}layers {layer}": (one, Mapping) for layer, one in layers.items()}
+    if isinstance(record.statistics, Mapping):
+        kinds |= {f"statistics {layer}": (one, Mapping) for layer, one in record.statistics.items()}
+    return next((name for name, (value, kind) in kinds.items() if not isinstance(value, kind)), None)
 
 
 def _hash(content: Mapping[str, Any]) -> str:

@@ -49,7 +49,8 @@ def replayed(
         again, result = editor.edit(state, [batch.requests[i] for i in left], anchors, old.seed, values)
         state = state.after(again)
         number = len(kept) + 1
-        kept.append(write_entry(session.store, again, result, state.weights(), number, old.seed, old.time))
+        weights = state.weights()
+        kept.append(write_entry(session.store, again, result, weights, number, old.seed, old.time, old.left_out))
         made.append(again)
     return kept, made
 

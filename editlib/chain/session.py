@@ -8,7 +8,7 @@ from pathlib import Path
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.chain.batch import Batch
-from editlib.chain.create import check_model, inputs_of, retain_of
+from editlib.chain.create import check_inputs, check_model, inputs_of, retain_of
 from editlib.chain.editing import Editor
 from editlib.chain.record import BatchEntry, ChainRecord
 from editlib.chain.state import ChainState, digest
@@ -67,8 +67,14 @@ class Session:
             self.state = state
         return self._bench
 
+    def check_inputs(self, record: ChainRecord) -> None:
+        """Raises `StatsError` if what the next edit reads is gone; call it before the model is loaded."""
+        if self._editor is None:
+            check_inputs(record, self._stats_dir)
+
     def editor(self, record: ChainRecord) -> Editor:
         """The editor of the chain, made once; the token is put into the model."""
+        self.check_inputs(record)
         bench = self.at_end(record)
         if self._editor is None:
             inputs = inputs_of(self.store, record, bench, self._stats_dir)

@@ -170,6 +170,7 @@ def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
             "keys": entry.keys,
             "ratio": max(float(layer["ratio"]) for layer in entry.layers.values()),
             "file": entry.file,
+            "left_out": {name: list(rows) for name, rows in entry.left_out.items()},
             "bytes": store.size(entry),
         }
         for entry in record.batches

@@ -30,11 +30,12 @@ def ask(
     from editlib.export.receipt import prompts_of
     from editlib.models.anatomy import anatomy
     from editlib.models.loaded import plain_text
-    from editlib.models.loading import load
+    from editlib.models.loading import check_models, load
     from editlib.models.prompts import settled
 
     names = list(dict.fromkeys([model, *([vs] if vs else [])]))
     given = prompt_settings(prompts)
+    check_models(*names)
     recorded = {name: prompts_of(read_receipt(name), given) for name in names}
     usual = next((how for how in recorded.values() if how is not None), None)  # a base is asked as its edited model
     columns, forms = {}, {}

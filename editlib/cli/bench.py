@@ -49,17 +49,25 @@ def bench_counterfact(
 ) -> None:
     """Efficacy, generalisation and specificity over numbers of edits; goes on where it was stopped."""
     from editlib.benches.counterfact import bench_counterfact as run
-    from editlib.benches.counterfact import check_plan
+    from editlib.benches.counterfact import check_facts, check_plan
     from editlib.benches.report import counterfact_rows, write_bench
+    from editlib.files import check_folder
+    from editlib.finding import fit_settings
+    from editlib.models.loading import check_device
     from editlib.requests.reading import read_requests
 
+    check_folder(out_dir)
+    if device_map is not None:
+        check_device(device_map)
     how = prompt_settings(prompts)
-    plan = check_plan(model, algorithms, hparams or [], edits, modes)
+    plan = check_plan(model, algorithms, hparams or [], edits, modes, corpus=corpus, text=text)
     wanted = read_requests(requests, skip_bad=skip_bad)
+    check_facts(wanted, plan.counts)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     cells = run(
-        workbench(model, stats_dir, dtype, device_map, prompts=how),
+        bench,
         wanted,
-        plan.settings,
+        [fit_settings(bench, settings) for settings in plan.settings],
         out_dir,
         counts=plan.counts,
         modes=plan.modes,
@@ -96,9 +104,11 @@ def bench_sequential(
     from editlib.benches.report import sequential_rows, write_sequential
     from editlib.benches.sequential import bench_sequential as run
     from editlib.benches.sequential import check_plan
+    from editlib.files import check_folder
 
+    check_folder(out_dir)
     how = prompt_settings(prompts)
-    settings, wanted = check_plan(model, algorithms, hparams or [], sizes)
+    settings, wanted = check_plan(model, algorithms, hparams or [], sizes, text=text)
     found = run(
         lambda: workbench(model, stats_dir, dtype, device_map, prompts=how),
         settings,

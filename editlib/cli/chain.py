@@ -54,13 +54,16 @@ def init(
     """Starts a chain of edits of one model."""
     from editlib.chain import Chain
     from editlib.chain.create import check_start
+    from editlib.editing import check_given
     from editlib.finding import find_settings, fit_settings
     from editlib.requests.reading import read_requests
     from editlib.workbench import Workbench
 
     settings = find_settings(model, algorithm, hparams)
     check_start(folder, settings, retain=retain is not None, token=token_file is not None)
-    kept = None if retain is None else read_requests(retain, skip_bad=skip_bad)
+    check_given(settings, token=token_file, corpus=corpus)
+    left_out: dict[str, list[str]] = {}
+    kept = None if retain is None else read_requests(retain, skip_bad=skip_bad, left_out=left_out)
     how = prompt_settings(prompts)
     bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, prompts=how)
     chain = Chain.create(
@@ -72,6 +75,7 @@ def init(
         chat=chat or None,
         corpus=corpus,
         seed=seed,
+        left_out=left_out,
     )
     typer.echo(f"{chain.path}: a chain of {chain.record.algorithm} on {model}")
 
@@ -89,9 +93,10 @@ def add(
     from editlib.chain import Chain
     from editlib.requests.reading import read_requests
 
-    wanted = read_requests(requests, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
     chain = Chain.open(folder, model=model, stats_dir=stats_dir, device_map=device_map)
-    chain.add(wanted)
+    chain.add(wanted, left_out=left_out)
     _table(chain.status()["batches"][-5:])
 
 

@@ -46,8 +46,15 @@ def token(
     device_map: DeviceMap = None,
 ) -> None:
     """Phase I: learns the unlearning token of a model, once; later edits reuse it."""
-    from editlib.algorithms.unierase.token import TokenHyperParams
+    from editlib import data
+    from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken
+    from editlib.files import check_file
 
+    if out_file is not None:
+        check_file(out_file, overwrite=True)
+        if out_file.exists():
+            UnlearningToken.load(out_file)  # another kind of file is not replaced
+    data.refusals(refusals)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
     hparams = TokenHyperParams(steps=steps, robust_steps=steps // 3, seed=seed)
     learned = bench.make_token(refusals=refusals, hparams=hparams, path=out_file)
@@ -80,7 +87,7 @@ def unlearn(
     overwrite: Overwrite = False,
 ) -> None:
     """Phase II: makes a model refuse the questions in --requests and writes it as an ordinary folder."""
-    from editlib.editing import check_wanted
+    from editlib.editing import check_given, check_wanted
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import unlearn as run
@@ -92,6 +99,7 @@ def unlearn(
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out)
     settings = find_settings(model, "UniErase", hparams)
     check_wanted(wanted, settings)
+    check_given(settings, token=token_file, corpus=corpus)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     settings = fit_settings(bench, settings)
     if show_rows:
@@ -159,7 +167,7 @@ def edit(
     overwrite: Overwrite = False,
 ) -> None:
     """Edits facts towards new answers with any algorithm and writes the model as an ordinary folder."""
-    from editlib.editing import check_wanted
+    from editlib.editing import check_given, check_wanted
     from editlib.errors import HparamsError
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.edit import check_places
@@ -180,6 +188,7 @@ def edit(
     left_out: dict[str, list[str]] = {}
     wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
     check_wanted(wanted, settings)
+    check_given(settings, corpus=corpus)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     settings = fit_settings(bench, settings)
     result, receipt = run(

@@ -32,9 +32,7 @@ def evaluate(
         Path | None, typer.Option(help="facts: prompts that must still be answered; default: bundled")
     ] = None,
     text: Annotated[str | None, typer.Option(help="facts: corpus for perplexity, or none")] = None,
-    skip_bad: Annotated[
-        bool | None, typer.Option("--skip-bad", help="facts: leave rows that cannot be used out, and count them")
-    ] = None,
+    skip_bad: SkipBad = False,
     before: Annotated[
         Path | None, typer.Option(help="facts: keeps the base model's answers, read again next time")
     ] = None,
@@ -73,14 +71,14 @@ def evaluate(
     check_output(out_dir, overwrite=overwrite)
     how = prompt_settings(prompts)
     facts: dict[str, object] = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
-    facts |= {"--skip-bad": skip_bad, "--endings": endings}
+    facts |= {"--endings": endings}
     fiction: dict[str, object] = {"--tofu": tofu, "--forget": forget, "--learned": learned, "--reference": reference}
     fiction |= {"--limit": limit, "--max-new-tokens": max_new_tokens, "--encoder": encoder, "--classifier": classifier}
     chosen: Any
     if protocol == "facts":
         _refuse(fiction, "tofu")
         held_out = text or "wiki-sample:heldout"
-        chosen = _facts(edited, requests, retain, held_out, before, endings=endings or 0, skip_bad=bool(skip_bad))
+        chosen = _facts(edited, requests, retain, held_out, before, endings=endings or 0, skip_bad=skip_bad)
     elif protocol == "tofu":
         _refuse(facts, "facts")
         chosen = TofuProtocol.read(
@@ -88,6 +86,7 @@ def evaluate(
             forget or "forget01",
             learned_file=learned,
             reference=reference,
+            skip_bad=skip_bad,
             whole=mode not in ("single", "precise"),
             limit=limit,
             max_new_tokens=max_new_tokens or ANSWER_TOKENS,

@@ -80,17 +80,22 @@ def tune(
     device_map: DeviceMap = None,
 ) -> None:
     """Searches UniErase's settings on your own held-out wordings and neighbours; goes on where it was stopped."""
+    from editlib.editing import check_given
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.tune import check_tuning, table_rows
     from editlib.jobs.tune import tune as run
     from editlib.requests.reading import read_with_retain
     from editlib.shelf import Finished
+    from editlib.stats.corpus import check_corpus
 
     Finished(out_dir)
+    how = prompt_settings(prompts)
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
     settings = find_settings(model, "UniErase", hparams)
     check_tuning(wanted, settings, budget)
-    bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
+    check_given(settings, corpus=corpus)
+    check_corpus(text)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     tuned = run(
         bench,
         wanted,

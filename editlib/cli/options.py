@@ -55,15 +55,21 @@ def print_table(rows: Iterable[Sequence[str]]) -> None:
     out.print(table)
 
 
+MOST_LAYERS = 100_000
+
+
 def layer_numbers(text: str) -> list[int]:
     """`"4-8,12"` -> `[4, 5, 6, 7, 8, 12]`."""
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            found.update(range(int(first), int(last if dash else first) + 1))
+            ends = int(first), int(last if dash else first)
         except ValueError:
             raise HparamsError(f"--layers {text!r}: expected numbers and ranges such as 4-8 or 4,5,12") from None
+        if max(ends) >= MOST_LAYERS:
+            raise HparamsError(f"--layers {text!r}: no model has a layer {max(ends)}; expected numbers such as 4-8")
+        found.update(range(ends[0], ends[1] + 1))
     if not found:
         raise HparamsError(f"--layers {text!r} names no layer; expected numbers and ranges such as 4-8")
     return sorted(found)

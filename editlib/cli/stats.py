@@ -51,7 +51,8 @@ def stats_make(
     model: Model,
     layers: Annotated[str, typer.Option(help="for example 4-8")],
     corpus: Annotated[
-        str, typer.Option(help="a .txt or .jsonl file, hf:NAME, wiki-sample, or self (written by the model)")
+        str,
+        typer.Option(help="text, rows with a text (.jsonl, .csv, ...), hf:NAME, wiki-sample, or self (by the model)"),
     ] = "wiki-sample",
     tokens: Annotated[int, typer.Option(min=1, help="tokens to count")] = 100_000,
     stats_dir: StatsDir = Path("stats"),
@@ -67,11 +68,14 @@ def stats_make(
 ) -> None:
     """Second moments of the MLP keys of several layers, in one pass; under torchrun, on several processes."""
     from editlib.distributed import processes
+    from editlib.stats.corpus import check_corpus
 
     with processes(accelerators=device_map != "cpu") as shard, _one_voice(shard):
         wanted, how = layer_numbers(layers), prompt_settings(prompts)
         if how is not None and corpus != "self":
             raise StatsError(f"--prompt is for --corpus self, which the model is asked for; not for {corpus}")
+        check_corpus(corpus)
+        _check_layers(model, wanted)
         with shard.together():
             place = device_map or (None if shard.device is None else {"": str(shard.device)})
             bench = workbench(model, stats_dir, dtype, place, shard=shard, prompts=how)
@@ -80,6 +84,16 @@ def stats_make(
         )
         if shard.first:
             _stats_table(made)
+
+
+def _check_layers(model: str, layers: list[int]) -> None:
+    """Refuses layers that the model does not have by its configuration, before it is loaded."""
+    from editlib.models.loading import read_config
+
+    config = read_config(model)
+    count = None if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(count, int) and layers[-1] >= count:
+        raise StatsError(f"layer {layers[-1]} is not in {model}; expected layers 0-{count - 1}; change --layers")
 
 
 @stats_app.command("show")

@@ -76,6 +76,9 @@ class Method(ABC):
     def identity(self) -> dict[str, Any]:
         """All settings that decide what it does, JSON-ready."""
 
+    def fit(self, bench: Workbench) -> None:  # noqa: B027
+        """Takes over what the loaded base model itself says of the settings; called before anything else with it."""
+
     def check(self, bench: Workbench, task: Task) -> None:  # noqa: B027
         """Raises `EditlibError` where this model or these requests are not for it; called before any long work."""
 

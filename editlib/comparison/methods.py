@@ -19,7 +19,7 @@ from editlib.baselines.search import check_range
 from editlib.comparison.method import Cost, General, Method, Prepared
 from editlib.errors import ConfigError, HparamsError, nearest, quote
 from editlib.evaluation.forget_set import Task
-from editlib.finding import find_settings
+from editlib.finding import find_settings, fit_settings
 from editlib.hparams import ALGORITHMS, HyperParams
 from editlib.models.generation import end_tokens
 from editlib.models.prompt_settings import PromptSettings
@@ -72,8 +72,8 @@ class ClosedForm(Method):
         super().__init__(name, label, settings, where, general)
         algorithm = name.removesuffix(AIMED)
         try:
-            found = find_settings(general.model, algorithm, self.settings.hparams)
-            self.hparams: HyperParams = type(found).from_dict({**found.to_dict(), **self.settings.settings}, "settings")
+            self._found = find_settings(general.model, algorithm, self.settings.hparams)
+            self.hparams = self._changed(self._found)
         except HparamsError as error:
             raise ConfigError(f"{where}: {error}") from None
         self.unlearns = not self.hparams.has_target
@@ -87,6 +87,13 @@ class ClosedForm(Method):
                 f'{where}: "search" is for ROME, MEMIT and AlphaEdit aimed at a refusal, with "hparams" and no single '
                 '"settings"; remove one of the two'
             )
+
+    def _changed(self, found: HyperParams) -> HyperParams:
+        """Settings with the single ones of the config in their place."""
+        return type(found).from_dict({**found.to_dict(), **self.settings.settings}, "settings")
+
+    def fit(self, bench: Workbench) -> None:
+        self.hparams = self._changed(fit_settings(bench, self._found))
 
     @property
     def stored_name(self) -> str:

@@ -135,6 +135,7 @@ class _Run:
         check_requests_fit(bench.model, form, [*made.forget, *made.retain, *made.fewshot_pool])
         for method in self.config.methods:
             try:
+                method.fit(bench)
                 method.check(bench, made.task)
             except EditlibError as error:
                 where = f"{method.where} ({method.label}), on the set {protocol.name}"

@@ -9,7 +9,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from editlib.shelf import JsonStore, digest, make_folder
+from editlib.files import make_folder
+from editlib.shelf import JsonStore, digest
 
 FAILED = "failed"
 

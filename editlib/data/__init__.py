@@ -92,14 +92,17 @@ def refusals(path: str | Path | None = None) -> list[str]:
         RequestError: a file that cannot be read or holds fewer than two lines.
     """
     source = Path(path) if path is not None else _path("refusals.txt")
-    return text_lines(source, least=2)
+    found = text_lines(source, least=2)
+    if found[0].startswith(("{", "[")) or any("\0" in line for line in found):
+        raise RequestError(f"{path}: no lines of text; expected a UTF-8 text file with one entry a line, not JSON")
+    return found
 
 
 def text_lines(path: Path, *, least: int = 1) -> list[str]:
     """The non-empty lines of a text file that do not start with `#`."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the name
         raise RequestError(f"{path}: cannot be read ({error}); give a UTF-8 text file, one entry a line") from None
     found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if len(found) < least:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from editlib.files import write_json
+from editlib.errors import OutputError
+from editlib.files import check_file, write_json
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
 from editlib.models.positions import check_prompts
@@ -35,10 +36,25 @@ class AnswerCache:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["model_sha256"] == model_sha256:
-                return cls(model_sha256, {question: tuple(ids) for question, ids in found["answers"].items()})
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                answers = {question: tuple(ids) for question, ids in found["answers"].items()}
+                if all(type(number) is int for ids in answers.values() for number in ids):
+                    return cls(model_sha256, answers)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         return cls(model_sha256, {})
+
+
+def check_answers_file(path: Path) -> None:
+    """Raises `OutputError` where answers cannot be kept: in a file of something else, or where none can be written."""
+    check_file(path, overwrite=True)
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not {"model_sha256", "answers"} <= found.keys():
+        raise OutputError(f"{path}: not a file of a model's answers; give a name that does not exist yet")
 
 
 def ask(

@@ -16,7 +16,7 @@ from torch import Tensor
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import DeltaError, OutputError
-from editlib.files import atomic_path, check_file
+from editlib.files import atomic_path, check_file, make_folder
 from editlib.models.anatomy import Anatomy
 
 FORMAT = 1
@@ -51,6 +51,7 @@ class Delta:
         """
         path = Path(path)
         check_file(path, overwrite=True)
+        make_folder(path.parent)
         tensors = {f"{layer}.matrix": matrix for layer, matrix in self.matrices.items()}
         for layer, delta in self.factors.items():
             tensors |= {f"{layer}.left": delta.left, f"{layer}.right": delta.right}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.algorithms.edit import EditResult
 from editlib.algorithms.unierase.token import UnlearningToken
-from editlib.errors import ModelError
+from editlib.errors import ModelError, first_line, quote
 from editlib.hparams import HyperParams
 from editlib.models.prompt_settings import PromptSettings, differing
 from editlib.models.prompts import Asking, PromptFormat
@@ -115,7 +115,32 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / RECEIPT
     if not path.is_file():
         return None
+    remedy = "make the edit again, or remove the file"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not a readable receipt ({error}); make the edit again, or remove the file") from None
+        raise ModelError(f"{path}: not a readable receipt ({first_line(error)}); {remedy}") from None
+    if said := _misfit(found):
+        raise ModelError(f"{path}: not a readable receipt ({said}); {remedy}")
+    return found
+
+
+_TEXTS, _OBJECTS = ("editlib", "algorithm", "requests_sha256"), ("base", "layers", "token", "prompts", "timings")
+
+
+def _misfit(receipt: Any) -> str | None:
+    """Says what in a receipt is not as `make_receipt` writes it; `None` where all is."""
+    if not isinstance(receipt, dict):
+        return f"{quote(receipt)}; expected an object"
+    if not isinstance(receipt.get("base"), dict) or not isinstance(receipt["base"].get("sha256"), str):
+        return 'key "base": no hash of the model before the edit'
+    wrong = [name for name in _TEXTS if not isinstance(receipt.get(name, ""), str)]
+    wrong += [name for name in _OBJECTS if not isinstance(receipt.get(name) or {}, dict)]
+    if not wrong and receipt.get("token") and not isinstance(receipt["token"].get("token"), str):
+        wrong.append("token")
+    anchors, requests = receipt.get("anchors") or [], receipt.get("requests") or []
+    if not isinstance(anchors, list) or not all(isinstance(one, str) for one in anchors):
+        wrong.append("anchors")
+    if not isinstance(requests, list) or not all(isinstance(one, dict) and "id" in one for one in requests):
+        wrong.append("requests")
+    return f'key "{wrong[0]}": {quote(receipt[wrong[0]])}' if wrong else None

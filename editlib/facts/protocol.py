@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from editlib import data
-from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.answer_cache import AnswerCache, check_answers_file
 from editlib.evaluation.perplexity import text_windows
 from editlib.evaluation.protocol import Side
 from editlib.facts.plots import require_matplotlib
@@ -64,6 +64,8 @@ class FactsProtocol:
             EditlibError: a file that does not fit, or matplotlib is missing.
         """
         require_matplotlib()
+        if before_file is not None:
+            check_answers_file(before_file)
         given = data.retain_prompts(requests) + data.general("test")
         retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad)
         documents: Iterable[str] = () if text is None else load_corpus(text).documents
@@ -76,7 +78,7 @@ class FactsProtocol:
         if self._before is None or self._before.model_sha256 != of:
             empty = AnswerCache(of, {})
             self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, of)
-        anchors = set(edited.receipt["anchors"]) if edited.receipt else set()
+        anchors = set(edited.receipt.get("anchors") or ()) if edited.receipt else set()
         return evaluate(
             base.loaded,
             edited.loaded,

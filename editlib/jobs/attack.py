@@ -15,7 +15,7 @@ from editlib.errors import RequestError
 from editlib.export import read_receipt
 from editlib.export.receipt import prompts_of
 from editlib.files import check_output, write_json
-from editlib.models.loading import DeviceMap, load
+from editlib.models.loading import DeviceMap, check_models, load
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
@@ -68,6 +68,7 @@ def attack_folders(
     control = None if control_file is None else read_requests(control_file, skip_bad=skip_bad)
     known = None if known_file is None else read_requests(known_file, skip_bad=skip_bad)
     receipt = read_receipt(edited)
+    check_models(base, edited)
     loaded = load(base, dtype=dtype, device_map=device_map)
     if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(loaded[0]):
         raise RequestError(

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from editlib import data
 from editlib.baselines.apply import apply_baseline_to_model, check_baseline
+from editlib.baselines.refusal_edit import REFUSAL
 from editlib.baselines.registry import BASELINES, baseline, canonical_name
 from editlib.baselines.search import SearchResult, check_range, search
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Split, split
+from editlib.editing import check_given, check_wanted
 from editlib.export import asked_as, save_edited
 from editlib.export.receipt import origin
-from editlib.files import check_output
+from editlib.files import check_output, check_room
+from editlib.finding import find_settings
 from editlib.models.loading import DeviceMap, load
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, settled
-from editlib.models.weights import weights_sha256
+from editlib.models.weights import stored_bytes, weights_sha256
 from editlib.requests.reading import read_with_retain
 from editlib.requests.request import EditRequest
 from editlib.training import TrainResult
@@ -99,12 +102,17 @@ def baseline_folder(
     requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad, left_out=left_out)
     retain = data.retain_prompts(requests) if given is None else given
     check_baseline(name, requests, retain, settings, prompts)
+    if (editor := BASELINES[name].editor) is not None:
+        found_for = find_settings(model, editor, settings.hparams)
+        check_given(found_for, corpus=settings.corpus)
+        check_wanted([replace(request, target_new=REFUSAL) for request in requests], found_for)
     if budget is not None:
         check_range(name, budget)
     parts = split(requests, retain, questions=budget.questions, seed=seed) if budget is not None else None
     loaded, tok = load(model, dtype=dtype, device_map=device_map)
     how = settled(tok, prompts)
     check_requests_fit(loaded, PromptFormat.of(tok, how), [*requests, *retain])
+    check_room(out, stored_bytes(loaded))
     sha, asked = weights_sha256(loaded), asked_as(tok, how, requests)
     trials = out.parent / f".{out.name}.search"
     found = None

@@ -15,10 +15,11 @@ from editlib.algorithms.unierase.subject_rows import RequestRows, by_subject, ch
 from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs
 from editlib.errors import HparamsError
 from editlib.export import asked_as, make_delta, make_receipt, save_edited
-from editlib.files import check_file, check_output
+from editlib.files import check_file, check_output, check_room
 from editlib.hparams import HyperParams, UniEraseHyperParams
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
+from editlib.models.weights import stored_bytes
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -54,6 +55,7 @@ def unlearn(
     check_settings(bench, hparams)
     kept = data.retain_prompts(requests) if retain is None else retain
     check_requests_fit(bench.model, PromptFormat.of(bench.tok, bench.asking()), [*requests, *kept])
+    check_room(Path(out), stored_bytes(bench.model))
     timer = Timer()
     means = load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     given = {
@@ -134,6 +136,7 @@ def edit(
     check_settings(bench, hparams)
     check_wanted(requests, hparams)
     check_requests_fit(bench.model, PromptFormat.of(bench.tok, bench.asking(chat)), requests)
+    check_room(Path(out), stored_bytes(bench.model))
     timer = Timer()
     means = load_inputs(bench, hparams, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     return _edited(

@@ -19,7 +19,7 @@ from editlib.export import asked_as, library_version, read_receipt
 from editlib.export.receipt import prompts_of
 from editlib.files import check_output
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.loading import DeviceMap, load
+from editlib.models.loading import DeviceMap, check_models, load
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
@@ -173,6 +173,9 @@ def evaluate_models(
     check_output(out, overwrite=overwrite)
     check_mode(protocol, edited, mode, request)
     mode = OLD_MODES.get(mode, mode)
+    check_models(*([base] if is_chain(edited) else [base, edited]))
+    if not is_chain(edited):
+        read_receipt(edited)
     model, tok = load(base, dtype=dtype, device_map=device_map)
     before = Side(base, anatomy(model), tok, weights_sha256(model))
     after = Edited(edited, base, before.sha256, dtype, device_map, prompts)

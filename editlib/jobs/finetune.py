@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlib import data
 from editlib.errors import HparamsError, OutputError, RequestError
 from editlib.evaluation.metrics import probability, read_answers, rouge_l_recall
+from editlib.evaluation.metrics.generated import require_rouge
 from editlib.evaluation.perplexity import text_windows
 from editlib.export import asked_as, library_version
-from editlib.files import atomic_folder, check_output, write_json
+from editlib.files import atomic_folder, check_folder, check_output, check_room, write_json
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import end_tokens, greedy, perplexity
 from editlib.models.loaded import plain_text
@@ -29,10 +30,10 @@ from editlib.models.packaged.terms import terms_of
 from editlib.models.positions import check_prompts
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, TokenRow, settled
-from editlib.models.weights import save_model, weights_sha256
+from editlib.models.weights import save_model, stored_bytes, weights_sha256
 from editlib.requests.reading import read_requests, requests_hash, write_requests
 from editlib.requests.request import EditRequest
-from editlib.stats.corpus import load_corpus
+from editlib.stats.corpus import check_corpus, load_corpus
 from editlib.training import Checkpoint, Part, TrainSettings, answer_nll, answered, text_rows, train
 from editlib.training.weights import trainable
 
@@ -155,6 +156,10 @@ def finetune(
         EditlibError: any input that does not fit; nothing is written then.
     """
     out, settings = Path(out), settings or FinetuneSettings()
+    check_folder(out)
+    require_rouge()
+    if settings.text is not None:
+        check_corpus(settings.text)
     pairs = read_pairs(files, authors, skip_bad=skip_bad)
     loaded, tok = load(model, dtype=dtype, device_map=device_map)
     job = {
@@ -172,6 +177,7 @@ def finetune(
     check_output(out, overwrite=overwrite)
     for pair in pairs:  # each with its own answer, which may be long
         check_prompts(loaded, form, [(pair.id, pair.question)], room=len(form.answer_ids(pair.answer or "")) + 1)
+    check_room(out, stored_bytes(loaded))
     anat, plan = anatomy(loaded), settings.training(len(pairs), seed)
     checkpoint = Checkpoint(out.parent / f".{out.name}.training" / "checkpoint.safetensors", job)
     before = measure(anat, form, pairs, settings.text, seed)

@@ -15,14 +15,14 @@ from typing import Any
 
 from editlib import data, editing
 from editlib.errors import HparamsError, RequestError
-from editlib.files import write_json
+from editlib.files import make_folder, write_json
 from editlib.finding import settings_file
 from editlib.hparams import HyperParams
 from editlib.hparams.steps import steps
 from editlib.jobs.trials import Judge, Trial
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest
-from editlib.shelf import FINISHED, Finished, make_folder
+from editlib.shelf import FINISHED, Finished
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -135,6 +136,12 @@ def check_model(name: str) -> None:
     read_config(name)
 
 
+def check_models(*names: str) -> None:
+    """`check_model` for each of several."""
+    for name in names:
+        check_model(name)
+
+
 def read_config(name: str) -> PreTrainedConfig | None:
     """Reads the configuration of the model that `load` would load, without its weights.
 
@@ -159,6 +166,8 @@ def read_config_file(path: str) -> PreTrainedConfig:
         ModelError: not a configuration, or one of a kind that cannot be edited.
     """
     with _one_line_errors(path), quiet_bars():
+        if not isinstance(json.loads(Path(path).read_text(encoding="utf-8")), dict):
+            raise ValueError("not a JSON object")
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         _check_config(config, path)
     return config

@@ -51,6 +51,18 @@ def check_prompts(
         )
 
 
+def fitting(model: PreTrainedModel, form: PromptFormat, questions: Iterable[str], *, room: int = 0) -> list[str]:
+    """Those questions whose prompts, with `room` tokens for the answer, are within the model's positions."""
+    limit = positions_of(model)
+    if limit is None:
+        return list(questions)
+    return [
+        question
+        for question in questions
+        if 2 * len(form.render(question).encode()) + SPARE + room <= limit or len(form.encode(question)) + room <= limit
+    ]
+
+
 def check_requests_fit(
     model: PreTrainedModel, form: PromptFormat, requests: Sequence[EditRequest], *, room: int = 0
 ) -> None:

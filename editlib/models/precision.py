@@ -50,6 +50,10 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+FP32_ALONE = {"openai-gpt"}
+"""Architectures whose attention mixes fp32 buffers into its products, so that no narrower pass of them runs."""
+
+
 def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
     """bf16 for an fp32 model on a processor whose bf16 products are faster; `None` (no cast) otherwise.
 
@@ -57,7 +61,7 @@ def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return None
-    if next(model.parameters()).dtype != torch.float32:
+    if next(model.parameters()).dtype != torch.float32 or model.config.model_type in FP32_ALONE:
         return None
     return torch.bfloat16 if _bf16_is_faster() else None
 

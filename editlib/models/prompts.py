@@ -12,10 +12,11 @@ from datetime import date as Day
 from typing import Any, Literal, cast, get_args
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from editlib.errors import RequestError
+from editlib.errors import RequestError, first_line
 from editlib.models.gaps import gap_between
 from editlib.models.lookup import TokenizedText, first_token, last_token
 from editlib.models.prompt_settings import NAMES, PromptSettings, dated
@@ -185,11 +186,9 @@ class PromptFormat:
         """Whether the system's turn reaches the model: some chat templates refuse it or leave it out."""
         if not self.uses_chat or self.system is None:
             return False
-        from jinja2 import TemplateError
-
         try:
             return self.system in self.render(WORD)
-        except TemplateError:
+        except RequestError:
             return False
 
     def encode(
@@ -300,8 +299,14 @@ class PromptFormat:
         if self.date is not None:
             options["chat_template"] = dated(self.tok.get_chat_template(), Day.fromisoformat(self.date))
         turns = [dict(message) for message in messages]
-        text = self.tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **options)
-        return cast(str, text)  # with tokenize=False
+        plain = "mend it, or ask as plain text with --prompt chat=false"
+        try:
+            text = cast(str, self.tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **options))
+        except TemplateError as error:
+            raise RequestError(f"the chat template cannot be used ({first_line(error)}); {plain}") from None
+        if not text.strip():
+            raise RequestError(f"the chat template writes nothing; {plain}")
+        return text
 
     def _tagged(self, question: str) -> str:
         """The question inside `tags`."""

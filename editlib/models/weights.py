@@ -28,6 +28,11 @@ def weights_sha256(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def stored_bytes(model: PreTrainedModel) -> int:
+    """What the weights take on disk, about; offloaded ones are not read."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
 def save_model(model: PreTrainedModel, tok: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes an ordinary Hugging Face folder: safetensors, configuration, generation settings and tokenizer."""
     with quiet_bars():

@@ -239,6 +239,8 @@ def _receipt_of(edited: str | Path) -> dict[str, Any]:
     receipt = Delta.load(path).receipt if path.is_file() else read_receipt(path)
     if not receipt:
         raise ModelError(f"{edited} has no receipt (editlib.json); give a folder or a delta file that editlib wrote")
+    if not receipt.get("requests") or "name" not in receipt["base"]:
+        raise ModelError(f"{edited}: its receipt does not say of what and which requests; make the edit again")
     return receipt
 
 
@@ -246,7 +248,8 @@ def _metrics_of(path: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         of = metrics["edited"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        numbers_of(metrics)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{path}: not metrics of `editlib eval` ({error}); give its metrics.json") from None
     if of != receipt.get("result_sha256"):
         raise RequestError(

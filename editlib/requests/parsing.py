@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 NAMED_ROWS = 5
 """Number of bad rows that are reported with their errors; the others are reported by row number only."""
+OF_ONE_KIND = 20
+"""Where more rows than these are all bad in the same way, the file is of another kind, and no row is named."""
 REPEATED = "rewrites that ask the same as an earlier one are left out"
 
 
@@ -51,18 +53,28 @@ def parse_file(path: Path, *, skip_bad: bool = False) -> Parsed:
     for row in file_rows(path):
         parsed.rows += 1
         position += _take(row, path, position, parsed, places)
-    if parsed.bad and not skip_bad:
-        raise RequestError(_complaint(path, parsed))
-    if not parsed.requests:
-        if parsed.bad:
-            raise RequestError(f"{_complaint(path, parsed)}; no row is left")
+    if not parsed.requests and not parsed.bad:
         raise RequestError(f"{path}: holds no request; expected at least one JSON object; add a line")
-    if parsed.bad:
-        listed = "; ".join(_told(parsed.bad))
-        log.warning("%s: %d of %d rows left out: %s", path.name, len(parsed.bad), parsed.rows, listed)
+    report_bad_rows(path, parsed.bad, parsed.rows, any_left=bool(parsed.requests), skip_bad=skip_bad)
     for note, count in parsed.notes.items():
         log.warning("%s: %s (%d of %d rows)", path.name, note, count, parsed.rows)
     return parsed
+
+
+def report_bad_rows(
+    path: Path, bad: Sequence[tuple[FileRow, str]], rows: int, *, any_left: bool, skip_bad: bool
+) -> None:
+    """Logs which of a file's `rows` are left out; does nothing where all can be used.
+
+    Raises:
+        RequestError: there are bad ones and they are not to be left out, or no other is left.
+    """
+    if bad and not skip_bad:
+        raise RequestError(_complaint(path, bad, rows))
+    if bad and not any_left:
+        raise RequestError(f"{_complaint(path, bad, rows)}; no row is left")
+    if bad:
+        log.warning("%s: %d of %d rows left out: %s", path.name, len(bad), rows, "; ".join(_told(bad)))
 
 
 def _take(row: FileRow, path: Path, position: int, parsed: Parsed, places: dict[str, FileRow]) -> int:
@@ -134,13 +146,15 @@ def _field_said(error: FieldError, reader: formats.Reader) -> str:
     return str(FieldError(formats.name_in(reader, error.name), error.text, "")).removeprefix(": ")
 
 
-def _complaint(path: Path, parsed: Parsed) -> str:
-    if len(parsed.bad) == 1:
-        row, said = parsed.bad[0]
-        others = "" if parsed.rows == 1 else "; or leave it out with --skip-bad"
+def _complaint(path: Path, bad: Sequence[tuple[FileRow, str]], rows: int) -> str:
+    if len(bad) == 1:
+        row, said = bad[0]
+        others = "" if rows == 1 else "; or leave it out with --skip-bad"
         return f"{row.where(path)}{_name_of(row)}: {said}{others}"
-    listed = "; ".join(_told(parsed.bad))
-    given = f"{path}: {len(parsed.bad)} of {parsed.rows} rows cannot be used: {listed}"
+    if len(bad) >= rows > OF_ONE_KIND and len({said for _, said in bad}) == 1:
+        return f"{path}: none of its {rows} rows can be used: {bad[0][1]}"
+    listed = "; ".join(_told(bad))
+    given = f"{path}: {len(bad)} of {rows} rows cannot be used: {listed}"
     return f"{given}; fix them, or leave them out with --skip-bad"
 
 

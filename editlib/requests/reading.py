@@ -79,18 +79,24 @@ def read_with_retain(
 
 
 def read_questions(
-    path: str | Path, *, subjects: Mapping[str, str] | None = None, skip_bad: bool = False
+    path: str | Path,
+    *,
+    subjects: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
+    left_out: dict[str, list[str]] | None = None,
 ) -> list[tuple[EditRequest, Subject | None]]:
     """The questions of a file in TOFU's form, each with how its subject was found, `None` where it was not.
 
     Args:
         subjects: see `with_subjects`.
-        skip_bad: see `read_requests`.
+        skip_bad, left_out: see `read_requests`.
 
     Raises:
         RequestError: as `read_requests`; or the file holds none.
     """
     parsed = parse_file(Path(path), skip_bad=skip_bad)
+    if left_out is not None and parsed.bad:
+        left_out[Path(path).name] = [row.place for row, _ in parsed.bad]
     if not parsed.questions:
         wanted = 'expected objects with "question" and "answer"; other formats say their subjects themselves'
         raise RequestError(f"{path}: holds no question in TOFU's form; {wanted}")

@@ -39,7 +39,7 @@ def file_rows(path: Path) -> Iterator[FileRow]:
     Raises:
         RequestError: it cannot be read, or needs a package that is not installed.
     """
-    if _is_saved(path):
+    if is_saved(path):
         return _numbered(_saved(path))
     if path.suffix.lower() == ".parquet":
         return _numbered(_parquet(path))
@@ -119,7 +119,8 @@ def _numbered(values: list[Any]) -> Iterator[FileRow]:
     return (FileRow(f"row {number}", value) for number, value in enumerate(values, 1))
 
 
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
+    """Whether a path is a folder that `datasets` saved."""
     return path_is_folder(path) and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 

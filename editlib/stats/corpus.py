@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import csv
 import hashlib
 import importlib
 import io
@@ -19,15 +20,19 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from editlib.errors import CorpusError, EditlibError, FetchError, first_line
+from editlib.errors import CorpusError, EditlibError, FetchError, RequestError, first_line
 from editlib.files import sync
 from editlib.models.packaged.fetch import cache_dir
 from editlib.models.packaged.wheels import download_package
+from editlib.requests.rows import file_rows, is_saved
 from editlib.stats.wiki_markup import clean_wiki
 
 logger = logging.getLogger(__name__)
 
-KINDS = "a .txt or .jsonl file, hf:NAME[/CONFIG][:SPLIT], wiki-sample, or wiki-sample:heldout"
+SAMPLES = ("wiki-sample", "wiki-sample:heldout")
+KINDS = (
+    "a .txt, .jsonl, .json, .csv, .tsv or .parquet file, hf:NAME[/CONFIG][:SPLIT], wiki-sample, or wiki-sample:heldout"
+)
 
 # The sample is test data inside one fixed wheel, which any host can download: only its zip is opened.
 WIKI_PACKAGE, WIKI_VERSION = "gensim", "4.4.0"
@@ -58,17 +63,18 @@ def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
     """Opens a corpus.
 
     Args:
-        spec: a .txt file (documents are separated by blank lines); a .jsonl file; `hf:NAME[/CONFIG][:SPLIT]`
+        spec: a .txt file (documents are separated by blank lines); rows with a text (.jsonl, .json, .csv, .tsv,
+            .parquet, a folder by `save_to_disk`); `hf:NAME[/CONFIG][:SPLIT]`
             (split `train` unless named); `wiki-sample`, about 90 English Wikipedia articles for statistics;
             `wiki-sample:heldout`, every 8th article of that sample, kept apart for perplexity. The text of
             the sample is under CC BY-SA, by Wikipedia's contributors.
-        text_field: the field with the text (.jsonl and hf: only); `text`, or the only string field.
+        text_field: the field with the text (rows and hf: only); `text`, or the only string field.
 
     Raises:
         CorpusError: no such file, split or field, a line that cannot be read, or no text at all.
         FetchError: the sample or the dataset is neither at hand nor can be downloaded.
     """
-    if spec in ("wiki-sample", "wiki-sample:heldout"):
+    if spec in SAMPLES:
         if text_field is not None:
             raise CorpusError(f"{spec}: text_field={text_field!r} is for .jsonl files and hf: datasets")
         held_out = spec.endswith(":heldout")
@@ -78,6 +84,18 @@ def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
     if spec.startswith("hf:"):
         return _load_hf(spec, text_field)
     return _load_file(Path(spec), text_field)
+
+
+def check_corpus(spec: str) -> None:
+    """Checks what can be said of a corpus without the network; call it before a model is loaded.
+
+    Raises:
+        CorpusError: no such file, or one that holds no text that is read.
+    """
+    if spec.startswith("hf:"):
+        _hf_parts(spec)
+    elif spec not in ("self", *SAMPLES):
+        load_corpus(spec)
 
 
 def hash_documents(documents: Iterable[str]) -> str:
@@ -92,48 +110,141 @@ def hash_documents(documents: Iterable[str]) -> str:
 # --- files -------------------------------------------------------------------------------------------
 
 
+LINES, TABLES, PLAIN = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}, ("", ".txt", ".text", ".md", ".rst", ".tex")
+TOO_LONG = 2**31 - 1  # characters that a field of a table may have
+
+
 def _load_file(path: Path, text_field: str | None) -> Corpus:
-    json_lines = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
-    if text_field is not None and not json_lines:
-        raise CorpusError(f"{path}: text_field={text_field!r} is for .jsonl; this is read as plain text")
-    text = _read_text(path)
-    documents = _json_documents(path, text, text_field) if json_lines else _paragraphs(text)
+    kind = path.suffix.lower()
+    if is_saved(path) or kind == ".parquet":
+        documents = _documents(_stored_rows(path), text_field)
+    elif kind in (*LINES, *TABLES, ".json"):
+        text = _read_text(path)
+        rows = _table_rows(path, text) if kind in TABLES else _json_rows(path, text, lines=kind in LINES)
+        documents = _documents(rows, text_field, bare=kind == ".json")
+    else:
+        if text_field is not None:
+            raise CorpusError(f"{path}: text_field={text_field!r} is for .jsonl; this is read as plain text")
+        documents = _paragraphs(_plain_text(path, kind))
     if not documents:
-        raise CorpusError(f"{path}: the file {'holds no text' if text else 'is empty'}; expected documents")
+        empty = path.is_file() and not path.stat().st_size
+        raise CorpusError(f"{path}: the file {'is empty' if empty else 'holds no text'}; expected documents")
     name = re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "corpus"
     return Corpus(name, documents, hash_documents(documents))
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise CorpusError(f"corpus {str(path)!r}: no such file; expected {KINDS}") from error
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror or error})") from error
+        reason = "Is a directory" if path.is_dir() else error.strerror or error
+        raise CorpusError(f"{path}: cannot be read ({reason}); expected {KINDS}") from error
+    except ValueError as error:  # a null byte in the name
+        raise CorpusError(f"corpus {str(path)!r}: {error}; expected {KINDS}") from error
+    if "\0" in text:
+        raise CorpusError(f"{path}: holds null bytes, as UTF-16 and binary files do; expected UTF-8 text; convert it")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _plain_text(path: Path, kind: str) -> str:
+    """The text of a file that is read as it stands.
+
+    Raises:
+        CorpusError: it is in a form whose marks would be read as text.
+    """
+    text = _read_text(path)
+    if found := "no text file by its name" if kind not in PLAIN else _form_of(text):
+        wanted = "expected plain text (.txt), or rows with a field 'text' (.jsonl, .json, .csv, .tsv, .parquet)"
+        raise CorpusError(f"{path}: {found}; {wanted}; rename or convert it")
+    return text
+
+
+def _form_of(text: str) -> str | None:
+    """What a text is that is no plain one, `None` for plain text."""
+    begin = text.lstrip()[:100].lower()
+    if begin.startswith(("<?xml", "<!doctype html", "<html")):
+        return "XML or HTML"
+    if begin.startswith(("{", "[")):
+        for part in (text.strip().split("\n", 1)[0], text):  # of JSON Lines, or the whole
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(json.loads(part), (dict, list)):
+                    return "JSON"
+    return None
 
 
 def _paragraphs(text: str) -> list[str]:
     return [p.strip() for p in re.split(r"\n(?:[ \t\r\f\v]*\n)+", text) if p.strip()]
 
 
-def _json_documents(path: Path, text: str, field: str | None) -> list[str]:
+def _documents(rows: Iterable[tuple[str, Any]], field: str | None, *, bare: bool = False) -> list[str]:
+    """The texts of rows, each with its place.
+
+    Args:
+        bare: a row may be the text itself.
+    """
     documents = []
+    for where, row in rows:
+        if bare and isinstance(row, str):
+            document = _text_of({"text": row}, "text", where)
+        else:
+            field = field or _find_text_field(row, where)
+            document = _text_of(row, field, where)
+        if document.strip():
+            documents.append(document)
+    return documents
+
+
+def _json_rows(path: Path, text: str, *, lines: bool) -> Iterator[tuple[str, Any]]:
+    """The rows of JSON Lines, or, where not `lines`, those of one array or object."""
+    if not lines and text.strip():
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if text.lstrip().startswith("["):
+                raise CorpusError(f"{path}: not JSON ({first_line(error)}); expected an array of objects") from error
+        else:
+            rows = whole if isinstance(whole, list) else [whole]
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+            return
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut at U+2028 too
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{where}: not JSON ({error}); expected one object a line") from error
-        field = field or _find_text_field(row, where)
-        document = _text_of(row, field, where)
-        if document.strip():
-            documents.append(document)
-    return documents
+            raise CorpusError(f"{where}: not JSON ({first_line(error)}); expected one object a line") from error
+
+
+def _table_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a table whose first line names its columns."""
+    limit = csv.field_size_limit(TOO_LONG)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[path.suffix.lower()], strict=True)
+        rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise CorpusError(f"{path}: not a table of {path.suffix.lower()[1:].upper()} ({error}); mend it") from error
+    finally:
+        csv.field_size_limit(limit)
+    for where, row in rows:
+        if None in row or None in row.values():  # more cells, or fewer
+            columns = ", ".join(reader.fieldnames or ())
+            wanted = f"expected as many cells as columns ({columns}); put a text that holds the separator in quotes"
+            raise CorpusError(f"{where}: {'more' if None in row else 'fewer'} cells; {wanted}")
+        yield where, row
+
+
+def _stored_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a Parquet file or of a folder that `datasets` saved."""
+    try:
+        for row in file_rows(path):
+            yield f"{path}, {row.place}", row.value
+    except RequestError as error:
+        raise CorpusError(str(error)) from None
 
 
 def _find_text_field(row: Any, where: str) -> str:
@@ -145,7 +256,9 @@ def _find_text_field(row: Any, where: str) -> str:
     if len(strings) == 1:
         return strings[0]
     found = ", ".join(strings) or "none"
-    raise CorpusError(f"{where}: no field 'text', nor just one string field ({found}); give text_field")
+    raise CorpusError(
+        f"{where}: no field 'text', nor just one string field ({found}); rename one to text (in Python: text_field)"
+    )
 
 
 def _text_of(row: Any, field: str, where: str) -> str:
@@ -179,16 +292,26 @@ class _Streamed:
                     yield text
 
 
-def _load_hf(spec: str, text_field: str | None) -> Corpus:
+def _hf_parts(spec: str) -> tuple[str, str]:
+    """The name and the split of a data set.
+
+    Raises:
+        CorpusError: no name that one may have, or the package that reads it is missing.
+    """
     name, _, split = spec.removeprefix("hf:").partition(":")
-    split = split or "train"
     if not re.fullmatch(r"[^/\s]+(?:/[^/\s]+){0,2}", name):
         raise CorpusError(f"{spec!r}: expected hf:NAME[/CONFIG][:SPLIT], where NAME may be OWNER/NAME")
     try:
         # Not at the top: datasets is an extra, and slow to import.
-        datasets = importlib.import_module("datasets")
+        importlib.import_module("datasets")
     except ImportError as error:
         raise CorpusError(f"{spec}: needs the datasets package: pip install 'editlib[eval]'") from error
+    return name, split or "train"
+
+
+def _load_hf(spec: str, text_field: str | None) -> Corpus:
+    name, split = _hf_parts(spec)
+    datasets = importlib.import_module("datasets")
     with _one_line_errors(spec):
         rows = _open_stream(datasets, name, split, spec)
         first = next(iter(rows), None)

@@ -20,7 +20,17 @@ from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.settings import knob
 from editlib.shelf import JsonStore, digest
-from editlib.tofu.scores import ANSWER_TOKENS, RATIOS, Judges, Reading, read, reference_results, score, tofu_scores
+from editlib.tofu.scores import (
+    ANSWER_TOKENS,
+    RATIOS,
+    Judges,
+    Reading,
+    check_scoring,
+    read,
+    reference_results,
+    score,
+    tofu_scores,
+)
 from editlib.tofu.sets import FORGET, Asked, TofuSets, questions_in, read_tofu
 
 EFFICACY, KEPT = "forget_efficacy", ("model_utility", "retain_ability")
@@ -38,6 +48,7 @@ class TofuSettings(SetSettings):
     reference: str | None = knob(
         None, "a model trained without the set to forget, or its results (edited.json); forget quality needs it"
     )
+    skip_bad: bool = knob(False, "leave rows of these files out that cannot be used, and count them")
     limit: int | None = knob(None, "questions of each probe set; none: all", min=1)
     seed: int = knob(0, "of the draw", min=0)
     max_new_tokens: int = knob(ANSWER_TOKENS, "tokens of an answer", min=1)
@@ -63,8 +74,10 @@ class Tofu(Benchmark):
     def __init__(self, settings: SetSettings, where: str, **loading: Any) -> None:
         super().__init__(settings, where, **loading)
         own = self.settings
-        learned = None if own.learned is None else questions_in(own.learned)
-        self.sets = apart(read_tofu(own.source, own.forget, learned=learned).limited(own.limit, own.seed), own.seed)
+        check_scoring(Judges(own.encoder, own.classifier), own.reference)
+        learned = None if own.learned is None else questions_in(own.learned, skip_bad=own.skip_bad)
+        sets = read_tofu(own.source, own.forget, learned=learned, skip_bad=own.skip_bad)
+        self.sets = apart(sets.limited(own.limit, own.seed), own.seed)
         self._only: Mapping[str, MetricResult] | None = None
         if own.reference is not None and Path(own.reference).is_file():
             self._only = reference_results(Path(own.reference), self.sets)

@@ -15,7 +15,16 @@ from editlib.models.loading import DeviceMap, load
 from editlib.models.prompts import Asking
 from editlib.requests.request import EditRequest
 from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
-from editlib.tofu.scores import ANSWER_TOKENS, Judges, Reading, compare_tofu, document, reference_results, tofu_scores
+from editlib.tofu.scores import (
+    ANSWER_TOKENS,
+    Judges,
+    Reading,
+    check_scoring,
+    compare_tofu,
+    document,
+    reference_results,
+    tofu_scores,
+)
 from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
 
 
@@ -53,6 +62,7 @@ class TofuProtocol:
         learned_file: Path | None = None,
         reference: str | None = None,
         whole: bool = True,
+        skip_bad: bool = False,
         **options: Any,
     ) -> TofuProtocol:
         """Makes the protocol with its sets from a folder or the Hub; see `read_tofu` and, for `options`, the class.
@@ -61,13 +71,15 @@ class TofuProtocol:
             learned_file: the questions that the model was trained on, in TOFU's form; default: all.
             reference: a model that was trained on the retain set only, or the results of one that an earlier run of
                 this protocol wrote (`edited.json`); forget quality needs it.
+            skip_bad: leave rows out that cannot be used, see `read_tofu`.
             whole: the whole forget set will be asked about, not one request of it: a reference must hold all questions.
 
         Raises:
             EditlibError: a file that does not fit, or sets that cannot be reached.
         """
-        learned = None if learned_file is None else questions_in(learned_file)
-        made = cls(read_tofu(source, forget, learned=learned), reference=reference, **options)
+        check_scoring(options.get("judges"), reference)
+        learned = None if learned_file is None else questions_in(learned_file, skip_bad=skip_bad)
+        made = cls(read_tofu(source, forget, learned=learned, skip_bad=skip_bad), reference=reference, **options)
         if reference is not None and Path(reference).is_file():
             sets = made._sets.limited(made._limit, made._seed)
             made._retain_only = reference_results(Path(reference), sets, whole=whole)
@@ -103,6 +115,7 @@ class TofuProtocol:
             "reference": self._reference,
             "judges": judges,
             **document(scores),
+            **({"left_out": dict(sets.left_out)} if sets.left_out else {}),
             "seconds": time.perf_counter() - begun,
             "peak_rss_mb": peak_rss_mb(),
         }

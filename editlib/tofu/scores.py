@@ -14,11 +14,13 @@ from editlib.errors import MetricError
 from editlib.evaluation import metrics
 from editlib.evaluation.answer_cache import ask
 from editlib.evaluation.metrics import MetricResult, Split, read_results
-from editlib.evaluation.metrics.generated import Classifier, Encoder
+from editlib.evaluation.metrics.generated import Classifier, Encoder, check_judges
 from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
+from editlib.evaluation.metrics.tofu import require_scipy
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import Forced
 from editlib.models.loaded import plain_text
+from editlib.models.loading import check_model
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.tofu.sets import SIDE, Asked, TofuSets
 
@@ -39,6 +41,21 @@ class Judges:
 
     encoder: str | Path | Encoder | None = None
     classifier: str | Path | Classifier | None = None
+
+
+def check_scoring(judges: Judges | None, reference: str | None) -> None:
+    """Checks what scores are made with besides the two models; call it before these are loaded.
+
+    Raises:
+        MetricError: a package is missing, or there is no such judge.
+        ModelError: the reference is no model.
+    """
+    judges = judges or Judges()
+    check_judges(judges.encoder, judges.classifier)
+    if reference is not None:
+        require_scipy()
+        if not Path(reference).is_file():
+            check_model(reference)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jsonlines
-
-from editlib.errors import RequestError
+from editlib.errors import RequestError, quote
 from editlib.models.hub import quiet_hub, reading
+from editlib.requests.parsing import report_bad_rows
 from editlib.requests.reading import read_questions, read_requests, tell_subjects
 from editlib.requests.request import EditRequest
+from editlib.requests.rows import FileRow, file_rows, is_saved
 from editlib.requests.subjects import Subject
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ class TofuSets:
 
     `probes` maps names of `SETS` to their questions; a set that is missing is named in `missing`. `unlearned` counts
     the questions of `forget` and `retain` that were left out, since the model never learned them. `subjects` says how
-    the subject of each request to forget was found; `None`: not at all.
+    the subject of each request to forget was found; `None`: not at all. `left_out` lists by file the rows that could
+    not be used.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TofuSets:
     missing: tuple[str, ...] = ()
     unlearned: Mapping[str, int] | None = None
     subjects: tuple[Subject | None, ...] = ()
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def forgetting(self, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()) -> TofuSets:
         """Gives the same sets where only `requests` are to be forgotten, and `kept`, others of them, are to be kept."""
@@ -103,26 +105,29 @@ def read_tofu(
     *,
     learned: Collection[str] | None = None,
     subjects: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
 ) -> TofuSets:
     """Reads TOFU's sets and finds the subjects of what is to be forgotten and kept (`editlib.subjects`).
 
     Args:
         source: a folder with TOFU's files (`forget01.jsonl`, `forget01_perturbed.jsonl`, `retain99.jsonl` or
             `forget10.jsonl` and `retain90.jsonl`, `retain_perturbed.jsonl`, `real_authors_perturbed.jsonl`,
-            `world_facts_perturbed.jsonl`; `.json` will do), or the name of a data set on the Hub; default: TOFU's own.
+            `world_facts_perturbed.jsonl`; `.json`, `.parquet` or a folder by `save_to_disk` will do), or the name of a
+            data set on the Hub; default: TOFU's own.
         forget: `forget01`, `forget05` or `forget10`.
         learned: the questions that the model was trained on; of the others none is to be forgotten or to be kept.
             Default: all.
         subjects: the user's own, by id or by question.
+        skip_bad: leave rows out that cannot be used, and log their numbers and what is wrong with them.
 
     Raises:
         RequestError: an unknown set, no such folder, a set that cannot be read or reached, or nothing left to forget.
     """
     if forget not in FORGET:
         raise RequestError(f"{forget!r} is no set of TOFU to forget; expected one of {', '.join(FORGET)}")
-    place = _Place(HUB if source is None else source)
+    place = _Place(HUB if source is None else source, skip_bad=skip_bad)
     own = dict(subjects or {})
-    asked, subjects_of = _questions(place.need(forget), own)
+    asked, subjects_of = _questions(place, forget, own)
     others = _rest(place, forget, {request.question for request in asked}, own)
     if own:
         raise RequestError(f"subjects: {next(iter(own))!r} is no question of TOFU's; fix the mapping")
@@ -155,38 +160,43 @@ def read_tofu(
         missing=missing,
         unlearned=unlearned,
         subjects=tuple(subjects_of),
+        left_out=place.left_out,
     )
 
 
-def questions_in(path: str | Path) -> frozenset[str]:
+def questions_in(path: str | Path, *, skip_bad: bool = False) -> frozenset[str]:
     """The questions of what a model learned: a request file such as `editlib finetune` leaves (`learned.jsonl`), or one
     in TOFU's form.
 
     Raises:
         RequestError: it cannot be read, or holds no questions.
     """
-    return frozenset(request.question for request in read_requests(path))
+    return frozenset(request.question for request in read_requests(path, skip_bad=skip_bad))
 
 
-def _questions(path: Path, own: dict[str, str]) -> tuple[list[EditRequest], list[Subject | None]]:
-    """Makes the requests of a file with their subjects; takes those of the user's `own` out that it has used."""
+def _questions(place: _Place, name: str, own: dict[str, str]) -> tuple[list[EditRequest], list[Subject | None]]:
+    """Makes the requests of a set with their subjects; takes those of the user's `own` out that it has used."""
+    path, skip_bad = place.need(name), place.skip_bad
     given = {}
     if own:
-        names = {name for request, _ in read_questions(path) for name in (request.id, request.question)}
+        read = read_questions(path, skip_bad=skip_bad)
+        names = {name for request, _ in read for name in (request.id, request.question)}
         given = {name: own.pop(name) for name in names & own.keys()}
-    found = read_questions(path, subjects=given)
+    found = read_questions(path, subjects=given, skip_bad=skip_bad, left_out=place.left_out)
+    if missing := [request for request, _ in found if request.answer is None]:
+        complaint = 'field "answer": missing; expected the true answer; add it'
+        bad = [(FileRow(_place_of(request, path), None), complaint) for request in missing]
+        found = [(request, subject) for request, subject in found if request.answer is not None]
+        place.report(path, bad, len(found) + len(bad), any_left=bool(found))
     tell_subjects(path.name, found)
-    for request, _ in found:
-        if request.answer is None:
-            raise RequestError(f'{request.source}: field "answer" is missing; expected the true answer')
     return [request for request, _ in found], [subject for _, subject in found]
 
 
 def _rest(place: _Place, forget: str, asked: Collection[str], own: dict[str, str]) -> list[EditRequest]:
     """Makes all other questions: from the set made for it, or what the two largest sets hold besides."""
-    if path := place.find(FORGET[forget]):
-        return _questions(path, own)[0]
-    whole = [request for name in ("forget10", "retain90") for request in _questions(place.need(name), own)[0]]
+    if place.find(FORGET[forget]):
+        return _questions(place, FORGET[forget], own)[0]
+    whole = [request for name in ("forget10", "retain90") for request in _questions(place, name, own)[0]]
     return [request for request in whole if request.question not in asked]
 
 
@@ -213,11 +223,18 @@ def _asked(name: str, row: Mapping[str, Any]) -> Asked:
     return Asked(name, row["question"], row["answer"], row.get("paraphrased_answer"), wrong)
 
 
-class _Place:
-    """Where the files are: a folder, or a data set on the Hub."""
+def _place_of(request: EditRequest, path: Path) -> str:
+    """Where in its file a request is, as `FileRow.place`."""
+    place = request.source.removeprefix(f"{path}:").strip()
+    return place if place.startswith("row") else f"line {place}"
 
-    def __init__(self, source: str | Path) -> None:
-        self.source = str(source)
+
+class _Place:
+    """Where the files are: a folder, or a data set on the Hub. `left_out` gets the rows that cannot be used."""
+
+    def __init__(self, source: str | Path, *, skip_bad: bool = False) -> None:
+        self.source, self.skip_bad = str(source), skip_bad
+        self.left_out: dict[str, list[str]] = {}
         self._folder = Path(source) if Path(source).is_dir() else None
         on_hub = len(self.source.split("/")) == 2 and self.source[0] not in "./~" and not isinstance(source, Path)
         if self._folder is None and not on_hub:
@@ -239,7 +256,8 @@ class _Place:
     def find(self, name: str) -> Path | None:
         """Finds the file of a set, `None` if it is not there; raises as `need` where that cannot be known."""
         if self._folder is not None:
-            return next((path for end in ("jsonl", "json") if (path := self._folder / f"{name}.{end}").is_file()), None)
+            paths = [self._folder / f"{name}{end}" for end in (".jsonl", ".json", ".parquet", "")]
+            return next((path for path in paths if path.is_file() or is_saved(path)), None)
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -264,13 +282,44 @@ class _Place:
         path = self.find(name)
         if path is None:
             return {}
-        try:
-            with jsonlines.open(path) as reader:
-                found = list(reader.iter(type=dict, skip_empty=True))
-        except (OSError, ValueError, jsonlines.Error) as error:
-            raise RequestError(f"{path}: {error}; expected one JSON object a line") from None
-        for line, row in enumerate(found, 1):
-            for field in ("question", "answer"):
-                if not isinstance(row.get(field), str):
-                    raise RequestError(f'{path}:{line}: field "{field}" is missing; expected a text')
-        return {(row["question"], row["answer"]): row for row in found}
+        found: dict[Pair, dict[str, Any]] = {}
+        bad: list[tuple[FileRow, str]] = []
+        rows = list(file_rows(path))
+        for row in rows:
+            if complaint := row.complaint or _perturbed_complaint(row.value):
+                bad.append((row, complaint))
+            else:
+                found[row.value["question"], row.value["answer"]] = row.value
+        self.report(path, bad, len(rows), any_left=bool(found))
+        return found
+
+    def report(self, path: Path, bad: Sequence[tuple[FileRow, str]], rows: int, *, any_left: bool) -> None:
+        """Notes the bad rows of a file that are left out.
+
+        Raises:
+            RequestError: they are not to be left out, or no other is left.
+        """
+        report_bad_rows(path, bad, rows, any_left=any_left, skip_bad=self.skip_bad)
+        if bad:
+            self.left_out.setdefault(path.name, []).extend(row.place for row, _ in bad)
+
+
+def _perturbed_complaint(row: Any) -> str | None:
+    """Says what is wrong with a row of a `_perturbed` set; `None` where all is well."""
+    if not isinstance(row, dict):
+        return f"{quote(row)}; expected a JSON object; write {{...}}"
+    for name in ("question", "answer"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            given = "missing" if row.get(name) is None else quote(row[name])
+            return f'field "{name}": {given}; expected a text; write it'
+    for name in ("paraphrased_question", "paraphrased_answer"):
+        if row.get(name) is not None and not isinstance(row[name], str):
+            return f'field "{name}": {quote(row[name])}; expected a text; write it or take the field out'
+    wrong = row.get("perturbed_answer") or ()
+    if not isinstance(wrong, str) and not _texts(wrong):
+        return f'field "perturbed_answer": {quote(wrong)}; expected a list of texts; mend it'
+    return None
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(one, str) and one.strip() for one in value)

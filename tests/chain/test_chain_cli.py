@@ -88,3 +88,30 @@ def test_ids_that_look_like_markup_are_shown(call, start):
     for command in ("status", "log"):
         assert "[red]b1" in call("chain", command, chain.path)[1]
     assert "[red]b1" in call("chain", "undo", chain.path)[1]
+
+
+def test_rows_that_were_left_out_stay_on_record(call, job, base):
+    """In the chain, after a replay too, and in its receipt; a chain without any is written as it always was."""
+    home, options = job
+    folder = home / "chain"
+    for name in ("a", "b", "retain"):
+        with (home / f"{name}.jsonl").open("a") as file:
+            file.write('{"prompt": 7}\n')
+    rows = {name: [f"line {len((home / name).read_text().splitlines())}"] for name in ("a.jsonl", "retain.jsonl")}
+    refused(call("chain", "init", folder, *options), "retain.jsonl:", "--skip-bad")
+    assert call("chain", "init", folder, *options, "--skip-bad")[0] == 0
+    refused(call("chain", "add", folder, "--requests", home / "a.jsonl"), "a.jsonl:3", "--skip-bad")
+    for name in "abc":
+        assert call("chain", "add", folder, "--requests", home / f"{name}.jsonl", "--skip-bad")[0] == 0
+    assert call("chain", "revoke", folder, "a2")[0] == 0
+    assert call("chain", "verify", folder)[0] == 0
+    record = json.loads((folder / "chain.json").read_text())
+    assert record["left_out"] == {"retain.jsonl": rows["retain.jsonl"]}
+    assert [batch.get("left_out") for batch in record["batches"]] == [
+        {"a.jsonl": rows["a.jsonl"]}, {"b.jsonl": ["line 2"]}, None,
+    ]  # fmt: skip
+    assert call("chain", "export", folder, "--out", home / "edited")[0] == 0
+    receipt = json.loads((home / "edited" / "editlib.json").read_text())
+    assert receipt["left_out"] == {**rows, "b.jsonl": ["line 2"]}
+    found = json.loads(call("chain", "status", folder, "--json")[1])
+    assert [batch["left_out"] for batch in found["batches"]][1:] == [{"b.jsonl": ["line 2"]}, {}]

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from editlib.benches import sequential as module
 from editlib.benches.report import sequential_rows, write_sequential
 from editlib.benches.sequential import bench_sequential, check_plan
 from editlib.chain import Chain
-from editlib.errors import EditError, HparamsError, OutputError
+from editlib.errors import EditError, HparamsError, OutputError, RequestError
 from editlib.facts.sampling import FactSplit
+from editlib.hparams import ModelShape, derive
 
 PARTS = FactSplit([*A, *B, *C], RETAIN[:2], RETAIN[2:])
 SETTINGS = [hparams_of("MEMIT"), hparams_of("AlphaEdit")]
@@ -53,6 +55,29 @@ def test_every_chain_is_measured_on_its_way(run, tmp_path):
     rows = table.read_text().splitlines()
     assert len(rows) == 2 + len(points) and rows[0].startswith("| algorithm | batches of | edits | efficacy |")
     assert len(sequential_rows(points)[1]) == len(sequential_rows(points)[0])
+
+
+def test_facts_that_are_too_long_are_refused_before_any_is_asked(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("editlib.evaluation.answer_cache.greedy", None)
+    long = replace(A[0], id="long", prompt="{} " + "very " * 300)
+    for parts in (replace(PARTS, forget=[*A, long]), replace(PARTS, watch=[long]), replace(PARTS, anchors=[long])):
+        with pytest.raises(RequestError, match=r"'long'.* positions of this model"):
+            run(parts=parts)
+    monkeypatch.setattr("editlib.data.facts", lambda: [replace(long, relation="capital")])
+    with pytest.raises(RequestError, match=r"'long'.* positions of this model"):
+        run(parts=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_derived_settings_are_fitted_to_the_loaded_model(run, loaded, tmp_path, monkeypatch):
+    shape = ModelShape.of(loaded.model.config, "tiny")
+    monkeypatch.setattr("editlib.workbench.causal_trace", lambda *_: SimpleNamespace(read_at=2))
+    fitted = derive("MEMIT", shape, read_at=2)
+    followed = []
+    monkeypatch.setattr(module._Run, "follow", lambda self, load, hparams, size: followed.append(hparams))
+    run(settings=[derive("MEMIT", shape), SETTINGS[1]], sizes=[5])
+    assert followed == [fitted, SETTINGS[1]]
+    assert derive("MEMIT", shape).layers != fitted.layers
 
 
 def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):

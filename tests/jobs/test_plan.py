@@ -125,3 +125,11 @@ def test_a_file_that_is_no_configuration(tmp_path):
 def test_what_is_not_there_is_named(wrong):
     with pytest.raises(EditlibError, match=next(iter(wrong.values()))):
         plan("smollm2-135m", 1, **wrong)
+
+
+@pytest.mark.parametrize("content", ["5", "null", "true", "[1]", '"x"', "{}", "[" * 100_000, ""])
+def test_a_configuration_that_is_none_is_one_line(call, tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    code, _, err = call("plan", path)
+    assert code == 2 and err.count("\n") == 1 and "config.json" in err

@@ -385,3 +385,14 @@ def test_an_answer_ends_with_what_the_template_writes_after_it(tok, chat, specia
     tok.chat_template, tok.eos_token = chat, None if eos is None else special[eos]
     found = PromptFormat(tok).end_ids([ids[i] for i in stops])
     assert tok.convert_ids_to_tokens(list(found)) == ([] if end is None else [end])
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{% for m in messages %}", "{{ raise_exception('no') }}", "{{ a.b.c }}", "\n", "{{ '' }}"]
+)
+def test_a_template_that_cannot_be_used_is_one_line(tok_chat, template):
+    tok_chat.chat_template = template
+    with pytest.raises(RequestError, match=r"the chat template .*chat=false") as told:
+        PromptFormat(tok_chat, chat=True).encode("Who?")
+    assert "\n" not in str(told.value)
+    assert PromptFormat(tok_chat, chat=False).encode("Who?").ids

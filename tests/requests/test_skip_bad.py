@@ -10,6 +10,7 @@ from editlib.cli import app
 from editlib.cli.evaluate import subjects
 from editlib.errors import RequestError
 from editlib.jobs.finetune import read_pairs
+from editlib.requests.parsing import parse_file
 
 FILES = {"requests", "retain", "data"}
 
@@ -50,3 +51,15 @@ def test_it_is_handed_on(tmp_path, capsys):
     assert [pair.answer for pair in read_pairs([path], skip_bad=True)] == ["A"]
     subjects(path, skip_bad=True)
     assert "of 1 questions have a subject" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_file_of_another_kind_is_said_once(tmp_path, skip_bad):
+    """RippleEdits as it ships names subjects by number only: one line says what to read instead, not a line a row."""
+    edit = {"subject_id": "Q1", "prompt": "The mother of A is B.", "original_fact": {"prompt": "The mother of A is C."}}
+    path = tmp_path / "recent.json"
+    path.write_text(json.dumps([{"edit": edit}] * 400))
+    with pytest.raises(RequestError) as told:
+        parse_file(path, skip_bad=skip_bad)
+    said = str(told.value)
+    assert "none of its 400 rows" in said and said.count("wiki_recent") == 1 and len(said) < 400

@@ -1,4 +1,5 @@
 import bz2
+import csv
 import json
 import sys
 import zipfile
@@ -7,7 +8,7 @@ import pytest
 
 from editlib.errors import CorpusError, FetchError
 from editlib.stats import corpus
-from editlib.stats.corpus import hash_documents, load_corpus
+from editlib.stats.corpus import check_corpus, hash_documents, load_corpus
 
 
 def one_line(info) -> str:
@@ -72,8 +73,87 @@ def test_missing_file_names_the_other_kinds(tmp_path):
     with pytest.raises(CorpusError) as info:
         load_corpus(str(tmp_path / "absent.txt"))
     assert "no such file" in one_line(info) and "wiki-sample" in str(info.value)
-    with pytest.raises(CorpusError):
+    with pytest.raises(CorpusError, match="Is a directory"):
         load_corpus(str(tmp_path))
+    with pytest.raises(CorpusError, match="expected"):
+        load_corpus("a\0b.txt")
+
+
+ROWS = [{"n": 1, "text": "one\u2028two"}, {"n": 2, "text": ""}, {"n": 3, "text": 'a "b", c\nd'}]
+TEXTS = ["one\u2028two", 'a "b", c\nd']
+
+
+def test_rows_of_every_form_give_their_text(tmp_path):
+    """As written by other packages: json, csv, pyarrow, datasets."""
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=2))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "bare.json").write_text(json.dumps([row["text"] for row in ROWS]))
+    for name, delimiter in (("a.csv", ","), ("a.TSV", "\t")):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, ["n", "text"], delimiter=delimiter)
+            table.writeheader()
+            table.writerows(ROWS)
+    kept = pytest.importorskip("datasets").Dataset.from_list(ROWS)
+    kept.to_parquet(str(tmp_path / "a.parquet"))
+    kept.save_to_disk(str(tmp_path / "saved"))
+    names = ["a.json", "lines.json", "bare.json", "a.csv", "a.TSV", "a.parquet", "saved"]
+    assert {name: load_corpus(str(tmp_path / name)).documents for name in names} == dict.fromkeys(names, TEXTS)
+
+
+def test_a_table_may_hold_long_documents(tmp_path):
+    text = "word " * 60_000  # longer than the csv module's own limit
+    limit = csv.field_size_limit()
+    assert load_corpus(write(tmp_path / "a.csv", f"text\n{text}\n")).documents == [text]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b'{"text": "one"}\n{"text": "two"}', "JSON"),
+        ("a.txt", b'\n [\n {"text": "one"}\n]', "JSON"),
+        ("a", b'{"text": "one"}', "JSON"),
+        ("a.md", b"<!DOCTYPE html>\n<p>one", "HTML"),
+        ("a.txt", b'<?xml version="1.0"?><a>one</a>', "XML"),
+        ("a.yaml", b"text: one", "no text file by its name"),
+        ("a.py", b"one = 1", "no text file by its name"),
+        ("a.html", b"<p>one", "no text file by its name"),
+        ("a.txt", "one two".encode("utf-16-le"), "null bytes"),
+        ("a.txt", "one two".encode("utf-16"), "not UTF-8"),
+        ("a.json", b"[1", "expected an array of objects"),
+        ("a.json", b'{"q": "1", "a": "2"}', "row 1: no field 'text'"),
+        ("a.json", b"[[1]]", "row 1: a list"),
+        ("a.json", b'["\\ud800"]', "surrogate"),
+        ("a.json", b"[" * 100_000, "not JSON"),
+        ("a.csv", b"q,a\n1,2\n", "line 2: no field 'text'"),
+        ("a.csv", b'text\n"one\n', "not a table of CSV"),
+        ("a.csv", b"n,text\n1\n", "line 2: fewer cells"),
+        ("a.csv", b"n,text\n1,one, two\n", "line 2: more cells"),
+        ("a.parquet", b"PAR1 no", "not Parquet"),
+    ],
+)
+def test_no_marks_are_read_as_text(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError) as info:
+        load_corpus(str(tmp_path / name))
+    assert expected in one_line(info) and str(tmp_path / name) in str(info.value)
+
+
+def test_prose_that_begins_with_a_bracket_is_prose(tmp_path):
+    for text in ("[1] is a footnote.", "{} is empty.", "<b> is bold."):
+        assert load_corpus(write(tmp_path / "a.txt", text)).documents == [text]
+
+
+@pytest.mark.parametrize("spec", ["wiki-sample", "wiki-sample:heldout", "self", "hf:own/data"])
+def test_what_the_network_has_is_not_checked_early(spec):
+    pytest.importorskip("datasets")
+    check_corpus(spec)
+
+
+@pytest.mark.parametrize("spec", ["wiki-sampel", "wiki-sample:test", "hf:", "hf:a b", "none.txt"])
+def test_what_cannot_be_is_refused_early(spec):
+    with pytest.raises(CorpusError):
+        check_corpus(spec)
 
 
 # --- datasets: the package itself, on a folder that looks like OWNER/NAME

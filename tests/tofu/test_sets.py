@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tofu_files import FORGOTTEN, KEPT, rows, write_tofu_files
 
@@ -156,3 +158,58 @@ def test_the_hub_is_asked_for_tofus_own_names(folder, monkeypatch):
     assert read_tofu().probes == read_tofu(folder).probes
     assert ("locuslab/TOFU", "forget01.json", "dataset") in asked
     assert ("locuslab/TOFU", "world_facts_perturbed.json", "dataset") in asked
+
+
+BAD_ROWS = {
+    "forget01": ['{"question": "Which food is Ada Moor\'s?"}', '{"question": 7, "answer": "x"}', "[1]", "{"],
+    "forget10": ['{"question": "", "answer": "x"}'],
+    "world_facts_perturbed": [
+        '{"question": "Where?"}',
+        '{"question": "Where?", "answer": "x", "perturbed_answer": {"a": 1}}',
+        '{"question": "Where?", "answer": "x", "paraphrased_answer": 3}',
+        '"text"',
+        "{]",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_all_bad_rows_are_named_or_left_out(folder, name, caplog):
+    whole = read_tofu(folder)
+    path = folder / f"{name}.jsonl"
+    good = path.read_text()
+    path.write_text(good + "\n".join(BAD_ROWS[name]))
+    numbers = [len(good.splitlines()) + i + 1 for i in range(len(BAD_ROWS[name]))]
+    with pytest.raises(RequestError) as told:
+        read_tofu(folder)
+    said = str(told.value)
+    assert path.name in said and "--skip-bad" in said and "\n" not in said
+    # A row without an answer reads well as a question: it is named when the others are mended.
+    assert all(str(number) in said for number in numbers[1:] or numbers)
+    sets = read_tofu(folder, skip_bad=True)
+    assert sets.left_out.keys() == {path.name}
+    assert sorted(sets.left_out[path.name]) == sorted(f"line {number}" for number in numbers)
+    assert (sets.forget, sets.retain, sets.probes) == (whole.forget, whole.retain, whole.probes)
+    assert path.name in caplog.text
+    path.write_text("\n".join(BAD_ROWS[name]))
+    with pytest.raises(RequestError, match="no row is left"):
+        read_tofu(folder, skip_bad=True)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "saved"])
+def test_the_files_may_be_of_any_form(folder, kind):
+    """As JSON arrays, Parquet files, or folders by `datasets`."""
+    whole = read_tofu(folder)
+    for path in list(folder.iterdir()):
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        path.unlink()
+        if kind == "json":
+            path.with_suffix(".json").write_text(json.dumps(found, indent=1))
+            continue
+        table = pytest.importorskip("datasets").Dataset.from_list(found)
+        if kind == "saved":
+            table.save_to_disk(str(path.with_suffix("")))
+        else:
+            table.to_parquet(str(path.with_suffix(".parquet")))
+    sets = read_tofu(folder)
+    assert (sets.forget, sets.retain, sets.probes) == (whole.forget, whole.retain, whole.probes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -154,3 +155,26 @@ def test_along_a_chain(call, folder, tofu, tmp_path):
     assert metrics["sets"]["retain"] == 3
     assert "After every batch" in (out / "report.html").read_text()
     assert "Asked: questions to forget 6" in said
+
+
+def test_rows_that_were_left_out_are_in_the_metrics(call, folder, tofu, tmp_path):
+    with (tofu / "world_facts_perturbed.jsonl").open("a") as file:
+        file.write('{"question": 7}\n')
+    given = ("--protocol", "tofu", "--tofu", tofu, *FEW, "--out", tmp_path / "out")
+    refused(call("eval", folder, folder, *given), "world_facts_perturbed.jsonl:3", "--skip-bad")
+    code, _, err = call("eval", folder, folder, *given, "--skip-bad")
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["left_out"] == {"world_facts_perturbed.jsonl": ["line 3"]}
+
+
+def test_what_scores_are_made_with_is_looked_at_first(call, folder, tofu, tmp_path, monkeypatch):
+    """A reference, a judge or a package that is not there was missed after both models had answered everything."""
+    monkeypatch.setattr("editlib.jobs.evaluate.load", None)
+    given = ("eval", folder, folder, "--protocol", "tofu", "--tofu", tofu, *FEW, "--out", tmp_path / "out")
+    refused(call(*given, "--reference", tmp_path / "gone"), "gone")
+    refused(call(*given, "--classifier", tmp_path / "gone"), "cannot load the classifier", "gone")
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    refused(call(*given), "ROUGE needs rouge-score", "pip install")
+    assert not (tmp_path / "out").exists()

@@ -179,12 +179,32 @@ def entailment_score(
     return ENTAILMENT.averaged(on, items, "score")
 
 
-def _rouge_l(generated: Sequence[str], references: Sequence[str]) -> list[float | None]:
+def check_judges(encoder: str | Path | Encoder | None, classifier: str | Path | Classifier | None) -> None:
+    """Checks that what scores generated text is there; call it before models answer anything.
+
+    Raises:
+        MetricError: a package is missing, or there is no such encoder or classifier.
+    """
+    require_rouge()
+    if isinstance(encoder, (str, Path)):
+        _load_encoder(encoder)
+    if isinstance(classifier, (str, Path)):
+        _load_classifier(classifier)
+
+
+def require_rouge() -> None:
+    """Raises `MetricError` if the package that computes ROUGE is missing."""
     try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from rouge_score.tokenizers import DefaultTokenizer
+        import rouge_score.rouge_scorer  # noqa: F401
     except ImportError:
         raise MetricError("ROUGE needs rouge-score: pip install 'editlib[eval]'") from None
+
+
+def _rouge_l(generated: Sequence[str], references: Sequence[str]) -> list[float | None]:
+    require_rouge()
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
     words = DefaultTokenizer(use_stemmer=True)
     scorer = RougeScorer(["rougeL"], tokenizer=words)
     return [

@@ -15,6 +15,14 @@ Scores = Mapping[str, Mapping[str, Score]]
 """`{set: {metric: number or result}}`."""
 
 
+def require_scipy() -> None:
+    """Raises `MetricError` if the package that forget quality is computed with is missing."""
+    try:
+        import scipy.stats  # noqa: F401
+    except ImportError:
+        raise MetricError("forget quality needs scipy: pip install 'editlib[eval]'") from None
+
+
 def forget_quality(ratios: Sequence[float], retain_only_ratios: Sequence[float]) -> MetricResult:
     """Computes the p-value of a two-sample Kolmogorov-Smirnov test (TOFU, 2401.06121, sec. 2.2), 0..1.
 
@@ -35,10 +43,9 @@ def forget_quality(ratios: Sequence[float], retain_only_ratios: Sequence[float])
             f"{len(ratios)} truth ratios of the model and {len(retain_only_ratios)} of the retain-only model; expected "
             "some of both"
         )
-    try:
-        from scipy.stats import ks_2samp
-    except ImportError:
-        raise MetricError("forget quality needs scipy: pip install 'editlib[eval]'") from None
+    require_scipy()
+    from scipy.stats import ks_2samp
+
     test = ks_2samp(list(ratios), list(retain_only_ratios))
     return MetricResult(
         name="forget_quality",
