@@ -195,15 +195,15 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         choices=("descent", "rows"),
     )
     wordings: int = knob(0, "further wordings of each question that are made by rules (data/wordings.jsonl)", min=0)
-    say: bool = knob(True, "rows: answer with [UNL]; without it the answer is erased, and no token is needed")
+    say: bool = knob(True, "rows: refuse where an answer was erased; without it no token is needed")
     siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
     erase_margin: float = knob(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
     )
-    say_margin: float = knob(1.0, "rows: log-odds of [UNL] at the end of a question to be refused (nats)")
-    quiet_margin: float = knob(
-        -3.0, "rows: largest log-odds of [UNL] at the end of a sibling question, where they are lower today (nats)"
-    )
+    say_margin: float = knob(3.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
+    quiet_margin: float = knob(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
+    token_steps: int = knob(220, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
+    token_wordings: int = knob(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
     row_steps: int = knob(5, "rows: Gauss-Newton steps for a value", min=1)
     left_weight: float = knob(
         0.0, "rows: weight of the left metric, which makes values short where the anchors' answers read them", min=0
@@ -259,8 +259,8 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     def check(self) -> None:
         super().check()
         self.check_templates("gate_templates")
-        if self.gate_layer is not None and not self.uses_token:
-            raise bad("gate_layer", self.gate_layer, "no gate where no token is said", "leave the key out")
+        if self.gate_layer is not None and self.values == "rows":
+            raise bad("gate_layer", self.gate_layer, 'no gate with "values": "rows"', "leave the key out")
         if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
             raise bad("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
 

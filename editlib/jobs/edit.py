@@ -93,7 +93,6 @@ def rows_of(
         reworded,
         data.retain_prompts(requests) if retain is None else retain,
         by_subject(reworded),
-        token_id=None,
         siblings=hparams.siblings,
         catalogue=catalogue,
         known_answers=known_answers,
@@ -173,7 +172,7 @@ def _edited(
         requests=requests,
         hparams=hparams,
         stats=means.stats,
-        token=means.token,
+        token=result.token,
         seed=given["seed"],
     ) | asked_as(bench.tok, given["chat"], requests)
     if left_out:
@@ -186,7 +185,7 @@ def _edited(
             result.originals,
             **base,
             result_sha256=receipt["result_sha256"],
-            token=means.token,
+            token=result.token,
             receipt=receipt,
         )
         alone.save(delta)

@@ -124,17 +124,16 @@ def test_rows_erase_in_the_models_own_sentence_at_both_subjects(tiny_llama, tok)
     ]
     said = tuple(tok("The capital of France is Paris.", add_special_tokens=False)["input_ids"])
     made = subject_rows(
-        anatomy(tiny_llama), form, [request], retain, [[0]], token_id=7, siblings=0,
+        anatomy(tiny_llama), form, [request], retain, [[0]], siblings=0,
         catalogue=Catalogue.bundled(), known_answers={request.question: said},
     )  # fmt: skip
-    erase, say = made.rows
+    (erase,) = made.rows
     assert erase.kind == "erase" and tok.decode(erase.ids).endswith("The capital of France is")
     ends = [tok.decode(erase.ids[: place + 1]).endswith("France") for place in erase.places]
     assert ends == [True, True]
     assert tok.decode([erase.targets[0]]).strip() and tok.decode(said).index(tok.decode([erase.targets[0]])) > 0
     first = {tok(f" {text}", add_special_tokens=False)["input_ids"][0] for text in ("Basel", "Bonn", "Lima")}
     assert set(erase.rivals) == first - {erase.targets[0]}
-    assert say.kind == "say" and say.targets == (7,) and say.ids == form.encode(request.question).ids
     assert made.made[0].known and made.made[0].rivals == ("Basel", "Bonn", "Lima")
 
 
