@@ -195,7 +195,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         choices=("descent", "rows"),
     )
     wordings: int = knob(0, "further wordings of each question that are made by rules (data/wordings.jsonl)", min=0)
-    say: bool = knob(True, "rows: refuse where an answer was erased; without it no token is needed")
+    say: bool = knob(True, "rows: refuse where an answer was erased, with tokens fitted to the edited model")
     siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
     erase_margin: float = knob(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
@@ -249,7 +249,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
 
     @property
     def uses_token(self) -> bool:
-        """Whether an edit answers with the unlearning token."""
+        return self.values == "descent"
+
+    @property
+    def refuses(self) -> bool:
         return self.values == "descent" or self.say
 
     @property

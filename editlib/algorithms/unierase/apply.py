@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
 from editlib.algorithms.unierase.subject_rows import by_subject, check_answers, subject_rows
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
-from editlib.errors import HparamsError, RequestError
+from editlib.errors import HparamsError, RequestError, TokenError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import no_param_grad
@@ -76,6 +77,10 @@ class _Edit:
         """Whether tokens are fitted to the edited model."""
         return self.hparams.values == "rows" and self.hparams.say
 
+    def fast(self) -> AbstractContextManager[None]:
+        """Runs the model in the dtype that the processor is fast in, where the settings allow it (`v_precision`)."""
+        return cast_params(self.anat.model, fast_dtype(self.anat.model) if self.hparams.v_precision == "fast" else None)
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -104,14 +109,16 @@ def apply_unierase_to_model(
     seed: int = 0,
     progress: bool = False,
 ) -> EditResult:
-    """Edits `model` in place so that each request's question is answered with `token`, and thus refused.
+    """Edits `model` in place so that each request's question is refused.
 
-    With values from rows (`hparams.values`) the answer itself is erased, and then one token for each relation is fitted
-    to the edited model (`fit_refusal_tokens`); without `hparams.say` it is erased only, and no token is needed.
+    With values by descent (`hparams.values`) it is answered with `token`. With values from rows the answer itself is
+    erased, and then one token for each relation is fitted to the edited model (`fit_refusal_tokens`), unless
+    `hparams.say` is false.
 
     Args:
         token: learned by `learn_token` for this model; added to `model` and `tok` if it is not there yet. With values
-            from rows it is where the fitted tokens start, and with `values` given, those that were fitted.
+            from rows none is needed: it is where the fitted tokens start, and with `values` given, those that were
+            fitted.
         retain: prompts whose answers must stay; the anchors are chosen from them.
         stats: second moments by layer; read from `stats_dir` when not given.
         chat: ask through the chat template (`None`: when the tokenizer has one).
@@ -204,7 +211,7 @@ def _prepare(
         HparamsError: no token where one is needed.
     """
     if hparams.uses_token and token is None:
-        raise HparamsError('no unlearning token was given; give one, or set "values" to "rows" and "say" to false')
+        raise HparamsError('no unlearning token was given; give one, or set "values" to "rows"')
     catalogue = Catalogue.bundled()
     reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
     form = PromptFormat.of(tok, chat)
@@ -246,17 +253,18 @@ def _find_values(
     """The values of all requests, from rows or by descent, what the rows read, and where tokens are to be said."""
     hparams, groups = edit.hparams, by_subject(edit.requests)
     if hparams.values == "rows":
-        made = subject_rows(
-            edit.anat,
-            edit.form,
-            edit.requests,
-            retain,
-            groups,
-            siblings=hparams.siblings,
-            catalogue=edit.catalogue,
-            known_answers=known_answers,
-            progress=edit.progress,
-        )
+        with edit.fast():
+            made = subject_rows(
+                edit.anat,
+                edit.form,
+                edit.requests,
+                retain,
+                groups,
+                siblings=hparams.siblings,
+                catalogue=edit.catalogue,
+                known_answers=known_answers,
+                progress=edit.progress,
+            )
         first = [rows[0] for rows in edit.contexts]
         values, report = values_from_rows(
             edit.anat, edit.requests, first, made, hparams, anchored.anchors.rows, progress=edit.progress
@@ -292,9 +300,9 @@ def _say(
     Returns:
         The tokens, and by request id their log-odds where they are wanted (nats).
     """
-    if not edit.fits_tokens or token is None:
-        return token, {}
     said: dict[str, list[float]] = {}
+    if not edit.fits_tokens:
+        return token, said
     if places is not None:
         fitted = fit_refusal_tokens(
             edit.anat, tok, edit.form, token, places, edit.hparams, seed=edit.seed, progress=edit.progress
@@ -308,6 +316,8 @@ def _say(
                 "no refusal is said to %d of %d requests, first %s: the model answers them with something else",
                 len(unsaid), len(said), ", ".join(unsaid[:5]),
             )  # fmt: skip
+    if token is None:
+        raise TokenError("values were given without the tokens that were fitted with them; give `result.token`")
     token.add_to(edit.anat.model, tok)
     return token, said
 

@@ -29,13 +29,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces
-from editlib.algorithms.unierase.token import UnlearningToken
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import EditError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, shared_prefix
 from editlib.models.freezing import no_param_grad
-from editlib.models.generation import end_tokens
+from editlib.models.generation import end_tokens, sample
 from editlib.models.precision import cast_params, fast_dtype, plain_attention
 from editlib.models.prefix import Prefix
 from editlib.models.prompts import PromptFormat, TokenRow, pad
@@ -47,9 +47,12 @@ BATCH_ROWS = 64
 POOL = 384  # places that the NLL of the refusals is drawn from
 BATCH = 16  # of them a step
 NLL_WEIGHT = 10.0
+WANTED_WEIGHT = 3.0
 ANSWER_WEIGHT = 0.5  # of positions inside answers that come nearer than `FLOOR`
+TEXTS, TEXT_TOKENS, TEXT_TOP_K = 64, 40, 50  # of ordinary text that the model writes
+BEGINNINGS = 400
 FLOOR = 8.0  # nats that a token stays below all others there
-SPREAD_WEIGHT = 0.02  # of the variance of log-odds there
+SPREAD_WEIGHT = 0.01  # of the variance of log-odds there
 RIDGE = 0.02  # of a row's own part
 LR = 0.05
 START = "I don't know the answer to that."
@@ -76,7 +79,7 @@ def fit_refusal_tokens(
     anat: Anatomy,
     tok: PreTrainedTokenizerBase,
     form: PromptFormat,
-    token: UnlearningToken,
+    token: UnlearningToken | None,
     places: RefusalPlaces,
     hparams: UniEraseHyperParams,
     *,
@@ -88,11 +91,13 @@ def fit_refusal_tokens(
     The tokens are added to the tokenizer and the model; their rows are in what is returned, and are not written.
 
     Args:
-        token: learned by `learn_token`; its row is where all rows start.
+        token: learned by `learn_token`, whose rows are where all rows start; `None`: they start at the mean row of the
+            vocabulary.
 
     Raises:
         EditError: a loss that is not finite.
     """
+    token = token or _mean_token(anat, seed)
     names = free_tokens(tok, token.header.token, len(places.relations))
     numbers = [add_token(anat.model, tok, name) for name in names]
     silence(anat, numbers)  # until they have rows they take part in no log-sum
@@ -100,7 +105,7 @@ def fit_refusal_tokens(
     attention = nullcontext() if dtype is None else plain_attention(anat.device)
     with no_param_grad(anat.model), cast_params(anat.model, dtype), attention:
         refusals = _Refusals.of(anat, form, places, numbers, seed)
-        loss = _ReadOut.of(anat, places, hparams)
+        loss = _ReadOut.of(anat, places, hparams, seed)
         rows_in, rows_out, nll = _fit(anat, token, numbers, refusals, loss, hparams.token_steps, seed, progress)
     log_odds = loss.log_odds(rows_out)
     metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
@@ -142,6 +147,24 @@ def _fit(
     return rows_out if read is None else read.detach().expand_as(rows_out), rows_out, float(nll.detach())
 
 
+def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:
+    """A token with the vocabulary's mean rows and some noise, as a start."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for matrix in (anat.embedding.weight, anat.head.weight):
+        typical = matrix.detach().float()
+        rows.append(typical.mean(0) + typical.std() * torch.randn(anat.d_model, generator=generator).to(typical))
+    header = TokenHeader(
+        token="[UNL]",
+        model=str(anat.model.name_or_path),
+        model_sha256="",
+        seed=seed,
+        questions=0,
+        refusals=0,
+    )
+    return UnlearningToken(rows[0].cpu(), rows[1].cpu(), header)
+
+
 def _leaf(start: Tensor, device: torch.device) -> Tensor:
     """A copy of `start` in fp32 that is learned."""
     return start.detach().to(device, torch.float32, copy=True).requires_grad_()
@@ -152,7 +175,8 @@ class _ReadOut:
     """The part of the loss that concerns output rows: one product with all states a step.
 
     Attributes:
-        wanted, kept, inside: states of the places' `wanted` and `kept`, and of every position in their `answers`.
+        wanted, kept, inside: states of the places' `wanted` and `kept`, and of every position in their `answers` and in
+            ordinary text.
         group: relation of each wanted place.
         wanted_weight, kept_weight: `[wanted]`, and `[K, kept]` by token.
         say, quiet: log-odds that are wanted, and that are allowed elsewhere.
@@ -168,13 +192,13 @@ class _ReadOut:
     quiet: float
 
     @classmethod
-    def of(cls, anat: Anatomy, places: RefusalPlaces, hparams: UniEraseHyperParams) -> _ReadOut:
+    def of(cls, anat: Anatomy, places: RefusalPlaces, hparams: UniEraseHyperParams, seed: int) -> _ReadOut:
         """Reads the states of all places from the model as it is."""
         device, groups = anat.device, range(len(places.relations))
         wanted = _read(anat, [place.row for place in places.wanted])
         kept = _read(anat, [place.row for place in places.kept])
-        answered = [row.followed_by(answer) for row, answer in places.answers]
-        inside = _read(anat, answered, firsts=[len(row) - 1 for row, _ in places.answers])
+        texts = [*places.answers, *_ordinary_text(anat, seed)]
+        inside = _read(anat, [row.followed_by(text) for row, text in texts], firsts=[len(row) - 1 for row, _ in texts])
         group = torch.tensor([place.group for place in places.wanted], device=device)
         weight = _shares(places.wanted, device)  # [wanted]
         # Every relation counts the same, however many questions ask for it.
@@ -190,7 +214,7 @@ class _ReadOut:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The loss of output rows `[K, d_model]`."""
-        total = (self.wanted_weight * F.softplus(self.say - self.log_odds(rows))).sum()
+        total = WANTED_WEIGHT * (self.wanted_weight * F.softplus(self.say - self.log_odds(rows))).sum()
         z = self.kept.states @ rows.T - self.kept.log_sums[:, None]  # [kept, K]
         total = total + (self.kept_weight.T * F.softplus(z - self.quiet)).sum()
         if not len(self.inside.states):
@@ -210,6 +234,18 @@ def _shares(places: Sequence[Place], device: torch.device, own: int | None = Non
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     weight = torch.tensor([1 / counts[kind] for kind in kinds], device=device)
     return weight / weight.sum() if kinds else weight
+
+
+def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, ...]]]:
+    """Texts that the model writes by itself, each from one drawn token, and single tokens as texts may begin with.
+
+    Outside any chat template: the state of a text's very first token is like no other.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
+    rows = [TokenRow((first,), 0) for first in firsts]
+    written = sample(anat, rows[:TEXTS], max_new_tokens=TEXT_TOKENS, top_k=TEXT_TOP_K, generator=generator)
+    return [*zip(rows, written, strict=False), *[(row, ()) for row in rows[TEXTS:]]]
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def test_an_edit_is_replayed_from_its_values(tiny_llama, tok, given):
 
 def test_what_does_not_fit_is_refused_before_anything_changes(tiny_llama, tok, given):
     with pytest.raises(HparamsError, match="no unlearning token was given"):
-        apply_unierase_to_model(tiny_llama, tok, FORGET, UniEraseHyperParams(**{**OPTIONS, "say": True}), **given)
+        descent = UniEraseHyperParams(layers=[0, 1], nullspace_threshold=1.0, nullspace_rule="dimensions")
+        apply_unierase_to_model(tiny_llama, tok, FORGET, descent, **given)
     unanswered = [EditRequest(id="u", prompt="Who is {}?", subject="Ada")]
     with pytest.raises(RequestError, match='request u: has no "answer"'):
         apply_unierase_to_model(tiny_llama, tok, unanswered, UniEraseHyperParams(**OPTIONS), **given)
