@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenRow
 from editlib.models.residual_path import output_path
+from editlib.models.vocabulary import silence
+
+if TYPE_CHECKING:  # a token's module imports this one
+    from editlib.algorithms.unierase.token import UnlearningToken
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,14 @@ class EditResult:
     state: EditState = field(default_factory=EditState)  # the argument of the next edit
     values: Values | None = None  # to replay the edit without finding them again
     keys: dict[int, Tensor] = field(default_factory=dict)  # of the requests, `[d_ff, n]` by layer
+    token: UnlearningToken | None = None  # what is said in the answers' place
+    token_ids: list[int] = field(default_factory=list)  # of tokens that were fitted to the edited model
 
     def revert(self, model: PreTrainedModel) -> None:
-        """Restores the edited matrices of `model` bit for bit. A token that was added stays, unused."""
-        restore(anatomy(model), self.originals)
+        """Restores the edited matrices of `model` bit for bit. Tokens that were added stay, and are never said."""
+        anat = anatomy(model)
+        restore(anat, self.originals)
+        silence(anat, self.token_ids)
 
 
 def restore(anat: Anatomy, originals: Mapping[int, Tensor]) -> None:

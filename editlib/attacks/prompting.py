@@ -16,7 +16,7 @@ from editlib.evaluation.metrics import has_answer, refusal_verdict
 from editlib.models.generation import greedy, sample_each
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
-from editlib.models.vocabulary import token_id
+from editlib.models.vocabulary import numbered
 from editlib.requests.request import EditRequest
 
 
@@ -46,10 +46,10 @@ def _shown(target: LoadedModel, fact: EditRequest, context: AttackContext) -> Pr
 
 # The unlearning token banned: what does the model say when it cannot say `[UNL]`?
 def banned_token(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Asks greedily with the unlearning token banned; a model that does not have it is just asked."""
-    token = token_id(target.tok, context.settings.token)
+    """Asks greedily with the unlearning token and all numbered after it banned; a model that has none is just asked."""
+    banned = tuple(numbered(target.tok, context.settings.token).values())
     prompts = [[target.form.encode(fact.question)] for fact in facts]
-    return ask_greedily(target, facts, prompts, context, banned=() if token is None else (token,))
+    return ask_greedily(target, facts, prompts, context, banned=banned)
 
 
 # The answer begun for the model: an edit that acts on the first token of an answer is stepped over.

@@ -2,14 +2,15 @@
 
 The update of each layer (`left.<layer> [d_model, r]`, `right.<layer> [r, d_ff]`), the requests' keys
 (`keys.<layer> [d_ff, n]`), their values (`targets`, `deltas [d_model, n]`; `gate.<i> [d_model]`), and `notes`: the
-requests, diagnostics and anchors' answers as JSON.
+requests, diagnostics and anchors' answers as JSON. Where tokens were fitted to the batch, their rows (`token.in`,
+`token.out [k, d_model]`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from editlib.algorithms.edit import EditResult
 from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.errors import ChainError
 from editlib.requests.request import EditRequest
@@ -43,6 +45,7 @@ class Batch:
     values: Values
     anchors: tuple[str, ...]
     answers: Mapping[str, Sequence[int]]
+    token: UnlearningToken | None = None  # fitted to the model after this batch
 
     @classmethod
     def of(
@@ -61,6 +64,7 @@ class Batch:
             result.values,
             result.anchors,
             answers,
+            result.token if result.token_ids else None,
         )
 
     def to_bytes(self) -> bytes:
@@ -73,11 +77,16 @@ class Batch:
             "anchors": list(self.anchors),
             "answers": {question: list(ids) for question, ids in self.answers.items()},
         }
+        rows: dict[str, Tensor] = {}
+        if self.token is not None:
+            notes["token"] = asdict(self.token.header)
+            rows = dict(zip(("token.in", "token.out"), self.token.rows(), strict=True))
         text = json.dumps(notes, sort_keys=True).encode("ascii")
         tensors = {
             "notes": torch.frombuffer(bytearray(text), dtype=torch.uint8),
             "targets": self.values.targets,
             "deltas": self.values.deltas,
+            **rows,
             **{f"gate.{i}": self.values.gate[relation] for i, relation in enumerate(gate)},
             **{f"keys.{layer}": keys for layer, keys in self.keys.items()},
         }
@@ -85,7 +94,8 @@ class Batch:
             tensors[f"right.{layer}"] = update.right
             if not _is_identity(update.left):
                 tensors[f"left.{layer}"] = update.left
-        return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        # Cloned: safetensors refuses tensors that share memory, as the rows of tied tokens may.
+        return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: str) -> Batch:
@@ -107,9 +117,16 @@ class Batch:
                 values,
                 tuple(notes["anchors"]),
                 notes["answers"],
+                _token(tensors, notes),
             )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ChainError(f"{where}: not a batch of this version ({error}); restore it from a copy") from None
+
+
+def _token(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> UnlearningToken | None:
+    if "token" not in notes:
+        return None
+    return UnlearningToken(tensors["token.in"], tensors["token.out"], TokenHeader(**notes["token"]))
 
 
 def _stored(tensor: Tensor) -> Tensor:

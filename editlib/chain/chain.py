@@ -20,7 +20,7 @@ from editlib.chain.editing import write_entry
 from editlib.chain.record import BatchEntry, Revocation
 from editlib.chain.replay import replayed
 from editlib.chain.session import Session
-from editlib.chain.store import TOKEN, Store, summary
+from editlib.chain.store import Store, summary
 from editlib.errors import ChainError, RequestError
 from editlib.hparams import HyperParams
 from editlib.models.anatomy import Anatomy
@@ -179,8 +179,8 @@ class Chain:
 
     @property
     def token(self) -> UnlearningToken | None:
-        """The unlearning token of a UniErase chain; `None` for other algorithms."""
-        return UnlearningToken.load(self.path / TOKEN) if TOKEN in self.record.files else None
+        """The tokens that a UniErase chain says in its answers' place; `None` for other algorithms."""
+        return self._session.token(self.record)
 
     def contents(self) -> Iterator[tuple[BatchEntry, Batch]]:
         """Yields every batch's entry with the content of its file, in order."""

@@ -13,7 +13,7 @@ from editlib.chain.state import digest
 from editlib.chain.store import RECORD, RETAIN, TOKEN, Store, create_folder
 from editlib.errors import ChainError, HparamsError, ModelError, OutputError, StatsError
 from editlib.files import atomic_folder, check_parents
-from editlib.hparams import ClosedFormHyperParams, HyperParams
+from editlib.hparams import ClosedFormHyperParams, HyperParams, UniEraseHyperParams
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
@@ -40,9 +40,11 @@ def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token
         raise OutputError(f"{path} exists and is no empty folder; give the name of a folder that does not exist yet")
     check_parents(path)
     check_algorithm(hparams)
-    if (retain or token) and not hparams.uses_token:
-        given = "retain prompts" if retain else "token"
-        raise HparamsError(f"{hparams.algorithm} takes no {given}; only UniErase does: leave it out")
+    anchored = isinstance(hparams, UniEraseHyperParams)
+    for given, name, taken in ((retain, "retain prompts", anchored), (token, "token", hparams.uses_token)):
+        if given and not taken:
+            why = "its tokens are fitted to each batch" if anchored else "only UniErase does"
+            raise HparamsError(f"{hparams.algorithm} takes no {name} with these settings; {why}: leave it out")
 
 
 def check_algorithm(hparams: HyperParams) -> None:
@@ -83,11 +85,12 @@ def start(
     chat = bool(chat) if hparams.has_target else chat
     asking = bench.asking(chat)
     with atomic_folder(path) as folder:
-        files = {}
         if inputs.token is not None:
             inputs.token.save(folder / TOKEN)
+        if isinstance(hparams, UniEraseHyperParams):
             write_requests(folder / RETAIN, data.retain_prompts([]) if retain is None else retain)
-            files = {name: sha256((folder / name).read_bytes()) for name in (TOKEN, RETAIN)}
+        written = [name for name in (TOKEN, RETAIN) if (folder / name).exists()]
+        files = {name: sha256((folder / name).read_bytes()) for name in written}
         record = ChainRecord(
             format=FORMAT,
             created=created,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from editlib.algorithms.edit import EditResult
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys
 from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
 from editlib.algorithms.unierase.apply import hold_anchors
+from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.chain.batch import Batch
 from editlib.chain.record import BatchEntry, ChainRecord
@@ -91,11 +92,13 @@ class Editor:
         anchors: BatchAnchors,
         seed: int,
         values: Values | None = None,
+        token: UnlearningToken | None = None,
     ) -> tuple[Batch, EditResult]:
         """Edits `requests` on top of `state`; the caller has to write the model's weights again afterwards.
 
         Args:
             values: the stored values of a batch that is replayed; `None`: they are optimised.
+            token: the tokens that were fitted to a batch that is replayed, if there were any.
         """
         anat = self.bench.anat
         anchor_keys = self._anchor_keys(anchors, requests, seed)
@@ -104,7 +107,11 @@ class Editor:
         given: dict[str, Any] = {"state": edit_state, "values": values, "seed": seed, "chat": self.record.asking}
         if anchor_keys is not None:
             given["anchored"] = anchor_keys
-        result = editing.apply(self.bench, requests, self.hparams, self.inputs, **given)
+        if isinstance(self.hparams, UniEraseHyperParams):
+            # What rows are made of: the anchors' facts compete with the answers, and hold the tokens back.
+            given |= {"retain": anchors.prompts, "known_answers": anchors.answers}
+        inputs = self.inputs if token is None else replace(self.inputs, token=token)
+        result = editing.apply(self.bench, requests, self.hparams, inputs, **given)
         updates = result.deltas
         if state.pruned:
             updates = {

@@ -46,7 +46,7 @@ def replayed(
             prompts = {prompt.id: prompt for prompt in editor.retain}
         anchors = BatchAnchors.of([prompts[name] for name in batch.anchors], known, stored)
         stored |= set(anchors.new)
-        again, result = editor.edit(state, [batch.requests[i] for i in left], anchors, old.seed, values)
+        again, result = editor.edit(state, [batch.requests[i] for i in left], anchors, old.seed, values, batch.token)
         state = state.after(again)
         number = len(kept) + 1
         weights = state.weights()

@@ -14,7 +14,9 @@ from editlib.chain.record import BatchEntry, ChainRecord
 from editlib.chain.state import ChainState, digest
 from editlib.chain.store import TOKEN, Store
 from editlib.errors import ChainError
+from editlib.hparams import UniEraseHyperParams
 from editlib.models.loading import DeviceMap
+from editlib.models.vocabulary import Vocabulary, numbered
 from editlib.workbench import Workbench
 
 
@@ -34,6 +36,7 @@ class Session:
         self._bench, self._name, self._stats_dir, self._device_map = bench, name, stats_dir, device_map
         self._base: ChainState | None = None
         self._editor: Editor | None = None
+        self._vocabulary: Vocabulary | None = None  # of the base model
 
     def base(self, record: ChainRecord) -> ChainState:
         """The state of the base model, before any batch; loads the model on first use.
@@ -52,6 +55,7 @@ class Session:
                     device_map=self._device_map,
                 )
             check_model(record, self._bench)
+            self._vocabulary = Vocabulary.of(self._bench.model, self._bench.tok)
             self._base = ChainState.start(self._bench.anat, record.settings, base["layers"])
         return self._base
 
@@ -61,8 +65,7 @@ class Session:
         assert self._bench is not None
         if self.state is None:
             state = self.state_after(base, record.batches)
-            if record.batches:
-                self.put_token(record, self._bench)
+            self.put_token(record if record.batches else None, self._bench)
             state.write(self._bench.anat)
             self.state = state
         return self._bench
@@ -83,10 +86,24 @@ class Session:
         self.put_token(record, bench)
         return self._editor
 
-    def put_token(self, record: ChainRecord, bench: Workbench) -> None:
-        """Adds the chain's token to a model and its tokenizer, if the chain has one."""
-        if TOKEN in record.files:
-            UnlearningToken.load(self.store.path / TOKEN).add_to(bench.model, bench.tok)
+    def token(self, record: ChainRecord) -> UnlearningToken | None:
+        """What the chain says in its answers' place: the tokens fitted to its batches, else the one of the chain."""
+        if not record.batches and isinstance(record.settings, UniEraseHyperParams) and record.settings.values == "rows":
+            return None  # tokens are fitted to batches
+        fitted = [token for entry in record.batches if (token := self.batch(entry).token) is not None]
+        if fitted:
+            return UnlearningToken.joined(fitted)
+        return UnlearningToken.load(self.store.path / TOKEN) if TOKEN in record.files else None
+
+    def put_token(self, record: ChainRecord | None, bench: Workbench) -> None:
+        """Leaves the chain's tokens in the session's model and no others; `None`: none at all."""
+        token = None if record is None else self.token(record)
+        wanted = set() if token is None else set(token.names)
+        first = "[UNL]" if token is None else token.header.token
+        if self._vocabulary is not None and set(numbered(bench.tok, first)) - wanted:
+            bench.tok = self._vocabulary.restore(bench.model)
+        if token is not None:
+            token.add_to(bench.model, bench.tok)
 
     def verify(self, record: ChainRecord) -> None:
         """Applies every batch to the base weights; raises `ChainError` if a weight does not have its recorded hash."""
@@ -107,6 +124,8 @@ class Session:
         """Writes the weights of the known state again, after an edit that failed."""
         if self.state is not None and self._bench is not None:
             self.state.write(self._bench.anat)
+            if self._editor is not None:
+                self.put_token(self._editor.record, self._bench)
 
     def follow(self, record: ChainRecord) -> None:
         """Brings the model to the end of a record with fewer or other batches; does nothing if no model is loaded."""

@@ -96,10 +96,10 @@ def save_lora(
                 f"the head of {type(model).__name__} has a bias, which PEFT leaves out beside a token's row; hand "
                 "on the delta file or the whole model instead"
             )
-        number = extend_tokenizer(tok, delta.token.header.token)
-        for name, row in zip(embedding_names(anat), (delta.token.row_in, delta.token.row_out), strict=False):
-            tokens[name] = [number]
-            tensors[f"{_PREFIX}{name}.token_adapter.trainable_tokens_delta"] = row.float()[None].clone()
+        numbers = [extend_tokenizer(tok, name) for name in delta.token.names]
+        for name, rows in zip(embedding_names(anat), delta.token.rows(), strict=False):
+            tokens[name] = numbers
+            tensors[f"{_PREFIX}{name}.token_adapter.trainable_tokens_delta"] = rows.float().clone()
     layers: dict[int, LayerError] = {}
     ranks: dict[str, int] = {}
     for layer, module in delta.modules.items():

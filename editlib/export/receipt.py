@@ -83,7 +83,13 @@ def origin(
         "hparams": hparams.to_dict(),
         "hparams_source": hparams.source,
         "requests_sha256": requests_hash(requests),
-        "token": token and {"token": token.header.token, "seed": token.header.seed, **token.header.metrics},
+        "token": token
+        and {
+            "token": token.header.token,
+            **({"tokens": list(token.names)} if len(token.names) > 1 else {}),
+            "seed": token.header.seed,
+            **token.header.metrics,
+        },
     }
 
 

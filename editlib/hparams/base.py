@@ -68,6 +68,11 @@ class HyperParams:
         return True
 
     @property
+    def refuses(self) -> bool:
+        """Whether an edit puts a refusal in the answer's place."""
+        return False
+
+    @property
     def uses_token(self) -> bool:
         """Whether an edit writes the unlearning token into the model."""
         return False

@@ -194,19 +194,19 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     values: str = knob(
         "descent",
         'how a value is found: by "descent" on the NLL of [UNL], as published, or from "rows": the smallest change '
-        "that erases an answer, says [UNL] and keeps other answers",
+        "that erases an answer and keeps other answers",
         choices=("descent", "rows"),
     )
     wordings: int = knob(0, "additional wordings of each question, made by rules (data/wordings.jsonl)", min=0)
-    say: bool = knob(True, "rows: answer with [UNL]; without it the answer is erased, and no token is needed")
+    say: bool = knob(True, "rows: refuse where an answer was erased, with tokens fitted to the edited model")
     siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
     erase_margin: float = knob(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
     )
-    say_margin: float = knob(1.0, "rows: log-odds of [UNL] at the end of a question to be refused (nats)")
-    quiet_margin: float = knob(
-        -3.0, "rows: largest log-odds of [UNL] at the end of a sibling question, if the base model's are lower (nats)"
-    )
+    say_margin: float = knob(3.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
+    quiet_margin: float = knob(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
+    token_steps: int = knob(220, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
+    token_wordings: int = knob(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
     row_steps: int = knob(5, "rows: Gauss-Newton steps for a value", min=1)
     left_weight: float = knob(
         0.0, "rows: weight of the left metric, which shortens values in directions that anchors' answers read", min=0
@@ -258,7 +258,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
 
     @property
     def uses_token(self) -> bool:
-        """Whether an edit answers with the unlearning token."""
+        return self.values == "descent"
+
+    @property
+    def refuses(self) -> bool:
         return self.values == "descent" or self.say
 
     @property
@@ -268,8 +271,8 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     def check(self) -> None:
         super().check()
         self.check_templates("gate_templates")
-        if self.gate_layer is not None and not self.uses_token:
-            raise bad("gate_layer", self.gate_layer, "no gate where no token is said", "leave the key out")
+        if self.gate_layer is not None and self.values == "rows":
+            raise bad("gate_layer", self.gate_layer, 'no gate with "values": "rows"', "leave the key out")
         if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
             raise bad("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
 

@@ -95,7 +95,6 @@ def rows_of(
         reworded,
         data.retain_prompts(requests) if retain is None else retain,
         by_subject(reworded),
-        token_id=None,
         siblings=hparams.siblings,
         catalogue=catalogue,
         known_answers=known_answers,
@@ -176,7 +175,7 @@ def _edited(
         requests=requests,
         hparams=hparams,
         stats=means.stats,
-        token=means.token,
+        token=result.token,
         seed=given["seed"],
     ) | asked_as(bench.tok, given["chat"], requests)
     if left_out:
@@ -189,7 +188,7 @@ def _edited(
             result.originals,
             **base,
             result_sha256=receipt["result_sha256"],
-            token=means.token,
+            token=result.token,
             receipt=receipt,
         )
         alone.save(delta)

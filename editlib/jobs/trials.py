@@ -137,8 +137,8 @@ class Judge:
         kept = [scores[name] for name in KEPT if scores[name] is not None]
         return Trial(
             changed,
-            forgotten(items, "request", says=hparams.uses_token),
-            forgotten(items, "paraphrase", says=hparams.uses_token),
+            forgotten(items, "request", says=hparams.refuses),
+            forgotten(items, "paraphrase", says=hparams.refuses),
             sum(kept) / len(kept) if kept else 0.0,
             ratio,
             time.perf_counter() - begun,

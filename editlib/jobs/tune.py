@@ -96,7 +96,7 @@ def tune(
     finished, ends = Finished(out), clock() + 60 * minutes
     make_folder(out / FINISHED)  # by which a search that is stopped in its first trial knows its folder again
     judge = Judge(bench, requests, data.retain_prompts(requests) if retain is None else retain, out, text, seed)
-    if not hparams.uses_token:
+    if not hparams.refuses:
         judge.check_known()
     how = {"corpus": corpus, "stats_tokens": stats_tokens, "seed": seed}
     start, best, interrupted = hparams, hparams, False

@@ -1,9 +1,12 @@
-"""Add one token to a model and its tokenizer, and read and write its rows in the embedding matrices."""
+"""Add tokens to a model and its tokenizer, and read and write their rows in the embedding matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.errors import ModelError, TokenError
-from editlib.models.anatomy import Anatomy
+from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.placement import input_embedding
 from editlib.models.tracing import edit_output
 
@@ -20,6 +23,25 @@ def token_id(tok: PreTrainedTokenizerBase, token: str) -> int | None:
     """The id of a special token, or `None` if the tokenizer lacks it."""
     added: dict[str, int] = tok.get_added_vocab()
     return added.get(token)
+
+
+def numbered(tok: PreTrainedTokenizerBase, token: str) -> dict[str, int]:
+    """The ids, by text, of `token` and of the tokens that were numbered after it: `[UNL]`, `[UNL2]`, `[UNL3]`, ..."""
+    stem = re.escape(token[:-1]) + r"\d*" + re.escape(token[-1:])
+    return {text: number for text, number in tok.get_added_vocab().items() if re.fullmatch(stem, text)}
+
+
+def free_tokens(tok: PreTrainedTokenizerBase, token: str, count: int) -> list[str]:
+    """The texts of `count` tokens that `tok` does not have yet: `token`, then numbered ones (see `numbered`)."""
+    taken = numbered(tok, token)
+    texts: list[str] = []
+    number = 1
+    while len(texts) < count:
+        text = token if number == 1 else f"{token[:-1]}{number}{token[-1:]}"
+        if text not in taken:
+            texts.append(text)
+        number += 1
+    return texts
 
 
 def add_token(model: PreTrainedModel, tok: PreTrainedTokenizerBase, token: str) -> int:
@@ -54,6 +76,36 @@ def extend_tokenizer(tok: PreTrainedTokenizerBase, token: str) -> int:
     return unl_id
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's vocabulary as it was before tokens were added, to go back to it."""
+
+    tok: PreTrainedTokenizerBase
+    rows: int  # of the embedding matrices
+    spare: tuple[Tensor, ...]  # rows past the tokenizer's own tokens, of each matrix
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> Vocabulary:
+        """Copies the tokenizer, and the rows that new tokens would use."""
+        matrices = _matrices(model)
+        return cls(copy.deepcopy(tok), len(matrices[0]), tuple(one[len(tok) :].clone() for one in matrices))
+
+    def restore(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+        """Takes the rows of all later tokens out of `model`, bit for bit; returns a tokenizer without them."""
+        if len(_matrices(model)[0]) != self.rows:
+            model.resize_token_embeddings(self.rows, mean_resizing=False)
+        for matrix, spare in zip(_matrices(model), self.spare, strict=True):
+            matrix[len(matrix) - len(spare) :] = spare
+        return copy.deepcopy(self.tok)
+
+
+def _matrices(model: PreTrainedModel) -> list[Tensor]:
+    """The embedding matrices, one where they are tied."""
+    anat = anatomy(model)
+    both = (anat.embedding.weight, anat.head.weight)
+    return [one.detach() for one in {id(one): one for one in both}.values()]
+
+
 def embedding_names(anat: Anatomy) -> tuple[str, ...]:
     """The names of the modules that hold a row per token: the input embedding, and the head unless it is tied."""
     wanted = [anat.embedding] if anat.tied else [anat.embedding, anat.head]
@@ -62,31 +114,36 @@ def embedding_names(anat: Anatomy) -> tuple[str, ...]:
 
 
 @contextmanager
-def rows_in_place(anat: Anatomy, token: int, row_in: Tensor, row_out: Tensor) -> Iterator[None]:
-    """Lets the model use `row_in [d_model]` and `row_out [d_model]` for `token`, with gradients to both.
-
-    The outputs of embedding and head are changed, not their weights, so that no gradient of a whole matrix is stored.
-    """
-
-    def embed(ids: Tensor, output: Tensor) -> Tensor:
-        return torch.where((ids == token)[..., None], _scaled(row_in, output), output)  # [n, T, d_model]
-
-    def logits(hidden: Tensor, output: Tensor) -> Tensor:
-        logit = hidden @ row_out.to(hidden.dtype)  # [n, T]
-        bias = getattr(anat.head, "bias", None)
-        logit = logit if bias is None else logit + bias[token]
-        return torch.cat([output[..., :token], logit[..., None], output[..., token + 1 :]], dim=-1)  # [n, T, vocab]
-
+def rows_in_place(anat: Anatomy, tokens: Sequence[int], rows_in: Tensor, rows_out: Tensor) -> Iterator[None]:
+    """Lets the model use `rows_in [k, d_model]` and `rows_out [k, d_model]` for `k` tokens, with gradients to both."""
+    numbers = torch.tensor(tokens, device=rows_in.device)
     scale = getattr(anat.embedding, "embed_scale", None)  # Gemma multiplies inside the embedding module
 
-    def _scaled(row: Tensor, like: Tensor) -> Tensor:
-        row = row.to(like.dtype)
-        return row if scale is None else row * torch.as_tensor(scale, dtype=like.dtype, device=like.device)
+    def embed(ids: Tensor, output: Tensor) -> Tensor:
+        match = ids[..., None] == numbers  # [..., k]
+        # One row for each position; those of other tokens get the first, which is then not taken.
+        own = rows_in.to(output.dtype)[match.to(torch.uint8).argmax(-1)]
+        own = own if scale is None else own * torch.as_tensor(scale, dtype=output.dtype, device=output.device)
+        return torch.where(match.any(-1, keepdim=True), own, output)
+
+    def logits(hidden: Tensor, output: Tensor) -> Tensor:
+        own = hidden @ rows_out.to(hidden.dtype).T  # [..., k]
+        bias = getattr(anat.head, "bias", None)
+        own = own if bias is None else own + bias[numbers]
+        return output.index_copy(-1, numbers, own)
 
     with ExitStack() as stack:
         stack.enter_context(edit_output(anat.embedding, embed))
         stack.enter_context(edit_output(anat.head, logits))
         yield
+
+
+def silence(anat: Anatomy, tokens: Sequence[int]) -> None:
+    """Makes `tokens` tokens that are never said: their rows become the mean of all others."""
+    own = list(tokens)
+    for matrix in _matrices(anat.model):
+        others = matrix.sum(0, dtype=torch.float32) - matrix[own].sum(0, dtype=torch.float32)  # [d_model]
+        matrix[own] = (others / max(len(matrix) - len(own), 1)).to(matrix)
 
 
 def check_rows(anat: Anatomy) -> None:

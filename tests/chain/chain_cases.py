@@ -29,6 +29,14 @@ HPARAMS = {
     "AlphaEdit": {**COMMON, **NULL},
     "AlphaEdit left": {**COMMON, **NULL, "left_weight": 10.0},
     "UniErase": UNIERASE,
+    "UniErase rows": {
+        **{key: value for key, value in UNIERASE.items() if key not in ("v_num_grad_steps", "v_lr", "kl_factor")},
+        "values": "rows",
+        "siblings": 2,
+        "erase_margin": -20.0,
+        "token_steps": 20,
+        "token_wordings": 1,
+    },
     "UniErase gated": {**UNIERASE, "gate_layer": 3, "gate_nll": 4.0},
 }
 

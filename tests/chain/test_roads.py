@@ -110,7 +110,8 @@ def test_a_replay_of_what_did_not_change_changes_nothing(start, algorithm, no_op
     batch = session.batch(chain.batches[0])
     prompts = {prompt.id: prompt for prompt in editor.retain}
     anchored = BatchAnchors.of([prompts[name] for name in batch.anchors], batch.answers, ())
-    made, _ = editor.edit(session.base(chain.record), batch.requests, anchored, chain.batches[0].seed, batch.values)
+    given = (batch.requests, anchored, chain.batches[0].seed, batch.values, batch.token)
+    made, _ = editor.edit(session.base(chain.record), *given)
     assert made.to_bytes() == before[chain.batches[0].file]
 
 

@@ -103,6 +103,7 @@ def test_a_chain_is_the_plain_sequence(start, bench, base, name):
             form = PromptFormat(bench.tok)
             held = hold_anchors(untouched, form, kept, some, hparams, known_answers=answers)
             more |= {"token": UnlearningToken.load(base / "token.safetensors"), "anchored": held}
+            more |= {"retain": kept, "known_answers": answers}
             state = apply_unierase_to_model(bench.model, bench.tok, some, hparams, **more).state
         else:
             state = apply_function(hparams)(bench.model, bench.tok, some, hparams, **more).state

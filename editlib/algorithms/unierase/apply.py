@@ -1,14 +1,18 @@
 """Phase II: make every question to be forgotten answer with the unlearning token (UniErase, 2505.15674, eq. 11-13).
 
-With `gate_layer` set, an answer gate (ours) goes the first half of the way.
+Values by descent aim at the token, as published; with `gate_layer` set, an answer gate (ours) goes the first half of
+the way. Values from rows (ours) erase the answer; tokens that refuse are then fitted to the edited model.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +35,16 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import NullSpace, null_spaces
 from editlib.algorithms.pipeline import EncodedEdit, check_fit, encode_contexts, find_values, value_diagnostics
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors, anchor_keys
-from editlib.algorithms.unierase.anchors import Anchors, choose_anchors, encode_anchors
+from editlib.algorithms.unierase.anchors import Anchors, answers_to, choose_anchors, encode_anchors
 from editlib.algorithms.unierase.answer_gate import answer_gate, gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
+from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
 from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
 from editlib.algorithms.unierase.subject_rows import by_subject, check_answers, subject_rows
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
-from editlib.errors import HparamsError, RequestError
+from editlib.errors import HparamsError, RequestError, TokenError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import no_param_grad
@@ -48,6 +54,8 @@ from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,27 @@ class _Edit:
     hparams: UniEraseHyperParams
     contexts: list[list[TokenRow]]
     catalogue: Catalogue
-    token_id: int | None  # of [UNL]; `None`: answers are erased and nothing is said in their place
+    token_id: int | None  # of [UNL], which values by descent aim at; `None` with values from rows
+    seed: int
     progress: bool
+
+    @property
+    def fits_tokens(self) -> bool:
+        """Whether tokens are fitted to the edited model."""
+        return self.hparams.values == "rows" and self.hparams.say
+
+    def fast(self) -> AbstractContextManager[None]:
+        """Runs the model in the dtype that the processor is fast in, where the settings allow it (`v_precision`)."""
+        return cast_params(self.anat.model, fast_dtype(self.anat.model) if self.hparams.v_precision == "fast" else None)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The values of an edit; where they were found and not given, also what their rows read and the tokens' places."""
+
+    values: Values
+    rows: RowReport = field(default_factory=dict)
+    places: RefusalPlaces | None = None
 
 
 def apply_unierase_to_model(
@@ -82,13 +109,16 @@ def apply_unierase_to_model(
     seed: int = 0,
     progress: bool = False,
 ) -> EditResult:
-    """Edits `model` in place so that each request's question is answered with `token`, and thus refused.
+    """Edits `model` in place so that each request's question is refused.
 
-    With values from rows (`hparams.values`) the answer itself is erased as well; without `hparams.say` it is erased
-    only, and no token is needed.
+    With values by descent (`hparams.values`) it is answered with `token`. With values from rows the answer itself is
+    erased, and then one token for each relation is fitted to the edited model (`fit_refusal_tokens`), unless
+    `hparams.say` is false.
 
     Args:
-        token: learned by `learn_token` for this model; added to `model` and `tok` if it is not there yet.
+        token: learned by `learn_token` for this model; added to `model` and `tok` if it is not there yet. With values
+            from rows none is needed: it is where the fitted tokens start, and with `values` given, those that were
+            fitted.
         retain: prompts whose answers must stay; the anchors are chosen from them.
         stats: second moments by layer; read from `stats_dir` when not given.
         chat: ask through the chat template (`None`: when the tokenizer has one).
@@ -110,20 +140,16 @@ def apply_unierase_to_model(
     _check(anat, requests, hparams)
     stats = stats if stats is not None else find_layers(stats_dir, str(model.name_or_path), anat, hparams.layers)
     spaces = null_spaces(stats, hparams, anat.device)
-    if hparams.uses_token and token is None:
-        raise HparamsError('no unlearning token was given; give one, or set "values" to "rows" and "say" to false')
-    catalogue = Catalogue.bundled()
-    reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
-    form = PromptFormat.of(tok, chat)
-    contexts = [_contexts(form, request, hparams) for request in reworded]
-    token_id = token.add_to(model, tok) if token is not None and hparams.uses_token else None
-    edit = _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, progress)
+    edit = _prepare(anat, tok, requests, hparams, token, chat, seed, progress)
     timer = Timer()
     with no_param_grad(model):
         with timer("anchors"):
+            if edit.fits_tokens and values is None:
+                retain = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
+                known_answers = answers_to(anat, edit.form, retain, known=known_answers, progress=progress)
             before = anchored or hold_anchors(
                 anat,
-                form,
+                edit.form,
                 retain,
                 requests,
                 hparams,
@@ -134,34 +160,65 @@ def apply_unierase_to_model(
             )
         with timer("gate"):
             opened, gate = _open_gate(edit, before.gate, values, state.opened)
-        ungated = {layer: anat.weight(layer).clone() for layer in gate}
+        originals = {layer: anat.weight(layer).clone() for layer in gate}
         try:
             for layer, delta in gate.items():
                 write(anat, layer, delta)
-            rows: RowReport = {}
-            if values is None:
+            found = _Found(values) if values is not None else None
+            if found is None:
                 with timer("values"):
-                    values, rows = _find_values(edit, before, retain, known_answers)
-            values = replace(values, gate=opened)
+                    found = _find_values(edit, before, retain, known_answers)
+            values = replace(found.values, gate=opened)
             diagnostics = value_diagnostics(requests, values)
             with timer("write"):
                 solve = _solver(edit, spaces, stats, before, state, reread=anchored is None)
-                written = write_layers(anat, hparams.layers, contexts, values.targets, solve)
+                written = write_layers(anat, hparams.layers, edit.contexts, values.targets, solve)
+            originals |= written.originals
+            with timer("tokens"):
+                token, said = _say(edit, tok, token, found.places)
         except BaseException:
-            restore(anat, ungated)
+            restore(anat, originals)
             raise
-    deltas, originals = {**written.deltas, **gate}, {**written.originals, **ungated}
+    deltas = {**written.deltas, **gate}
     return EditResult(
         deltas,
         originals,
-        diagnostics=[{**entry, **rows.get(entry["id"], {})} for entry in diagnostics],
+        diagnostics=_with_rows(diagnostics, found.rows, said),
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
         anchors=before.anchors.ids,
         state=replace(state.with_keys(written.keys), opened=state.opened | relations_of(opened)),
         values=values,
         keys=written.keys,
+        token=token,
+        token_ids=[] if token is None or edit.token_id is not None else token.ids(tok),
     )
+
+
+def _prepare(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    token: UnlearningToken | None,
+    chat: bool | None,
+    seed: int,
+    progress: bool,
+) -> _Edit:
+    """The edit's requests with the wordings made for them and their contexts; descent's token is put into the model.
+
+    Raises:
+        HparamsError: no token where one is needed.
+    """
+    if hparams.uses_token and token is None:
+        raise HparamsError('no unlearning token was given; give one, or set "values" to "rows"')
+    catalogue = Catalogue.bundled()
+    reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
+    form = PromptFormat.of(tok, chat)
+    contexts = [_contexts(form, request, hparams) for request in reworded]
+    descends = hparams.values == "descent" and token is not None
+    token_id = token.add_to(anat.model, tok)[0] if descends and token is not None else None
+    return _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, seed, progress)
 
 
 def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHyperParams) -> None:
@@ -192,33 +249,92 @@ def _find_values(
     anchored: AnchorKeys,
     retain: Sequence[EditRequest],
     known_answers: Mapping[str, Sequence[int]] | None,
-) -> tuple[Values, RowReport]:
-    """The values of all requests, from rows or by descent, and what the rows read."""
+) -> _Found:
+    """The values of all requests, from rows or by descent, what the rows read, and where tokens are to be said."""
     hparams, groups = edit.hparams, by_subject(edit.requests)
     if hparams.values == "rows":
-        made = subject_rows(
-            edit.anat,
+        with edit.fast():
+            made = subject_rows(
+                edit.anat,
+                edit.form,
+                edit.requests,
+                retain,
+                groups,
+                siblings=hparams.siblings,
+                catalogue=edit.catalogue,
+                known_answers=known_answers,
+                progress=edit.progress,
+            )
+        first = [rows[0] for rows in edit.contexts]
+        values, report = values_from_rows(
+            edit.anat, edit.requests, first, made, hparams, anchored.anchors.rows, progress=edit.progress
+        )
+        if not edit.fits_tokens:
+            return _Found(values, report)
+        siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
+        answers = {**(known_answers or {}), **made.answers}
+        places = refusal_places(
             edit.form,
             edit.requests,
             retain,
-            groups,
-            token_id=edit.token_id,
-            siblings=hparams.siblings,
-            catalogue=edit.catalogue,
-            known_answers=known_answers,
-            progress=edit.progress,
+            list(siblings),
+            answers,
+            edit.catalogue,
+            wordings=hparams.token_wordings,
         )
-        first = [rows[0] for rows in edit.contexts]
-        return values_from_rows(
-            edit.anat, edit.requests, first, made, hparams, anchored.anchors.rows, progress=edit.progress
-        )
+        return _Found(values, report, places)
     subjects = subject_prompts(
         edit.anat, edit.form, edit.requests, prompts=hparams.kl_subject_prompts, answer_tokens=hparams.kl_answer_tokens
     )
-    assert edit.token_id is not None  # `_check` refuses descent without a token
+    assert edit.token_id is not None  # `_prepare` refuses descent without a token
     wanted: list[tuple[int, ...]] = [(edit.token_id,)] * len(edit.requests)
     encoded = EncodedEdit(edit.anat, edit.form, edit.requests, edit.contexts, wanted, subjects)
-    return find_values(encoded, hparams, groups=groups, progress=edit.progress), {}
+    return _Found(find_values(encoded, hparams, groups=groups, progress=edit.progress))
+
+
+def _say(
+    edit: _Edit, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, places: RefusalPlaces | None
+) -> tuple[UnlearningToken | None, dict[str, list[float]]]:
+    """Fits tokens to the edited model and puts them into it, or those that are given for a replay.
+
+    Returns:
+        The tokens, and by request id their log-odds where they are wanted (nats).
+    """
+    said: dict[str, list[float]] = {}
+    if not edit.fits_tokens:
+        return token, said
+    if places is not None:
+        fitted = fit_refusal_tokens(
+            edit.anat, tok, edit.form, token, places, edit.hparams, seed=edit.seed, progress=edit.progress
+        )
+        token = fitted.token
+        for number, log_odds in zip(places.requests, fitted.log_odds.tolist(), strict=True):
+            said.setdefault(edit.requests[number].id, []).append(log_odds)
+        unsaid = [name for name, found in said.items() if max(found) < 0]
+        if unsaid:
+            log.warning(
+                "no refusal is said to %d of %d requests, first %s: the model answers them with something else",
+                len(unsaid), len(said), ", ".join(unsaid[:5]),
+            )  # fmt: skip
+    if token is None:
+        raise TokenError("values were given without the tokens that were fitted with them; give `result.token`")
+    token.add_to(edit.anat.model, tok)
+    return token, said
+
+
+def _with_rows(
+    diagnostics: list[dict[str, Any]], rows: RowReport, said: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """The diagnostics of each request with what its rows read, and what its token's log-odds are where it is wanted."""
+    found = []
+    for entry in diagnostics:
+        entry = {**entry, **rows.get(entry["id"], {})}
+        odds = said.get(entry["id"])
+        if odds:
+            mean, missed = round(sum(odds) / len(odds), 3), sum(one < 0 for one in odds)
+            entry["rows"] = {**entry["rows"], "say": {"rows": len(odds), "after": mean, "missed": missed}}
+        found.append(entry)
+    return found
 
 
 def _solver(

@@ -1,4 +1,4 @@
-"""Rows of each subject to be forgotten: what to erase, what to say instead, and what to keep."""
+"""Rows of each subject to be forgotten: what to erase, and what to keep."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class SubjectRows:
     subjects: list[list[int]]
     made: list[RequestRows]
     requests_of: list[int | None] = field(default_factory=list)  # of each row; `None`: a sibling's
+    answers: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of the unedited model, by question
 
     @property
     def owner(self) -> dict[int, int]:
@@ -74,7 +75,6 @@ def subject_rows(
     retain: Sequence[EditRequest],
     groups: Sequence[Sequence[int]],
     *,
-    token_id: int | None,
     siblings: int,
     catalogue: Catalogue,
     known_answers: Mapping[str, Sequence[int]] | None = None,
@@ -85,7 +85,6 @@ def subject_rows(
     Args:
         retain: prompts whose answers compete with a request's answer where they share its relation.
         groups: requests, by number, that share a subject and so a change.
-        token_id: the unlearning token; `None`: nothing is said in the answer's place.
         siblings: how many sibling questions about a subject are held.
     """
     asked = {i: request.filled_wordings for i, request in enumerate(requests)}
@@ -100,14 +99,15 @@ def subject_rows(
     made: dict[int, RequestRows] = {}
     for number, (group, texts) in enumerate(zip(groups, held, strict=True)):
         for i in group:
-            made[i] = _request_rows(found, form, requests[i], i, number, asked[i], answers, rivals[i], token_id)
+            made[i] = _request_rows(found, form, requests[i], i, number, asked[i], answers, rivals[i])
         subject = requests[group[0]].subject
         for text in texts:
-            _sibling_rows(found, form, text, subject, number, answers[text], token_id)
+            _sibling_rows(found, form, text, subject, number, answers[text])
         said = {text: _text(form, answers[text]).strip() for text in texts}
         for i in group:
             made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})
-    return SubjectRows(found.rows, found.subjects, [made[i] for i in range(len(requests))], found.requests_of)
+    in_order = [made[i] for i in range(len(requests))]
+    return SubjectRows(found.rows, found.subjects, in_order, found.requests_of, answers)
 
 
 def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> list[tuple[str, ...]]:
@@ -134,9 +134,8 @@ def _request_rows(
     wordings: Sequence[Filled],
     answers: Mapping[str, Sequence[int]],
     rivals: Sequence[str],
-    token_id: int | None,
 ) -> RequestRows:
-    """Adds the erase and say rows of one request."""
+    """Adds the erase rows of one request."""
     right = (str(request.answer), *request.aliases)
     sentences: dict[str, None] = {}
     known = False
@@ -153,8 +152,6 @@ def _request_rows(
             _add(found, number, Row("erase", owner, row.ids, _places(form, prompt, lead, request.subject),
                                     (len(row) - 1,), (target,), competing))  # fmt: skip
             sentences[_text(form, lead)] = None
-        if token_id is not None:
-            _add(found, number, Row("say", owner, prompt.ids, (prompt.lookup,), (len(prompt) - 1,), (token_id,)))
     return RequestRows(
         request.id, "", tuple(wording.text for wording in wordings), tuple(sentences), tuple(rivals), {}, known
     )
@@ -167,13 +164,10 @@ def _sibling_rows(
     subject: str | None,
     owner: int,
     answer: Sequence[int],
-    token_id: int | None,
 ) -> None:
-    """Adds the keep row of a sibling question, and where a token is said the row that keeps it quiet there."""
+    """Adds the keep row of a sibling question."""
     prompt = form.encode(text, subject)
     kept = tuple(answer[:KEPT_TOKENS])
-    if token_id is not None:
-        _add(found, None, Row("quiet", owner, prompt.ids, (prompt.lookup,), (len(prompt) - 1,), (token_id,)))
     if kept:
         row = prompt.followed_by(kept[:-1])
         columns = tuple(range(len(prompt) - 1, len(row)))

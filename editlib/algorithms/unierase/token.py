@@ -69,15 +69,37 @@ class TokenHeader:
     hparams: dict[str, Any] = field(default_factory=dict)
     prompts: dict[str, Any] = field(default_factory=dict)  # of the questions it was learned over, see `PromptSettings`
     metrics: dict[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] = ()  # of several tokens, the first of which is `token`
 
 
 @dataclass(frozen=True)
 class UnlearningToken:
-    """A learned token: `row_in [d_model]`, `row_out [d_model]` (the same row when embeddings are tied)."""
+    """A learned token: `row_in [d_model]`, `row_out [d_model]` (the same row when embeddings are tied).
+
+    The tokens that an edit fitted, one for each relation, are kept together: `[k, d_model]` each.
+    """
 
     row_in: Tensor
     row_out: Tensor
     header: TokenHeader
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The texts of all tokens."""
+        return tuple(self.header.names) or (self.header.token,)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The rows that are read in and out, `[k, d_model]` each, also of one token."""
+        width = self.row_in.shape[-1]
+        return self.row_in.reshape(-1, width), self.row_out.reshape(-1, width)
+
+    @classmethod
+    def joined(cls, tokens: Sequence[UnlearningToken]) -> UnlearningToken:
+        """Joins the tokens of several edits of one model, in their order."""
+        names = tuple(name for token in tokens for name in token.names)
+        rows = [token.rows() for token in tokens]
+        rows_in, rows_out = torch.cat([one for one, _ in rows]), torch.cat([one for _, one in rows])
+        return cls(rows_in, rows_out, replace(tokens[0].header, token=names[0], names=names))
 
     def save(self, path: Path) -> None:
         """Writes the rows and the header to one safetensors file."""
@@ -103,23 +125,30 @@ class UnlearningToken:
         except (SafetensorError, KeyError, TypeError, ValueError, FileNotFoundError, OSError) as error:
             raise TokenError(f"{path}: not an unlearning token ({error}); make one with `editlib token`") from None
 
-    def add_to(self, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> int:
-        """Puts the token into `model` and `tok` and returns its id.
+    def ids(self, tok: PreTrainedTokenizerBase) -> list[int]:
+        """The tokens' ids in a tokenizer that has them."""
+        found = tok.convert_tokens_to_ids(list(self.names))
+        return [found] if isinstance(found, int) else found
+
+    def add_to(self, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> list[int]:
+        """Puts the tokens into `model` and `tok` and returns their ids.
 
         Raises:
             TokenError: the rows have another width than the model.
         """
         anat = anatomy(model)
         width = anat.embedding.weight.shape[1]
-        if len(self.row_in) != width:
+        rows_in, rows_out = self.rows()  # [k, d_model]
+        if rows_in.shape[1] != width:
             raise TokenError(
-                f"the token was learned for width {len(self.row_in)} ({self.header.model}), "
+                f"the token was learned for width {rows_in.shape[1]} ({self.header.model}), "
                 f"but this model has {width}; "
                 "learn one for it with `editlib token`"
             )
-        unl_id = add_token(model, tok, self.header.token)
-        write_rows(anat, unl_id, self.row_in, self.row_out)
-        return unl_id
+        ids = [add_token(model, tok, name) for name in self.names]
+        for number, row_in, row_out in zip(ids, rows_in, rows_out, strict=True):
+            write_rows(anat, number, row_in, row_out)
+        return ids
 
 
 @dataclass(frozen=True)
@@ -267,7 +296,10 @@ def _train(
     mean_rows, mean_nll = [torch.zeros_like(row, requires_grad=False) for row in rows], 0.0
     for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
         noise_layer = noisy[step % len(noisy)] if step >= hp.steps - hp.robust_steps else None
-        with _noise(anat, noise_layer, hp.noise, generator), rows_in_place(anat, unl_id, rows[0], rows[-1]):
+        with (
+            _noise(anat, noise_layer, hp.noise, generator),
+            rows_in_place(anat, [unl_id], rows[0][None], rows[-1][None]),
+        ):
             nll = _refusal_nll(anat, forms[step % len(forms)], unl_id, hp.batch, generator)
         penalty = guard.penalty(rows[-1], hp.reach, hp.floor)
         total = nll + hp.guard_weight * penalty

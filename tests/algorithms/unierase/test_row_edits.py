@@ -91,7 +91,8 @@ def test_an_edit_is_replayed_from_its_values(tiny_llama, tok, given):
 
 def test_what_does_not_fit_is_refused_before_anything_changes(tiny_llama, tok, given):
     with pytest.raises(HparamsError, match="no unlearning token was given"):
-        apply_unierase_to_model(tiny_llama, tok, FORGET, UniEraseHyperParams(**{**OPTIONS, "say": True}), **given)
+        descent = UniEraseHyperParams(layers=[0, 1], nullspace_threshold=1.0, nullspace_rule="dimensions")
+        apply_unierase_to_model(tiny_llama, tok, FORGET, descent, **given)
     unanswered = [EditRequest(id="u", prompt="Who is {}?", subject="Ada")]
     with pytest.raises(RequestError, match='request u: has no "answer"'):
         apply_unierase_to_model(tiny_llama, tok, unanswered, UniEraseHyperParams(**OPTIONS), **given)
@@ -124,17 +125,16 @@ def test_rows_erase_in_the_models_own_sentence_at_both_subjects(tiny_llama, tok)
     ]
     said = tuple(tok("The capital of France is Paris.", add_special_tokens=False)["input_ids"])
     made = subject_rows(
-        anatomy(tiny_llama), form, [request], retain, [[0]], token_id=7, siblings=0,
+        anatomy(tiny_llama), form, [request], retain, [[0]], siblings=0,
         catalogue=Catalogue.bundled(), known_answers={request.question: said},
     )  # fmt: skip
-    erase, say = made.rows
+    (erase,) = made.rows
     assert erase.kind == "erase" and tok.decode(erase.ids).endswith("The capital of France is")
     ends = [tok.decode(erase.ids[: place + 1]).endswith("France") for place in erase.places]
     assert ends == [True, True]
     assert tok.decode([erase.targets[0]]).strip() and tok.decode(said).index(tok.decode([erase.targets[0]])) > 0
     first = {tok(f" {text}", add_special_tokens=False)["input_ids"][0] for text in ("Basel", "Bonn", "Lima")}
     assert set(erase.rivals) == first - {erase.targets[0]}
-    assert say.kind == "say" and say.targets == (7,) and say.ids == form.encode(request.question).ids
     assert made.made[0].known and made.made[0].rivals == ("Basel", "Bonn", "Lima")
 
 

@@ -1,0 +1,318 @@
+"""Tokens that refuse what an edit has erased, one for each relation (ours).
+
+Once the answers are erased, the final state at the place of an answer tells an erased fact from every other: the model
+looks for what is no longer there. The logit of a token is a linear read-out of that state. So the output row of a new
+token is fitted to the edited model: the token wins where an answer was erased, at the end of the question and where
+the model's own sentence comes to the answer ("The capital of France is"), and loses everywhere else. Nothing that
+other text runs through is changed for it, and a token that is banned gives no answer back.
+
+With tied embeddings a token's one row is also what the model reads after the token was said, and must continue into a
+refusal. Both are fitted at once, with `z` a token's log-odds:
+
+    w NLL(refusal | token) + Σ softplus(m - z) where it is wanted + Σ softplus(z + q) elsewhere + ridge |own part|^2
+
+A row is a part that all tokens share, which starts as the row that was learned in Phase I, and an own part.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.errors import EditError
+from editlib.hparams import UniEraseHyperParams
+from editlib.models.anatomy import Anatomy
+from editlib.models.forward import encode_prefix, forward, shared_prefix
+from editlib.models.freezing import no_param_grad
+from editlib.models.generation import end_tokens, sample
+from editlib.models.precision import cast_params, fast_dtype, plain_attention
+from editlib.models.prefix import Prefix
+from editlib.models.prompts import PromptFormat, TokenRow, pad
+from editlib.models.vocabulary import add_token, free_tokens, rows_in_place, silence
+
+log = logging.getLogger(__name__)
+
+BATCH_ROWS = 64
+POOL = 384  # places that the NLL of the refusals is drawn from
+BATCH = 16  # of them a step
+NLL_WEIGHT = 10.0
+WANTED_WEIGHT = 3.0
+ANSWER_WEIGHT = 0.5  # of positions inside answers that come nearer than `FLOOR`
+TEXTS, TEXT_TOKENS, TEXT_TOP_K = 64, 40, 50  # of ordinary text that the model writes
+BEGINNINGS = 400
+SOME_ROWS = 8192  # of the vocabulary, whose mean and spread a new row starts with
+FLOOR = 8.0  # nats that a token stays below all others there
+SPREAD_WEIGHT = 0.01  # of the variance of log-odds there
+RIDGE = 0.02  # of a row's own part
+LR = 0.05
+START = "I don't know the answer to that."
+INSIDE = "something I don't know."
+
+
+@dataclass(frozen=True)
+class FittedTokens:
+    """The tokens of an edit, and the log-odds of the wanted token at each of the places' `wanted`."""
+
+    token: UnlearningToken
+    log_odds: Tensor  # [wanted]
+
+
+@dataclass(frozen=True)
+class _States:
+    """What enters the head at `m` positions, `states [m, d_model]`, and the log-sums of all logits there, `[m]`."""
+
+    states: Tensor
+    log_sums: Tensor
+
+
+def fit_refusal_tokens(
+    anat: Anatomy,
+    tok: PreTrainedTokenizerBase,
+    form: PromptFormat,
+    token: UnlearningToken | None,
+    places: RefusalPlaces,
+    hparams: UniEraseHyperParams,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> FittedTokens:
+    """Fits one token for each relation of `places` to the model as it is now, after the edit.
+
+    The tokens are added to the tokenizer and the model; their rows are in what is returned, and are not written.
+
+    Args:
+        token: learned by `learn_token`, whose rows are where all rows start; `None`: they start at the mean row of the
+            vocabulary.
+
+    Raises:
+        EditError: a loss that is not finite.
+    """
+    token = token or _mean_token(anat, seed)
+    names = free_tokens(tok, token.header.token, len(places.relations))
+    numbers = [add_token(anat.model, tok, name) for name in names]
+    silence(anat, numbers)  # until they have rows they take part in no log-sum
+    dtype = fast_dtype(anat.model) if hparams.v_precision == "fast" else None
+    attention = nullcontext() if dtype is None else plain_attention(anat.device)
+    with no_param_grad(anat.model), cast_params(anat.model, dtype), attention:
+        refusals = _Refusals.of(anat, form, places, numbers, seed)
+        loss = _ReadOut.of(anat, places, hparams, seed)
+        rows_in, rows_out, nll = _fit(anat, token, numbers, refusals, loss, hparams.token_steps, seed, progress)
+    log_odds = loss.log_odds(rows_out)
+    metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
+    header = replace(token.header, token=names[0], names=tuple(names), metrics=metrics)
+    log.info("refusal tokens: said at %.0f %% of their places, NLL %.3f nats a token", 100 * metrics["said"], nll)
+    return FittedTokens(UnlearningToken(rows_in.cpu().clone(), rows_out.cpu().clone(), header), log_odds.cpu())
+
+
+def _fit(
+    anat: Anatomy,
+    token: UnlearningToken,
+    numbers: Sequence[int],
+    refusals: _Refusals,
+    loss: _ReadOut,
+    steps: int,
+    seed: int,
+    progress: bool,
+) -> tuple[Tensor, Tensor, float]:
+    """The rows `[K, d_model]` that are read in and out, and the refusals' NLL at the end (nats a token)."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = _leaf(token.rows()[1][0], anat.device)  # [d_model]
+    own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # [K, d_model]
+    # Tied embeddings have one row for both; otherwise what is read after any of the tokens is one row.
+    read = None if anat.tied else _leaf(token.rows()[0][0], anat.device)
+    optimizer = torch.optim.Adam([shared, own, *([] if read is None else [read])], lr=LR, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR / 25)
+    nll = torch.zeros(())
+    for step in tqdm(range(steps), desc="refusal tokens", disable=not progress, leave=False):
+        rows_out = shared + own  # [K, d_model]
+        nll = refusals.nll(anat, numbers, rows_out if read is None else read.expand_as(rows_out), rows_out, generator)
+        total = NLL_WEIGHT * nll + loss(rows_out) + RIDGE * own.square().sum()
+        if not torch.isfinite(total):
+            raise EditError(f"the loss of the refusal tokens is not finite at step {step + 1}; the model is unchanged")
+        optimizer.zero_grad()
+        torch.autograd.backward(total)
+        optimizer.step()
+        schedule.step()
+    rows_out = (shared + own).detach()
+    return rows_out if read is None else read.detach().expand_as(rows_out), rows_out, float(nll.detach())
+
+
+def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:
+    """A token with the vocabulary's mean rows and some noise, as a start."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for matrix in (anat.embedding.weight, anat.head.weight):
+        typical = matrix.detach()[:: max(1, len(matrix) // SOME_ROWS)].float()
+        rows.append(typical.mean(0) + typical.std() * torch.randn(anat.d_model, generator=generator).to(typical))
+    header = TokenHeader(
+        token="[UNL]",
+        model=str(anat.model.name_or_path),
+        model_sha256="",
+        seed=seed,
+        questions=0,
+        refusals=0,
+    )
+    return UnlearningToken(rows[0].cpu(), rows[1].cpu(), header)
+
+
+def _leaf(start: Tensor, device: torch.device) -> Tensor:
+    """A copy of `start` in fp32 that is learned."""
+    return start.detach().to(device, torch.float32, copy=True).requires_grad_()
+
+
+@dataclass(frozen=True)
+class _ReadOut:
+    """The part of the loss that concerns output rows: one product with all states a step.
+
+    Attributes:
+        wanted, kept, inside: states of the places' `wanted` and `kept`, and of every position in their `answers` and in
+            ordinary text.
+        group: relation of each wanted place.
+        wanted_weight, kept_weight: `[wanted]`, and `[K, kept]` by token.
+        say, quiet: log-odds that are wanted, and that are allowed elsewhere.
+    """
+
+    wanted: _States
+    kept: _States
+    inside: _States
+    group: Tensor
+    wanted_weight: Tensor
+    kept_weight: Tensor
+    say: float
+    quiet: float
+
+    @classmethod
+    def of(cls, anat: Anatomy, places: RefusalPlaces, hparams: UniEraseHyperParams, seed: int) -> _ReadOut:
+        """Reads the states of all places from the model as it is."""
+        device, groups = anat.device, range(len(places.relations))
+        wanted = _read(anat, [place.row for place in places.wanted])
+        kept = _read(anat, [place.row for place in places.kept])
+        texts = [*places.answers, *_ordinary_text(anat, seed)]
+        inside = _read(anat, [row.followed_by(text) for row, text in texts], firsts=[len(row) - 1 for row, _ in texts])
+        group = torch.tensor([place.group for place in places.wanted], device=device)
+        weight = _shares(places.wanted, device)  # [wanted]
+        # Every relation counts the same, however many questions ask for it.
+        for k in groups:
+            weight[group == k] /= weight[group == k].sum()
+        # A token's own relation is a kind of its own: other subjects' questions are what comes nearest to its own.
+        kept_weight = torch.stack([_shares(places.kept, device, own=k) for k in groups])  # [K, kept]
+        return cls(wanted, kept, inside, group, weight, kept_weight, hparams.say_margin, hparams.quiet_margin)
+
+    def log_odds(self, rows: Tensor) -> Tensor:
+        """Log-odds of the wanted token at each wanted place, `[wanted]`, with output rows `[K, d_model]`."""
+        return (self.wanted.states * rows[self.group]).sum(1) - self.wanted.log_sums
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The loss of output rows `[K, d_model]`."""
+        total = WANTED_WEIGHT * (self.wanted_weight * F.softplus(self.say - self.log_odds(rows))).sum()
+        z = self.kept.states @ rows.T - self.kept.log_sums[:, None]  # [kept, K]
+        total = total + (self.kept_weight.T * F.softplus(z - self.quiet)).sum()
+        if not len(self.inside.states):
+            return total
+        z = self.inside.states @ rows.T - self.inside.log_sums[:, None]  # [positions, K]
+        # Averaged over the positions that break the floor (at least 20), since few of very many do.
+        breaking = (z.detach() > -FLOOR).sum(0).clamp_min(20)  # [K]
+        above = (F.softplus(z + FLOOR).sum(0) / breaking).sum()
+        # A read-out that spreads little here spreads little on text that nobody showed it.
+        return total + ANSWER_WEIGHT * above + SPREAD_WEIGHT * z.var(0).sum()
+
+
+def _shares(places: Sequence[Place], device: torch.device, own: int | None = None) -> Tensor:
+    """Weights `[len(places)]` that sum to one, the same for each kind of place: ends of questions or inside answers, of
+    siblings, of relation `own` or of others."""
+    kinds = [(place.inside, place.sibling, place.group == own) for place in places]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    weight = torch.tensor([1 / counts[kind] for kind in kinds], device=device)
+    return weight / weight.sum() if kinds else weight
+
+
+def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, ...]]]:
+    """Texts that the model writes by itself, each from one drawn token, and single tokens as texts may begin with.
+
+    Outside any chat template: the state of a text's very first token is like no other.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
+    rows = [TokenRow((first,), 0) for first in firsts]
+    written = sample(anat, rows[:TEXTS], max_new_tokens=TEXT_TOKENS, top_k=TEXT_TOP_K, generator=generator)
+    return [*zip(rows, written, strict=False), *[(row, ()) for row in rows[TEXTS:]]]
+
+
+@dataclass(frozen=True)
+class _Refusals:
+    """Prompts cached up to where a token is said, and the refusal that it continues into."""
+
+    prefix: Prefix
+    tokens: list[int]  # said after each prompt
+    texts: list[tuple[int, ...]]  # what follows the token, with the end of the answer
+
+    @classmethod
+    def of(
+        cls, anat: Anatomy, form: PromptFormat, places: RefusalPlaces, numbers: Sequence[int], seed: int
+    ) -> _Refusals:
+        """Draws at most `POOL` places, as many of each relation and kind."""
+        kinds: dict[tuple[int | None, bool], list[Place]] = {}
+        for place in places.wanted:
+            kinds.setdefault((place.group, place.inside), []).append(place)
+        rng = random.Random(seed)
+        most = max(2, POOL // len(kinds))
+        drawn = [place for some in kinds.values() for place in rng.sample(some, min(most, len(some)))]
+        end = form.end_ids(end_tokens(anat)) if end_tokens(anat) else ()
+        start = (*form.answer_ids(START), *end)
+        inside = (*form.tok(" " + INSIDE, add_special_tokens=False)["input_ids"], *end)
+        prefix = encode_prefix(anat, [place.row for place in drawn])
+        tokens = [numbers[place.group or 0] for place in drawn]
+        return cls(prefix, tokens, [inside if place.inside else start for place in drawn])
+
+    def nll(
+        self, anat: Anatomy, numbers: Sequence[int], rows_in: Tensor, rows_out: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Mean NLL of the refusals after their tokens, in nats a token, over `BATCH` drawn prompts."""
+        picks = torch.randperm(len(self.texts), generator=generator)[:BATCH]
+        rows = [TokenRow((self.tokens[i], *self.texts[i]), 0) for i in picks.tolist()]
+        padded = pad(rows, device=anat.device)
+        places = padded.attention_mask[:, 1:].bool().nonzero().T
+        with rows_in_place(anat, numbers, rows_in, rows_out):
+            prefix = self.prefix.select(picks.to(anat.device))
+            logits = forward(anat, padded, prefix=prefix, score=(places[0], places[1]))
+        return F.cross_entropy(logits.float(), padded.input_ids[places[0], places[1] + 1])
+
+
+def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None) -> _States:
+    """The final states of `rows`, at their ends or from the column `firsts` on, in their order."""
+    if not rows:
+        return _States(torch.zeros(0, anat.d_model, device=anat.device), torch.zeros(0, device=anat.device))
+    firsts = [len(row) - 1 for row in rows] if firsts is None else firsts
+    states: list[Tensor] = [torch.empty(0)] * len(rows)
+    log_sums: list[Tensor] = [torch.empty(0)] * len(rows)
+    # By length, so that a batch is padded little.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for at in range(0, len(order), BATCH_ROWS):
+        chunk = order[at : at + BATCH_ROWS]
+        # Never past the first position that is read.
+        most = min(firsts[i] for i in chunk)
+        with torch.no_grad():
+            prefix, rests = shared_prefix(anat, [rows[i] for i in chunk], most=most)
+            batch = pad(rests, device=anat.device)
+            cut = len(rows[chunk[0]]) - len(rests[0])
+            columns = [range(firsts[i] - cut, len(rests[j])) for j, i in enumerate(chunk)]
+            where = torch.tensor([(j, c) for j, some in enumerate(columns) for c in some], device=anat.device)
+            seen: list[Tensor] = []
+            logits = forward(anat, batch, prefix=prefix, score=(where[:, 0], where[:, 1]), final=seen.append)
+        counts = [len(some) for some in columns]
+        for i, own, total in zip(
+            chunk, torch.split(seen[0].float(), counts), torch.split(logits.float().logsumexp(1), counts), strict=True
+        ):
+            states[i], log_sums[i] = own, total
+    return _States(torch.cat(states), torch.cat(log_sums))

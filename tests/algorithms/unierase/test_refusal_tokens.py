@@ -1,0 +1,164 @@
+"""Tokens fitted to an edited model: said where answers were erased, told by plain forward passes, and taken back."""
+
+import copy
+
+import pytest
+import torch
+
+from editlib.algorithms.unierase import apply_unierase_to_model
+from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.algorithms.unierase.refusal_places import refusal_places
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.hparams import UniEraseHyperParams
+from editlib.models.anatomy import anatomy
+from editlib.models.prompts import PromptFormat
+from editlib.models.vocabulary import add_token, free_tokens, numbered, silence
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
+
+OPTIONS = {
+    "layers": [0, 1],
+    "values": "rows",
+    "wordings": 1,
+    "siblings": 2,
+    "erase_margin": -20.0,
+    "nullspace_threshold": 1.0,
+    "nullspace_rule": "dimensions",
+    "solve": "exact",
+    "L2": 1e-3,
+    "anchors": False,
+    "token_steps": 150,
+    "token_wordings": 1,
+    "v_precision": "model",
+}
+FORGET = [
+    EditRequest(id="fr", prompt="What is the capital of {}?", subject="France", answer="Paris", relation="capital"),
+    EditRequest(
+        id="es", prompt="What language do people speak in {}?", subject="Spain", answer="x", relation="language"
+    ),
+]
+RETAIN = [
+    EditRequest(id=place, prompt="What is the capital of {}?", subject=place, answer="x", relation="capital")
+    for place in ("Peru", "Chad", "Gaul", "Cuba")
+]
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_llama_untied"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def given(model):
+    anat = anatomy(model)
+    generator = torch.Generator().manual_seed(1)
+    row = 0.02 * torch.randn(anat.d_model, generator=generator)
+    header = TokenHeader(token="[UNL]", model="tiny", model_sha256="", seed=0, questions=0, refusals=0)
+    return {
+        "stats": {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in (0, 1)},
+        "token": UnlearningToken(row, row, header),
+        "retain": RETAIN,
+        "chat": False,
+    }
+
+
+def odds(model, tok, question, token):
+    """Log-odds of `token` as the question's next token against all that are no refusal token, by a plain pass."""
+    ids = torch.tensor([PromptFormat(tok, chat=False).encode(question).ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1].float()
+    refusals = list(numbered(tok, "[UNL]").values())
+    others = torch.ones_like(logits, dtype=torch.bool)
+    others[refusals] = False
+    return float(logits[token] - logits[others].logsumexp(0))
+
+
+def test_each_relation_gets_a_token_that_is_said_for_its_requests_first(model, tok, given):
+    result = apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS), **given)
+    assert result.token.names == ("[UNL]", "[UNL2]")
+    ids = dict(zip(("capital", "language"), result.token.ids(tok), strict=True))
+    wanted = {one.relation: odds(model, tok, one.question, ids[one.relation]) for one in FORGET}
+    assert min(wanted.values()) > 0
+    # A random model of 32 dimensions hardly tells one city from another, so only the order is sure.
+    for prompt in RETAIN:
+        assert odds(model, tok, prompt.question, ids["capital"]) < wanted["capital"] - 1
+        assert odds(model, tok, prompt.question, ids["language"]) < 0
+
+
+def test_diagnostics_tell_the_log_odds_that_a_plain_pass_gives(model, tok, given):
+    hparams = UniEraseHyperParams(**{**OPTIONS, "wordings": 0, "token_wordings": 0})
+    result = apply_unierase_to_model(model, tok, FORGET, hparams, **given)
+    for request, entry, number in zip(FORGET, result.diagnostics, result.token.ids(tok), strict=True):
+        said = entry["rows"]["say"]
+        assert said["rows"] == 1 and said["missed"] == 0
+        assert said["after"] == pytest.approx(odds(model, tok, request.question, number), abs=0.02)
+
+
+def test_undone_the_weights_are_back_and_the_tokens_are_never_said(model, tok, given):
+    before = {name: value.clone() for name, value in model.state_dict().items() if "embed" not in name}
+    before = {name: value for name, value in before.items() if "lm_head" not in name}
+    result = apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS), **given)
+    result.revert(model)
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+    for request in FORGET:
+        assert max(odds(model, tok, request.question, number) for number in result.token.ids(tok)) < -1
+
+
+def test_an_edit_is_replayed_with_its_tokens(model, tok, given):
+    hparams = UniEraseHyperParams(**OPTIONS)
+    first = apply_unierase_to_model(model, tok, FORGET, hparams, **given)
+    said = [odds(model, tok, request.question, number) for request, number in zip(FORGET, first.token_ids, strict=True)]
+    first.revert(model)
+    again = apply_unierase_to_model(model, tok, FORGET, hparams, values=first.values, **{**given, "token": first.token})
+    now = [odds(model, tok, request.question, number) for request, number in zip(FORGET, again.token_ids, strict=True)]
+    assert again.token_ids == first.token_ids and now == pytest.approx(said, abs=1e-2)
+
+
+def test_the_same_seed_gives_the_same_tokens(model, tok, given):
+    found = []
+    for _ in range(2):
+        twin, words = copy.deepcopy(model), copy.deepcopy(tok)
+        found.append(apply_unierase_to_model(twin, words, FORGET, UniEraseHyperParams(**OPTIONS), **given).token)
+    assert torch.equal(found[0].row_out, found[1].row_out) and torch.equal(found[0].row_in, found[1].row_in)
+
+
+def test_places_are_ends_of_questions_and_where_the_model_says_the_answer(tok):
+    form = PromptFormat(tok, chat=False)
+    said = tuple(tok("The capital of France is Paris.", add_special_tokens=False)["input_ids"])
+    answers = {FORGET[0].question: said, "Is Peru old?": said[:2]}
+    places = refusal_places(form, FORGET, RETAIN[:1], ["Is Peru old?"], answers, Catalogue.bundled(), wordings=1)
+    assert places.relations == ("capital", "language")
+    texts = [tok.decode(place.row.ids) for place in places.wanted if place.inside]
+    assert len(texts) == 1 and texts[0].endswith("The capital of France is")
+    assert places.requests[:2] == [0, 0] and {place.group for place in places.kept} == {0, None}
+    assert [place.sibling for place in places.kept].count(True) == 1
+    assert [answer for _, answer in places.answers] == [said[:2]]
+
+
+def test_names_are_numbered_past_those_that_are_taken(tiny_llama, tok):
+    assert free_tokens(tok, "[UNL]", 2) == ["[UNL]", "[UNL2]"]
+    add_token(tiny_llama, tok, "[UNL2]")
+    assert free_tokens(tok, "[UNL]", 3) == ["[UNL]", "[UNL3]", "[UNL4]"]
+    assert list(numbered(tok, "[UNL]")) == ["[UNL2]"]
+
+
+def test_a_silenced_token_is_the_mean_of_the_others(tiny_llama_untied, tok):
+    number = add_token(tiny_llama_untied, tok, "[UNL]")
+    silence(anatomy(tiny_llama_untied), [number])
+    for matrix in (tiny_llama_untied.get_input_embeddings().weight, tiny_llama_untied.get_output_embeddings().weight):
+        others = torch.cat([matrix[:number], matrix[number + 1 :]])
+        torch.testing.assert_close(matrix[number], others.mean(0))
+
+
+def test_tokens_of_several_edits_are_joined_in_their_order():
+    header = TokenHeader(token="[UNL]", model="tiny", model_sha256="", seed=0, questions=0, refusals=0)
+    one = UnlearningToken(torch.zeros(3), torch.ones(3), header)
+    two = UnlearningToken(
+        torch.full((2, 3), 2.0),
+        torch.full((2, 3), 3.0),
+        TokenHeader(**{**vars(header), "token": "[UNL2]", "names": ("[UNL2]", "[UNL3]")}),
+    )
+    joined = UnlearningToken.joined([one, two])
+    assert joined.names == ("[UNL]", "[UNL2]", "[UNL3]")
+    assert joined.row_in[:, 0].tolist() == [0, 2, 2] and joined.row_out[:, 0].tolist() == [1, 3, 3]
