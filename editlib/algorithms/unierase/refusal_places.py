@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
 OTHER_WORDINGS = 2  # of a retain question, beside its own
+MOST_TOKENS = 24  # requests that ask in more ways than this share the last one
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RefusalPlaces:
     """All places that the tokens of an edit are fitted to.
 
     Attributes:
-        relations: of the requests, one token each; `None` stands for requests that name none.
+        relations: what the requests ask for, one token each; `None` stands for all that ask for something rarer.
         wanted: places where the token of their group is to be said; `requests` names the request of each, by number.
         kept: places where no token may be said.
         answers: prompts and the tokens of the model's answers, at no position of which a token may be said.
@@ -72,16 +74,18 @@ def refusal_places(
             place at its end only.
         wordings: how many wordings of a question are used in all.
     """
-    relations = tuple(dict.fromkeys(request.relation for request in requests))
+    relations = _relations(requests)
     found = RefusalPlaces(relations)
     for number, request in enumerate(requests):
-        group: int | None = relations.index(request.relation)
+        asked = _asked_for(request)
+        group: int | None = relations.index(asked if asked in relations else None)
         for text in dict.fromkeys((*request.wordings, *catalogue.reworded(request, wordings))):
             places = _places(form, request, text, group, answers.get(text))
             found.wanted.extend(places)
             found.requests.extend([number] * len(places))
     for prompt in retain:
-        group = relations.index(prompt.relation) if prompt.relation in relations else None
+        asked = _asked_for(prompt)
+        group = relations.index(asked) if asked is not None and asked in relations else None
         said = answers.get(prompt.question)
         found.kept.extend(_places(form, prompt, prompt.question, group, said))
         if prompt.subject is not None:
@@ -95,6 +99,19 @@ def refusal_places(
         if answers.get(text):
             found.answers.append((row, tuple(answers[text][:ANSWER_TOKENS])))
     return found
+
+
+def _asked_for(fact: EditRequest) -> str | None:
+    """What a fact asks for: its relation, or where it names none, its prompt without the subject."""
+    return fact.relation or (fact.prompt if fact.subject is not None else None)
+
+
+def _relations(requests: Sequence[EditRequest]) -> tuple[str | None, ...]:
+    """What the requests ask for, in their order: at most `MOST_TOKENS`, of which `None` stands for the rarest."""
+    counts = Counter(_asked_for(request) for request in requests)
+    named = [asked for asked, _ in counts.most_common() if asked is not None]
+    kept = set(named if len(counts) <= MOST_TOKENS else named[: MOST_TOKENS - 1])
+    return tuple(dict.fromkeys(asked if asked in kept else None for asked in map(_asked_for, requests)))
 
 
 def _places(

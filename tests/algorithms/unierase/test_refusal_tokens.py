@@ -1,6 +1,7 @@
 """Tokens fitted to an edited model: said where answers were erased, told by plain forward passes, and taken back."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,21 @@ def test_places_are_ends_of_questions_and_where_the_model_says_the_answer(tok):
     assert places.requests[:2] == [0, 0] and {place.group for place in places.kept} == {0, None}
     assert [place.sibling for place in places.kept].count(True) == 1
     assert [answer for _, answer in places.answers] == [said[:2]]
+
+
+def test_requests_without_a_relation_are_told_apart_by_how_they_ask(tok):
+    form, catalogue = PromptFormat(tok, chat=False), Catalogue.bundled()
+    bare = [replace(one, relation=None) for one in FORGET]
+    places = refusal_places(form, bare, [replace(RETAIN[0], relation=None)], [], {}, catalogue, wordings=0)
+    assert places.relations == tuple(one.prompt for one in bare)
+    assert places.kept[0].group == 0
+    many = [
+        EditRequest(id=f"m{i}", prompt=f"What is number {i} of {{}}?", subject="Rome", answer="x") for i in range(40)
+    ]
+    asked = [*many, *bare, replace(bare[0], id="again", prompt="What is the capital of {}?", subject="Peru")]
+    places = refusal_places(form, asked, [], [], {}, catalogue, wordings=0)
+    assert len(places.relations) == 24 and {None, FORGET[0].prompt} <= set(places.relations)
+    assert all(place.group is not None for place in places.wanted) and len(places.wanted) == len(asked)
 
 
 def test_names_are_numbered_past_those_that_are_taken(tiny_llama, tok):
