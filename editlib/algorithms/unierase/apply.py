@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editlib import data
 from editlib.algorithms.closed_form import alphaedit, exact
 from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.edit import (
@@ -56,6 +57,8 @@ from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
 
 log = logging.getLogger(__name__)
+
+GENERAL_STEP = 4  # every so many-th bundled question is one that refusal tokens stay out of
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,7 @@ def _find_values(
             answers,
             edit.catalogue,
             wordings=hparams.token_wordings,
+            general=data.questions("train")[::GENERAL_STEP],
         )
         return _Found(values, report, places)
     subjects = subject_prompts(

@@ -13,6 +13,7 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
 OTHER_WORDINGS = 2  # of a retain question, beside its own
+GENERAL = 160  # questions about anything
 MOST_TOKENS = 24  # requests that ask in more ways than this share the last one
 
 
@@ -42,6 +43,7 @@ class RefusalPlaces:
         wanted: places where the token of their group is to be said; `requests` names the request of each, by number.
         kept: places where no token may be said.
         answers: prompts and the tokens of the model's answers, at no position of which a token may be said.
+        general: other prompts, whose answers are free of tokens as well, once the edited model has given them.
     """
 
     relations: tuple[str | None, ...]
@@ -49,6 +51,7 @@ class RefusalPlaces:
     requests: list[int] = field(default_factory=list)
     kept: list[Place] = field(default_factory=list)
     answers: list[tuple[TokenRow, tuple[int, ...]]] = field(default_factory=list)
+    general: list[TokenRow] = field(default_factory=list)
 
 
 def refusal_places(
@@ -60,6 +63,7 @@ def refusal_places(
     catalogue: Catalogue,
     *,
     wordings: int,
+    general: Sequence[str] = (),
 ) -> RefusalPlaces:
     """Collects the places of an edit, with what the model answers before it.
 
@@ -73,6 +77,7 @@ def refusal_places(
         answers: what the unedited model answers, as token ids by question; a wording that is not among them gives the
             place at its end only.
         wordings: how many wordings of a question are used in all.
+        general: questions about anything; those that name a subject of `requests` are left out.
     """
     relations = _relations(requests)
     found = RefusalPlaces(relations)
@@ -98,6 +103,9 @@ def refusal_places(
         found.kept.append(Place(row, None, sibling=True))
         if answers.get(text):
             found.answers.append((row, tuple(answers[text][:ANSWER_TOKENS])))
+    subjects = [request.subject for request in requests if request.subject is not None]
+    apart = [text for text in general if not any(subject in text for subject in subjects)]
+    found.general.extend(form.encode(text) for text in apart[:GENERAL])
     return found
 
 

@@ -35,7 +35,7 @@ from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, shared_prefix
 from editlib.models.freezing import no_param_grad
-from editlib.models.generation import end_tokens, sample
+from editlib.models.generation import end_tokens, greedy, sample
 from editlib.models.precision import cast_params, fast_dtype, plain_attention
 from editlib.models.prefix import Prefix
 from editlib.models.prompts import PromptFormat, TokenRow, pad
@@ -48,12 +48,12 @@ POOL = 384  # places that the NLL of the refusals is drawn from
 BATCH = 16  # of them a step
 NLL_WEIGHT = 10.0
 WANTED_WEIGHT = 3.0
-ANSWER_WEIGHT = 0.5  # of positions inside answers that come nearer than `FLOOR`
+ANSWER_WEIGHT = 2.0  # of positions inside answers that come nearer than `FLOOR`
 TEXTS, TEXT_TOKENS, TEXT_TOP_K = 64, 40, 50  # of ordinary text that the model writes
 BEGINNINGS = 400
 SOME_ROWS = 8192  # of the vocabulary, whose mean and spread a new row starts with
-FLOOR = 8.0  # nats that a token stays below all others there
-SPREAD_WEIGHT = 0.01  # of the variance of log-odds there
+FLOOR = 10.0  # nats that a token stays below all others there
+SPREAD_WEIGHT = 0.02  # of the variance of log-odds there
 RIDGE = 0.02  # of a row's own part
 LR = 0.05
 START = "I don't know the answer to that."
@@ -198,7 +198,8 @@ class _ReadOut:
         device, groups = anat.device, range(len(places.relations))
         wanted = _read(anat, [place.row for place in places.wanted])
         kept = _read(anat, [place.row for place in places.kept])
-        texts = [*places.answers, *_ordinary_text(anat, seed)]
+        answered = list(zip(places.general, greedy(anat, places.general, max_new_tokens=TEXT_TOKENS), strict=True))
+        texts = [*places.answers, *answered, *_ordinary_text(anat, seed)]
         inside = _read(anat, [row.followed_by(text) for row, text in texts], firsts=[len(row) - 1 for row, _ in texts])
         group = torch.tensor([place.group for place in places.wanted], device=device)
         weight = _shares(places.wanted, device)  # [wanted]
@@ -261,10 +262,16 @@ class _Refusals:
     def of(
         cls, anat: Anatomy, form: PromptFormat, places: RefusalPlaces, numbers: Sequence[int], seed: int
     ) -> _Refusals:
-        """Draws at most `POOL` places, as many of each relation and kind."""
-        kinds: dict[tuple[int | None, bool], list[Place]] = {}
-        for place in places.wanted:
-            kinds.setdefault((place.group, place.inside), []).append(place)
+        """Draws at most `POOL` places, as many of each relation and kind.
+
+        Half of them are the relation's questions about other subjects: after its token the model refuses whoever the
+        question is about, so that the refusal does not depend on the wordings that are listed.
+        """
+        kinds: dict[tuple[int | None, bool, bool], list[Place]] = {}
+        for other, some in ((False, places.wanted), (True, places.kept)):
+            for place in some:
+                if place.group is not None:
+                    kinds.setdefault((place.group, place.inside, other), []).append(place)
         rng = random.Random(seed)
         most = max(2, POOL // len(kinds))
         drawn = [place for some in kinds.values() for place in rng.sample(some, min(most, len(some)))]
