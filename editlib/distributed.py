@@ -88,7 +88,7 @@ ALONE = Process()
 def processes(*, accelerators: bool = True) -> Iterator[Process]:
     """The share of this process in a job that `torchrun` (or `accelerate launch`) started; by itself, all of it.
 
-    A process group that is there already is used and left alone.
+    An existing process group is used and not closed.
 
     Args:
         accelerators: give each process an accelerator of its own, where the machine has enough of them.

@@ -56,7 +56,7 @@ def load_inputs(
     seed: int = 0,
     timer: Timer | None = None,
 ) -> EditInputs:
-    """Finds what an edit with these settings needs, and makes what is not there.
+    """Finds what an edit with these settings needs, and makes what is missing.
 
     Raises:
         EditlibError: statistics or a token that do not fit the model.

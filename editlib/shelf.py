@@ -24,7 +24,7 @@ def digest(value: Any) -> str:
 
 
 def read_kept(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file that an earlier run wrote; a damaged file counts as not there."""
+    """The JSON object in a file that an earlier run wrote; a damaged file counts as missing."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -39,7 +39,7 @@ def differing(kept: Mapping[str, Any], job: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class JsonStore:
-    """A folder of parts, each a JSON file; what of it is damaged counts as not there."""
+    """A folder of parts, each a JSON file; damaged parts count as missing."""
 
     path: Path
 

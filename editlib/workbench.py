@@ -134,7 +134,7 @@ class Workbench:
         max_length: int = 512,
         skip_first: int = 1,
     ) -> dict[int, LayerStats]:
-        """One pass over `corpus` for all `layers`; writes and returns the statistics. An interrupted pass goes on.
+        """One pass over `corpus` for all `layers`; writes and returns the statistics. An interrupted pass is resumed.
 
         With a `shard` of several processes all must call it; the first one writes.
         """

@@ -58,7 +58,7 @@ def run_ability(
             draw, the same for all models.
         batch_size: rows at a time; numbers of two sizes differ by rounding.
         device_map: where the weights go, as in transformers ("auto", or a device); default: the CPU.
-        out: keeps every finished model and task, goes on from there when the same job is run again, and gets
+        out: keeps every finished model and task, so that the same job resumes from there, and gets
             `ability.json` and `table.md`.
         overwrite: measure again what `out` holds.
         bootstrap: draws for the standard errors that lm-eval bootstraps (LAMBADA's perplexity).

@@ -36,7 +36,7 @@ def rome(key: Tensor, plain_key: Tensor, change: Tensor, covariance: Covariance 
     # Below the rounding of the product its sign is chance, and the update of any size.
     size = plain_key.norm() * direction.norm()
     if not torch.isfinite(direction).all() or float(reach.abs()) <= torch.finfo(reach.dtype).eps * float(size):
-        raise EditError("the key of a request has no part in its own direction; the model is unchanged: reword it")
+        raise EditError("the key of a request has no part in its own direction; the model is unchanged: rephrase it")
     return LowRank(change, (direction / reach).T.contiguous())
 
 
@@ -219,7 +219,7 @@ def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
         if float(sizes.min()) <= len(short) * torch.finfo(short.dtype).eps * float(sizes.max()):
             raise EditError(
                 "two requests (or two of their relations, in the answer gate) have the same key; the model is "
-                "unchanged: remove or reword one, or raise `exact_floor`"
+                "unchanged: remove or rephrase one, or raise `exact_floor`"
             )
         return LowRank(torch.linalg.solve(short, delta.left, left=False), delta.right)
     if not torch.isfinite(short).all():

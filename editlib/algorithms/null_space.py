@@ -49,7 +49,7 @@ def null_space(moment: Tensor, threshold: float, rule: str = "absolute") -> Null
         threshold: eigenvalues below it are kept; with another `rule` a share (`stats.spectrum.kept_dimensions`).
 
     Raises:
-        HparamsError: no direction lies under the threshold, so that no edit is possible.
+        HparamsError: no direction is below the threshold, so that no edit is possible.
         StatsError: a moment that is not finite.
     """
     if not torch.isfinite(moment).all():

@@ -71,7 +71,7 @@ def run_attacks(
         known: facts for few-shot examples; default: bundled ones.
         attacks: names of `registry.ATTACKS`; default: all.
         prompts: how both models are asked; default: through the chat template when there is one.
-        out: keeps every finished attack, and goes on from there when the same job is run again.
+        out: keeps every finished attack, so that the same job resumes from there.
         overwrite: attacks that `out` holds are dropped.
 
     Returns:

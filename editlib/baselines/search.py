@@ -262,7 +262,7 @@ def _plan(name: str, budget: Budget) -> Iterator[tuple[float | None, tuple[int |
 
 
 def _edges(chosen: TrialRun, trials: Sequence[TrialRun]) -> tuple[str, ...]:
-    """The settings of the chosen trial that lie at an end of their range."""
+    """The settings of the chosen trial that are at an end of their range."""
     edges = []
     for key in ("learning_rate", "steps"):
         values = {getattr(trial, key) for trial in trials} - {None}

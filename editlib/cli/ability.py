@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def ability(
     base: Annotated[str, typer.Argument(help="the model before the edit")],
-    out_dir: Annotated[Path, typer.Option("--out", help="gets ability.json and table.md; a run goes on from there")],
+    out_dir: Annotated[Path, typer.Option("--out", help="gets ability.json and table.md; a run resumes from there")],
     edited: Annotated[list[str] | None, typer.Argument(help="models to set beside it")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval's names, its task files (.yaml), files of questions (.jsonl); by commas")

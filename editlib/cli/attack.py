@@ -46,7 +46,7 @@ def attack(
     device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Tries to bring every forgotten fact back, see docs/reference/attacks.md; goes on where it was stopped."""
+    """Tries to bring every forgotten fact back, see docs/reference/attacks.md; resumes where it was stopped."""
     from editlib.attacks.settings import AttackSettings
     from editlib.jobs.attack import attack_folders, table_rows
 

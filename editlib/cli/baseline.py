@@ -60,7 +60,7 @@ def baseline(
     device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Makes a model forget with another method, to compare with; goes on where its search was stopped."""
+    """Makes a model forget with another method, to compare with; resumes an interrupted search."""
     from editlib.baselines import BaselineSettings, Budget
     from editlib.errors import HparamsError
     from editlib.jobs.baseline import baseline_folder

@@ -47,7 +47,7 @@ def bench_counterfact(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Efficacy, generalisation and specificity over numbers of edits; goes on where it was stopped."""
+    """Efficacy, generalisation and specificity over numbers of edits; resumes where it was stopped."""
     from editlib.benches.counterfact import bench_counterfact as run
     from editlib.benches.counterfact import check_facts, check_plan
     from editlib.benches.report import counterfact_rows, write_bench
@@ -100,7 +100,7 @@ def bench_sequential(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Forgets 100 bundled facts that the model knows, batch after batch; goes on where it was stopped."""
+    """Forgets 100 bundled facts that the model knows, batch after batch; resumes where it was stopped."""
     from editlib.benches.report import sequential_rows, write_sequential
     from editlib.benches.sequential import bench_sequential as run
     from editlib.benches.sequential import check_plan

@@ -27,7 +27,7 @@ def compare(
     config: Annotated[Path, typer.Option(help="what to compare: JSON or TOML, see docs/how-to/compare-methods.md")],
     out_dir: Annotated[Path, typer.Option("--out", help="gets results.json, table.md, report.html and what is done")],
 ) -> None:
-    """Methods x seeds x sets in one table and one page; goes on where it was stopped; under torchrun, on several
+    """Methods x seeds x sets in one table and one page; resumes where it was stopped; under torchrun, on several
     processes."""
     from editlib.comparison import compare as run
     from editlib.comparison import read_config

@@ -39,7 +39,7 @@ def finetune(
     device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Teaches a model question-answer pairs, such as TOFU's; goes on where it was stopped."""
+    """Teaches a model question-answer pairs, such as TOFU's; resumes where it was stopped."""
     from editlib.jobs.finetune import FinetuneSettings
     from editlib.jobs.finetune import finetune as run
 

@@ -79,7 +79,7 @@ def tune(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Searches UniErase's settings on your own held-out wordings and neighbours; goes on where it was stopped."""
+    """Searches UniErase's settings on your own held-out wordings and neighbours; resumes where it was stopped."""
     from editlib.editing import check_given
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.tune import check_tuning, table_rows

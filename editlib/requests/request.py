@@ -80,7 +80,7 @@ class EditRequest:
         for i, text in enumerate(self._phrasings if self.subject else ()):
             if text.start is None:
                 wanted = f"{quote(self.subject)} once, or {{}} in its place, since the edit looks it up there"
-                raise FieldError(f"phrasings[{i}]", f"{quote(text.text)}; expected {wanted}; reword it")
+                raise FieldError(f"phrasings[{i}]", f"{quote(text.text)}; expected {wanted}; rephrase it")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone but __post_init__
@@ -153,7 +153,7 @@ def _probe(name: str, value: Any) -> Probe:
     if not isinstance(value, Mapping):
         raise FieldError(name, f'{quote(value)}; expected {{"prompt": ..., "answer": ...}}; write an object')
     for key in value.keys() - {"prompt", "answer"}:
-        raise FieldError(f"{name}.{key}", 'unknown; expected "prompt" or "answer"; rename it or take it out')
+        raise FieldError(f"{name}.{key}", 'unknown; expected "prompt" or "answer"; rename it or remove it')
     _check_text(f"{name}.prompt", value.get("prompt"))
     if value.get("answer") is not None:
         _check_text(f"{name}.answer", value["answer"])

@@ -67,7 +67,7 @@ def template_of(prompt: str, subject: str) -> str:
     """
     if subject != subject.strip() or PLACE in subject or NAMED in subject:
         wanted = 'expected text without "{}" and without blanks at its ends'
-        raise FieldError("subject", f"{quote(subject)}; {wanted}; take them out")
+        raise FieldError("subject", f"{quote(subject)}; {wanted}; remove them")
     filled = fill("prompt", prompt, subject)
     if filled.start is None:
         found = occurrences(filled.text, subject)

@@ -96,7 +96,7 @@ def test_rome_agrees_with_the_published_formula(sizes, adjusted):
 
 def test_rome_with_keys_at_right_angles_is_refused():
     across = torch.eye(4, dtype=torch.float64)
-    with pytest.raises(EditError, match="reword"):
+    with pytest.raises(EditError, match="rephrase"):
         rome(across[:, :1], across[:, 1:2], across[:3, :1], None)
 
 
