@@ -8,7 +8,10 @@ Every part that is finished is kept in `OUT/finished` and not measured again, so
 made of under `parts`:
 
 - `values_ratio_contexts`: values of a request, published over editlib, the same six contexts and KL prompt
+- `values_ratio_fast`: the same contexts with editlib in bf16 where the processor is fast at it, as all settings ship
 - `values_ratio_default`: the same over editlib with the settings that ship for the model
+- `rows_ratio`: values from rows, whole passes of one row after the other over editlib, both in fp32
+- `rows_ratio_fast`: the same with editlib in bf16
 - `job_ratio`: the whole edit of all requests, published over editlib
 - `statistics_ratio`: a pass a layer over one pass for all layers
 - `token_ratio`: the unlearning token in the model's dtype, as it was learned before, over the default
@@ -25,11 +28,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import plain_rows
 import published
 import torch
 from edit_cost import compare_edits
@@ -39,15 +43,18 @@ from solve import compare
 
 from editlib import Chain, Workbench, data, load_hparams
 from editlib.algorithms.pipeline import find_values, prepare
+from editlib.algorithms.rows import Goals, RowBatch, find_row_values
+from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.algorithms.unierase.subject_rows import by_subject, subject_rows
 from editlib.algorithms.unierase.token import TokenHyperParams, learn_token
 from editlib.algorithms.values import Values
 from editlib.files import write_json
-from editlib.hparams import AlphaEditHyperParams
+from editlib.hparams import AlphaEditHyperParams, UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import forward
 from editlib.models.freezing import no_param_grad
 from editlib.models.precision import cast_params, fast_dtype
-from editlib.models.prompts import TokenRow, pad
+from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.requests.request import EditRequest
 from editlib.shelf import Finished
 from editlib.stats.corpus import load_corpus
@@ -55,6 +62,8 @@ from editlib.stats.file import StatsHeader
 from editlib.stats.layer_stats import batches, counted_windows, document_windows, layer_stats
 
 LAYERS = [4, 5, 6, 7, 8]
+ROW_SETTINGS = "UniErase/smollm2-135m-erase"
+FACT_STEP = 9  # takes facts from all over the bundled ones
 STATISTICS_TOKENS = 8192
 WINDOW, BATCH_TOKENS = 256, 4096
 FORMER = TokenHyperParams(precision="model")  # in fp32, as the token was learned before
@@ -66,6 +75,7 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=20, help="of values and of the whole edit")
+    parser.add_argument("--facts", type=int, default=2, help="whose values are found from rows")
     parser.add_argument("--batches", type=int, default=20, help="of the chain, one request each")
     parser.add_argument("--solve", type=int, nargs=2, default=[14336, 4096], metavar=("D_FF", "D_MODEL"))
     args = parser.parse_args()
@@ -130,6 +140,7 @@ def values(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
     row["published_steps"] = sum(steps for _, steps in theirs.made)
     for name, hparams in (
         ("contexts", same_settings(settings)),
+        ("fast", replace(same_settings(settings), v_precision="fast")),
         ("default", load_hparams(f"AlphaEdit/{args.model}")),
     ):
         assert isinstance(hparams, AlphaEditHyperParams)
@@ -143,6 +154,37 @@ def values(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
 def values_of(side: Side, requests: Sequence[EditRequest], hparams: AlphaEditHyperParams) -> Values:
     """Values of `requests`, their encoding included."""
     return find_values(prepare(side.bench.model, side.bench.tok, requests, hparams, chat=False), hparams)
+
+
+def rows(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
+    """Values from rows of facts to be erased, beside whole passes of one row after the other: seconds, and how far
+    apart the two leave a row, in nats."""
+    anat, model, hparams = side.anat, side.bench.model, load_hparams(ROW_SETTINGS)
+    assert isinstance(hparams, UniEraseHyperParams)
+    facts = [fact for fact in data.facts() if fact.subject and fact.relation][::FACT_STEP][: args.facts]
+    catalogue, form = Catalogue.bundled(), PromptFormat.of(side.bench.tok, None)
+    asked = [catalogue.with_wordings(fact, hparams.wordings) for fact in facts]
+    options = {"token_id": None, "siblings": hparams.siblings, "catalogue": catalogue}
+    made = subject_rows(anat, form, asked, data.retain_prompts(facts), by_subject(asked), **options)
+    held = RowBatch(anat, made.rows, hparams.layers[-1])  # with the rivals of all rows
+    numbered = {i: row for chunk in held.chunks for i, row in zip(chunk.numbers, chunk.rows, strict=True)}
+    todo = [numbered[i] for i in range(len(numbered))]
+    layer, goals, kinds = hparams.layers[-1], Goals(hparams.erase_margin), [row.kind for row in todo]
+    names = [str(asked[group[0]].subject) for group in made.subjects]
+    row: dict[str, float] = {"facts": len(facts), "rows": len(todo)}
+    find = partial(find_row_values, anat, todo, layer, names, goals, steps=hparams.row_steps)
+    wanted = partial(goals.wanted, kinds)
+    with no_param_grad(model):
+        plain = partial(plain_rows.find, model, anat.layers[layer], todo, wanted, steps=hparams.row_steps)
+        theirs = measured(plain, anat.device)
+        row |= {"plain": theirs.seconds, "plain_mb": theirs.memory_mb}
+        for name, dtype in (("rows_ratio", None), ("rows_ratio_fast", fast_dtype(model))):
+            with cast_params(model, dtype):
+                ours = measured(find, anat.device)
+            apart = (ours.made.after - theirs.made).abs()
+            row |= {name: theirs.seconds / ours.seconds, f"{name}_seconds": ours.seconds, f"{name}_mb": ours.memory_mb}
+            row |= {f"{name}_apart": float(apart.mean()), f"{name}_missed": len(ours.made.missed())}
+    return row
 
 
 def job(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
@@ -230,6 +272,7 @@ def sequential(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
 Part = Callable[[Side, argparse.Namespace], Mapping[str, float]]
 PARTS: dict[str, tuple[Part, tuple[str, ...]]] = {  # each with the options that it depends on
     "values": (values, ("model", "requests")),
+    "rows": (rows, ("model", "facts")),
     "job": (job, ("model", "requests")),
     "statistics": (layer_statistics, ("model",)),
     "solve": (solve, ("solve",)),
@@ -238,7 +281,10 @@ PARTS: dict[str, tuple[Part, tuple[str, ...]]] = {  # each with the options that
 }
 RATIOS = (
     "values_ratio_contexts",
+    "values_ratio_fast",
     "values_ratio_default",
+    "rows_ratio",
+    "rows_ratio_fast",
     "job_ratio",
     "statistics_ratio",
     "token_ratio",

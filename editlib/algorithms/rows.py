@@ -14,7 +14,7 @@ told by the key and the relation by the value, and a relation that rows keep is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,13 +23,16 @@ from tqdm import tqdm
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, split
+from editlib.models.precision import plain_attention
 from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
-BATCH_TOKENS = 4096  # of all rows of a batch, prefixes not counted, since each keeps a graph
-BATCH_LOGITS = 2**25  # numbers in the logits of a batch, which its graph keeps in fp32
+BATCH_TOKENS = 512  # of all rows of a batch, prefixes not counted: few are padding, and a layer fits into caches
+BATCH_LOGITS = 2**25  # numbers in the logits of a batch, which are held in fp32
 RIVALS = 20  # likeliest other tokens that an answer is compared with where no others of its kind are known
 RIDGE = 3e-3  # ε: rows that contradict one another share what is left of their residuals
+MET = 0.1  # root mean square residual of a subject's rows, in nats, at which it rests; bf16 rounds by nearly as much
+HALVED = 0.5  # of the residual must go in a step for its Jacobian to serve once more
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,11 @@ class Goals:
 
 @dataclass(frozen=True)
 class RowValues:
-    """Changes found by rows: `deltas [n, d_model]`, `|δ| / |h|` per subject, and each row before, after and wanted."""
+    """Changes found by rows: `deltas [n, d_model]`, per subject the steps taken and `|δ| / |h|`, and each row before,
+    after and wanted."""
 
     deltas: Tensor
+    steps: list[int]
     relative_norm: list[float]
     before: Tensor  # [m]
     after: Tensor  # [m]
@@ -107,8 +112,24 @@ class _Chunk:
     prefix: Prefix | None
     hidden: Tensor  # [r, T, d_model], what leaves the edited layer
     mask: Tensor  # [r, T, 1], one at the positions that get the change
-    read: tuple[Tensor, Tensor]  # rows and columns of the logits
-    counts: list[int]  # logits of each row
+    read: tuple[Tensor, Tensor]  # rows and columns of the logits, [c] each
+
+    def select(self, some: list[int]) -> _Chunk:
+        """The chunk with `some` of its rows, in ascending order."""
+        if len(some) == len(self.rows):
+            return self
+        index = torch.tensor(some, device=self.hidden.device)
+        batch = self.batch
+        kept = torch.isin(self.read[0], index)  # [c]
+        return _Chunk(
+            [self.numbers[i] for i in some],
+            [self.rows[i] for i in some],
+            TokenBatch(batch.input_ids[index], batch.attention_mask[index], batch.lookup[index], batch.last[index]),
+            None if self.prefix is None else self.prefix.select(index),
+            self.hidden[index],
+            self.mask[index],
+            (torch.searchsorted(index, self.read[0][kept]), self.read[1][kept]),
+        )
 
 
 class RowBatch:
@@ -129,59 +150,62 @@ class RowBatch:
                 found.setdefault(row.owner, chunk.hidden[i, first[i]].float())
         return torch.stack([found[i] for i in range(subjects)])
 
-    def read(self, delta: Tensor, *, grad: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Reads all rows under `delta [n, d_model]`.
+    def read(self, delta: Tensor, *, grad: bool = True, subjects: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Reads all rows under `delta [n, d_model]`, or those of `subjects [n]` (booleans) alone.
 
         Returns:
-            `y [m]`, and with `grad` the Jacobian `A [m, d_model]` of each row to its own subject's change.
+            `y [m]`, and with `grad` the Jacobian `A [m, d_model]` of each row to its own subject's change; zeros in
+            rows that are not read.
         """
         y = torch.zeros(len(self.rows), device=delta.device)
         jacobian = torch.zeros(len(self.rows), delta.shape[1], device=delta.device) if grad else None
-        for chunk in self.chunks:
+        asked = None if subjects is None else subjects.tolist()
+        for whole in self.chunks:
+            mine = [i for i, row in enumerate(whole.rows) if asked is None or asked[row.owner]]
+            if not mine:
+                continue
+            chunk = whole.select(mine)
             owner = torch.tensor([row.owner for row in chunk.rows], device=delta.device)
             # Each row has a copy of its subject's change, so one backward pass gives every row its own gradient.
             change = delta[owner].clone().requires_grad_(grad)  # [r, d_model]
-            with torch.set_grad_enabled(grad):
-                values = self._values(chunk, change)
+            with torch.set_grad_enabled(grad), plain_attention(delta.device):
+                logits = self._logits(chunk, change)  # [c, vocab], at the columns of the chunk's rows
+                each, slope = read_logits(logits.detach(), chunk.rows)  # [c], [c, vocab]
                 if jacobian is not None:
-                    torch.autograd.backward(values.sum())
-                    jacobian[chunk.numbers] = change.grad.float()  # type: ignore[union-attr]
-            y[chunk.numbers] = values.detach()
+                    # Starting from the slope spares the graph of logarithms over the vocabulary.
+                    (gradient,) = torch.autograd.grad(logits, change, slope.to(logits.dtype))  # [r, d_model]
+                    jacobian[chunk.numbers] = gradient.float()
+            values = torch.zeros(len(chunk.rows), device=delta.device).index_add_(0, chunk.read[0], each)
+            y[chunk.numbers] = values
         return y, jacobian
 
     def _encode(self, numbers: list[int]) -> _Chunk:
         rows = [self.rows[i] for i in numbers]
         cuts = [row.places[0] for row in rows]
         fronts, rests = split([TokenRow(row.ids, row.places[0]) for row in rows], cuts)
-        # A subject at the very start leaves nothing to cache: then whole rows are run.
-        cached = all(cuts)
-        batch = pad(rests if cached else [TokenRow(row.ids, row.places[0]) for row in rows], device=self.anat.device)
-        prefix = encode_prefix(self.anat, fronts) if cached else None
+        batch = pad(rests, device=self.anat.device)
+        # A subject at the very start leaves nothing to cache.
+        prefix = encode_prefix(self.anat, fronts) if any(cuts) else None
         with torch.no_grad():
             hidden = forward(self.anat, batch, stop=self.layer + 1, prefix=prefix)
         mask = torch.zeros(*hidden.shape[:2], 1, device=hidden.device)
         at: list[tuple[int, int]] = []
         for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
-            shift = cut if cached else 0
-            mask[i, [place - shift for place in row.places]] = 1
-            at += [(i, column - shift) for column in row.columns]
+            mask[i, [place - cut for place in row.places]] = 1
+            at += [(i, column - cut) for column in row.columns]
         where = torch.tensor(at, device=hidden.device)
-        counts = [len(row.columns) for row in rows]
-        return _Chunk(numbers, rows, batch, prefix, hidden, mask, (where[:, 0], where[:, 1]), counts)
+        return _Chunk(numbers, rows, batch, prefix, hidden, mask, (where[:, 0], where[:, 1]))
 
-    def _logits(self, chunk: _Chunk, change: Tensor) -> list[Tensor]:
-        """Logits of each row, `[columns, vocab]` in fp32."""
-        hidden = (chunk.hidden.to(change.dtype) + chunk.mask * change[:, None]).to(
-            chunk.hidden.dtype
-        )  # [r, T, d_model]
-        logits = forward(
-            self.anat, chunk.batch, start=self.layer + 1, hidden=hidden, prefix=chunk.prefix, score=chunk.read
-        )
-        return list(torch.split(logits.float(), chunk.counts))
-
-    def _values(self, chunk: _Chunk, change: Tensor) -> Tensor:
-        return torch.stack(
-            [_read(row, logits) for row, logits in zip(chunk.rows, self._logits(chunk, change), strict=True)]
+    def _logits(self, chunk: _Chunk, change: Tensor) -> Tensor:
+        """Logits at the columns of all rows, `[c, vocab]`, each row's state changed by its row of `change`."""
+        added = chunk.hidden.to(change.dtype) + chunk.mask * change[:, None]  # [r, T, d_model]
+        return forward(
+            self.anat,
+            chunk.batch,
+            start=self.layer + 1,
+            hidden=added.to(chunk.hidden.dtype),
+            prefix=chunk.prefix,
+            score=chunk.read,
         )
 
     def _resolve_rivals(self) -> None:
@@ -191,29 +215,50 @@ class RowBatch:
                 continue
             none = torch.zeros(len(chunk.rows), chunk.hidden.shape[-1], device=chunk.hidden.device)
             with torch.no_grad():
-                read = self._logits(chunk, none)
-            for i, (row, logits) in enumerate(zip(chunk.rows, read, strict=True)):
+                likeliest = self._logits(chunk, none).topk(RIVALS + 1).indices  # [c, RIVALS + 1]
+            for i, row in enumerate(chunk.rows):
                 if row.kind == "erase" and not row.rivals:
-                    best = logits[0].topk(RIVALS + 1).indices.tolist()
+                    best = likeliest[chunk.read[0] == i][0].tolist()
                     rivals = tuple(token for token in best if token != row.targets[0])[:RIVALS]
-                    chunk.rows[i] = Row(row.kind, row.owner, row.ids, row.places, row.columns, row.targets, rivals)
+                    chunk.rows[i] = replace(row, rivals=rivals)
 
 
-def _read(row: Row, logits: Tensor) -> Tensor:
-    """The scalar of a row from its logits `[columns, vocab]`, in nats.
+def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """What rows read at each of their columns, in nats, and its gradient with respect to the logits there.
 
-    erase: logit of the answer's first token less the log-sum-exp of its rivals'.
-    say, quiet: log-odds of the token, `z - logsumexp(all others)`.
-    keep: log probability of the answer, summed over its tokens.
+    Every kind is a logit less the log-sum-exp of others, `z_target - logsumexp(z_S)`, summed over a row's columns:
+
+    erase: the answer's first token; `S` are its rivals.
+    say, quiet: the token; `S` are all others, so that this is its log-odds.
+    keep: each token of the answer; `S` is the whole vocabulary, so that this is its log probability.
+
+    Args:
+        logits: `[m, vocab]`, at the columns of all `rows`, in order.
+
+    Returns:
+        `[m]`, and `[m, vocab]`: one at the target, less the softmax over `S`.
     """
-    if row.kind == "erase":
-        return logits[0, row.targets[0]] - logits[0, list(row.rivals)].logsumexp(-1)
-    if row.kind == "keep":
-        picked = logits[range(len(row.targets)), list(row.targets)]
-        return (picked - logits.logsumexp(-1)).sum()
-    others = torch.ones_like(logits[0], dtype=torch.bool)
-    others[row.targets[0]] = False
-    return logits[0, row.targets[0]] - logits[0].masked_fill(~others, -torch.inf).logsumexp(-1)
+    kinds = [row.kind for row in rows for _ in row.columns]  # of each column
+    targets = torch.tensor([token for row in rows for token in row.targets], device=logits.device)  # [m]
+    index = torch.arange(len(targets), device=logits.device)
+    others = logits.float()  # a copy even of fp32 logits, since it is changed
+    others = others.clone() if others is logits else others
+    aimed = others[index, targets]  # [m]
+    odds = torch.tensor([kind in ("say", "quiet") for kind in kinds], device=logits.device)  # [m]
+    others[index[odds], targets[odds]] = -torch.inf
+    erased = [i for i, kind in enumerate(kinds) if kind == "erase"]
+    rivals = [row.rivals for row in rows if row.kind == "erase"]
+    for i, tokens in zip(erased, rivals, strict=True):
+        held = others[i, list(tokens)]
+        others[i] = -torch.inf
+        others[i, list(tokens)] = held
+    top = others.amax(dim=1, keepdim=True)  # [m, 1]
+    weights = others.sub_(top).exp_()  # in place: these are the largest tensors of a step
+    total = weights.sum(dim=1, keepdim=True)  # [m, 1]
+    y = aimed - (top + total.log())[:, 0]  # [m]
+    slope = weights.div_(-total)
+    slope[index, targets] += 1
+    return y, slope
 
 
 def _chunks(rows: Sequence[Row], most_columns: int) -> list[list[int]]:
@@ -262,10 +307,15 @@ def find_row_values(
 ) -> RowValues:
     """Finds each subject's change behind `layer` by Gauss-Newton, all subjects in one batch.
 
+    A subject rests when its rows read what they should (`MET`). Its Jacobian, which costs more than reading the rows,
+    is read for the first two steps, since it changes most with the first; it serves for a later step where the one
+    before had its full length and halved the residual.
+
     Subjects do not influence one another: the result does not depend on which are found together.
 
     Args:
         names: of the subjects, by number; for errors.
+        steps: at most.
         step_limit: longest step, in norms of the subject's state.
         metric: see `least_norm_step`.
 
@@ -277,19 +327,34 @@ def find_row_values(
     norms = batch.states(len(names)).norm(dim=1)  # [n]
     delta = torch.zeros(len(names), anat.d_model, device=anat.device)
     owner = torch.tensor([row.owner for row in rows], device=anat.device)
-    before, wanted = torch.zeros(0), torch.zeros(0)
+    m, n = len(rows), len(names)
+    y, jacobian = torch.zeros(m, device=anat.device), torch.zeros(m, anat.d_model, device=anat.device)
+    before = wanted = y
+    active, anew = torch.ones(2, n, dtype=torch.bool, device=anat.device)  # subjects at work; Jacobians to be read
+    taken = [0] * n
+    residual = torch.zeros(n, device=anat.device)  # root mean square over a subject's rows, in the step before
     for step in tqdm(range(steps + 1), desc="values", disable=not progress, leave=False):
-        y, jacobian = batch.read(delta, grad=step < steps)
+        last = step == steps
+        for grad, some in ((True, active & anew & (not last)), (False, active & (~anew | last))):
+            if bool(some.any()):
+                found, slopes = batch.read(delta, grad=grad, subjects=some)
+                y = torch.where(some[owner], found, y)
+                jacobian = jacobian if slopes is None else torch.where(some[owner][:, None], slopes, jacobian)
         bad = (~torch.isfinite(y)).nonzero().flatten().tolist()
         if bad:
             raise EditError(f"a row of {names[rows[bad[0]].owner]} is not finite; the model is unchanged")
         before = y if step == 0 else before
         wanted = goals.wanted(kinds, y, before)
-        if jacobian is None:
+        now = torch.zeros_like(residual).index_add_(0, owner, (wanted - y) ** 2)
+        now = (now / torch.bincount(owner, minlength=n)).sqrt()  # [n]
+        anew, residual, active = now > HALVED * residual, now, active & (now > MET)
+        if last or not bool(active.any()):
             break
-        for i in range(len(names)):
+        for i in active.nonzero().flatten().tolist():
             mine = owner == i  # [m]
             move = least_norm_step(jacobian[mine], (wanted - y)[mine], metric=metric)
-            longest = step_limit * norms[i] / move.norm().clamp_min(torch.finfo(move.dtype).tiny)
-            delta[i] += move * longest.clamp_max(1.0)
-    return RowValues(delta, (delta.norm(dim=1) / norms).tolist(), before, y, wanted)
+            share = step_limit * norms[i] / move.norm().clamp_min(torch.finfo(move.dtype).tiny)
+            delta[i] += move * share.clamp_max(1.0)
+            anew[i] |= bool(share < 1)
+            taken[i] += 1
+    return RowValues(delta, taken, (delta.norm(dim=1) / norms).tolist(), before, y, wanted)

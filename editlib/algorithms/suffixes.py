@@ -14,6 +14,7 @@ from torch import Tensor
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, split
+from editlib.models.precision import plain_attention
 from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
@@ -45,10 +46,7 @@ class SuffixBatch:
     def of(cls, anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> SuffixBatch:
         """Runs everything that does not change, once."""
         fronts, rests = split(list(rows), [row.lookup for row in rows])
-        # A prefix needs at least one token in every row.
-        prefix = encode_prefix(anat, fronts) if all(len(front) for front in fronts) else None
-        if prefix is None:
-            rests = list(rows)
+        prefix = encode_prefix(anat, fronts) if any(len(front) for front in fronts) else None
         batch = pad(rests, device=anat.device)
         with torch.no_grad():
             hidden = forward(anat, batch, stop=layer + 1, prefix=prefix)
@@ -72,9 +70,10 @@ class SuffixBatch:
         # Summed in the dtype of δ, rounded to the model's once.
         hidden[index, batch.lookup] = (hidden[index, batch.lookup].to(delta.dtype) + change).to(hidden.dtype)
         prefix = None if self.prefix is None else self.prefix.select(rows)
-        return forward(
-            anat, batch, start=layer + 1, hidden=hidden, prefix=prefix, score=(positions.row, positions.column)
-        ).to(delta.dtype)
+        with plain_attention(hidden.device):
+            return forward(
+                anat, batch, start=layer + 1, hidden=hidden, prefix=prefix, score=(positions.row, positions.column)
+            ).to(delta.dtype)
 
     def _narrow(self, rows: Tensor) -> TokenBatch:
         """Returns `rows [r]` of the batch, without the columns that are padding in all of them."""

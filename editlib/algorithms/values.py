@@ -23,7 +23,8 @@ from editlib.models.prompts import TokenRow
 
 CHUNK_ROWS = 64  # prompts whose graphs are held at once
 CHUNK_TOKENS = 128 * CHUNK_ROWS  # of them, with padding: fewer prompts at once where they are long
-FEW_ROWS = 16  # up to here a pass costs what reading the weights costs, so targets and KL prompts share one
+FEW_ROWS = 16  # up to here a pass costs what reading the weights costs, whatever its rows hold
+PADDING = 1.25  # how many times its tokens the rows of a larger pass may cover with padding
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,9 @@ def compute_zs(
     options = _DescentOptions(steps, lr, weight_decay, clamp_norm_factor, kl_factor, stop_loss, optimizer)
     kept = kl_prompts or [()] * len(rows)
     parts: list[Values] = []
+    chunks = _chunks(rows, kept, targets)
     with no_param_grad(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
-        for chunk in _chunks(rows, kept):
+        for chunk in chunks:
             descent = _Descent(
                 anat,
                 [rows[i] for i in chunk],
@@ -192,24 +194,33 @@ def compute_zs(
                 None if norms is None else norms[chunk],
             )
             parts.append(_optimise(descent, [names[i] if names else f"number {i + 1}" for i in chunk], bar))
-    return Values.joined(parts)
+    order = [i for chunk in chunks for i in chunk]
+    return Values.joined(parts).select([order.index(i) for i in range(len(rows))])
 
 
-def _chunks(rows: Sequence[Sequence[TokenRow]], kl_prompts: Sequence[Sequence[TokenRow]]) -> list[list[int]]:
+def _chunks(
+    rows: Sequence[Sequence[TokenRow]], kl_prompts: Sequence[Sequence[TokenRow]], targets: Sequence[Sequence[int]]
+) -> list[list[int]]:
     """Groups requests so that each group has at most `CHUNK_ROWS` prompts and `CHUNK_TOKENS` padded tokens.
 
-    Memory then grows neither with the number of requests nor with their length.
+    Memory then grows neither with the number of requests nor with their length. Requests with suffixes of like length
+    stand together, since padding costs a step as much as tokens do.
     """
+    suffix = [
+        max(len(row) - row.lookup for row in contexts) + len(target) - 1
+        for contexts, target in zip(rows, targets, strict=True)
+    ]
     groups: list[list[int]] = []
-    held, width = CHUNK_ROWS, 0  # prompts of the last group and its longest one; full at first, so that one is begun
-    for i in range(len(rows)):
-        size, longest = len(rows[i]) + len(kl_prompts[i]), max(map(len, (*rows[i], *kl_prompts[i])))
-        full = held + size > CHUNK_ROWS or (held + size) * max(width, longest) > CHUNK_TOKENS
-        if not groups or full:
+    held = longest = tokens = 0  # of the last group: its prompts, the longest of them, and the sum of its suffixes
+    for i in sorted(range(len(rows)), key=lambda i: suffix[i]):
+        size, length = len(rows[i]) + len(kl_prompts[i]), max(map(len, (*rows[i], *kl_prompts[i])))
+        full = held + size > CHUNK_ROWS or (held + size) * max(longest, length) > CHUNK_TOKENS
+        padded = held > FEW_ROWS and (held + size) * suffix[i] > PADDING * (tokens + size * suffix[i])
+        if not groups or full or padded:
             groups.append([])
-            held = width = 0
+            held = longest = tokens = 0
         groups[-1].append(i)
-        held, width = held + size, max(width, longest)
+        held, longest, tokens = held + size, max(longest, length), tokens + size * suffix[i]
     return groups
 
 
@@ -300,9 +311,9 @@ class _Descent:
 def _suffixes(
     anat: Anatomy, flat: list[TokenRow], kl_prompts: Sequence[Sequence[TokenRow]], layer: int
 ) -> tuple[SuffixBatch, _KLPrompts | None]:
-    """Runs the rows of the targets and of the KL prompts up to `layer`, in one batch when they are few."""
+    """Runs the rows of the targets and of the KL prompts up to `layer`, in one batch where that is cheaper."""
     kept = [row for prompts in kl_prompts for row in prompts]
-    together = len(flat) + len(kept) <= FEW_ROWS
+    together = not kept or _fit_together(flat, kept)
     main = SuffixBatch.of(anat, flat + kept if together else flat, layer)
     if not kept:
         return main, None
@@ -310,6 +321,14 @@ def _suffixes(
     rows = torch.arange(len(kept), device=anat.device) + (len(flat) if together else 0)  # [p]
     owners = torch.tensor([i for i, prompts in enumerate(kl_prompts) for _ in prompts], device=anat.device)  # [p]
     return main, _KLPrompts.of(anat, layer, suffixes, rows, owners, len(kl_prompts))
+
+
+def _fit_together(rows: Sequence[TokenRow], others: Sequence[TokenRow]) -> bool:
+    """Whether one pass over the suffixes of both is cheaper than one over each, which reads the weights again."""
+    width, other = (max(len(row) - row.lookup for row in some) for some in (rows, others))
+    together = (len(rows) + len(others)) * max(width, other)  # tokens with padding
+    few = len(rows) + len(others) <= FEW_ROWS
+    return few or together <= PADDING * (len(rows) * width + len(others) * other)
 
 
 def _target_nll(logits: Tensor, positions: LogitPositions, active: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from editlib.models.capabilities import can_cache, can_skip
 from editlib.models.passes import run
 from editlib.models.prefix import KVCache, Prefix, TokenReplay
 from editlib.models.prompts import TokenBatch, TokenRow, pad
+
+WORTH_A_PASS = 64  # tokens that a pass of its own for a shared front must save
 
 
 def forward(
@@ -75,16 +78,29 @@ def new_cache(anat: Anatomy, rows: int) -> KVCache:
 def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) -> Prefix:
     """Computes keys and values of `rows`; with `grad` the gradient of later tokens flows through them.
 
-    The rows are padded on the left, so that the tokens after them start in one column.
+    The rows are padded on the left, so that the tokens after them start in one column. Equal rows are run once, and so
+    are the tokens that all rows begin with, where that saves enough of them. A row without tokens has a prefix whose
+    columns are all hidden; one row at least must have some.
     """
-    batch = pad(rows, side="left", device=anat.device)
     if not can_cache(anat):
+        batch = pad(rows, side="left", device=anat.device)
         return Prefix((), batch.attention_mask, batch.input_ids)
-    cache = DynamicCache()
+    distinct = {ids: i for i, ids in enumerate(dict.fromkeys(row.ids for row in rows if row.ids))}
+    if len(distinct) < len(rows):
+        prefix = encode_prefix(anat, [TokenRow(ids, len(ids) - 1) for ids in distinct], grad=grad)
+        prefix = prefix.select(torch.tensor([distinct.get(row.ids, 0) for row in rows], device=anat.device))
+        filled = torch.tensor([len(row) > 0 for row in rows], device=anat.device)  # [n]
+        return replace(prefix, attention_mask=prefix.attention_mask * filled[:, None])
+    same = shared_length(rows)
+    front, rests = shared_prefix(anat, rows, grad=grad) if same * (len(rows) - 1) >= WORTH_A_PASS else (None, rows)
+    batch = pad(rests, side="left", device=anat.device)
+    mask, cache = batch.attention_mask, DynamicCache()
+    if front is not None:
+        mask, cache = torch.cat([front.attention_mask, mask], dim=1), DynamicCache(list(front.layers))
     none = torch.zeros(0, dtype=torch.long)  # no logits are needed, and the head is the widest matrix
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        forward(anat, batch, cache=cache, score=(none, none))
-    return Prefix.of(cache, batch.attention_mask)
+        forward(anat, replace(batch, attention_mask=mask), cache=cache, score=(none, none))
+    return Prefix.of(cache, mask)
 
 
 def split(rows: list[TokenRow], at: list[int]) -> tuple[list[TokenRow], list[TokenRow]]:

@@ -86,6 +86,18 @@ def test_rows_and_their_gradients_are_those_of_whole_passes(tiny_llama):
         torch.testing.assert_close(jacobian[i], change.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_the_rows_of_some_subjects_are_read_alone(tiny_llama):
+    anat = anatomy(tiny_llama)
+    delta = 0.3 * torch.randn(2, anat.d_model, generator=torch.Generator().manual_seed(2))
+    y, jacobian = RowBatch(anat, ROWS, LAYER).read(delta)
+    for subjects in ([True, False], [False, True]):
+        mine = torch.tensor([subjects[row.owner] for row in ROWS])
+        some, slopes = RowBatch(anat, ROWS, LAYER).read(delta, subjects=torch.tensor(subjects))
+        torch.testing.assert_close(some[mine], y[mine], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(slopes[mine], jacobian[mine], rtol=1e-3, atol=1e-4)
+        assert not some[~mine].any() and not slopes[~mine].any()
+
+
 def test_rivals_are_the_likeliest_others_where_none_are_given(tiny_llama):
     anat = anatomy(tiny_llama)
     batch = RowBatch(anat, [Row("erase", 0, PROMPT, (2,), (6,), (70,))], LAYER)
@@ -114,9 +126,33 @@ def test_subjects_do_not_influence_one_another(tiny_llama):
     torch.testing.assert_close(both.deltas[0], alone.deltas[0], rtol=1e-3, atol=1e-4)
 
 
+def test_a_jacobian_serves_while_the_residual_halves(tiny_llama, monkeypatch):
+    """With a Jacobian read at every step the rows end where they end with few of them."""
+    anat, reads, genuine = anatomy(tiny_llama), [], RowBatch.read
+
+    def read(self, delta, *, grad=True, subjects=None):
+        reads.append((grad, subjects.tolist()))
+        return genuine(self, delta, grad=grad, subjects=subjects)
+
+    monkeypatch.setattr(RowBatch, "read", read)
+    monkeypatch.setattr(rows_module, "MET", 1e-3)
+    goals, names = Goals(erased=-2.2, quiet=5.0), ["a", "b"]
+    rows = [*ROWS[:2], ROWS[3]]  # the second subject has nothing to do
+    found = find_row_values(anat, rows, LAYER, names, goals, steps=12, step_limit=10.0)
+    assert reads[0] == (True, [True, True]) and all(subjects == [True, False] for _, subjects in reads[1:])
+    assert [grad for grad, _ in reads][:3] == [True, True, False]
+    assert not found.deltas[1].any() and not found.missed(0.01)
+    reads.clear()
+    monkeypatch.setattr(rows_module, "HALVED", 0.0)
+    always = find_row_values(anat, rows, LAYER, names, goals, steps=12, step_limit=10.0)
+    assert all(grad for grad, _ in reads)
+    torch.testing.assert_close(found.after, always.after, rtol=0, atol=0.01)
+    torch.testing.assert_close(found.deltas, always.deltas, rtol=0.05, atol=0.01)
+
+
 def test_batches_keep_to_tokens_and_logits():
     rows = [Row("keep", 0, tuple(range(10, 30)), (2,), tuple(range(10)), tuple(range(10))) for _ in range(50)]
-    for most, longest in ((25, 2), (10_000, 4096 // 18), (1, 1)):
+    for most, longest in ((25, 2), (10_000, rows_module.BATCH_TOKENS // 18), (1, 1)):
         groups = rows_module._chunks(rows, most)
         assert sorted(i for group in groups for i in group) == list(range(50))
         assert max(len(group) for group in groups) == min(longest, 50)

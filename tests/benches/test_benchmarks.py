@@ -2,10 +2,15 @@
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from editlib.algorithms import rows as rows_module
+from editlib.algorithms.rows import Goals, Row
+from editlib.models.anatomy import anatomy
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py"))
@@ -42,6 +47,25 @@ def test_dense_figures_are_taken_over(scripts):
     row = compare(96, 24, 12, 0, 8, torch.device("cpu"), known)
     assert row["dense_seconds"] == 8.0
     assert row["time_ratio"] == pytest.approx(8.0 / row["seconds"])
+
+
+def test_values_from_rows_are_those_of_whole_passes(scripts, tiny_llama, monkeypatch):
+    """Every step of Gauss-Newton, with a Jacobian that is read anew each time and no rest."""
+    import plain_rows
+
+    monkeypatch.setattr(rows_module, "HALVED", 0.0)
+    monkeypatch.setattr(rows_module, "MET", 0.0)
+    rows = [
+        Row("keep", 0, (7, 9, 20, 12, 20, 14), (2, 4), (3, 4, 5), (13, 14, 15)),
+        Row("erase", 0, (5, 9, 20, 31, 44, 8, 61), (2,), (6,), (70,), (80, 81, 82)),
+        Row("say", 1, (11, 25, 30), (0,), (2,), (99,)),
+        Row("quiet", 1, (6, 11, 26, 33, 35), (1,), (4,), (99,)),
+    ]
+    goals, kinds = Goals(erased=-4.0, said=-3.0, quiet=-5.8), [row.kind for row in rows]
+    found = rows_module.find_row_values(anatomy(tiny_llama), rows, 1, ["a", "b"], goals, steps=3)
+    wanted = plain_rows.find(tiny_llama, tiny_llama.model.layers[1], rows, partial(goals.wanted, kinds), steps=3)
+    assert float((found.after - found.before).abs().max()) > 0.3
+    torch.testing.assert_close(found.after, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_published_statistics_are_those_of_one_pass(scripts, tiny_llama):

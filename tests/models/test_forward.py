@@ -275,6 +275,29 @@ def test_a_shared_prefix_runs_once_and_serves_all(anat, draw):
     assert shared_prefix(anat, rows) == (None, rows)
 
 
+@torch.no_grad()
+def test_a_prefix_of_repeated_shared_and_empty_rows(tiny_model, draw, monkeypatch):
+    """Whatever is run once only: each row goes on as if it had been run alone."""
+    monkeypatch.setattr("editlib.models.forward.WORTH_A_PASS", 1)
+    first, second, third = draw(9, 6, 11, same=3)
+    rows, at = [first, second, first, third, *draw(4), second], [5, 4, 5, 6, 0, 4]
+    wanted = alone(tiny_model, rows)
+    anat = anatomy(tiny_model)
+    fronts, rests = split(rows, at)
+    batch, prefix = pad(rests), encode_prefix(anat, fronts)
+    check(forward(anat, batch, prefix=prefix), batch, wanted)
+    assert prefix.lengths.tolist() == at
+
+
+@torch.no_grad()
+def test_equal_rows_of_a_prefix_run_once(anat, draw):
+    rows = draw(9, 6, same=2)
+    tokens = []
+    with record_inputs({0: anat.mlp_output(0)}, lambda _, k: tokens.append(k.shape[0] * k.shape[1])):
+        encode_prefix(anat, [rows[0], rows[1], rows[0], rows[0]])
+    assert tokens == [2 * 9]
+
+
 def test_split_moves_the_lookup_along():
     fronts, rests = split([TokenRow((5, 6, 7, 8), 2, extra=1)], [2])
     assert fronts == [TokenRow((5, 6), 1)]

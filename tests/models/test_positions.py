@@ -82,8 +82,8 @@ def test_values_are_found_for_so_many_tokens_at_once():
     def rows(length, count):
         return [[TokenRow((1,) * length, 0)] * 2 for _ in range(count)]
 
-    short = values._chunks(rows(20, 100), [[]] * 100)
+    short = values._chunks(rows(20, 100), [[]] * 100, [(1,)] * 100)
     assert [len(group) for group in short] == [32, 32, 32, 4]
-    long = values._chunks(rows(1000, 10), [[]] * 10)
+    long = values._chunks(rows(1000, 10), [[]] * 10, [(1,)] * 10)
     assert [len(group) for group in long] == [4, 4, 2]
-    assert values._chunks(rows(values.CHUNK_TOKENS, 2), [[]] * 2) == [[0], [1]]
+    assert values._chunks(rows(values.CHUNK_TOKENS, 2), [[]] * 2, [(1,)] * 2) == [[0], [1]]

@@ -17,7 +17,7 @@ from editlib.algorithms.values import Values
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import no_param_grad
-from editlib.models.precision import cast_params, fast_dtype
+from editlib.models.precision import cast_params, fast_dtype, plain_attention
 from editlib.models.prompts import TokenRow
 from editlib.requests.request import EditRequest
 
@@ -52,7 +52,8 @@ def values_from_rows(
     with no_param_grad(anat.model):
         with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
             if hparams.left_weight:
-                metric = inverse_root(output_moment(anat, anchors, layer), hparams.left_weight)
+                with plain_attention(anat.device):
+                    metric = inverse_root(output_moment(anat, anchors, layer), hparams.left_weight)
             found = find_row_values(
                 anat,
                 made.rows,
@@ -68,7 +69,8 @@ def values_from_rows(
     deltas = found.deltas[owner].T.to(states)  # [d_model, n]
     nll = _token_nll(made, found, len(requests))
     norms = [found.relative_norm[i] for i in owner]
-    values = Values(states + deltas, deltas.contiguous(), [hparams.row_steps] * len(requests), nll, norms)
+    steps = [found.steps[i] for i in owner]
+    values = Values(states + deltas, deltas.contiguous(), steps, nll, norms)
     _warn(requests, made, found)
     return values, _report(requests, made, found)
 
