@@ -164,8 +164,8 @@ def rows(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
     facts = [fact for fact in data.facts() if fact.subject and fact.relation][::FACT_STEP][: args.facts]
     catalogue, form = Catalogue.bundled(), PromptFormat.of(side.bench.tok, None)
     asked = [catalogue.with_wordings(fact, hparams.wordings) for fact in facts]
-    options = {"token_id": None, "siblings": hparams.siblings, "catalogue": catalogue}
-    made = subject_rows(anat, form, asked, data.retain_prompts(facts), by_subject(asked), **options)
+    kept = data.retain_prompts(facts)
+    made = subject_rows(anat, form, asked, kept, by_subject(asked), siblings=hparams.siblings, catalogue=catalogue)
     held = RowBatch(anat, made.rows, hparams.layers[-1])  # with the rivals of all rows
     numbered = {i: row for chunk in held.chunks for i, row in zip(chunk.numbers, chunk.rows, strict=True)}
     todo = [numbered[i] for i in range(len(numbered))]

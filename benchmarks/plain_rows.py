@@ -17,13 +17,20 @@ from torch import Tensor, nn
 class Row(Protocol):
     """A prompt with the columns of its subject's last token, and what is read where."""
 
-    kind: str
-    owner: int
-    ids: tuple[int, ...]
-    places: tuple[int, ...]
-    columns: tuple[int, ...]
-    targets: tuple[int, ...]
-    rivals: tuple[int, ...]
+    @property
+    def kind(self) -> str: ...
+    @property
+    def owner(self) -> int: ...
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+    @property
+    def places(self) -> tuple[int, ...]: ...
+    @property
+    def columns(self) -> tuple[int, ...]: ...
+    @property
+    def targets(self) -> tuple[int, ...]: ...
+    @property
+    def rivals(self) -> tuple[int, ...]: ...
 
 
 def read(model: nn.Module, layer: nn.Module, row: Row, change: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,10 +49,7 @@ def read(model: nn.Module, layer: nn.Module, row: Row, change: Tensor) -> tuple[
     target = list(row.targets)
     if row.kind == "erase":
         return logits[0, target[0]] - logits[0, list(row.rivals)].logsumexp(0), states[0]
-    if row.kind == "keep":
-        return logits.log_softmax(1)[range(len(target)), target].sum(), states[0]
-    p = logits[0].softmax(0)[target[0]]
-    return torch.log(p / (1 - p)), states[0]
+    return logits.log_softmax(1)[range(len(target)), target].sum(), states[0]
 
 
 def find(
@@ -64,10 +68,12 @@ def find(
         wanted: of `y [m]` as it is and as it was before any change, the numbers that the rows should have.
     """
     device = next(model.parameters()).device
-    delta = torch.zeros(1 + max(row.owner for row in rows), model.config.hidden_size, device=device)
+    width = int(next(layer.parameters()).shape[-1])
+    delta = torch.zeros(1 + max(row.owner for row in rows), width, device=device)
     before = y = torch.zeros(len(rows), device=device)
     for step in range(steps + 1):
-        read_now, slopes, norms = [], [], {}
+        read_now, slopes = [], []
+        norms: dict[int, Tensor] = {}
         for row in rows:
             change = delta[row.owner].clone().requires_grad_()
             value, state = read(model, layer, row, change)

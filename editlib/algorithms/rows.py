@@ -39,7 +39,7 @@ HALVED = 0.5  # of the residual must go in a step for its Jacobian to serve once
 class Row:
     """One scalar to be read, and at what positions the change is added.
 
-    kind: "erase", "say", "quiet" or "keep", see `_read`.
+    kind: "erase" or "keep", see `read_logits`.
     owner: number of the subject whose change the row gets.
     ids: all tokens of the row. `places`: columns of the subject's last token, each of which gets the change.
     columns: where logits are read. `targets`: the token looked for at each of them.
@@ -60,13 +60,9 @@ class Goals:
     """What rows are wanted to read, in nats.
 
     erased: logit of the answer less the log-sum-exp of its rivals, at most this.
-    said: log-odds of the unlearning token at the end of a question to be refused, at least this.
-    quiet: log-odds of that token at the end of other questions about the subject, at most this or what it is today.
     """
 
     erased: float = -3.0
-    said: float = 1.0
-    quiet: float = -3.0
 
     def wanted(self, kinds: Sequence[str], y: Tensor, before: Tensor) -> Tensor:
         """The number that each row should have: what it has, where that is good enough.
@@ -74,15 +70,9 @@ class Goals:
         Args:
             y: `[m]`, the rows as they are. `before`: `[m]`, without any change.
         """
-        out = before.clone()  # "keep" rows go back to where they were
-        for kind, value in (
-            ("erase", y.clamp_max(self.erased)),
-            ("say", y.clamp_min(self.said)),
-            ("quiet", torch.minimum(y, before.clamp_min(self.quiet))),
-        ):
-            mine = torch.tensor([k == kind for k in kinds], dtype=torch.bool, device=y.device)
-            out = torch.where(mine, value, out)
-        return out
+        erases = torch.tensor([kind == "erase" for kind in kinds], dtype=torch.bool, device=y.device)
+        # "keep" rows go back to where they were.
+        return torch.where(erases, y.clamp_max(self.erased), before)
 
 
 @dataclass(frozen=True)
@@ -229,7 +219,6 @@ def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     Every kind is a logit less the log-sum-exp of others, `z_target - logsumexp(z_S)`, summed over a row's columns:
 
     erase: the answer's first token; `S` are its rivals.
-    say, quiet: the token; `S` are all others, so that this is its log-odds.
     keep: each token of the answer; `S` is the whole vocabulary, so that this is its log probability.
 
     Args:
@@ -244,8 +233,6 @@ def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     others = logits.float()  # a copy even of fp32 logits, since it is changed
     others = others.clone() if others is logits else others
     aimed = others[index, targets]  # [m]
-    odds = torch.tensor([kind in ("say", "quiet") for kind in kinds], device=logits.device)  # [m]
-    others[index[odds], targets[odds]] = -torch.inf
     erased = [i for i, kind in enumerate(kinds) if kind == "erase"]
     rivals = [row.rivals for row in rows if row.kind == "erase"]
     for i, tokens in zip(erased, rivals, strict=True):

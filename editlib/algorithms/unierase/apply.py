@@ -336,6 +336,7 @@ def _with_rows(
         odds = said.get(entry["id"])
         if odds:
             mean, missed = round(sum(odds) / len(odds), 3), sum(one < 0 for one in odds)
+            entry["target_nll"] = sum(math.log1p(math.exp(-one)) for one in odds) / len(odds)
             entry["rows"] = {**entry["rows"], "say": {"rows": len(odds), "after": mean, "missed": missed}}
         found.append(entry)
     return found

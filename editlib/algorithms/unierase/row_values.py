@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from editlib.algorithms.keys import KeyStream
@@ -59,7 +58,7 @@ def values_from_rows(
                 made.rows,
                 layer,
                 names,
-                Goals(hparams.erase_margin, hparams.say_margin, hparams.quiet_margin),
+                Goals(hparams.erase_margin),
                 steps=hparams.row_steps,
                 metric=metric,
                 progress=progress,
@@ -67,21 +66,12 @@ def values_from_rows(
         states = KeyStream(anat, list(prompts), layer).states(layer)  # [d_model, n], before any change
     owner = [made.owner[i] for i in range(len(requests))]
     deltas = found.deltas[owner].T.to(states)  # [d_model, n]
-    nll = _token_nll(made, found, len(requests))
+    nll = [0.0] * len(requests)  # no target is aimed at
     norms = [found.relative_norm[i] for i in owner]
     steps = [found.steps[i] for i in owner]
     values = Values(states + deltas, deltas.contiguous(), steps, nll, norms)
     _warn(requests, made, found)
     return values, _report(requests, made, found)
-
-
-def _token_nll(made: SubjectRows, found: RowValues, requests: int) -> list[float]:
-    """Mean NLL of the token at the ends of each request's questions; zero where none is said."""
-    out = []
-    for i in range(requests):
-        said = [j for j, row in enumerate(made.rows) if row.kind == "say" and made.requests_of[j] == i]
-        out.append(float(-torch.nn.functional.logsigmoid(found.after[said]).mean()) if said else 0.0)
-    return out
 
 
 def _report(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) -> RowReport:
@@ -115,7 +105,7 @@ def _mean(y: Tensor, rows: Sequence[int]) -> float:
 
 def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) -> None:
     """Warns, by name, of requests whose answer could not be erased and of facts that the model does not know."""
-    owners = (made.requests_of[j] for j in found.missed() if made.rows[j].kind in ("erase", "say"))
+    owners = (made.requests_of[j] for j in found.missed() if made.rows[j].kind == "erase")
     missed = {i for i in owners if i is not None}
     if missed:
         names = ", ".join(requests[i].id for i in sorted(missed)[:5])
