@@ -58,10 +58,10 @@ def test_values_from_rows_are_those_of_whole_passes(scripts, tiny_llama, monkeyp
     rows = [
         Row("keep", 0, (7, 9, 20, 12, 20, 14), (2, 4), (3, 4, 5), (13, 14, 15)),
         Row("erase", 0, (5, 9, 20, 31, 44, 8, 61), (2,), (6,), (70,), (80, 81, 82)),
-        Row("say", 1, (11, 25, 30), (0,), (2,), (99,)),
-        Row("quiet", 1, (6, 11, 26, 33, 35), (1,), (4,), (99,)),
+        Row("erase", 1, (11, 25, 30), (0,), (2,), (99,), (85, 86)),
+        Row("keep", 1, (6, 11, 26, 33, 35), (1,), (4,), (99,)),
     ]
-    goals, kinds = Goals(erased=-4.0, said=-3.0, quiet=-5.8), [row.kind for row in rows]
+    goals, kinds = Goals(erased=-4.0), [row.kind for row in rows]
     found = rows_module.find_row_values(anatomy(tiny_llama), rows, 1, ["a", "b"], goals, steps=3)
     wanted = plain_rows.find(tiny_llama, tiny_llama.model.layers[1], rows, partial(goals.wanted, kinds), steps=3)
     assert float((found.after - found.before).abs().max()) > 0.3
