@@ -23,7 +23,8 @@ from editlib.models.prompts import TokenRow
 
 CHUNK_ROWS = 64  # prompts whose graphs are held at once
 CHUNK_TOKENS = 128 * CHUNK_ROWS  # of them, with padding: fewer prompts at once where they are long
-FEW_ROWS = 16  # up to here a pass costs what reading the weights costs, whatever its rows hold
+FEW_TOKENS = 48  # up to here a pass costs what reading the weights costs, so that padding is free
+FEW_FAST_TOKENS = 512  # the same on accelerators and in bf16, where products are fast and weights are packed first
 PADDING = 1.25  # how many times its tokens the rows of a larger pass may cover with padding
 
 
@@ -181,7 +182,7 @@ def compute_zs(
     options = _DescentOptions(steps, lr, weight_decay, clamp_norm_factor, kl_factor, stop_loss, optimizer)
     kept = kl_prompts or [()] * len(rows)
     parts: list[Values] = []
-    chunks = _chunks(rows, kept, targets)
+    chunks = _chunks(rows, kept, targets, _few_tokens(anat))
     with no_param_grad(anat.model), tqdm(total=len(rows), desc="values", disable=not progress, leave=False) as bar:
         for chunk in chunks:
             descent = _Descent(
@@ -198,8 +199,17 @@ def compute_zs(
     return Values.joined(parts).select([order.index(i) for i in range(len(rows))])
 
 
+def _few_tokens(anat: Anatomy) -> int:
+    """How many tokens a pass has at least before their number tells in its time."""
+    slow = anat.device.type == "cpu" and anat.embedding.weight.dtype.itemsize >= 4
+    return FEW_TOKENS if slow else FEW_FAST_TOKENS
+
+
 def _chunks(
-    rows: Sequence[Sequence[TokenRow]], kl_prompts: Sequence[Sequence[TokenRow]], targets: Sequence[Sequence[int]]
+    rows: Sequence[Sequence[TokenRow]],
+    kl_prompts: Sequence[Sequence[TokenRow]],
+    targets: Sequence[Sequence[int]],
+    few_tokens: int,
 ) -> list[list[int]]:
     """Groups requests so that each group has at most `CHUNK_ROWS` prompts and `CHUNK_TOKENS` padded tokens.
 
@@ -215,7 +225,8 @@ def _chunks(
     for i in sorted(range(len(rows)), key=lambda i: suffix[i]):
         size, length = len(rows[i]) + len(kl_prompts[i]), max(map(len, (*rows[i], *kl_prompts[i])))
         full = held + size > CHUNK_ROWS or (held + size) * max(longest, length) > CHUNK_TOKENS
-        padded = held > FEW_ROWS and (held + size) * suffix[i] > PADDING * (tokens + size * suffix[i])
+        most = max(few_tokens, PADDING * (tokens + size * suffix[i]))
+        padded = (held + size) * suffix[i] > most
         if not groups or full or padded:
             groups.append([])
             held = longest = tokens = 0
@@ -313,7 +324,7 @@ def _suffixes(
 ) -> tuple[SuffixBatch, _KLPrompts | None]:
     """Runs the rows of the targets and of the KL prompts up to `layer`, in one batch where that is cheaper."""
     kept = [row for prompts in kl_prompts for row in prompts]
-    together = not kept or _fit_together(flat, kept)
+    together = not kept or _fit_together(flat, kept, _few_tokens(anat))
     main = SuffixBatch.of(anat, flat + kept if together else flat, layer)
     if not kept:
         return main, None
@@ -323,12 +334,11 @@ def _suffixes(
     return main, _KLPrompts.of(anat, layer, suffixes, rows, owners, len(kl_prompts))
 
 
-def _fit_together(rows: Sequence[TokenRow], others: Sequence[TokenRow]) -> bool:
+def _fit_together(rows: Sequence[TokenRow], others: Sequence[TokenRow], few_tokens: int) -> bool:
     """Whether one pass over the suffixes of both is cheaper than one over each, which reads the weights again."""
     width, other = (max(len(row) - row.lookup for row in some) for some in (rows, others))
     together = (len(rows) + len(others)) * max(width, other)  # tokens with padding
-    few = len(rows) + len(others) <= FEW_ROWS
-    return few or together <= PADDING * (len(rows) * width + len(others) * other)
+    return together <= max(few_tokens, PADDING * (len(rows) * width + len(others) * other))
 
 
 def _target_nll(logits: Tensor, positions: LogitPositions, active: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:

@@ -207,7 +207,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     quiet_margin: float = knob(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
     token_steps: int = knob(300, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
     token_wordings: int = knob(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
-    row_steps: int = knob(5, "rows: Gauss-Newton steps for a value", min=1)
+    row_steps: int = knob(5, "rows: Gauss-Newton steps for a value, at most", min=1)
     left_weight: float = knob(
         0.0, "rows: weight of the left metric, which shortens values in directions that anchors' answers read", min=0
     )

@@ -78,12 +78,19 @@ def test_commands_refuse_before_statistics_are_made(call, folder, tmp_path):
     refused(call("ask", folder, ". " * 400), "256")
 
 
+def test_suffixes_of_like_length_stand_together_where_there_are_many():
+    requests = [[TokenRow((1,) * (10 + width), 10)] * 4 for width in (2, 9, 2, 3, 9, 2)]
+    groups = values._chunks(requests, [[]] * 6, [(1,)] * 6, 50)
+    assert groups == [[0, 2, 5, 3], [1, 4]]  # 48 with padding, and 180 would hold 72
+    assert values._chunks(requests, [[]] * 6, [(1,)] * 6, 300) == [[0, 2, 5, 3, 1, 4]]
+
+
 def test_values_are_found_for_so_many_tokens_at_once():
     def rows(length, count):
         return [[TokenRow((1,) * length, 0)] * 2 for _ in range(count)]
 
-    short = values._chunks(rows(20, 100), [[]] * 100, [(1,)] * 100)
+    short = values._chunks(rows(20, 100), [[]] * 100, [(1,)] * 100, 48)
     assert [len(group) for group in short] == [32, 32, 32, 4]
-    long = values._chunks(rows(1000, 10), [[]] * 10, [(1,)] * 10)
+    long = values._chunks(rows(1000, 10), [[]] * 10, [(1,)] * 10, 48)
     assert [len(group) for group in long] == [4, 4, 2]
-    assert values._chunks(rows(values.CHUNK_TOKENS, 2), [[]] * 2, [(1,)] * 2) == [[0], [1]]
+    assert values._chunks(rows(values.CHUNK_TOKENS, 2), [[]] * 2, [(1,)] * 2, 48) == [[0], [1]]

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 BATCH_ROWS = 64
 POOL = 384  # places that the NLL of the refusals is drawn from
 BATCH = 16  # of them a step
+START_NLL, LEAST_NLL = 3.0, 0.1  # by which they are drawn: before they have been, and at least
 NLL_WEIGHT = 10.0
 WANTED_WEIGHT = 3.0
 ANSWER_WEIGHT = 2.0  # of positions inside answers that come nearer than `FLOOR`
@@ -133,11 +134,15 @@ def _fit(
     read = None if anat.tied else _leaf(token.rows()[0][0], anat.device)
     optimizer = torch.optim.Adam([shared, own, *([] if read is None else [read])], lr=LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR / 25)
-    nll = torch.zeros(())
+    recent = torch.full((len(refusals.texts),), START_NLL)  # NLL of each refusal when it was last drawn
     for step in tqdm(range(steps), desc="refusal tokens", disable=not progress, leave=False):
         rows_out = shared + own  # [K, d_model]
-        nll = refusals.nll(anat, numbers, rows_out if read is None else read.expand_as(rows_out), rows_out, generator)
-        total = NLL_WEIGHT * nll + loss(rows_out) + RIDGE * own.square().sum()
+        rows_in = rows_out if read is None else read.expand_as(rows_out)
+        # Refusals that are not yet learned are drawn more often: relations differ much in how hard theirs are.
+        picks = torch.multinomial(recent + LEAST_NLL, min(BATCH, len(recent)), generator=generator)
+        nll = refusals.nll(anat, numbers, rows_in, rows_out, picks)  # [picks]
+        recent[picks] = nll.detach().float().cpu()
+        total = NLL_WEIGHT * nll.mean() + loss(rows_out) + RIDGE * own.square().sum()
         if not torch.isfinite(total):
             raise EditError(f"the loss of the refusal tokens is not finite at step {step + 1}; the model is unchanged")
         optimizer.zero_grad()
@@ -145,7 +150,7 @@ def _fit(
         optimizer.step()
         schedule.step()
     rows_out = (shared + own).detach()
-    return rows_out if read is None else read.detach().expand_as(rows_out), rows_out, float(nll.detach())
+    return rows_out if read is None else read.detach().expand_as(rows_out), rows_out, float(recent.mean())
 
 
 def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:
@@ -282,18 +287,17 @@ class _Refusals:
         tokens = [numbers[place.group or 0] for place in drawn]
         return cls(prefix, tokens, [inside if place.inside else start for place in drawn])
 
-    def nll(
-        self, anat: Anatomy, numbers: Sequence[int], rows_in: Tensor, rows_out: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """Mean NLL of the refusals after their tokens, in nats a token, over `BATCH` drawn prompts."""
-        picks = torch.randperm(len(self.texts), generator=generator)[:BATCH]
+    def nll(self, anat: Anatomy, numbers: Sequence[int], rows_in: Tensor, rows_out: Tensor, picks: Tensor) -> Tensor:
+        """NLL of the refusals after their tokens at the prompts `picks`, `[picks]` in nats per token."""
         rows = [TokenRow((self.tokens[i], *self.texts[i]), 0) for i in picks.tolist()]
         padded = pad(rows, device=anat.device)
-        places = padded.attention_mask[:, 1:].bool().nonzero().T
+        row, column = padded.attention_mask[:, 1:].bool().nonzero(as_tuple=True)
         with rows_in_place(anat, numbers, rows_in, rows_out):
             prefix = self.prefix.select(picks.to(anat.device))
-            logits = forward(anat, padded, prefix=prefix, score=(places[0], places[1]))
-        return F.cross_entropy(logits.float(), padded.input_ids[places[0], places[1] + 1])
+            logits = forward(anat, padded, prefix=prefix, score=(row, column))
+        each = F.cross_entropy(logits.float(), padded.input_ids[row, column + 1], reduction="none")
+        total = torch.zeros(len(rows), device=each.device).index_add(0, row, each)
+        return total / torch.bincount(row, minlength=len(rows))
 
 
 def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None) -> _States:
