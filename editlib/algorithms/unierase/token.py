@@ -71,6 +71,9 @@ class TokenHeader:
     metrics: dict[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] = ()  # of several tokens, the first of which is `token`
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))  # JSON has lists
+
 
 @dataclass(frozen=True)
 class UnlearningToken:
