@@ -58,6 +58,7 @@ from editlib.stats.store import find_layers
 
 log = logging.getLogger(__name__)
 
+MOST_KEPT = 600  # retain prompts that refusal tokens are held back from
 GENERAL_STEP = 4  # every so many-th bundled question is one that refusal tokens stay out of
 
 
@@ -194,7 +195,7 @@ def apply_unierase_to_model(
         values=values,
         keys=written.keys,
         token=token,
-        token_ids=[] if token is None or edit.token_id is not None else token.ids(tok),
+        token_ids=token.ids(tok) if token is not None and edit.fits_tokens else [],
     )
 
 
@@ -279,7 +280,7 @@ def _find_values(
         places = refusal_places(
             edit.form,
             edit.requests,
-            retain,
+            choose_anchors(retain, edit.requests, most=MOST_KEPT, seed=edit.seed),
             list(siblings),
             answers,
             edit.catalogue,
@@ -306,7 +307,7 @@ def _say(
     """
     said: dict[str, list[float]] = {}
     if not edit.fits_tokens:
-        return token, said
+        return (None if edit.token_id is None else token), said
     if places is not None:
         fitted = fit_refusal_tokens(
             edit.anat, tok, edit.form, token, places, edit.hparams, seed=edit.seed, progress=edit.progress
