@@ -56,7 +56,7 @@ def start(base, bench, tmp_path):
     """`start(algorithm, name="chain")` -> a new chain whose clock ticks from zero; `again(chain)` opens it anew."""
 
     def make(algorithm, name="chain", **options):
-        if algorithm.startswith("UniErase"):
+        if hparams_of(algorithm).uses_token:
             options = {"token": base / "token.safetensors", **options}
         ticks = itertools.count()
         return Chain.create(

@@ -102,7 +102,8 @@ def test_a_chain_is_the_plain_sequence(start, bench, base, name):
             kept.sort(key=lambda prompt: batch.anchors.index(prompt.id))
             form = PromptFormat(bench.tok)
             held = hold_anchors(untouched, form, kept, some, hparams, known_answers=answers)
-            more |= {"token": UnlearningToken.load(base / "token.safetensors"), "anchored": held}
+            token = UnlearningToken.load(base / "token.safetensors") if hparams.uses_token else None
+            more |= {"token": token, "anchored": held}
             more |= {"retain": kept, "known_answers": answers}
             state = apply_unierase_to_model(bench.model, bench.tok, some, hparams, **more).state
         else:

@@ -87,7 +87,7 @@ def test_rows_in_place_equal_rows_in_the_weights(kind):
 
     inside = [row.clone().requires_grad_() for row in ([row_in] if anat.tied else [row_in, row_out])]
     clean = anat.embedding.weight.detach().clone()
-    with no_param_grad(model), rows_in_place(anat, VOCAB, inside[0], inside[-1]):
+    with no_param_grad(model), rows_in_place(anat, [VOCAB], inside[0][None], inside[-1][None]):
         logits = model(input_ids=IDS).logits
     loss(logits).backward()
     assert torch.equal(anat.embedding.weight, clean)

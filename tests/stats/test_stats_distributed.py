@@ -77,7 +77,7 @@ def test_two_processes_give_what_one_gives_and_speak_as_one(folder, corpus, tmp_
 
     # The command with a layer that the model has not got: one line from one of them.
     assert [one["bad"]["code"] for one in saw] == [2, 2]
-    assert saw[0]["bad"]["err"].startswith("editlib: layer 9 was asked for") and saw[0]["bad"]["err"].count("\n") == 1
+    assert saw[0]["bad"]["err"].startswith("editlib: layer 9 is not in") and saw[0]["bad"]["err"].count("\n") == 1
     assert saw[1]["bad"]["err"] == ""
 
     model, tok = load(str(folder))

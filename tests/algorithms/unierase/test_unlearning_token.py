@@ -219,7 +219,7 @@ def test_save_and_load(learned, tiny_llama_untied, tok, tmp_path):
     again = tmp_path / "again.safetensors"
     found.save(again)
     assert again.read_bytes() == path.read_bytes()
-    number = found.add_to(tiny_llama_untied, tok)
+    (number,) = found.add_to(tiny_llama_untied, tok)
     assert number == VOCAB == tok.convert_tokens_to_ids("[UNL]")
     assert torch.equal(tiny_llama_untied.get_input_embeddings().weight[number], learned.row_in)
     assert torch.equal(tiny_llama_untied.get_output_embeddings().weight[number], learned.row_out)
