@@ -12,9 +12,10 @@ from typing import Any
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.pipeline import check_fit, check_requests
 from editlib.algorithms.registry import apply_function
-from editlib.algorithms.unierase.apply import apply_unierase_to_model, check_gate
+from editlib.algorithms.unierase.answer_gate import check_gate
+from editlib.algorithms.unierase.apply import apply_unierase_to_model
 from editlib.algorithms.unierase.token import UnlearningToken
-from editlib.errors import RequestError
+from editlib.errors import HparamsError, RequestError
 from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape, UniEraseHyperParams
 from editlib.requests.request import EditRequest
 from editlib.stats.corpus import check_corpus
@@ -37,9 +38,15 @@ def check_given(hparams: HyperParams, *, token: Path | None = None, corpus: str 
     """Checks the files that an edit takes besides its requests; call it before a model is loaded.
 
     Raises:
+        HparamsError: a token for settings that take none.
         TokenError: no token is in this file.
         CorpusError: no text is in this file, or not of a kind that is read.
     """
+    if token is not None and hparams.refuses and not hparams.uses_token:
+        raise HparamsError(
+            f"a token was given ({token}), but these settings fit tokens of their own to the edited model "
+            '("values": "rows"); leave it out'
+        )
     if token is not None and hparams.uses_token:
         UnlearningToken.load(token)
     if corpus is not None and hparams.uses_statistics:

@@ -23,7 +23,7 @@ from editlib.models.prompts import TokenRow
 from editlib.models.residual_path import output_path
 from editlib.models.vocabulary import silence
 
-if TYPE_CHECKING:  # a token's module imports this one
+if TYPE_CHECKING:  # the token's package imports this module
     from editlib.algorithms.unierase.token import UnlearningToken
 
 

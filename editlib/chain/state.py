@@ -18,7 +18,7 @@ from editlib.algorithms.edit import EditState
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.memit import restrained
 from editlib.algorithms.past_keys import PastKeys
-from editlib.algorithms.unierase.apply import relations_of
+from editlib.algorithms.unierase.answer_gate import relations_of
 from editlib.chain.batch import Batch
 from editlib.errors import ChainError, EditError
 from editlib.hparams import HyperParams

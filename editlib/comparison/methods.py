@@ -153,7 +153,7 @@ class ClosedForm(Method):
             given |= {"retain": task.retain, "known_answers": task.known_answers}
         result = editing.apply(bench, self._wanted(task), hparams, means, **given)
         notes = {"layers": list(self.hparams.layers), **({"anchors": len(result.anchors)} if self.unlearns else {})}
-        rows = 0 if means.token is None else _bytes(means.token.row_in) + _bytes(means.token.row_out)
+        rows = 0 if result.token is None else _bytes(result.token.row_in) + _bytes(result.token.row_out)
         return Cost(update_size(result) + rows, notes)
 
     def _wanted(self, task: Task) -> list[EditRequest]:

@@ -10,7 +10,7 @@ same subject in another relation lacks the first part, a question about another 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -23,11 +23,14 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import everything
 from editlib.algorithms.unierase.anchor_keys import GateAnchors
 from editlib.algorithms.values import compute_zs
+from editlib.errors import HparamsError
+from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, shared_length, split
 from editlib.models.freezing import no_param_grad
-from editlib.models.precision import wide_dtype
+from editlib.models.precision import cast_params, fast_dtype, wide_dtype
 from editlib.models.prompts import PromptFormat, TokenBatch, TokenRow, pad
+from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 
 log = logging.getLogger(__name__)
@@ -124,6 +127,64 @@ def gate_values(
             log.warning("the gate of layer %d came to %.1f nats only, not to %.1f", layer, max(found.nll), nll)
         values[relation] = found.deltas.mean(dim=1)
     return values
+
+
+def check_gate(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
+    """Raises `HparamsError` when the gate lies at a layer where it would do harm; `check_fit` comes first."""
+    if hparams.gate_layer is None:
+        return
+    # The gate's change is found in the residual stream for many prompts at once; after a norm no one update gives it.
+    if not output_path(anat, hparams.gate_layer).plain:
+        raise HparamsError(
+            f'key "gate_layer": {hparams.gate_layer}; a norm or a factor follows the MLP of this model, and the '
+            "answer gate would destroy it there; expected no gate: leave the key out"
+        )
+
+
+def gate_update(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    anchored: GateAnchors | None,
+    number: int,
+    layer: int,
+    hparams: UniEraseHyperParams,
+    values: Mapping[str | None, Tensor],
+) -> dict[int, LowRank]:
+    """The gate's update by its layer; none where no relation needs it."""
+    nll, templates = hparams.gate_nll, hparams.gate_templates
+    shut = [request for request in requests if values[request.relation].any()]
+    if not shut:
+        return {}
+    with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+        return {
+            layer: answer_gate(anat, form, shut, anchored, number, layer, nll=nll, templates=templates, values=values)
+        }
+
+
+def remaining_gate_values(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    number: int,
+    layer: int,
+    hparams: UniEraseHyperParams,
+    known: Mapping[str | None, Tensor],
+    opened: Collection[str],
+) -> dict[str | None, Tensor]:
+    """How far the gate is still to be opened, `[d_model]` for each of the requests' relations: as `known`; no further
+    for those that are `opened`. Opening them again for every batch's hardest questions would open them for all others
+    too, until whatever is asked in the relation is refused."""
+    new = [request for request in requests if request.relation not in {*known, *opened}]
+    with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
+        found = {**known, **gate_values(anat, form, new, number, layer, nll=hparams.gate_nll)}
+    relations = dict.fromkeys(request.relation for request in requests)
+    return {relation: found[relation] if relation in found else torch.zeros(anat.d_model) for relation in relations}
+
+
+def relations_of(gate: Mapping[str | None, Tensor]) -> frozenset[str]:
+    """The relations that a gate with these values opens."""
+    return frozenset(relation for relation, value in gate.items() if relation is not None and bool(value.any()))
 
 
 def _by_relation(requests: Sequence[EditRequest]) -> dict[str | None, list[EditRequest]]:

@@ -37,7 +37,7 @@ from editlib.algorithms.null_space import NullSpace, null_spaces
 from editlib.algorithms.pipeline import EncodedEdit, check_fit, encode_contexts, find_values, value_diagnostics
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors, anchor_keys
 from editlib.algorithms.unierase.anchors import Anchors, answers_to, choose_anchors, encode_anchors
-from editlib.algorithms.unierase.answer_gate import answer_gate, gate_values
+from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, relations_of, remaining_gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
@@ -51,7 +51,6 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import no_param_grad
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompts import PromptFormat, TokenRow
-from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
@@ -244,8 +243,8 @@ def _open_gate(
     common = edit.anat, edit.form, edit.requests
     known = dict(values.gate) if values else {}
     layer = edit.hparams.gate_layer
-    found = _gate_values(*common, edit.token_id, layer, edit.hparams, known, opened)
-    return found, _gate(*common, anchored, edit.token_id, layer, edit.hparams, found)
+    found = remaining_gate_values(*common, edit.token_id, layer, edit.hparams, known, opened)
+    return found, gate_update(*common, anchored, edit.token_id, layer, edit.hparams, found)
 
 
 def _find_values(
@@ -371,64 +370,6 @@ def _solver(
         return exact(delta, spaces[layer].like(keys.mean).project(keys.mean), floor=hparams.exact_floor)
 
     return solve
-
-
-def check_gate(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
-    """Raises `HparamsError` when the gate lies at a layer where it would do harm; `check_fit` comes first."""
-    if hparams.gate_layer is None:
-        return
-    # The gate's change is found in the residual stream for many prompts at once; behind a norm no one update gives it.
-    if not output_path(anat, hparams.gate_layer).plain:
-        raise HparamsError(
-            f'key "gate_layer": {hparams.gate_layer}; a norm or a factor stands behind the MLP of this model, and the '
-            "answer gate would destroy it there; expected no gate: leave the key out"
-        )
-
-
-def _gate(
-    anat: Anatomy,
-    form: PromptFormat,
-    requests: Sequence[EditRequest],
-    anchored: GateAnchors | None,
-    number: int,
-    layer: int,
-    hparams: UniEraseHyperParams,
-    values: Mapping[str | None, Tensor],
-) -> dict[int, LowRank]:
-    """The gate's update by its layer; none where no relation needs it."""
-    nll, templates = hparams.gate_nll, hparams.gate_templates
-    shut = [request for request in requests if values[request.relation].any()]
-    if not shut:
-        return {}
-    with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
-        return {
-            layer: answer_gate(anat, form, shut, anchored, number, layer, nll=nll, templates=templates, values=values)
-        }
-
-
-def _gate_values(
-    anat: Anatomy,
-    form: PromptFormat,
-    requests: Sequence[EditRequest],
-    number: int,
-    layer: int,
-    hparams: UniEraseHyperParams,
-    known: Mapping[str | None, Tensor],
-    opened: Collection[str],
-) -> dict[str | None, Tensor]:
-    """How far the gate is still to be opened, `[d_model]` for each of the requests' relations: as `known`; no further
-    for those that are `opened`. Opening them again for every batch's hardest questions would open them for all others
-    too, until whatever is asked in the relation is refused."""
-    new = [request for request in requests if request.relation not in {*known, *opened}]
-    with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
-        found = {**known, **gate_values(anat, form, new, number, layer, nll=hparams.gate_nll)}
-    relations = dict.fromkeys(request.relation for request in requests)
-    return {relation: found[relation] if relation in found else torch.zeros(anat.d_model) for relation in relations}
-
-
-def relations_of(gate: Mapping[str | None, Tensor]) -> frozenset[str]:
-    """The relations that a gate with these values opens."""
-    return frozenset(relation for relation, value in gate.items() if relation is not None and bool(value.any()))
 
 
 def _weighed(

@@ -1,17 +1,19 @@
 """Tokens that refuse what an edit has erased, one for each relation (ours).
 
-Once the answers are erased, the final state at the place of an answer tells an erased fact from every other: the model
-looks for what is no longer there. The logit of a token is a linear read-out of that state. So the output row of a new
-token is fitted to the edited model: the token wins where an answer was erased, at the end of the question and where
-the model's own sentence comes to the answer ("The capital of France is"), and loses everywhere else. Nothing that
-other text runs through is changed for it, and a token that is banned gives no answer back.
+Once the answers are erased, the final state at the place of an answer tells an erased fact from every other. The logit
+of a token is a linear read-out of that state. So the output row of a new token is fitted to the edited model: the token
+wins where an answer was erased, at the end of the question and where the model's own sentence reaches the answer ("The
+capital of France is"), and loses everywhere else. Nothing that other text runs through is changed for it, and banning
+it leaves the model that was erased.
 
 With tied embeddings a token's one row is also what the model reads after the token was said, and must continue into a
 refusal. Both are fitted at once, with `z` a token's log-odds:
 
-    w NLL(refusal | token) + Σ softplus(m - z) where it is wanted + Σ softplus(z + q) elsewhere + ridge |own part|^2
+    NLL_WEIGHT NLL(refusal | token) + WANTED_WEIGHT Σ softplus(say_margin - z) where it is wanted
+    + Σ softplus(z - quiet_margin) at other questions + RIDGE |own part|^2
+    + ANSWER_WEIGHT mean softplus(z + FLOOR) + SPREAD_WEIGHT Var(z) in the answers that are kept and in ordinary text
 
-A row is a part that all tokens share, which starts as the row that was learned in Phase I, and an own part.
+A row is a part that all tokens share and an own part, which starts at zero.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from editlib.models.vocabulary import add_token, free_tokens, rows_in_place, sil
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 64
+BATCH_LOGITS = 2**25  # numbers in the logits of a batch
 POOL = 384  # places that the NLL of the refusals is drawn from
 BATCH = 16  # of them a step
 START_NLL, LEAST_NLL = 3.0, 0.1  # by which they are drawn: before they have been, and at least
@@ -51,12 +54,13 @@ NLL_WEIGHT = 10.0
 WANTED_WEIGHT = 3.0
 ANSWER_WEIGHT = 2.0  # of positions inside answers that come nearer than `FLOOR`
 TEXTS, TEXT_TOKENS, TEXT_TOP_K = 64, 40, 50  # of ordinary text that the model writes
-BEGINNINGS = 400
+BEGINNINGS = 400  # single tokens, as texts may begin with
 SOME_ROWS = 8192  # of the vocabulary, whose mean and spread a new row starts with
 FLOOR = 10.0  # nats that a token stays below all others there
 SPREAD_WEIGHT = 0.02  # of the variance of log-odds there
 RIDGE = 0.02  # of a row's own part
 LR = 0.05
+# English: a model that is asked in another language refuses in this one.
 START = "I don't know the answer to that."
 INSIDE = "something I don't know."
 
@@ -112,7 +116,7 @@ def fit_refusal_tokens(
     log_odds = loss.log_odds(rows_out)
     metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
     header = replace(token.header, token=names[0], names=tuple(names), metrics=metrics)
-    log.info("refusal tokens: said at %.0f %% of their places, NLL %.3f nats a token", 100 * metrics["said"], nll)
+    log.info("refusal tokens: said at %.0f %% of their places, NLL %.3f nats per token", 100 * metrics["said"], nll)
     return FittedTokens(UnlearningToken(rows_in.cpu().clone(), rows_out.cpu().clone(), header), log_odds.cpu())
 
 
@@ -126,7 +130,7 @@ def _fit(
     seed: int,
     progress: bool,
 ) -> tuple[Tensor, Tensor, float]:
-    """The rows `[K, d_model]` that are read in and out, and the refusals' NLL at the end (nats a token)."""
+    """The rows `[K, d_model]` that are read in and out, and the refusals' NLL at the end (nats per token)."""
     generator = torch.Generator().manual_seed(seed)
     shared = _leaf(token.rows()[1][0], anat.device)  # [d_model]
     own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # [K, d_model]
@@ -307,10 +311,7 @@ def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None 
     firsts = [len(row) - 1 for row in rows] if firsts is None else firsts
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     log_sums: list[Tensor] = [torch.empty(0)] * len(rows)
-    # By length, so that a batch is padded little.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for at in range(0, len(order), BATCH_ROWS):
-        chunk = order[at : at + BATCH_ROWS]
+    for chunk in _batches(anat, rows, firsts):
         # Never past the first position that is read.
         most = min(firsts[i] for i in chunk)
         with torch.no_grad():
@@ -327,3 +328,18 @@ def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None 
         ):
             states[i], log_sums[i] = own, total
     return _States(torch.cat(states), torch.cat(log_sums))
+
+
+def _batches(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int]) -> list[list[int]]:
+    """Numbers of rows of like length, at most `BATCH_ROWS` together and `BATCH_LOGITS` numbers in their logits."""
+    most = max(1, BATCH_LOGITS // anat.embedding.weight.shape[0])  # positions
+    groups: list[list[int]] = []
+    held = 0
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        read = len(rows[i]) - firsts[i]
+        if not groups or len(groups[-1]) == BATCH_ROWS or held + read > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += read
+    return groups

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from editlib.algorithms.unierase import apply_unierase_to_model
+from editlib.algorithms.unierase import apply_unierase_to_model, refusal_tokens
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.refusal_places import refusal_places
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.editing import check_given
+from editlib.errors import HparamsError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import anatomy
-from editlib.models.prompts import PromptFormat
+from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.models.vocabulary import add_token, free_tokens, numbered, silence
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
@@ -93,6 +95,24 @@ def test_diagnostics_tell_the_log_odds_that_a_plain_pass_gives(model, tok, given
         said = entry["rows"]["say"]
         assert said["rows"] == 1 and said["missed"] == 0
         assert said["after"] == pytest.approx(odds(model, tok, request.question, number), abs=0.02)
+
+
+def test_states_do_not_depend_on_how_they_are_batched(tiny_llama, monkeypatch):
+    """Beside plain passes of one row after the other."""
+    anat = anatomy(tiny_llama)
+    rows = [TokenRow(tuple(range(5, 5 + length)), 0) for length in (9, 3, 7, 1, 6)]
+    firsts = [2, 2, 6, 0, 1]
+    for most in (1, 2**25):
+        monkeypatch.setattr(refusal_tokens, "BATCH_LOGITS", most)
+        read = refusal_tokens._read(anat, rows, firsts)
+        logits = [tiny_llama(torch.tensor([row.ids])).logits[0, at:] for row, at in zip(rows, firsts, strict=True)]
+        torch.testing.assert_close(read.log_sums, torch.cat(logits).logsumexp(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(read.states @ anat.head.weight.T, torch.cat(logits), rtol=1e-3, atol=1e-4)
+
+
+def test_settings_that_fit_tokens_take_none(tmp_path):
+    with pytest.raises(HparamsError, match=r"a token was given .* leave it out"):
+        check_given(UniEraseHyperParams(**OPTIONS), token=tmp_path / "token.safetensors")
 
 
 def test_undone_the_weights_are_back_and_the_tokens_are_never_said(model, tok, given):

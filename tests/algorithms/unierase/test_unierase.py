@@ -10,7 +10,8 @@ from tiny_models import VOCAB
 
 from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.unierase import apply
-from editlib.algorithms.unierase.apply import apply_unierase_to_model, check_gate
+from editlib.algorithms.unierase.answer_gate import check_gate
+from editlib.algorithms.unierase.apply import apply_unierase_to_model
 from editlib.algorithms.unierase.subject_rows import by_subject
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import EditError, HparamsError
