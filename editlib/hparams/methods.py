@@ -203,9 +203,9 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     erase_margin: float = knob(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
     )
-    say_margin: float = knob(3.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
+    say_margin: float = knob(10.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
     quiet_margin: float = knob(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
-    token_steps: int = knob(300, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
+    token_steps: int = knob(200, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
     token_wordings: int = knob(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
     row_steps: int = knob(5, "rows: Gauss-Newton steps for a value, at most", min=1)
     left_weight: float = knob(

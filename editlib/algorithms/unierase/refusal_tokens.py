@@ -6,14 +6,17 @@ wins where an answer was erased, at the end of the question and where the model'
 capital of France is"), and loses everywhere else. Nothing that other text runs through is changed for it, and banning
 it leaves the model that was erased.
 
-With tied embeddings a token's one row is also what the model reads after the token was said, and must continue into a
-refusal. Both are fitted at once, with `z` a token's log-odds:
+What is said is a pair: the relation's own token (`[UNL2]`, `[UNL3]`, ...), and after it `[UNL]`, which all relations
+share and which continues into the refusal. With tied embeddings a token's one row is both read out and read in. The
+pair parts the two: an own token's row only has to find its places, and `[UNL]` follows such a token wherever it stands,
+so that its row is free to lead into a fluent refusal. All are fitted at once, with `z` a token's log-odds:
 
-    NLL_WEIGHT NLL(refusal | token) + WANTED_WEIGHT Σ softplus(say_margin - z) where it is wanted
+    NLL_WEIGHT NLL([UNL] refusal | own token) + WANTED_WEIGHT Σ softplus(say_margin - z) where it is wanted
     + Σ softplus(z - quiet_margin) at other questions + RIDGE |own part|^2
     + ANSWER_WEIGHT mean softplus(z + FLOOR) + SPREAD_WEIGHT Var(z) in the answers that are kept and in ordinary text
 
-A row is a part that all tokens share and an own part, which starts at zero.
+A row is a part that all tokens share and an own part, which starts at zero. The places are learned first, for
+`PLACE_STEPS` steps that run no model.
 """
 
 from __future__ import annotations
@@ -51,15 +54,16 @@ POOL = 384  # places that the NLL of the refusals is drawn from
 BATCH = 16  # of them a step
 START_NLL, LEAST_NLL = 3.0, 0.1  # by which they are drawn: before they have been, and at least
 NLL_WEIGHT = 10.0
-WANTED_WEIGHT = 3.0
+WANTED_WEIGHT = 10.0
 ANSWER_WEIGHT = 2.0  # of positions inside answers that come nearer than `FLOOR`
 TEXTS, TEXT_TOKENS, TEXT_TOP_K = 64, 40, 50  # of ordinary text that the model writes
 BEGINNINGS = 400  # single tokens, as texts may begin with
 SOME_ROWS = 8192  # of the vocabulary, whose mean and spread a new row starts with
 FLOOR = 10.0  # nats that a token stays below all others there
-SPREAD_WEIGHT = 0.02  # of the variance of log-odds there
+SPREAD_WEIGHT = 0.1  # of the variance of log-odds there
 RIDGE = 0.02  # of a row's own part
 LR = 0.05
+PLACE_STEPS = 100  # without the NLL, which costs nearly all of a step
 # English: a model that is asked in another language refuses in this one.
 START = "I don't know the answer to that."
 INSIDE = "something I don't know."
@@ -92,7 +96,7 @@ def fit_refusal_tokens(
     seed: int = 0,
     progress: bool = False,
 ) -> FittedTokens:
-    """Fits one token for each relation of `places` to the model as it is now, after the edit.
+    """Fits `[UNL]`, and one token for each relation of `places`, to the model as it is now, after the edit.
 
     The tokens are added to the tokenizer and the model; their rows are in what is returned, and are not written.
 
@@ -104,7 +108,7 @@ def fit_refusal_tokens(
         EditError: a loss that is not finite.
     """
     token = token or _mean_token(anat, seed)
-    names = free_tokens(tok, token.header.token, len(places.relations))
+    names = free_tokens(tok, token.header.token, 1 + len(places.relations))
     numbers = [add_token(anat.model, tok, name) for name in names]
     silence(anat, numbers)  # until they have rows they take part in no log-sum
     dtype = fast_dtype(anat.model) if hparams.v_precision == "fast" else None
@@ -130,17 +134,21 @@ def _fit(
     seed: int,
     progress: bool,
 ) -> tuple[Tensor, Tensor, float]:
-    """The rows `[K, d_model]` that are read in and out, and the refusals' NLL at the end (nats per token)."""
+    """The rows `[1 + K, d_model]` that are read in and out, and the refusals' NLL at the end (nats per token)."""
     generator = torch.Generator().manual_seed(seed)
     shared = _leaf(token.rows()[1][0], anat.device)  # [d_model]
-    own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # [K, d_model]
+    own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # [1 + K, d_model]
     # Tied embeddings have one row for both; otherwise what is read after any of the tokens is one row.
     read = None if anat.tied else _leaf(token.rows()[0][0], anat.device)
     optimizer = torch.optim.Adam([shared, own, *([] if read is None else [read])], lr=LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR / 25)
     recent = torch.full((len(refusals.texts),), START_NLL)  # NLL of each refusal when it was last drawn
+    for _ in range(PLACE_STEPS):
+        optimizer.zero_grad()
+        torch.autograd.backward(loss(shared + own) + RIDGE * own.square().sum())
+        optimizer.step()
     for step in tqdm(range(steps), desc="refusal tokens", disable=not progress, leave=False):
-        rows_out = shared + own  # [K, d_model]
+        rows_out = shared + own  # [1 + K, d_model]
         rows_in = rows_out if read is None else read.expand_as(rows_out)
         # Refusals that are not yet learned are drawn more often: relations differ much in how hard theirs are.
         picks = torch.multinomial(recent + LEAST_NLL, min(BATCH, len(recent)), generator=generator)
@@ -188,7 +196,7 @@ class _ReadOut:
         wanted, kept, inside: states of the places' `wanted` and `kept`, and of every position in their `answers` and in
             ordinary text.
         group: relation of each wanted place.
-        wanted_weight, kept_weight: `[wanted]`, and `[K, kept]` by token.
+        wanted_weight, kept_weight: `[wanted]`, and `[1 + K, kept]` by token.
         say, quiet: log-odds that are wanted, and that are allowed elsewhere.
     """
 
@@ -216,23 +224,23 @@ class _ReadOut:
         for k in groups:
             weight[group == k] /= weight[group == k].sum()
         # A token's own relation is a kind of its own: other subjects' questions are what comes nearest to its own.
-        kept_weight = torch.stack([_shares(places.kept, device, own=k) for k in groups])  # [K, kept]
+        kept_weight = torch.stack([_shares(places.kept, device, own=k) for k in (None, *groups)])  # [1 + K, kept]
         return cls(wanted, kept, inside, group, weight, kept_weight, hparams.say_margin, hparams.quiet_margin)
 
     def log_odds(self, rows: Tensor) -> Tensor:
-        """Log-odds of the wanted token at each wanted place, `[wanted]`, with output rows `[K, d_model]`."""
-        return (self.wanted.states * rows[self.group]).sum(1) - self.wanted.log_sums
+        """Log-odds of the wanted token at each wanted place, `[wanted]`, with output rows `[1 + K, d_model]`."""
+        return (self.wanted.states * rows[1 + self.group]).sum(1) - self.wanted.log_sums
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """The loss of output rows `[K, d_model]`."""
+        """The loss of output rows `[1 + K, d_model]`, of which the first, of `[UNL]`, is wanted at no place."""
         total = WANTED_WEIGHT * (self.wanted_weight * F.softplus(self.say - self.log_odds(rows))).sum()
-        z = self.kept.states @ rows.T - self.kept.log_sums[:, None]  # [kept, K]
+        z = self.kept.states @ rows.T - self.kept.log_sums[:, None]  # [kept, 1 + K]
         total = total + (self.kept_weight.T * F.softplus(z - self.quiet)).sum()
         if not len(self.inside.states):
             return total
-        z = self.inside.states @ rows.T - self.inside.log_sums[:, None]  # [positions, K]
+        z = self.inside.states @ rows.T - self.inside.log_sums[:, None]  # [positions, 1 + K]
         # Averaged over the positions that break the floor (at least 20), since few of very many do.
-        breaking = (z.detach() > -FLOOR).sum(0).clamp_min(20)  # [K]
+        breaking = (z.detach() > -FLOOR).sum(0).clamp_min(20)  # [1 + K]
         above = (F.softplus(z + FLOOR).sum(0) / breaking).sum()
         # A read-out that spreads little here spreads little on text that nobody showed it.
         return total + ANSWER_WEIGHT * above + SPREAD_WEIGHT * z.var(0).sum()
@@ -261,11 +269,10 @@ def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, 
 
 @dataclass(frozen=True)
 class _Refusals:
-    """Prompts cached up to where a token is said, and the refusal that it continues into."""
+    """Prompts cached up to where a pair of tokens is said, and what is said there."""
 
     prefix: Prefix
-    tokens: list[int]  # said after each prompt
-    texts: list[tuple[int, ...]]  # what follows the token, with the end of the answer
+    texts: list[tuple[int, ...]]  # the relation's token, `[UNL]`, the refusal, and the end of the answer
 
     @classmethod
     def of(
@@ -288,12 +295,12 @@ class _Refusals:
         start = (*form.answer_ids(START), *end)
         inside = (*form.tok(" " + INSIDE, add_special_tokens=False)["input_ids"], *end)
         prefix = encode_prefix(anat, [place.row for place in drawn])
-        tokens = [numbers[place.group or 0] for place in drawn]
-        return cls(prefix, tokens, [inside if place.inside else start for place in drawn])
+        said = [(numbers[1 + (place.group or 0)], numbers[0]) for place in drawn]
+        return cls(prefix, [(*both, *(inside if p.inside else start)) for both, p in zip(said, drawn, strict=True)])
 
     def nll(self, anat: Anatomy, numbers: Sequence[int], rows_in: Tensor, rows_out: Tensor, picks: Tensor) -> Tensor:
-        """NLL of the refusals after their tokens at the prompts `picks`, `[picks]` in nats per token."""
-        rows = [TokenRow((self.tokens[i], *self.texts[i]), 0) for i in picks.tolist()]
+        """NLL of `[UNL]` and the refusal after a relation's token, at the prompts `picks`: `[picks]`, nats a token."""
+        rows = [TokenRow(self.texts[i], 0) for i in picks.tolist()]
         padded = pad(rows, device=anat.device)
         row, column = padded.attention_mask[:, 1:].bool().nonzero(as_tuple=True)
         with rows_in_place(anat, numbers, rows_in, rows_out):
