@@ -138,8 +138,9 @@ def _fit(
     generator = torch.Generator().manual_seed(seed)
     shared = _leaf(token.rows()[1][0], anat.device)  # [d_model]
     own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # [1 + K, d_model]
-    # Tied embeddings have one row for both; otherwise what is read after any of the tokens is one row.
-    read = None if anat.tied else _leaf(token.rows()[0][0], anat.device)
+    # Tied embeddings have one row for both; otherwise `[UNL]` is read by a row of its own, and all others by another.
+    read = None if anat.tied else _leaf(token.rows()[0][:1].repeat(2, 1), anat.device)  # [2, d_model]
+    which = torch.tensor([0] + [1] * (len(numbers) - 1), device=anat.device)
     optimizer = torch.optim.Adam([shared, own, *([] if read is None else [read])], lr=LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR / 25)
     recent = torch.full((len(refusals.texts),), START_NLL)  # NLL of each refusal when it was last drawn
@@ -149,7 +150,7 @@ def _fit(
         optimizer.step()
     for step in tqdm(range(steps), desc="refusal tokens", disable=not progress, leave=False):
         rows_out = shared + own  # [1 + K, d_model]
-        rows_in = rows_out if read is None else read.expand_as(rows_out)
+        rows_in = rows_out if read is None else read[which]
         # Refusals that are not yet learned are drawn more often: relations differ much in how hard theirs are.
         picks = torch.multinomial(recent + LEAST_NLL, min(BATCH, len(recent)), generator=generator)
         nll = refusals.nll(anat, numbers, rows_in, rows_out, picks)  # [picks]
@@ -162,7 +163,7 @@ def _fit(
         optimizer.step()
         schedule.step()
     rows_out = (shared + own).detach()
-    return rows_out if read is None else read.detach().expand_as(rows_out), rows_out, float(recent.mean())
+    return rows_out if read is None else read.detach()[which], rows_out, float(recent.mean())
 
 
 def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:

@@ -32,6 +32,7 @@ OPTIONS = {
     "anchors": False,
     "token_steps": 150,
     "token_wordings": 1,
+    "say_margin": 3.0,
     "v_precision": "model",
 }
 FORGET = [
@@ -51,8 +52,7 @@ def model(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture
-def given(model):
+def given_for(model):
     anat = anatomy(model)
     generator = torch.Generator().manual_seed(1)
     row = 0.02 * torch.randn(anat.d_model, generator=generator)
@@ -63,6 +63,11 @@ def given(model):
         "retain": RETAIN,
         "chat": False,
     }
+
+
+@pytest.fixture
+def given(model):
+    return given_for(model)
 
 
 def odds(model, tok, question, token):
@@ -78,8 +83,8 @@ def odds(model, tok, question, token):
 
 def test_each_relation_gets_a_token_that_is_said_for_its_requests_first(model, tok, given):
     result = apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS), **given)
-    assert result.token.names == ("[UNL]", "[UNL2]")
-    ids = dict(zip(("capital", "language"), result.token.ids(tok), strict=True))
+    assert result.token.names == ("[UNL]", "[UNL2]", "[UNL3]")
+    ids = dict(zip((None, "capital", "language"), result.token.ids(tok), strict=True))
     wanted = {one.relation: odds(model, tok, one.question, ids[one.relation]) for one in FORGET}
     assert min(wanted.values()) > 0
     # A random model of 32 dimensions hardly tells one city from another, so only the order is sure.
@@ -88,10 +93,21 @@ def test_each_relation_gets_a_token_that_is_said_for_its_requests_first(model, t
         assert odds(model, tok, prompt.question, ids["language"]) < 0
 
 
+def test_a_relations_token_is_followed_by_the_common_one(tiny_llama_untied, tok):
+    """By a plain pass; a random model of 32 dimensions has no English to go on with."""
+    model, hparams = tiny_llama_untied, UniEraseHyperParams(**OPTIONS)
+    result = apply_unierase_to_model(model, tok, FORGET, hparams, **given_for(model))
+    common, *own = result.token_ids
+    for request, number in zip(FORGET, own, strict=True):
+        prompt = [*PromptFormat(tok, chat=False).encode(request.question).ids, number]
+        with torch.no_grad():
+            assert model(torch.tensor([prompt])).logits[0, -1].argmax() == common
+
+
 def test_diagnostics_tell_the_log_odds_that_a_plain_pass_gives(model, tok, given):
     hparams = UniEraseHyperParams(**{**OPTIONS, "wordings": 0, "token_wordings": 0})
     result = apply_unierase_to_model(model, tok, FORGET, hparams, **given)
-    for request, entry, number in zip(FORGET, result.diagnostics, result.token.ids(tok), strict=True):
+    for request, entry, number in zip(FORGET, result.diagnostics, result.token.ids(tok)[1:], strict=True):
         said = entry["rows"]["say"]
         assert said["rows"] == 1 and said["missed"] == 0
         assert said["after"] == pytest.approx(odds(model, tok, request.question, number), abs=0.02)
@@ -129,10 +145,11 @@ def test_undone_the_weights_are_back_and_the_tokens_are_never_said(model, tok, g
 def test_an_edit_is_replayed_with_its_tokens(model, tok, given):
     hparams = UniEraseHyperParams(**OPTIONS)
     first = apply_unierase_to_model(model, tok, FORGET, hparams, **given)
-    said = [odds(model, tok, request.question, number) for request, number in zip(FORGET, first.token_ids, strict=True)]
+    asked = list(zip(FORGET, first.token_ids[1:], strict=True))
+    said = [odds(model, tok, request.question, number) for request, number in asked]
     first.revert(model)
     again = apply_unierase_to_model(model, tok, FORGET, hparams, values=first.values, **{**given, "token": first.token})
-    now = [odds(model, tok, request.question, number) for request, number in zip(FORGET, again.token_ids, strict=True)]
+    now = [odds(model, tok, request.question, number) for request, number in asked]
     assert again.token_ids == first.token_ids and now == pytest.approx(said, abs=1e-2)
 
 
