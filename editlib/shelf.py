@@ -8,13 +8,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from editlib.errors import OutputError
+from editlib.errors import OutputError, quote
 from editlib.files import atomic_path, check_output, make_folder, write_json
 
 T = TypeVar("T")
 FINISHED = "finished"
+SEAL = "content_sha256"
 
 
 def digest(value: Any) -> str:
@@ -37,18 +39,61 @@ def differing(kept: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     return ", ".join(sorted(key for key in {*kept, *job} if kept.get(key) != job.get(key)))
 
 
+def from_json(kind: type[T], values: object) -> T:
+    """Builds the dataclass `kind` from a JSON object, without converting anything.
+
+    Raises:
+        TypeError: no object, an unknown or missing field, or a value of another type than the field's.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{quote(values)} is no object")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _is_a(value, hints[name]):
+            raise TypeError(f"{name} is {quote(value)}")
+    return kind(**values)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value read from JSON is of a field's type; what is inside mappings is not looked at."""
+    if hint is Any:
+        return True
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, one) for one in inner)
+    if origin is tuple:
+        each = inner if inner[-1] is not ... else [inner[0]] * len(value) if isinstance(value, list | tuple) else ()
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(each)
+            and all(_is_a(one, of) for one, of in zip(value, each, strict=True))
+        )
+    wanted = origin or hint
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, wanted) and (wanted is not int or not isinstance(value, bool))
+
+
 @dataclass(frozen=True)
 class JsonStore:
-    """A folder of parts, each a JSON file; damaged parts count as missing."""
+    """A folder of parts, each a JSON file; damaged parts count as missing.
+
+    Every file holds the hash of its content: a part that was changed since is damaged, too. Files that have none are
+    read as they are, since earlier versions wrote them.
+    """
 
     path: Path
 
     def get(self, part: str) -> dict[str, Any] | None:
-        return read_kept(self._file(part))
+        kept = read_kept(self._file(part))
+        if kept is None or SEAL not in kept:
+            return kept
+        return kept if kept.pop(SEAL) == digest(kept) else None
 
     def put(self, part: str, value: Mapping[str, Any]) -> None:
         """Raises `OutputError` where the folder cannot be written."""
-        text = json.dumps(value, ensure_ascii=False)
+        read_again = json.loads(json.dumps(value))  # keys are texts and tuples lists, as `get` sees them
+        text = json.dumps({**read_again, SEAL: digest(read_again)}, ensure_ascii=False)
         make_folder(self.path)
         with atomic_path(self._file(part)) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
@@ -93,7 +138,7 @@ class Finished:
                 kept = read_kept(path) or {}
                 if kept["job"] == job:
                     return read(kept["measured"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
         return None
 
@@ -124,7 +169,7 @@ def read_cells(path: Path, kind: type[T]) -> list[T]:
         raise OutputError(f"{path}: {other}") from None
     whole, end, cut = text.rpartition("\n")
     try:
-        found = [kind(**json.loads(row)) for row in whole.split("\n") if row]
+        found = [from_json(kind, json.loads(row)) for row in whole.split("\n") if row]
     except (ValueError, TypeError, RecursionError):
         raise OutputError(f"{path}: {other}") from None
     if cut:

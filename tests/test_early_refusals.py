@@ -128,6 +128,7 @@ RECEIPTS = {
     "a base without a hash": {"base": {"name": "x"}, "requests": [], "anchors": []},
     "anchors that are none": {"base": {"name": "x", "sha256": "y"}, "requests": [], "anchors": [[1]]},
     "requests that are none": {"base": {"name": "x", "sha256": "y"}, "requests": [1], "anchors": []},
+    "a request whose id is a list": {"base": {"name": "x", "sha256": "y"}, "requests": [{"id": [1]}], "anchors": []},
     "a token that is a text": {"base": {"name": "x", "sha256": "y"}, "requests": [], "anchors": [], "token": "t"},
     "a token without a name": {"base": {"name": "x", "sha256": "y"}, "requests": [], "anchors": [], "token": {"a": 1}},
     "prompts that are a list": {"base": {"name": "x", "sha256": "y"}, "requests": [], "anchors": [], "prompts": [1]},

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from editlib.evaluation.intervals import bootstrap_stderr
+from editlib.shelf import from_json
 
 Aggregate = Callable[[Sequence[Any]], float]
 
@@ -44,8 +45,8 @@ class Measured:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measured:
         """Reads what `to_dict` gave."""
-        measures = [Measure(**{**one, "items": tuple(one["items"])}) for one in data["measures"]]
-        return cls(tuple(data["documents"]), tuple(measures), data["seconds"])
+        measures = [from_json(Measure, {**one, "items": tuple(one["items"])}) for one in data["measures"]]
+        return from_json(cls, {**data, "documents": tuple(data["documents"]), "measures": tuple(measures)})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from editlib.evaluation.intervals import bootstrap
 from editlib.evaluation.metrics import wilson_interval
+from editlib.shelf import from_json
 
 COLUMNS = {
     "edited": "the edited model, asked for what it was made to forget",
@@ -44,8 +45,8 @@ class Trial:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Trial:
         """Reads what `dataclasses.asdict` gave, also after a way through JSON."""
-        outputs = tuple(Completion(**output) for output in value["outputs"])
-        return cls(**{**value, "answers": tuple(value["answers"]), "outputs": outputs})
+        outputs = tuple(from_json(Completion, output) for output in value["outputs"])
+        return from_json(cls, {**value, "answers": tuple(value["answers"]), "outputs": outputs})
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ class AttackResult:
     def from_dict(cls, value: Mapping[str, Any]) -> AttackResult:
         """Reads what `to_dict` gave, also after a way through JSON."""
         shares = {
-            column: Share(**{**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])})
+            column: from_json(Share, {**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])})
             for column, share in value["shares"].items()
         }
         trials = {column: tuple(map(Trial.from_dict, rows)) for column, rows in value["trials"].items()}
-        return cls(**{**value, "shares": shares, "trials": trials})
+        return from_json(cls, {**value, "shares": shares, "trials": trials})
 
 
 def share_of(trials: Sequence[Trial], *, resamples: int, seed: int) -> Share:

@@ -171,5 +171,14 @@ def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, 
             file.unlink(missing_ok=True)
         write_json(out / JOB, job)
         return {}
-    found = [value for file in files if (value := read_kept(file)) is not None]
-    return {value["attack"]: AttackResult.from_dict(value) for value in found}
+    found = [result for file in files if (result := _finished(file)) is not None]
+    return {result.attack: result for result in found}
+
+
+def _finished(file: Path) -> AttackResult | None:
+    """The finished attack in a file; a damaged one counts as missing, and the attack is made again."""
+    try:
+        result = AttackResult.from_dict(read_kept(file) or {})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return result if {"edited", "base", "control"} <= {*result.shares} & {*result.trials} else None

@@ -133,7 +133,11 @@ def _facts(
 
     if requests is None and not is_chain(edited):
         raise RequestError("--protocol facts needs --requests with the facts to forget, unless EDITED is a chain")
-    asked = Chain.open(edited).requests if requests is None else read_requests(requests, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    if requests is None:
+        asked = Chain.open(edited).requests
+    else:
+        asked = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
     corpus = None if text == "none" else text
     return FactsProtocol.read(
         asked,
@@ -143,6 +147,7 @@ def _facts(
         skip_bad=skip_bad,
         endings=endings,
         progress=True,
+        left_out=left_out,
     )
 
 

@@ -90,7 +90,8 @@ def tune(
 
     Finished(out_dir)
     how = prompt_settings(prompts)
-    wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out)
     settings = find_settings(model, "UniErase", hparams)
     check_tuning(wanted, settings, budget)
     check_given(settings, corpus=corpus)
@@ -106,6 +107,7 @@ def tune(
         corpus=corpus,
         text=text,
         seed=seed,
+        left_out=left_out,
     )
     print_table(table_rows(tuned))
     out.print(str(out_dir / "best.json"), soft_wrap=True)

@@ -12,6 +12,7 @@ import torch
 
 from editlib.comparison.cells import AXES, FORMAT, RunCell
 from editlib.comparison.config import Config
+from editlib.errors import OutputError
 from editlib.evaluation.intervals import bootstrap
 from editlib.evaluation.metrics import wilson_interval
 from editlib.export import library_version
@@ -27,7 +28,7 @@ def collect(
     the set is and, under `methods`, one summary a method over its seeds, with `front` where no other method of the set
     is at least as good on both axes and better on one.
     """
-    entries = [_cell(cell, failures[cell.key]) for cell in cells]
+    entries = [_cell_of(cell, failures[cell.key]) for cell in cells]
     families = {method.label: method.family for method in config.methods}
     found = {}
     for name, about in sets.items():
@@ -76,6 +77,22 @@ def mark_front(summaries: Sequence[dict[str, Any]]) -> None:
         one["front"] = False
     for one, front in zip(placed, pareto([(one["forget"], one["retain"]) for one in placed]), strict=True):
         one["front"] = front
+
+
+def _cell_of(cell: RunCell, failure: str | None) -> dict[str, Any]:
+    """One cell, with all that `summary` reads of it.
+
+    Raises:
+        OutputError: its files are not what an earlier run wrote.
+    """
+    try:
+        found = _cell(cell, failure)
+        summary(cell.method.label, cell.method.family, [found])
+        _measures([found])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        wanted = "remove this folder, and the cell is measured again"
+        raise OutputError(f"{cell.shelf.path}: not what an earlier run wrote; {wanted}") from None
+    return found
 
 
 def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:

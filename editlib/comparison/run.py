@@ -160,6 +160,7 @@ class _Run:
             "axes": list(protocol.axes),
             "kinds": dict(protocol.kinds),
             "to_forget": list(protocol.to_forget),
+            **({"left_out": protocol.left_out} if protocol.left_out else {}),
         }
 
     def _cells(self, protocol: Benchmark, evaluator: SetEvaluator) -> list[RunCell]:

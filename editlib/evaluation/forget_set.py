@@ -137,6 +137,7 @@ class Benchmark(ABC):
         self.settings, self.where = settings, where
         self.model = settings.model or model
         self.dtype, self.device_map = dtype, device_map
+        self.left_out: dict[str, list[str]] = {}  # rows of its files that could not be used, for the results
 
     @property
     def name(self) -> str:

@@ -147,6 +147,8 @@ def _misfit(receipt: Any) -> str | None:
     anchors, requests = receipt.get("anchors") or [], receipt.get("requests") or []
     if not isinstance(anchors, list) or not all(isinstance(one, str) for one in anchors):
         wrong.append("anchors")
-    if not isinstance(requests, list) or not all(isinstance(one, dict) and "id" in one for one in requests):
+    if not isinstance(requests, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("id"), str) for one in requests
+    ):
         wrong.append("requests")
     return f'key "{wrong[0]}": {quote(receipt[wrong[0]])}' if wrong else None

@@ -80,7 +80,7 @@ class Facts(Benchmark):
         return made
 
     def _files(self, own: FactsSettings) -> FactSplit:
-        forget = read_requests(own.requests or "", skip_bad=own.skip_bad)
+        forget = read_requests(own.requests or "", skip_bad=own.skip_bad, left_out=self.left_out)
         for request in forget:
             if request.answer is None:
                 raise RequestError(f'{own.requests}: request {request.id} has no "answer"; scoring needs it; add one')
@@ -88,11 +88,11 @@ class Facts(Benchmark):
             kept = data.retain_prompts(forget)
             held, watch = kept[::2], [*kept[1::2], *data.general("test")]
         else:
-            kept = read_requests(own.retain, skip_bad=own.skip_bad)
+            kept = read_requests(own.retain, skip_bad=own.skip_bad, left_out=self.left_out)
             random.Random(own.seed).shuffle(kept)
             held, watch = (kept, []) if own.watch else (kept[::2], kept[1::2])
         if own.watch is not None:
-            watch = read_requests(own.watch, skip_bad=own.skip_bad)
+            watch = read_requests(own.watch, skip_bad=own.skip_bad, left_out=self.left_out)
         return FactSplit(forget, held, watch)
 
     def _dealt(self, base: Base, before: AnswerCache) -> FactSplit:

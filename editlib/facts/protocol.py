@@ -33,7 +33,9 @@ class FactsProtocol:
         before_file: Path | None = None,
         endings: int = 0,
         progress: bool = False,
+        left_out: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        self._left_out = {name: list(rows) for name, rows in (left_out or {}).items()}
         self.requests, self._retain, self._documents = list(requests), list(retain), documents
         self._before_file, self._endings, self._progress = before_file, endings, progress
         self._before: AnswerCache | None = None
@@ -49,6 +51,7 @@ class FactsProtocol:
         skip_bad: bool = False,
         endings: int = 0,
         progress: bool = False,
+        left_out: Mapping[str, Sequence[str]] | None = None,
     ) -> FactsProtocol:
         """Makes the protocol with what it needs from files.
 
@@ -58,6 +61,8 @@ class FactsProtocol:
             text: corpus for perplexity, `None` for none.
             before_file: answers of the base model, read when they are its own, completed and written.
             skip_bad: leave rows of `retain_file` out that cannot be used, see `read_requests`.
+            left_out: rows of the requests' file that were left out, by file; `metrics.json` lists them, and those of
+                `retain_file`.
             endings: letters that an inflected ending of an answer may have (see `has_answer`).
 
         Raises:
@@ -67,9 +72,13 @@ class FactsProtocol:
         if before_file is not None:
             check_answers_file(before_file)
         given = data.retain_prompts(requests) + data.general("test")
-        retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad)
+        rows = {name: list(some) for name, some in (left_out or {}).items()}
+        retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad, left_out=rows)
         documents: Iterable[str] = () if text is None else load_corpus(text).documents
-        return cls(requests, retain, documents=documents, before_file=before_file, endings=endings, progress=progress)
+        return cls(
+            requests, retain, documents=documents, before_file=before_file, endings=endings, progress=progress,
+            left_out=rows,
+        )  # fmt: skip
 
     def measure(
         self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
@@ -79,7 +88,7 @@ class FactsProtocol:
             empty = AnswerCache(of, {})
             self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, of)
         anchors = set(edited.receipt.get("anchors") or ()) if edited.receipt else set()
-        return evaluate(
+        measured = evaluate(
             base.loaded,
             edited.loaded,
             build_items(requests, [*kept, *self._retain], anchors),
@@ -89,6 +98,7 @@ class FactsProtocol:
             how=edited.prompts,
             progress=self._progress,
         )
+        return {**measured, **({"left_out": self._left_out} if self._left_out else {})}
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
         return {name: metrics.get(name) for name in (*KINDS, RATIO) if name in metrics}

@@ -64,9 +64,11 @@ def attack_folders(
         data.frames(settings.frames)  # a file that does not fit is refused before a model is loaded
     if not (out / JOB).is_file():
         check_output(out, overwrite=overwrite)
-    requests = read_requests(requests_file, skip_bad=skip_bad)
-    control = None if control_file is None else read_requests(control_file, skip_bad=skip_bad)
-    known = None if known_file is None else read_requests(known_file, skip_bad=skip_bad)
+    rows: dict[str, list[str]] = {}
+    requests, control, known = (
+        None if file is None else read_requests(file, skip_bad=skip_bad, left_out=rows)
+        for file in (requests_file, control_file, known_file)
+    )
     receipt = read_receipt(edited)
     check_models(base, edited)
     loaded = load(base, dtype=dtype, device_map=device_map)
@@ -80,7 +82,7 @@ def attack_folders(
     report = run_attacks(
         loaded,
         load(edited, dtype=dtype, device_map=device_map),
-        requests,
+        requests or [],
         control=control,
         known=known,
         attacks=names,
@@ -90,7 +92,9 @@ def attack_folders(
         out=out,
         overwrite=overwrite,
     )
-    write_json(out / "attacks.json", {"models": {"base": base, "edited": str(edited)}, **report.to_dict()})
+    # `left_out` of the report counts facts that no attack could try; these are rows that are no facts.
+    unread = {"rows_left_out": rows} if rows else {}
+    write_json(out / "attacks.json", {"models": {"base": base, "edited": str(edited)}, **report.to_dict(), **unread})
     write_table(table_rows(report), out / "table.md", NOTE)
     return report
 

@@ -97,12 +97,18 @@ class FinetuneSettings:
         )
 
 
-def read_pairs(files: Sequence[str | Path], authors: int | None = None, *, skip_bad: bool = False) -> list[EditRequest]:
+def read_pairs(
+    files: Sequence[str | Path],
+    authors: int | None = None,
+    *,
+    skip_bad: bool = False,
+    left_out: dict[str, list[str]] | None = None,
+) -> list[EditRequest]:
     """The pairs of all files, without a question that an earlier file holds too.
 
     Args:
         authors: only the first so many authors of each file; each has 20 adjacent pairs, as in TOFU.
-        skip_bad: leave rows out that cannot be used, see `read_requests`.
+        skip_bad, left_out: see `read_requests`.
 
     Raises:
         RequestError: a file that cannot be read, or has fewer authors, or a pair without an answer.
@@ -110,7 +116,7 @@ def read_pairs(files: Sequence[str | Path], authors: int | None = None, *, skip_
     found: dict[str, EditRequest] = {}
     ids: set[str] = set()
     for file in files:
-        pairs = read_requests(file, skip_bad=skip_bad)
+        pairs = read_requests(file, skip_bad=skip_bad, left_out=left_out)
         if authors is not None:
             if not 1 <= authors <= len(pairs) // PAIRS_AN_AUTHOR:
                 held = f"holds {len(pairs)} pairs, {PAIRS_AN_AUTHOR} an author"
@@ -160,7 +166,8 @@ def finetune(
     require_rouge()
     if settings.text is not None:
         check_corpus(settings.text)
-    pairs = read_pairs(files, authors, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    pairs = read_pairs(files, authors, skip_bad=skip_bad, left_out=left_out)
     loaded, tok = load(model, dtype=dtype, device_map=device_map)
     job = {
         "base": weights_sha256(loaded),
@@ -197,6 +204,7 @@ def finetune(
         "job": job,
         **asked_as(tok, settled(tok, prompts), pairs),
         "pairs": len(pairs),
+        **({"left_out": left_out} if left_out else {}),
         "training": {
             **plan.to_dict(),
             "parameters": result.parameters,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from editlib.hparams.steps import steps
 from editlib.jobs.trials import Judge, Trial
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest
-from editlib.shelf import FINISHED, Finished
+from editlib.shelf import FINISHED, Finished, from_json
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def tune(
     stats_tokens: int = 20_000,
     text: str = "wiki-sample:heldout",
     seed: int = 0,
+    left_out: Mapping[str, Sequence[str]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuned:
     """Searches around `hparams` for `minutes`, one trial at least, and writes `best.json`, `tune.json` and `table.md`
@@ -86,6 +88,7 @@ def tune(
     Args:
         retain: prompts whose answers must stay; some of each kind are never held and judge the trials. `None`: the
             bundled ones.
+        left_out: rows of the request files that were left out, by file; `tune.json` lists them.
 
     Raises:
         OutputError: `out` holds something else.
@@ -107,7 +110,7 @@ def tune(
                 log.info("%g minutes are over after %d trials", minutes, len(trials))
                 break
             job = {**judge.identity, **how, "hparams": _deciding(settings)}
-            trial = finished.find(job, lambda kept: Trial(**kept))
+            trial = finished.find(job, partial(from_json, Trial))
             if trial is None:
                 trial = judge.tried(settings, _changed(start, settings), how)
                 finished.keep("trial", job, asdict(trial))
@@ -119,7 +122,7 @@ def tune(
         if not trials:
             raise
         interrupted = True
-    return _written(Tuned(tuple(trials.values()), best, interrupted), trials[_key(best)], out)
+    return _written(Tuned(tuple(trials.values()), best, interrupted), trials[_key(best)], out, left_out)
 
 
 def table_rows(tuned: Tuned) -> list[list[str]]:
@@ -180,7 +183,7 @@ def _in_words(trial: Trial) -> str:
     return words if trial.failed is None else f"{words}, failed"
 
 
-def _written(tuned: Tuned, best: Trial, out: Path) -> Tuned:
+def _written(tuned: Tuned, best: Trial, out: Path, left_out: Mapping[str, Sequence[str]] | None) -> Tuned:
     """Writes the files of a search, and gives it back with its best settings as they were written."""
     notes = tuned.best.notes if isinstance(tuned.best.notes, dict) else {"note": tuned.best.notes}
     measured = {key: value for key, value in asdict(best).items() if key not in ("changed", "failed")}
@@ -192,6 +195,7 @@ def _written(tuned: Tuned, best: Trial, out: Path) -> Tuned:
         "front": [asdict(trial) for trial in found.front],
         "trials": [asdict(trial) for trial in found.trials],
         "interrupted": found.interrupted,
+        **({"left_out": {name: list(rows) for name, rows in left_out.items()}} if left_out else {}),
     }
     write_json(out / "tune.json", report)
     write_table(table_rows(found), out / "table.md", "Trials that none beats in all three; higher is better.")

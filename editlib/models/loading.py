@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,13 +22,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from editlib.errors import ModelError, closest, first_line
+from editlib.errors import EditlibError, ModelError, closest, quote
 from editlib.models.adapters import CONFIG as ADAPTER
 from editlib.models.adapters import base_of, is_adapter, merge
 from editlib.models.anatomy import anatomy
+from editlib.models.folder_faults import (
+    GENERATION,
+    Part,
+    Told,
+    config_fault,
+    fault_of,
+    listening,
+    missing_weights,
+    object_fault,
+    reason_of,
+)
 from editlib.models.hub import adapter_folder, hub_file, quiet_hub, reading
 from editlib.models.packaged.catalogue import PACKAGED
 from editlib.models.packaged.fetch import fetch
+from editlib.models.placement import input_embedding
 from editlib.models.weights import quiet_bars
 
 log = logging.getLogger(__name__)
@@ -36,6 +48,7 @@ log = logging.getLogger(__name__)
 DeviceMap = str | dict[str, Any] | None  # as `from_pretrained` takes it
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # over all devices, by accelerate
+_ANEW = "mend it, or get the model anew"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,12 +82,58 @@ def load(
     path = str(fetch(name, progress=progress)) if _packaged(name) else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     options = {key: value for key, value in options.items() if value} | _reading(path)
-    _checked_config(path, name, options)
-    with _one_line_errors(name), quiet_bars(), quiet_hub():
-        tok = AutoTokenizer.from_pretrained(path, **options)
-        extra = {} if device_map is None else {"device_map": device_map}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype or "", "auto"), **extra, **options)
-    return _ready(model), tok
+    config = _checked_config(path, name, options)
+    if os.path.isdir(path) and (
+        wrong := object_fault(Path(path) / GENERATION)
+    ):  # transformers leaves it out in silence
+        raise ModelError(f"{name} cannot be loaded: {GENERATION}: {wrong}; {_ANEW}")
+    with quiet_bars(), quiet_hub():
+        with _one_line_errors(name, path, "tokenizer"):
+            tok = AutoTokenizer.from_pretrained(path, **options)
+            _try_tokenizer(tok)
+        extra: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+        extra |= {"dtype": DTYPES.get(dtype or "", "auto"), "output_loading_info": True, **options}
+        with listening() as told, _one_line_errors(name, path, "weights", told, config):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **extra)
+            model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+            if info["missing_keys"]:  # transformers fills them with random numbers
+                raise ModelError(f"{name} cannot be loaded: {missing_weights(info['missing_keys'])}; {_ANEW}")
+            _check_ends(model, name)
+            _check_vocabulary(model, tok, name)
+            model = _ready(model)
+    if unknown := info["unexpected_keys"]:
+        log.info("%s: %d tensors are no part of the model and were left out (first %s)",
+                 name, len(unknown), min(unknown))  # fmt: skip
+    return model, tok
+
+
+def _try_tokenizer(tok: PreTrainedTokenizerBase) -> None:
+    """Encodes a text: some settings of a wrong type fail only then."""
+    if not isinstance(template := tok.chat_template, str | dict | None):
+        raise ValueError(f"chat_template is {quote(template)}, expected a text")
+    tok("a question", return_attention_mask=False)
+    tok.decode([0])
+
+
+def _check_ends(model: PreTrainedModel, name: str) -> None:
+    """Raises `ModelError` if what ends an answer is no token id or list of them."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is not None and not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        given = f"eos_token_id is {quote(ends)}, expected a number or a list of numbers"
+        raise ModelError(f"{name} cannot be loaded: generation_config.json or config.json: {given}; {_ANEW}")
+
+
+def _check_vocabulary(model: PreTrainedModel, tok: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises `ModelError` for the tokenizer of another model: its tokens would be outside the embedding.
+
+    Tokens that were added to it are not counted: some models (Gemma 3) have one that their texts never hold.
+    """
+    rows = input_embedding(model).weight.shape[0]
+    if tok.vocab_size > rows:
+        raise ModelError(
+            f"{name}: its tokenizer has {tok.vocab_size} tokens and its embedding {rows} rows; they belong to "
+            "different models: give a folder in which they fit"
+        )
 
 
 def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -82,7 +141,8 @@ def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTok
     base = model_of(folder)
     log.info("%s is an adapter of %s: merged into its weights", folder, base)
     model, tok = load(base, **options)
-    with _one_line_errors(folder), quiet_bars():
+    source = folder if is_adapter(folder) else None
+    with _one_line_errors(folder, source, "adapter"), quiet_bars():
         model, tok = merge(model, tok, folder if is_adapter(folder) else adapter_folder(folder))
     return _ready(model), tok
 
@@ -165,7 +225,7 @@ def read_config_file(path: str) -> PreTrainedConfig:
     Raises:
         ModelError: not a configuration, or one of a kind that cannot be edited.
     """
-    with _one_line_errors(path), quiet_bars():
+    with _one_line_errors(path), quiet_bars(), listening():
         if not isinstance(json.loads(Path(path).read_text(encoding="utf-8")), dict):
             raise ValueError("not a JSON object")
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
@@ -196,7 +256,7 @@ def check_device(wanted: str) -> None:
 
 def _checked_config(path: str, name: str, options: dict[str, Any]) -> PreTrainedConfig:
     _check_folder(path)
-    with _one_line_errors(name), quiet_bars(), quiet_hub():
+    with _one_line_errors(name, path, "config"), quiet_bars(), quiet_hub():
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
         _check_config(config, name)
     return config
@@ -217,7 +277,10 @@ def _check_folder(path: str) -> None:
         raise ModelError(f"{path} holds no config.json; give a folder written by save_pretrained, or a model id")
 
 
-def _check_config(config: object, name: str) -> None:
+def _check_config(config: PreTrainedConfig, name: str) -> None:
+    if wrong := config_fault(config):
+        where = name if os.path.isfile(name) else f"{name}, config.json"
+        raise ModelError(f"{where}: {wrong}; mend it, or get the model anew")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model; editlib edits decoder-only causal language models")
     if getattr(config, "quantization_config", None) is not None:
@@ -225,15 +288,57 @@ def _check_config(config: object, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_errors(name: str) -> Iterator[None]:
-    """Turns what transformers raises, often of many lines, into a `ModelError` of one."""
+def _one_line_errors(
+    name: str,
+    path: str | None = None,
+    part: Part | None = None,
+    told: Told | None = None,
+    config: PreTrainedConfig | None = None,
+) -> Iterator[None]:
+    """Turns what transformers raises, often of many lines, into a `ModelError` of one that names the file at fault.
+
+    Every class of exception: a damaged file is noticed deep inside transformers or its libraries, as whatever comes of
+    it there.
+
+    Args:
+        path: the folder of the model `name`, if there is one; its files of the kind `part` are looked through.
+        told: what transformers said while it loaded.
+        config: of the model; it may be what is at fault.
+    """
     try:
         yield
-    except ModelError:
+    except EditlibError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        log.debug("", exc_info=True)
+        reason = reason_of(error)
+        if path is not None and part is not None and os.path.isdir(path) and not _is_lack(error):
+            found = fault_of(Path(path), part)
+            if found is None and told is not None and told.mismatch:
+                found = "the weights", told.mismatch
+            if found is None and part == "tokenizer":
+                found = "its tokenizer", reason
+            if found is None and (part == "config" or (config is not None and _cannot_be_built(config))):
+                found = "config.json", reason
+            if found is not None:
+                raise ModelError(f"{name} cannot be loaded: {found[0]}: {found[1]}; {_ANEW}") from None
         known = ", ".join(PACKAGED)
         raise ModelError(
-            f"{name} cannot be loaded ({first_line(error)[:160]}); give a local folder, a Hugging Face id (needs a "
-            f"network or its cache), or a packaged model ({known})"
+            f"{name} cannot be loaded ({reason}); give a local folder, a Hugging Face id (needs a network or its "
+            f"cache), or a packaged model ({known})"
         ) from None
+
+
+def _is_lack(error: Exception) -> bool:
+    """Whether a package or memory is missing, for which no file is to blame."""
+    return isinstance(error, ImportError | MemoryError) or "memory" in str(error).lower()
+
+
+def _cannot_be_built(config: PreTrainedConfig) -> bool:
+    """Whether no model can be built from this configuration, whatever its weights."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception:
+        return True
+    return False

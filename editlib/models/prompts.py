@@ -302,7 +302,8 @@ class PromptFormat:
         plain = "mend it, or ask as plain text with --prompt chat=false"
         try:
             text = cast(str, self.tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **options))
-        except TemplateError as error:
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            # Jinja passes on what an expression of the template raises.
             raise RequestError(f"the chat template cannot be used ({first_line(error)}); {plain}") from None
         if not text.strip():
             raise RequestError(f"the chat template writes nothing; {plain}")

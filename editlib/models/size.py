@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from editlib.errors import ModelError
+from editlib.models.folder_faults import reason_of
 from editlib.models.loading import read_config, read_config_file
 from editlib.models.packaged.fetch import fetch
 
@@ -49,9 +50,9 @@ def model_size(config: PreTrainedConfig, name: str = "the model") -> ModelSize:
         ends: Any = model  # these two methods of transformers have no types
         head: Tensor = ends.get_output_embeddings().weight
         embedding: Tensor = ends.get_input_embeddings().weight
-    except (ValueError, RuntimeError, AttributeError, KeyError) as error:
+    except (ValueError, RuntimeError, AttributeError, LookupError, TypeError, ArithmeticError) as error:
         raise ModelError(
-            f"{name}: {type(config).__name__} cannot be counted from its configuration ({error})"
+            f"{name}: {type(config).__name__} cannot be counted from its configuration ({reason_of(error)})"
         ) from None
     d_model = text.hidden_size
     heads = text.num_attention_heads

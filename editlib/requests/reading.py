@@ -13,7 +13,7 @@ from pathlib import Path
 
 from editlib.errors import OutputError, RequestError, quote
 from editlib.requests.contradictions import warn_of_contradictions, warn_of_kept
-from editlib.requests.parsing import parse_file
+from editlib.requests.parsing import Parsed, parse_file
 from editlib.requests.request import EditRequest
 from editlib.requests.rows import parse_json, read_text
 from editlib.requests.subjects import Subject, find_subjects
@@ -49,7 +49,7 @@ def read_requests(
     path = Path(path)
     parsed = parse_file(path, skip_bad=skip_bad)
     if left_out is not None and parsed.bad:
-        left_out[path.name] = [row.place for row, _ in parsed.bad]
+        _note_rows(left_out, path, parsed)
     requests = parsed.requests
     found = with_subjects([requests[i] for i in parsed.questions], subjects)
     for i, (request, _) in zip(parsed.questions, found, strict=True):
@@ -96,11 +96,16 @@ def read_questions(
     """
     parsed = parse_file(Path(path), skip_bad=skip_bad)
     if left_out is not None and parsed.bad:
-        left_out[Path(path).name] = [row.place for row, _ in parsed.bad]
+        _note_rows(left_out, Path(path), parsed)
     if not parsed.questions:
         wanted = 'expected objects with "question" and "answer"; other formats say their subjects themselves'
         raise RequestError(f"{path}: holds no question in TOFU's form; {wanted}")
     return with_subjects([parsed.requests[i] for i in parsed.questions], subjects)
+
+
+def _note_rows(left_out: dict[str, list[str]], path: Path, parsed: Parsed) -> None:
+    """Adds the bad rows of a file, by its name; by its path where another file of this name has some, too."""
+    left_out[str(path) if path.name in left_out else path.name] = [row.place for row, _ in parsed.bad]
 
 
 def with_subjects(

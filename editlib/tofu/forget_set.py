@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from editlib.models.loading import load
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.settings import knob
-from editlib.shelf import JsonStore, digest
+from editlib.shelf import JsonStore, digest, from_json
 from editlib.tofu.scores import (
     ANSWER_TOKENS,
     RATIOS,
@@ -77,6 +78,7 @@ class Tofu(Benchmark):
         check_scoring(Judges(own.encoder, own.classifier), own.reference)
         learned = None if own.learned is None else questions_in(own.learned, skip_bad=own.skip_bad)
         sets = read_tofu(own.source, own.forget, learned=learned, skip_bad=own.skip_bad)
+        self.left_out = {name: list(rows) for name, rows in sets.left_out.items()}
         self.sets = apart(sets.limited(own.limit, own.seed), own.seed)
         self._only: Mapping[str, MetricResult] | None = None
         if own.reference is not None and Path(own.reference).is_file():
@@ -143,7 +145,8 @@ class Readings:
         kept = self._shelf.get("readings") or {}
         for one in self._asked():
             if (value := kept.get(_key(one))) is not None:
-                self.found[one] = _reading(value)
+                with contextlib.suppress(LookupError, TypeError):  # damaged: read anew
+                    self.found[one] = _reading(value)
 
     def save(self) -> None:
         self._shelf.put("readings", {_key(one): asdict(self.found[one]) for one in self._asked()})
@@ -158,7 +161,8 @@ def _key(one: Asked) -> str:
 
 def _reading(value: Mapping[str, Any]) -> Reading:
     answer = Forced(tuple(value["answer"]["nll"]), tuple(value["answer"]["hits"]))
-    return Reading(tuple(value["tokens"]), value["text"], answer, value["paraphrase"], tuple(value["wrong"]))
+    found = {**value, "tokens": tuple(value["tokens"]), "answer": answer, "wrong": tuple(value["wrong"])}
+    return from_json(Reading, found)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from editlib.errors import OutputError
+from editlib.errors import OutputError, quote
 from editlib.files import atomic_path
 
 
@@ -74,8 +74,14 @@ class Checkpoint:
                             "exp_avg": file.get_tensor(f"mean.{name}").to(weight),
                             "exp_avg_sq": file.get_tensor(f"square.{name}").to(weight),
                         }
-                return step, json.loads(about["notes"])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+                notes = json.loads(about["notes"])
+                kinds = {"losses": list, "parts": dict, "tokens": int}
+                if not isinstance(notes, dict) or any(
+                    name in notes and not isinstance(notes[name], kind) for name, kind in kinds.items()
+                ):
+                    raise ValueError(f"its notes are {quote(notes)}")
+                return step, notes
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
             if isinstance(error, OutputError):
                 raise
             raise OutputError(f"{self.path}: a damaged checkpoint ({error}); remove it to start again") from None

@@ -104,3 +104,20 @@ def test_two_processes_share_the_cells(config, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["cells"]) == 6 and all(cell["forget"] is not None for cell in results["cells"])
     assert done.stdout.count("report.html") == 1
+
+
+@pytest.mark.parametrize("part", ["scores", "edit"])
+@pytest.mark.parametrize("content", ["3", '{"forget": 3, "sha256": 3}', '{"measures": [1], "cost": "x"}'])
+def test_a_part_of_the_wrong_type_is_measured_again_or_one_line(config, call, tmp_path, part, content):
+    """A file without a hash is an earlier version's: it is read as it is, and refused where it does not fit."""
+    plan = config(methods=["none"])
+    assert call("compare", "--config", plan, "--out", tmp_path / "out")[0] == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    path = next((tmp_path / "out" / "cells").glob(f"*/{part}.json"))
+    path.write_text(content)
+    code, _, said = call("compare", "--config", plan, "--out", tmp_path / "out")
+    if content == "3":
+        assert code == 0 and json.loads(path.read_text())
+        return
+    assert code == 2 and said.count("editlib:") == 1 and "not what an earlier run wrote" in said
+    assert (tmp_path / "out" / "results.json").read_bytes() == before

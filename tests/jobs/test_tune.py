@@ -79,6 +79,12 @@ def test_the_best_is_found_and_written(judged, bench, tmp_path):
     assert "early_stop_loss 0.01" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_rows_that_were_left_out_are_in_the_report(judged, bench, tmp_path):
+    rows = {"requests.jsonl": ["line 3"]}
+    tune(bench, FORGET, START, tmp_path / "out", minutes=0, retain=RETAIN, left_out=rows)
+    assert json.loads((tmp_path / "out" / "tune.json").read_text())["left_out"] == rows
+
+
 def test_it_goes_on_where_it_was(judged, bench, tmp_path):
     out = tmp_path / "out"
     tune(bench, FORGET, START, out, minutes=1, retain=RETAIN, clock=clock(15))
