@@ -1,7 +1,9 @@
 """The house holds: imports run one way, and only `models/` reaches into transformers."""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,24 @@ def test_no_module_imports_itself_through_others():
     while free := {name for name, others in arrows.items() if name not in done and others <= done}:
         done |= free
     assert done == known.keys()
+
+
+def code_lines(function: ast.FunctionDef, text: str) -> int:
+    """How many lines of a function's body hold code: neither its docstring, nor comments, nor blank lines."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    if not body:
+        return 0
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    last = function.end_lineno or 0
+    found = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in nothing]
+    lines = {line for token in found for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines & set(range(body[0].lineno, last + 1)))
+
+
+def test_functions_are_short_lists_of_named_steps():
+    """At most 40 lines of code each."""
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 40:
+                assert code_lines(node, text) <= 40, f"{path}: {node.name}"
