@@ -72,7 +72,9 @@ def load(
     _checked_config(path, name, options)
     with _one_line_errors(name), quiet_bars(), quiet_hub():
         tok = AutoTokenizer.from_pretrained(path, **options)
-        extra = {} if device_map is None else {"device_map": device_map}
+        # The search for an adapter has options of its own; without these it asks the Hub in vain for half a minute.
+        extra: dict[str, Any] = {"adapter_kwargs": _reading(path)}
+        extra |= {} if device_map is None else {"device_map": device_map}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype or "", "auto"), **extra, **options)
     return _ready(model), tok
 
