@@ -8,19 +8,23 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 
 QUICK := tests/requests tests/hparams tests/evaluation tests/algorithms/test_closed_form.py \
 	tests/algorithms/test_low_rank.py tests/algorithms/test_null_space.py tests/test_architecture.py tests/docs
 
-.PHONY: demo check test bench lint docs clean
+.PHONY: demo check static quick test bench lint docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/editlib demo --out runs/demo --overwrite
 
+# Two things at once: types on one core, tests on the other.
 check: $(VENV)/.ready
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target static quick
+
+static: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+quick: $(VENV)/.ready
 	$(PYTEST) $(QUICK)
 
-test: $(VENV)/.ready
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+test: static
 	$(BIN)/editlib fetch smollm2-135m
 	$(PYTEST)
 	PYTHONPATH=tests $(PYTEST) -p stand_in tests/test_accelerator.py tests/chain/test_chain_accelerator.py

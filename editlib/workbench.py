@@ -28,7 +28,7 @@ from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompt_settings import PromptSettings, differing
 from editlib.models.prompts import PromptFormat, settled
 from editlib.models.weights import weights_sha256
-from editlib.stats.corpus import load_corpus
+from editlib.stats.corpus import Corpus, load_corpus
 from editlib.stats.file import LayerStats, StatsHeader
 from editlib.stats.layer_stats import layer_stats
 from editlib.stats.moments import drop_checkpoint
@@ -159,32 +159,51 @@ class Workbench:
             editlib=library_version(),
         )
         checkpoint = folder / f".{header.corpus}.partial.npz"
-        common: dict[str, Any] = {
-            "tokens": tokens,
-            "header": header,
-            "checkpoint": checkpoint,
-            "progress": self.progress,
-            "shard": self.shard,
-        }
         if text is None:
-            prompts = data.questions("train") + [prompt.question for prompt in data.general("anchor")]
-            made = self_stats(anat, self.tok, layers, prompts, seed=seed, how=self.given_prompts, **common)
+            made = self._stats_of_own_text(layers, header, checkpoint)
         else:
-            with cast_params(self.model, fast_dtype(self.model)):
-                made = layer_stats(
-                    anat,
-                    self.tok,
-                    layers,
-                    text.documents,
-                    max_length=header.max_length,
-                    skip_first=skip_first,
-                    **common,
-                )
+            made = self._stats_of(text, layers, header, checkpoint)
         with self.shard.together():
             for layer in made.values() if self.shard.first else ():
                 save_stats(self.stats_dir, layer)
         drop_checkpoint(checkpoint, self.shard)
         return made
+
+    def _stats_of_own_text(self, layers: Sequence[int], header: StatsHeader, checkpoint: Path) -> dict[int, LayerStats]:
+        """Statistics of text that the model writes itself, in answer to the bundled prompts."""
+        prompts = data.questions("train") + [prompt.question for prompt in data.general("anchor")]
+        return self_stats(
+            self.anat,
+            self.tok,
+            layers,
+            prompts,
+            tokens=header.tokens,
+            header=header,
+            seed=header.seed,
+            checkpoint=checkpoint,
+            progress=self.progress,
+            shard=self.shard,
+            how=self.given_prompts,
+        )
+
+    def _stats_of(
+        self, text: Corpus, layers: Sequence[int], header: StatsHeader, checkpoint: Path
+    ) -> dict[int, LayerStats]:
+        """Statistics of a corpus, in the dtype that the processor is fast in."""
+        with cast_params(self.model, fast_dtype(self.model)):
+            return layer_stats(
+                self.anat,
+                self.tok,
+                layers,
+                text.documents,
+                tokens=header.tokens,
+                header=header,
+                max_length=header.max_length,
+                skip_first=header.skip_first,
+                checkpoint=checkpoint,
+                progress=self.progress,
+                shard=self.shard,
+            )
 
     def _window(self, max_length: int) -> int:
         """A window no longer than the model's positions reach."""

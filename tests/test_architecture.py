@@ -1,7 +1,10 @@
 """The house holds: imports run one way, and only `models/` reaches into transformers."""
 
 import ast
+import io
 import re
+import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,10 +30,17 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    """Each file is parsed once for all tests."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, wherever in the file."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -77,14 +87,14 @@ def test_only_models_touches_what_is_inside_transformers(path):
 
 def test_nothing_prints_below_the_command_line():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "print", path
 
 
 def test_no_device_literals():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(path)):
             assert not (isinstance(node, ast.Constant) and str(node.value).startswith("cuda")), path
 
 
@@ -104,3 +114,24 @@ def test_no_module_imports_itself_through_others():
     while free := {name for name, others in arrows.items() if name not in done and others <= done}:
         done |= free
     assert done == known.keys()
+
+
+def code_lines(function: ast.FunctionDef, text: str) -> int:
+    """How many lines of a function's body hold code: neither its docstring, nor comments, nor blank lines."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    if not body:
+        return 0
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    last = function.end_lineno or 0
+    found = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in nothing]
+    lines = {line for token in found for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines & set(range(body[0].lineno, last + 1)))
+
+
+def test_functions_are_short_lists_of_named_steps():
+    """At most 40 lines of code each."""
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 40:
+                assert code_lines(node, text) <= 40, f"{path}: {node.name}"

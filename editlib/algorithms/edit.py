@@ -78,6 +78,16 @@ def restore(anat: Anatomy, originals: Mapping[int, Tensor]) -> None:
         anat.weight(layer).copy_(original)
 
 
+@contextmanager
+def restored_on_error(anat: Anatomy, originals: Mapping[int, Tensor]) -> Iterator[None]:
+    """Puts the weights `{layer: [d_model, d_ff]}` back when the block fails, or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        restore(anat, originals)
+        raise
+
+
 class Timer:
     """Adds up the seconds of each named part of a job, for receipts."""
 
@@ -137,7 +147,7 @@ def write_layers(
         weights: of each request's contexts in its key, sum 1; `None`: the mean over all.
     """
     written = Written({}, {layer: anat.weight(layer).clone() for layer in layers}, {})
-    try:
+    with restored_on_error(anat, written.originals):
         stream = KeyStream(anat, [row for rows in contexts for row in rows], layers[0])
         # A request's first context is its plain prompt.
         plain = torch.tensor([0, *[len(rows) for rows in contexts[:-1]]]).cumsum(0)  # [n]
@@ -159,9 +169,6 @@ def write_layers(
             delta = solve(layer, LayerKeys(keys, every[:, plain]), residual)
             write(anat, layer, delta)
             written.deltas[layer], written.keys[layer] = delta, keys
-    except BaseException:
-        restore(anat, written.originals)
-        raise
     return written
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.algorithms.edit import EditResult, EditState, Timer, layer_norms, restore
+from editlib.algorithms.edit import EditResult, EditState, Timer, layer_norms, restored_on_error
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.pipeline import check_fit, check_requests
 from editlib.errors import EditError
@@ -61,12 +61,8 @@ def apply_ft_to_model(
         rows.append((row.followed_by(target[:-1]), target))
     originals = {layer: anat.weight(layer).clone() for layer in hparams.layers}
     timer = Timer()
-    try:
-        with no_param_grad(model), timer("training"):
-            losses = _train(anat, rows, hparams, seed, progress)
-    except BaseException:
-        restore(anat, originals)
-        raise
+    with restored_on_error(anat, originals), no_param_grad(model), timer("training"):
+        losses = _train(anat, rows, hparams, seed, progress)
     deltas = {
         layer: LowRank.full(anat.weight(layer).float() - original.float()) for layer, original in originals.items()
     }

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.closed_form import emmet, memit
 from editlib.algorithms.covariance import covariance_of
-from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore, write
+from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restored_on_error, write
 from editlib.algorithms.left_metric import find_left_metric
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.pipeline import edit_at_once, find_statistics, prepare
 from editlib.algorithms.values import Values
-from editlib.hparams import EMMETHyperParams, MEMITHyperParams, MEMITSeqHyperParams, RECTHyperParams
+from editlib.hparams import MEMITHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
@@ -67,13 +67,12 @@ def apply_memit_to_model(
     metric = find_left_metric(encoded.anat, encoded.form, encoded.requests, hparams.layers, hparams.left_weight)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-        if isinstance(hparams, EMMETHyperParams):
-            ridge = hparams.emmet_lambda
+        if (ridge := hparams.equality_ridge) is not None:
             return emmet(keys.mean, residual, covariances[layer], weight=weight, ridge=ridge, metric=metric)
-        past = state.past_block(layer, keys.mean) if isinstance(hparams, MEMITSeqHyperParams) else None
+        past = state.past_block(layer, keys.mean) if hparams.holds_past else None
         delta = memit(keys.mean, residual, covariances[layer], weight=weight, past=past, metric=metric)
-        if isinstance(hparams, RECTHyperParams):
-            return relatively_largest(delta, encoded.anat.weight(layer), hparams.rect_share)
+        if hparams.kept_share is not None:
+            return relatively_largest(delta, encoded.anat.weight(layer), hparams.kept_share)
         return delta
 
     if hparams.refits_totals:
@@ -106,7 +105,7 @@ def _pruned(model: PreTrainedModel, state: EditState, edit: Callable[[], EditRes
     """Runs `edit` on the weights as they would be without pruning, then prunes all updates so far together."""
     anat = anatomy(model)
     before = {layer: anat.weight(layer).clone() for layer in state.bases}
-    try:
+    with restored_on_error(anat, before):
         # 1. The weights as they would be if no total had been pruned.
         for layer, base in state.bases.items():
             anat.weight(layer).copy_(base)
@@ -124,9 +123,6 @@ def _pruned(model: PreTrainedModel, state: EditState, edit: Callable[[], EditRes
             deltas[layer] = kept if was is None else kept + LowRank(-was.left, was.right)
             anat.weight(layer).copy_(bases[layer])
             write(anat, layer, kept)
-    except BaseException:
-        restore(anat, before)
-        raise
     originals = {layer: before.get(layer, result.originals[layer]) for layer in result.deltas}
     return replace(
         result,

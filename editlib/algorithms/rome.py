@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.closed_form import rome
 from editlib.algorithms.covariance import covariance_of
-from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restore
+from editlib.algorithms.edit import EditResult, EditState, LayerKeys, layer_norms, restored_on_error
 from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.pipeline import EncodedEdit, edit_at_once, find_statistics, find_values, prepare
@@ -70,16 +70,13 @@ def apply_rome_to_model(
 
     original = encoded.anat.weight(layer).clone()
     results: list[EditResult] = []
-    try:
+    with restored_on_error(encoded.anat, {layer: original}):
         for i in tqdm(range(len(requests)), desc="edits", disable=not progress, leave=False):
             one = encoded.only(i)
             # The weights have changed since the previous edit, and with them the state that the value starts from.
             own = values.select([i]) if values else find_values(one, hparams, norms=_output_norms(one, layer))
             results.append(edit_at_once(one, hparams, solve, state, own, progress=False))
             state = results[-1].state
-    except BaseException:
-        restore(encoded.anat, {layer: original})
-        raise
     return _joined(results, layer, original)
 
 

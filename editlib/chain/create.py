@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from editlib import data, editing
 from editlib.algorithms.contexts import context_templates
@@ -89,32 +90,37 @@ def start(
             inputs.token.save(folder / TOKEN)
         if isinstance(hparams, UniEraseHyperParams):
             write_requests(folder / RETAIN, data.retain_prompts([]) if retain is None else retain)
-        written = [name for name in (TOKEN, RETAIN) if (folder / name).exists()]
-        files = {name: sha256((folder / name).read_bytes()) for name in written}
+        files = {name: sha256((folder / name).read_bytes()) for name in (TOKEN, RETAIN) if (folder / name).exists()}
         record = ChainRecord(
             format=FORMAT,
             created=created,
-            base={
-                "name": str(Path(bench.name).resolve()) if Path(bench.name).is_dir() else bench.name,
-                "sha256": bench.sha256,
-                "dtype": bench.dtype,
-                "layers": layers,
-            },
+            base=_base_of(bench, layers),
             algorithm=hparams.algorithm,
             hparams=hparams.to_dict(),
             hparams_source=hparams.source,
             chat=chat,
             seed=seed,
             templates=_templates(bench, hparams, asking, seed),
-            statistics={
-                str(layer): {"path": str(stats.path and stats.path.resolve()), "sha256": stats.sha256()}
-                for layer, stats in inputs.stats.items()
-            },
+            statistics=_origins(inputs.stats),
             files=files,
             prompts=asking.to_dict(),
             left_out={name: list(rows) for name, rows in (left_out or {}).items()},
         )
         create_folder(folder, record)
+
+
+def _base_of(bench: Workbench, layers: Mapping[str, str]) -> dict[str, Any]:
+    """What identifies a chain's base model: its name (a folder's as a whole path), and hashes of its weights."""
+    name = str(Path(bench.name).resolve()) if Path(bench.name).is_dir() else bench.name
+    return {"name": name, "sha256": bench.sha256, "dtype": bench.dtype, "layers": layers}
+
+
+def _origins(stats: Mapping[int, LayerStats]) -> dict[str, dict[str, str]]:
+    """The file and the hash of each layer's statistics, by the layer's number."""
+    return {
+        str(layer): {"path": str(found.path and found.path.resolve()), "sha256": found.sha256()}
+        for layer, found in stats.items()
+    }
 
 
 def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, seed: int) -> tuple[str, ...]:

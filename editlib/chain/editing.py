@@ -12,7 +12,7 @@ from editlib import editing
 from editlib.algorithms.edit import EditResult
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys
 from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
-from editlib.algorithms.unierase.apply import hold_anchors
+from editlib.algorithms.unierase.constraints import hold_anchors
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.chain.batch import Batch

@@ -65,8 +65,6 @@ def evaluate(
     """Measures an edited model, or a chain, against its base on generated answers."""
     from editlib.files import check_output
     from editlib.jobs.evaluate import evaluate_models, point_rows
-    from editlib.tofu.protocol import TofuProtocol
-    from editlib.tofu.scores import ANSWER_TOKENS, Judges
 
     check_output(out_dir, overwrite=overwrite)
     how = prompt_settings(prompts)
@@ -81,21 +79,10 @@ def evaluate(
         chosen = _facts(edited, requests, retain, held_out, before, endings=endings or 0, skip_bad=skip_bad)
     elif protocol == "tofu":
         _refuse(facts, "facts")
-        chosen = TofuProtocol.read(
-            tofu,
-            forget or "forget01",
-            learned_file=learned,
-            reference=reference,
-            skip_bad=skip_bad,
-            whole=mode not in ("single", "precise"),
-            limit=limit,
-            max_new_tokens=max_new_tokens or ANSWER_TOKENS,
-            judges=Judges(encoder, classifier),
-            seed=seed,
-            dtype=dtype,
-            device_map=device_map,
-            progress=True,
-        )
+        whole = mode not in ("single", "precise")
+        asked: dict[str, Any] = {"learned_file": learned, "skip_bad": skip_bad, "whole": whole, "limit": limit}
+        loading: dict[str, Any] = {"reference": reference, "seed": seed, "dtype": dtype, "device_map": device_map}
+        chosen = _tofu(tofu, forget, max_new_tokens, encoder, classifier, **asked, **loading)
     else:
         raise RequestError(f"--protocol {protocol!r}: expected facts or tofu")
     metrics = evaluate_models(
@@ -114,6 +101,23 @@ def _refuse(options: dict[str, object], protocol: str) -> None:
     """Options of the other protocol are no silent no-ops."""
     if given := [name for name, value in options.items() if value is not None]:
         raise RequestError(f"{', '.join(given)}: only for --protocol {protocol}; leave out, or choose that")
+
+
+def _tofu(
+    folder: str | None,
+    forget: str | None,
+    max_new_tokens: int | None,
+    encoder: str | None,
+    classifier: str | None,
+    **options: Any,
+) -> Any:
+    """The protocol of TOFU, with the command's defaults for what was not given."""
+    from editlib.tofu.protocol import TofuProtocol
+    from editlib.tofu.scores import ANSWER_TOKENS, Judges
+
+    length, judges = max_new_tokens or ANSWER_TOKENS, Judges(encoder, classifier)
+    forget = forget or "forget01"
+    return TofuProtocol.read(folder, forget, max_new_tokens=length, judges=judges, progress=True, **options)
 
 
 def _facts(

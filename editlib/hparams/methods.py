@@ -70,6 +70,7 @@ class MEMITHyperParams(ClosedFormHyperParams):
 
     values_first: ClassVar[bool] = True
     plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
+    holds_past: ClassVar[bool] = False  # preserves the outputs at the keys of earlier edits
 
     layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
     mom2_update_weight: float = knob(
@@ -82,6 +83,16 @@ class MEMITHyperParams(ClosedFormHyperParams):
         min=0,
     )
 
+    @property
+    def equality_ridge(self) -> float | None:
+        """The ridge of the constraint that meets the requests exactly; `None`: they are met by least squares."""
+        return None
+
+    @property
+    def kept_share(self) -> float | None:
+        """Share of an update's entries that is written, the relatively largest; `None`: the whole update."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class MEMITSeqHyperParams(MEMITHyperParams):
@@ -90,6 +101,7 @@ class MEMITSeqHyperParams(MEMITHyperParams):
     algorithm: ClassVar[str] = "MEMIT_seq"
     paper: ClassVar[str] = "2210.07229, as in 2410.02355"
     summary: ClassVar[str] = "MEMIT that preserves earlier edits"
+    holds_past: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +125,10 @@ class RECTHyperParams(MEMITHyperParams):
 
     rect_share: float = knob(0.4, "share of a matrix's entries that may change", above=0, max=1)
 
+    @property
+    def kept_share(self) -> float | None:
+        return self.rect_share
+
 
 @dataclass(frozen=True, kw_only=True)
 class PRUNEHyperParams(MEMITHyperParams):
@@ -134,6 +150,10 @@ class EMMETHyperParams(MEMITHyperParams):
 
     mom2_update_weight: float = knob(1.0, "factor of the covariance, relative to `emmet_lambda`", above=0)
     emmet_lambda: float = knob(0.1, "ridge added to the diagonal of the constraint's linear system", min=0)
+
+    @property
+    def equality_ridge(self) -> float | None:
+        return self.emmet_lambda
 
 
 @dataclass(frozen=True, kw_only=True)

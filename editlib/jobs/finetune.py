@@ -169,14 +169,7 @@ def finetune(
     left_out: dict[str, list[str]] = {}
     pairs = read_pairs(files, authors, skip_bad=skip_bad, left_out=left_out)
     loaded, tok = load(model, dtype=dtype, device_map=device_map)
-    job = {
-        "base": weights_sha256(loaded),
-        "pairs": requests_hash(pairs),
-        "settings": asdict(settings),
-        "seed": seed,
-        **({} if prompts is None else {"prompts": prompts.to_dict()}),
-    }
-    form = PromptFormat.of(tok, prompts)
+    job, form = _job_of(loaded, pairs, settings, prompts, seed), PromptFormat.of(tok, prompts)
     if not overwrite and (kept := _receipt(out)) is not None:
         if kept.get("job") == job:
             return {**kept, "done_before": True}
@@ -185,16 +178,10 @@ def finetune(
     for pair in pairs:  # each with its own answer, which may be long
         check_prompts(loaded, form, [(pair.id, pair.question)], room=len(form.answer_ids(pair.answer or "")) + 1)
     check_room(out, stored_bytes(loaded))
-    anat, plan = anatomy(loaded), settings.training(len(pairs), seed)
-    checkpoint = Checkpoint(out.parent / f".{out.name}.training" / "checkpoint.safetensors", job)
+    anat, checkpoint = anatomy(loaded), Checkpoint(out.parent / f".{out.name}.training" / "checkpoint.safetensors", job)
+    plan = settings.training(len(pairs), seed)
     before = measure(anat, form, pairs, settings.text, seed)
-    learn = [answered(tok, pair.question, pair.answer or "", form=form) for pair in pairs]
-    parts = [Part("pairs", [(row,) for row in learn], answer_nll)]
-    parts += _kept(anat, form, pairs, settings, seed) if settings.keep else []
-    with trainable(anat, rank=settings.rank, seed=seed) as parameters:
-        result = train(
-            anat, parts, parameters, plan, checkpoint=checkpoint, progress="learning" if progress else None
-        )  # fmt: skip
+    training = _learn(anat, form, pairs, settings, plan, checkpoint, progress=progress)
     after = measure(anat, form, pairs, settings.text, seed)
     receipt = {
         "editlib": library_version(),
@@ -205,15 +192,7 @@ def finetune(
         **asked_as(tok, settled(tok, prompts), pairs),
         "pairs": len(pairs),
         **({"left_out": left_out} if left_out else {}),
-        "training": {
-            **plan.to_dict(),
-            "parameters": result.parameters,
-            "tokens": result.tokens,
-            "seconds": round(result.seconds, 1),
-            "loss_first": result.losses[0],
-            "loss_last": result.losses[-1],
-            "losses": {name: [round(loss, 4) for loss in losses] for name, losses in result.parts.items()},
-        },
+        "training": training,
         "before": before,
         "after": after,
         "result_sha256": weights_sha256(loaded),
@@ -221,6 +200,46 @@ def finetune(
     _write(out, loaded, tok, pairs, receipt, overwrite=overwrite)
     shutil.rmtree(checkpoint.path.parent, ignore_errors=True)
     return {**receipt, "done_before": False}
+
+
+def _job_of(
+    model: PreTrainedModel,
+    pairs: Sequence[EditRequest],
+    settings: FinetuneSettings,
+    prompts: PromptSettings | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Identifies a training: the same job again has the same result."""
+    job = {"base": weights_sha256(model), "pairs": requests_hash(pairs), "settings": asdict(settings), "seed": seed}
+    return job if prompts is None else {**job, "prompts": prompts.to_dict()}
+
+
+def _learn(
+    anat: Anatomy,
+    form: PromptFormat,
+    pairs: Sequence[EditRequest],
+    settings: FinetuneSettings,
+    plan: TrainSettings,
+    checkpoint: Checkpoint,
+    *,
+    progress: bool,
+) -> dict[str, Any]:
+    """Trains the model in place and returns what the receipt says of it."""
+    rows = [answered(form.tok, pair.question, pair.answer or "", form=form) for pair in pairs]
+    parts = [Part("pairs", [(row,) for row in rows], answer_nll)]
+    parts += _kept(anat, form, pairs, settings, plan.seed) if settings.keep else []
+    shown = "learning" if progress else None
+    with trainable(anat, rank=settings.rank, seed=plan.seed) as parameters:
+        result = train(anat, parts, parameters, plan, checkpoint=checkpoint, progress=shown)
+    return {
+        **plan.to_dict(),
+        "parameters": result.parameters,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 1),
+        "loss_first": result.losses[0],
+        "loss_last": result.losses[-1],
+        "losses": {name: [round(loss, 4) for loss in losses] for name, losses in result.parts.items()},
+    }
 
 
 def measure(

@@ -91,7 +91,9 @@ def load(
         with _one_line_errors(name, path, "tokenizer"):
             tok = AutoTokenizer.from_pretrained(path, **options)
             _try_tokenizer(tok)
-        extra: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+        # The search for an adapter has options of its own; without these it asks the Hub in vain for half a minute.
+        extra: dict[str, Any] = {"adapter_kwargs": _reading(path)}
+        extra |= {} if device_map is None else {"device_map": device_map}
         extra |= {"dtype": DTYPES.get(dtype or "", "auto"), "output_loading_info": True, **options}
         with listening() as told, _one_line_errors(name, path, "weights", told, config):
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, **extra)

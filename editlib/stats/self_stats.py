@@ -72,15 +72,12 @@ def self_stats(
     longest = max(map(len, asked))
     length = min(length, (positions_of(anat.model) or longest + length) - longest)
     batch_rows = max(1, min(batch_rows, BATCH_TOKENS // (longest + length)))
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    digest = digest if how is None else how.key(digest)
-    header = replace(header, corpus="self", corpus_sha256=digest, seed=seed)
+    header = replace(header, corpus="self", corpus_sha256=_hash_of(prompts, how), seed=seed)
     sums = MomentSums(layers, anat.d_ff)
     job = {"tokens": tokens, "batch_rows": batch_rows, "length": length, "rank": shard.rank, "world": shard.world}
     place = None if checkpoint is None else shard.own(checkpoint)
     keeper = Checkpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
     number, done = _resume(keeper, sums, shard)
-    ends, device = end_tokens(anat), input_device(anat.model)
     with (
         no_param_grad(anat.model),
         torch.no_grad(),
@@ -94,10 +91,7 @@ def self_stats(
             before = sums.tokens
             mine = number + (shard.rank - number) % shard.world
             if mine < number + at_once:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + mine)
-                picks = torch.randint(len(prompts), (batch_rows,), generator=generator).tolist()
-                rows = [asked[i] for i in picks]
-                _sample(anat, layers, rows, sums, ends, generator, min(length, tokens - done), device)
+                _sample(anat, asked, batch_rows, sums, seed * 1_000_003 + mine, min(length, tokens - done))
             number += at_once
             reports = shard.gather((sums.tokens - before, stop(), keeper.due))
             done += sum(counted for counted, _, _ in reports)
@@ -115,6 +109,12 @@ def self_stats(
     return finish(sums, anat, header, number * batch_rows)
 
 
+def _hash_of(prompts: Sequence[str], how: PromptSettings | None) -> str:
+    """Identifies what the model is asked: the prompts, and how they are asked where that was set."""
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return digest if how is None else how.key(digest)
+
+
 def _resume(keeper: Checkpoint, sums: MomentSums, shard: Process) -> tuple[int, int]:
     """(next batch, tokens so far by all processes); from the beginning unless all stopped at the same batch."""
     with shard.together():
@@ -128,18 +128,12 @@ def _resume(keeper: Checkpoint, sums: MomentSums, shard: Process) -> tuple[int, 
     return number, sum(shard.gather(sums.tokens))
 
 
-def _sample(
-    anat: Anatomy,
-    layers: Sequence[int],
-    rows: list[TokenRow],
-    sums: MomentSums,
-    ends: frozenset[int],
-    generator: torch.Generator,
-    length: int,
-    device: torch.device,
-) -> None:
-    """Generates one batch of samples, recorded as it is written."""
-    batch = pad(rows, side="left", device=device)
+def _sample(anat: Anatomy, asked: Sequence[TokenRow], count: int, sums: MomentSums, seed: int, length: int) -> None:
+    """Samples answers to `count` of the prompts, drawn from `seed`, and records their keys as they are written."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(asked), (count,), generator=generator).tolist()
+    ends, device = end_tokens(anat), input_device(anat.model)
+    batch = pad([asked[i] for i in drawn], side="left", device=device)
     ids, mask, cache = batch.input_ids, batch.attention_mask, DynamicCache()
     for step in range(length + 1):
         at = torch.arange(len(ids), device=device)
@@ -151,7 +145,7 @@ def _sample(
             cache=cache,
             score=(at, at * 0 + ids.shape[1] - 1),
             keys=recorded,
-            key_layers=tuple(layers),
+            key_layers=tuple(sums.sums),
         )
         sums.tokens += len(ids) if step else 0
         picks = torch.multinomial(logits.float().softmax(1).cpu(), 1, generator=generator)[:, 0]

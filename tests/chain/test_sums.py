@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from editlib.algorithms.edit import EditState
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.registry import apply_function
-from editlib.algorithms.unierase.apply import apply_unierase_to_model, hold_anchors
+from editlib.algorithms.unierase.apply import apply_unierase_to_model
+from editlib.algorithms.unierase.constraints import hold_anchors
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.chain import Chain, editing

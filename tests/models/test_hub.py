@@ -64,6 +64,10 @@ def test_what_is_no_id_is_one_line(cached, name):
 
 
 def test_an_adapter_by_its_id_is_merged(cached, tmp_path, monkeypatch):
+    def never(_):
+        raise AssertionError("the Hub was asked again and again")
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", never)
     peft = pytest.importorskip("peft")
     save_model(make_llama(), train_tokenizer(), cached("someone/base"))
     base, _ = load("someone/base")

@@ -14,35 +14,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
-from editlib.algorithms.closed_form import alphaedit, exact
 from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.edit import (
     EditResult,
     EditState,
-    LayerKeys,
-    Solve,
     Timer,
     layer_norms,
-    restore,
+    restored_on_error,
     write,
     write_layers,
 )
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.null_space import NullSpace, null_spaces
+from editlib.algorithms.null_space import null_spaces
 from editlib.algorithms.pipeline import EncodedEdit, check_fit, encode_contexts, find_values, value_diagnostics
-from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors, anchor_keys
-from editlib.algorithms.unierase.anchors import Anchors, answers_to, choose_anchors, encode_anchors
+from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors
+from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
 from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, relations_of, remaining_gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
 from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
-from editlib.algorithms.unierase.subject_rows import by_subject, check_answers, subject_rows
+from editlib.algorithms.unierase.subject_rows import SubjectRows, by_subject, check_answers, subject_rows
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.errors import HparamsError, RequestError, TokenError
@@ -83,6 +80,16 @@ class _Edit:
     def fast(self) -> AbstractContextManager[None]:
         """Runs the model in the dtype that the processor is fast in, where the settings allow it (`v_precision`)."""
         return cast_params(self.anat.model, fast_dtype(self.anat.model) if self.hparams.v_precision == "fast" else None)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What an edit must leave as it is: retain prompts, the model's answers to them as far as they are known, and the
+    anchors' keys."""
+
+    retain: Sequence[EditRequest]
+    answers: Mapping[str, Sequence[int]] | None
+    keys: AnchorKeys
 
 
 @dataclass(frozen=True)
@@ -146,42 +153,28 @@ def apply_unierase_to_model(
     edit = _prepare(anat, tok, requests, hparams, token, chat, seed, progress)
     timer = Timer()
     with no_param_grad(model):
+        # 1. What must stay: the anchors' keys, read before anything changes.
         with timer("anchors"):
-            if edit.fits_tokens and values is None:
-                retain = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
-                known_answers = answers_to(anat, edit.form, retain, known=known_answers, progress=progress)
-            before = anchored or hold_anchors(
-                anat,
-                edit.form,
-                retain,
-                requests,
-                hparams,
-                layers=(),
-                known_answers=known_answers,
-                seed=seed,
-                progress=progress,
-            )
+            kept = _keep(edit, requests, retain, known_answers, anchored, answered=values is None)
+        # 2. The gate opens first: values by descent start where it leaves the model.
         with timer("gate"):
-            opened, gate = _open_gate(edit, before.gate, values, state.opened)
+            opened, gate = _open_gate(edit, kept.keys.gate, values, state.opened)
         originals = {layer: anat.weight(layer).clone() for layer in gate}
-        try:
+        with restored_on_error(anat, originals):
             for layer, delta in gate.items():
                 write(anat, layer, delta)
-            found = _Found(values) if values is not None else None
-            if found is None:
-                with timer("values"):
-                    found = _find_values(edit, before, retain, known_answers)
+            # 3. The values, unless they are given for a replay.
+            found = _find_values(edit, kept, timer) if values is None else _Found(values)
             values = replace(found.values, gate=opened)
             diagnostics = value_diagnostics(requests, values)
+            # 4. One solve per layer reaches them.
             with timer("write"):
-                solve = _solver(edit, spaces, stats, before, state, reread=anchored is None)
+                solve = layer_solve(anat, hparams, spaces, stats, kept.keys, state, reread=anchored is None)
                 written = write_layers(anat, hparams.layers, edit.contexts, values.targets, solve)
             originals |= written.originals
+            # 5. Tokens are fitted last: they answer to the edited model.
             with timer("tokens"):
                 token, said = _say(edit, tok, token, found.places)
-        except BaseException:
-            restore(anat, originals)
-            raise
     deltas = {**written.deltas, **gate}
     return EditResult(
         deltas,
@@ -189,7 +182,7 @@ def apply_unierase_to_model(
         diagnostics=_with_rows(diagnostics, found.rows, said),
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
-        anchors=before.anchors.ids,
+        anchors=kept.keys.anchors.ids,
         state=replace(state.with_keys(written.keys), opened=state.opened | relations_of(opened)),
         values=values,
         keys=written.keys,
@@ -234,6 +227,36 @@ def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHype
     check_gate(anat, hparams)
 
 
+def _keep(
+    edit: _Edit,
+    requests: Sequence[EditRequest],
+    retain: Sequence[EditRequest],
+    known_answers: Mapping[str, Sequence[int]] | None,
+    anchored: AnchorKeys | None,
+    *,
+    answered: bool,
+) -> _Kept:
+    """Chooses what must stay and reads its keys, unless they were read before (`anchored`).
+
+    `answered`: where tokens will be fitted, also generate the answers to the retain prompts that are chosen.
+    """
+    if edit.fits_tokens and answered:
+        retain = choose_anchors(retain, requests, most=edit.hparams.max_anchors, seed=edit.seed)
+        known_answers = answers_to(edit.anat, edit.form, retain, known=known_answers, progress=edit.progress)
+    keys = anchored or hold_anchors(
+        edit.anat,
+        edit.form,
+        retain,
+        requests,
+        edit.hparams,
+        layers=(),  # each layer's are read when it is solved, after those below were written
+        known_answers=known_answers,
+        seed=edit.seed,
+        progress=edit.progress,
+    )
+    return _Kept(retain, known_answers, keys)
+
+
 def _open_gate(
     edit: _Edit, anchored: GateAnchors | None, values: Values | None, opened: Collection[str]
 ) -> tuple[dict[str | None, Tensor], dict[int, LowRank]]:
@@ -247,53 +270,59 @@ def _open_gate(
     return found, gate_update(*common, anchored, edit.token_id, layer, edit.hparams, found)
 
 
-def _find_values(
-    edit: _Edit,
-    anchored: AnchorKeys,
-    retain: Sequence[EditRequest],
-    known_answers: Mapping[str, Sequence[int]] | None,
-) -> _Found:
+def _find_values(edit: _Edit, kept: _Kept, timer: Timer) -> _Found:
     """The values of all requests, from rows or by descent, what the rows read, and where tokens are to be said."""
-    hparams, groups = edit.hparams, by_subject(edit.requests)
-    if hparams.values == "rows":
-        with edit.fast():
-            made = subject_rows(
-                edit.anat,
-                edit.form,
-                edit.requests,
-                retain,
-                groups,
-                siblings=hparams.siblings,
-                catalogue=edit.catalogue,
-                known_answers=known_answers,
-                progress=edit.progress,
-            )
-        first = [rows[0] for rows in edit.contexts]
-        values, report = values_from_rows(
-            edit.anat, edit.requests, first, made, hparams, anchored.anchors.rows, progress=edit.progress
-        )
-        if not edit.fits_tokens:
-            return _Found(values, report)
-        siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
-        answers = {**(known_answers or {}), **made.answers}
-        places = refusal_places(
+    with timer("values"):
+        return _from_rows(edit, kept) if edit.hparams.values == "rows" else _by_descent(edit)
+
+
+def _from_rows(edit: _Edit, kept: _Kept) -> _Found:
+    """Values that erase each answer, as fitted rows of its subject read it."""
+    hparams = edit.hparams
+    with edit.fast():
+        made = subject_rows(
+            edit.anat,
             edit.form,
             edit.requests,
-            choose_anchors(retain, edit.requests, most=MOST_KEPT, seed=edit.seed),
-            list(siblings),
-            answers,
-            edit.catalogue,
-            wordings=hparams.token_wordings,
-            general=data.questions("train")[::GENERAL_STEP],
+            kept.retain,
+            by_subject(edit.requests),
+            siblings=hparams.siblings,
+            catalogue=edit.catalogue,
+            known_answers=kept.answers,
+            progress=edit.progress,
         )
-        return _Found(values, report, places)
+    first = [rows[0] for rows in edit.contexts]
+    values, report = values_from_rows(
+        edit.anat, edit.requests, first, made, hparams, kept.keys.anchors.rows, progress=edit.progress
+    )
+    return _Found(values, report, _places(edit, kept, made) if edit.fits_tokens else None)
+
+
+def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
+    """Where tokens are to be said, and where not: at retain prompts, other facts of the subjects, general questions."""
+    siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
+    return refusal_places(
+        edit.form,
+        edit.requests,
+        choose_anchors(kept.retain, edit.requests, most=MOST_KEPT, seed=edit.seed),
+        list(siblings),
+        {**(kept.answers or {}), **made.answers},
+        edit.catalogue,
+        wordings=edit.hparams.token_wordings,
+        general=data.questions("train")[::GENERAL_STEP],
+    )
+
+
+def _by_descent(edit: _Edit) -> _Found:
+    """Values at which each question is answered with [UNL], as published."""
+    hparams = edit.hparams
     subjects = subject_prompts(
         edit.anat, edit.form, edit.requests, prompts=hparams.kl_subject_prompts, answer_tokens=hparams.kl_answer_tokens
     )
     assert edit.token_id is not None  # `_prepare` refuses descent without a token
     wanted: list[tuple[int, ...]] = [(edit.token_id,)] * len(edit.requests)
     encoded = EncodedEdit(edit.anat, edit.form, edit.requests, edit.contexts, wanted, subjects)
-    return _Found(find_values(encoded, hparams, groups=groups, progress=edit.progress))
+    return _Found(find_values(encoded, hparams, groups=by_subject(edit.requests), progress=edit.progress))
 
 
 def _say(
@@ -342,82 +371,7 @@ def _with_rows(
     return found
 
 
-def _solver(
-    edit: _Edit,
-    spaces: Mapping[int, NullSpace],
-    stats: Mapping[int, LayerStats],
-    before: AnchorKeys,
-    state: EditState,
-    *,
-    reread: bool,
-) -> Solve:
-    """The solve of one layer (eq. 11 and 13), with anchors, earlier edits and ordinary text as constraints.
-
-    `reread`: read the anchors' keys of each layer anew, after the layers below it have been written.
-    """
-    anat, hparams = edit.anat, edit.hparams
-
-    def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-        now = anchor_keys(anat, before.anchors, [layer]) if reread else before
-        blocks, moment = _weighed(now, layer, hparams, keys.mean)
-        blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))
-        if hparams.text_weight:
-            text = stats[layer].moment().to(keys.mean) * hparams.text_weight
-            moment = text if moment is None else moment + text
-        delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
-        if hparams.solve == "ridge":
-            return delta
-        return exact(delta, spaces[layer].like(keys.mean).project(keys.mean), floor=hparams.exact_floor)
-
-    return solve
-
-
-def _weighed(
-    anchored: AnchorKeys, layer: int, hparams: UniEraseHyperParams, like: Tensor
-) -> tuple[list[Tensor], Tensor | None]:
-    """The anchors' keys of a layer with their weights, as blocks `[d_ff, m]` and a moment, as `like` is kept."""
-    own, known = anchored.layers[layer], torch.tensor(anchored.anchors.known, device=like.device)
-    at_lookups = hparams.anchor_lookup_weight + hparams.anchor_known_weight * known.to(like)
-    blocks = [
-        own.every.columns.to(like) * math.sqrt(hparams.anchor_weight),
-        own.lookups.to(like) * at_lookups.sqrt(),
-    ]
-    moment = own.every.moment
-    return blocks, None if moment is None else moment.to(like) * hparams.anchor_weight
-
-
 def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperParams) -> list[TokenRow]:
     """The request's question and further phrasings, each in every context template; the plain question first."""
     place = hparams.fact_token if request.subject is not None else "last"
     return encode_contexts(form, request, hparams.context_templates, place)
-
-
-def hold_anchors(
-    anat: Anatomy,
-    form: PromptFormat,
-    retain: Sequence[EditRequest],
-    requests: Sequence[EditRequest],
-    hparams: UniEraseHyperParams,
-    *,
-    layers: Sequence[int] | None = None,
-    known_answers: Mapping[str, Sequence[int]] | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> AnchorKeys:
-    """The anchors of an edit, chosen from `retain`, and their keys in the model as it is, of `layers` (`None`: those of
-    `hparams`) and the gate's; see `apply_unierase_to_model`."""
-    layers = hparams.layers if layers is None else layers
-    if not hparams.anchors:
-        return anchor_keys(anat, Anchors((), None, (), (), ()), layers, hparams.gate_layer)
-    chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
-    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
-    anchors = encode_anchors(
-        anat,
-        form,
-        chosen,
-        subjects=tuple(subjects) if hparams.anchor_subjects else (),
-        everywhere=hparams.anchor_positions == "all",
-        known=known_answers,
-        progress=progress,
-    )
-    return anchor_keys(anat, anchors, layers, hparams.gate_layer)

@@ -9,9 +9,10 @@ from models.families import make
 from tiny_models import VOCAB
 
 from editlib.algorithms.contexts import subject_prompts
-from editlib.algorithms.unierase import apply
+from editlib.algorithms.unierase import apply, constraints
 from editlib.algorithms.unierase.answer_gate import check_gate
 from editlib.algorithms.unierase.apply import apply_unierase_to_model
+from editlib.algorithms.unierase.constraints import hold_anchors
 from editlib.algorithms.unierase.subject_rows import by_subject
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import EditError, HparamsError
@@ -121,7 +122,7 @@ def test_what_weighs_more_is_moved_less(job, knob):
     """Anchors' lookup positions, and ordinary text."""
     model, tok, rest = job
     generator, moved = torch.Generator().manual_seed(8), {}
-    held = apply.hold_anchors(anatomy(model), PromptFormat(tok), RETAIN, FORGET, UniEraseHyperParams(**OPTIONS))
+    held = hold_anchors(anatomy(model), PromptFormat(tok), RETAIN, FORGET, UniEraseHyperParams(**OPTIONS))
     text = torch.randn(rest["stats"][0].mom2.shape[0], 5, generator=generator, dtype=torch.float64)
     rest["stats"] = {layer: LayerStats(text @ text.T, 5, 1) for layer in (0, 1)}
 
@@ -137,16 +138,16 @@ def test_what_weighs_more_is_moved_less(job, knob):
 def test_anchors_are_read_behind_each_layer_that_is_written_or_where_they_were_held(job, monkeypatch):
     model, tok, rest = job
     anat, hparams = anatomy(model), UniEraseHyperParams(**OPTIONS)
-    plain, read, genuine = anat.weight(0).clone(), [], apply.anchor_keys
+    plain, read, genuine = anat.weight(0).clone(), [], constraints.anchor_keys
 
     def watch(anat, anchors, layers, *more):
         read.append((list(layers), torch.equal(anat.weight(0), plain)))
         return genuine(anat, anchors, layers, *more)
 
-    monkeypatch.setattr(apply, "anchor_keys", watch)
+    monkeypatch.setattr(constraints, "anchor_keys", watch)
     apply_unierase_to_model(model, tok, FORGET, hparams, **rest).revert(model)
     assert read == [([], True), ([0], True), ([1], False)]
-    held = apply.hold_anchors(anat, PromptFormat(tok), RETAIN, FORGET, hparams)
+    held = hold_anchors(anat, PromptFormat(tok), RETAIN, FORGET, hparams)
     read.clear()
     result = apply_unierase_to_model(model, tok, FORGET, hparams, **rest | {"retain": (), "anchored": held})
     assert not read and result.anchors == tuple(prompt.id for prompt in RETAIN)
@@ -155,7 +156,7 @@ def test_anchors_are_read_behind_each_layer_that_is_written_or_where_they_were_h
 def test_anchors_that_the_model_answers_right_can_weigh_more(job):
     """Only the one whose answer holds the right one."""
     model, tok, rest = job
-    held = apply.hold_anchors(anatomy(model), PromptFormat(tok), RETAIN, FORGET, UniEraseHyperParams(**OPTIONS))
+    held = hold_anchors(anatomy(model), PromptFormat(tok), RETAIN, FORGET, UniEraseHyperParams(**OPTIONS))
     row = held.anchors.rows[1]
     said = tok.decode(row.ids[len(row) - row.extra :], skip_special_tokens=True)
     answers = ("Nile", said, None)

@@ -1,0 +1,100 @@
+"""What one solve of UniErase holds in place: the keys of anchors, of earlier edits and of ordinary text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from editlib.algorithms.closed_form import alphaedit, exact
+from editlib.algorithms.edit import EditState, LayerKeys, Solve
+from editlib.algorithms.low_rank import LowRank
+from editlib.algorithms.null_space import NullSpace
+from editlib.algorithms.unierase.anchor_keys import AnchorKeys, anchor_keys
+from editlib.algorithms.unierase.anchors import Anchors, choose_anchors, encode_anchors
+from editlib.hparams import UniEraseHyperParams
+from editlib.models.anatomy import Anatomy
+from editlib.models.prompts import PromptFormat
+from editlib.requests.request import EditRequest
+from editlib.stats.file import LayerStats
+
+
+def hold_anchors(
+    anat: Anatomy,
+    form: PromptFormat,
+    retain: Sequence[EditRequest],
+    requests: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    *,
+    layers: Sequence[int] | None = None,
+    known_answers: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> AnchorKeys:
+    """Chooses the anchors of an edit from `retain` and reads their keys in the model as it is; see
+    `apply_unierase_to_model`.
+
+    Args:
+        layers: of these and the gate's layer; `None`: those of `hparams`.
+    """
+    layers = hparams.layers if layers is None else layers
+    if not hparams.anchors:
+        return anchor_keys(anat, Anchors((), None, (), (), ()), layers, hparams.gate_layer)
+    chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
+    subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
+    anchors = encode_anchors(
+        anat,
+        form,
+        chosen,
+        subjects=tuple(subjects) if hparams.anchor_subjects else (),
+        everywhere=hparams.anchor_positions == "all",
+        known=known_answers,
+        progress=progress,
+    )
+    return anchor_keys(anat, anchors, layers, hparams.gate_layer)
+
+
+def layer_solve(
+    anat: Anatomy,
+    hparams: UniEraseHyperParams,
+    spaces: Mapping[int, NullSpace],
+    stats: Mapping[int, LayerStats],
+    before: AnchorKeys,
+    state: EditState,
+    *,
+    reread: bool,
+) -> Solve:
+    """Returns the solve of one layer (eq. 11 and 13), with anchors, earlier edits and ordinary text as constraints.
+
+    `reread`: read the anchors' keys of each layer anew, after the layers below it have been written.
+    """
+
+    def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
+        now = anchor_keys(anat, before.anchors, [layer]) if reread else before
+        blocks, moment = _weighed(now, layer, hparams, keys.mean)
+        blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))
+        if hparams.text_weight:
+            text = stats[layer].moment().to(keys.mean) * hparams.text_weight
+            moment = text if moment is None else moment + text
+        delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
+        if hparams.solve == "ridge":
+            return delta
+        return exact(delta, spaces[layer].like(keys.mean).project(keys.mean), floor=hparams.exact_floor)
+
+    return solve
+
+
+def _weighed(
+    anchored: AnchorKeys, layer: int, hparams: UniEraseHyperParams, like: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
+    """Returns the anchors' weighted keys of a layer, as blocks `[d_ff, m]` and a moment, in the dtype of `like`."""
+    own, known = anchored.layers[layer], torch.tensor(anchored.anchors.known, device=like.device)
+    at_lookups = hparams.anchor_lookup_weight + hparams.anchor_known_weight * known.to(like)
+    blocks = [
+        own.every.columns.to(like) * math.sqrt(hparams.anchor_weight),
+        own.lookups.to(like) * at_lookups.sqrt(),
+    ]
+    moment = own.every.moment
+    return blocks, None if moment is None else moment.to(like) * hparams.anchor_weight
