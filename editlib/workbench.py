@@ -18,7 +18,6 @@ from editlib.algorithms.causal_trace import causal_trace
 from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
 from editlib.distributed import ALONE, Process
 from editlib.errors import TokenError
-from editlib.export import library_version
 from editlib.files import check_folder
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loaded import LoadedModel
@@ -34,6 +33,7 @@ from editlib.stats.layer_stats import layer_stats
 from editlib.stats.moments import drop_checkpoint
 from editlib.stats.self_stats import self_stats
 from editlib.stats.store import StatsNotFound, find_layers, model_slug, save_stats
+from editlib.version import library_version
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import editlib
 
 ROOT = Path(editlib.__file__).parent
 FLOORS = [
-    {"errors", "answers"},
+    {"errors", "answers", "version"},
     {"requests", "files", "settings", "distributed"},
     {"models", "hparams", "data", "shelf"},
     {"training", "stats"},

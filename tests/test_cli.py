@@ -1,6 +1,8 @@
 """Bad input on the command line: one line on stderr, exit code 2, nothing written."""
 
 import json
+import re
+from importlib.metadata import version
 
 import pytest
 import typer
@@ -8,6 +10,7 @@ import typer
 from editlib.cli import app
 from editlib.cli.options import layer_numbers
 from editlib.errors import HparamsError
+from editlib.jobs import doctor
 
 GOOD = {"id": "a", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris"}
 
@@ -251,3 +254,21 @@ def test_names_too_long_and_brackets_too_deep_are_one_line(call, folder, tmp_pat
     places["GOOD"] = tmp_path / "good.jsonl"
     refused(call(*[places.get(arg, arg) for arg in args]))
     assert not (tmp_path / "out").exists()
+
+
+def test_doctor_and_version_tell_what_is_installed(call):
+    """Beside what Python itself says is installed."""
+    code, said, _ = call("doctor")
+    assert code == 0
+    for package in ("torch", "transformers", "safetensors"):
+        assert re.search(rf"{package}\s.*{re.escape(version(package))}", said)
+    assert "smollm2-135m" in said and "gemma3-270m" in said
+    assert call("--version")[:2] == (0, f"editlib {version('editlib')}\n")
+
+
+def test_doctor_names_the_line_that_installs_a_missing_extra(monkeypatch):
+    known = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda package: None if package == "peft" else known(package))
+    extras = {name: found for part, name, found in doctor.doctor() if part == "extra"}
+    assert extras["lora"] == "missing: peft; pip install 'editlib[lora]'"
+    assert "pip install" not in extras["report"] and "dev" not in extras

@@ -20,13 +20,13 @@ from editlib.ability.report import AbilityReport, AbilityRow, table_rows
 from editlib.ability.tasks import Task, load_tasks, require_lm_eval
 from editlib.ability.text import measure_text, over_windows
 from editlib.errors import MetricError
-from editlib.export import library_version
 from editlib.files import write_json
 from editlib.models.loading import DeviceMap, check_models, load
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.shelf import Finished
 from editlib.stats.corpus import Corpus, load_corpus
+from editlib.version import library_version
 
 log = logging.getLogger(__name__)
 

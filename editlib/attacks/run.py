@@ -18,7 +18,6 @@ from editlib.attacks.outcome import COLUMNS, AttackResult, share_of
 from editlib.attacks.registry import ATTACKS, choose
 from editlib.attacks.settings import AttackSettings
 from editlib.errors import OutputError, RequestError
-from editlib.export import library_version
 from editlib.files import write_json
 from editlib.models.loaded import LoadedModel
 from editlib.models.positions import check_requests_fit
@@ -28,6 +27,7 @@ from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.shelf import FINISHED, differing, read_kept
+from editlib.version import library_version
 
 log = logging.getLogger(__name__)
 

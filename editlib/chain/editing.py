@@ -20,10 +20,10 @@ from editlib.chain.record import BatchEntry, ChainRecord
 from editlib.chain.state import ChainState, digest, new_part
 from editlib.chain.store import Store
 from editlib.data import without_overlap
-from editlib.export import library_version
 from editlib.hparams import HyperParams, UniEraseHyperParams
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
+from editlib.version import library_version
 from editlib.workbench import Workbench
 
 

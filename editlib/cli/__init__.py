@@ -10,7 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
-from editlib.cli import ability, ask, attack, baseline, compare, demo, edit, evaluate, export, finetune, hparams, plan
+from editlib.cli import (
+    ability,
+    ask,
+    attack,
+    baseline,
+    compare,
+    demo,
+    doctor,
+    edit,
+    evaluate,
+    export,
+    finetune,
+    hparams,
+    plan,
+)
 from editlib.cli.bench import bench_app
 from editlib.cli.chain import chain_app
 from editlib.cli.hparams import hparams_app
@@ -31,8 +45,22 @@ class Level(str, Enum):
     debug = "debug"
 
 
+def _show_version(wanted: bool) -> None:
+    """Prints the version and ends the command."""
+    if wanted:
+        from editlib.version import library_version
+
+        out.print(f"editlib {library_version()}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def _main(log: Annotated[Level, typer.Option(help="what is said on stderr")] = Level.info) -> None:
+def _main(
+    log: Annotated[Level, typer.Option(help="what is said on stderr")] = Level.info,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
     level = {"quiet": logging.ERROR, "info": logging.INFO, "debug": logging.DEBUG}[log.value]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("editlib").setLevel(level)
@@ -89,3 +117,4 @@ app.add_typer(chain_app, name="chain")
 app.add_typer(hparams_app, name="hparams")
 export.register(app)
 hparams.register(app)
+doctor.register(app)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from editlib.errors import HparamsError
@@ -47,11 +48,11 @@ def prompt_settings(options: Sequence[str] | None) -> Any:
 
 
 def print_table(rows: Iterable[Sequence[str]]) -> None:
-    """Prints head and rows as a table."""
+    """Prints head and rows as a table, brackets and all."""
     head, *rest = rows
-    table = Table(*head)
+    table = Table(*map(escape, head))
     for row in rest:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     out.print(table)
 
 

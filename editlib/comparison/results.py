@@ -15,8 +15,8 @@ from editlib.comparison.config import Config
 from editlib.errors import OutputError
 from editlib.evaluation.intervals import bootstrap
 from editlib.evaluation.metrics import wilson_interval
-from editlib.export import library_version
 from editlib.shelf import digest
+from editlib.version import library_version
 
 
 def collect(

@@ -22,13 +22,13 @@ from editlib.comparison.store import FAILED, Store, try_lock
 from editlib.distributed import ALONE, Process
 from editlib.errors import ConfigError, EditlibError, OutputError
 from editlib.evaluation.forget_set import Base, Benchmark, Task
-from editlib.export import library_version
 from editlib.files import check_output
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
 from editlib.shelf import JsonStore
 from editlib.stats.store import model_slug
+from editlib.version import library_version
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)

@@ -2,13 +2,12 @@
 
 from editlib.export.delta import Delta, make_delta
 from editlib.export.folder import save_edited
-from editlib.export.receipt import RECEIPT, asked_as, library_version, make_receipt, read_receipt
+from editlib.export.receipt import RECEIPT, asked_as, make_receipt, read_receipt
 
 __all__ = [
     "RECEIPT",
     "Delta",
     "asked_as",
-    "library_version",
     "make_delta",
     "make_receipt",
     "read_receipt",

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,11 @@ from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import stats_hash
+from editlib.version import library_version
 
 log = logging.getLogger(__name__)
 
 RECEIPT = "editlib.json"
-
-
-def library_version() -> str:
-    """Gives the installed version of editlib."""
-    try:
-        return version("editlib")
-    except PackageNotFoundError:  # a source tree on the path
-        return "unknown"
 
 
 def make_receipt(

@@ -15,7 +15,7 @@ from editlib.chain.export import chain_receipt
 from editlib.chain.store import RECORD
 from editlib.errors import RequestError
 from editlib.evaluation.protocol import Protocol, Side
-from editlib.export import asked_as, library_version, read_receipt
+from editlib.export import asked_as, read_receipt
 from editlib.export.receipt import prompts_of
 from editlib.files import check_output
 from editlib.models.anatomy import Anatomy, anatomy
@@ -25,6 +25,7 @@ from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest
+from editlib.version import library_version
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from editlib.errors import HparamsError, OutputError, RequestError
 from editlib.evaluation.metrics import probability, read_answers, rouge_l_recall
 from editlib.evaluation.metrics.generated import require_rouge
 from editlib.evaluation.perplexity import text_windows
-from editlib.export import asked_as, library_version
+from editlib.export import asked_as
 from editlib.files import atomic_folder, check_folder, check_output, check_room, write_json
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import end_tokens, greedy, perplexity
@@ -36,6 +36,7 @@ from editlib.requests.request import EditRequest
 from editlib.stats.corpus import check_corpus, load_corpus
 from editlib.training import Checkpoint, Part, TrainSettings, answer_nll, answered, text_rows, train
 from editlib.training.weights import trainable
+from editlib.version import library_version
 
 log = logging.getLogger(__name__)
 

@@ -63,10 +63,10 @@ def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
         return None
     if next(model.parameters()).dtype != torch.float32 or model.config.model_type in FP32_ALONE:
         return None
-    return torch.bfloat16 if _bf16_is_faster() else None
+    return torch.bfloat16 if bf16_is_faster() else None
 
 
-def _bf16_is_faster() -> bool:
+def bf16_is_faster() -> bool:
     """Whether bf16 products are faster, from the processor's features.
 
     Not timed, so that two runs on one machine use the same dtype.

@@ -20,7 +20,7 @@ QUICK = TokenHyperParams(steps=2, robust_steps=0, averaged_steps=1, batch=4, que
 @pytest.mark.parametrize("bf16", [False, True])
 def test_it_is_learned_on_every_architecture(tmp_path, monkeypatch, family, bf16):
     """Some have few learned positions, others mix fp32 into narrower products."""
-    monkeypatch.setattr("editlib.models.precision._bf16_is_faster", lambda: bf16)
+    monkeypatch.setattr("editlib.models.precision.bf16_is_faster", lambda: bf16)
     model = make(family)
     before = {name: weight.clone() for name, weight in model.named_parameters() if weight.shape[0] < 300}
     bench = Workbench.of(model, train_tokenizer(), tmp_path, name=family, progress=False)

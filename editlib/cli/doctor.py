@@ -1,0 +1,19 @@
+"""`editlib doctor`: call, print."""
+
+from __future__ import annotations
+
+import typer
+
+from editlib.cli.options import print_table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `app`."""
+    app.command()(doctor)
+
+
+def doctor() -> None:
+    """Shows versions, extras, devices, caches and packaged models: what to look at first, and to paste in a report."""
+    from editlib.jobs.doctor import doctor as run
+
+    print_table([("part", "name", "found"), *run()])
