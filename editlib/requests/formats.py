@@ -166,6 +166,9 @@ def _refuse_others(row: Row) -> None:
     """Says what to read instead of files of known sets that hold no requests."""
     if "prompt" in row:
         return
+    if row and all(isinstance(value, dict) and "agg_value" in value for value in row.values()):
+        wanted = "expected questions; read the file that was measured on, and give this one to eval --reference"
+        raise FieldError(next(iter(row)), f"results of open-unlearning; {wanted}")
     if "text" in row:
         raise FieldError("text", PASSAGE)
     if {"target", "intro"} <= row.keys():

@@ -169,6 +169,7 @@ def test_rippleedits_with_and_without_the_subjects_name(tmp_path):
         ([{"target": "Stephen King", "intro": "An author"}], "RWKU's forget_level2"),
         (["A passage of the news."], "MUSE's knowmem"),
         ([{"input": "q", "output": [{"answer": "a"}]}], "zsre_mend_eval.json"),
+        ({"forget_quality": {"agg_value": 0.9}, "model_utility": {"agg_value": 0.5}}, "eval --reference"),
     ],
 )
 def test_files_without_questions_say_what_is_read_instead(tmp_path, value, instead):
