@@ -17,8 +17,8 @@ from editlib.export import Delta, make_delta, save_edited
 from editlib.export.apply import load_base
 from editlib.export.lora import LoraReport, check_rank, save_lora
 from editlib.export.receipt import asked_as, origin
-from editlib.files import check_file, check_output
-from editlib.models.weights import weights_sha256
+from editlib.files import check_file, check_output, check_room
+from editlib.models.weights import stored_bytes, weights_sha256
 from editlib.reports.receipt import check_place, write_pages
 from editlib.stats.store import stats_hash
 
@@ -30,6 +30,7 @@ def save_chain(chain: Chain, out: str | Path, *, overwrite: bool = False) -> str
         EditlibError: a chain without batches, another base model, or an output folder in use. Nothing is written then.
     """
     check_output(Path(out), overwrite=overwrite)
+    check_room(Path(out), stored_bytes(chain.model))
     receipt = chain_receipt(chain)
     return save_edited(chain.model, chain.tok, Path(out), receipt, overwrite=overwrite)
 

@@ -11,10 +11,10 @@ from editlib.algorithms.edit import restore
 from editlib.errors import DeltaError
 from editlib.export.delta import Delta
 from editlib.export.folder import save_edited
-from editlib.files import check_output
+from editlib.files import check_output, check_room
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loading import DTYPES, load
-from editlib.models.weights import weights_sha256
+from editlib.models.weights import stored_bytes, weights_sha256
 
 
 def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, overwrite: bool = False) -> Delta:
@@ -28,6 +28,7 @@ def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, over
     check_output(Path(out), overwrite=overwrite)
     delta = Delta.load(delta_file)
     model, tok = load_base(base, delta)
+    check_room(Path(out), stored_bytes(model))
     apply_delta(model, tok, delta)
     save_edited(model, tok, Path(out), delta.receipt, overwrite=overwrite)
     return delta

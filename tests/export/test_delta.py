@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import namedtuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import LAYERS, make_gpt2, make_llama, train_tokenizer
 
+from editlib import files
 from editlib.algorithms.edit import restore
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
@@ -209,6 +211,13 @@ def test_no_place_to_write(saved, tmp_path):
         delta.save(tmp_path)
     with pytest.raises(OutputError, match="cannot write"):
         delta.save(saved[0] / "below" / "d")
+
+
+def test_a_full_disk_is_told_before_the_model_is_changed(saved, bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: namedtuple("Usage", "total used free")(10, 5, 1000))
+    with pytest.raises(OutputError, match="0 MB are free"):
+        apply_delta_file(str(saved[1]), saved[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_terms_go_with_the_folder(bases, tmp_path, tiny_llama, tok):
