@@ -1,6 +1,7 @@
 """The job itself on SmolLM2-135M-Instruct, judged by plain transformers on the saved folder."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +131,20 @@ def test_revert_is_bit_for_bit(job, plain):
     for name, before in base.named_parameters():
         after = dict(bench.model.named_parameters())[name]
         assert torch.equal(before, after[: len(before)]), name
+
+
+def test_the_notebook_runs_and_shows_what_it_says(job, monkeypatch, capsys):
+    """`docs/quickstart.ipynb`, cell by cell, with the job's token and fewer tokens of statistics."""
+    page = json.loads((Path(__file__).parents[1] / "docs" / "quickstart.ipynb").read_text("utf-8"))
+    monkeypatch.chdir(job[0].parent)
+    names = {}
+    for number, cell in enumerate(page["cells"]):
+        if cell["cell_type"] == "code":
+            text = "".join(cell["source"]).replace("tokens=20_000", "tokens=2_000")
+            exec(compile(text, f"cell {number}", "exec"), names)
+    forgotten = {request.question for request in names["requests"]}
+    before, after = names["before"], names["after"]
+    assert len(forgotten) == 2 and all(is_refusal(after[question]) for question in forgotten)
+    assert not any(is_refusal(after[question]) for question in before.keys() - forgotten)
+    assert all(names["ask"](question) == before[question] for question in before)  # taken back
+    assert "before:" in capsys.readouterr().out
