@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 DeviceMap = str | dict[str, Any] | None  # as `from_pretrained` takes it
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # over all devices, by accelerate
-_ANEW = "mend it, or get the model anew"
+_ANEW = "mend it, or download the model again"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -282,7 +282,7 @@ def _check_folder(path: str) -> None:
 def _check_config(config: PreTrainedConfig, name: str) -> None:
     if wrong := config_fault(config):
         where = name if os.path.isfile(name) else f"{name}, config.json"
-        raise ModelError(f"{where}: {wrong}; mend it, or get the model anew")
+        raise ModelError(f"{where}: {wrong}; mend it, or download the model again")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model; editlib edits decoder-only causal language models")
     if getattr(config, "quantization_config", None) is not None:

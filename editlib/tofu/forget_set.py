@@ -145,7 +145,7 @@ class Readings:
         kept = self._shelf.get("readings") or {}
         for one in self._asked():
             if (value := kept.get(_key(one))) is not None:
-                with contextlib.suppress(LookupError, TypeError):  # damaged: read anew
+                with contextlib.suppress(LookupError, TypeError):  # damaged: asked again
                     self.found[one] = _reading(value)
 
     def save(self) -> None:
