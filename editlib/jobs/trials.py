@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from editlib.models.generation import perplexity
 from editlib.models.loaded import plain_text
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
+from editlib.models.vocabulary import Vocabulary
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.shelf import digest
@@ -118,6 +120,10 @@ class Judge:
 
     def tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> Trial:
         """Edits, asks, and puts the weights back."""
+        with _tokens_taken_out(self.bench):
+            return self._tried(hparams, changed, how)
+
+    def _tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> Trial:
         begun, bench = time.perf_counter(), self.bench
         means = editing.load_inputs(bench, hparams, **how)
         try:
@@ -143,6 +149,16 @@ class Judge:
             ratio,
             time.perf_counter() - begun,
         )
+
+
+@contextmanager
+def _tokens_taken_out(bench: Workbench) -> Iterator[None]:
+    """Takes tokens that are added in the block out of the model again: trials that fit some would add up."""
+    vocabulary = Vocabulary.of(bench.model, bench.tok)
+    try:
+        yield
+    finally:
+        bench.tok = vocabulary.restore(bench.model)
 
 
 def forgotten(items: Sequence[Item], kind: str, *, says: bool) -> float:

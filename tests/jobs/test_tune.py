@@ -1,17 +1,21 @@
 """The search over settings: what is tried, what is kept, what is reported."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
 from tiny_models import make_llama, train_tokenizer
 
 from editlib.errors import HparamsError, RequestError
 from editlib.evaluation.answer_cache import AnswerCache
 from editlib.facts.scores import Item
 from editlib.hparams import AlphaEditHyperParams, UniEraseHyperParams, load_hparams
+from editlib.jobs import trials
 from editlib.jobs import tune as job
 from editlib.jobs.trials import Trial, forgotten
 from editlib.jobs.tune import Tuned, check_tuning, table_rows, tune
+from editlib.models.vocabulary import add_token
 from editlib.requests.reading import write_requests
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
@@ -183,3 +187,20 @@ def test_facts_that_the_model_does_not_know_are_told_before_settings_that_erase(
     assert [record.message for record in caplog.records] == [
         "the model does not know 1 of 2 facts (Peru); trials are judged by the others"
     ][:unknown]
+
+
+def test_tokens_of_a_trial_go_with_it(bench):
+    """The vocabulary is what it was, to the bit, also when a trial fails."""
+    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    words = len(bench.tok)
+    for failure in (None, RuntimeError("a trial failed")):
+        with pytest.raises(RuntimeError) if failure else nullcontext(), trials._tokens_taken_out(bench):
+            for token in ("[UNL]", "[UNL2]", "[UNL3]"):
+                add_token(bench.model, bench.tok, token)
+            assert len(bench.tok) == words + 3
+            if failure:
+                raise failure
+        assert len(bench.tok) == words and "[UNL]" not in bench.tok.get_vocab()
+        now = bench.model.state_dict()
+        assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+        assert bench.anat.embedding.weight.shape == before["model.embed_tokens.weight"].shape
