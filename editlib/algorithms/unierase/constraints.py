@@ -68,7 +68,7 @@ def layer_solve(
 ) -> Solve:
     """Returns the solve of one layer (eq. 11 and 13), with anchors, earlier edits and ordinary text as constraints.
 
-    `reread`: read the anchors' keys of each layer anew, after the layers below it have been written.
+    `reread`: read the anchors' keys of each layer again, after the layers below it have been written.
     """
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:

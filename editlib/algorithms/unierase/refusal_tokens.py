@@ -8,7 +8,7 @@ it leaves the model that was erased.
 
 What is said is a pair: the relation's own token (`[UNL2]`, `[UNL3]`, ...), and after it `[UNL]`, which all relations
 share and which continues into the refusal. With tied embeddings a token's one row is both read out and read in. The
-pair parts the two: an own token's row only has to find its places, and `[UNL]` follows such a token wherever it stands,
+pair parts the two: an own token's row only has to find its places. `[UNL]` follows such a token wherever it was said,
 so that its row is free to lead into a fluent refusal. All are fitted at once, with `z` a token's log-odds:
 
     NLL_WEIGHT NLL([UNL] refusal | own token) + WANTED_WEIGHT Σ softplus(say_margin - z) where it is wanted
@@ -225,6 +225,7 @@ class _ReadOut:
         for k in groups:
             weight[group == k] /= weight[group == k].sum()
         # A token's own relation is a kind of its own: other subjects' questions are what comes nearest to its own.
+        # `[UNL]`, the first row, has no relation.
         kept_weight = torch.stack([_shares(places.kept, device, own=k) for k in (None, *groups)])  # [1 + K, kept]
         return cls(wanted, kept, inside, group, weight, kept_weight, hparams.say_margin, hparams.quiet_margin)
 
