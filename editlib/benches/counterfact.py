@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from editlib.benches.points import Cell
 from editlib.editing import check_given
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.evaluation.perplexity import text_windows
+from editlib.export import asked_as
 from editlib.facts.plots import require_matplotlib
+from editlib.files import write_json
 from editlib.finding import find_settings
 from editlib.hparams import HyperParams, algorithm_of
 from editlib.models.generation import perplexity
@@ -32,6 +34,7 @@ from editlib.requests.request import EditRequest
 from editlib.shelf import append_cell, read_cells
 from editlib.stats.corpus import check_corpus, load_corpus
 from editlib.stats.file import LayerStats
+from editlib.version import library_version
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -127,16 +130,18 @@ def bench_counterfact(
     text: str = "wiki-sample:heldout",
     known: bool = False,
     seed: int = 0,
+    left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Cell]:
     """Measures each algorithm of `settings` at every number of edits, on the first so many requests, asked as plain
     text unless the workbench's prompts are others.
 
-    The facts are written to `out/facts.jsonl`, for other commands. Cells are appended to `out/cells.jsonl` as they are
-    done; those already there from the same job are not measured
-    again. ROME knows no batch: its edits one after another count as both.
+    The facts are written to `out/facts.jsonl`, for other commands, and what was measured how to `out/bench.json`. Cells
+    are appended to `out/cells.jsonl` as they are done; those already there from the same job are not measured again.
+    ROME knows no batch: its edits one after another count as both.
 
     Args:
         known: take only facts whose true answer the model gives.
+        left_out: rows of the request file that were left out, by file; `bench.json` lists them.
 
     Raises:
         RequestError: fewer usable requests than the largest of `counts`.
@@ -154,7 +159,18 @@ def bench_counterfact(
             f"{max(counts)}: give a larger file, or smaller --edits"
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_requests(out / "facts.jsonl", usable[: max(counts)])
+    facts = usable[: max(counts)]
+    write_requests(out / "facts.jsonl", facts)
+    write_json(
+        out / "bench.json",
+        {
+            "editlib": library_version(),
+            **_asked_of(bench, facts, settings),
+            **{"edits": sorted(counts), "modes": list(modes), "known": known, "corpus": corpus, "text": text},
+            "seed": seed,
+            **({"left_out": {name: list(rows) for name, rows in left_out.items()}} if left_out else {}),
+        },
+    )
     run = _Run(bench, usable, out / "cells.jsonl", sorted(counts), text, seed)
     for hparams in settings:
         stats: dict[int, LayerStats] = {}
@@ -164,6 +180,16 @@ def bench_counterfact(
             if hparams.takes_batches or mode != BATCH:
                 run.measure(hparams, mode, {"chat": how, **({"stats": stats} if stats else {})})
     return run.cells
+
+
+def _asked_of(bench: Workbench, facts: Sequence[EditRequest], settings: Sequence[HyperParams]) -> dict[str, Any]:
+    """The model, the facts, how they are asked, and the settings of each algorithm, as JSON values."""
+    return {
+        "model": {"name": bench.name, "sha256": bench.sha256},
+        "requests_sha256": requests_hash(facts),
+        **asked_as(bench.tok, bench.asking(False), facts),
+        "hparams": {one.algorithm: {"source": one.source, **one.to_dict()} for one in settings},
+    }
 
 
 class _Run:

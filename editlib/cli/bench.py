@@ -28,7 +28,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a
 def bench_counterfact(
     requests: Requests,
     model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
-    out_dir: Annotated[Path, typer.Option("--out", help="gets cells.jsonl, table.md and plot.png")] = Path(
+    out_dir: Annotated[Path, typer.Option("--out", help="gets bench.json, cells.jsonl, table.md and plot.png")] = Path(
         "runs/counterfact"
     ),
     algorithms: Annotated[str, typer.Option(help="separated by commas")] = "FT,ROME,MEMIT,AlphaEdit",
@@ -61,7 +61,8 @@ def bench_counterfact(
         check_device(device_map)
     how = prompt_settings(prompts)
     plan = check_plan(model, algorithms, hparams or [], edits, modes, corpus=corpus, text=text)
-    wanted = read_requests(requests, skip_bad=skip_bad)
+    left_out: dict[str, list[str]] = {}
+    wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
     check_facts(wanted, plan.counts)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
     cells = run(
@@ -75,6 +76,7 @@ def bench_counterfact(
         text=text,
         known=known,
         seed=seed,
+        left_out=left_out,
     )
     print_table(counterfact_rows(cells))
     for path in write_bench(cells, out_dir):

@@ -81,6 +81,7 @@ def private_receipt(
             for request in requests
         ],
         "revoked": [{"requests": one["requests"], **_when(one)} for one in receipt.get("revoked") or ()],
+        **_left_out(receipt),
         "private": HOW,
     }
     key = {
@@ -112,6 +113,12 @@ def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _when(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"time": entry["time"]} if "time" in entry else {}
+
+
+def _left_out(receipt: Mapping[str, Any]) -> dict[str, int]:
+    """The number of rows that were left out of the request files: the names of these may tell something."""
+    rows = (receipt.get("left_out") or {}).values()
+    return {"left_out": sum(len(some) for some in rows if isinstance(some, list))} if rows else {}
 
 
 def _words(requests: Sequence[EditRequest]) -> set[str]:

@@ -124,7 +124,8 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
     return found
 
 
-_TEXTS, _OBJECTS = ("editlib", "algorithm", "requests_sha256"), ("base", "layers", "token", "prompts", "timings")
+_TEXTS = ("editlib", "algorithm", "requests_sha256")
+_OBJECTS = ("base", "layers", "token", "prompts", "timings", "left_out")
 
 
 def _misfit(receipt: Any) -> str | None:

@@ -43,7 +43,7 @@ def write_receipt(
     Args:
         requests_file: what was asked; without it the receipt tells ids only.
         metrics_file, private: see `write_pages`.
-        skip_bad: leave rows of `requests_file` out that cannot be used, see `read_requests`.
+        skip_bad: leave rows of `requests_file` out that cannot be used, see `read_requests`; the receipt lists them.
 
     Returns:
         The page, and the key's file when `private`.
@@ -53,7 +53,12 @@ def write_receipt(
     """
     check_place(Path(out), private=private, overwrite=overwrite)
     receipt = _receipt_of(edited)
-    requests = None if requests_file is None else read_requests(requests_file, skip_bad=skip_bad)
+    rows: dict[str, list[str]] = {}
+    requests = None
+    if requests_file is not None:
+        requests = read_requests(requests_file, skip_bad=skip_bad, left_out=rows)
+    if rows:
+        receipt["left_out"] = {**(receipt.get("left_out") or {}), **rows}
     return write_pages(receipt, requests, Path(out), metrics_file=metrics_file, private=private, overwrite=overwrite)
 
 

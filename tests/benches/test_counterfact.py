@@ -14,7 +14,7 @@ from editlib.errors import HparamsError, ModelError, RequestError
 from editlib.hparams import FTHyperParams, MEMITHyperParams, ROMEHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
-from editlib.requests.reading import read_requests
+from editlib.requests.reading import read_requests, requests_hash
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -203,3 +203,13 @@ def test_the_command(call, folder, corpus, tmp_path):
     assert said.count("FT") == 4 and "plot.png" in said
     assert read_requests(tmp_path / "o" / "facts.jsonl") == REQUESTS[:2]
     refused(call("bench", "counterfact", *args, "1,9"), "at least 9")
+    told = json.loads((tmp_path / "o" / "bench.json").read_text())
+    assert told["requests_sha256"] == requests_hash(REQUESTS[:2]) and told["prompts"] == {"chat": False}
+    assert told["first_prompt"] == "The capital of France is" and "left_out" not in told
+    with facts.open("a") as file:
+        file.write('{"id": "bad"}\n')
+    refused(call("bench", "counterfact", *args, "1,2"), "facts.jsonl:7", "--skip-bad")
+    code, _, err = call("bench", "counterfact", *args, "1,2", "--skip-bad", "--prompt", "tags=Q: {} A:")
+    told = json.loads((tmp_path / "o" / "bench.json").read_text())
+    assert code == 0 and told["left_out"] == {"facts.jsonl": ["line 7"]}, err
+    assert told["first_prompt"] == "Q: The capital of France is A:" and told["hparams"]["FT"]["layers"] == [2]

@@ -154,6 +154,23 @@ def test_without_the_requests_ids_alone_are_told(edited, tmp_path):
     assert "ids only" in page.read_text()
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_rows_that_were_left_out_are_listed(edited, receipt, asked, tmp_path, private):
+    """Those of the edit, and those of this command; a private receipt has their number, without names of files."""
+    (edited / "editlib.json").write_text(json.dumps(receipt | {"left_out": {"plimsnark.jsonl": ["line 2", "line 9"]}}))
+    with asked.open("a", encoding="utf-8") as file:
+        file.write('{"id": "third"}\n')
+    with pytest.raises(RequestError, match="--skip-bad"):
+        write_receipt(edited, tmp_path / "out", requests_file=asked, private=private)
+    page, _ = write_receipt(edited, tmp_path / "out", requests_file=asked, private=private, skip_bad=True)
+    told = json.loads((page.parent / "receipt.json").read_text())
+    if private:
+        assert told["left_out"] == 3 and "plimsnark" not in page.read_text()
+    else:
+        assert told["left_out"] == {"plimsnark.jsonl": ["line 2", "line 9"], "asked.jsonl": ["line 3"]}
+        assert "line 9" in page.read_text()
+
+
 def test_bad_input_writes_nothing(edited, asked, measured, tmp_path):
     out = tmp_path / "out"
     write_requests(tmp_path / "other.jsonl", REQUESTS[:1])
