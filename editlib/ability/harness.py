@@ -15,18 +15,28 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.ability.measured import Aggregate, Measure, Measured
+from editlib.ability.prompting import asked_through, tagged
 from editlib.ability.tasks import Task, require_lm_eval, seeds
 from editlib.errors import MetricError
+from editlib.models.prompts import PromptFormat
 
 log = logging.getLogger(__name__)
 
 
-def wrap(model: PreTrainedModel, tok: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    """Wraps the model as lm-eval's `hf` takes it. The tokenizer is copied, since lm-eval gives it a pad token."""
+def wrap(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, batch_size: int, form: PromptFormat | None = None
+) -> Any:
+    """Wraps the model as lm-eval's `hf` takes it. The tokenizer is copied, since lm-eval gives it a pad token.
+
+    Args:
+        form: how tasks ask; `None`: as lm-eval does by default.
+    """
     from lm_eval.models.huggingface import HFLM
 
+    # A chat template writes the tokens that a text begins with (BOS) itself.
+    front: dict[str, Any] = {"add_bos_token": False} if form is not None and form.uses_chat else {}
     with _level("lm_eval", logging.ERROR):  # it warns that a loaded model was given
-        return HFLM(pretrained=model, tokenizer=copy.deepcopy(tok), batch_size=batch_size)
+        return asked_through(HFLM(pretrained=model, tokenizer=copy.deepcopy(tok), batch_size=batch_size, **front), form)
 
 
 def measure_task(
@@ -36,6 +46,7 @@ def measure_task(
     documents: Sequence[int] | None = None,
     limit: int | None = None,
     bootstrap: int,
+    form: PromptFormat | None = None,
 ) -> Measured:
     """Runs a task. Values and standard errors are lm-eval's, and what its command line gives with the same batch size.
 
@@ -43,6 +54,7 @@ def measure_task(
         documents: the numbers of those to take, ascending.
         limit: take the first so many. At most one of both is given.
         bootstrap: draws for the standard errors that lm-eval bootstraps.
+        form: how the task asks, as `lm` was wrapped with it.
 
     Raises:
         MetricError: lm-eval cannot run the task, or cannot score it.
@@ -50,7 +62,7 @@ def measure_task(
     begun = time.perf_counter()
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), seeds():  # lm-eval prints
+        with contextlib.redirect_stdout(said), seeds(), tagged(task.object, form) as asked:  # lm-eval prints
             results = require_lm_eval().evaluate(
                 lm,
                 {"tasks": {task.name: task.object}},
@@ -58,13 +70,15 @@ def measure_task(
                 samples=None if documents is None else {task.name: list(documents)},
                 bootstrap_iters=bootstrap,
                 log_samples=True,
+                **asked,
             )
     except Exception as error:  # of all kinds, from any task's own code
         what = (str(error).strip().splitlines() or [""])[0][:160]
         what = f"{type(error).__name__}: {what}"
         raise MetricError(f"task {task.name}: lm-eval stopped ({what}); leave the task out") from error
     log.debug("%s", said.getvalue())
-    ids, hashes, items = _by_metric(results["samples"][task.name])
+    samples = results["samples"][task.name]
+    ids, hashes, items = _by_metric(samples)
     numbers = results["results"][task.name]
     better = results["higher_is_better"][task.name]
     measures = [
@@ -79,7 +93,8 @@ def measure_task(
         for (name, chosen), found in items.items()
         if _finite(numbers.get(f"{name},{chosen}")) is not None
     ]
-    return Measured(tuple(hashes), tuple(measures), round(time.perf_counter() - begun, 2))
+    seconds = round(time.perf_counter() - begun, 2)
+    return Measured(tuple(hashes), tuple(measures), seconds, first_prompt=_first_prompt(samples))
 
 
 def chosen(total: int, limit: int | None, seed: int | None) -> list[int] | None:
@@ -96,6 +111,12 @@ def aggregate_function(name: str | None) -> Aggregate | None:
     from lm_eval.api.registry import get_aggregation
 
     return get_aggregation(name)
+
+
+def _first_prompt(samples: Sequence[Mapping[str, Any]]) -> str | None:
+    """The text that the model was given for the first document; `None` for a task that only reads texts."""
+    given = samples[0]["arguments"][0] if samples and samples[0]["arguments"] else ()
+    return str(given[0]) if len(given) > 1 else None
 
 
 def _by_metric(

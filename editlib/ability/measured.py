@@ -32,11 +32,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class Measured:
-    """All numbers of one model on one task. `documents` are hashes, in the order of every measure's items."""
+    """All numbers of one model on one task.
+
+    `documents` are hashes, in the order of every measure's items. `first_prompt` is the first one as the model saw it;
+    a text has none.
+    """
 
     documents: tuple[str, ...]
     measures: tuple[Measure, ...]
     seconds: float
+    first_prompt: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the result JSON-ready."""

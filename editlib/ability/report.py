@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,6 +64,8 @@ class AbilityReport:
         if limit is not None:
             drawn = "first" if seed is None else f"documents drawn with seed {seed}, at most"
             which = f"Tasks were run on the {drawn} {limit}" + (" documents." if seed is None else ".")
+        if how := self.job.get("prompts"):
+            which += f" Tasks asked with these prompts: {json.dumps(how, ensure_ascii=False)}."
         return NOTE.format(base=self.base, which=which)
 
 

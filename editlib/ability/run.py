@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.ability.harness import aggregate_function, chosen, measure_task, wrap
 from editlib.ability.measured import Measured, difference
+from editlib.ability.prompting import form_of, given_prompts
 from editlib.ability.report import AbilityReport, AbilityRow, table_rows
 from editlib.ability.tasks import Task, load_tasks, require_lm_eval
 from editlib.ability.text import measure_text, over_windows
 from editlib.errors import MetricError
 from editlib.files import write_json
 from editlib.models.loading import DeviceMap, check_models, load
+from editlib.models.prompt_settings import PromptSettings
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.shelf import Finished
@@ -47,6 +49,7 @@ def run_ability(
     out: Path | None = None,
     overwrite: bool = False,
     bootstrap: int = BOOTSTRAP,
+    prompts: PromptSettings | None = None,
 ) -> AbilityReport:
     """Measures what models can do, one after another, and compares each with the first.
 
@@ -62,6 +65,7 @@ def run_ability(
             `ability.json` and `table.md`.
         overwrite: measure again what `out` holds.
         bootstrap: draws for the standard errors that lm-eval bootstraps (LAMBADA's perplexity).
+        prompts: how tasks ask; `None`: as lm-eval does by default, without chat template. The text is read as it is.
 
     Raises:
         MetricError: nothing to measure, lm-eval missing, or a task that it does not know or cannot run.
@@ -70,14 +74,18 @@ def run_ability(
     """
     out = None if out is None else Path(out)
     _check(models, tasks, text, limit, batch_size)
+    if prompts is not None and not tasks:
+        raise MetricError("--prompt is for tasks, and none is given; the text is read as it is: leave one of both out")
     if tasks:
         require_lm_eval()
     kept = Finished(out, overwrite=overwrite)
-    check_models(*map(str, models.values()))
+    names = [str(where) for where in models.values()]
+    check_models(*names)
+    how = given_prompts(names, prompts)
     corpus = None if text is None else load_corpus(text)
     with tempfile.TemporaryDirectory(prefix="editlib-ability-") as folder:
         loaded = load_tasks(tasks, Path(folder)) if tasks else ()
-        plan = _Plan(kept, corpus, loaded, limit, seed, batch_size, bootstrap, dtype, device_map)
+        plan = _Plan(kept, corpus, loaded, limit, seed, batch_size, bootstrap, dtype, device_map, how)
         results = {name: _measure(name, str(where), plan) for name, where in models.items()}
     base = next(iter(models))
     rows = [row for name in models for row in _rows(name, results[name], base, results[base], plan)]
@@ -85,7 +93,11 @@ def run_ability(
         "editlib": library_version(),
         "models": {name: {"from": str(where), **results[name].identity} for name, where in models.items()},
         "text": None if corpus is None else {"corpus": text, "sha256": corpus.sha256},
-        "tasks": {task.name: dict(task.identity) for task in loaded},
+        "tasks": {
+            task.name: {**task.identity, "first_prompt": results[base].by_task[task.name].first_prompt}
+            for task in loaded
+        },
+        "prompts": results[base].prompts,
         **{name: getattr(plan, name) for name in ("limit", "seed", "batch_size", "bootstrap", "dtype", "device_map")},
     }
     report = AbilityReport(job, base, tuple(rows))
@@ -118,6 +130,7 @@ class _Plan:
     bootstrap: int
     dtype: str | None
     device_map: DeviceMap
+    prompts: PromptSettings | None
 
     @property
     def text_name(self) -> str:
@@ -127,9 +140,10 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Results:
-    """The results of one model by task, and the hashes that identify the model."""
+    """The results of one model by task, the hashes that identify the model, and how tasks asked it."""
 
     identity: Mapping[str, str]
+    prompts: Mapping[str, Any] | None
     by_task: Mapping[str, Measured]
 
 
@@ -137,6 +151,8 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
     """Loads one model and measures what is not kept. Its memory is free when this returns."""
     model, tok = load(where, dtype=plan.dtype, device_map=plan.device_map)
     identity = {"weights": weights_sha256(model), "tokenizer": _tokenizer_sha256(tok)}
+    form = form_of(tok, plan.prompts)
+    how = None if form is None else form.settings.to_dict()
     shared = {"editlib": library_version(), **identity}
     found: dict[str, Measured] = {}
 
@@ -154,7 +170,7 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
     if plan.corpus is not None:
         documents = plan.corpus.documents
         once(plan.text_name, {**shared, "text": plan.corpus.sha256}, lambda: measure_text(model, tok, documents))
-    lm = wrap(model, tok, plan.batch_size) if plan.tasks else None
+    lm = wrap(model, tok, plan.batch_size, form) if plan.tasks else None
     for task in plan.tasks:
         drawn = chosen(task.total, plan.limit, plan.seed)
         limit = None if drawn is not None else plan.limit
@@ -164,10 +180,11 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
             "documents": drawn if drawn is not None else limit,
             "batch_size": plan.batch_size,
             "bootstrap": plan.bootstrap,
+            **({} if how is None else {"prompts": how}),
         }
-        run = partial(measure_task, lm, task, documents=drawn, limit=limit)
+        run = partial(measure_task, lm, task, documents=drawn, limit=limit, form=form)
         once(task.name, job, partial(run, bootstrap=plan.bootstrap))
-    return _Results(identity, found)
+    return _Results(identity, how, found)
 
 
 def _tokenizer_sha256(tok: PreTrainedTokenizerBase) -> str:

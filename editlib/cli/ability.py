@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, out, print_table
+from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, out, print_table, prompt_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +26,7 @@ def ability(
     limit: Annotated[int | None, typer.Option(min=1, help="so many documents of each task: the first ones")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="draw the --limit documents with this seed instead")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows at a time")] = 4,
+    prompts: Prompts = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     overwrite: Overwrite = False,
@@ -44,6 +45,7 @@ def ability(
         dtype=dtype,
         device_map=device_map,
         out=out_dir,
+        prompts=prompt_settings(prompts),
         overwrite=overwrite,
     )
     print_table(table_rows(report))

@@ -1,5 +1,6 @@
 """Tasks run by lm-eval: the same numbers as plain transformers and as lm-eval's own road, kept and gone on with."""
 
+import copy
 import functools
 import json
 import math
@@ -13,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editlib.ability import harness, run, run_ability
 from editlib.ability.local_file import CHOICE, CONTINUATION, LocalFile
+from editlib.ability.prompting import rendered
 from editlib.ability.tasks import load_tasks
 from editlib.errors import FetchError, MetricError, RequestError
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat
 from editlib.models.weights import save_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'editlib[ability]'")
@@ -125,6 +129,99 @@ def test_the_numbers_are_those_of_lm_eval_alone(saved, arc, lambada, ability, tm
         for row in rows:
             assert row.n == 4 and row.total == 5
             assert (row.value, row.stderr) == (alone[f"{row.metric},none"], alone[f"{row.metric}_stderr,none"])
+
+
+@pytest.fixture
+def chatty(pristine, pristine_toks, tmp_path):
+    """A model whose tokenizer has a chat template, and puts BOS before a bare text."""
+    tok = copy.deepcopy(pristine_toks["bos chat"])
+    save_model(copy.deepcopy(pristine["llama"]), tok, tmp_path / "chatty")
+    return tmp_path / "chatty"
+
+
+def test_through_the_chat_template_the_numbers_are_those_of_lm_eval(chatty, arc, lambada, ability, tmp_path):
+    how = PromptSettings(chat=True, system="Be brief.")
+    report = ability(arc, lambada, batch_size=2, models={"chatty": chatty}, prompts=how)
+    plain = ability(arc, lambada, batch_size=2, models={"chatty": chatty})
+    assert report.job["prompts"] == {"chat": True, "system": "Be brief."} and plain.job["prompts"] is None
+    assert "Be brief." in report.note() and "prompts" not in plain.note()
+    for path in (arc, lambada):
+        alone = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(chatty), "dtype": "float32", "add_bos_token": False},
+            tasks=[LocalFile.read(path).config(path.stem, tmp_path)],
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+            batch_size=2,
+            device="cpu",
+            bootstrap_iters=DRAWS,
+            apply_chat_template=True,
+            system_instruction="Be brief.",
+        )
+        for row in (row for row in report.rows if row.task == path.stem):
+            assert row.value == alone["results"][path.stem][f"{row.metric},none"]
+        asked = alone["samples"][path.stem][0]["arguments"][0][0]
+        assert report.job["tasks"][path.stem]["first_prompt"] == asked and asked.endswith("<|im_start|>assistant\n")
+    assert [row.value for row in report.rows] != [row.value for row in plain.rows]
+
+
+def test_between_tags(saved, arc, ability):
+    report = ability(arc, prompts=PromptSettings(tags="Q: {}\nA:"))
+    right = []
+    for row in CHOICES:
+        asked = row["query"] if row["query"].endswith("Answer:") else row["query"] + "\nAnswer:"
+        logs = [read(saved["base"], f"Q: {asked}\nA:", " " + choice)[0] for choice in row["choices"]]
+        right.append(logs.index(max(logs)) == row["gold"])
+    assert report.row("base", "arc", "acc").value == statistics.fmean(right)
+    first = report.job["tasks"]["arc"]["first_prompt"]
+    assert first == "Q: Question: What is the capital of France?\nAnswer:\nA:"
+
+
+@pytest.mark.parametrize(
+    ("history", "begins", "text"),
+    [
+        ([("system", "S."), ("user", "Q?")], True, "<system>S.<user>Q?<assistant>"),
+        ([("user", "Q?")], True, "<user>Q?<assistant>"),
+        ([("user", "Q?"), ("assistant", "So")], False, "<user>Q?<assistant>So"),
+    ],
+)
+def test_a_history_as_text(tok, history, begins, text):
+    """What a task describes is the system's turn; where a template has none, it comes before the question."""
+    turns = [{"role": role, "content": content} for role, content in history]
+    begun = "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    turn = "{{ '<' + m.role + '>' + m.content }}"
+    tok.chat_template = "{% for m in messages %}" + turn + "{% endfor %}" + begun
+    assert rendered(PromptFormat(tok), turns, add_generation_prompt=begins) == text
+    refuses = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}" + turn
+    silent = "{% if m.role != 'system' %}" + turn + "{% endif %}"
+    for other in (refuses, silent):
+        tok.chat_template = "{% for m in messages %}" + other + "{% endfor %}" + begun
+        folded = text.replace("<system>S.<user>", "<user>S.\n\n")
+        assert rendered(PromptFormat(tok), turns, add_generation_prompt=begins) == folded
+
+
+def test_prompts_are_part_of_the_job(arc, ability, watched, chatty, saved):
+    models = {"chatty": chatty}
+    for how in (None, PromptSettings(chat=True), PromptSettings(system="S."), PromptSettings(tags="{}:")):
+        before = len(watched)
+        ability(arc, models=models, prompts=how)
+        ability(arc, models=models, prompts=how)
+        assert len(watched) == before + 1, how
+    with pytest.raises(MetricError, match="--prompt is for tasks"):
+        ability(models=models, text="wiki-sample", prompts=PromptSettings(chat=True))
+    with pytest.raises(RequestError, match="no chat template"):
+        ability(arc, models=saved, prompts=PromptSettings(system="S."))
+
+
+def test_the_day_is_that_of_the_edit(arc, ability, chatty, tmp_path):
+    (chatty / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}"
+    )
+    (chatty / "editlib.json").write_text(
+        json.dumps({"base": {"name": "x", "sha256": "y"}, "prompts": {"chat": True, "date": "2026-01-31"}})
+    )
+    report = ability(arc, models={"edited": chatty}, prompts=PromptSettings(chat=True))
+    assert report.job["prompts"]["date"] == "2026-01-31"
+    assert report.job["tasks"]["arc"]["first_prompt"].startswith("31 January 2026 Question:")
 
 
 @pytest.mark.parametrize(
