@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from editlib.algorithms.edit import EditResult, Timer
-from editlib.algorithms.pipeline import check_fit, check_requests
+from editlib.algorithms.pipeline import check_fit, check_requests, encode_contexts
 from editlib.algorithms.registry import apply_function
 from editlib.algorithms.unierase.answer_gate import check_gate
 from editlib.algorithms.unierase.apply import apply_unierase_to_model
+from editlib.algorithms.unierase.subject_rows import check_answers
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import HparamsError, RequestError
+from editlib.files import check_room
 from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape, UniEraseHyperParams
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompts import PromptFormat
+from editlib.models.weights import stored_bytes
 from editlib.requests.request import EditRequest
 from editlib.stats.corpus import check_corpus
 from editlib.stats.file import LayerStats
@@ -98,6 +103,44 @@ def check_wanted(requests: Sequence[EditRequest], hparams: HyperParams) -> None:
         check_requests(requests, hparams.algorithm, subject=getattr(hparams, "fact_token", "last") != "last")
     elif not requests:
         raise RequestError("no request to forget was given; give at least one")
+    elif getattr(hparams, "values", None) == "rows":
+        check_answers(requests)
+
+
+def check_draft(
+    bench: Workbench,
+    requests: Sequence[EditRequest],
+    hparams: HyperParams,
+    *,
+    kept: Sequence[EditRequest] = (),
+    chat: bool | None = None,
+    out: Path | None = None,
+) -> None:
+    """Checks all of an edit that can be known from a model without its weights (`Workbench.load(first=...)`).
+
+    Args:
+        kept: prompts whose answers must stay.
+        chat: ask through the chat template; `None`: as the prompts' settings say.
+        out: where the edited model is to be written.
+
+    Raises:
+        HparamsError: settings that name a module which the model does not have.
+        RequestError: prompts beyond the model's positions, or whose subject the chat template changes.
+        OutputError: too little free space.
+    """
+    template, modules = hparams.rewrite_module_tmp, {name for name, _ in bench.model.named_modules()}
+    for layer in hparams.layers:
+        if template is not None and template.format(layer) not in modules:
+            raise HparamsError(
+                f'key "rewrite_module_tmp": {template!r}; this model has no module {template.format(layer)!r}: leave '
+                "the key out and it is found"
+            )
+    form = PromptFormat.of(bench.tok, bench.asking(chat))
+    check_requests_fit(bench.model, form, [*requests, *kept])
+    for request in requests:
+        encode_contexts(form, request, ["{}"], getattr(hparams, "fact_token", "last"))
+    if out is not None:
+        check_room(out, stored_bytes(bench.model))
 
 
 def _statistics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,8 @@ from editlib.errors import TokenError
 from editlib.files import check_folder
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loaded import LoadedModel
-from editlib.models.loading import DeviceMap, load
+from editlib.models.loading import DeviceMap
+from editlib.models.outline import Outline, load_checked
 from editlib.models.positions import SPARE, fitting, positions_of
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompt_settings import PromptSettings, differing
@@ -84,16 +85,29 @@ class Workbench:
         *,
         dtype: str | None = None,
         device_map: DeviceMap = None,
+        first: Callable[[Workbench], None] | None = None,
         **options: Any,
     ) -> Workbench:
         """A packaged model, a local folder or a Hugging Face id, loaded as by `models.loading.load`.
 
+        Args:
+            first: sees a draft before any weight is read, whose model is on the meta device and which has no hash; it
+                raises what does not fit.
+
         Raises:
             OutputError: `stats_dir` is no folder.
+            RequestError: prompts that do not fit the tokenizer.
             ModelError, FetchError: see there.
         """
         check_folder(Path(stats_dir), "--stats-dir", write=False)
-        model, tok = load(name, dtype=dtype, device_map=device_map)
+
+        def look(outline: Outline) -> None:
+            how = settled(outline.tok, options.get("prompts"))
+            draft = cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, dtype=dtype)
+            if first is not None:
+                first(draft)
+
+        model, tok = load_checked(name, look, dtype=dtype, device_map=device_map)
         return replace(cls.of(model, tok, stats_dir, name=name, **options), dtype=dtype)
 
     @cached_property

@@ -1,18 +1,21 @@
-"""What can be known before a model is loaded is refused before: the folder here holds no weights at all."""
+"""What can be known before weights are read is refused before: whoever reads them here is told so."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from test_cli import refused
 
 from editlib import files
-from editlib.errors import OutputError
+from editlib.errors import ModelError, OutputError
 from editlib.files import check_folder, check_output, check_room
+from editlib.models import loading, outline  # noqa: F401  (imported first: it keeps the real `open_weights`)
 
 FACT = {
     "id": "a", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris", "target_new": "Rome",
@@ -39,9 +42,12 @@ COMMANDS = {
 
 @pytest.fixture
 def run(call, folder, tmp_path, monkeypatch):
-    """`run(command, *more)`: in a folder of its own, with a model without weights."""
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
+    """`run(command, *more)`: in a folder of its own, where no weights can be read."""
+
+    def never(*_, **__):
+        raise ModelError("WEIGHTS WERE READ")
+
+    monkeypatch.setattr(loading, "open_weights", never)
     (tmp_path / "facts.jsonl").write_text(json.dumps(FACT) + "\n")
     (tmp_path / "page.txt").write_text('{"a": 1}')
     monkeypatch.chdir(tmp_path)
@@ -65,7 +71,7 @@ def test_all_else_is_well(run, command):
     if command == "ability":
         pytest.importorskip("datasets")
         text = ()
-    refused(run(command, *text), "cannot be loaded")
+    refused(run(command, *text), "WEIGHTS WERE READ")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +125,122 @@ def test_other_options(run, command, more, words):
 @pytest.mark.parametrize("command", ["eval", "attack"])
 def test_the_edited_model_is_looked_at_before_the_base_is_loaded(run, command):
     refused(run(command, EDITED="page.txt"), "page.txt", "is a file")
+
+
+def _shorter(path, by=200):
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+def _other_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+LAYER = "model.layers.4.mlp.down_proj.weight"
+DAMAGES = {
+    "a configuration cut short": (lambda f: _shorter(f / "config.json"), "config.json"),
+    "a tokenizer cut short": (lambda f: _shorter(f / "tokenizer.json"), "tokenizer.json"),
+    "weights cut short": (lambda f: _shorter(f / "model.safetensors"), "model.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "a tensor less": (lambda f: _other_tensors(f, lambda t: t.pop(LAYER)), LAYER),
+    "a tensor of another shape": (
+        lambda f: _other_tensors(f, lambda t: t.update({LAYER: t[LAYER][:, :8].contiguous()})), LAYER
+    ),
+    "a chat template that fails": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "the chat template cannot be used"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["eval", "attack", "ask", "ability"])
+def test_a_fault_of_the_second_model_is_told_before_the_first_is_read(run, folder, tmp_path, command, damage):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    change, word = DAMAGES[damage]
+    change(other)
+    if command == "ability" and "template" in damage:
+        pytest.skip("tasks are asked without it")
+    more = {"ask": ["--vs", other], "ability": [other], "eval": ["--text", "none"]}.get(command, [])
+    refused(run(command, *more, EDITED=str(other)), word)
+
+
+ASKING = [name for name in COMMANDS if name != "ability"]  # whose prompts are for tasks
+
+
+@pytest.mark.parametrize("command", ASKING)
+def test_prompts_that_the_template_does_not_know(run, command):
+    more = ["--corpus", "self"] if command == "stats" else []
+    refused(run(command, *more, "--prompt", "enable_thinking=false"), "does not use 'enable_thinking'")
+
+
+@pytest.mark.parametrize("command", ASKING)
+def test_a_chat_that_the_tokenizer_does_not_have(run, folder, command):
+    (folder / "chat_template.jinja").unlink()
+    more = ["--corpus", "self"] if command == "stats" else []
+    refused(run(command, *more, "--prompt", "system=Be brief."), "no chat template")
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "facts.jsonl" in COMMANDS[name]])
+def test_a_prompt_beyond_the_positions(run, tmp_path, command):
+    long = {**FACT, "id": "long", "prompt": "So it is. " * 300 + FACT["prompt"]}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(long) + "\n" + json.dumps(FACT) + "\n")
+    text = ["--text", "none"] if command == "eval" else []
+    refused(run(command, *text), "'long'", "positions")
+
+
+def test_an_answer_that_rows_would_erase_is_missing(run, tmp_path):
+    hparams = tmp_path / "rows.json"
+    hparams.write_text(json.dumps({"alg_name": "UniErase", "layers": [1, 2], "values": "rows"}))
+    (tmp_path / "facts.jsonl").write_text(json.dumps({k: v for k, v in FACT.items() if k != "answer"}) + "\n")
+    refused(run("unlearn", "--hparams", hparams), "facts.jsonl:1", '"answer"')
+
+
+def test_a_module_that_the_model_does_not_have(run, tmp_path):
+    (tmp_path / "MEMIT").mkdir()
+    hparams = tmp_path / "MEMIT" / "other.json"
+    hparams.write_text(json.dumps({"layers": [1], "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj"}))
+    refused(run("edit", "--hparams", hparams), "rewrite_module_tmp", "transformer.h.1.mlp.c_proj")
+
+
+def test_too_little_room(run, monkeypatch):
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(10, 5, 1000))
+    for command in ("unlearn", "edit", "finetune", "baseline"):
+        refused(run(command), "0 MB are free")
+
+
+def test_facts_that_no_attack_could_try(run, tmp_path):
+    (tmp_path / "facts.jsonl").write_text(json.dumps({"id": "a", "prompt": "Who?"}) + "\n")
+    refused(run("attack"), "none of the 1 requests can be attacked")
+
+
+def test_nothing_to_judge_trials_by(run, tmp_path):
+    (tmp_path / "retain.jsonl").write_text(json.dumps({"id": "b", "prompt": "Who is there?"}) + "\n")
+    refused(run("tune", "--retain", "retain.jsonl"), "nothing to judge retention by")
+
+
+def test_a_folder_with_another_training(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "finetune.json").write_text(json.dumps({"job": {"base": "x", "pairs": "y"}}))
+    refused(run("finetune"), "another model's training", "--overwrite")
+    (tmp_path / "out" / "finetune.json").unlink()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    refused(run("finetune"), "not empty")
+
+
+def test_a_set_with_another_model_is_looked_at_first(call, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "open_weights", None)  # whoever calls it fails otherwise
+    facts, other = tmp_path / "facts.jsonl", tmp_path / "other"
+    facts.write_text(json.dumps(FACT) + "\n")
+    shutil.copytree(folder, other)
+    _shorter(other / "tokenizer.json")
+    sets = [{"protocol": "facts", "requests": str(facts), "name": name} for name in ("one", "two")]
+    sets[1]["model"] = str(other)
+    config = {"model": str(folder), "sets": sets, "methods": ["GA"], "perplexity": None}
+    (tmp_path / "compare.json").write_text(json.dumps(config))
+    refused(call("compare", "--config", tmp_path / "compare.json", "--out", tmp_path / "out"), "tokenizer.json")
 
 
 RECEIPTS = {

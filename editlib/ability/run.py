@@ -23,6 +23,7 @@ from editlib.ability.text import measure_text, over_windows
 from editlib.errors import MetricError
 from editlib.files import write_json
 from editlib.models.loading import DeviceMap, check_models, load
+from editlib.models.outline import outline_of
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
@@ -85,6 +86,8 @@ def run_ability(
     corpus = None if text is None else load_corpus(text)
     with tempfile.TemporaryDirectory(prefix="editlib-ability-") as folder:
         loaded = load_tasks(tasks, Path(folder)) if tasks else ()
+        for name in names:  # all of them, before the first one is measured
+            form_of(outline_of(name, dtype=dtype).tok, how)
         plan = _Plan(kept, corpus, loaded, limit, seed, batch_size, bootstrap, dtype, device_map, how)
         results = {name: _measure(name, str(where), plan) for name, where in models.items()}
     base = next(iter(models))

@@ -84,12 +84,7 @@ def run_attacks(
         ModelError: weights are offloaded, and an attack would change them.
     """
     names, settings = choose(attacks), settings or AttackSettings()
-    asked, left_out = usable(requests)
-    if not asked:
-        raise RequestError(
-            f'none of the {len(requests)} requests can be attacked: each needs an "answer" that is not in its '
-            "own question"
-        )
+    asked, left_out = check_attacked(requests)
     form = PromptFormat.of(base[1], prompts)
     check_requests_fit(base[0], form, [*asked, *(control or ())], room=settings.max_new_tokens)
     job = {
@@ -119,6 +114,21 @@ def run_attacks(
     return AttackReport(
         job, {"requests": left_out, "control": missing}, tuple(done[name] for name in ATTACKS if name in done)
     )
+
+
+def check_attacked(requests: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
+    """Picks the requests that can be attacked, and counts the others by reason.
+
+    Raises:
+        RequestError: none is left.
+    """
+    asked, left_out = usable(requests)
+    if not asked:
+        raise RequestError(
+            f'none of the {len(requests)} requests can be attacked: each needs an "answer" that is not in its '
+            "own question"
+        )
+    return asked, left_out
 
 
 def _control(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,12 +228,11 @@ class Chain:
             self._check_new(new)
             session, seed = self._session, self.record.seed_of(new)
             session.check_inputs(self.record)
-            bench = session.at_end(self.record)
+            bench = session.at_end(self.record, partial(self._check_fit, new))
             before = session.state
             assert before is not None  # `at_end` sets it
             try:
-                form = PromptFormat.of(bench.tok, self.record.asking)
-                check_requests_fit(bench.model, form, new)
+                self._check_fit(new, bench)
                 editor = session.editor(self.record)
                 known = {question: ids for notes in self._notes for question, ids in notes.answers.items()}
                 anchors = editor.anchors_for(new, self.requests, known)
@@ -251,6 +251,10 @@ class Chain:
             self.record, session.state = record, state
             self._notes.append(_Notes.of(batch))
         return entry
+
+    def _check_fit(self, new: Sequence[EditRequest], bench: Workbench) -> None:
+        """Raises `RequestError` if a prompt is longer than the positions of the model, which may be a draft."""
+        check_requests_fit(bench.model, PromptFormat.of(bench.tok, self.record.asking), new)
 
     def undo(self) -> BatchEntry:
         """Removes the last batch and returns its entry. Needs no model.

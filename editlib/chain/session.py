@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from editlib.algorithms.low_rank import LowRank
@@ -38,8 +38,11 @@ class Session:
         self._editor: Editor | None = None
         self._vocabulary: Vocabulary | None = None  # of the base model
 
-    def base(self, record: ChainRecord) -> ChainState:
+    def base(self, record: ChainRecord, first: Callable[[Workbench], None] | None = None) -> ChainState:
         """The state of the base model, before any batch; loads the model on first use.
+
+        Args:
+            first: see `Workbench.load`.
 
         Raises:
             ModelError, FetchError: the model cannot be loaded.
@@ -53,15 +56,20 @@ class Session:
                     self._stats_dir or "stats",
                     dtype=base["dtype"],
                     device_map=self._device_map,
+                    first=first,
                 )
             check_model(record, self._bench)
             self._vocabulary = Vocabulary.of(self._bench.model, self._bench.tok)
             self._base = ChainState.start(self._bench.anat, record.settings, base["layers"])
         return self._base
 
-    def at_end(self, record: ChainRecord) -> Workbench:
-        """The model with all batches of `record` (and the token, if there are any) applied."""
-        base = self.base(record)
+    def at_end(self, record: ChainRecord, first: Callable[[Workbench], None] | None = None) -> Workbench:
+        """The model with all batches of `record` (and the token, if there are any) applied.
+
+        Args:
+            first: see `Workbench.load`; not called where the model is loaded already.
+        """
+        base = self.base(record, first)
         assert self._bench is not None
         if self.state is None:
             state = self.state_after(base, record.batches)

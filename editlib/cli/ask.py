@@ -31,6 +31,7 @@ def ask(
     from editlib.models.anatomy import anatomy
     from editlib.models.loaded import plain_text
     from editlib.models.loading import check_models, load
+    from editlib.models.outline import outline_of
     from editlib.models.prompts import settled
 
     names = list(dict.fromkeys([model, *([vs] if vs else [])]))
@@ -38,6 +39,8 @@ def ask(
     check_models(*names)
     recorded = {name: prompts_of(read_receipt(name), given) for name in names}
     usual = next((how for how in recorded.values() if how is not None), None)  # a base is asked as its edited model
+    for name in names:  # all of them, before any weights are read
+        settled(outline_of(name, dtype=dtype).tok, recorded[name] or usual)
     columns, forms = {}, {}
     for name in names:
         loaded, tok = load(name, dtype=dtype, device_map=device_map)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +51,7 @@ def bench_counterfact(
     from editlib.benches.counterfact import bench_counterfact as run
     from editlib.benches.counterfact import check_facts, check_plan
     from editlib.benches.report import counterfact_rows, write_bench
+    from editlib.editing import check_draft
     from editlib.files import check_folder
     from editlib.finding import fit_settings
     from editlib.models.loading import check_device
@@ -63,8 +64,13 @@ def bench_counterfact(
     plan = check_plan(model, algorithms, hparams or [], edits, modes, corpus=corpus, text=text)
     left_out: dict[str, list[str]] = {}
     wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
-    check_facts(wanted, plan.counts)
-    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
+    usable = check_facts(wanted, plan.counts)
+
+    def look(draft: Any) -> None:
+        for settings in plan.settings:
+            check_draft(draft, usable[: max(plan.counts)], settings, chat=False)
+
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how, first=look)
     cells = run(
         bench,
         wanted,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,7 +55,7 @@ def init(
     """Starts a chain of edits of one model."""
     from editlib.chain import Chain
     from editlib.chain.create import check_start
-    from editlib.editing import check_given
+    from editlib.editing import check_draft, check_given
     from editlib.finding import find_settings, fit_settings
     from editlib.requests.reading import read_requests
     from editlib.workbench import Workbench
@@ -65,7 +66,9 @@ def init(
     left_out: dict[str, list[str]] = {}
     kept = None if retain is None else read_requests(retain, skip_bad=skip_bad, left_out=left_out)
     how = prompt_settings(prompts)
-    bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, prompts=how)
+    asked = (chat or None) if not settings.has_target else chat
+    look = partial(check_draft, requests=[], hparams=settings, kept=kept or (), chat=asked)
+    bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, prompts=how, first=look)
     chain = Chain.create(
         folder,
         bench,

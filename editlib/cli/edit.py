@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,8 @@ def unlearn(
     overwrite: Overwrite = False,
 ) -> None:
     """Phase II: makes a model refuse the questions in --requests and writes it as an ordinary folder."""
-    from editlib.editing import check_given, check_wanted
+    from editlib.data import retain_prompts
+    from editlib.editing import check_draft, check_given, check_wanted
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import unlearn as run
@@ -100,7 +102,9 @@ def unlearn(
     settings = find_settings(model, "UniErase", hparams)
     check_wanted(wanted, settings)
     check_given(settings, token=token_file, corpus=corpus)
-    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
+    anchors = retain_prompts(wanted) if kept is None else kept
+    look = partial(check_draft, requests=wanted, hparams=settings, kept=anchors, out=None if show_rows else out_dir)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how, first=look)
     settings = fit_settings(bench, settings)
     if show_rows:
         _print_rows(bench, wanted, settings, kept)
@@ -167,7 +171,7 @@ def edit(
     overwrite: Overwrite = False,
 ) -> None:
     """Edits facts towards new answers with any algorithm and writes the model as an ordinary folder."""
-    from editlib.editing import check_given, check_wanted
+    from editlib.editing import check_draft, check_given, check_wanted
     from editlib.errors import HparamsError
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.edit import check_places
@@ -189,7 +193,8 @@ def edit(
     wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
     check_wanted(wanted, settings)
     check_given(settings, corpus=corpus)
-    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
+    look = partial(check_draft, requests=wanted, hparams=settings, chat=chat, out=out_dir)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how, first=look)
     settings = fit_settings(bench, settings)
     result, receipt = run(
         bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -80,8 +81,10 @@ def tune(
     device_map: DeviceMap = None,
 ) -> None:
     """Searches UniErase's settings on your own held-out wordings and neighbours; resumes where it was stopped."""
-    from editlib.editing import check_given
+    from editlib.data import retain_prompts
+    from editlib.editing import check_draft, check_given
     from editlib.finding import find_settings, fit_settings
+    from editlib.jobs.trials import parted
     from editlib.jobs.tune import check_tuning, table_rows
     from editlib.jobs.tune import tune as run
     from editlib.requests.reading import read_with_retain
@@ -96,7 +99,10 @@ def tune(
     check_tuning(wanted, settings, budget)
     check_given(settings, corpus=corpus)
     check_corpus(text)
-    bench = workbench(model, stats_dir, dtype, device_map, prompts=how)
+    anchors = retain_prompts(wanted) if kept is None else kept
+    parted(wanted, anchors, seed)
+    look = partial(check_draft, requests=wanted, hparams=settings, kept=anchors)
+    bench = workbench(model, stats_dir, dtype, device_map, prompts=how, first=look)
     tuned = run(
         bench,
         wanted,

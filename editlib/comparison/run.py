@@ -23,8 +23,9 @@ from editlib.distributed import ALONE, Process
 from editlib.errors import ConfigError, EditlibError, OutputError
 from editlib.evaluation.forget_set import Base, Benchmark, Task
 from editlib.files import check_output
+from editlib.models.outline import outline_of
 from editlib.models.positions import check_requests_fit
-from editlib.models.prompts import PromptFormat
+from editlib.models.prompts import PromptFormat, settled
 from editlib.models.weights import weights_sha256
 from editlib.shelf import JsonStore
 from editlib.stats.store import model_slug
@@ -72,7 +73,15 @@ def compare(
     out = Path(out)
     if not (out / MARK).is_file():
         check_output(out)
+    if load is None:
+        check_all_models(config)
     return _Run(config, out, shard, load or _loader(config, shard), progress and shard.first).all()
+
+
+def check_all_models(config: Config) -> None:
+    """Raises `EditlibError` for a model of any set whose folder or prompts do not fit, before one is loaded."""
+    for name in dict.fromkeys(protocol.model for protocol in config.sets):
+        settled(outline_of(name, dtype=config.general.dtype).tok, config.prompts)
 
 
 def _loader(config: Config, shard: Process) -> Load:
@@ -128,20 +137,28 @@ class _Run:
         self._evaluator = None
         bench = self.load(protocol.model)
         what = {"protocol": protocol.protocol, **protocol.settings.to_dict(), "model": bench.sha256, **self._asked()}
+        if protocol.planned is not None:  # before the base is asked, which takes minutes
+            self._check(protocol, bench, protocol.planned)
         shelf = self.store.set(what)
         with try_lock(shelf, wait=True):
             made = protocol.make(Base(bench, shelf.path))
         form = PromptFormat.of(bench.tok, bench.prompts)
-        check_requests_fit(bench.model, form, [*made.forget, *made.retain, *made.fewshot_pool])
+        check_requests_fit(bench.model, form, made.fewshot_pool)
+        self._check(protocol, bench, made.task)
+        self._evaluator = SetEvaluator(self.config, protocol.name, made, shelf, progress=bench.progress)
+        return self._evaluator
+
+    def _check(self, protocol: Benchmark, bench: Workbench, task: Task) -> None:
+        """Raises `EditlibError` if prompts are too long, or a method cannot be run on this set."""
+        form = PromptFormat.of(bench.tok, bench.prompts)
+        check_requests_fit(bench.model, form, [*task.forget, *task.retain])
         for method in self.config.methods:
             try:
                 method.fit(bench)
-                method.check(bench, made.task)
+                method.check(bench, task)
             except EditlibError as error:
                 where = f"{method.where} ({method.label}), on the set {protocol.name}"
                 raise ConfigError(f"{where}: {error}") from None
-        self._evaluator = SetEvaluator(self.config, protocol.name, made, shelf, progress=bench.progress)
-        return self._evaluator
 
     def _asked(self) -> dict[str, Any]:
         """The config's prompts, which decide every cell; nothing where there are none."""

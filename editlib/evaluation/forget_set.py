@@ -143,6 +143,11 @@ class Benchmark(ABC):
     def name(self) -> str:
         return self.settings.name or self.protocol
 
+    @property
+    def planned(self) -> Task | None:
+        """What methods will be given, as far as files say it; `None` where the base model decides it."""
+        return None
+
     @abstractmethod
     def make(self, base: Base) -> ForgetSet:
         """Makes the set for a base model; what it finds out is kept in the base's folder and read again next time.

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 
 
@@ -44,6 +45,10 @@ class Protocol(typing.Protocol):
     @property
     def requests(self) -> Sequence[EditRequest]:
         """All requests that may be forgotten."""
+        ...
+
+    def check(self, model: PreTrainedModel, form: PromptFormat) -> None:
+        """Raises `RequestError` for a question beyond the positions of the base model, which may be an outline."""
         ...
 
     def measure(

@@ -13,7 +13,8 @@ from editlib.export.delta import Delta
 from editlib.export.folder import save_edited
 from editlib.files import check_output, check_room
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.loading import DTYPES, load
+from editlib.models.loading import DTYPES
+from editlib.models.outline import load_checked
 from editlib.models.weights import stored_bytes, weights_sha256
 
 
@@ -40,7 +41,11 @@ def load_base(base: str, delta: Delta) -> tuple[PreTrainedModel, PreTrainedToken
     Raises:
         ModelError: it cannot be loaded.
     """
-    return load(base, dtype=delta.dtype if delta.dtype in DTYPES else None)
+    return load_checked(
+        base,
+        lambda outline: check_kind(outline.model, delta, base),
+        dtype=delta.dtype if delta.dtype in DTYPES else None,
+    )
 
 
 def apply_delta(model: PreTrainedModel, tok: PreTrainedTokenizerBase, delta: Delta) -> None:
@@ -71,10 +76,8 @@ def apply_delta(model: PreTrainedModel, tok: PreTrainedTokenizerBase, delta: Del
 
 def check_base(anat: Anatomy, delta: Delta, name: str | None) -> None:
     """Raises `DeltaError` when a model is not the one that `delta` was made from."""
-    kind = type(anat.model).__name__
     name = name or "this model"
-    if kind != delta.architecture:
-        raise DeltaError(f"the delta belongs to a {delta.architecture} ({delta.base}), but {name} is a {kind}")
+    check_kind(anat.model, delta, name)
     for layer, module in delta.modules.items():
         here = anat.mlp_output_names[layer] if layer < anat.n_layers else "none"
         shape = tuple(anat.weight(layer).shape) if layer < anat.n_layers else ()
@@ -94,6 +97,13 @@ def check_base(anat: Anatomy, delta: Delta, name: str | None) -> None:
             f"the delta was made from {delta.base} in {delta.dtype}, hash {delta.base_sha256[:12]}, but {name} has "
             f"hash {found[:12]}: other weights, or the same in another dtype; give the model that was edited"
         )
+
+
+def check_kind(model: PreTrainedModel, delta: Delta, name: str) -> None:
+    """Raises `DeltaError` when a model, perhaps without weights, is of another architecture than that of `delta`."""
+    kind = type(model).__name__
+    if kind != delta.architecture:
+        raise DeltaError(f"the delta belongs to a {delta.architecture} ({delta.base}), but {name} is a {kind}")
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -68,6 +68,12 @@ class Facts(Benchmark):
                 raise ConfigError(f'{where}: relation "{relation}": expected some of {", ".join(known)}')
         self._given = None if own.requests is None else self._files(own)
 
+    @property
+    def planned(self) -> Task | None:
+        if self._given is None:
+            return None
+        return Task([_tuned(request) for request in self._given.forget], self._given.anchors)
+
     def make(self, base: Base) -> FactsSet:
         base.folder.mkdir(parents=True, exist_ok=True)
         before = AnswerCache.load(base.folder / "before.json", base.bench.sha256)

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from editlib import data
 from editlib.evaluation.answer_cache import AnswerCache, check_answers_file
 from editlib.evaluation.perplexity import text_windows
 from editlib.evaluation.protocol import Side
 from editlib.facts.plots import require_matplotlib
 from editlib.facts.report import write_outputs
-from editlib.facts.scores import KINDS, NOT_JUDGED, RATIO, build_items, evaluate
+from editlib.facts.scores import ANSWER_TOKENS, KINDS, NOT_JUDGED, RATIO, build_items, evaluate
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompts import PromptFormat
 from editlib.reports.summary import summary_rows
 from editlib.requests.reading import read_requests
 from editlib.requests.request import EditRequest
@@ -79,6 +83,9 @@ class FactsProtocol:
             requests, retain, documents=documents, before_file=before_file, endings=endings, progress=progress,
             left_out=rows,
         )  # fmt: skip
+
+    def check(self, model: PreTrainedModel, form: PromptFormat) -> None:
+        check_requests_fit(model, form, self.requests, room=ANSWER_TOKENS)
 
     def measure(
         self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from editlib import data
 from editlib.attacks.outcome import COLUMNS, Share
 from editlib.attacks.registry import choose
-from editlib.attacks.run import JOB, AttackReport, run_attacks
+from editlib.attacks.run import JOB, AttackReport, check_attacked, run_attacks
 from editlib.attacks.settings import AttackSettings
 from editlib.errors import RequestError
 from editlib.export import read_receipt
 from editlib.export.receipt import prompts_of
 from editlib.files import check_output, write_json
 from editlib.models.loading import DeviceMap, check_models, load
+from editlib.models.outline import Outline, load_checked, outline_of
+from editlib.models.positions import check_requests_fit
 from editlib.models.prompt_settings import PromptSettings
-from editlib.models.prompts import settled
+from editlib.models.prompts import PromptFormat, settled
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.reading import read_requests
+from editlib.requests.request import EditRequest
 
 NOTE = (
     "A cell is the share of facts that leaked, its 95 % interval (bootstrap over facts; `*`: Wilson, where all or none "
@@ -71,14 +75,16 @@ def attack_folders(
     )
     receipt = read_receipt(edited)
     check_models(base, edited)
-    loaded = load(base, dtype=dtype, device_map=device_map)
+    check_attacked(requests or [])
+    how, asked = prompts_of(receipt, prompts), [*(requests or ()), *(control or ())]
+    settled(outline_of(edited, dtype=dtype).tok, how)
+    look = partial(_check_fit, how=how, asked=asked, room=settings.max_new_tokens)
+    loaded = load_checked(base, look, dtype=dtype, device_map=device_map)
     if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(loaded[0]):
         raise RequestError(
             f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
         )
-    if receipt is not None and receipt.get("token"):
-        settings = replace(settings, token=receipt["token"]["token"])
-    how = settled(loaded[1], prompts_of(receipt, prompts))
+    token = (receipt or {}).get("token")
     report = run_attacks(
         loaded,
         load(edited, dtype=dtype, device_map=device_map),
@@ -86,8 +92,8 @@ def attack_folders(
         control=control,
         known=known,
         attacks=names,
-        settings=settings,
-        prompts=how,
+        settings=replace(settings, token=token["token"]) if token else settings,
+        prompts=settled(loaded[1], how),
         seed=seed,
         out=out,
         overwrite=overwrite,
@@ -97,6 +103,12 @@ def attack_folders(
     write_json(out / "attacks.json", {"models": {"base": base, "edited": str(edited)}, **report.to_dict(), **unread})
     write_table(table_rows(report), out / "table.md", NOTE)
     return report
+
+
+def _check_fit(outline: Outline, how: PromptSettings | None, asked: Sequence[EditRequest], room: int) -> None:
+    """Raises `RequestError` for prompts that do not fit the base model, or its positions."""
+    form = PromptFormat.of(outline.tok, settled(outline.tok, how))
+    check_requests_fit(outline.model, form, asked, room=room)
 
 
 def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:

@@ -21,7 +21,8 @@ from editlib.export import asked_as, save_edited
 from editlib.export.receipt import origin
 from editlib.files import check_output, check_room
 from editlib.finding import find_settings
-from editlib.models.loading import DeviceMap, load
+from editlib.models.loading import DeviceMap
+from editlib.models.outline import Outline, load_checked
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, settled
@@ -109,10 +110,14 @@ def baseline_folder(
     if budget is not None:
         check_range(name, budget)
     parts = split(requests, retain, questions=budget.questions, seed=seed) if budget is not None else None
-    loaded, tok = load(model, dtype=dtype, device_map=device_map)
+
+    def look(outline: Outline) -> None:
+        form = PromptFormat.of(outline.tok, settled(outline.tok, prompts))
+        check_requests_fit(outline.model, form, [*requests, *retain])
+        check_room(out, stored_bytes(outline.model))
+
+    loaded, tok = load_checked(model, look, dtype=dtype, device_map=device_map)
     how = settled(tok, prompts)
-    check_requests_fit(loaded, PromptFormat.of(tok, how), [*requests, *retain])
-    check_room(out, stored_bytes(loaded))
     sha, asked = weights_sha256(loaded), asked_as(tok, how, requests)
     trials = out.parent / f".{out.name}.search"
     found = None

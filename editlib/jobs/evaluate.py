@@ -13,15 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from editlib.chain import Chain
 from editlib.chain.export import chain_receipt
 from editlib.chain.store import RECORD
-from editlib.errors import RequestError
+from editlib.errors import ChainError, RequestError
 from editlib.evaluation.protocol import Protocol, Side
 from editlib.export import asked_as, read_receipt
 from editlib.export.receipt import prompts_of
 from editlib.files import check_output
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.loading import DeviceMap, check_models, load
+from editlib.models.loading import DeviceMap, check_model, load
+from editlib.models.outline import Outline, load_checked, outline_of
 from editlib.models.prompt_settings import PromptSettings
-from editlib.models.prompts import settled
+from editlib.models.prompts import PromptFormat, settled
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest
@@ -90,21 +91,47 @@ class Edited:
         self,
         path: str,
         base: str,
-        base_sha256: str,
         dtype: str | None,
         device_map: DeviceMap,
         prompts: PromptSettings | None = None,
     ) -> None:
-        self.path, self._dtype, self._device_map = path, dtype, device_map
+        self.path, self._base, self._dtype, self._device_map = path, base, dtype, device_map
         self._chain = Chain.open(path, model=base, device_map=device_map) if is_chain(path) else None
         self._receipt = None if self._chain is not None else read_receipt(path)
-        receipt = self._receipt
-        if receipt is not None and dtype is None and receipt["base"]["sha256"] != base_sha256:
-            raise RequestError(
-                f"{path} was edited from another model than {base} (see its editlib.json); give its own base"
-            )
-        self._given = prompts
+        recorded: Mapping[str, Any] | None = self._receipt
+        if self._chain is not None:
+            asking = self._chain.record.asking
+            how = asking if isinstance(asking, PromptSettings) else PromptSettings(chat=asking)
+            recorded = {"prompts": how.to_dict()}
+        self.prompts = prompts_of(recorded, prompts)  # how both models are asked, as far as it is known
         self._side: Side | None = None
+
+    def check(self, protocol: Protocol, *, follow: bool = False) -> None:
+        """Checks what can be checked before a model is loaded: the edited folder, prompts, a chain's requests.
+
+        Args:
+            follow: the chain is followed batch by batch.
+
+        Raises:
+            EditlibError: what does not fit.
+        """
+        check_model(self._base)
+        if self._chain is not None:
+            if not self._chain.batches:
+                raise ChainError(f"{self.path} holds no batch, so that its model is the base model; add requests first")
+            if follow:
+                self._check_requests(protocol.requests)
+            return
+        check_model(self.path)
+        settled(outline_of(self.path, dtype=self._dtype).tok, self.prompts)
+
+    def check_base(self, sha256: str) -> None:
+        """Raises `RequestError` if the edit was made of other weights than those of the base, of which this is the
+        hash."""
+        if self._receipt is not None and self._dtype is None and self._receipt["base"]["sha256"] != sha256:
+            raise RequestError(
+                f"{self.path} was edited from another model than {self._base} (see its editlib.json); give its own base"
+            )
 
     def side(self) -> Side:
         """The model after all of the edit."""
@@ -118,8 +145,7 @@ class Edited:
         return self._side
 
     def _named(self, anat: Anatomy, tok: PreTrainedTokenizerBase, receipt: Mapping[str, Any] | None) -> Side:
-        prompts = settled(tok, prompts_of(receipt, self._given))
-        return Side(self.path, anat, tok, weights_sha256(anat.model), receipt, prompts)
+        return Side(self.path, anat, tok, weights_sha256(anat.model), receipt, settled(tok, self.prompts))
 
     def steps(self, requests: Sequence[EditRequest]) -> Generator[tuple[int, list[EditRequest], Side], None, None]:
         """After each batch of the chain: its number, those of `requests` that were edited so far, and the model.
@@ -131,12 +157,7 @@ class Edited:
             raise RequestError(
                 f"{self.path} is no chain; --mode sequential follows the batches of one (`editlib chain`)"
             )
-        strange = {one.question for one in self._chain.requests} - {one.question for one in requests}
-        if strange:
-            raise RequestError(
-                f"{self.path}: {len(strange)} of its requests are not among those that are measured "
-                f"({next(iter(sorted(strange)))!r}); give the requests that it was made with"
-            )
+        self._check_requests(requests)
         receipt = chain_receipt(self._chain)
         so_far: set[str] = set()
         for entry, batch_requests in self._chain.steps():
@@ -144,6 +165,16 @@ class Edited:
             chain = self._chain
             side = self._named(chain.anat, chain.tok, receipt)
             yield entry.number, [one for one in requests if one.question in so_far], side
+
+    def _check_requests(self, requests: Sequence[EditRequest]) -> None:
+        """Raises `RequestError` if the chain has requests that are not measured."""
+        held = [] if self._chain is None else self._chain.requests
+        strange = {one.question for one in held} - {one.question for one in requests}
+        if strange:
+            raise RequestError(
+                f"{self.path}: {len(strange)} of its requests are not among those that are measured "
+                f"({next(iter(sorted(strange)))!r}); give the requests that it was made with"
+            )
 
 
 def evaluate_models(
@@ -174,12 +205,15 @@ def evaluate_models(
     check_output(out, overwrite=overwrite)
     check_mode(protocol, edited, mode, request)
     mode = OLD_MODES.get(mode, mode)
-    check_models(*([base] if is_chain(edited) else [base, edited]))
-    if not is_chain(edited):
-        read_receipt(edited)
-    model, tok = load(base, dtype=dtype, device_map=device_map)
+    after = Edited(edited, base, dtype, device_map, prompts)
+    after.check(protocol, follow=mode == "sequential")
+
+    def look(outline: Outline) -> None:
+        protocol.check(outline.model, PromptFormat.of(outline.tok, settled(outline.tok, after.prompts)))
+
+    model, tok = load_checked(base, look, dtype=dtype, device_map=device_map)
     before = Side(base, anatomy(model), tok, weights_sha256(model))
-    after = Edited(edited, base, before.sha256, dtype, device_map, prompts)
+    after.check_base(before.sha256)
     measured = MODES[mode](protocol, before, after, request)
     side = after.side()
     metrics = {

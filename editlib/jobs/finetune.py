@@ -10,6 +10,7 @@ import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from editlib.files import atomic_folder, check_folder, check_output, check_room,
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import end_tokens, greedy, perplexity
 from editlib.models.loaded import plain_text
-from editlib.models.loading import DeviceMap, load
+from editlib.models.loading import DeviceMap
+from editlib.models.outline import Outline, load_checked
 from editlib.models.packaged.terms import terms_of
 from editlib.models.positions import check_prompts
 from editlib.models.prompt_settings import PromptSettings
@@ -45,6 +47,7 @@ PAIRS_AN_AUTHOR = 20  # TOFU: the pairs of an author are adjacent
 SELF_TOKENS, TEXT_TOKENS = 32, 96  # of a kept answer, and of a window of kept text
 KEPT_TEXTS = 160
 CHECKED, CHECKED_TOKENS = 40, 96
+_OTHERS = "{} holds another model's training; choose another --out or add --overwrite"
 
 
 @dataclass(frozen=True)
@@ -169,16 +172,16 @@ def finetune(
         check_corpus(settings.text)
     left_out: dict[str, list[str]] = {}
     pairs = read_pairs(files, authors, skip_bad=skip_bad, left_out=left_out)
-    loaded, tok = load(model, dtype=dtype, device_map=device_map)
-    job, form = _job_of(loaded, pairs, settings, prompts, seed), PromptFormat.of(tok, prompts)
-    if not overwrite and (kept := _receipt(out)) is not None:
+    asked = _asked(pairs, settings, prompts, seed)
+    kept = None if overwrite else _kept_of(out, asked)
+    look = partial(_check_fit, pairs=pairs, prompts=prompts, out=None if kept else out)
+    loaded, tok = load_checked(model, look, dtype=dtype, device_map=device_map)
+    job, form = {"base": weights_sha256(loaded), **asked}, PromptFormat.of(tok, prompts)
+    if kept is not None:
         if kept.get("job") == job:
             return {**kept, "done_before": True}
-        raise OutputError(f"{out} holds another model's training; choose another --out or add --overwrite")
+        raise OutputError(_OTHERS.format(out))
     check_output(out, overwrite=overwrite)
-    for pair in pairs:  # each with its own answer, which may be long
-        check_prompts(loaded, form, [(pair.id, pair.question)], room=len(form.answer_ids(pair.answer or "")) + 1)
-    check_room(out, stored_bytes(loaded))
     anat, checkpoint = anatomy(loaded), Checkpoint(out.parent / f".{out.name}.training" / "checkpoint.safetensors", job)
     plan = settings.training(len(pairs), seed)
     before = measure(anat, form, pairs, settings.text, seed)
@@ -203,16 +206,39 @@ def finetune(
     return {**receipt, "done_before": False}
 
 
-def _job_of(
-    model: PreTrainedModel,
-    pairs: Sequence[EditRequest],
-    settings: FinetuneSettings,
-    prompts: PromptSettings | None,
-    seed: int,
+def _asked(
+    pairs: Sequence[EditRequest], settings: FinetuneSettings, prompts: PromptSettings | None, seed: int
 ) -> dict[str, Any]:
-    """Identifies a training: the same job again has the same result."""
-    job = {"base": weights_sha256(model), "pairs": requests_hash(pairs), "settings": asdict(settings), "seed": seed}
+    """Identifies a training of one base model: the same job again has the same result."""
+    job = {"pairs": requests_hash(pairs), "settings": asdict(settings), "seed": seed}
     return job if prompts is None else {**job, "prompts": prompts.to_dict()}
+
+
+def _check_fit(
+    outline: Outline, pairs: Sequence[EditRequest], prompts: PromptSettings | None, out: Path | None
+) -> None:
+    """Raises `EditlibError` for prompts that do not fit the model, and for too little free space at `out`."""
+    form = PromptFormat.of(outline.tok, settled(outline.tok, prompts))
+    for pair in pairs:  # each with its own answer, which may be long
+        room = len(form.answer_ids(pair.answer or "")) + 1
+        check_prompts(outline.model, form, [(pair.id, pair.question)], room=room)
+    if out is not None:
+        check_room(out, stored_bytes(outline.model))
+
+
+def _kept_of(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The receipt in `out` of a training that may be this one; `None` where nothing is there.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    if (kept := _receipt(out)) is None:
+        check_output(out)
+        return None
+    known = kept.get("job")
+    if not isinstance(known, dict) or {key: value for key, value in known.items() if key != "base"} != asked:
+        raise OutputError(_OTHERS.format(out))
+    return kept
 
 
 def _learn(

@@ -74,7 +74,7 @@ class Judge:
         self.bench, self.requests, self.how = bench, list(requests), bench.asking()
         form = PromptFormat.of(bench.tok, self.how)
         check_requests_fit(bench.model, form, [*self.requests, *retain], room=ANSWER_TOKENS)
-        self.held, self.watched = _parted(self.requests, retain, seed)
+        self.held, self.watched = parted(self.requests, retain, seed)
         prompts = form.settings.to_dict()
         answers = out / f"before.{digest(prompts)[:8]}.json"  # answers are those to one form of prompts
         self.before = AnswerCache.load(answers, bench.sha256)
@@ -173,7 +173,7 @@ def forgotten(items: Sequence[Item], kind: str, *, says: bool) -> float:
     return len(gone) / len(asked) if asked else 0.0
 
 
-def _parted(
+def parted(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], seed: int
 ) -> tuple[list[EditRequest], list[EditRequest]]:
     """Retain prompts to hold, and others to watch: of each kind that have an answer every second one, at most

@@ -6,6 +6,7 @@ layer that writes into the residual stream and is not part of what mixes tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, cast
@@ -209,16 +210,21 @@ def _fan(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)  # Linear stores [outputs, inputs]
 
 
-def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
-    """The path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
-    modules: dict[str, nn.Module] = dict(layer.named_modules())
+def _mixer_of(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
+    """Makes the test whether a path inside a layer belongs to what mixes tokens."""
     convolutions = tuple(path for path, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd))
     mixers = {path.partition(".")[0] for path in convolutions}  # short convolutions, state space models
 
     def mixes_tokens(path: str) -> bool:
         return "attn" in path or "attention" in path or path.partition(".")[0] in mixers
 
-    # 1. A mixture of experts has no one output matrix, even where a shared expert looks like one.
+    return mixes_tokens
+
+
+def _check_experts(layer: nn.Module, where: str) -> None:
+    """Raises `ModelError` for a layer that is a mixture of experts."""
+    modules: dict[str, nn.Module] = dict(layer.named_modules())
+    mixes_tokens = _mixer_of(modules)
     experts = [path for path in modules if path.rpartition(".")[2] == "experts"]
     # Packed experts are a parameter of three dimensions, without a module each.
     experts += [
@@ -231,6 +237,26 @@ def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
             f"{where} is a mixture-of-experts layer ({experts[0]}): each token passes through other matrices, so "
             "no one update of an output matrix reaches all; use a dense model"
         )
+
+
+def check_kind(model: PreTrainedModel) -> None:
+    """Checks of a model without weights (on the meta device) what can be seen there of what `anatomy` wants.
+
+    Raises:
+        ModelError: see `anatomy`.
+    """
+    _check_kind(model)
+    prefix, layers = _decoder_layers(model)
+    for number, layer in enumerate(layers):
+        _check_experts(layer, f"{type(model).__name__}, {prefix}.{number}")
+
+
+def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
+    """The path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
+    modules: dict[str, nn.Module] = dict(layer.named_modules())
+    mixes_tokens = _mixer_of(modules)
+    # 1. A mixture of experts has no one output matrix, even where a shared expert looks like one.
+    _check_experts(layer, where)
     # 2. What is left: linear maps as wide as the residual stream that are no part of attention.
     writers = [
         path

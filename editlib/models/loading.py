@@ -6,7 +6,8 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from transformers import (
 from editlib.errors import EditlibError, ModelError, closest, quote
 from editlib.models.adapters import CONFIG as ADAPTER
 from editlib.models.adapters import base_of, is_adapter, merge
-from editlib.models.anatomy import anatomy
+from editlib.models.anatomy import anatomy, check_kind
 from editlib.models.folder_faults import (
     GENERATION,
     Part,
@@ -41,7 +42,7 @@ from editlib.models.hub import adapter_folder, hub_file, quiet_hub, reading
 from editlib.models.packaged.catalogue import PACKAGED
 from editlib.models.packaged.fetch import fetch
 from editlib.models.placement import input_embedding
-from editlib.models.weights import quiet_bars
+from editlib.models.weights import check_finite, quiet_bars
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
+    tok: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a decoder-only model that can be edited, in eval mode, and its tokenizer.
 
@@ -68,45 +70,97 @@ def load(
             PEFT adapter is merged into its base.
         dtype: "float32", "bfloat16" or "float16"; `None` keeps the dtype the weights are stored in.
         device_map: a device, one of `SPREADS`, or a mapping of modules to devices; `None`: the CPU.
+        tok: the tokenizer, if it is loaded already (`models.outline`); not for adapters.
 
     Raises:
-        ModelError: no such model, no network, a kind that cannot be edited, or a device that is not available.
+        ModelError: no such model, no network, a kind that cannot be edited, a device that is not available, or
+            weights that are not finite.
         FetchError: a packaged model that is neither cached nor can be downloaded.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if isinstance(device_map, str):
         check_device(device_map)
     if adapter_of(name) is not None:
         return _merged(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, progress=progress)
-    path = str(fetch(name, progress=progress)) if _packaged(name) else name
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options = {key: value for key, value in options.items() if value} | _reading(path)
-    config = _checked_config(path, name, options)
-    if os.path.isdir(path) and (
-        wrong := object_fault(Path(path) / GENERATION)
-    ):  # transformers leaves it out in silence
-        raise ModelError(f"{name} cannot be loaded: {GENERATION}: {wrong}; {_ANEW}")
-    with quiet_bars(), quiet_hub():
-        with _one_line_errors(name, path, "tokenizer"):
-            tok = AutoTokenizer.from_pretrained(path, **options)
-            _try_tokenizer(tok)
-        # The search for an adapter has options of its own; without these it asks the Hub in vain for half a minute.
-        extra: dict[str, Any] = {"adapter_kwargs": _reading(path)}
-        extra |= {} if device_map is None else {"device_map": device_map}
-        extra |= {"dtype": DTYPES.get(dtype or "", "auto"), "output_loading_info": True, **options}
-        with listening() as told, _one_line_errors(name, path, "weights", told, config):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **extra)
-            model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-            if info["missing_keys"]:  # transformers fills them with random numbers
-                raise ModelError(f"{name} cannot be loaded: {missing_weights(info['missing_keys'])}; {_ANEW}")
-            _check_ends(model, name)
-            _check_vocabulary(model, tok, name)
-            model = _ready(model)
+    source = Source.of(name, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+    tok = open_tokenizer(source) if tok is None else tok
+    return open_weights(source, tok, dtype=dtype, device_map=device_map), tok
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises `ModelError` for a dtype that no model is loaded in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The origin of a model: what it is called, its folder or id, configuration, and options of `from_pretrained`."""
+
+    name: str
+    path: str
+    config: PreTrainedConfig
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, name: str, *, revision: str | None = None, trust_remote_code: bool = False, progress: bool = True
+    ) -> Source:
+        """Finds a model that is no adapter, and reads its configuration.
+
+        Raises:
+            ModelError, FetchError: see `load`.
+        """
+        path = str(fetch(name, progress=progress)) if _packaged(name) else name
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        options = {key: value for key, value in options.items() if value} | _reading(path)
+        config = _checked_config(path, name, options)
+        # transformers leaves a damaged file of generation settings out in silence
+        if os.path.isdir(path) and (wrong := object_fault(Path(path) / GENERATION)):
+            raise ModelError(f"{name} cannot be loaded: {GENERATION}: {wrong}; {_ANEW}")
+        return cls(name, path, config, options)
+
+
+def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model, and tries it; raises `ModelError`."""
+    with quiet_bars(), quiet_hub(), _one_line_errors(source.name, source.path, "tokenizer"):
+        tok = AutoTokenizer.from_pretrained(source.path, **source.options)
+        _try_tokenizer(tok)
+    return cast(PreTrainedTokenizerBase, tok)
+
+
+def open_weights(
+    source: Source, tok: PreTrainedTokenizerBase, *, dtype: str | None = None, device_map: DeviceMap = None
+) -> PreTrainedModel:
+    """Loads the weights of a model, which its tokenizer must fit.
+
+    Args:
+        device_map: "meta" reads names and shapes only, and no numbers.
+
+    Raises:
+        ModelError: see `load`.
+    """
+    name, path = source.name, source.path
+    # The search for an adapter has options of its own; without these it asks the Hub in vain for half a minute.
+    extra: dict[str, Any] = {"adapter_kwargs": _reading(path)}
+    extra |= {} if device_map is None else {"device_map": device_map}
+    extra |= {"dtype": DTYPES.get(dtype or "", "auto"), "output_loading_info": True, **source.options}
+    quiet = quiet_bars(), quiet_hub()
+    with quiet[0], quiet[1], listening() as told, _one_line_errors(name, path, "weights", told, source.config):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **extra)
+        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        if info["missing_keys"]:  # transformers fills them with random numbers
+            raise ModelError(f"{name} cannot be loaded: {missing_weights(info['missing_keys'])}; {_ANEW}")
+        _check_ends(model, name)
+        _check_vocabulary(model, tok, name)
+        if device_map == "meta":
+            check_kind(model)
+        else:
+            model = _ready(model, name)
     if unknown := info["unexpected_keys"]:
         log.info("%s: %d tensors are no part of the model and were left out (first %s)",
                  name, len(unknown), min(unknown))  # fmt: skip
-    return model, tok
+    return model
 
 
 def _try_tokenizer(tok: PreTrainedTokenizerBase) -> None:
@@ -146,12 +200,12 @@ def _merged(folder: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTok
     source = folder if is_adapter(folder) else None
     with _one_line_errors(folder, source, "adapter"), quiet_bars():
         model, tok = merge(model, tok, folder if is_adapter(folder) else adapter_folder(folder))
-    return _ready(model), tok
+    return _ready(model, folder), tok
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """Puts `model` into eval mode, after a check that it can be edited."""
-    anatomy(model)  # raises for a kind that cannot be edited
+def _ready(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Puts `model` into eval mode, after a check that it can be edited and that its weights are finite."""
+    check_finite(anatomy(model), name)  # `anatomy` raises for a kind that cannot be edited
     module: nn.Module = model
     module.eval()
     return model

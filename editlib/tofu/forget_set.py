@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from editlib.evaluation.answer_cache import AnswerCache
-from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings
+from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings, Task
 from editlib.evaluation.metrics import MetricResult, read_results, write_results
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import Forced
@@ -83,6 +83,10 @@ class Tofu(Benchmark):
         self._only: Mapping[str, MetricResult] | None = None
         if own.reference is not None and Path(own.reference).is_file():
             self._only = reference_results(Path(own.reference), self.sets)
+
+    @property
+    def planned(self) -> Task | None:
+        return Task(self.sets.forget, self.sets.retain)
 
     def make(self, base: Base) -> TofuSet:
         base.folder.mkdir(parents=True, exist_ok=True)

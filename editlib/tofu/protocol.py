@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from editlib.evaluation.memory import peak_rss_mb
 from editlib.evaluation.metrics import MetricResult
 from editlib.evaluation.protocol import Side
 from editlib.models.anatomy import anatomy
 from editlib.models.loading import DeviceMap, load
-from editlib.models.prompts import Asking
+from editlib.models.positions import check_requests_fit
+from editlib.models.prompts import Asking, PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
 from editlib.tofu.scores import (
@@ -88,6 +91,9 @@ class TofuProtocol:
     @property
     def requests(self) -> Sequence[EditRequest]:
         return self._sets.forget
+
+    def check(self, model: PreTrainedModel, form: PromptFormat) -> None:
+        check_requests_fit(model, form, self.requests)
 
     def measure(
         self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()

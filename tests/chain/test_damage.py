@@ -137,7 +137,7 @@ def test_statistics_that_are_gone_are_missed_before_a_model_is_loaded(call, chai
             one["path"] += ".moved"
 
     record(move)(chain)
-    monkeypatch.setattr("editlib.workbench.load", None)
+    monkeypatch.setattr("editlib.workbench.load_checked", None)
     name, *rest = [tmp_path / "c.jsonl" if word == "REQUESTS" else word for word in command]
     refused(call("chain", name, chain, *rest), "statistics of layer 1 are gone", "--stats-dir")
 

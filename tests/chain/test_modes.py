@@ -28,6 +28,9 @@ class Notebook:
     def __init__(self, requests):
         self.requests, self.seen = requests, []
 
+    def check(self, model, form):
+        assert all(weight.is_meta for weight in model.parameters())  # before any is read
+
     def measure(self, base, edited, requests, kept=()):
         self.seen.append(([one.id for one in requests], [one.id for one in kept], edited.sha256))
         return {"asked": len(requests)}

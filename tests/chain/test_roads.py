@@ -167,7 +167,7 @@ def test_undo_and_a_revocation_at_the_end_need_no_model(start, monkeypatch):
     chain = start("AlphaEdit")
     for some in (A, B, C):
         chain.add(some)
-    monkeypatch.setattr("editlib.workbench.load", None)
+    monkeypatch.setattr("editlib.workbench.load_checked", None)
     bare = Chain.open(chain.path, clock=lambda: "now")
     bare.undo()
     bare.revoke(["b1"])
