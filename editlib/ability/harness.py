@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.ability.measured import Aggregate, Measure, Measured
+from editlib.ability.measured import Aggregate, TaskResult, TaskScore
 from editlib.ability.tasks import Task, require_lm_eval, seeds
 from editlib.errors import MetricError
 
@@ -36,7 +36,7 @@ def measure_task(
     documents: Sequence[int] | None = None,
     limit: int | None = None,
     bootstrap: int,
-) -> Measured:
+) -> TaskResult:
     """Runs a task. Values and standard errors are lm-eval's, and what its command line gives with the same batch size.
 
     Args:
@@ -68,7 +68,7 @@ def measure_task(
     numbers = results["results"][task.name]
     better = results["higher_is_better"][task.name]
     measures = [
-        Measure(
+        TaskScore(
             name=name if chosen == "none" else f"{name} ({chosen})",
             value=_finite(numbers[f"{name},{chosen}"]),
             stderr=_finite(numbers.get(f"{name}_stderr,{chosen}")),
@@ -79,7 +79,7 @@ def measure_task(
         for (name, chosen), found in items.items()
         if _finite(numbers.get(f"{name},{chosen}")) is not None
     ]
-    return Measured(tuple(hashes), tuple(measures), round(time.perf_counter() - begun, 2))
+    return TaskResult(tuple(hashes), tuple(measures), round(time.perf_counter() - begun, 2))
 
 
 def chosen(total: int, limit: int | None, seed: int | None) -> list[int] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from editlib.ability.harness import aggregate_function, chosen, measure_task, wrap
-from editlib.ability.measured import Measured, difference
+from editlib.ability.measured import TaskResult, difference
 from editlib.ability.report import AbilityReport, AbilityRow, table_rows
 from editlib.ability.tasks import Task, load_tasks, require_lm_eval
 from editlib.ability.text import measure_text, over_windows
@@ -130,7 +130,7 @@ class _Results:
     """The results of one model by task, and the hashes that identify the model."""
 
     identity: Mapping[str, str]
-    by_task: Mapping[str, Measured]
+    by_task: Mapping[str, TaskResult]
 
 
 def _measure(name: str, where: str, plan: _Plan) -> _Results:
@@ -138,11 +138,11 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
     model, tok = load(where, dtype=plan.dtype, device_map=plan.device_map)
     identity = {"weights": weights_sha256(model), "tokenizer": _tokenizer_sha256(tok)}
     shared = {"editlib": library_version(), **identity}
-    found: dict[str, Measured] = {}
+    found: dict[str, TaskResult] = {}
 
-    def once(task: str, job: Mapping[str, Any], measure: Callable[[], Measured]) -> None:
+    def once(task: str, job: Mapping[str, Any], measure: Callable[[], TaskResult]) -> None:
         label = f"{name}, {task}"
-        measured = plan.kept.find(job, Measured.from_dict)
+        measured = plan.kept.find(job, TaskResult.from_dict)
         if measured is None:
             log.info("%s", label)
             measured = measure()

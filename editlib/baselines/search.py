@@ -18,7 +18,7 @@ from editlib.baselines.apply import apply_baseline_to_model, check_baseline, kee
 from editlib.baselines.data import Pairs
 from editlib.baselines.registry import baseline, canonical_name
 from editlib.baselines.settings import BaselineSettings, Budget
-from editlib.baselines.validation import Score, Validation, recalls, score, validation_hash
+from editlib.baselines.validation import Validation, ValidationScores, recalls, score, validation_hash
 from editlib.errors import EditError, HparamsError, OutputError
 from editlib.files import write_json
 from editlib.models.anatomy import anatomy
@@ -195,7 +195,7 @@ class _Search:
 
     def record(self, rate: float | None, steps: int | None, *, failed: str | None = None) -> None:
         """Measures the model as it is now, and keeps the trial; one that `failed` scores 0."""
-        measured = Score(0.0, 0.0, 0.0)
+        measured = ValidationScores(0.0, 0.0, 0.0)
         if failed is None:
             measured = score(recalls(self._anat, self.tok, self.validation, self.given["how"]), self.before)
         now = time.perf_counter()

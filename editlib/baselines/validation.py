@@ -45,7 +45,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Score:
+class ValidationScores:
     """Share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean."""
 
     forgetting: float
@@ -120,7 +120,7 @@ def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation,
     return Recalls(scores[:cut], scores[cut:])
 
 
-def score(now: Recalls, before: Recalls) -> Score:
+def score(now: Recalls, before: Recalls) -> ValidationScores:
     """Scores recalls against those of the unedited model.
 
     `forgetting` is the share of the earlier recall on forget questions that is gone, `retention` the share on retain
@@ -134,7 +134,7 @@ def score(now: Recalls, before: Recalls) -> Score:
 
     hidden, kept = left(now.forget, before.forget), left(now.retain, before.retain)
     gone, stays = 1 - (hidden or 0.0), 1.0 if kept is None else kept
-    return Score(gone, stays, float(balance(gone, stays).agg_value or 0.0))
+    return ValidationScores(gone, stays, float(balance(gone, stays).agg_value or 0.0))
 
 
 def validation_hash(validation: Validation) -> str:

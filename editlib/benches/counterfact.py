@@ -17,7 +17,7 @@ from editlib.algorithms.edit import EditResult, EditState
 from editlib.algorithms.registry import apply_function
 from editlib.algorithms.values import Values
 from editlib.benches.counterfact_scores import known_facts, score_edits
-from editlib.benches.points import Cell
+from editlib.benches.points import CounterFactPoint
 from editlib.editing import check_given
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.evaluation.perplexity import text_windows
@@ -127,7 +127,7 @@ def bench_counterfact(
     text: str = "wiki-sample:heldout",
     known: bool = False,
     seed: int = 0,
-) -> list[Cell]:
+) -> list[CounterFactPoint]:
     """Measures each algorithm of `settings` at every number of edits, on the first so many requests, asked as plain
     text unless the workbench's prompts are others.
 
@@ -176,7 +176,7 @@ class _Run:
         self.form = PromptFormat.of(bench.tok, bench.asking(False))
         self.windows = text_windows(bench.tok, load_corpus(text).documents)
         self.base = bench.given_prompts.key(f"{bench.sha256[:16]}:{requests_hash(requests)[:16]}:{seed}")
-        kept = read_cells(path, Cell)
+        kept = read_cells(path, CounterFactPoint)
         self.cells = [cell for cell in kept if cell.job.startswith(self.base)]
         there = {cell.edits for cell in self.cells if cell.algorithm == "none"}
         for count in sorted(set(counts) - there):
@@ -245,7 +245,7 @@ class _Run:
         anat = self.bench.anat
         scores = asdict(score_edits(anat, self.form, self.requests[:count]))
         del scores["n"]
-        cell = Cell(
+        cell = CounterFactPoint(
             algorithm=algorithm,
             mode=mode,
             edits=count,

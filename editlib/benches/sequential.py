@@ -14,7 +14,7 @@ import torch
 from editlib import data
 from editlib.baselines.refusal_edit import REFUSAL
 from editlib.benches.counterfact import settings_of
-from editlib.benches.points import Point
+from editlib.benches.points import SequentialPoint
 from editlib.chain import Chain
 from editlib.chain.create import check_algorithm
 from editlib.chain.store import RECORD
@@ -76,7 +76,7 @@ def bench_sequential(
     points: int = 5,
     text: str = "wiki-sample:heldout",
     seed: int = 0,
-) -> list[Point]:
+) -> list[SequentialPoint]:
     """Forgets facts in one chain for each of `settings` and `sizes`.
 
     The facts, those held and those watched are written to `out`, the chains to `out/chains`. Interrupted, it goes on
@@ -143,7 +143,7 @@ class _Run:
         self.counts, self.windows = counts, windows
         asked = [*parts.forget, *parts.anchors, *parts.watch]
         self.job = base.given_prompts.key(f"{base.sha256[:16]}:{requests_hash(asked)[:16]}:{seed}")
-        kept = read_cells(out / "points.jsonl", Point)
+        kept = read_cells(out / "points.jsonl", SequentialPoint)
         self.points = [point for point in kept if point.job.startswith(self.job)]
 
     def follow(self, load: Callable[[], Workbench], hparams: HyperParams, size: int) -> None:
@@ -217,7 +217,7 @@ class _Run:
         )
         self.before.save(self.out / "before.json")
         asked = [item for item in items if item.kind == "request"]
-        point = Point(
+        point = SequentialPoint(
             algorithm=hparams.algorithm,
             size=size,
             edits=edits,

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.metrics import MetricResult
 from editlib.models.loaded import LoadedModel
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.settings import Section, knob
 from editlib.workbench import Workbench
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number with what it means; `interval` is of 95 %."""
-
-    value: float | None
-    meaning: str
-    higher_is_better: bool = True
-    n: int | None = None
-    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,14 +28,19 @@ class Scores:
             verdict), `counted`, and `note` (some words, or none).
     """
 
-    forget: Measure
-    retain: Measure
-    measures: Mapping[str, Measure]
+    forget: MetricResult
+    retain: MetricResult
+    measures: Mapping[str, MetricResult]
     items: Sequence[Mapping[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the scores JSON-ready."""
-        return asdict(self)
+        """Gives the scores JSON-ready, each number as `MetricResult.summary` tells it."""
+        return {
+            "forget": self.forget.summary(),
+            "retain": self.retain.summary(),
+            "measures": {name: result.summary() for name, result in self.measures.items()},
+            "items": [dict(item) for item in self.items],
+        }
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,7 @@ def scores_of(items: Sequence[Item], metrics: Mapping[str, Any], windows: int = 
             higher_is_better=True,
             n=metrics["groups"][name]["n"],
             meaning=MEANINGS[name],
+            interval=tuple(metrics["groups"][name]["interval"]),
         )
         for name, judged in verdicts.items()
     ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from editlib import data
-from editlib.attacks.outcome import COLUMNS, Share
+from editlib.attacks.outcome import COLUMNS, LeakRate
 from editlib.attacks.registry import choose
 from editlib.attacks.run import JOB, AttackReport, run_attacks
 from editlib.attacks.settings import AttackSettings
@@ -71,16 +71,16 @@ def attack_folders(
     )
     receipt = read_receipt(edited)
     check_models(base, edited)
-    loaded = load(base, dtype=dtype, device_map=device_map)
-    if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(loaded[0]):
+    model, tok = load(base, dtype=dtype, device_map=device_map)
+    if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(model):
         raise RequestError(
             f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
         )
     if receipt is not None and receipt.get("token"):
         settings = replace(settings, token=receipt["token"]["token"])
-    how = settled(loaded[1], prompts_of(receipt, prompts))
+    how = settled(tok, prompts_of(receipt, prompts))
     report = run_attacks(
-        loaded,
+        (model, tok),
         load(edited, dtype=dtype, device_map=device_map),
         requests or [],
         control=control,
@@ -110,7 +110,7 @@ def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
     return rows
 
 
-def cell(share: Share, *, short: bool = False) -> str:
+def cell(share: LeakRate, *, short: bool = False) -> str:
     """A share with its interval, or without it, and its numbers on one line."""
     if share.rate is None:
         return "-"

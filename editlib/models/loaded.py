@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, settled
+
+ModelPair = tuple[PreTrainedModel | Anatomy, PreTrainedTokenizerBase]
+"""A model, or its anatomy, with its tokenizer, as `load` gives it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,19 @@ class LoadedModel:
     ) -> LoadedModel:
         """Builds it from a model and a tokenizer; costs the pass of `anatomy`."""
         return cls(anatomy(model), tok, settled(tok, prompts))
+
+    @classmethod
+    def given(cls, model: LoadedModel | ModelPair, prompts: PromptSettings | None = None) -> LoadedModel:
+        """Takes a model as a caller has it: loaded already, or a pair with its tokenizer.
+
+        Args:
+            prompts: how it is asked; `None`: as a loaded model says, and for a pair as its tokenizer does by default.
+        """
+        if isinstance(model, LoadedModel):
+            return model if prompts is None else replace(model, prompts=settled(model.tok, prompts))
+        network, tok = model
+        anat = network if isinstance(network, Anatomy) else anatomy(network)
+        return cls(anat, tok, settled(tok, prompts))
 
     @property
     def form(self) -> PromptFormat:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from editlib.evaluation.answer_cache import AnswerCache
-from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings
+from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Scores, SetSettings
 from editlib.evaluation.metrics import MetricResult, read_results, write_results
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import Forced
@@ -90,9 +89,8 @@ class Tofu(Benchmark):
         judges = Judges(own.encoder, own.classifier)
         known = Readings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
-        model = (base.bench.anat, base.bench.tok)
         read(
-            model,
+            base.bench.loaded,
             self.sets,
             known.found,
             max_new_tokens=own.max_new_tokens,
@@ -193,7 +191,7 @@ class TofuSet(ForgetSet):
         drafts = {one.question: reading.tokens for one, reading in self.readings.items()}
         label = "after" if progress else None
         read(
-            (edited.anat, edited.tok),
+            edited,
             self.sets,
             after,
             drafts=drafts,
@@ -203,10 +201,11 @@ class TofuSet(ForgetSet):
         )
         results = score(self.sets, after, retain_only=self.only, judges=self.judges)
         before = score(self.sets, self.readings, judges=Judges())
-        measures = {name: _measure(results[name]) for name in _names(results)}
-        efficacy = next((m for name, m in measures.items() if name.startswith(EFFICACY)), Measure(None, "not measured"))
+        measures = {name: results[name] for name in _names(results)}
+        unknown = MetricResult("not measured", None, meaning="not measured")
+        efficacy = next((m for name, m in measures.items() if name.startswith(EFFICACY)), unknown)
         kept = next((measures[n] for n in KEPT if n in measures), None) or next(
-            (m for name, m in measures.items() if name.startswith(KEPT)), Measure(None, "not measured")
+            (m for name, m in measures.items() if name.startswith(KEPT)), unknown
         )
         return Scores(efficacy, kept, measures, list(self._items(after, before, results)))
 
@@ -236,9 +235,3 @@ def _names(results: Mapping[str, MetricResult]) -> list[str]:
         if name in results
     ]
     return list(dict.fromkeys([*summary, *sets]))
-
-
-def _measure(result: MetricResult) -> Measure:
-    value = result.agg_value
-    known = value is not None and math.isfinite(value)
-    return Measure(value if known else None, result.meaning, result.higher_is_better is not False, result.n)

@@ -97,8 +97,8 @@ class TofuProtocol:
             self._before, self._base_sha = {}, of
         sets = self._sets.forgetting(requests, kept).limited(self._limit, self._seed)
         scores = compare_tofu(
-            (base.anat, base.tok),
-            (edited.anat, edited.tok),
+            base.loaded,
+            edited.loaded,
             sets,
             retain_only=self._ratios(edited.prompts),
             judges=self._judges,

@@ -19,7 +19,7 @@ from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
 from editlib.evaluation.metrics.tofu import require_scipy
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import Forced
-from editlib.models.loaded import plain_text
+from editlib.models.loaded import LoadedModel, ModelPair
 from editlib.models.loading import check_model
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.tofu.sets import SIDE, Asked, TofuSets
@@ -28,7 +28,6 @@ ANSWER_TOKENS = 128  # the longest answers of TOFU have about 100
 RATIOS = "forget_teacher_forced_truth_ratio"
 SHARED = ("rouge_l_recall", "probability", "truth_ratio")
 
-Model = tuple[Anatomy, PreTrainedTokenizerBase]
 Results = dict[str, MetricResult]
 
 
@@ -108,13 +107,13 @@ def tofu_scores(
         MetricError: a package is missing, or `retain_only` is of other questions.
     """
     readings: dict[Asked, Reading] = {}
-    read((anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
+    read(LoadedModel(anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
     return score(sets, readings, retain_only=retain_only, judges=judges)
 
 
 def compare_tofu(
-    base: Model,
-    edited: Model,
+    base: LoadedModel | ModelPair,
+    edited: LoadedModel | ModelPair,
     sets: TofuSets,
     *,
     retain_only: Mapping[str, MetricResult] | None = None,
@@ -127,9 +126,13 @@ def compare_tofu(
     """Runs `tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
 
     Args:
+        base, edited: loaded models, or pairs of a model (or its anatomy) and its tokenizer.
+        how: how both models are asked; `None`: as the edited model is loaded.
         before: readings of the base model that are known already; the missing ones are added.
     """
     known: Readings = {} if before is None else before
+    base, edited = LoadedModel.given(base), LoadedModel.given(edited)
+    how = edited.prompts if how is None else how
     read(base, sets, known, max_new_tokens=max_new_tokens, how=how, progress="before" if progress else None)
     drafts = {one.question: known[one].tokens for asked in sets.probes.values() for one in asked}
     after: dict[Asked, Reading] = {}
@@ -142,7 +145,7 @@ def compare_tofu(
 
 
 def read(
-    model: Model,
+    model: LoadedModel,
     sets: TofuSets,
     known: Readings,
     *,
@@ -156,7 +159,7 @@ def read(
     Args:
         drafts: likely answers by question, as token ids.
     """
-    anat, tok = model
+    anat, tok = model.anat, model.tok
     asked = [one for probes in sets.probes.values() for one in probes if one not in known]
     asked = list(dict.fromkeys(asked))
     questions = [one.question for one in asked]
@@ -168,7 +171,7 @@ def read(
     for one in asked:
         answer, *others = [next(forced) for _ in _given(one)]
         paraphrase = answer if one.paraphrase is None else others.pop(0)
-        text = plain_text(tok, said[one.question])
+        text = model.text(said[one.question])
         known[one] = Reading(said[one.question], text, answer, paraphrase.mean, tuple(other.mean for other in others))
 
 
