@@ -16,7 +16,7 @@ from editlib.algorithms.unierase.answer_gate import check_gate
 from editlib.algorithms.unierase.apply import apply_unierase_to_model
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import HparamsError, RequestError
-from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape, UniEraseHyperParams
+from editlib.hparams import KNOWN, HyperParams, ModelShape
 from editlib.requests.request import EditRequest
 from editlib.stats.corpus import check_corpus
 from editlib.stats.file import LayerStats
@@ -71,8 +71,9 @@ def load_inputs(
     timer = timer or Timer()
     stats: Mapping[int, LayerStats] = {}
     with timer("statistics"):
-        if isinstance(hparams, ClosedFormHyperParams) and hparams.uses_statistics:
-            stats = _statistics(bench, hparams, corpus, stats_tokens, seed)
+        if hparams.uses_statistics:
+            wanted = hparams.wanted_statistics
+            stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed, **wanted)
     if not hparams.uses_token:
         return EditInputs(stats)
     with timer("token"):
@@ -100,24 +101,10 @@ def check_wanted(requests: Sequence[EditRequest], hparams: HyperParams) -> None:
         raise RequestError("no request to forget was given; give at least one")
 
 
-def _statistics(
-    bench: Workbench, hparams: ClosedFormHyperParams, corpus: str, tokens: int, seed: int
-) -> dict[int, LayerStats]:
-    return bench.find_or_make_stats(
-        hparams.layers,
-        corpus=corpus,
-        tokens=tokens,
-        seed=seed,
-        dataset=hparams.mom2_dataset,
-        samples=hparams.mom2_n_samples,
-    )
-
-
 def check_settings(bench: Workbench, hparams: HyperParams) -> None:
     """Raises `ModelError` or `HparamsError` for settings that this model cannot have; warns of another model's."""
     check_fit(bench.anat, hparams)
-    if isinstance(hparams, UniEraseHyperParams):
-        check_gate(bench.anat, hparams)
+    check_gate(bench.anat, hparams.gate_at)
     if hparams.model_name and not _meant_for(hparams.model_name, bench):
         log.warning(
             "these settings were found for %s, not for %s; layers and thresholds seldom carry over: give your own with "

@@ -63,8 +63,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
     elif not READ_BETWEEN[0] <= read_at / max(anat.n_layers - 1, 1) <= READ_BETWEEN[1]:
         log.info("the causal trace of %s ends at layer %d, which is not believed", shape.name, read_at)
         read_at = None
-    gate = getattr(hparams, "gate_layer", None)
-    gated = gate is None or output_path(anat, gate).plain
+    gated = hparams.gate_at is None or output_path(anat, hparams.gate_at).plain
     found = derive(hparams.algorithm, shape, read_at=read_at, gated=gated)
     numbers = {name: getattr(found, name) for name in found.depth_fields()}
     chosen = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)

@@ -92,6 +92,16 @@ def test_nothing_prints_below_the_command_line():
                 assert node.func.id != "print", path
 
 
+def test_traits_of_an_algorithm_are_asked_of_its_settings():
+    """Outside `hparams/` nobody asks which class settings are of."""
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] == "hparams":
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                assert "HyperParams" not in ast.unparse(node.args[1]), f"{path}: {ast.unparse(node)}"
+
+
 def test_no_device_literals():
     for path in FILES:
         for node in ast.walk(tree(path)):

@@ -14,7 +14,6 @@ from editlib.chain.record import BatchEntry, ChainRecord
 from editlib.chain.state import ChainState, digest
 from editlib.chain.store import TOKEN, Store
 from editlib.errors import ChainError
-from editlib.hparams import UniEraseHyperParams
 from editlib.models.loading import DeviceMap
 from editlib.models.vocabulary import Vocabulary, numbered
 from editlib.workbench import Workbench
@@ -88,8 +87,8 @@ class Session:
 
     def token(self, record: ChainRecord) -> UnlearningToken | None:
         """What the chain says in its answers' place: the tokens fitted to its batches, else the one of the chain."""
-        if not record.batches and isinstance(record.settings, UniEraseHyperParams) and record.settings.values == "rows":
-            return None  # tokens are fitted to batches
+        if not record.batches and not record.settings.uses_token:
+            return None  # tokens are fitted to batches, or there are none
         fitted = [token for entry in record.batches if (token := self.batch(entry).token) is not None]
         if fitted:
             return UnlearningToken.joined(fitted)

@@ -78,7 +78,7 @@ class ClosedForm(Method):
             raise ConfigError(f"{where}: {error}") from None
         self.unlearns = not self.hparams.has_target
         self.family = "closed form" if self.unlearns else "closed form, refusal"
-        if algorithm == "FT":
+        if not self.hparams.chainable:
             self.family = "fine-tuning"
         self.tuned = f"{algorithm}{AIMED}"
         self.budget = _budget(self.settings.search, self.tuned, where)
@@ -327,8 +327,8 @@ def _bytes(tensor: Any) -> int:
 
 METHODS: dict[str, type[Method]] = {
     "none": Unedited,
-    "UniErase": ClosedForm,
-    **{f"{name}{AIMED}": ClosedForm for name in ALGORITHMS if name != "UniErase"},
+    **{name: ClosedForm for name, kind in ALGORITHMS.items() if not kind.has_target},
+    **{f"{name}{AIMED}": ClosedForm for name, kind in ALGORITHMS.items() if kind.has_target},
     **{name: Trained for name, entry in BASELINES.items() if entry.kind != "editor"},
 }
 """Every method by the name that a config gives it."""

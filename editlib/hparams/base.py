@@ -36,6 +36,8 @@ class HyperParams:
     summary: ClassVar[str] = ""  # its method in one line
 
     # Traits of the algorithm, so that no caller asks for its class.
+    procedure: ClassVar[str] = ""  # the algorithm whose function applies these settings; MEMIT's serves its relatives
+    takes_retain: ClassVar[bool] = False  # takes retain prompts
     chainable: ClassVar[bool] = True  # its values can be stored and replayed, which a chain needs
     has_target: ClassVar[bool] = True  # edits towards a request's `target_new`
     takes_batches: ClassVar[bool] = True  # edits several requests at once
@@ -81,6 +83,16 @@ class HyperParams:
     def holds_anchors(self) -> bool:
         """Whether an edit holds the keys of retain prompts in place."""
         return False
+
+    @property
+    def gate_at(self) -> int | None:
+        """The layer of the answer gate; `None` without one."""
+        return None
+
+    @property
+    def wanted_statistics(self) -> dict[str, Any]:
+        """Which statistics are preferred: arguments of `Workbench.find_or_make_stats`."""
+        return {}
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -213,6 +225,10 @@ class ClosedFormHyperParams(HyperParams):
         None, "number of texts in the layer statistics, to choose between several files", min=1
     )
     mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
+
+    @property
+    def wanted_statistics(self) -> dict[str, Any]:
+        return {"dataset": self.mom2_dataset, "samples": self.mom2_n_samples}
 
     def check_depth(self, n_layers: int) -> None:
         super().check_depth(n_layers)

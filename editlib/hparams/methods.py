@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from editlib.hparams.base import ClosedFormHyperParams, HyperParams
 from editlib.settings import bad, knob
@@ -17,6 +17,7 @@ class FTHyperParams(HyperParams):
     algorithm: ClassVar[str] = "FT"
     paper: ClassVar[str] = "2012.00363"
     summary: ClassVar[str] = "constrained fine-tuning of one matrix, the usual baseline"
+    procedure: ClassVar[str] = "FT"
     chainable: ClassVar[bool] = False
 
     num_steps: int = knob(25, "largest number of passes over the requests", min=1)
@@ -38,6 +39,7 @@ class ROMEHyperParams(ClosedFormHyperParams):
     algorithm: ClassVar[str] = "ROME"
     paper: ClassVar[str] = "2202.05262"
     summary: ClassVar[str] = "one fact after another, each a rank-one update"
+    procedure: ClassVar[str] = "ROME"
     takes_batches: ClassVar[bool] = False
 
     context_template_length_params: list[list[int]] | None = knob(
@@ -68,6 +70,7 @@ class MEMITHyperParams(ClosedFormHyperParams):
     paper: ClassVar[str] = "2210.07229"
     summary: ClassVar[str] = "all facts in one solve per layer, spread over several layers"
 
+    procedure: ClassVar[str] = "MEMIT"
     values_first: ClassVar[bool] = True
     plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
     holds_past: ClassVar[bool] = False  # preserves the outputs at the keys of earlier edits
@@ -189,6 +192,7 @@ class AlphaEditHyperParams(NullSpaceHyperParams):
     algorithm: ClassVar[str] = "AlphaEdit"
     paper: ClassVar[str] = "2410.02355"
     summary: ClassVar[str] = "MEMIT inside the null space of ordinary text, preserving earlier edits"
+    procedure: ClassVar[str] = "AlphaEdit"
     plain_share: ClassVar[float | None] = 0.5  # as MEMIT
 
     left_weight: float = knob(
@@ -209,6 +213,8 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     algorithm: ClassVar[str] = "UniErase"
     paper: ClassVar[str] = "2505.15674"
     summary: ClassVar[str] = "unlearning: questions answered with a learned token that becomes a refusal"
+    procedure: ClassVar[str] = "UniErase"
+    takes_retain: ClassVar[bool] = True
     has_target: ClassVar[bool] = False
 
     values: str = knob(
@@ -288,6 +294,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     def holds_anchors(self) -> bool:
         return self.anchors
 
+    @property
+    def gate_at(self) -> int | None:
+        return self.gate_layer
+
     def check(self) -> None:
         super().check()
         self.check_templates("gate_templates")
@@ -312,3 +322,14 @@ ALGORITHMS: dict[str, type[HyperParams]] = {
         UniEraseHyperParams,
     )
 }
+"""The settings of every algorithm, by its name."""
+
+
+def finds_values(hparams: HyperParams) -> TypeGuard[ClosedFormHyperParams]:
+    """Whether an edit finds values and solves for them; its settings then have the keys of closed-form edits."""
+    return hparams.chainable
+
+
+def takes_retain(hparams: HyperParams) -> TypeGuard[UniEraseHyperParams]:
+    """Whether an edit takes retain prompts; its settings then say how these are anchored."""
+    return hparams.takes_retain

@@ -129,14 +129,14 @@ def gate_values(
     return values
 
 
-def check_gate(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
-    """Raises `HparamsError` when the gate lies at a layer where it would do harm; `check_fit` comes first."""
-    if hparams.gate_layer is None:
+def check_gate(anat: Anatomy, layer: int | None) -> None:
+    """Raises `HparamsError` when a gate at `layer` would do harm; `None` is no gate. `check_fit` comes first."""
+    if layer is None:
         return
     # The gate's change is found in the residual stream for many prompts at once; after a norm no one update gives it.
-    if not output_path(anat, hparams.gate_layer).plain:
+    if not output_path(anat, layer).plain:
         raise HparamsError(
-            f'key "gate_layer": {hparams.gate_layer}; a norm or a factor follows the MLP of this model, and the '
+            f'key "gate_layer": {layer}; a norm or a factor follows the MLP of this model, and the '
             "answer gate would destroy it there; expected no gate: leave the key out"
         )
 

@@ -224,7 +224,7 @@ def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHype
     if hparams.values == "rows":
         check_answers(requests)
     check_fit(anat, hparams)
-    check_gate(anat, hparams)
+    check_gate(anat, hparams.gate_layer)
 
 
 def _keep(
