@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EditInputs:
-    """Inputs of an edit other than the requests: layer statistics, and UniErase's token."""
+    """Holds the inputs of an edit other than the requests: layer statistics, and UniErase's token."""
 
     stats: Mapping[int, LayerStats]
     token: UnlearningToken | None = None
 
 
 def check_given(hparams: HyperParams, *, token: Path | None = None, corpus: str | None = None) -> None:
-    """Checks the files that an edit takes besides its requests; call it before a model is loaded.
+    """Checks the files that an edit takes in addition to its requests; call it before a model is loaded.
 
     Raises:
         HparamsError: a token for settings that take none.
@@ -115,12 +115,12 @@ def check_settings(bench: Workbench, hparams: HyperParams) -> None:
 
 
 def _meant_for(called: str, bench: Workbench) -> bool:
-    """Whether settings found for `called` are meant for this model: by its name, or as one of the same form."""
+    """Returns whether settings found for `called` are meant for this model: by its name, or as one of the same form."""
     shape = ModelShape.of(bench.model.config, bench.name)
     return same_model(called, bench.name) or (called in KNOWN and KNOWN[called].same_form(shape))
 
 
 def same_model(called: str, name: str) -> bool:
-    """Whether settings found for `called` ("Llama3-8B") are meant for `name` ("meta-llama/Meta-Llama-3-8B")."""
+    """Returns whether settings found for `called` ("Llama3-8B") are meant for `name` ("meta-llama/Meta-Llama-3-8B")."""
     bare = [re.sub(r"[^a-z0-9.]", "", some.lower()) for some in (called, model_slug(name))]
     return bare[1].endswith(bare[0]) or bare[0].endswith(bare[1])

@@ -145,3 +145,35 @@ def test_functions_are_short_lists_of_named_steps():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 40:
                 assert code_lines(node, text) <= 40, f"{path}: {node.name}"
+
+
+NOT_VERBS = {
+    "a",
+    "all",
+    "an",
+    "any",
+    "each",
+    "every",
+    "for",
+    "how",
+    "of",
+    "one",
+    "the",
+    "those",
+    "what",
+    "where",
+    "whether",
+}
+
+
+def is_property(node: ast.AST) -> bool:
+    return any("property" in ast.unparse(one) for one in getattr(node, "decorator_list", ()))
+
+
+def test_docstrings_start_with_a_verb():
+    """Those of functions and classes, in the third person; a property is named by what it is."""
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not is_property(node):
+                first = (ast.get_docstring(node) or "Says").split()[0].rstrip(",")
+                assert re.fullmatch("[A-Z][a-z-]*s", first) and first not in NOT_VERBS, f"{path}: {node.name}: {first}"

@@ -119,14 +119,14 @@ def _aggregation_name(task: Any, metric: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's numbers and arrays as Python's."""
+    """Converts Numpy's numbers and arrays to Python's."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _finite(value: Any) -> float | None:
-    """lm-eval says "N/A" where there is no standard error."""
+    """Returns a finite number, or `None`: lm-eval says "N/A" where there is no standard error."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -16,7 +16,7 @@ Aggregate = Callable[[Sequence[Any]], float]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One number of a task, with what each document adds to it, from which a paired difference is computed.
+    """Holds one number of a task, with what each document adds to it, from which a paired difference is computed.
 
     `aggregation` is the name under which lm-eval keeps the function that makes `value` out of `items` (one for each
     document; `None` where a document has none), or `None` for a function that it does not keep.
@@ -32,7 +32,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All numbers of one model on one task. `documents` are hashes, in the order of every measure's items."""
+    """Holds all numbers of one model on one task. `documents` are hashes, in the order of every measure's items."""
 
     documents: tuple[str, ...]
     measures: tuple[TaskScore, ...]
@@ -51,7 +51,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """A measure of one model less that of another, with its standard error over the documents that both have."""
+    """Holds a measure of one model less that of another, with its standard error over the documents that both have."""
 
     value: float
     stderr: float | None

@@ -107,7 +107,7 @@ def _check(models: Mapping[str, Any], tasks: Sequence[str], text: str | None, li
 
 @dataclass(frozen=True)
 class _Plan:
-    """The settings that every model is measured with."""
+    """Holds the settings that every model is measured with."""
 
     kept: Finished
     corpus: Corpus | None
@@ -127,7 +127,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Results:
-    """The results of one model by task, and the hashes that identify the model."""
+    """Holds the results of one model by task, and the hashes that identify the model."""
 
     identity: Mapping[str, str]
     by_task: Mapping[str, TaskResult]
@@ -171,7 +171,7 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
 
 
 def _tokenizer_sha256(tok: PreTrainedTokenizerBase) -> str:
-    """Over the vocabulary, and what is put around a text (BOS)."""
+    """Hashes the vocabulary, and what is put around a text (BOS)."""
     fingerprint = [sorted(tok.get_vocab().items()), list(tok("A text.")["input_ids"])]
     return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
 

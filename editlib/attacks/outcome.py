@@ -20,7 +20,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Completion:
-    """A text generated after `prompt` (as the model read it), and whether it holds a right answer."""
+    """Holds a text generated after `prompt` (as the model read it), and whether it holds a right answer."""
 
     prompt: str
     text: str
@@ -29,7 +29,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Trial:
-    """One fact under one attack. `skipped` says why it was not tried; it does not count then."""
+    """Holds one fact under one attack. `skipped` says why it was not tried; it does not count then."""
 
     id: str
     question: str
@@ -51,7 +51,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class LeakRate:
-    """Share of `n` facts that leaked, the lower the better, with two intervals.
+    """Holds the share of `n` facts that leaked, the lower the better, with two intervals.
 
     `interval` is the 95 % percentile bootstrap over facts (Efron 1979), which is a single point where all facts or
     none leaked; `wilson` is the Wilson interval, which is not. `skipped` counts facts that were not tried by reason.
@@ -67,7 +67,8 @@ class LeakRate:
 
 @dataclass(frozen=True)
 class AttackOutcome:
-    """Result of one attack on one model: one trial per fact, and numbers worth keeping (losses of a training)."""
+    """Holds the result of one attack on one model: one trial per fact, and numbers worth keeping (losses of a
+    training)."""
 
     trials: tuple[Trial, ...]
     notes: Mapping[str, float] = field(default_factory=dict)
@@ -75,7 +76,7 @@ class AttackOutcome:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attack by column (see `COLUMNS`): shares, and the trials that they sum up."""
+    """Holds one attack by column (see `COLUMNS`): shares, and the trials that they sum up."""
 
     attack: str
     meaning: str

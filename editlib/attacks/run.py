@@ -34,7 +34,7 @@ JOB = "job.json"
 
 @dataclass(frozen=True)
 class AttackReport:
-    """The settings of the run (`job`), the facts that no attack could try, and the outcome of each attack."""
+    """Holds the settings of the run (`job`), the facts that no attack could try, and the outcome of each attack."""
 
     job: Mapping[str, Any]
     left_out: Mapping[str, Mapping[str, int]]
@@ -177,7 +177,7 @@ def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, 
 
 
 def _finished(file: Path) -> AttackResult | None:
-    """The finished attack in a file; a damaged one counts as missing, and the attack is made again."""
+    """Returns the finished attack in a file; a damaged one counts as missing, and the attack is made again."""
     try:
         result = AttackResult.from_dict(read_kept(file) or {})
     except (ValueError, LookupError, TypeError, AttributeError):

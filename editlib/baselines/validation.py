@@ -24,20 +24,20 @@ HELD_OUT = 4  # one of so many retain prompts is held out
 
 @dataclass(frozen=True)
 class Validation:
-    """Questions with their true answers, to forget and to keep; `ids` of the retain prompts among them."""
+    """Holds questions with their true answers, to forget and to keep; `ids` of the retain prompts among them."""
 
     forget: tuple[tuple[str, str], ...]
     retain: tuple[tuple[str, str], ...]
     ids: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, list[list[str]]]:
-        """JSON-ready."""
+        """Gives the questions JSON-ready."""
         return {kind: [list(pair) for pair in getattr(self, kind)] for kind in ("forget", "retain")}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Requests and prompts to train on, and the questions that are held out."""
+    """Holds requests and prompts to train on, and the questions that are held out."""
 
     forget: tuple[EditRequest, ...]
     retain: tuple[EditRequest, ...]
@@ -46,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """Share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean."""
+    """Holds the share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean."""
 
     forgetting: float
     retention: float
@@ -93,7 +93,7 @@ def _apart(request: EditRequest) -> str:
 
 @dataclass(frozen=True)
 class Recalls:
-    """ROUGE-L recall of the answers to the forget and the retain questions, in their order."""
+    """Holds ROUGE-L recall of the answers to the forget and the retain questions, in their order."""
 
     forget: tuple[float, ...]
     retain: tuple[float, ...]
@@ -138,7 +138,7 @@ def score(now: Recalls, before: Recalls) -> ValidationScores:
 
 
 def validation_hash(validation: Validation) -> str:
-    """Hash of the questions and answers."""
+    """Hashes the questions and answers."""
     pairs = [("forget", *pair) for pair in validation.forget] + [("retain", *pair) for pair in validation.retain]
     requests = [
         EditRequest(f"{kind}:{i}", literal(question), answer=answer) for i, (kind, question, answer) in enumerate(pairs)

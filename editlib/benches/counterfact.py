@@ -41,7 +41,7 @@ BATCH, SEQUENTIAL = "batch", "sequential"
 
 @dataclass(frozen=True)
 class Plan:
-    """The options of a benchmark run, as the command line gives them."""
+    """Holds the options of a benchmark run, as the command line gives them."""
 
     settings: list[HyperParams]
     counts: list[int]
@@ -84,7 +84,7 @@ def check_plan(
 
 
 def check_facts(requests: Sequence[EditRequest], counts: Sequence[int]) -> list[EditRequest]:
-    """Those of the requests that can be measured.
+    """Returns those of the requests that can be measured.
 
     Raises:
         RequestError: fewer than the largest of `counts`.
@@ -99,7 +99,8 @@ def check_facts(requests: Sequence[EditRequest], counts: Sequence[int]) -> list[
 
 
 def settings_of(model: str, algorithms: str, hparams: Sequence[str]) -> list[HyperParams]:
-    """The settings of each of `algorithms` (names with commas between): those in `hparams`, or found by the model.
+    """Returns the settings of each of `algorithms` (names with commas between): those in `hparams`, or found by the
+    model.
 
     Raises:
         HparamsError: an unknown algorithm, settings that do not fit this model, or of an algorithm that is not named.
@@ -167,7 +168,7 @@ def bench_counterfact(
 
 
 class _Run:
-    """The cells of one job, kept as they are done."""
+    """Measures the cells of one job, kept as they are done."""
 
     def __init__(
         self, bench: Workbench, requests: list[EditRequest], path: Path, counts: list[int], text: str, seed: int

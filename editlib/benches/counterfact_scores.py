@@ -76,7 +76,7 @@ def known_facts(
 
 
 def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, str, str]]) -> list[bool]:
-    """Per `(prompt, new, true)` whether the new answer is the likelier one."""
+    """Says for each `(prompt, new, true)` whether the new answer is the likelier one."""
     rows = [form.encode(text) for text, _, _ in asked]
     new = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, answer, _ in asked])
     true = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, _, answer in asked])

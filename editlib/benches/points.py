@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CounterFactPoint:
-    """One point of CounterFact's curve: an algorithm after `edits` edits.
+    """Holds one point of CounterFact's curve: an algorithm after `edits` edits.
 
     `mode` says whether they were made at once (`batch`) or one after another.
     """
@@ -26,7 +26,7 @@ class CounterFactPoint:
 
 @dataclass(frozen=True)
 class SequentialPoint:
-    """One point of a chain's curve: its measures after `edits` edits in batches of `size`.
+    """Holds one point of a chain's curve: its measures after `edits` edits in batches of `size`.
 
     Shares in 0..1, higher is better: `efficacy` over all facts edited so far (a fluent refusal replaces the answer),
     `gone` (any text without the answer counts), `paraphrases` as efficacy. `neighbours`, `same_subject` and `other` are

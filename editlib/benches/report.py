@@ -74,7 +74,7 @@ PANELS = ("efficacy", "neighbours", "perplexity_ratio")
 
 
 def sequential_rows(points: Sequence[SequentialPoint]) -> list[list[str]]:
-    """Head and rows: shares in 0..1 (higher is better), perplexity after over before (1 is best), seconds."""
+    """Returns head and rows: shares in 0..1 (higher is better), perplexity after over before (1 is best), seconds."""
     rows = [["algorithm", "batches of", "edits", *SHARES, "perplexity ratio", "s a batch"]]
     for point in points:
         shares = [getattr(point, name) for name in SHARES]

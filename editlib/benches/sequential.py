@@ -127,7 +127,7 @@ def _mixed(parts: FactSplit, seed: int) -> FactSplit:
 
 
 class _Run:
-    """The points of one job, kept as they are done."""
+    """Measures the points of one job, kept as they are done."""
 
     def __init__(
         self,
@@ -197,7 +197,8 @@ class _Run:
         return chain
 
     def _asks_alike(self, chain: Chain) -> bool:
-        """Whether a chain asks as it would if it were started now; a date that is only today's does not count."""
+        """Returns whether a chain asks as it would if it were started now; a date that is only today's does not
+        count."""
         given = self.base.given_prompts
         own = [name for name in ("system", "arguments", "tags", "date") if getattr(given, name)]
         return all(chain.record.prompts.get(name) == given.to_dict()[name] for name in own)

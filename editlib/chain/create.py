@@ -109,13 +109,14 @@ def start(
 
 
 def _base_of(bench: Workbench, layers: Mapping[str, str]) -> dict[str, Any]:
-    """What identifies a chain's base model: its name (a folder's as a whole path), and hashes of its weights."""
+    """Returns what identifies a chain's base model: its name (a folder's as a whole path), and hashes of its
+    weights."""
     name = str(Path(bench.name).resolve()) if Path(bench.name).is_dir() else bench.name
     return {"name": name, "sha256": bench.sha256, "dtype": bench.dtype, "layers": layers}
 
 
 def _origins(stats: Mapping[int, LayerStats]) -> dict[str, dict[str, str]]:
-    """The file and the hash of each layer's statistics, by the layer's number."""
+    """Returns the file and the hash of each layer's statistics, by the layer's number."""
     return {
         str(layer): {"path": str(found.path and found.path.resolve()), "sha256": found.sha256()}
         for layer, found in stats.items()
@@ -123,7 +124,7 @@ def _origins(stats: Mapping[int, LayerStats]) -> dict[str, dict[str, str]]:
 
 
 def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, seed: int) -> tuple[str, ...]:
-    """Context templates sampled from the base model, once for all batches; none if the settings give them."""
+    """Samples context templates from the base model, once for all batches; none if the settings give them."""
     if not finds_values(hparams) or hparams.context_templates:
         return ()
     form = PromptFormat.of(bench.tok, asking)

@@ -29,7 +29,7 @@ from editlib.workbench import Workbench
 
 @dataclass(frozen=True)
 class BatchAnchors:
-    """The anchored retain prompts of one batch.
+    """Holds the anchored retain prompts of one batch.
 
     Args:
         prompts: in the order of the solve.
@@ -120,7 +120,8 @@ class Editor:
         return Batch.of(result, updates, requests, anchors.new), result
 
     def _anchor_keys(self, anchors: BatchAnchors, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
-        """The anchors' keys in the base model; reused if the last batch had the same anchors. `None` without any."""
+        """Returns the anchors' keys in the base model; reused if the last batch had the same anchors. `None` without
+        any."""
         if not takes_retain(self.hparams):
             return None
         subjects = [request.subject for request in requests] if self.hparams.anchor_subjects else []

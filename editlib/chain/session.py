@@ -20,7 +20,7 @@ from editlib.workbench import Workbench
 
 
 class Session:
-    """One base model; `state` is the chain state of its weights, `None` if that is not known."""
+    """Holds one base model; `state` is the chain state of its weights, `None` if that is not known."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Session:
         self._vocabulary: Vocabulary | None = None  # of the base model
 
     def base(self, record: ChainRecord) -> ChainState:
-        """The state of the base model, before any batch; loads the model on first use.
+        """Returns the state of the base model, before any batch; loads the model on first use.
 
         Raises:
             ModelError, FetchError: the model cannot be loaded.
@@ -59,7 +59,7 @@ class Session:
         return self._base
 
     def at_end(self, record: ChainRecord) -> Workbench:
-        """The model with all batches of `record` (and the token, if there are any) applied."""
+        """Returns the model with all batches of `record` (and the token, if there are any) applied."""
         base = self.base(record)
         assert self._bench is not None
         if self.state is None:
@@ -75,7 +75,7 @@ class Session:
             check_inputs(record, self._stats_dir)
 
     def editor(self, record: ChainRecord) -> Editor:
-        """The editor of the chain, made once; the token is put into the model."""
+        """Returns the editor of the chain, made once; the token is put into the model."""
         self.check_inputs(record)
         bench = self.at_end(record)
         if self._editor is None:
@@ -86,7 +86,8 @@ class Session:
         return self._editor
 
     def token(self, record: ChainRecord) -> UnlearningToken | None:
-        """What the chain says in its answers' place: the tokens fitted to its batches, else the one of the chain."""
+        """Returns what the chain says in its answers' place: the tokens fitted to its batches, else the one of the
+        chain."""
         if not record.batches and not record.settings.uses_token:
             return None  # tokens are fitted to batches, or there are none
         fitted = [token for entry in record.batches if (token := self.batch(entry).token) is not None]
@@ -133,13 +134,13 @@ class Session:
             self.at_end(record)
 
     def state_after(self, base: ChainState, entries: Sequence[BatchEntry]) -> ChainState:
-        """The state after the batches `entries` on top of `base`."""
+        """Returns the state after the batches `entries` on top of `base`."""
         for entry in entries:
             base = base.after(self.batch(entry))
         return base
 
     def updates(self, record: ChainRecord) -> dict[int, LowRank]:
-        """The sum of all batches' updates, as factors by layer; only PRUNE needs the base model for it."""
+        """Returns the sum of all batches' updates, as factors by layer; only PRUNE needs the base model for it."""
         if record.settings.refits_totals:
             return self.state_after(self.base(record), record.batches).pruned_updates()
         totals: dict[int, LowRank] = {}

@@ -45,7 +45,7 @@ def token(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Phase I: learns the unlearning token of a model, once; later edits reuse it."""
+    """Learns the unlearning token of a model, once (phase I); later edits reuse it."""
     from editlib import data
     from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken
     from editlib.files import check_file
@@ -86,7 +86,7 @@ def unlearn(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Phase II: makes a model refuse the questions in --requests and writes it as an ordinary folder."""
+    """Makes a model refuse the questions in --requests and writes it as an ordinary folder (phase II)."""
     from editlib.editing import check_given, check_wanted
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.edit import check_places
@@ -123,7 +123,7 @@ def unlearn(
 
 
 def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:
-    """The wordings, sentences, rivals and sibling questions that are made for each request."""
+    """Prints the wordings, sentences, rivals and sibling questions that are made for each request."""
     from editlib.jobs.edit import rows_of
 
     for made in rows_of(bench, wanted, settings, retain=kept):

@@ -45,8 +45,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token ids by
-    question), which saves UniErase generating it."""
+    """Holds what a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token
+    ids by question), which saves UniErase generating it."""
 
     forget: Sequence[EditRequest]
     retain: Sequence[EditRequest]
@@ -54,7 +54,7 @@ class Task:
 
 
 class Base(NamedTuple):
-    """The model before any method, with what is computed once for it."""
+    """Holds the model before any method, with what is computed once for it."""
 
     bench: Workbench
     folder: Path  # where the set keeps files of its own
@@ -67,7 +67,7 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class ForgetSet(ABC):
-    """A set as it is for one base model.
+    """Holds a set as it is for one base model, and scores edited models on it.
 
     Args:
         forget: what every method is to forget.
@@ -96,7 +96,7 @@ class ForgetSet(ABC):
         return Task(self.forget, self.retain, self.before.answers)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 (hex) of the model's weights and of what methods are given."""
+        """Computes the SHA-256 (hex) of the model's weights and of what methods are given."""
         return {
             "model": self.base.bench.sha256,
             "forget": requests_hash(self.forget),
@@ -105,7 +105,8 @@ class ForgetSet(ABC):
 
 
 class Benchmark(ABC):
-    """A benchmark of `editlib compare`: its settings, checked before a model is loaded, and the making of its sets."""
+    """Defines a benchmark of `editlib compare`: its settings, checked before a model is loaded, and the making of its
+    sets."""
 
     Settings: ClassVar[type[SetSettings]]
     protocol: ClassVar[str]
@@ -149,7 +150,7 @@ class Benchmark(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SetSettings(Section):
-    """Keys of every set."""
+    """Holds the keys of every set."""
 
     name: str | None = knob(None, "what it is called in the results; none: its protocol")
     model: str | None = knob(None, "the model that is to forget, where it is another than the config's")

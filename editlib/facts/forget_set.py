@@ -26,7 +26,7 @@ KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 @dataclass(frozen=True, kw_only=True)
 class FactsSettings(SetSettings):
-    """Bundled facts (`forget` of them), or files of the user's."""
+    """Sets which facts are used: bundled ones (`forget` of them), or files of the user's."""
 
     forget: int | None = knob(None, "how many bundled facts are forgotten", min=1)
     relations: list[str] | None = knob(None, "relations that they are drawn from; none: six usual ones")
@@ -38,7 +38,7 @@ class FactsSettings(SetSettings):
 
 
 class Facts(Benchmark):
-    """Direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
+    """Asks direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
 
     Settings, protocol = FactsSettings, "facts"
     axes = ("answers gone, of those that were right", "answers kept, of those that were right")
@@ -108,7 +108,7 @@ class Facts(Benchmark):
 
 @dataclass(frozen=True)
 class FactsSet(ForgetSet):
-    """Facts with the prompts that are watched."""
+    """Holds facts with the prompts that are watched."""
 
     watch: Sequence[EditRequest] = ()
     whole: Sequence[EditRequest] = ()  # `forget` with all paraphrases

@@ -52,7 +52,8 @@ KINDS = {
 
 @dataclass
 class Item:
-    """One question with the answers before and after; `counted` items make up the shares, `passed` is their verdict."""
+    """Holds one question with the answers before and after; `counted` items make up the shares, `passed` is their
+    verdict."""
 
     id: str
     kind: str

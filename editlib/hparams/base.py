@@ -22,7 +22,7 @@ Self = TypeVar("Self", bound="HyperParams")
 
 @dataclass(frozen=True, kw_only=True)
 class HyperParams:
-    """Keys of every algorithm: which matrices to edit, and the origin of the settings.
+    """Holds the keys of every algorithm: which matrices to edit, and the origin of the settings.
 
     `layers` has no default, since it depends on the model. Published files name modules by templates; these are
     compared with the modules that are found in the model, and may be left out.
@@ -161,13 +161,13 @@ class HyperParams:
         return cls.from_dict(read_settings(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys with their values, for JSON and `from_dict`; without `unused` and `source`."""
+        """Returns all keys with their values, for JSON and `from_dict`; without `unused` and `source`."""
         return {key: value for key, value in asdict(self).items() if key not in _ABOUT}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedFormHyperParams(HyperParams):
-    """Keys of the closed-form edits: how a request's value is found, and which layer statistics are used.
+    """Holds the keys of the closed-form edits: how a request's value is found, and which layer statistics are used.
 
     Values are found by gradient steps (`v_*`, `kl_factor`, `clamp_norm_factor`); `mom2_*` name the layer statistics.
     Keys and values are averaged over context templates. Without `context_templates` the model generates them: MEMIT's

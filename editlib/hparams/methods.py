@@ -11,8 +11,8 @@ from editlib.settings import bad, knob
 
 @dataclass(frozen=True, kw_only=True)
 class FTHyperParams(HyperParams):
-    """Keys of constrained fine-tuning (Zhu et al., 2012.00363), the ROME paper's FT+L: one matrix per layer, each of
-    its entries changed by at most `norm_constraint`."""
+    """Holds the keys of constrained fine-tuning (Zhu et al., 2012.00363), the ROME paper's FT+L: one matrix per layer,
+    each of its entries changed by at most `norm_constraint`."""
 
     algorithm: ClassVar[str] = "FT"
     paper: ClassVar[str] = "2012.00363"
@@ -34,7 +34,7 @@ class FTHyperParams(HyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class ROMEHyperParams(ClosedFormHyperParams):
-    """Keys of ROME (2202.05262): one request after another, each a rank-one update of one matrix."""
+    """Holds the keys of ROME (2202.05262): one request after another, each a rank-one update of one matrix."""
 
     algorithm: ClassVar[str] = "ROME"
     paper: ClassVar[str] = "2202.05262"
@@ -64,7 +64,7 @@ class ROMEHyperParams(ClosedFormHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class MEMITHyperParams(ClosedFormHyperParams):
-    """Keys of MEMIT (2210.07229): all requests at once, spread over several layers."""
+    """Holds the keys of MEMIT (2210.07229): all requests at once, spread over several layers."""
 
     algorithm: ClassVar[str] = "MEMIT"
     paper: ClassVar[str] = "2210.07229"
@@ -99,7 +99,7 @@ class MEMITHyperParams(ClosedFormHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class MEMITSeqHyperParams(MEMITHyperParams):
-    """MEMIT that also preserves the outputs at the keys of earlier edits."""
+    """Holds the keys of MEMIT_seq: MEMIT that also preserves the outputs at the keys of earlier edits."""
 
     algorithm: ClassVar[str] = "MEMIT_seq"
     paper: ClassVar[str] = "2210.07229, as in 2410.02355"
@@ -109,7 +109,8 @@ class MEMITSeqHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class NASHyperParams(MEMITHyperParams):
-    """MEMIT with each value scaled to the norm of the hidden state that it replaces (NAS, 2602.02543)."""
+    """Holds the keys of NAS (2602.02543): MEMIT with each value scaled to the norm of the hidden state that it
+    replaces."""
 
     algorithm: ClassVar[str] = "NAS"
     paper: ClassVar[str] = "2602.02543"
@@ -120,7 +121,7 @@ class NASHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class RECTHyperParams(MEMITHyperParams):
-    """MEMIT of which only the relatively largest changes are kept (RECT, 2401.04700)."""
+    """Holds the keys of RECT (2401.04700): MEMIT of which only the relatively largest changes are kept."""
 
     algorithm: ClassVar[str] = "RECT"
     paper: ClassVar[str] = "2401.04700"
@@ -135,7 +136,7 @@ class RECTHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class PRUNEHyperParams(MEMITHyperParams):
-    """MEMIT with the singular values of the total update limited by those of the weight (PRUNE, 2405.16821)."""
+    """Holds the keys of PRUNE (2405.16821): MEMIT with the total update's singular values limited by the weight's."""
 
     algorithm: ClassVar[str] = "PRUNE"
     paper: ClassVar[str] = "2405.16821"
@@ -145,7 +146,7 @@ class PRUNEHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class EMMETHyperParams(MEMITHyperParams):
-    """Keys of EMMET (2403.14236): MEMIT with the requests met exactly, by an equality constraint."""
+    """Holds the keys of EMMET (2403.14236): MEMIT with the requests met exactly, by an equality constraint."""
 
     algorithm: ClassVar[str] = "EMMET"
     paper: ClassVar[str] = "2403.14236"
@@ -161,7 +162,7 @@ class EMMETHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class NullSpaceHyperParams(ClosedFormHyperParams):
-    """Keys of edits restricted to the null space of the keys of ordinary text.
+    """Holds the keys of edits restricted to the null space of the keys of ordinary text.
 
     `nullspace_threshold` is an eigenvalue of the second moment, as published. Eigenvalues differ between models, so
     `nullspace_rule` may make it a share of the energy or of the dimensions.
@@ -187,7 +188,7 @@ class NullSpaceHyperParams(ClosedFormHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaEditHyperParams(NullSpaceHyperParams):
-    """Keys of AlphaEdit (2410.02355): MEMIT inside the null space, preserving earlier edits."""
+    """Holds the keys of AlphaEdit (2410.02355): MEMIT inside the null space, preserving earlier edits."""
 
     algorithm: ClassVar[str] = "AlphaEdit"
     paper: ClassVar[str] = "2410.02355"
@@ -205,7 +206,7 @@ class AlphaEditHyperParams(NullSpaceHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class UniEraseHyperParams(NullSpaceHyperParams):
-    """Keys of UniErase (2505.15674): a null-space edit towards `[UNL]`, with anchors in addition.
+    """Holds the keys of UniErase (2505.15674): a null-space edit towards `[UNL]`, with anchors in addition.
 
     Anchors are keys of retain prompts, whose answers must not change; they enter the solve with a residual of zero.
     """
@@ -326,10 +327,11 @@ ALGORITHMS: dict[str, type[HyperParams]] = {
 
 
 def finds_values(hparams: HyperParams) -> TypeGuard[ClosedFormHyperParams]:
-    """Whether an edit finds values and solves for them; its settings then have the keys of closed-form edits."""
+    """Returns whether an edit finds values and solves for them; its settings then have the keys of closed-form
+    edits."""
     return hparams.chainable
 
 
 def takes_retain(hparams: HyperParams) -> TypeGuard[UniEraseHyperParams]:
-    """Whether an edit takes retain prompts; its settings then say how these are anchored."""
+    """Returns whether an edit takes retain prompts; its settings then say how these are anchored."""
     return hparams.takes_retain

@@ -100,7 +100,7 @@ def attack_folders(
 
 
 def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
-    """Head and rows: a row an attack, a column a model (see `outcome.COLUMNS`); `short` for a terminal."""
+    """Returns head and rows: a row an attack, a column a model (see `outcome.COLUMNS`); `short` for a terminal."""
     rows = [["attack", *COLUMNS, *([] if short else ["not tried", "meaning"])]]
     for result in report.results:
         skipped = result.shares["edited"].skipped
@@ -111,7 +111,7 @@ def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
 
 
 def cell(share: LeakRate, *, short: bool = False) -> str:
-    """A share with its interval, or without it, and its numbers on one line."""
+    """Formats a share with its interval, or without it, and its numbers on one line."""
     if share.rate is None:
         return "-"
     numbers = f"{share.leaked} of {share.n}"

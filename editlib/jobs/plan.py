@@ -24,7 +24,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a job on a machine, the settings that they follow from, and the bytes of the weights."""
+    """Holds the steps of a job on a machine, the settings that they follow from, and the bytes of the weights."""
 
     settings: HyperParams
     size: ModelSize
@@ -33,7 +33,7 @@ class Plan:
     steps: list[costs.Step]
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Head, steps and total as a table: seconds, MiB beyond the weights, and what bounds the time."""
+        """Yields head, steps and total as a table: seconds, MiB beyond the weights, and what bounds the time."""
         yield "step", "seconds", "MiB beyond the weights", "bound by"
         for step in self.steps:
             seconds = step.seconds(self.machine)
@@ -106,8 +106,8 @@ def plan(
 
 
 def _job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
-    """The numbers that the settings give. A null space by threshold is taken to keep out a quarter of the directions,
-    and anchors to be as many as the bundled ones."""
+    """Collects the numbers that the settings give. A null space by threshold is taken to keep out a quarter of the
+    directions, and anchors to be as many as the bundled ones."""
     contexts = len(settings.context_templates or ()) or 6
     subjects = getattr(settings, "kl_subject_prompts", 0)
     return costs.Job(

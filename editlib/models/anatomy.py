@@ -37,7 +37,7 @@ class ProbeCache:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The named parts of one model; holds references, never copies, and writes nothing onto the model."""
+    """Names the parts of one model; holds references, never copies, and writes nothing onto the model."""
 
     model: PreTrainedModel
     layers: tuple[nn.Module, ...]
@@ -93,11 +93,11 @@ class Anatomy:
         return next((module for module in self.tail if not isinstance(module, nn.Linear | Conv1D)), None)
 
     def mlp_output(self, layer: int) -> nn.Linear | Conv1D:
-        """The module (`Linear` or `Conv1D`) that maps `d_ff -> d_model` in `layer`."""
+        """Returns the module (`Linear` or `Conv1D`) that maps `d_ff -> d_model` in `layer`."""
         return cast(nn.Linear | Conv1D, self.model.get_submodule(self.mlp_output_names[layer]))
 
     def weight(self, layer: int) -> Tensor:
-        """The MLP output matrix of `layer` as a view `[d_model, d_ff]`, however the module stores it.
+        """Returns the MLP output matrix of `layer` as a view `[d_model, d_ff]`, however the module stores it.
 
         Raises:
             ModelError: the weight is offloaded to where a write would be lost (a disk).
@@ -166,7 +166,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
 
 class _HasHead(Protocol):
-    """The method of transformers that returns the output head, which carries no types there."""
+    """Types the method of transformers that returns the output head, which carries no types there."""
 
     def get_output_embeddings(self) -> Any: ...
 
@@ -186,7 +186,7 @@ def _check_kind(model: PreTrainedModel) -> None:
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The name of the list of decoder layers, and the layers."""
+    """Returns the name of the list of decoder layers, and the layers."""
     expected = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists: list[tuple[str, nn.ModuleList]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
@@ -204,13 +204,13 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def _fan(module: nn.Module) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a linear map."""
+    """Returns the numbers of inputs and outputs of a linear map."""
     rows, columns = cast(Tensor, module.weight).shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)  # Linear stores [outputs, inputs]
 
 
 def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
-    """The path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
+    """Returns the path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
     modules: dict[str, nn.Module] = dict(layer.named_modules())
     convolutions = tuple(path for path, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd))
     mixers = {path.partition(".")[0] for path in convolutions}  # short convolutions, state space models
@@ -249,7 +249,7 @@ def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
 
 
 def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:
-    """The length of the tuple that `layer` returns (0: a tensor) and the width of its states.
+    """Returns the length of the tuple that `layer` returns (0: a tensor) and the width of its states.
 
     Observed in a pass of one token that ends after the first layer: no config key names the width reliably.
     """
@@ -292,5 +292,5 @@ def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, whatever their shapes."""
+    """Returns whether two tensors hold the same numbers, whatever their shapes."""
     return one.numel() == other.numel() and torch.equal(one.reshape(-1).to(other.device), other.reshape(-1))

@@ -17,7 +17,7 @@ ModelPair = tuple[PreTrainedModel | Anatomy, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer and the settings of its prompts."""
+    """Holds a model with its tokenizer and the settings of its prompts."""
 
     anat: Anatomy
     tok: PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class LoadedModel:
         return PromptFormat.of(self.tok, self.prompts)
 
     def answer_start(self, answer: str, question: str, form: PromptFormat | None = None) -> tuple[int, ...]:
-        """The tokens that an answer to `question` begins with, up to the first one that is not blank.
+        """Returns the tokens that an answer to `question` begins with, up to the first one that is not blank.
 
         Some tokenizers write a space as a token of its own.
         """

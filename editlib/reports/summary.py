@@ -11,7 +11,8 @@ RATIO = "perplexity_ratio"
 
 
 class ShareLabel(NamedTuple):
-    """Words for one share of `metrics.json`: its side, noun in the verdict, head above a narrow column, and meaning."""
+    """Holds the words for one share of `metrics.json`: its side, noun in the verdict, head above a narrow column, and
+    meaning."""
 
     family: str
     noun: str  # "" leaves it out of the verdict
@@ -36,7 +37,7 @@ SHARES = {
 
 
 class Row(NamedTuple):
-    """One measure as text."""
+    """Holds one measure as text."""
 
     metric: str
     value: str

@@ -40,7 +40,7 @@ SHOWN = ("rouge_l_recall", "probability", "truth_ratio", "extraction_strength")
 
 @dataclass(frozen=True, kw_only=True)
 class TofuSettings(SetSettings):
-    """The TOFU sets that are used, and the number of questions."""
+    """Sets which TOFU sets are used, and how many questions."""
 
     source: str | None = knob(None, "a folder with TOFU's files, or a data set on the Hub; none: TOFU's own")
     forget: str = knob("forget01", "the set to forget", choices=tuple(FORGET))
@@ -57,7 +57,7 @@ class TofuSettings(SetSettings):
 
 
 class Tofu(Benchmark):
-    """Questions about fictitious authors (2401.06121)."""
+    """Asks questions about fictitious authors (2401.06121)."""
 
     Settings, protocol = TofuSettings, "tofu"
     axes = ("1 − what is still known of it", "model utility")
@@ -122,7 +122,7 @@ class Tofu(Benchmark):
 def apart(sets: TofuSets, seed: int) -> TofuSets:
     """Makes the sets where no question of the probe set `retain` is among the requests that a method may train on.
 
-    Where the probes are most of what there is to keep, half of them are not asked, and trained on instead.
+    Where the probes are most of the questions to keep, half of them are not asked, and trained on instead.
     """
     probes = sets.probes.get("retain", ())
     if len(sets.retain) < 2 * len(probes):
@@ -135,7 +135,7 @@ def apart(sets: TofuSets, seed: int) -> TofuSets:
 
 
 class Readings:
-    """The base model's readings, kept in a file; a damaged file, and readings of other questions, are ignored."""
+    """Keeps the base model's readings in a file; a damaged file, and readings of other questions, are ignored."""
 
     def __init__(self, folder: Path, sets: TofuSets) -> None:
         self.found: dict[Asked, Reading] = {}
@@ -165,7 +165,7 @@ def _reading(value: Mapping[str, Any]) -> Reading:
 
 @dataclass(frozen=True)
 class TofuSet(ForgetSet):
-    """TOFU's probes with the base model's readings of them."""
+    """Holds TOFU's probes with the base model's readings of them."""
 
     sets: TofuSets
     readings: Mapping[Asked, Reading]

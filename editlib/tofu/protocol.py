@@ -29,7 +29,7 @@ from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
 
 
 class TofuProtocol:
-    """TOFU's sets, with a limit on how many questions of each are asked."""
+    """Measures TOFU's sets, with a limit on how many questions of each are asked."""
 
     name = "tofu"
 

@@ -33,7 +33,8 @@ Results = dict[str, MetricResult]
 
 @dataclass(frozen=True)
 class Judges:
-    """Models that judge generated text: a sentence encoder and a classifier of entailment (see `evaluation.metrics`).
+    """Holds models that judge generated text: a sentence encoder and a classifier of entailment (see
+    `evaluation.metrics`).
 
     What is left out is not measured.
     """
@@ -43,7 +44,7 @@ class Judges:
 
 
 def check_scoring(judges: Judges | None, reference: str | None) -> None:
-    """Checks what scores are made with besides the two models; call it before these are loaded.
+    """Checks the judges and the reference of scores; call it before the two models are loaded.
 
     Raises:
         MetricError: a package is missing, or there is no such judge.
@@ -59,7 +60,7 @@ def check_scoring(judges: Judges | None, reference: str | None) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """One question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
+    """Holds one question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
 
     tokens: tuple[int, ...]
     text: str
@@ -73,7 +74,7 @@ Readings = MutableMapping[Asked, Reading]
 
 @dataclass(frozen=True)
 class TofuScores:
-    """Results of two models side by side, by name, and the readings that they are made of."""
+    """Holds the results of two models side by side, by name, and the readings that they are made of."""
 
     base: Results
     edited: Results
@@ -297,7 +298,8 @@ def _ids(results: Mapping[str, MetricResult]) -> set[str]:
 
 
 def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: str) -> dict[str, float]:
-    """The truth ratios of a retain-only model by question, of all `ids`; `what` they are in for what is said."""
+    """Returns the truth ratios of a retain-only model by question, of all `ids`; `what` they are in for what is
+    said."""
     if RATIOS not in results:
         theirs = "forget_truth_ratio" in results
         near = " (open-unlearning's results do not tell which question is which)" if theirs else ""
@@ -315,7 +317,7 @@ def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: st
 
 
 def document(scores: TofuScores) -> dict[str, Any]:
-    """JSON-ready: both models' results by name, and every question with what both said."""
+    """Gives both models' results by name, and every question with what both said, JSON-ready."""
     sides = {"base": (scores.base, scores.before), "edited": (scores.edited, scores.after)}
     items = []
     for name, probes in scores.sets.probes.items():

@@ -24,7 +24,7 @@ that the model read. `combined`: from other metrics."""
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One measured number: a metric over one set of questions, with its direction, meaning and interval.
+    """Holds one measured number: a metric over one set of questions, with its direction, meaning and interval.
 
     `agg_value` is `None` where nothing could be scored, and `higher_is_better` where a foreign file does not say.
     `value_by_index` holds each item's scores under the keys that open-unlearning uses ("0", "1", ... and `score`,
@@ -67,7 +67,8 @@ class MetricResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricResult:
-        """The result in a mapping of one name to its body; a body of open-unlearning's has the first two keys only.
+        """Reads the result in a mapping of one name to its body; a body of open-unlearning's has the first two keys
+        only.
 
         Raises:
             MetricError: not one name, no usable `agg_value`, or items that are no objects.
@@ -112,7 +113,8 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's name, how it is measured, which way is good on either kind of questions, and what it says."""
+    """Describes a metric: its name, how it is measured, which way is good on either kind of questions, and what it
+    says."""
 
     name: str
     kind: Kind

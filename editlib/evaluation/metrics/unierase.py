@@ -128,7 +128,7 @@ def wide_model_utility(scores: ValuesBySet) -> MetricResult:
 
 
 def balance(efficacy: float | MetricResult, ability: float | MetricResult) -> MetricResult:
-    """How forgetting and keeping balance, RB: the harmonic mean of forget efficacy and retain ability, 0..1.
+    """Computes how forgetting and keeping balance, RB: the harmonic mean of forget efficacy and retain ability, 0..1.
 
     `2 FE RA / (FE + RA)`. Higher is better; forgetting all with all else, and forgetting nothing, both give 0. A
     number of both sets together. UniErase reports a balance whose formula could not be checked here: this one is ours,
