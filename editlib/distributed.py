@@ -22,7 +22,7 @@ PIECE = 2**23  # numbers added up at a time: 64 MiB of fp64 on an accelerator th
 
 @dataclass(frozen=True)
 class Process:
-    """One of `world` processes that share a job; as made by default, the only one.
+    """Describes one of `world` processes that share a job; as made by default, the only one.
 
     `device` is the accelerator that this process has to itself; `None`: it works on the CPU, where sums travel too.
     """
@@ -37,15 +37,15 @@ class Process:
         return self.rank == 0
 
     def label(self, work: str) -> str:
-        """The label of a progress bar over this process's part of some work."""
+        """Returns the label of a progress bar over this process's part of some work."""
         return work if self.world == 1 else f"{work} (1 of {self.world} processes)"
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
-        """Every `world`-th of `items`, from the `rank`-th on: together the processes see each item once."""
+        """Returns every `world`-th of `items`, from the `rank`-th on: together the processes see each item once."""
         return islice(items, self.rank, None, self.world)
 
     def own(self, path: Path) -> Path:
-        """`path` for the only process, a name of its own for each of several."""
+        """Returns `path` for the only process, a name of its own for each of several."""
         return path if self.world == 1 else path.with_name(f"{path.stem}.{self.rank}-of-{self.world}{path.suffix}")
 
     def gather(self, value: T) -> list[T]:
@@ -67,7 +67,7 @@ class Process:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A user's mistake that any process meets in the block is raised in all of them, so that none waits.
+        """Raises a user's mistake that any process meets in the block in all of them, so that none waits.
 
         No process may call `gather` or `add_up` inside it.
         """
@@ -86,7 +86,7 @@ ALONE = Process()
 
 @contextmanager
 def processes(*, accelerators: bool = True) -> Iterator[Process]:
-    """The share of this process in a job that `torchrun` (or `accelerate launch`) started; by itself, all of it.
+    """Yields the share of this process in a job that `torchrun` (or `accelerate launch`) started; by itself, all of it.
 
     An existing process group is used and not closed.
 
@@ -116,7 +116,8 @@ def processes(*, accelerators: bool = True) -> Iterator[Process]:
 
 
 def backend(kind: str) -> str:
-    """The backends of a job whose models run on devices of this kind: gloo for the CPU, the kind's own beside it."""
+    """Returns the backends of a job whose models run on devices of this kind: gloo for the CPU, the kind's own beside
+    it."""
     own = dist.Backend.default_device_backend_map.get(kind, "gloo")
     return "gloo" if own == "gloo" else f"cpu:gloo,{kind}:{own}"
 
@@ -127,7 +128,7 @@ def _launched() -> bool:
 
 
 def _own_accelerator() -> torch.device | None:
-    """The accelerator of this process's place on its machine; none when there is not one for each."""
+    """Returns the accelerator of this process's place on its machine; none when there is not one for each."""
     api = getattr(torch, "accelerator", None)  # since torch 2.6
     place, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if api is None or not api.is_available() or api.device_count() < here:

@@ -18,7 +18,7 @@ from editlib.algorithms.unierase.subject_rows import check_answers
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import HparamsError, RequestError
 from editlib.files import check_room
-from editlib.hparams import KNOWN, ClosedFormHyperParams, HyperParams, ModelShape, UniEraseHyperParams
+from editlib.hparams import KNOWN, HyperParams, ModelShape
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import stored_bytes
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EditInputs:
-    """Inputs of an edit other than the requests: layer statistics, and UniErase's token."""
+    """Holds the inputs of an edit other than the requests: layer statistics, and UniErase's token."""
 
     stats: Mapping[int, LayerStats]
     token: UnlearningToken | None = None
 
 
 def check_given(hparams: HyperParams, *, token: Path | None = None, corpus: str | None = None) -> None:
-    """Checks the files that an edit takes besides its requests; call it before a model is loaded.
+    """Checks the files that an edit takes in addition to its requests; call it before a model is loaded.
 
     Raises:
         HparamsError: a token for settings that take none.
@@ -76,8 +76,9 @@ def load_inputs(
     timer = timer or Timer()
     stats: Mapping[int, LayerStats] = {}
     with timer("statistics"):
-        if isinstance(hparams, ClosedFormHyperParams) and hparams.uses_statistics:
-            stats = _statistics(bench, hparams, corpus, stats_tokens, seed)
+        if hparams.uses_statistics:
+            wanted = hparams.wanted_statistics
+            stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed, **wanted)
     if not hparams.uses_token:
         return EditInputs(stats)
     with timer("token"):
@@ -143,24 +144,10 @@ def check_draft(
         check_room(out, stored_bytes(bench.model))
 
 
-def _statistics(
-    bench: Workbench, hparams: ClosedFormHyperParams, corpus: str, tokens: int, seed: int
-) -> dict[int, LayerStats]:
-    return bench.find_or_make_stats(
-        hparams.layers,
-        corpus=corpus,
-        tokens=tokens,
-        seed=seed,
-        dataset=hparams.mom2_dataset,
-        samples=hparams.mom2_n_samples,
-    )
-
-
 def check_settings(bench: Workbench, hparams: HyperParams) -> None:
     """Raises `ModelError` or `HparamsError` for settings that this model cannot have; warns of another model's."""
     check_fit(bench.anat, hparams)
-    if isinstance(hparams, UniEraseHyperParams):
-        check_gate(bench.anat, hparams)
+    check_gate(bench.anat, hparams.gate_at)
     if hparams.model_name and not _meant_for(hparams.model_name, bench):
         log.warning(
             "these settings were found for %s, not for %s; layers and thresholds seldom carry over: give your own with "
@@ -171,12 +158,12 @@ def check_settings(bench: Workbench, hparams: HyperParams) -> None:
 
 
 def _meant_for(called: str, bench: Workbench) -> bool:
-    """Whether settings found for `called` are meant for this model: by its name, or as one of the same form."""
+    """Returns whether settings found for `called` are meant for this model: by its name, or as one of the same form."""
     shape = ModelShape.of(bench.model.config, bench.name)
     return same_model(called, bench.name) or (called in KNOWN and KNOWN[called].same_form(shape))
 
 
 def same_model(called: str, name: str) -> bool:
-    """Whether settings found for `called` ("Llama3-8B") are meant for `name` ("meta-llama/Meta-Llama-3-8B")."""
+    """Returns whether settings found for `called` ("Llama3-8B") are meant for `name` ("meta-llama/Meta-Llama-3-8B")."""
     bare = [re.sub(r"[^a-z0-9.]", "", some.lower()) for some in (called, model_slug(name))]
     return bare[1].endswith(bare[0]) or bare[0].endswith(bare[1])

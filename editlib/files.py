@@ -26,7 +26,7 @@ CANNOT_SYNC = {errno.EBADF, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS
 
 @contextmanager
 def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """A temporary file beside `path` to write; synced and renamed onto it on success, removed otherwise.
+    """Yields a temporary file beside `path` to write; synced and renamed onto it on success, removed otherwise.
 
     A `private` one keeps the mode that it was opened with."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,7 +48,7 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill; renamed onto it on success, removed otherwise.
+    """Yields a temporary folder beside `path` to fill; renamed onto it on success, removed otherwise.
 
     Raises:
         OutputError: `path` is a file, a folder that is not empty (without `overwrite`), or cannot be written.
@@ -204,7 +204,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with `None` in place of numbers that are not finite."""
+    """Returns the value with `None` in place of numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -19,8 +19,8 @@ READ_BETWEEN = (0.4, 0.95)  # shares of the depth; a trace that says otherwise i
 
 
 def find_settings(model: str, algorithm: str | None, given: str | Path | None = None) -> HyperParams:
-    """The settings of `algorithm` for a model that is not loaded yet: those `given` (a JSON file or the name of bundled
-    ones), else found by the model's configuration; `source` says which they are.
+    """Finds the settings of `algorithm` for a model that is not loaded yet: those `given` (a JSON file or the name of
+    bundled ones), else found by the model's configuration; `source` says which they are.
 
     Raises:
         HparamsError: no such settings, or a layer that this model does not have.
@@ -37,7 +37,7 @@ def find_settings(model: str, algorithm: str | None, given: str | Path | None = 
 
 
 def shape_of(model: str) -> ModelShape:
-    """The form of a packaged model, a local folder or a Hugging Face id; reads its configuration alone.
+    """Finds the form of a packaged model, a local folder or a Hugging Face id; reads its configuration alone.
 
     Raises:
         ModelError: there is no such model, or it cannot be edited.
@@ -47,13 +47,14 @@ def shape_of(model: str) -> ModelShape:
 
 
 def is_derived(hparams: HyperParams) -> bool:
-    """Whether settings were derived, not read."""
+    """Returns whether settings were derived, not read."""
     return hparams.source.startswith(DERIVED)
 
 
 def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
-    """Derived settings with what the loaded model itself says: up to which layer it reads a subject (a causal trace of
-    bundled facts, shorter than the statistics' pass), and whether the gate has a place. Others are left as they are."""
+    """Fits derived settings to what the loaded model itself says: up to which layer it reads a subject (a causal trace
+    of bundled facts, shorter than the statistics' pass), and whether the gate has a place. Others are left as they
+    are."""
     if not is_derived(hparams):
         return hparams
     anat, shape = bench.anat, ModelShape.of(bench.model.config, model_slug(bench.name))
@@ -63,8 +64,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
     elif not READ_BETWEEN[0] <= read_at / max(anat.n_layers - 1, 1) <= READ_BETWEEN[1]:
         log.info("the causal trace of %s ends at layer %d, which is not believed", shape.name, read_at)
         read_at = None
-    gate = getattr(hparams, "gate_layer", None)
-    gated = gate is None or output_path(anat, gate).plain
+    gated = hparams.gate_at is None or output_path(anat, hparams.gate_at).plain
     found = derive(hparams.algorithm, shape, read_at=read_at, gated=gated)
     numbers = {name: getattr(found, name) for name in found.depth_fields()}
     chosen = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)
@@ -73,7 +73,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
 
 
 def settings_file(hparams: HyperParams) -> dict[str, Any]:
-    """What a file of settings holds, complete: `load_hparams` reads it again, wherever it lies."""
+    """Returns what a file of settings holds, complete: `load_hparams` reads it again, wherever it lies."""
     notes = hparams.notes if isinstance(hparams.notes, dict) else {"note": hparams.notes}
     return {
         "alg_name": hparams.algorithm,

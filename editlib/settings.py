@@ -132,7 +132,7 @@ def _within(number: float, limits: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of every part of a config; its fields are `knob`s, which hold help, range and choices."""
+    """Reads one part of a config, as the base of all; its fields are `knob`s, which hold help, range and choices."""
 
     @classmethod
     def read(cls: type[Self], values: Any, where: str) -> Self:
@@ -164,7 +164,7 @@ class Section:
             raise ConfigError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with the defaults filled in."""
+        """Gives the settings JSON-ready, with the defaults filled in."""
         return asdict(self)
 
 

@@ -20,13 +20,13 @@ SEAL = "content_sha256"
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value, the same on every machine and in every run."""
+    """Computes the SHA-256 (hex) of a JSON value, the same on every machine and in every run."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def read_kept(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file that an earlier run wrote; a damaged file counts as missing."""
+    """Reads the JSON object in a file that an earlier run wrote; a damaged file counts as missing."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -35,7 +35,7 @@ def read_kept(path: Path) -> dict[str, Any] | None:
 
 
 def differing(kept: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    """The keys in which the job of an earlier run is another one, for a message."""
+    """Lists the keys in which the job of an earlier run is another one, for a message."""
     return ", ".join(sorted(key for key in {*kept, *job} if kept.get(key) != job.get(key)))
 
 
@@ -55,7 +55,7 @@ def from_json(kind: type[T], values: object) -> T:
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    """Whether a value read from JSON is of a field's type; what is inside mappings is not looked at."""
+    """Returns whether a value read from JSON is of a field's type; what is inside mappings is not looked at."""
     if hint is Any:
         return True
     origin, inner = get_origin(hint), get_args(hint)
@@ -76,7 +76,7 @@ def _is_a(value: object, hint: Any) -> bool:
 
 @dataclass(frozen=True)
 class JsonStore:
-    """A folder of parts, each a JSON file; damaged parts count as missing.
+    """Keeps a folder of parts, each a JSON file; damaged parts count as missing.
 
     Every file holds the hash of its content: a part that was changed since is damaged, too. Files that have none are
     read as they are, since earlier versions wrote them.
@@ -113,7 +113,8 @@ class JsonStore:
 
 
 class Finished:
-    """The folder `out/finished` of measurements, each in a file of its own and found again by the hash of its job.
+    """Keeps the folder `out/finished` of measurements, each in a file of its own and found again by the hash of its
+    job.
 
     Args:
         out: `None`: nothing is kept.
@@ -130,7 +131,8 @@ class Finished:
             check_output(out, overwrite=overwrite)
 
     def find(self, job: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T]) -> T | None:
-        """The result of an earlier run of the same job, converted from JSON by `read`; `None` if there is none."""
+        """Finds the result of an earlier run of the same job, converted from JSON by `read`; `None` if there is
+        none."""
         if self.folder is None or self.overwrite:
             return None
         for path in sorted(self.folder.glob(f"*.{_short_digest(job)}.json")):  # the same job may have had another name
@@ -154,7 +156,7 @@ def _short_digest(job: Mapping[str, Any]) -> str:
 
 
 def read_cells(path: Path, kind: type[T]) -> list[T]:
-    """The points of earlier runs; a line that was cut when its run was stopped is taken out of the file.
+    """Reads the points of earlier runs; a line that was cut when its run was stopped is taken out of the file.
 
     Args:
         kind: the dataclass of a point.

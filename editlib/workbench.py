@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Workbench:
-    """A loaded model with what is computed once for it, kept in `stats_dir/<model>/`.
+    """Holds a loaded model with what is computed once for it, kept in `stats_dir/<model>/`.
 
     `sha256` is the hash of the weights as loaded, before any token or edit.
     """
@@ -69,7 +69,8 @@ class Workbench:
         shard: Process = ALONE,
         prompts: PromptSettings | None = None,
     ) -> Workbench:
-        """`name` is what the model is called in receipts and in `stats_dir`; default: what it was loaded from."""
+        """Makes a workbench of a loaded model; `name` is what it is called in receipts and `stats_dir`, by default what
+        it was loaded from."""
         sha256 = weights_sha256(model)
         name = name or model.name_or_path or type(model).__name__
         how = settled(tok, prompts)
@@ -88,7 +89,7 @@ class Workbench:
         first: Callable[[Workbench], None] | None = None,
         **options: Any,
     ) -> Workbench:
-        """A packaged model, a local folder or a Hugging Face id, loaded as by `models.loading.load`.
+        """Loads a packaged model, a local folder or a Hugging Face id, as `models.loading.load` does.
 
         Args:
             first: sees a draft before any weight is read, whose model is on the meta device and which has no hash; it
@@ -148,7 +149,8 @@ class Workbench:
         max_length: int = 512,
         skip_first: int = 1,
     ) -> dict[int, LayerStats]:
-        """One pass over `corpus` for all `layers`; writes and returns the statistics. An interrupted pass is resumed.
+        """Makes the statistics of all `layers` in one pass over `corpus`, writes and returns them. An interrupted pass
+        is resumed.
 
         With a `shard` of several processes all must call it; the first one writes.
         """
@@ -184,7 +186,7 @@ class Workbench:
         return made
 
     def _stats_of_own_text(self, layers: Sequence[int], header: StatsHeader, checkpoint: Path) -> dict[int, LayerStats]:
-        """Statistics of text that the model writes itself, in answer to the bundled prompts."""
+        """Makes statistics of text that the model writes itself, in answer to the bundled prompts."""
         prompts = data.questions("train") + [prompt.question for prompt in data.general("anchor")]
         return self_stats(
             self.anat,
@@ -203,7 +205,7 @@ class Workbench:
     def _stats_of(
         self, text: Corpus, layers: Sequence[int], header: StatsHeader, checkpoint: Path
     ) -> dict[int, LayerStats]:
-        """Statistics of a corpus, in the dtype that the processor is fast in."""
+        """Makes statistics of a corpus, in the dtype that the processor is fast in."""
         with cast_params(self.model, fast_dtype(self.model)):
             return layer_stats(
                 self.anat,
@@ -220,7 +222,7 @@ class Workbench:
             )
 
     def _window(self, max_length: int) -> int:
-        """A window no longer than the model's positions reach."""
+        """Returns a window no longer than the model's positions reach."""
         reach = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or max_length
         if reach < max_length:
             log.info("%s reads %d tokens at once: windows are that long, not %d", self.name, reach, max_length)
@@ -236,7 +238,7 @@ class Workbench:
         dataset: str | None = None,
         samples: int | None = None,
     ) -> dict[int, LayerStats]:
-        """The stored statistics of `layers`; those of which there are none at all are made, and that is said.
+        """Finds the stored statistics of `layers`; those of which there are none at all are made, and that is said.
 
         Args:
             corpus, tokens, seed: what missing ones are made from.
@@ -305,7 +307,7 @@ class Workbench:
     def _short_enough(
         self, asked: list[str], ordinary: list[str], refusals: Sequence[str], hp: TokenHyperParams
     ) -> tuple[list[str], list[str]]:
-        """Those of the bundled questions that this model has positions for, with a refusal after them.
+        """Returns those of the bundled questions that this model has positions for, with a refusal after them.
 
         Raises:
             TokenError: too few.
@@ -327,7 +329,7 @@ class Workbench:
         return kept[0], kept[1]
 
     def find_or_make_token(self, path: Path | None = None, *, seed: int = 0) -> UnlearningToken:
-        """The token at `path`, or the one kept for this model, which is learned first when there is none.
+        """Finds the token at `path`, or the one kept for this model, which is learned first when there is none.
 
         Raises:
             TokenError: a token that was learned for other weights.
@@ -359,7 +361,7 @@ class Workbench:
             self.prompts = replace(self.prompts, date=prompts["date"])
 
     def asking(self, chat: bool | None = None) -> PromptSettings:
-        """The prompt settings of an edit: `prompts` if given, else plain text if `chat` is false."""
+        """Returns the prompt settings of an edit: `prompts` if given, else plain text if `chat` is false."""
         if chat is None or self.prompts.tags is not None:
             return self.prompts
         if not chat and (self.prompts.system is not None or self.prompts.arguments or self.prompts.chat):

@@ -92,6 +92,16 @@ def test_nothing_prints_below_the_command_line():
                 assert node.func.id != "print", path
 
 
+def test_traits_of_an_algorithm_are_asked_of_its_settings():
+    """Outside `hparams/` nobody asks which class settings are of."""
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] == "hparams":
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                assert "HyperParams" not in ast.unparse(node.args[1]), f"{path}: {ast.unparse(node)}"
+
+
 def test_no_device_literals():
     for path in FILES:
         for node in ast.walk(tree(path)):
@@ -135,3 +145,35 @@ def test_functions_are_short_lists_of_named_steps():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 40:
                 assert code_lines(node, text) <= 40, f"{path}: {node.name}"
+
+
+NOT_VERBS = {
+    "a",
+    "all",
+    "an",
+    "any",
+    "each",
+    "every",
+    "for",
+    "how",
+    "of",
+    "one",
+    "the",
+    "those",
+    "what",
+    "where",
+    "whether",
+}
+
+
+def is_property(node: ast.AST) -> bool:
+    return any("property" in ast.unparse(one) for one in getattr(node, "decorator_list", ()))
+
+
+def test_docstrings_start_with_a_verb():
+    """Those of functions and classes, in the third person; a property is named by what it is."""
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not is_property(node):
+                first = (ast.get_docstring(node) or "Says").split()[0].rstrip(",")
+                assert re.fullmatch("[A-Z][a-z-]*s", first) and first not in NOT_VERBS, f"{path}: {node.name}: {first}"

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editlib.ability.measured import Measure, Measured
-from editlib.attacks.outcome import AttackResult, Completion, Share, Trial
+from editlib.ability.measured import TaskResult, TaskScore
+from editlib.attacks.outcome import AttackResult, Completion, LeakRate, Trial
 from editlib.attacks.run import _opened
 from editlib.baselines.search import TrialRun
-from editlib.benches.points import Cell, Point
+from editlib.benches.points import CounterFactPoint, SequentialPoint
 from editlib.errors import OutputError
 from editlib.jobs import trials
 from editlib.shelf import FINISHED, SEAL, Finished, JsonStore, append_cell, from_json, read_cells
 
-CELL = Cell("ROME", "batch", 3, 0.5, None, 1.0, None, 12.5, 3, "job")
-POINT = Point("ROME", 2, 4, None, 0.5, 1, None, None, 0.0, 1.01, 2.0, "job")
+CELL = CounterFactPoint("ROME", "batch", 3, 0.5, None, 1.0, None, 12.5, 3, "job")
+POINT = SequentialPoint("ROME", 2, 4, None, 0.5, 1, None, None, 0.0, 1.01, 2.0, "job")
 RUN = TrialRun(None, 3, 0.5, 0.5, 0.5, 1.0)
 TRIAL = trials.Trial({"layers": [1]}, 0.5, 1, 0.25, None, 3.0)
 WRONG = ("x", [1], {"a": 1}, True)
@@ -51,13 +51,13 @@ def test_a_line_with_a_value_of_the_wrong_type_is_one_line(tmp_path, one):
 
 @given(json_values)
 def test_any_json_is_a_point_or_a_type_error(value):
-    for kind in (Cell, Point, TrialRun, trials.Trial):
+    for kind in (CounterFactPoint, SequentialPoint, TrialRun, trials.Trial):
         with pytest.raises(TypeError):
             from_json(kind, value)
 
 
-MEASURED = Measured(("a", "b"), (Measure("acc", 0.5, None, True, "mean", (1, None)),), 2.5)
-SHARE = Share(1, 2, 0.5, (0.0, 1.0), (0.1, 0.9), {"why": 1})
+MEASURED = TaskResult(("a", "b"), (TaskScore("acc", 0.5, None, True, "mean", (1, None)),), 2.5)
+SHARE = LeakRate(1, 2, 0.5, (0.0, 1.0), (0.1, 0.9), {"why": 1})
 ASKED = Trial("a", "Where?", ("Bonn",), (Completion("Where?", "Bonn", True),))
 COLUMNS = ("edited", "base", "control")
 ATTACK = AttackResult("paraphrase", "asks", dict.fromkeys(COLUMNS, SHARE), dict.fromkeys(COLUMNS, (ASKED,)), {}, 1.0)
@@ -88,7 +88,7 @@ def put(value, path, wrong):
 
 @pytest.mark.parametrize(
     ("one", "read"),
-    [(MEASURED.to_dict(), Measured.from_dict), (asdict(TRIAL), lambda kept: from_json(trials.Trial, kept))],
+    [(MEASURED.to_dict(), TaskResult.from_dict), (asdict(TRIAL), lambda kept: from_json(trials.Trial, kept))],
 )
 def test_a_finished_measurement_of_the_wrong_type_is_made_again(tmp_path, one, read):
     finished = Finished(tmp_path / "out")

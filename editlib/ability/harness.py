@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.ability.measured import Aggregate, Measure, Measured
+from editlib.ability.measured import Aggregate, TaskResult, TaskScore
 from editlib.ability.prompting import asked_through, tagged
 from editlib.ability.tasks import Task, require_lm_eval, seeds
 from editlib.errors import MetricError
@@ -47,7 +47,7 @@ def measure_task(
     limit: int | None = None,
     bootstrap: int,
     form: PromptFormat | None = None,
-) -> Measured:
+) -> TaskResult:
     """Runs a task. Values and standard errors are lm-eval's, and what its command line gives with the same batch size.
 
     Args:
@@ -82,7 +82,7 @@ def measure_task(
     numbers = results["results"][task.name]
     better = results["higher_is_better"][task.name]
     measures = [
-        Measure(
+        TaskScore(
             name=name if chosen == "none" else f"{name} ({chosen})",
             value=_finite(numbers[f"{name},{chosen}"]),
             stderr=_finite(numbers.get(f"{name}_stderr,{chosen}")),
@@ -94,7 +94,7 @@ def measure_task(
         if _finite(numbers.get(f"{name},{chosen}")) is not None
     ]
     seconds = round(time.perf_counter() - begun, 2)
-    return Measured(tuple(hashes), tuple(measures), seconds, first_prompt=_first_prompt(samples))
+    return TaskResult(tuple(hashes), tuple(measures), seconds, first_prompt=_first_prompt(samples))
 
 
 def chosen(total: int, limit: int | None, seed: int | None) -> list[int] | None:
@@ -140,14 +140,14 @@ def _aggregation_name(task: Any, metric: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's numbers and arrays as Python's."""
+    """Converts Numpy's numbers and arrays to Python's."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _finite(value: Any) -> float | None:
-    """lm-eval says "N/A" where there is no standard error."""
+    """Returns a finite number, or `None`: lm-eval says "N/A" where there is no standard error."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -16,7 +16,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Shape:
-    """The fields of a file's lines, what each must hold, and the task's configuration beside its data."""
+    """Holds the fields of a file's lines, what each must hold, and the task's configuration beside its data."""
 
     fields: Mapping[str, str]
     config: Mapping[str, Any]
@@ -51,15 +51,15 @@ SHAPES = (CONTINUATION, CHOICE)
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file's rows with the fields of its shape only; `sha256` is over them."""
+    """Holds a file's rows with the fields of its shape only; `sha256` is over them."""
 
     shape: Shape
     rows: tuple[dict[str, Any], ...]
     sha256: str
 
     def config(self, name: str, folder: Path) -> dict[str, Any]:
-        """The configuration of the task `name`, whose rows are written to `folder`, where `datasets` keeps what it
-        makes of them, too: nothing is left in the user's cache."""
+        """Returns the configuration of the task `name`, whose rows are written to `folder`, where `datasets` keeps what
+        it makes of them, too: nothing is left in the user's cache."""
         path = folder / f"{name}.jsonl"
         path.write_text(self._lines(), encoding="utf-8")
         data = {"data_files": {"test": str(path)}, "cache_dir": str(folder / "datasets")}

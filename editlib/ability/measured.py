@@ -15,8 +15,8 @@ Aggregate = Callable[[Sequence[Any]], float]
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One number of a task.
+class TaskScore:
+    """Holds one number of a task, with what each document adds to it, from which a paired difference is computed.
 
     `aggregation` is the name under which lm-eval keeps the function that makes `value` out of `items` (one for each
     document; `None` where a document has none), or `None` for a function that it does not keep.
@@ -31,15 +31,15 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """All numbers of one model on one task.
+class TaskResult:
+    """Holds all numbers of one model on one task.
 
     `documents` are hashes, in the order of every measure's items. `first_prompt` is the first one as the model saw it;
     a text has none.
     """
 
     documents: tuple[str, ...]
-    measures: tuple[Measure, ...]
+    measures: tuple[TaskScore, ...]
     seconds: float
     first_prompt: str | None = None
 
@@ -48,21 +48,21 @@ class Measured:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Measured:
+    def from_dict(cls, data: Mapping[str, Any]) -> TaskResult:
         """Reads what `to_dict` gave."""
-        measures = [from_json(Measure, {**one, "items": tuple(one["items"])}) for one in data["measures"]]
+        measures = [from_json(TaskScore, {**one, "items": tuple(one["items"])}) for one in data["measures"]]
         return from_json(cls, {**data, "documents": tuple(data["documents"]), "measures": tuple(measures)})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A measure of one model less that of another, with its standard error over the documents that both have."""
+    """Holds a measure of one model less that of another, with its standard error over the documents that both have."""
 
     value: float
     stderr: float | None
 
 
-def difference(base: Measure, edited: Measure, aggregate: Aggregate | None, *, seed: int = 0) -> Difference | None:
+def difference(base: TaskScore, edited: TaskScore, aggregate: Aggregate | None, *, seed: int = 0) -> Difference | None:
     """Computes `edited - base`, paired: both hold items of the same documents in the same order.
 
     The standard error of a mean is `sd(d) / sqrt(n)` over the differences `d` of the items (Miller, arXiv 2411.00640);

@@ -16,7 +16,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class AbilityRow:
-    """One number of one model. `n` of the task's `total` documents (or windows of text) were taken.
+    """Holds one number of one model. `n` of the task's `total` documents (or windows of text) were taken.
 
     `stderr` is `None` where there is none. `difference` is this model less the base, and `None` for the base and where
     the two did not have the same documents; `difference_stderr` is paired over documents.
@@ -36,7 +36,7 @@ class AbilityRow:
 
 @dataclass(frozen=True)
 class AbilityReport:
-    """The settings of the run (`job`), the `base`, and a row for each model, task and metric."""
+    """Holds the settings of the run (`job`), the `base`, and a row for each model, task and metric."""
 
     job: Mapping[str, Any]
     base: str
@@ -58,7 +58,7 @@ class AbilityReport:
         return {"job": dict(self.job), "base": self.base, "rows": [asdict(row) for row in self.rows]}
 
     def note(self) -> str:
-        """The note below the table."""
+        """Returns the note below the table."""
         limit, seed = self.job["limit"], self.job["seed"]
         which = "Tasks were run on all of their documents."
         if limit is not None:

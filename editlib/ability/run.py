@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from editlib.ability.harness import aggregate_function, chosen, measure_task, wrap
-from editlib.ability.measured import Measured, difference
+from editlib.ability.measured import TaskResult, difference
 from editlib.ability.prompting import form_of, given_prompts
 from editlib.ability.report import AbilityReport, AbilityRow, table_rows
 from editlib.ability.tasks import Task, load_tasks, require_lm_eval
@@ -122,7 +122,7 @@ def _check(models: Mapping[str, Any], tasks: Sequence[str], text: str | None, li
 
 @dataclass(frozen=True)
 class _Plan:
-    """The settings that every model is measured with."""
+    """Holds the settings that every model is measured with."""
 
     kept: Finished
     corpus: Corpus | None
@@ -143,11 +143,11 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Results:
-    """The results of one model by task, the hashes that identify the model, and how tasks asked it."""
+    """Holds the results of one model by task, the hashes that identify the model, and how tasks asked it."""
 
     identity: Mapping[str, str]
     prompts: Mapping[str, Any] | None
-    by_task: Mapping[str, Measured]
+    by_task: Mapping[str, TaskResult]
 
 
 def _measure(name: str, where: str, plan: _Plan) -> _Results:
@@ -157,11 +157,11 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
     form = form_of(tok, plan.prompts)
     how = None if form is None else form.settings.to_dict()
     shared = {"editlib": library_version(), **identity}
-    found: dict[str, Measured] = {}
+    found: dict[str, TaskResult] = {}
 
-    def once(task: str, job: Mapping[str, Any], measure: Callable[[], Measured]) -> None:
+    def once(task: str, job: Mapping[str, Any], measure: Callable[[], TaskResult]) -> None:
         label = f"{name}, {task}"
-        measured = plan.kept.find(job, Measured.from_dict)
+        measured = plan.kept.find(job, TaskResult.from_dict)
         if measured is None:
             log.info("%s", label)
             measured = measure()
@@ -191,7 +191,7 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
 
 
 def _tokenizer_sha256(tok: PreTrainedTokenizerBase) -> str:
-    """Over the vocabulary, and what is put around a text (BOS)."""
+    """Hashes the vocabulary, and what is put around a text (BOS)."""
     fingerprint = [sorted(tok.get_vocab().items()), list(tok("A text.")["input_ids"])]
     return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
 

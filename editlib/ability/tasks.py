@@ -25,7 +25,7 @@ RANDOM_SEED, OTHER_SEED = 0, 1234  # lm_eval.defaults
 
 
 def require_lm_eval() -> ModuleType:
-    """The package lm-eval.
+    """Imports the package lm-eval.
 
     Raises:
         MetricError: it is not installed.
@@ -44,7 +44,7 @@ def require_lm_eval() -> ModuleType:
 
 @dataclass(frozen=True)
 class Task:
-    """One task, ready to be run.
+    """Holds one task, ready to be run.
 
     `total`: its documents. `identity`: what a kept result must have been measured with.
     """
@@ -140,7 +140,8 @@ def _load(manager: Any, spec: str, wanted: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def seeds() -> Iterator[None]:
-    """The seeds of lm-eval's command line, for tasks that draw; the caller's generators are put back afterwards."""
+    """Sets the seeds of lm-eval's command line, for tasks that draw; the caller's generators are put back
+    afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(RANDOM_SEED)
@@ -155,7 +156,7 @@ def seeds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_bars() -> Iterator[None]:
-    """Reading a local file is over before its bar says anything; a download's bar stays."""
+    """Hides the bars of local files, which are read before a bar says anything; a download's bar stays."""
     import datasets
 
     hidden = datasets.are_progress_bars_disabled()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.ability.measured import Measure, Measured
+from editlib.ability.measured import TaskResult, TaskScore
 from editlib.evaluation.intervals import bootstrap_stderr
 from editlib.evaluation.perplexity import text_windows
 from editlib.models.anatomy import anatomy
@@ -20,7 +20,7 @@ from editlib.models.generation import perplexity
 
 def measure_text(
     model: PreTrainedModel, tok: PreTrainedTokenizerBase, documents: Iterable[str], *, seed: int = 0
-) -> Measured:
+) -> TaskResult:
     """Measures perplexity over the windows of `editlib eval`; its standard error is a bootstrap over windows.
 
     An item is `(nats, tokens)` of a window. Models whose tokenizers cut the text otherwise have other windows.
@@ -35,7 +35,7 @@ def measure_text(
         count = len(ids) - 1
         items.append((math.log(perplexity(anat, [ids])) * count, count))
     value = over_windows(items)
-    measure = Measure(
+    measure = TaskScore(
         name="perplexity",
         value=value,
         stderr=bootstrap_stderr(over_windows, items, seed=seed),
@@ -44,7 +44,7 @@ def measure_text(
         items=tuple(items),
     )
     hashes = tuple(hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest() for ids in windows)
-    return Measured(hashes, (measure,), round(time.perf_counter() - begun, 2))
+    return TaskResult(hashes, (measure,), round(time.perf_counter() - begun, 2))
 
 
 def over_windows(items: Sequence[tuple[float, int]]) -> float:

@@ -34,7 +34,7 @@ LEAST = 6  # pairs of known facts below which nothing is said
 
 @dataclass(frozen=True)
 class CausalTrace:
-    """What replacing the subject's state did, by layer.
+    """Holds what replacing the subject's state did, by layer.
 
     `effects [n_layers]` are mean probabilities of the answer that belongs to the state put in after each layer, over
     `pairs` pairs of facts.
@@ -52,8 +52,8 @@ class CausalTrace:
 
 @dataclass(frozen=True)
 class _Known:
-    """A fact that the model completes rightly: its row, with the subject's last token as lookup, and the answer's first
-    token."""
+    """Holds a fact that the model completes rightly: its row, with the subject's last token as lookup, and the answer's
+    first token."""
 
     row: TokenRow
     token: int

@@ -24,7 +24,7 @@ WIDE = 8  # of a fp64 number
 
 @dataclass(frozen=True)
 class Work:
-    """A piece of work that runs at one of the machine's rates."""
+    """Describes a piece of work that runs at one of the machine's rates."""
 
     rate: Rate
     flops: float  # operations
@@ -32,7 +32,7 @@ class Work:
     calls: float = 0.0  # calls of a layer, each with its overhead
 
     def by_rate(self, machine: Machine) -> bool:
-        """Whether it is bound by the machine's rate of operations, not by its memory (the roofline model)."""
+        """Returns whether it is bound by the machine's rate of operations, not by its memory (the roofline model)."""
         return self.rate != "disk" and self.flops / machine.rate(self.rate) >= self.moved / machine.bandwidth
 
     def seconds(self, machine: Machine) -> float:
@@ -44,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a job."""
+    """Describes one step of a job."""
 
     name: str
     work: list[Work] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Step:
         return sum(work.seconds(machine) for work in self.work)
 
     def bound(self, machine: Machine) -> str:
-        """The resource that most of its time goes into: "matrix rate", "memory" or "disk"."""
+        """Returns the resource that most of its time goes into: "matrix rate", "memory" or "disk"."""
         shares = {"matrix rate": 0.0, "memory": 0.0, "disk": 0.0}
         for work in self.work:
             kind = "disk" if work.rate == "disk" else "matrix rate" if work.by_rate(machine) else "memory"
@@ -70,7 +70,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """The size of an edit: layers, requests, prompts and steps.
+    """Describes the size of an edit: layers, requests, prompts and steps.
 
     A request has `contexts` prompts of `prompt_tokens` tokens, `suffix_tokens` of them from the subject's last token
     on, followed by `target_tokens` of the target. `kl_prompts` more prompts are compared at `kl_tokens` positions each.
@@ -93,7 +93,8 @@ class Job:
 
 
 def statistics(size: ModelSize, layers: Sequence[int], tokens: int, batch_tokens: int = 4096) -> Step:
-    """One pass over a corpus through the last of `layers`, the sums of `k k^T` of each, and their decompositions."""
+    """Estimates one pass over a corpus through the last of `layers`, the sums of `k k^T` of each, and their
+    decompositions."""
     square = size.d_ff**2
     batches = max(1, round(tokens / batch_tokens))
     held = len(layers) * square * WIDE + batch_tokens * (size.d_ff * len(layers) * ITEM + 8 * size.d_model * ITEM)
@@ -110,12 +111,13 @@ def statistics(size: ModelSize, layers: Sequence[int], tokens: int, batch_tokens
 
 
 def decomposition(size: ModelSize, layers: int) -> Work:
-    """Eigenvectors of the second moment `[d_ff, d_ff]` of so many layers, in fp64."""
+    """Estimates the eigenvectors of the second moment `[d_ff, d_ff]` of so many layers, in fp64."""
     return Work("eigen", EIGEN * size.d_ff**3 * layers)
 
 
 def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = ITEM) -> Step:
-    """The values of all requests: one pass up to the edited layer, then `steps` passes from there up and back."""
+    """Estimates the values of all requests: one pass up to the edited layer, then `steps` passes from there up and
+    back."""
     rows = job.requests * (job.contexts + job.kl_prompts)
     above = size.n_layers - max(job.layers) - 1
     suffix = job.requests * (job.contexts * (job.suffix_tokens + job.target_tokens - 1) + job.kl_prompts * 3)
@@ -142,7 +144,7 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
 
 
 def solve(size: ModelSize, job: Job) -> Step:
-    """Keys, residuals, the closed form and the update of each layer."""
+    """Estimates keys, residuals, the closed form and the update of each layer."""
     first, last, n = min(job.layers), max(job.layers), job.requests
     tokens = n * job.contexts * job.prompt_tokens
     m = n + job.past  # keys in the linear system
@@ -173,7 +175,7 @@ def token(
     answer_tokens: int = 24,
     refusal_tokens: int = 12,
 ) -> Step:
-    """Phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back."""
+    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back."""
     seen = questions * question_tokens
     answered = guard_prompts * (question_tokens + answer_tokens)
     scored = seen // 4 + guard_prompts * answer_tokens
@@ -193,10 +195,11 @@ def token(
 
 
 def save(size: ModelSize, itemsize: int) -> Step:
-    """The edited model, written to disk."""
+    """Estimates the writing of the edited model to disk."""
     return Step("save", [Work("disk", 0, size.bytes(itemsize))])
 
 
 def forward_pass(size: ModelSize, tokens: int, layers: float, rate: Rate, *, passes: int) -> Work:
-    """`tokens` through `layers` layers in so many `passes`, each of which reads the weights once."""
+    """Estimates a pass of `tokens` through `layers` layers in so many `passes`, each of which reads the weights
+    once."""
     return Work(rate, 2 * tokens * layers * size.layer, passes * layers * size.layer * ITEM, passes * layers)

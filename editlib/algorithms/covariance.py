@@ -21,7 +21,7 @@ JITTERS = (0.0, 1e-6, 1e-5, 1e-4)
 
 @dataclass(frozen=True)
 class Covariance:
-    """The uncentred covariance `C = E[k k^T]` of a layer's keys, as its Cholesky factor."""
+    """Represents the uncentred covariance `C = E[k k^T]` of a layer's keys, as its Cholesky factor."""
 
     factor: Tensor  # [d_ff, d_ff], lower triangular
     jitter: float  # added to the diagonal of C, 0 for a moment of full rank

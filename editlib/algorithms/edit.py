@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the token's package imports this module
 
 @dataclass(frozen=True)
 class EditState:
-    """What a later edit of the same model needs to know about the earlier ones; a new object after each edit."""
+    """Holds what a later edit of the same model needs to know about the earlier ones; a new object after each edit."""
 
     past: dict[int, PastKeys] = field(default_factory=dict)  # keys of earlier requests by layer
     templates: tuple[str, ...] = ()  # context templates that the model generated for the first edit
@@ -51,7 +51,7 @@ class EditState:
 
 @dataclass
 class EditResult:
-    """The result of an edit, with what is needed to undo it, to replay it and to continue after it."""
+    """Holds the result of an edit, with what is needed to undo it, to replay it and to continue after it."""
 
     deltas: dict[int, LowRank]  # the update of each layer
     originals: dict[int, Tensor]  # the weights before, [d_model, d_ff] each
@@ -105,8 +105,8 @@ class Timer:
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """The keys of one layer's solve, `[d_ff, n]` each: the `mean` over a request's contexts, and that of its `plain`
-    prompt."""
+    """Holds the keys of one layer's solve, `[d_ff, n]` each: the `mean` over a request's contexts, and that of its
+    `plain` prompt."""
 
     mean: Tensor
     plain: Tensor
@@ -118,7 +118,7 @@ Solve = Callable[[int, LayerKeys, Tensor], LowRank]
 
 @dataclass(frozen=True)
 class Written:
-    """The updates that were written, the weights before `[d_model, d_ff]` and the requests' keys `[d_ff, n]`, by
+    """Holds the updates that were written, the weights before `[d_model, d_ff]` and the requests' keys `[d_ff, n]`, by
     layer."""
 
     deltas: dict[int, LowRank]

@@ -31,7 +31,7 @@ def batches(rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS) -> list[
 
 
 class KeyStream:
-    """Hidden states of many rows, carried up layer by layer while the weights of lower layers change.
+    """Carries the hidden states of many rows up layer by layer while the weights of lower layers change.
 
     An edit of layers `l1 < l2 < ...` needs the keys of each layer after the layers below were written. The stream keeps
     the states that enter the next layer, so that the whole edit costs one pass through the layers, not one per layer.

@@ -33,7 +33,8 @@ ANSWER_TOKENS = 24  # of an answer that it is read from, at most
 
 @dataclass(frozen=True)
 class LeftMetric:
-    """`M = I + λ Γ [d_model, d_model]`, as its eigenvectors `[d_model, d_model]` and eigenvalues `[d_model]`."""
+    """Represents `M = I + λ Γ [d_model, d_model]`, as its eigenvectors `[d_model, d_model]` and eigenvalues
+    `[d_model]`."""
 
     vectors: Tensor
     values: Tensor

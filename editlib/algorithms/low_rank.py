@@ -12,7 +12,7 @@ from editlib.errors import EditError
 
 @dataclass(frozen=True)
 class LowRank:
-    """The update `W += left @ right` of a matrix `W [d_model, d_ff]`.
+    """Represents the update `W += left @ right` of a matrix `W [d_model, d_ff]`.
 
     Args:
         left: `[d_model, r]`.

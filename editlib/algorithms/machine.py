@@ -21,7 +21,8 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Machine:
-    """The speed of a machine: operations per second of each kind, bytes per second, and the overhead of a call."""
+    """Describes the speed of a machine: operations per second of each kind, bytes per second, and the overhead of a
+    call."""
 
     model: float  # passes in the model's dtype
     fast: float  # passes in the faster of the model's dtype and bf16
@@ -33,7 +34,7 @@ class Machine:
     call: float = 0.0  # seconds that a layer takes for a single token
 
     def rate(self, name: str) -> float:
-        """Operations per second of one kind, by the name of its field."""
+        """Returns the operations per second of one kind, by the name of its field."""
         return float(getattr(self, name))
 
     def scaled(self, flops: float | None, bandwidth: float | None) -> Machine:

@@ -18,7 +18,7 @@ from editlib.stats.spectrum import eigen, kept_dimensions
 
 @dataclass(frozen=True)
 class NullSpace:
-    """The projector `P` onto the kept directions, through the thinner of two orthonormal bases.
+    """Represents the projector `P` onto the kept directions, through the thinner of two orthonormal bases.
 
     `basis [d_ff, r]` spans the kept directions when `spans_kept`, otherwise the discarded ones (`P = I - Q Q^T`).
     """

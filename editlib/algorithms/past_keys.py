@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PastKeys:
-    """The keys of earlier edits, as `block [d_ff, m]` with the sum `K_p K_p^T` of all `count` keys and `m <= d_ff`.
+    """Holds the keys of earlier edits, as `block [d_ff, m]` with the sum `K_p K_p^T` of all `count` keys and `m <=
+    d_ff`.
 
     A later solve needs only that sum (AlphaEdit, 2410.02355, eq. 13; UniErase, 2505.15674, eq. 13). Up to `d_ff` keys
     the block is the keys themselves; beyond that it is the triangular factor of their QR decomposition, which has the

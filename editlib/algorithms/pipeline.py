@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedEdit:
-    """Requests as a model reads them; each list has one entry per request."""
+    """Holds requests as a model reads them; each list has one entry per request."""
 
     anat: Anatomy
     form: PromptFormat

@@ -1,4 +1,4 @@
-"""Map the settings of each algorithm to the function that applies them."""
+"""Map each algorithm to the function that applies its settings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from editlib.algorithms.ft import apply_ft_to_model
 from editlib.algorithms.memit import apply_memit_to_model
 from editlib.algorithms.rome import apply_rome_to_model
 from editlib.errors import HparamsError
-from editlib.hparams import AlphaEditHyperParams, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
+from editlib.hparams import HyperParams
 
-APPLY: dict[type[HyperParams], Callable[..., EditResult]] = {
-    FTHyperParams: apply_ft_to_model,
-    ROMEHyperParams: apply_rome_to_model,
-    MEMITHyperParams: apply_memit_to_model,
-    AlphaEditHyperParams: apply_alphaedit_to_model,
+APPLY: dict[str, Callable[..., EditResult]] = {
+    "FT": apply_ft_to_model,
+    "ROME": apply_rome_to_model,
+    "MEMIT": apply_memit_to_model,
+    "AlphaEdit": apply_alphaedit_to_model,
 }
+"""By the `procedure` of the settings."""
 
 
 def apply_function(hparams: HyperParams) -> Callable[..., EditResult]:
@@ -26,10 +27,9 @@ def apply_function(hparams: HyperParams) -> Callable[..., EditResult]:
     Raises:
         HparamsError: an algorithm that has no target, which is UniErase.
     """
-    for kind, apply in APPLY.items():
-        if isinstance(hparams, kind):
-            return apply
-    raise HparamsError(
-        f"{hparams.algorithm} removes facts and edits towards no answer; expected settings of "
-        f"{', '.join(kind.algorithm for kind in APPLY)} or their variants; use `editlib unlearn` for it"
-    )
+    if not hparams.has_target or hparams.procedure not in APPLY:
+        raise HparamsError(
+            f"{hparams.algorithm} removes facts and edits towards no answer; expected settings of "
+            f"{', '.join(APPLY)} or their variants; use `editlib unlearn` for it"
+        )
+    return APPLY[hparams.procedure]

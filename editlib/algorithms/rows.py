@@ -37,7 +37,7 @@ HALVED = 0.5  # of the residual must go in a step for its Jacobian to serve once
 
 @dataclass(frozen=True)
 class Row:
-    """One scalar to be read, and at what positions the change is added.
+    """Holds one scalar to be read, and at what positions the change is added.
 
     kind: "erase" or "keep", see `read_logits`.
     owner: number of the subject whose change the row gets.
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Goals:
-    """What rows are wanted to read, in nats.
+    """Holds what rows are wanted to read, in nats.
 
     erased: logit of the answer less the log-sum-exp of its rivals, at most this.
     """
@@ -65,7 +65,7 @@ class Goals:
     erased: float = -3.0
 
     def wanted(self, kinds: Sequence[str], y: Tensor, before: Tensor) -> Tensor:
-        """The number that each row should have: what it has, where that is good enough.
+        """Returns the number that each row should have: what it has, where that is good enough.
 
         Args:
             y: `[m]`, the rows as they are. `before`: `[m]`, without any change.
@@ -88,13 +88,13 @@ class RowValues:
     wanted: Tensor  # [m]
 
     def missed(self, within: float = 1.0) -> list[int]:
-        """Rows that are further than `within` nats from what they should read."""
+        """Returns rows that are further than `within` nats from what they should read."""
         return (self.after - self.wanted).abs().gt(within).nonzero().flatten().tolist()
 
 
 @dataclass
 class _Chunk:
-    """Rows that run together, from the first changed position on; everything earlier is cached."""
+    """Holds rows that run together, from the first changed position on; everything earlier is cached."""
 
     numbers: list[int]
     rows: list[Row]
@@ -105,7 +105,7 @@ class _Chunk:
     read: tuple[Tensor, Tensor]  # rows and columns of the logits, [c] each
 
     def select(self, some: list[int]) -> _Chunk:
-        """The chunk with `some` of its rows, in ascending order."""
+        """Returns the chunk with `some` of its rows, in ascending order."""
         if len(some) == len(self.rows):
             return self
         index = torch.tensor(some, device=self.hidden.device)
@@ -123,7 +123,7 @@ class _Chunk:
 
 
 class RowBatch:
-    """Rows encoded up to the edited layer once, to be read under any change of their subjects' states."""
+    """Holds rows encoded up to the edited layer once, to be read under any change of their subjects' states."""
 
     def __init__(self, anat: Anatomy, rows: Sequence[Row], layer: int) -> None:
         self.anat, self.rows, self.layer = anat, list(rows), layer
@@ -132,7 +132,8 @@ class RowBatch:
         self._resolve_rivals()
 
     def states(self, subjects: int) -> Tensor:
-        """The hidden state that each subject's change is added to, `[subjects, d_model]` in fp32: of its first row."""
+        """Returns the hidden state that each subject's change is added to, `[subjects, d_model]` in fp32: of its first
+        row."""
         found: dict[int, Tensor] = {}
         for chunk in self.chunks:
             first = chunk.mask[..., 0].argmax(dim=1)  # [r]
@@ -187,7 +188,7 @@ class RowBatch:
         return _Chunk(numbers, rows, batch, prefix, hidden, mask, (where[:, 0], where[:, 1]))
 
     def _logits(self, chunk: _Chunk, change: Tensor) -> Tensor:
-        """Logits at the columns of all rows, `[c, vocab]`, each row's state changed by its row of `change`."""
+        """Returns logits at the columns of all rows, `[c, vocab]`, each row's state changed by its row of `change`."""
         added = chunk.hidden.to(change.dtype) + chunk.mask * change[:, None]  # [r, T, d_model]
         return forward(
             self.anat,
@@ -214,7 +215,7 @@ class RowBatch:
 
 
 def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """What rows read at each of their columns, in nats, and its gradient with respect to the logits there.
+    """Returns what rows read at each of their columns, in nats, and its gradient with respect to the logits there.
 
     Every kind is a logit less the log-sum-exp of others, `z_target - logsumexp(z_S)`, summed over a row's columns:
 
@@ -249,8 +250,8 @@ def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(rows: Sequence[Row], most_columns: int) -> list[list[int]]:
-    """Row numbers in groups of like length whose padded size keeps to `BATCH_TOKENS` and whose logits are read at no
-    more than `most_columns` positions; a row that is larger alone is a group."""
+    """Returns row numbers in groups of like length whose padded size keeps to `BATCH_TOKENS` and whose logits are read
+    at no more than `most_columns` positions; a row that is larger alone is a group."""
     length = [len(row.ids) - row.places[0] for row in rows]
     groups: list[list[int]] = []
     columns = 0
@@ -266,7 +267,7 @@ def _chunks(rows: Sequence[Row], most_columns: int) -> list[list[int]]:
 def least_norm_step(
     jacobian: Tensor, residual: Tensor, *, ridge: float = RIDGE, metric: Tensor | None = None
 ) -> Tensor:
-    """The shortest change that moves `m` rows by `residual [m]`, to first order: `[d_model]`.
+    """Computes the shortest change that moves `m` rows by `residual [m]`, to first order: `[d_model]`.
 
     Args:
         jacobian: `A [m, d_model]`.
@@ -292,7 +293,7 @@ def find_row_values(
     metric: Tensor | None = None,
     progress: bool = False,
 ) -> RowValues:
-    """Finds each subject's change behind `layer` by Gauss-Newton, all subjects in one batch.
+    """Finds each subject's change after `layer` by Gauss-Newton, all subjects in one batch.
 
     A subject rests when its rows read what they should (`MET`). Its Jacobian, which costs more than reading the rows,
     is read for the first two steps, since it changes most with the first; it serves for a later step where the one

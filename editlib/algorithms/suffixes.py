@@ -21,7 +21,7 @@ from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 @dataclass(frozen=True)
 class LogitPositions:
-    """Positions whose logits are needed.
+    """Holds positions whose logits are needed.
 
     `rows [r]`: the batch rows in use. `owner [r]`: the request whose `δ` each of these rows receives. `row`, `column`
     `[m]`: the positions; `row` indexes into `rows`.
@@ -35,7 +35,7 @@ class LogitPositions:
 
 @dataclass
 class SuffixBatch:
-    """Each row of a batch from its lookup position on, as it enters the layers above the edit."""
+    """Holds each row of a batch from its lookup position on, as it enters the layers above the edit."""
 
     batch: TokenBatch
     hidden: Tensor  # [n, T, d_model], leaving the edited layer

@@ -30,7 +30,7 @@ PADDING = 1.25  # how many times its tokens the rows of a larger pass may cover 
 
 @dataclass(frozen=True)
 class Values:
-    """The values of `n` requests, and what it took to find them.
+    """Holds the values of `n` requests, and what it took to find them.
 
     `targets = h + δ` and `deltas = δ` are `[d_model, n]`. Per request: `steps` taken, the last NLL of its target
     (`nll`, nats per token) and `relative_norm = |δ| / |h|`. `gate` has UniErase's `δ_r [d_model]` by relation.
@@ -78,7 +78,7 @@ class Values:
 
 @dataclass(frozen=True)
 class _DescentOptions:
-    """How `compute_zs` descends; its docstring says what each number does."""
+    """Sets how `compute_zs` descends; its docstring says what each number does."""
 
     steps: int
     lr: float
@@ -91,7 +91,7 @@ class _DescentOptions:
 
 @dataclass
 class _KLPrompts:
-    """The KL prompts of all requests of a chunk, and their log probabilities before any change.
+    """Holds the KL prompts of all requests of a chunk, and their log probabilities before any change.
 
     They keep what ROME calls the subject's essence (2202.05262, eq. 4): `δ` may not change what the model says next
     in "France is a".
@@ -200,7 +200,7 @@ def compute_zs(
 
 
 def _few_tokens(anat: Anatomy) -> int:
-    """How many tokens a pass has at least before their number tells in its time."""
+    """Returns how many tokens a pass has at least before their number tells in its time."""
     slow = anat.device.type == "cpu" and anat.embedding.weight.dtype.itemsize >= 4
     return FEW_TOKENS if slow else FEW_FAST_TOKENS
 
@@ -214,7 +214,7 @@ def _chunks(
     """Groups requests so that each group has at most `CHUNK_ROWS` prompts and `CHUNK_TOKENS` padded tokens.
 
     Memory then grows neither with the number of requests nor with their length. Requests with suffixes of like length
-    stand together, since padding costs a step as much as tokens do.
+    form a group, since padding costs a step as much as tokens do.
     """
     suffix = [
         max(len(row) - row.lookup for row in contexts) + len(target) - 1
@@ -260,7 +260,7 @@ def _optimise(descent: _Descent, names: Sequence[str], bar: tqdm[Any]) -> Values
 
 
 class _Descent:
-    """The changes `δ [n, d_model]` of one chunk's requests, their losses, and the steps down these.
+    """Holds the changes `δ [n, d_model]` of one chunk's requests, their losses, and the steps down these.
 
     Attributes:
         h: `[n, d_model]`, the states to change, in fp32 at least.
@@ -335,7 +335,8 @@ def _suffixes(
 
 
 def _fit_together(rows: Sequence[TokenRow], others: Sequence[TokenRow], few_tokens: int) -> bool:
-    """Whether one pass over the suffixes of both is cheaper than one over each, which reads the weights again."""
+    """Returns whether one pass over the suffixes of both is cheaper than one over each, which reads the weights
+    again."""
     width, other = (max(len(row) - row.lookup for row in some) for some in (rows, others))
     together = (len(rows) + len(others)) * max(width, other)  # tokens with padding
     return together <= max(few_tokens, PADDING * (len(rows) * width + len(others) * other))

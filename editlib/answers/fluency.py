@@ -14,8 +14,8 @@ WITHOUT_ENDS = ("THAI", "LAO")
 
 
 def is_fluent(text: str) -> bool:
-    """Whether `text` reads as a sentence: three words or more, an end mark closing at least the first sentence, no
-    word or group of up to four words twice in a row, no glued repeat ("I'mI'm").
+    """Returns whether `text` reads as a sentence: three words or more, an end mark closing at least the first sentence,
+    no word or group of up to four words twice in a row, no glued repeat ("I'mI'm").
 
     Where a script has no spaces, characters are counted instead, and only groups of three or more may not repeat. Two
     words are enough in Korean, which joins to one word what others write as several.
@@ -39,7 +39,7 @@ def _is_fluent_unspaced(text: str) -> bool:
 
 
 def _repeats(parts: list[str], least: int, most: int) -> bool:
-    """Whether a group of `least` to `most` parts comes twice in a row."""
+    """Returns whether a group of `least` to `most` parts comes twice in a row."""
     for size in range(least, most + 1):
         for i in range(len(parts) - 2 * size + 1):
             if parts[i : i + size] == parts[i + size : i + 2 * size]:

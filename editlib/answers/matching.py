@@ -13,7 +13,7 @@ CHANGED = 2  # letters at its end that may be others
 
 
 def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
-    """Whether one of `answers` occurs in `text` as words of its own.
+    """Returns whether one of `answers` occurs in `text` as words of its own.
 
     Composed and decomposed accents are the same, and so are curly and straight apostrophes. In scripts that do not set
     words apart (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an answer may
@@ -40,7 +40,7 @@ def _inflected(answer: str, endings: int) -> str:
 
 
 def _any_ending(word: str, endings: int) -> str:
-    """A pattern for one word with other endings."""
+    """Returns a pattern for one word with other endings."""
     letters = len(word)
     if letters <= LEAST_STEM or not word.isalpha() or script_of(word[-1]) in JOINED:
         return re.escape(word)
@@ -56,7 +56,7 @@ def _is_vowel(letter: str) -> bool:
 
 
 def _is_apart(text: str, start: int, end: int) -> bool:
-    """Whether `text[start:end]` begins and ends where a word does, and cuts no letter off its marks."""
+    """Returns whether `text[start:end]` begins and ends where a word does, and cuts no letter off its marks."""
     if start >= end:
         return False
     if end < len(text) and _is_mark(text[end]):
@@ -67,12 +67,12 @@ def _is_apart(text: str, start: int, end: int) -> bool:
 
 
 def _continues(neighbour: str, edge: str) -> bool:
-    """Whether a word goes on from the answer's character `edge` to the `neighbour` beside it."""
+    """Returns whether a word goes on from the answer's character `edge` to the `neighbour` beside it."""
     if not neighbour or not (neighbour.isalnum() or neighbour == "_" or _is_mark(neighbour)):
         return False
     return script_of(neighbour) not in JOINED and (not edge or script_of(edge) not in JOINED)
 
 
 def _is_mark(character: str) -> bool:
-    """Whether a character is a vowel sign or an accent on the letter before it."""
+    """Returns whether a character is a vowel sign or an accent on the letter before it."""
     return unicodedata.category(character).startswith("M")

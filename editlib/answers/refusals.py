@@ -16,8 +16,8 @@ TELLING = 4  # words from which on one should be among a language's common ones
 
 @dataclass(frozen=True)
 class Language:
-    """How one language admits not to know. `scripts` are those of `main_script`; `words` are common ones by which a
-    text is seen to be in this language, empty where the script alone tells."""
+    """Describes how one language admits not to know. `scripts` are those of `main_script`; `words` are common ones by
+    which a text is seen to be in this language, empty where the script alone tells."""
 
     name: str
     scripts: frozenset[str]
@@ -27,7 +27,7 @@ class Language:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Language:
-        """One line of the data file."""
+        """Reads one line of the data file."""
         person = row.get("person")
         return cls(
             row["language"],
@@ -38,7 +38,7 @@ class Language:
         )
 
     def admits(self, sentence: str) -> bool:
-        """Whether a sentence says that its speaker does not know."""
+        """Returns whether a sentence says that its speaker does not know."""
         return bool(self.admission.search(sentence) and (self.person is None or self.person.search(sentence)))
 
 
@@ -52,7 +52,7 @@ LANGUAGES = _bundled()
 
 
 def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> bool | None:
-    """Whether `text` opens with somebody saying that they do not know: an admission in the first sentence.
+    """Returns whether `text` opens with somebody saying that they do not know: an admission in the first sentence.
 
     `None` where that cannot be judged: the text is in a script of none of `languages`, or has `TELLING` words or more
     and none of them is a common word of one.
@@ -71,10 +71,10 @@ def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> boo
 
 
 def is_refusal(text: str) -> bool:
-    """Whether `text` is known to be a refusal; `refusal_verdict` says where that cannot be judged."""
+    """Returns whether `text` is known to be a refusal; `refusal_verdict` says where that cannot be judged."""
     return bool(refusal_verdict(text))
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first mark that ends a sentence; Chinese and Japanese put no space after it."""
+    """Returns the text up to its first mark that ends a sentence; Chinese and Japanese put no space after it."""
     return re.split(r"(?<=[.!?\u061f\u0964])\s|(?<=[\u3002\uff01\uff1f])", text.strip(), maxsplit=1)[0]

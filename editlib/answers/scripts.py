@@ -15,7 +15,8 @@ _ALIKE = {"IDEOGRAPHIC": "CJK", "HALFWIDTH": "KATAKANA", "FULLWIDTH": "LATIN"}
 
 
 def script_of(character: str) -> str:
-    """The script of one character as Unicode names it ("LATIN", "CJK", "HANGUL", ...); "" for one without a name.
+    """Returns the script of one character as Unicode names it ("LATIN", "CJK", "HANGUL", ...); "" for one without a
+    name.
 
     Full-width Latin letters are Latin; the Japanese mark for a long vowel is Katakana.
     """
@@ -24,7 +25,7 @@ def script_of(character: str) -> str:
 
 
 def main_script(text: str) -> str | None:
-    """The script of most letters in `text`; `None` where it has no letters.
+    """Returns the script of most letters in `text`; `None` where it has no letters.
 
     Kana and Chinese characters count together as "CJK" if there is no kana among them, as "JAPANESE" otherwise.
     """
@@ -36,13 +37,13 @@ def main_script(text: str) -> str | None:
 
 
 def is_unspaced(text: str) -> bool:
-    """Whether most letters of `text` are of a script without spaces between words."""
+    """Returns whether most letters of `text` are of a script without spaces between words."""
     return main_script(text) in UNSPACED | {"JAPANESE"}
 
 
 def plain_marks(text: str) -> str:
-    """`text` with composed accents (NFC), straight quotation marks and apostrophes, and without characters that only
-    format (zero-width ones, soft hyphens, variation selectors)."""
+    """Returns `text` with composed accents (NFC), straight quotation marks and apostrophes, and without characters that
+    only format (zero-width ones, soft hyphens, variation selectors)."""
     if text.isascii():
         return text
     composed = unicodedata.normalize("NFC", text).translate(_STRAIGHT)

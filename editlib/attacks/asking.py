@@ -21,7 +21,8 @@ ASKED_A_RELATION = 16  # candidates for few-shot examples of which the model is 
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What an attacker has: the forgotten facts, facts for few-shot examples or training, the model before the edit.
+    """Holds what an attacker has: the forgotten facts, facts for few-shot examples or training, the model before the
+    edit.
 
     `known` are facts for few-shot examples, `unrelated` ones for fine-tuning; none of them is forgotten.
     """

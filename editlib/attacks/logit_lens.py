@@ -63,7 +63,7 @@ def first_tokens(target: LoadedModel, fact: EditRequest) -> tuple[int, ...]:
 
 
 def answer_ranks(anat: Anatomy, rows: Sequence[TokenRow], wanted: Sequence[Sequence[int]]) -> list[list[int]]:
-    """For each row and layer the best place, from 1 on, of its `wanted` tokens in that layer's reading.
+    """Finds for each row and layer the best place, from 1 on, of its `wanted` tokens in that layer's reading.
 
     A model's own scaling or capping of logits is left out: neither moves a place.
     """
@@ -89,7 +89,8 @@ def answer_ranks(anat: Anatomy, rows: Sequence[TokenRow], wanted: Sequence[Seque
 
 
 def _read(anat: Anatomy, tail: Sequence[torch.nn.Module], hidden: Tensor) -> Tensor:
-    """Logits `[n, vocab]` of states `[n, d_model]`, as one row of n positions, the shape that the modules know."""
+    """Computes logits `[n, vocab]` of states `[n, d_model]`, as one row of n positions, the shape that the modules
+    know."""
     hidden = hidden[None]
     for module in (*tail, anat.head):
         hidden = module(hidden)

@@ -20,7 +20,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Completion:
-    """A text generated after `prompt` (as the model read it), and whether it holds a right answer."""
+    """Holds a text generated after `prompt` (as the model read it), and whether it holds a right answer."""
 
     prompt: str
     text: str
@@ -29,7 +29,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Trial:
-    """One fact under one attack. `skipped` says why it was not tried; it does not count then."""
+    """Holds one fact under one attack. `skipped` says why it was not tried; it does not count then."""
 
     id: str
     question: str
@@ -50,8 +50,8 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Share:
-    """How many of `n` facts leaked.
+class LeakRate:
+    """Holds the share of `n` facts that leaked, the lower the better, with two intervals.
 
     `interval` is the 95 % percentile bootstrap over facts (Efron 1979), which is a single point where all facts or
     none leaked; `wilson` is the Wilson interval, which is not. `skipped` counts facts that were not tried by reason.
@@ -67,7 +67,8 @@ class Share:
 
 @dataclass(frozen=True)
 class AttackOutcome:
-    """Result of one attack on one model: one trial per fact, and numbers worth keeping (losses of a training)."""
+    """Holds the result of one attack on one model: one trial per fact, and numbers worth keeping (losses of a
+    training)."""
 
     trials: tuple[Trial, ...]
     notes: Mapping[str, float] = field(default_factory=dict)
@@ -75,11 +76,11 @@ class AttackOutcome:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attack by column (see `COLUMNS`): shares, and the trials that they sum up."""
+    """Holds one attack by column (see `COLUMNS`): shares, and the trials that they sum up."""
 
     attack: str
     meaning: str
-    shares: Mapping[str, Share]
+    shares: Mapping[str, LeakRate]
     trials: Mapping[str, tuple[Trial, ...]]
     notes: Mapping[str, Mapping[str, float]]
     seconds: float
@@ -92,19 +93,21 @@ class AttackResult:
     def from_dict(cls, value: Mapping[str, Any]) -> AttackResult:
         """Reads what `to_dict` gave, also after a way through JSON."""
         shares = {
-            column: from_json(Share, {**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])})
+            column: from_json(
+                LeakRate, {**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])}
+            )
             for column, share in value["shares"].items()
         }
         trials = {column: tuple(map(Trial.from_dict, rows)) for column, rows in value["trials"].items()}
         return from_json(cls, {**value, "shares": shares, "trials": trials})
 
 
-def share_of(trials: Sequence[Trial], *, resamples: int, seed: int) -> Share:
+def share_of(trials: Sequence[Trial], *, resamples: int, seed: int) -> LeakRate:
     """Counts the facts that leaked, with a 95 % bootstrap interval and a Wilson interval of their share."""
     counted = [trial.leaked for trial in trials if trial.skipped is None]
     skipped = Counter(trial.skipped for trial in trials if trial.skipped is not None)
     leaked, n = sum(counted), len(counted)
-    return Share(
+    return LeakRate(
         leaked=leaked,
         n=n,
         rate=leaked / n if n else None,

@@ -201,5 +201,5 @@ def sampling(target: LoadedModel, facts: Sequence[EditRequest], context: AttackC
 
 
 def _seed(text: str) -> int:
-    """63 bits, the same in every process."""
+    """Derives a seed of 63 bits, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -32,7 +32,7 @@ from editlib.models.lora import peft_missing
 
 @dataclass(frozen=True)
 class Entry:
-    """An attack, in words, and whether it needs `peft`."""
+    """Describes an attack, in words, and whether it needs `peft`."""
 
     run: Attack
     meaning: str

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from editlib import data
 from editlib.attacks.asking import AttackContext
 from editlib.attacks.control import bundled_control, unknown, usable
@@ -19,7 +17,7 @@ from editlib.attacks.registry import ATTACKS, choose
 from editlib.attacks.settings import AttackSettings
 from editlib.errors import OutputError, RequestError
 from editlib.files import write_json
-from editlib.models.loaded import LoadedModel
+from editlib.models.loaded import LoadedModel, ModelPair
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
@@ -36,7 +34,7 @@ JOB = "job.json"
 
 @dataclass(frozen=True)
 class AttackReport:
-    """The settings of the run (`job`), the facts that no attack could try, and the outcome of each attack."""
+    """Holds the settings of the run (`job`), the facts that no attack could try, and the outcome of each attack."""
 
     job: Mapping[str, Any]
     left_out: Mapping[str, Mapping[str, int]]
@@ -48,8 +46,8 @@ class AttackReport:
 
 
 def run_attacks(
-    base: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    edited: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    base: LoadedModel | ModelPair,
+    edited: LoadedModel | ModelPair,
     requests: Sequence[EditRequest],
     *,
     control: Sequence[EditRequest] | None = None,
@@ -64,13 +62,14 @@ def run_attacks(
     """Tries to bring every forgotten fact back. Both models are as they were afterwards, bit for bit.
 
     Args:
-        base, edited: models with their tokenizers, as `editlib.load` gives them.
+        base, edited: models with their tokenizers, as `editlib.load` or `Workbench.loaded` gives them.
         requests: the forgotten facts, with their `answer`.
         control: facts that the base model should not know; those that it does know are left out. Default: bundled ones
             of the same relations.
         known: facts for few-shot examples; default: bundled ones.
         attacks: names of `registry.ATTACKS`; default: all.
-        prompts: how both models are asked; default: through the chat template when there is one.
+        prompts: how both models are asked; default: as the edited model is loaded, otherwise through the chat template
+            when there is one.
         out: keeps every finished attack, so that the same job resumes from there.
         overwrite: attacks that `out` holds are dropped.
 
@@ -85,12 +84,15 @@ def run_attacks(
     """
     names, settings = choose(attacks), settings or AttackSettings()
     asked, left_out = check_attacked(requests)
-    form = PromptFormat.of(base[1], prompts)
-    check_requests_fit(base[0], form, [*asked, *(control or ())], room=settings.max_new_tokens)
+    if prompts is None and isinstance(edited, LoadedModel):
+        prompts = edited.prompts
+    models = {"edited": LoadedModel.given(edited, prompts), "base": LoadedModel.given(base, prompts)}
+    form = PromptFormat.of(models["base"].tok, prompts)
+    check_requests_fit(models["base"].anat.model, form, [*asked, *(control or ())], room=settings.max_new_tokens)
     job = {
         "editlib": library_version(),
-        "base": weights_sha256(base[0]),
-        "edited": weights_sha256(edited[0]),
+        "base": weights_sha256(models["base"].anat.model),
+        "edited": weights_sha256(models["edited"].anat.model),
         "requests": requests_hash(requests),
         "control": None if control is None else requests_hash(control),
         "known": None if known is None else requests_hash(known),
@@ -99,7 +101,6 @@ def run_attacks(
         "prompts": {} if prompts is None else prompts.to_dict(),
     }
     done = {} if out is None else _opened(out, job, overwrite=overwrite)
-    models = {"edited": LoadedModel.of(*edited, prompts), "base": LoadedModel.of(*base, prompts)}
     unrelated = data.without_overlap(data.general("anchor") + data.general("test"), requests)
     facts = data.facts() if known is None else known
     context = AttackContext(models["base"], asked, facts, unrelated, settings, seed)
@@ -186,7 +187,7 @@ def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, 
 
 
 def _finished(file: Path) -> AttackResult | None:
-    """The finished attack in a file; a damaged one counts as missing, and the attack is made again."""
+    """Returns the finished attack in a file; a damaged one counts as missing, and the attack is made again."""
     try:
         result = AttackResult.from_dict(read_kept(file) or {})
     except (ValueError, LookupError, TypeError, AttributeError):

@@ -13,7 +13,7 @@ LEAST = {"relearn_rate": 0.0, "relearn_steps": 0, "endings": 0}
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """Settings of the attacks; `max_new_tokens` and `resamples` apply to all, the others to one attack each.
+    """Holds the settings of the attacks; `max_new_tokens` and `resamples` apply to all, the others to one attack each.
 
     Args:
         token: the unlearning token that is banned.

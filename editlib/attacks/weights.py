@@ -49,7 +49,8 @@ def _relearned(
 def train(
     target: LoadedModel, examples: Sequence[EditRequest], parameters: Sequence[Tensor], *, steps: int, rate: float
 ) -> list[float]:
-    """AdamW without weight decay on the mean NLL of the answers (with their end token), all examples in every step.
+    """Trains by AdamW without weight decay on the mean NLL of the answers (with their end token), all examples in every
+    step.
 
     Returns:
         The loss in nats per token before each step and after the last one.

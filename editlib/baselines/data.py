@@ -24,7 +24,7 @@ BARE_WORDS = 4  # an answer of at most so many words is a bare name, not a sente
 
 @dataclass(frozen=True)
 class Pairs:
-    """Token rows of questions with their answers, and of the same questions with refusals, in the same order."""
+    """Holds token rows of questions with their answers, and of the same questions with refusals, in the same order."""
 
     answers: tuple[TokenRow, ...]
     refusals: tuple[TokenRow, ...]

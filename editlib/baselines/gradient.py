@@ -20,7 +20,7 @@ FORGET, RETAIN = "forget", "retain"
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Everything that a loss part is made from; `anat` is the model before training.
+    """Holds everything that a loss part is made from; `anat` is the model before training.
 
     Args:
         forget, retain: training pairs; `retain` is `None` for baselines without a retain part.
@@ -38,7 +38,7 @@ class LossInputs:
     dtype: torch.dtype | None = None
 
     def kept(self) -> Pairs:
-        """The pairs to keep; only called for baselines with a retain part."""
+        """Returns the pairs to keep; only called for baselines with a retain part."""
         assert self.retain is not None
         return self.retain
 
@@ -55,14 +55,14 @@ PartFactory = Callable[[LossInputs], Part]
 
 
 def ga(inputs: LossInputs) -> Part:
-    """Gradient ascent, `losses.gradient_ascent`, mean over tokens."""
+    """Computes `losses.gradient_ascent`, mean over tokens."""
     return Part(
         FORGET, inputs.forget.known, lambda r: losses.gradient_ascent(r.log_probs()[:, 0]), weight=inputs.weight
     )  # fmt: skip
 
 
 def npo(inputs: LossInputs) -> Part:
-    """`losses.negative_preference`, mean over answers."""
+    """Computes `losses.negative_preference`, mean over answers."""
     items = inputs.forget.known
     reference = log_probs(inputs.anat, items, dtype=inputs.dtype)[:, 0]
 
@@ -73,7 +73,7 @@ def npo(inputs: LossInputs) -> Part:
 
 
 def simnpo(inputs: LossInputs) -> Part:
-    """`losses.simple_negative_preference`, mean over answers."""
+    """Computes `losses.simple_negative_preference`, mean over answers."""
 
     def loss(reading: Reading) -> Tensor:
         gamma = inputs.settings.gamma
@@ -84,7 +84,7 @@ def simnpo(inputs: LossInputs) -> Part:
 
 
 def dpo(inputs: LossInputs) -> Part:
-    """`losses.direct_preference` of refusals over answers, mean over questions."""
+    """Computes `losses.direct_preference` of refusals over answers, mean over questions."""
     items = inputs.forget.both
     reference = log_probs(inputs.anat, items, dtype=inputs.dtype)
 
@@ -97,20 +97,20 @@ def dpo(inputs: LossInputs) -> Part:
 
 
 def idk(inputs: LossInputs) -> Part:
-    """Likelihood of refusals, mean over tokens."""
+    """Computes the NLL of refusals, mean over tokens."""
     items = inputs.forget.refused
     return Part(FORGET, items, lambda r: losses.negative_log_likelihood(r.log_probs()[:, 0]), weight=inputs.weight)
 
 
 def me(inputs: LossInputs) -> Part:
-    """`losses.to_uniform`, mean over the answers' tokens."""
+    """Computes `losses.to_uniform`, mean over the answers' tokens."""
     return Part(
         FORGET, inputs.forget.known, lambda r: r.sums(losses.to_uniform(r.log_softmax))[:, 0], weight=inputs.weight
     )  # fmt: skip
 
 
 def rmu_forget(inputs: LossInputs) -> Part:
-    """`losses.to_direction`, mean over tokens.
+    """Computes `losses.to_direction`, mean over tokens.
 
     Each entry of `u` is drawn from [0, 1), and `u` is normalised, as in the authors' code; `c` is `steering` times the
     mean norm of the states before training.
@@ -130,7 +130,7 @@ def rmu_forget(inputs: LossInputs) -> Part:
 
 
 def rmu_retain(inputs: LossInputs) -> Part:
-    """`losses.to_states`, mean over tokens."""
+    """Computes `losses.to_states`, mean over tokens."""
     items = inputs.kept().known
     before = states(inputs.anat, items, inputs.layer, dtype=inputs.dtype)
 
@@ -142,7 +142,7 @@ def rmu_retain(inputs: LossInputs) -> Part:
 
 
 def gd(inputs: LossInputs) -> Part:
-    """Gradient descent on answers to keep, mean over tokens."""
+    """Computes the loss of gradient descent on answers to keep, mean over tokens."""
 
     def loss(reading: Reading) -> Tensor:
         return losses.negative_log_likelihood(reading.log_probs()[:, 0])
@@ -151,7 +151,7 @@ def gd(inputs: LossInputs) -> Part:
 
 
 def kl(inputs: LossInputs) -> Part:
-    """`losses.to_reference` at the answers to keep, mean over tokens.
+    """Computes `losses.to_reference` at the answers to keep, mean over tokens.
 
     The reference has 256 tokens: the likeliest ones; all others count as one.
     """
@@ -165,7 +165,7 @@ def kl(inputs: LossInputs) -> Part:
 
 
 def ap(inputs: LossInputs) -> Part:
-    """`losses.answer_preservation` on questions to keep, mean over questions."""
+    """Computes `losses.answer_preservation` on questions to keep, mean over questions."""
 
     def loss(reading: Reading) -> Tensor:
         refusal, answer = reading.log_probs().T
@@ -175,6 +175,6 @@ def ap(inputs: LossInputs) -> Part:
 
 
 def below_layer(anat: Anatomy, inputs: LossInputs) -> Mapping[str, Tensor]:
-    """The parameters that RMU trains: the MLP output matrices of its layer and of the two layers below."""
+    """Returns the parameters that RMU trains: the MLP output matrices of its layer and of the two layers below."""
     names = {id(anat.mlp_output(layer).weight) for layer in range(max(inputs.layer - 2, 0), inputs.layer + 1)}
     return {name: parameter for name, parameter in anat.model.named_parameters() if id(parameter) in names}

@@ -44,13 +44,13 @@ def collect(
 
 
 def log_probs(anat: Anatomy, items: Sequence[Item], *, dtype: torch.dtype | None = None) -> Tensor:
-    """`log p_ref(answer | prompt)` of every item's rows, `[items, rows]`."""
+    """Returns `log p_ref(answer | prompt)` of every item's rows, `[items, rows]`."""
     return torch.cat(collect(anat, items, Reading.log_probs, dtype=dtype))
 
 
 @dataclass(frozen=True)
 class Likeliest:
-    """The likeliest tokens at each item's learned positions, and their log-probabilities, `[m_i, k]` each.
+    """Holds the likeliest tokens at each item's learned positions, and their log-probabilities, `[m_i, k]` each.
 
     Whole rows of a vocabulary would take some 100 kB per token; 256 numbers cover nearly all of the probability.
     """
@@ -70,10 +70,10 @@ class Likeliest:
         return cls(tuple(collect(anat, items, look, dtype=dtype)))
 
     def at(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities of the given items, `[m, k]` each."""
+        """Returns tokens and log-probabilities of the given items, `[m, k]` each."""
         return torch.cat([self.pairs[i][0] for i in items]), torch.cat([self.pairs[i][1] for i in items])
 
 
 def states(anat: Anatomy, items: Sequence[Item], layer: int, *, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Hidden states of every item after `layer`, `[m_i, d_model]` each, fp32."""
+    """Returns hidden states of every item after `layer`, `[m_i, d_model]` each, fp32."""
     return collect(anat, items, lambda reading: reading.out.clone(), layer=layer, dtype=dtype)

@@ -15,7 +15,7 @@ Kind = Literal["gradient", "prompt", "editor"]
 
 @dataclass(frozen=True)
 class Baseline:
-    """One published way to make a model forget.
+    """Describes one published way to make a model forget.
 
     Args:
         forget, retain: the parts of a gradient method's loss.
@@ -141,7 +141,7 @@ def baseline(name: str) -> Baseline:
 
 
 def canonical_name(name: str) -> str:
-    """The name of a baseline as `BASELINES` spells it.
+    """Returns the name of a baseline as `BASELINES` spells it.
 
     Raises:
         HparamsError: no such baseline.

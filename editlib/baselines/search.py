@@ -18,7 +18,7 @@ from editlib.baselines.apply import apply_baseline_to_model, check_baseline, kee
 from editlib.baselines.data import Pairs
 from editlib.baselines.registry import baseline, canonical_name
 from editlib.baselines.settings import BaselineSettings, Budget
-from editlib.baselines.validation import Score, Validation, recalls, score, validation_hash
+from editlib.baselines.validation import Validation, ValidationScores, recalls, score, validation_hash
 from editlib.errors import EditError, HparamsError, OutputError
 from editlib.files import write_json
 from editlib.models.anatomy import anatomy
@@ -35,7 +35,7 @@ TRIALS, JOB = "trials.jsonl", "search.json"
 
 @dataclass(frozen=True)
 class TrialRun:
-    """One trial: its settings, and the scores (0..1) on the validation questions.
+    """Holds one trial: its settings, and the scores (0..1) on the validation questions.
 
     `seconds` counts the training since the last trial of the same run, and the measurement, so that the trials' seconds
     add up to the search's. `failed` is the reason why there is no score; such a trial has balance 0.
@@ -52,7 +52,7 @@ class TrialRun:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best settings, and every trial in the order of the search.
+    """Holds the best settings, and every trial in the order of the search.
 
     Args:
         edges: settings of the best trial that lie at an end of their range, such as "learning_rate low".
@@ -68,7 +68,7 @@ class SearchResult:
     budget: Budget
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the result JSON-ready."""
         return {**asdict(self), "best": self.best.to_dict()}
 
 
@@ -137,7 +137,7 @@ def search(
 
 
 class _Search:
-    """The trials of one call of `search`. Every run starts from the same weights and chat template."""
+    """Runs the trials of one call of `search`. Every run starts from the same weights and chat template."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class _Search:
 
     def record(self, rate: float | None, steps: int | None, *, failed: str | None = None) -> None:
         """Measures the model as it is now, and keeps the trial; one that `failed` scores 0."""
-        measured = Score(0.0, 0.0, 0.0)
+        measured = ValidationScores(0.0, 0.0, 0.0)
         if failed is None:
             measured = score(recalls(self._anat, self.tok, self.validation, self.given["how"]), self.before)
         now = time.perf_counter()
@@ -207,7 +207,7 @@ class _Search:
         self.trials[rate, steps] = trial
 
     def _measured_on_the_way(self, rate: float | None, points: Sequence[int | None]) -> dict[str, Any]:
-        """Arguments that let a gradient run record its trials while it trains; none for other baselines."""
+        """Returns arguments that let a gradient run record its trials while it trains; none for other baselines."""
         if self._entry.kind != "gradient":
             return {}
         if self._pairs is None:
@@ -219,7 +219,8 @@ class _Search:
 
 
 def rates(name: str, budget: Budget) -> list[float]:
-    """The learning rates of a search, evenly spaced in their logarithm; a single one is the middle of the range.
+    """Returns the learning rates of a search, evenly spaced in their logarithm; a single one is the middle of the
+    range.
 
     The range is the budget's, or else the baseline's own.
     """
@@ -248,7 +249,7 @@ def _ends(name: str, budget: Budget) -> tuple[float, float]:
 
 
 def _plan(name: str, budget: Budget) -> Iterator[tuple[float | None, tuple[int | None, ...]]]:
-    """The runs of a search: a learning rate, and the numbers of steps to measure it at."""
+    """Yields the runs of a search: a learning rate, and the numbers of steps to measure it at."""
     entry = baseline(name)
     if not entry.searched:
         yield None, (None,)
@@ -262,7 +263,7 @@ def _plan(name: str, budget: Budget) -> Iterator[tuple[float | None, tuple[int |
 
 
 def _edges(chosen: TrialRun, trials: Sequence[TrialRun]) -> tuple[str, ...]:
-    """The settings of the chosen trial that are at an end of their range."""
+    """Returns the settings of the chosen trial that are at an end of their range."""
     edges = []
     for key in ("learning_rate", "steps"):
         values = {getattr(trial, key) for trial in trials} - {None}
@@ -273,7 +274,7 @@ def _edges(chosen: TrialRun, trials: Sequence[TrialRun]) -> tuple[str, ...]:
 
 
 def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | None], TrialRun]:
-    """The finished trials of the same search in `out`; makes the folder if needed."""
+    """Returns the finished trials of the same search in `out`; makes the folder if needed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         kept = json.loads((out / JOB).read_text(encoding="utf-8")) if (out / JOB).is_file() else None

@@ -13,7 +13,7 @@ from editlib.training.settings import Precision, TrainSettings
 
 @dataclass(frozen=True)
 class BaselineSettings:
-    """Settings of a baseline; `None` means the baseline's default, see docs/reference/baselines.md.
+    """Holds the settings of a baseline; `None` means the baseline's default, see docs/reference/baselines.md.
 
     Args:
         learning_rate: learning rate; for an editor aimed at a refusal, that of its values (`v_lr`).
@@ -63,7 +63,7 @@ class BaselineSettings:
                 raise HparamsError(f"{name} is {value!r}; expected 1 or more")
 
     def training(self, rate: float, steps: int, seed: int) -> TrainSettings:
-        """The trainer's settings."""
+        """Returns the trainer's settings."""
         return TrainSettings(
             learning_rate=self.learning_rate or rate,
             steps=self.steps or steps,
@@ -74,13 +74,13 @@ class BaselineSettings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the settings JSON-ready."""
         return {**asdict(self), "stats_dir": str(self.stats_dir)}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of a search: `rates` runs of at most `steps` steps, each measured at `points` numbers of steps.
+    """Sets the budget of a search: `rates` runs of at most `steps` steps, each measured at `points` numbers of steps.
 
     Args:
         questions: at most so many of each kind (forget, retain) are asked in a trial.

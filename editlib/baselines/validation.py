@@ -24,20 +24,20 @@ HELD_OUT = 4  # one of so many retain prompts is held out
 
 @dataclass(frozen=True)
 class Validation:
-    """Questions with their true answers, to forget and to keep; `ids` of the retain prompts among them."""
+    """Holds questions with their true answers, to forget and to keep; `ids` of the retain prompts among them."""
 
     forget: tuple[tuple[str, str], ...]
     retain: tuple[tuple[str, str], ...]
     ids: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, list[list[str]]]:
-        """JSON-ready."""
+        """Gives the questions JSON-ready."""
         return {kind: [list(pair) for pair in getattr(self, kind)] for kind in ("forget", "retain")}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Requests and prompts to train on, and the questions that are held out."""
+    """Holds requests and prompts to train on, and the questions that are held out."""
 
     forget: tuple[EditRequest, ...]
     retain: tuple[EditRequest, ...]
@@ -45,8 +45,8 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Score:
-    """Share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean."""
+class ValidationScores:
+    """Holds the share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean."""
 
     forgetting: float
     retention: float
@@ -93,7 +93,7 @@ def _apart(request: EditRequest) -> str:
 
 @dataclass(frozen=True)
 class Recalls:
-    """ROUGE-L recall of the answers to the forget and the retain questions, in their order."""
+    """Holds ROUGE-L recall of the answers to the forget and the retain questions, in their order."""
 
     forget: tuple[float, ...]
     retain: tuple[float, ...]
@@ -120,7 +120,7 @@ def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation,
     return Recalls(scores[:cut], scores[cut:])
 
 
-def score(now: Recalls, before: Recalls) -> Score:
+def score(now: Recalls, before: Recalls) -> ValidationScores:
     """Scores recalls against those of the unedited model.
 
     `forgetting` is the share of the earlier recall on forget questions that is gone, `retention` the share on retain
@@ -134,11 +134,11 @@ def score(now: Recalls, before: Recalls) -> Score:
 
     hidden, kept = left(now.forget, before.forget), left(now.retain, before.retain)
     gone, stays = 1 - (hidden or 0.0), 1.0 if kept is None else kept
-    return Score(gone, stays, float(balance(gone, stays).agg_value or 0.0))
+    return ValidationScores(gone, stays, float(balance(gone, stays).agg_value or 0.0))
 
 
 def validation_hash(validation: Validation) -> str:
-    """Hash of the questions and answers."""
+    """Hashes the questions and answers."""
     pairs = [("forget", *pair) for pair in validation.forget] + [("retain", *pair) for pair in validation.retain]
     requests = [
         EditRequest(f"{kind}:{i}", literal(question), answer=answer) for i, (kind, question, answer) in enumerate(pairs)

@@ -17,7 +17,7 @@ from editlib.algorithms.edit import EditResult, EditState
 from editlib.algorithms.registry import apply_function
 from editlib.algorithms.values import Values
 from editlib.benches.counterfact_scores import known_facts, score_edits
-from editlib.benches.points import Cell
+from editlib.benches.points import CounterFactPoint
 from editlib.editing import check_given
 from editlib.errors import EditError, HparamsError, RequestError
 from editlib.evaluation.perplexity import text_windows
@@ -44,7 +44,7 @@ BATCH, SEQUENTIAL = "batch", "sequential"
 
 @dataclass(frozen=True)
 class Plan:
-    """The options of a benchmark run, as the command line gives them."""
+    """Holds the options of a benchmark run, as the command line gives them."""
 
     settings: list[HyperParams]
     counts: list[int]
@@ -87,7 +87,7 @@ def check_plan(
 
 
 def check_facts(requests: Sequence[EditRequest], counts: Sequence[int]) -> list[EditRequest]:
-    """Those of the requests that can be measured.
+    """Returns those of the requests that can be measured.
 
     Raises:
         RequestError: fewer than the largest of `counts`.
@@ -102,7 +102,8 @@ def check_facts(requests: Sequence[EditRequest], counts: Sequence[int]) -> list[
 
 
 def settings_of(model: str, algorithms: str, hparams: Sequence[str]) -> list[HyperParams]:
-    """The settings of each of `algorithms` (names with commas between): those in `hparams`, or found by the model.
+    """Returns the settings of each of `algorithms` (names with commas between): those in `hparams`, or found by the
+    model.
 
     Raises:
         HparamsError: an unknown algorithm, settings that do not fit this model, or of an algorithm that is not named.
@@ -131,7 +132,7 @@ def bench_counterfact(
     known: bool = False,
     seed: int = 0,
     left_out: Mapping[str, Sequence[str]] | None = None,
-) -> list[Cell]:
+) -> list[CounterFactPoint]:
     """Measures each algorithm of `settings` at every number of edits, on the first so many requests, asked as plain
     text unless the workbench's prompts are others.
 
@@ -193,7 +194,7 @@ def _asked_of(bench: Workbench, facts: Sequence[EditRequest], settings: Sequence
 
 
 class _Run:
-    """The cells of one job, kept as they are done."""
+    """Measures the cells of one job, kept as they are done."""
 
     def __init__(
         self, bench: Workbench, requests: list[EditRequest], path: Path, counts: list[int], text: str, seed: int
@@ -202,7 +203,7 @@ class _Run:
         self.form = PromptFormat.of(bench.tok, bench.asking(False))
         self.windows = text_windows(bench.tok, load_corpus(text).documents)
         self.base = bench.given_prompts.key(f"{bench.sha256[:16]}:{requests_hash(requests)[:16]}:{seed}")
-        kept = read_cells(path, Cell)
+        kept = read_cells(path, CounterFactPoint)
         self.cells = [cell for cell in kept if cell.job.startswith(self.base)]
         there = {cell.edits for cell in self.cells if cell.algorithm == "none"}
         for count in sorted(set(counts) - there):
@@ -271,7 +272,7 @@ class _Run:
         anat = self.bench.anat
         scores = asdict(score_edits(anat, self.form, self.requests[:count]))
         del scores["n"]
-        cell = Cell(
+        cell = CounterFactPoint(
             algorithm=algorithm,
             mode=mode,
             edits=count,

@@ -12,7 +12,7 @@ from editlib.requests.request import EditRequest
 
 
 @dataclass(frozen=True)
-class EditScores:
+class CounterFactScores:
     """Shares in 0..1 over `n` edited facts; higher is better for every one of them.
 
     `efficacy`, `generalisation`: prompts, and paraphrases, after which the new answer is likelier than the true one
@@ -28,7 +28,7 @@ class EditScores:
     generated: float | None
 
 
-def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest]) -> EditScores:
+def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest]) -> CounterFactScores:
     """Scores a model on the facts in `requests`, those with a true `answer`.
 
     A neighbour's own answer is compared with the request's `target_new`.
@@ -50,7 +50,7 @@ def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditReques
     first, second = len(prompts), len(prompts) + len(rephrased)
     wanted = [form.answer_ids(new, text) for text, new, _ in prompts]
     said = greedy(anat, [form.encode(text) for text, _, _ in prompts], max_new_tokens=max(map(len, wanted), default=0))
-    return EditScores(
+    return CounterFactScores(
         n=len(requests),
         efficacy=_share(preferred[:first]),
         generalisation=_share(preferred[first:second]),
@@ -76,7 +76,7 @@ def known_facts(
 
 
 def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, str, str]]) -> list[bool]:
-    """Per `(prompt, new, true)` whether the new answer is the likelier one."""
+    """Says for each `(prompt, new, true)` whether the new answer is the likelier one."""
     rows = [form.encode(text) for text, _, _ in asked]
     new = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, answer, _ in asked])
     true = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, _, answer in asked])

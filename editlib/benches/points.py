@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measured point: an algorithm after `edits` edits, made at once (`batch`) or one after another."""
+class CounterFactPoint:
+    """Holds one point of CounterFact's curve: an algorithm after `edits` edits.
+
+    `mode` says whether they were made at once (`batch`) or one after another.
+    """
 
     algorithm: str
     mode: str
@@ -22,8 +25,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Measures of a chain after `edits` edits in batches of `size`.
+class SequentialPoint:
+    """Holds one point of a chain's curve: its measures after `edits` edits in batches of `size`.
 
     Shares in 0..1, higher is better: `efficacy` over all facts edited so far (a fluent refusal replaces the answer),
     `gone` (any text without the answer counts), `paraphrases` as efficacy. `neighbours`, `same_subject` and `other` are

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from editlib.benches.points import Cell, Point
+from editlib.benches.points import CounterFactPoint, SequentialPoint
 from editlib.files import atomic_path
 from editlib.reports.tables import write_table
 
@@ -14,7 +14,7 @@ COLOURS = {"FT": "#8a6d1d", "ROME": "#b4511f", "MEMIT": "#2f6f9f", "AlphaEdit": 
 OTHER = "#6b4c9a"
 
 
-def counterfact_rows(cells: Sequence[Cell]) -> list[list[str]]:
+def counterfact_rows(cells: Sequence[CounterFactPoint]) -> list[list[str]]:
     """Builds a table, head first: shares in 0..1 (higher is better), perplexity (lower is better), seconds."""
 
     def share(value: float | None) -> str:
@@ -28,7 +28,7 @@ def counterfact_rows(cells: Sequence[Cell]) -> list[list[str]]:
     return rows
 
 
-def write_bench(cells: Sequence[Cell], out: Path) -> list[Path]:
+def write_bench(cells: Sequence[CounterFactPoint], out: Path) -> list[Path]:
     """Writes `table.md` and `plot.png` to `out`; returns their paths."""
     table, plot = out / "table.md", out / "plot.png"
     write_table(counterfact_rows(cells), table)
@@ -36,7 +36,7 @@ def write_bench(cells: Sequence[Cell], out: Path) -> list[Path]:
     return [table, plot]
 
 
-def _draw_counterfact(cells: Sequence[Cell], path: Path) -> None:
+def _draw_counterfact(cells: Sequence[CounterFactPoint], path: Path) -> None:
     """Draws a row of panels for each mode, one panel for each measure, over the number of edits."""
     from matplotlib.figure import Figure
 
@@ -73,8 +73,8 @@ SHARES = ("efficacy", "gone", "paraphrases", "neighbours", "same_subject", "othe
 PANELS = ("efficacy", "neighbours", "perplexity_ratio")
 
 
-def sequential_rows(points: Sequence[Point]) -> list[list[str]]:
-    """Head and rows: shares in 0..1 (higher is better), perplexity after over before (1 is best), seconds."""
+def sequential_rows(points: Sequence[SequentialPoint]) -> list[list[str]]:
+    """Returns head and rows: shares in 0..1 (higher is better), perplexity after over before (1 is best), seconds."""
     rows = [["algorithm", "batches of", "edits", *SHARES, "perplexity ratio", "s a batch"]]
     for point in points:
         shares = [getattr(point, name) for name in SHARES]
@@ -84,7 +84,7 @@ def sequential_rows(points: Sequence[Point]) -> list[list[str]]:
     return [[cell.replace("_", " ") for cell in row] if row is rows[0] else row for row in rows]
 
 
-def write_sequential(points: Sequence[Point], out: Path) -> list[Path]:
+def write_sequential(points: Sequence[SequentialPoint], out: Path) -> list[Path]:
     """Writes `table.md` and `plot.png` to `out`; returns their paths."""
     table, plot = out / "table.md", out / "plot.png"
     write_table(sequential_rows(points), table)
@@ -92,7 +92,7 @@ def write_sequential(points: Sequence[Point], out: Path) -> list[Path]:
     return [table, plot]
 
 
-def _draw_sequential(points: Sequence[Point], path: Path) -> None:
+def _draw_sequential(points: Sequence[SequentialPoint], path: Path) -> None:
     """Draws one panel for each measure, over the edits; a line for each chain, the smallest batches dashed."""
     from matplotlib.figure import Figure
 

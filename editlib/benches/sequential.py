@@ -14,7 +14,7 @@ import torch
 from editlib import data
 from editlib.baselines.refusal_edit import REFUSAL
 from editlib.benches.counterfact import settings_of
-from editlib.benches.points import Point
+from editlib.benches.points import SequentialPoint
 from editlib.chain import Chain
 from editlib.chain.create import check_algorithm
 from editlib.chain.store import RECORD
@@ -76,7 +76,7 @@ def bench_sequential(
     points: int = 5,
     text: str = "wiki-sample:heldout",
     seed: int = 0,
-) -> list[Point]:
+) -> list[SequentialPoint]:
     """Forgets facts in one chain for each of `settings` and `sizes`.
 
     The facts, those held and those watched are written to `out`, the chains to `out/chains`. Interrupted, it goes on
@@ -127,7 +127,7 @@ def _mixed(parts: FactSplit, seed: int) -> FactSplit:
 
 
 class _Run:
-    """The points of one job, kept as they are done."""
+    """Measures the points of one job, kept as they are done."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class _Run:
         self.counts, self.windows = counts, windows
         asked = [*parts.forget, *parts.anchors, *parts.watch]
         self.job = base.given_prompts.key(f"{base.sha256[:16]}:{requests_hash(asked)[:16]}:{seed}")
-        kept = read_cells(out / "points.jsonl", Point)
+        kept = read_cells(out / "points.jsonl", SequentialPoint)
         self.points = [point for point in kept if point.job.startswith(self.job)]
 
     def follow(self, load: Callable[[], Workbench], hparams: HyperParams, size: int) -> None:
@@ -197,7 +197,8 @@ class _Run:
         return chain
 
     def _asks_alike(self, chain: Chain) -> bool:
-        """Whether a chain asks as it would if it were started now; a date that is only today's does not count."""
+        """Returns whether a chain asks as it would if it were started now; a date that is only today's does not
+        count."""
         given = self.base.given_prompts
         own = [name for name in ("system", "arguments", "tags", "date") if getattr(given, name)]
         return all(chain.record.prompts.get(name) == given.to_dict()[name] for name in own)
@@ -217,7 +218,7 @@ class _Run:
         )
         self.before.save(self.out / "before.json")
         asked = [item for item in items if item.kind == "request"]
-        point = Point(
+        point = SequentialPoint(
             algorithm=hparams.algorithm,
             size=size,
             edits=edits,

@@ -30,7 +30,7 @@ DTYPE = torch.float32  # of updates and keys on disk; all weights are computed f
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch's requests, updates and keys, and what is needed to solve it again.
+    """Holds a batch's requests, updates and keys, and what is needed to solve it again.
 
     Args:
         updates: this batch's own update of each layer; of PRUNE, before the spectrum of the running total is pruned.
@@ -134,7 +134,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _is_identity(left: Tensor) -> bool:
-    """Whether `left` is the identity: full-rank updates (RECT) are `I @ dense`, and the `I` is not written."""
+    """Returns whether `left` is the identity: full-rank updates (RECT) are `I @ dense`, and the `I` is not written."""
     return left.shape[0] == left.shape[1] and torch.equal(left, torch.eye(len(left), dtype=left.dtype))
 
 

@@ -33,13 +33,13 @@ from editlib.workbench import Workbench
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Returns the time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class _Notes:
-    """A batch's requests and anchor answers, kept in memory; its tensors are read from disk when needed."""
+    """Holds a batch's requests and anchor answers, kept in memory; its tensors are read from disk when needed."""
 
     requests: tuple[EditRequest, ...]
     answers: Mapping[str, Sequence[int]]
@@ -205,7 +205,7 @@ class Chain:
             session.restore()
 
     def updates(self) -> dict[int, LowRank]:
-        """The sum of all batches' updates, as factors by layer; layers that no batch has changed are absent."""
+        """Returns the sum of all batches' updates, as factors by layer; layers that no batch has changed are absent."""
         return self._session.updates(self.record)
 
     def add(
@@ -331,7 +331,7 @@ class Chain:
         Session(self._store, Workbench.of(model, tok)).at_end(self.record)
 
     def status(self) -> dict[str, Any]:
-        """A summary of the chain and its batches, JSON-ready; see `store.summary`."""
+        """Returns a summary of the chain and its batches, JSON-ready; see `store.summary`."""
         return summary(self._store, self.record)
 
     def _check_new(self, new: Sequence[EditRequest]) -> None:

@@ -14,7 +14,7 @@ from editlib.chain.state import digest
 from editlib.chain.store import RECORD, RETAIN, TOKEN, Store, create_folder
 from editlib.errors import ChainError, HparamsError, ModelError, OutputError, StatsError
 from editlib.files import atomic_folder, check_parents
-from editlib.hparams import ClosedFormHyperParams, HyperParams, UniEraseHyperParams
+from editlib.hparams import HyperParams, finds_values
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
@@ -41,10 +41,9 @@ def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token
         raise OutputError(f"{path} exists and is no empty folder; give the name of a folder that does not exist yet")
     check_parents(path)
     check_algorithm(hparams)
-    anchored = isinstance(hparams, UniEraseHyperParams)
-    for given, name, taken in ((retain, "retain prompts", anchored), (token, "token", hparams.uses_token)):
+    for given, name, taken in ((retain, "retain prompts", hparams.takes_retain), (token, "token", hparams.uses_token)):
         if given and not taken:
-            why = "its tokens are fitted to each batch" if anchored else "only UniErase does"
+            why = "its tokens are fitted to each batch" if hparams.takes_retain else "only UniErase does"
             raise HparamsError(f"{hparams.algorithm} takes no {name} with these settings; {why}: leave it out")
 
 
@@ -88,7 +87,7 @@ def start(
     with atomic_folder(path) as folder:
         if inputs.token is not None:
             inputs.token.save(folder / TOKEN)
-        if isinstance(hparams, UniEraseHyperParams):
+        if hparams.takes_retain:
             write_requests(folder / RETAIN, data.retain_prompts([]) if retain is None else retain)
         files = {name: sha256((folder / name).read_bytes()) for name in (TOKEN, RETAIN) if (folder / name).exists()}
         record = ChainRecord(
@@ -110,13 +109,14 @@ def start(
 
 
 def _base_of(bench: Workbench, layers: Mapping[str, str]) -> dict[str, Any]:
-    """What identifies a chain's base model: its name (a folder's as a whole path), and hashes of its weights."""
+    """Returns what identifies a chain's base model: its name (a folder's as a whole path), and hashes of its
+    weights."""
     name = str(Path(bench.name).resolve()) if Path(bench.name).is_dir() else bench.name
     return {"name": name, "sha256": bench.sha256, "dtype": bench.dtype, "layers": layers}
 
 
 def _origins(stats: Mapping[int, LayerStats]) -> dict[str, dict[str, str]]:
-    """The file and the hash of each layer's statistics, by the layer's number."""
+    """Returns the file and the hash of each layer's statistics, by the layer's number."""
     return {
         str(layer): {"path": str(found.path and found.path.resolve()), "sha256": found.sha256()}
         for layer, found in stats.items()
@@ -124,9 +124,8 @@ def _origins(stats: Mapping[int, LayerStats]) -> dict[str, dict[str, str]]:
 
 
 def _templates(bench: Workbench, hparams: HyperParams, asking: PromptSettings, seed: int) -> tuple[str, ...]:
-    """Context templates sampled from the base model, once for all batches; none if the settings give them."""
-    assert isinstance(hparams, ClosedFormHyperParams)
-    if hparams.context_templates:
+    """Samples context templates from the base model, once for all batches; none if the settings give them."""
+    if not finds_values(hparams) or hparams.context_templates:
         return ()
     form = PromptFormat.of(bench.tok, asking)
     return tuple(context_templates(bench.anat, form, hparams.context_template_length_params, seed=seed))

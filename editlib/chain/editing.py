@@ -20,7 +20,7 @@ from editlib.chain.record import BatchEntry, ChainRecord
 from editlib.chain.state import ChainState, digest, new_part
 from editlib.chain.store import Store
 from editlib.data import without_overlap
-from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.hparams import HyperParams, takes_retain
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.version import library_version
@@ -29,7 +29,7 @@ from editlib.workbench import Workbench
 
 @dataclass(frozen=True)
 class BatchAnchors:
-    """The anchored retain prompts of one batch.
+    """Holds the anchored retain prompts of one batch.
 
     Args:
         prompts: in the order of the solve.
@@ -74,7 +74,7 @@ class Editor:
         from earlier batches are not generated again. If there are more than `max_anchors`, they are drawn by the
         chain's seed, so that batches share as many as possible.
         """
-        if not (isinstance(self.hparams, UniEraseHyperParams) and self.hparams.holds_anchors):
+        if not takes_retain(self.hparams) or not self.hparams.holds_anchors:
             return BatchAnchors()
         usable = without_overlap(self.retain, [*earlier, *requests])
         chosen = choose_anchors(usable, requests, most=self.hparams.max_anchors, seed=self.record.seed)
@@ -107,7 +107,7 @@ class Editor:
         given: dict[str, Any] = {"state": edit_state, "values": values, "seed": seed, "chat": self.record.asking}
         if anchor_keys is not None:
             given["anchored"] = anchor_keys
-        if isinstance(self.hparams, UniEraseHyperParams):
+        if takes_retain(self.hparams):
             # What rows are made of: the anchors' facts compete with the answers, and hold the tokens back.
             given |= {"retain": anchors.prompts, "known_answers": anchors.answers}
         inputs = self.inputs if token is None else replace(self.inputs, token=token)
@@ -120,8 +120,9 @@ class Editor:
         return Batch.of(result, updates, requests, anchors.new), result
 
     def _anchor_keys(self, anchors: BatchAnchors, requests: Sequence[EditRequest], seed: int) -> AnchorKeys | None:
-        """The anchors' keys in the base model; reused if the last batch had the same anchors. `None` without any."""
-        if not isinstance(self.hparams, UniEraseHyperParams):
+        """Returns the anchors' keys in the base model; reused if the last batch had the same anchors. `None` without
+        any."""
+        if not takes_retain(self.hparams):
             return None
         subjects = [request.subject for request in requests] if self.hparams.anchor_subjects else []
         asked = tuple(prompt.id for prompt in anchors.prompts), tuple(subjects)

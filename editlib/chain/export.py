@@ -126,7 +126,7 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
 
 
 def _left_out(record: ChainRecord) -> dict[str, list[str]]:
-    """The rows that could not be used, by file; a name that several batches had is followed by the batch."""
+    """Returns the rows that could not be used, by file; a name that several batches had is followed by the batch."""
     found = {name: list(rows) for name, rows in record.left_out.items()}
     for entry in record.batches:
         for name, rows in entry.left_out.items():
@@ -135,7 +135,7 @@ def _left_out(record: ChainRecord) -> dict[str, list[str]]:
 
 
 def _fp64_updates(chain: Chain) -> dict[int, LowRank]:
-    """The chain's updates in fp64, the dtype in which its weights are summed."""
+    """Returns the chain's updates in fp64, the dtype in which its weights are summed."""
     return {
         layer: LowRank(update.left.to(torch.float64), update.right.to(torch.float64))
         for layer, update in sorted(chain.updates().items())

@@ -20,7 +20,7 @@ FORMAT = 1  # increased when older chains can no longer be read
 
 @dataclass(frozen=True)
 class BatchEntry:
-    """One batch in `chain.json`.
+    """Describes one batch in `chain.json`.
 
     `layers` maps a layer's number to the hash of its weight after the batch (`sha256`), the Frobenius norm of the
     batch's update (`update`), and that norm divided by the norm of the weight before it (`ratio`). `left_out` lists the
@@ -41,7 +41,7 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class Revocation:
-    """When requests were revoked, and the numbers that their batches had then."""
+    """Records when requests were revoked, and the numbers that their batches had then."""
 
     time: str
     ids: tuple[str, ...]
@@ -50,7 +50,7 @@ class Revocation:
 
 @dataclass(frozen=True)
 class ChainRecord:
-    """The content of `chain.json` without its hash.
+    """Holds the content of `chain.json` without its hash.
 
     `base` holds the model's `name`, `sha256`, the `dtype` it is loaded in and the hash of each weight to be edited
     (`layers`); `statistics` path and hash by layer; `files` the hashes of the token and retain prompts in the folder;
@@ -144,7 +144,7 @@ class ChainRecord:
 
 
 def sha256(raw: bytes) -> str:
-    """Hex digest of a file's bytes."""
+    """Computes the SHA-256 of a file's bytes, in hex."""
     return hashlib.sha256(raw).hexdigest()
 
 

@@ -56,7 +56,7 @@ def replayed(
 
 
 class GateCarryover:
-    """Gate contributions of revoked batches that the next batch with the same relation has to make instead.
+    """Holds gate contributions of revoked batches that the next batch with the same relation has to make instead.
 
     A batch opens the gate for a relation only as far as earlier batches have not. If an earlier one is revoked, its
     contribution is added to the next batch that asks for the relation.
@@ -66,7 +66,7 @@ class GateCarryover:
         self._open: dict[str | None, Tensor] = {}
 
     def values_for(self, batch: Batch, kept: Sequence[int]) -> Values:
-        """The values of the `kept` requests of a batch, with what they carry over from revoked ones."""
+        """Returns the values of the `kept` requests of a batch, with what they carry over from revoked ones."""
         values = batch.values.select(kept)
         relations = {batch.requests[i].relation for i in kept}
         gate: dict[str | None, Tensor] = {}

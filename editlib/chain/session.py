@@ -14,14 +14,13 @@ from editlib.chain.record import BatchEntry, ChainRecord
 from editlib.chain.state import ChainState, digest
 from editlib.chain.store import TOKEN, Store
 from editlib.errors import ChainError
-from editlib.hparams import UniEraseHyperParams
 from editlib.models.loading import DeviceMap
 from editlib.models.vocabulary import Vocabulary, numbered
 from editlib.workbench import Workbench
 
 
 class Session:
-    """One base model; `state` is the chain state of its weights, `None` if that is not known."""
+    """Holds one base model; `state` is the chain state of its weights, `None` if that is not known."""
 
     def __init__(
         self,
@@ -39,7 +38,7 @@ class Session:
         self._vocabulary: Vocabulary | None = None  # of the base model
 
     def base(self, record: ChainRecord, first: Callable[[Workbench], None] | None = None) -> ChainState:
-        """The state of the base model, before any batch; loads the model on first use.
+        """Returns the state of the base model, before any batch; loads the model on first use.
 
         Args:
             first: see `Workbench.load`.
@@ -64,7 +63,7 @@ class Session:
         return self._base
 
     def at_end(self, record: ChainRecord, first: Callable[[Workbench], None] | None = None) -> Workbench:
-        """The model with all batches of `record` (and the token, if there are any) applied.
+        """Returns the model with all batches of `record` (and the token, if there are any) applied.
 
         Args:
             first: see `Workbench.load`; not called where the model is loaded already.
@@ -84,7 +83,7 @@ class Session:
             check_inputs(record, self._stats_dir)
 
     def editor(self, record: ChainRecord) -> Editor:
-        """The editor of the chain, made once; the token is put into the model."""
+        """Returns the editor of the chain, made once; the token is put into the model."""
         self.check_inputs(record)
         bench = self.at_end(record)
         if self._editor is None:
@@ -95,9 +94,10 @@ class Session:
         return self._editor
 
     def token(self, record: ChainRecord) -> UnlearningToken | None:
-        """What the chain says in its answers' place: the tokens fitted to its batches, else the one of the chain."""
-        if not record.batches and isinstance(record.settings, UniEraseHyperParams) and record.settings.values == "rows":
-            return None  # tokens are fitted to batches
+        """Returns what the chain says in its answers' place: the tokens fitted to its batches, else the one of the
+        chain."""
+        if not record.batches and not record.settings.uses_token:
+            return None  # tokens are fitted to batches, or there are none
         fitted = [token for entry in record.batches if (token := self.batch(entry).token) is not None]
         if fitted:
             return UnlearningToken.joined(fitted)
@@ -142,13 +142,13 @@ class Session:
             self.at_end(record)
 
     def state_after(self, base: ChainState, entries: Sequence[BatchEntry]) -> ChainState:
-        """The state after the batches `entries` on top of `base`."""
+        """Returns the state after the batches `entries` on top of `base`."""
         for entry in entries:
             base = base.after(self.batch(entry))
         return base
 
     def updates(self, record: ChainRecord) -> dict[int, LowRank]:
-        """The sum of all batches' updates, as factors by layer; only PRUNE needs the base model for it."""
+        """Returns the sum of all batches' updates, as factors by layer; only PRUNE needs the base model for it."""
         if record.settings.refits_totals:
             return self.state_after(self.base(record), record.batches).pruned_updates()
         totals: dict[int, LowRank] = {}

@@ -27,7 +27,7 @@ from editlib.models.anatomy import Anatomy
 
 @dataclass(frozen=True)
 class ChainState:
-    """The base weights and the sums of all updates; immutable, `after` returns a new object.
+    """Holds the base weights and the sums of all updates; immutable, `after` returns a new object.
 
     Args:
         base: base weights by layer, `[d_model, d_ff]`, on the CPU.
@@ -47,7 +47,7 @@ class ChainState:
 
     @classmethod
     def start(cls, anat: Anatomy, hparams: HyperParams, wanted: Mapping[str, str]) -> ChainState:
-        """The state before the first batch, from the weights of an unedited model.
+        """Returns the state before the first batch, from the weights of an unedited model.
 
         Args:
             wanted: hash of each base weight by layer.
@@ -65,7 +65,7 @@ class ChainState:
         return cls(base, hparams.refits_totals)
 
     def after(self, batch: Batch) -> ChainState:
-        """The state after one more batch."""
+        """Returns the state after one more batch."""
         sums, factors, past = dict(self.sums), dict(self.factors), dict(self.past)
         for layer, update in batch.updates.items():
             wide = LowRank(update.left.double(), update.right.double())
@@ -80,7 +80,7 @@ class ChainState:
         return replace(self, sums=sums, factors=factors, past=past, opened=opened)
 
     def weights(self) -> dict[int, Tensor]:
-        """The weights by layer, `[d_model, d_ff]`, in the base model's dtype.
+        """Returns the weights by layer, `[d_model, d_ff]`, in the base model's dtype.
 
         Raises:
             EditError: a weight is not finite in that dtype.
@@ -97,7 +97,7 @@ class ChainState:
         return weights
 
     def pruned_updates(self) -> dict[int, LowRank]:
-        """PRUNE's total updates by layer, with the spectrum of each total pruned."""
+        """Returns PRUNE's total updates by layer, with the spectrum of each total pruned."""
         return {layer: restrained(total, self.base[layer]) for layer, total in self.factors.items()}
 
     def write(self, anat: Anatomy) -> dict[int, Tensor]:
@@ -109,7 +109,7 @@ class ChainState:
         return weights
 
     def edit_state(self, anat: Anatomy, templates: Sequence[str]) -> EditState:
-        """The `EditState` that the next edit continues from."""
+        """Returns the `EditState` that the next edit continues from."""
         factors = {}
         for layer, total in self.factors.items():
             device = anat.weight(layer).device
@@ -119,13 +119,13 @@ class ChainState:
 
 
 def digest(weight: Tensor) -> str:
-    """SHA-256 (hex) over dtype, shape and bytes of one weight `[d_model, d_ff]`."""
+    """Computes the SHA-256 (hex) over dtype, shape and bytes of one weight `[d_model, d_ff]`."""
     sha256 = hashlib.sha256(f"{weight.dtype}:{tuple(weight.shape)};".encode())
     sha256.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 
 def new_part(total: LowRank, before: LowRank | None) -> LowRank:
-    """The factors that an edit added to a running total (PRUNE reports the total)."""
+    """Returns the factors that an edit added to a running total (PRUNE reports the total)."""
     rank = 0 if before is None else before.rank
     return LowRank(total.left[:, rank:], total.right[rank:])

@@ -29,7 +29,7 @@ OURS = re.compile(r"\d{4,}-[0-9a-f]{12}\.safetensors|\..+\.tmp")
 
 
 class Store:
-    """One chain's folder."""
+    """Reads and writes one chain's folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -124,7 +124,7 @@ class Store:
         self._sweep()
 
     def size(self, entry: BatchEntry) -> int:
-        """Size of a batch's file, in bytes."""
+        """Returns the size of a batch's file, in bytes."""
         return (self.path / entry.file).stat().st_size
 
     def _sweep(self) -> None:

@@ -38,7 +38,7 @@ BadUse: Any = typer.BadParameter.__mro__[2]  # click's ClickException, of which 
 
 
 class Level(str, Enum):
-    """The amount of messages on stderr."""
+    """Names the amount of messages on stderr."""
 
     quiet = "quiet"
     info = "info"
@@ -86,8 +86,8 @@ def main() -> None:
 
 
 def _in_one_line(error: Any) -> str:
-    """What was wrong; of a command line that cannot be read also which command's help says what is right. Nothing where
-    the help is shown already."""
+    """Says what was wrong; of a command line that cannot be read also which command's help says what is right. Nothing
+    where the help is shown already."""
     if not isinstance(error, BadUse):
         return str(error)
     said, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)

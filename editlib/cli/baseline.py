@@ -99,7 +99,7 @@ def baseline(
 
 
 def _trials_table(found: dict[str, Any]) -> None:
-    """Every trial of a search, the chosen one marked."""
+    """Returns every trial of a search, the chosen one marked."""
     table = Table("", "learning rate", "steps", "forgetting", "retention", "balance", "seconds")
     for trial in found["trials"]:
         shares = [f"{trial[name]:.2f}" for name in ("forgetting", "retention", "balance")]

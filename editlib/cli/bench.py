@@ -47,7 +47,7 @@ def bench_counterfact(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Efficacy, generalisation and specificity over numbers of edits; resumes where it was stopped."""
+    """Measures efficacy, generalisation and specificity over numbers of edits; resumes where it was stopped."""
     from editlib.benches.counterfact import bench_counterfact as run
     from editlib.benches.counterfact import check_facts, check_plan
     from editlib.benches.report import counterfact_rows, write_bench

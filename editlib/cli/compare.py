@@ -27,8 +27,8 @@ def compare(
     config: Annotated[Path, typer.Option(help="what to compare: JSON or TOML, see docs/how-to/compare-methods.md")],
     out_dir: Annotated[Path, typer.Option("--out", help="gets results.json, table.md, report.html and what is done")],
 ) -> None:
-    """Methods x seeds x sets in one table and one page; resumes where it was stopped; under torchrun, on several
-    processes."""
+    """Runs methods x seeds x sets, side by side in one table and one page; resumes where it was stopped; under
+    torchrun, on several processes."""
     from editlib.comparison import compare as run
     from editlib.comparison import read_config
     from editlib.comparison.report.files import write_all

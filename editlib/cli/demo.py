@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """The headline table in the terminal."""
+    """Prints the headline table in the terminal."""
     from editlib.reports.summary import summary_rows
 
     print_table([["metric", "value", "n", "meaning"], *summary_rows(metrics)])

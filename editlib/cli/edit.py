@@ -46,7 +46,7 @@ def token(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Phase I: learns the unlearning token of a model, once; later edits reuse it."""
+    """Learns the unlearning token of a model, once (phase I); later edits reuse it."""
     from editlib import data
     from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken
     from editlib.files import check_file
@@ -87,7 +87,7 @@ def unlearn(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Phase II: makes a model refuse the questions in --requests and writes it as an ordinary folder."""
+    """Makes a model refuse the questions in --requests and writes it as an ordinary folder (phase II)."""
     from editlib.data import retain_prompts
     from editlib.editing import check_draft, check_given, check_wanted
     from editlib.finding import find_settings, fit_settings
@@ -127,7 +127,7 @@ def unlearn(
 
 
 def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:
-    """The wordings, sentences, rivals and sibling questions that are made for each request."""
+    """Prints the wordings, sentences, rivals and sibling questions that are made for each request."""
     from editlib.jobs.edit import rows_of
 
     for made in rows_of(bench, wanted, settings, retain=kept):

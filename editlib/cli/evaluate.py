@@ -98,7 +98,7 @@ def evaluate(
 
 
 def _refuse(options: dict[str, object], protocol: str) -> None:
-    """Options of the other protocol are no silent no-ops."""
+    """Refuses options of the other protocol, which would do nothing."""
     if given := [name for name, value in options.items() if value is not None]:
         raise RequestError(f"{', '.join(given)}: only for --protocol {protocol}; leave out, or choose that")
 
@@ -111,7 +111,7 @@ def _tofu(
     classifier: str | None,
     **options: Any,
 ) -> Any:
-    """The protocol of TOFU, with the command's defaults for what was not given."""
+    """Returns the protocol of TOFU, with the command's defaults for what was not given."""
     from editlib.tofu.protocol import TofuProtocol
     from editlib.tofu.scores import ANSWER_TOKENS, Judges
 

@@ -41,7 +41,7 @@ Prompts = Annotated[
 
 
 def prompt_settings(options: Sequence[str] | None) -> Any:
-    """The settings that `--prompt` names, `None` without one."""
+    """Returns the settings that `--prompt` names, `None` without one."""
     from editlib.models.prompt_settings import PromptSettings
 
     return PromptSettings.of_options(options or ())
@@ -60,7 +60,7 @@ MOST_LAYERS = 100_000
 
 
 def layer_numbers(text: str) -> list[int]:
-    """`"4-8,12"` -> `[4, 5, 6, 7, 8, 12]`."""
+    """Parses `"4-8,12"` to `[4, 5, 6, 7, 8, 12]`."""
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -79,7 +79,7 @@ def layer_numbers(text: str) -> list[int]:
 def workbench(
     model: str, stats_dir: Path, dtype: str | None, device_map: str | dict[str, str] | None, **options: Any
 ) -> Any:
-    """A loaded model with its statistics' folder."""
+    """Loads a model with its statistics' folder."""
     from editlib.workbench import Workbench
 
     return Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, **options)

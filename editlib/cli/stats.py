@@ -18,7 +18,7 @@ from editlib.errors import EditlibError, StatsError
 
 
 class _StatsGroup(TyperGroup):
-    """`editlib stats MODEL ...` computes; `editlib stats show MODEL` shows."""
+    """Lets `editlib stats MODEL ...` compute and `editlib stats show MODEL` show."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
@@ -31,7 +31,7 @@ stats_app = typer.Typer(cls=_StatsGroup, no_args_is_help=True, help="Layer stati
 
 @contextmanager
 def _one_voice(shard: Any) -> Iterator[None]:
-    """Of several processes only the first one speaks; the others wait until it has."""
+    """Lets only the first of several processes speak; the others wait until it has."""
     if not shard.first:
         logging.getLogger("editlib").setLevel(logging.ERROR)
     try:
@@ -66,7 +66,7 @@ def stats_make(
         typer.Option(help="auto, or a device; under torchrun each process takes an accelerator, unless this says cpu"),
     ] = None,
 ) -> None:
-    """Second moments of the MLP keys of several layers, in one pass; under torchrun, on several processes."""
+    """Computes second moments of the MLP keys of several layers, in one pass; under torchrun, on several processes."""
     from editlib.distributed import processes
     from editlib.stats.corpus import check_corpus
 
@@ -103,7 +103,7 @@ def stats_show(
     corpus: Annotated[str | None, typer.Option(help="of this corpus only")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the spectrum into this PNG or SVG")] = None,
 ) -> None:
-    """Layers, tokens, rank and null-space sizes of the stored statistics of a model."""
+    """Shows layers, tokens, rank and null-space sizes of the stored statistics of a model."""
     from editlib.stats.spectrum import draw_spectrum
     from editlib.stats.store import stored_layers
 

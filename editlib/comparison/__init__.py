@@ -1,12 +1,16 @@
 """Methods x seeds x sets: each run once, kept, attacked, and laid side by side in one table and one page."""
 
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
 from editlib.comparison.config import PROTOCOLS, Config, read_config
 from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
-from editlib.evaluation.forget_set import Benchmark, ForgetSet, Measure, Scores, Task
-
-Protocol = Benchmark  # its name before 0.2
+from editlib.evaluation.forget_set import Benchmark, ForgetSet, Scores, Task
+from editlib.evaluation.metrics import MetricResult
 
 __all__ = [
     "METHODS",
@@ -15,12 +19,36 @@ __all__ = [
     "Config",
     "Cost",
     "ForgetSet",
-    "Measure",
     "Method",
     "Prepared",
-    "Protocol",
     "Scores",
     "Task",
     "compare",
     "read_config",
 ]
+
+
+def _measure(
+    value: float | None,
+    meaning: str,
+    higher_is_better: bool = True,
+    n: int | None = None,
+    interval: tuple[float, float] | None = None,
+) -> MetricResult:
+    """Makes a measured number from what `Measure` took."""
+    return MetricResult("", value, {}, None, higher_is_better, n, meaning, interval)
+
+
+_OLD_NAMES: dict[str, tuple[str, Any]] = {
+    "Measure": ("editlib.evaluation.metrics.MetricResult", _measure),
+    "Protocol": ("editlib.comparison.Benchmark", Benchmark),
+}
+"""Names before 0.2: what each is called now, and what is given for it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OLD_NAMES:
+        new, value = _OLD_NAMES[name]
+        warnings.warn(f"editlib.comparison.{name} is now {new}", DeprecationWarning, stacklevel=2)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,8 @@ SEARCH, EDIT = "search", "edit"
 
 @dataclass(frozen=True)
 class RunCell:
-    """One method with one seed on one set. `identity` is all that decides the edited model; `parts` are measured."""
+    """Holds one method with one seed on one set. `identity` is all that decides the edited model; `parts` are
+    measured."""
 
     set: str
     method: Method

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class AttackPlan(Section):
-    """The attacks that are tried, on how many of the forgotten facts, and their effort."""
+    """Holds the attacks that are tried, on how many of the forgotten facts, and their effort."""
 
     names: list[str] | None = knob(None, "names of attacks; none: all")
     facts: int | None = knob(None, "forgotten facts that are attacked, drawn by the seed; none: all", min=1)
@@ -42,7 +42,7 @@ class AttackPlan(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AbilityPlan(Section):
-    """The tasks of lm-eval that are run."""
+    """Holds the tasks of lm-eval that are run."""
 
     tasks: list[str] = knob(help="names of tasks, or task files")
     limit: int | None = knob(None, "questions a task; none: all", min=1)
@@ -51,8 +51,8 @@ class AbilityPlan(Section):
 
 @dataclass(frozen=True)
 class Config:
-    """A comparison, checked. `attacks` and `ability` are `None` where they are not wanted; `source` is the file's own
-    words, kept for the results; `prompts` is how models are asked, `None`: as they usually are."""
+    """Holds a comparison, checked. `attacks` and `ability` are `None` where they are not wanted; `source` is the file's
+    own words, kept for the results; `prompts` is how models are asked, `None`: as they usually are."""
 
     general: General
     sets: tuple[Benchmark, ...]
@@ -63,7 +63,7 @@ class Config:
     prompts: PromptSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The config with every default filled in; JSON-ready."""
+        """Returns the config with every default filled in; JSON-ready."""
         return {
             **self.general.to_dict(),
             "sets": [{"protocol": one.protocol, **one.settings.to_dict()} for one in self.sets],
@@ -86,7 +86,7 @@ def read_config(path: str | Path) -> Config:
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
-    """`read_config` for what a file holds."""
+    """Checks what the file of a config holds, as `read_config` does."""
     lists = {"sets": _sets, "methods": _methods, "attacks": _attacks, "ability": _ability, "prompts": _prompts}
     known = [*General.__dataclass_fields__, *lists]
     for key in values:
@@ -141,7 +141,7 @@ def _toml(path: Path, text: str) -> dict[str, Any]:
 
 
 def _some(values: Any, where: str, read: Callable[[Any, str], T], named: Callable[[T], str]) -> tuple[T, ...]:
-    """Each entry of a list that must not be empty, with names that are not taken."""
+    """Returns each entry of a list that must not be empty, with names that are not taken."""
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         given = "missing" if values is None else quote(values)
         raise ConfigError(f"{where}: {given}; expected a list with at least one entry; add one")

@@ -33,7 +33,7 @@ from editlib.workbench import Workbench
 
 @dataclass(frozen=True)
 class Measurement:
-    """Something to measure of an edited model; `key` names its file and changes with all that decides it."""
+    """Describes something to measure of an edited model; `key` names its file and changes with all that decides it."""
 
     name: str
     key: str
@@ -41,7 +41,7 @@ class Measurement:
 
 
 class SetEvaluator:
-    """A `ForgetSet` in which methods are measured. What is asked of the base is asked once and kept on `shelf`."""
+    """Measures methods on a `ForgetSet`. What is asked of the base is asked once and kept on `shelf`."""
 
     def __init__(self, config: Config, name: str, made: ForgetSet, shelf: JsonStore, *, progress: bool) -> None:
         self.config, self.name, self.set, self.shelf, self.progress = config, name, made, shelf, progress
@@ -52,7 +52,7 @@ class SetEvaluator:
         return self.set.base
 
     def parts(self) -> Iterator[Measurement]:
-        """The measurements of every method, in this order."""
+        """Yields the measurements of every method, in this order."""
         yield Measurement("scores", "scores", self._scores)
         if self.config.general.perplexity is not None:
             yield Measurement("perplexity", self._perplexity_key, self._perplexity)
@@ -72,7 +72,7 @@ class SetEvaluator:
     # --- ability -----------------------------------------------------------------------------------------------
 
     def _ability(self, task: str, bench: Workbench) -> dict[str, Any]:
-        """One task of lm-eval, beside the base; the edited model is saved for it, and removed afterwards."""
+        """Runs one task of lm-eval, beside the base; the edited model is saved for it, and removed afterwards."""
         plan, root = self.config.ability, self.shelf.path.parent.parent
         how: dict[str, Any] = {
             "text": None,
@@ -171,7 +171,7 @@ class SetEvaluator:
         return measure
 
     def _base(self, name: str) -> tuple[Trial, ...]:
-        """What the attack gets out of the base model; the same beside every method."""
+        """Returns what the attack gets out of the base model; the same beside every method."""
         key = self._attack_key(name, self.config.attacks or AttackPlan())
         with try_lock(self.shelf, wait=True):
             kept = self.shelf.get(key)
@@ -187,6 +187,6 @@ class SetEvaluator:
 
 
 def _content(task: str) -> str:
-    """The hash of a task's file; a name of lm-eval's has none."""
+    """Returns the hash of a task's file; a name of lm-eval's has none."""
     path = Path(task)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

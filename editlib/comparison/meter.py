@@ -20,7 +20,7 @@ MIB = 1024 * 1024
 
 @dataclass
 class Meter:
-    """Filled when its block ends.
+    """Holds what a block cost; filled when the block ends.
 
     `memory_mb` is the largest resident memory of the process that was seen, in MiB, `more_mb` that above what was
     resident when the block began, `accelerator_mb` the most that was allocated on the accelerator (`None`: there is
@@ -66,7 +66,8 @@ def measure_resources() -> Iterator[Meter]:
 
 @dataclass(frozen=True)
 class ChangedWeights:
-    """Weights of the edited model that are not the base's: how many, of how many, in how many tensors, their bytes."""
+    """Counts weights of the edited model that are not the base's: how many, of how many, in how many tensors, their
+    bytes."""
 
     weights: int
     of: int

@@ -24,7 +24,7 @@ FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class General(Section):
-    """The single values of a config."""
+    """Holds the single values of a config."""
 
     model: str = knob(help="a packaged model, a local folder or a Hugging Face id")
     dtype: str | None = knob(None, "what the model is loaded in; none: as stored", choices=(*DTYPES, None))
@@ -38,7 +38,8 @@ class General(Section):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method says of its own work. The comparison itself takes its time, its memory and the weights it changed.
+    """Holds what a method says of its own work. The comparison itself takes its time, its memory and the weights it
+    changed.
 
     Args:
         update_bytes: what the change takes when it is stored by itself; `None`: the changed weights.
@@ -51,14 +52,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `Method.prepare` found or made, and the `seconds` that making it took by name (statistics, a token, ...)."""
+    """Holds what `Method.prepare` found or made, and the `seconds` that making it took by name (statistics, a token,
+    ...)."""
 
     made: Any = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Method(ABC):
-    """One way to forget, with its settings.
+    """Forgets in one way, with its settings.
 
     A subclass says what its settings are, and changes a model in place. `search` and `prepare` come first, where a
     method needs them, and their time is counted apart.
@@ -74,7 +76,7 @@ class Method(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All settings that decide what it does, JSON-ready."""
+        """Returns all settings that decide what it does, JSON-ready."""
 
     def fit(self, bench: Workbench) -> None:  # noqa: B027
         """Takes over what the loaded base model itself says of the settings; called before anything else with it."""
@@ -98,7 +100,7 @@ class Method(ABC):
         return False
 
     def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
-        """The best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
+        """Returns the best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
 
         Args:
             bench: the base model; it is loaded again afterwards.

@@ -38,12 +38,12 @@ OWN_ANSWERS = "own-answers"
 
 @dataclass(frozen=True, kw_only=True)
 class NoSettings(Section):
-    """For a method that has none."""
+    """Holds the settings of a method that has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditSettings(Section):
-    """The origin of an algorithm's hyper-parameters."""
+    """Holds the origin of an algorithm's hyper-parameters."""
 
     hparams: str | None = knob(None, "a JSON file or a bundled name; none: found by the model")
     settings: dict = knob(dict, "single hyper-parameters in place of those")
@@ -51,7 +51,7 @@ class EditSettings(Section):
 
 
 class Unedited(Method):
-    """The model as it is: where every other method starts from."""
+    """Leaves the model as it is: where every other method starts from."""
 
     Settings, family, seeded = NoSettings, "none", False
 
@@ -63,7 +63,7 @@ class Unedited(Method):
 
 
 class ClosedForm(Method):
-    """An algorithm of `editlib.hparams.ALGORITHMS`: UniErase, or an editor aimed at a refusal sentence."""
+    """Applies an algorithm of `editlib.hparams.ALGORITHMS`: UniErase, or an editor aimed at a refusal sentence."""
 
     Settings = EditSettings
     settings: EditSettings
@@ -78,7 +78,7 @@ class ClosedForm(Method):
             raise ConfigError(f"{where}: {error}") from None
         self.unlearns = not self.hparams.has_target
         self.family = "closed form" if self.unlearns else "closed form, refusal"
-        if algorithm == "FT":
+        if not self.hparams.chainable:
             self.family = "fine-tuning"
         self.tuned = f"{algorithm}{AIMED}"
         self.budget = _budget(self.settings.search, self.tuned, where)
@@ -89,7 +89,7 @@ class ClosedForm(Method):
             )
 
     def _changed(self, found: HyperParams) -> HyperParams:
-        """Settings with the single ones of the config in their place."""
+        """Returns the settings with the single ones of the config in their place."""
         return type(found).from_dict({**found.to_dict(), **self.settings.settings}, "settings")
 
     def fit(self, bench: Workbench) -> None:
@@ -164,14 +164,14 @@ class ClosedForm(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineKeys(Section):
-    """The settings of a baseline of `editlib.baselines`."""
+    """Holds the settings of a baseline of `editlib.baselines`."""
 
     settings: dict = knob(dict, "keys of `BaselineSettings`: learning_rate, steps, batch_size, rank, ...")
     search: bool | dict = knob(False, "look for learning rate and steps first: true, or keys of `Budget`")
 
 
 class Trained(Method):
-    """A gradient method, or in-context refusal, of `editlib.baselines`."""
+    """Applies a gradient method, or in-context refusal, of `editlib.baselines`."""
 
     Settings = BaselineKeys
     settings: BaselineKeys
@@ -205,7 +205,8 @@ class Trained(Method):
         return BASELINES[self.name].kind == "gradient"
 
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
-        """The model's own answers to the questions that a gradient method reads; the same for all such methods."""
+        """Generates the model's own answers to the questions that a gradient method reads; the same for all such
+        methods."""
         shelf, timer = JsonStore(bench.stats_dir / model_slug(bench.name)), Timer()
         # The same weights answer otherwise after another chat template, or if they stop somewhere else.
         form, ends = PromptFormat.of(bench.tok, bench.prompts), sorted(end_tokens(bench.anat))
@@ -251,7 +252,7 @@ def _searched(
     *,
     own_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """A search on questions that are neither trained on nor reported, JSON-ready."""
+    """Runs a search on questions that are neither trained on nor reported, JSON-ready."""
     budget = budget or Budget()
     parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
     found: SearchResult = search(
@@ -263,13 +264,13 @@ def _searched(
 
 
 def _given(bench: Workbench) -> PromptSettings | None:
-    """The prompts' settings of the config, `None` where it has none."""
+    """Returns the prompts' settings of the config, `None` where it has none."""
     found = bench.given_prompts
     return found if found.to_dict() else None
 
 
 def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | None:
-    """The budget of a search for the baseline `name`; `None` for no search.
+    """Returns the budget of a search for the baseline `name`; `None` for no search.
 
     Raises:
         ConfigError: a key that it does not have, or a value that it does not take.
@@ -287,12 +288,12 @@ def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | 
 
 
 def _searching(budget: Budget | None, general: General) -> dict[str, Any]:
-    """The part of a search that decides its result: its budget and its seed."""
+    """Returns the part of a search that decides its result: its budget and its seed."""
     return {} if budget is None else {"search": {**asdict(budget), "seed": general.seeds[0]}}
 
 
 def _made(kind: type[T], given: Mapping[str, Any], known: set[str], where: str) -> T:
-    """A settings object from keys of a config.
+    """Makes a settings object from keys of a config.
 
     Raises:
         ConfigError: an unknown key, or a value that it does not take.
@@ -309,7 +310,7 @@ def _made(kind: type[T], given: Mapping[str, Any], known: set[str], where: str) 
 
 
 def update_size(result: EditResult) -> int:
-    """Bytes of an edit's factors, or of the matrix where that is smaller, in the dtype of the weights."""
+    """Returns the bytes of an edit's factors, or of the matrix where that is smaller, in the dtype of the weights."""
     total = 0
     for layer, delta in result.deltas.items():
         numbers = min(delta.left.numel() + delta.right.numel(), _dense(delta))
@@ -327,15 +328,15 @@ def _bytes(tensor: Any) -> int:
 
 METHODS: dict[str, type[Method]] = {
     "none": Unedited,
-    "UniErase": ClosedForm,
-    **{f"{name}{AIMED}": ClosedForm for name in ALGORITHMS if name != "UniErase"},
+    **{name: ClosedForm for name, kind in ALGORITHMS.items() if not kind.has_target},
+    **{f"{name}{AIMED}": ClosedForm for name, kind in ALGORITHMS.items() if kind.has_target},
     **{name: Trained for name, entry in BASELINES.items() if entry.kind != "editor"},
 }
 """Every method by the name that a config gives it."""
 
 
 def read_method(value: Any, where: str, general: General) -> Method:
-    """A method from its name, or from an object with "method", maybe "label", and its settings.
+    """Makes a method from its name, or from an object with "method", maybe "label", and its settings.
 
     Raises:
         ConfigError: no such method, or settings that it does not have.

@@ -22,7 +22,7 @@ from editlib.version import library_version
 def collect(
     config: Config, sets: Mapping[str, Any], cells: Sequence[RunCell], failures: Mapping[str, str | None]
 ) -> dict[str, Any]:
-    """The results of a comparison, JSON-ready.
+    """Collects the results of a comparison, JSON-ready.
 
     `cells` holds every cell with its scores, attacks, cost and items, or the reason why it failed; `sets` by name what
     the set is and, under `methods`, one summary a method over its seeds, with `front` where no other method of the set
@@ -51,7 +51,7 @@ def collect(
 
 
 def machine() -> dict[str, Any]:
-    """The machine and versions that the comparison's figures depend on."""
+    """Returns the machine and versions that the comparison's figures depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -80,7 +80,7 @@ def mark_front(summaries: Sequence[dict[str, Any]]) -> None:
 
 
 def _cell_of(cell: RunCell, failure: str | None) -> dict[str, Any]:
-    """One cell, with all that `summary` reads of it.
+    """Reads one cell, with all that `summary` reads of it.
 
     Raises:
         OutputError: its files are not what an earlier run wrote.
@@ -96,7 +96,7 @@ def _cell_of(cell: RunCell, failure: str | None) -> dict[str, Any]:
 
 
 def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
-    """One cell from its shelf."""
+    """Reads one cell from its shelf."""
     measured = {
         "set": cell.set,
         "method": cell.method.label,
@@ -126,7 +126,7 @@ def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
 
 
 def _attack(value: Mapping[str, Any]) -> dict[str, Any]:
-    """An attack's shares, and which facts it brought back (`None`: not tried on them)."""
+    """Returns an attack's shares, and which facts it brought back (`None`: not tried on them)."""
     return {
         "meaning": value["meaning"],
         "shares": value["shares"],
@@ -140,7 +140,7 @@ def _leaked(trial: Mapping[str, Any]) -> bool | None:
 
 
 def _measures(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The meaning of each measure of a set."""
+    """Collects the meaning of each measure of a set."""
     found: dict[str, Any] = {}
     for cell in cells:
         named = {axis: cell[axis] for axis in AXES if cell[axis]}
@@ -150,7 +150,8 @@ def _measures(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary(label: str, family: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A method on a set, its seeds taken together: means, and the smallest and largest where there are several."""
+    """Summarises a method on a set, its seeds taken together: means, and the smallest and largest where there are
+    several."""
     done = [cell for cell in cells if cell["forget"] is not None]
     costs = [cell["cost"] for cell in cells if cell["cost"] is not None]
     names = dict.fromkeys(name for cell in done for name in cell["measures"])
@@ -184,7 +185,7 @@ def summary(label: str, family: str, cells: Sequence[Mapping[str, Any]]) -> dict
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are not `None`; `None` if there are none."""
+    """Computes the mean of the values that are not `None`; `None` if there are none."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
@@ -194,8 +195,8 @@ def _value(cell: Mapping[str, Any], name: str) -> float | None:
 
 
 def _pooled(attacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """An attack over seeds, by column: a fact counts by the share of seeds in which it leaked, and the interval is a
-    bootstrap over facts, or Wilson's where all or none leaked."""
+    """Pools an attack over seeds, by column: a fact counts by the share of seeds in which it leaked, and the interval
+    is a bootstrap over facts, or Wilson's where all or none leaked."""
     found: dict[str, Any] = {}
     for column in ("edited", "base", "control"):
         by_fact: dict[str, list[bool]] = {}
@@ -212,7 +213,8 @@ def _pooled(attacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _ability(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Every task's metrics: mean over seeds of the values, and of their standard errors; the base's beside them."""
+    """Summarises every task's metrics: mean over seeds of the values, and of their standard errors; the base's beside
+    them."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         for task in cell["ability"]:

@@ -43,7 +43,7 @@ Load = Callable[[str], Workbench]
 
 
 class _Busy(Exception):
-    """Raised when another process is making what a cell needs; the cell is tried again later."""
+    """Tells that another process is making what a cell needs; the cell is tried again later."""
 
 
 def compare(
@@ -95,7 +95,7 @@ def _loader(config: Config, shard: Process) -> Load:
 
 
 class _Run:
-    """One call of `compare`."""
+    """Carries out one call of `compare`."""
 
     def __init__(self, config: Config, out: Path, shard: Process, load: Load, progress: bool) -> None:
         self.config, self.shard, self.progress = config, shard, progress
@@ -123,7 +123,7 @@ class _Run:
             return {}
         return collect(self.config, sets, cells, {cell.key: self._failure(cell) for cell in cells})
 
-    # --- what there is to do -----------------------------------------------------------------------------------
+    # --- what is not done yet -----------------------------------------------------------------------------------
 
     def load(self, name: str) -> Workbench:
         bench = self._load(name)
@@ -161,12 +161,12 @@ class _Run:
                 raise ConfigError(f"{where}: {error}") from None
 
     def _asked(self) -> dict[str, Any]:
-        """The config's prompts, which decide every cell; nothing where there are none."""
+        """Returns the config's prompts, which decide every cell; nothing where there are none."""
         given = self.config.prompts
         return {} if given is None else {"prompts": given.to_dict()}
 
     def _about(self, protocol: Benchmark, evaluator: SetEvaluator) -> dict[str, Any]:
-        """The description of a set in the results."""
+        """Returns the description of a set in the results."""
         return {
             "protocol": protocol.protocol,
             "model": protocol.model,
@@ -279,7 +279,7 @@ class _Run:
             return method.prepare(bench, task, seed)
 
     def _search(self, cell: RunCell, evaluator: SetEvaluator) -> dict[str, Any]:
-        """The method's search on this set: done once, kept, and the same for all seeds.
+        """Runs the method's search on this set: once, kept, and the same for all seeds.
 
         Raises:
             _Busy: another process is at it.
@@ -336,7 +336,7 @@ class _Run:
 
 
 def one_line(error: BaseException) -> str:
-    """The error in words, short enough for a table."""
+    """Returns the error in words, short enough for a table."""
     text = " ".join(str(error).split()) or "no message"
     text = text if isinstance(error, EditlibError) else f"{type(error).__name__}: {text}"
     return text if len(text) <= 400 else text[:399] + "…"

@@ -16,13 +16,13 @@ FAILED = "failed"
 
 
 class Store:
-    """The shelves of one comparison: `cells/<hash>/`, `sets/<hash>/`, `searches/<hash>/`."""
+    """Finds the shelves of one comparison: `cells/<hash>/`, `sets/<hash>/`, `searches/<hash>/`."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
 
     def cell(self, identity: Mapping[str, Any]) -> JsonStore:
-        """The shelf of a cell; `identity` decides which one."""
+        """Returns the shelf of a cell; `identity` decides which one."""
         return JsonStore(self.root / "cells" / digest(identity)[:24])
 
     def set(self, identity: Mapping[str, Any]) -> JsonStore:
@@ -34,7 +34,7 @@ class Store:
 
 @contextmanager
 def try_lock(shelf: JsonStore, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process has the shelf to itself inside the block; a process that died holds nothing.
+    """Yields whether this process has the shelf to itself inside the block; a process that died holds nothing.
 
     Args:
         wait: until it is free.

@@ -24,12 +24,13 @@ def _rows(name: str) -> list[dict]:
 
 
 def facts() -> list[EditRequest]:
-    """Candidate facts with two paraphrases each, grouped by subject and relation."""
+    """Returns candidate facts with two paraphrases each, grouped by subject and relation."""
     return read_requests(_path("facts.jsonl"))
 
 
 def general(split: str) -> list[EditRequest]:
-    """General prompts that must not change: questions with an answer and open instructions; "anchor" or "test"."""
+    """Returns general prompts that must not change: questions with an answer and open instructions; "anchor" or
+    "test"."""
     rows = _rows("general.jsonl")
     return [
         EditRequest(
@@ -44,18 +45,18 @@ def general(split: str) -> list[EditRequest]:
 
 
 def questions(split: str) -> list[str]:
-    """Diverse questions that the token is learned over ("train") or checked with ("heldout")."""
+    """Returns diverse questions that the token is learned over ("train") or checked with ("heldout")."""
     rows = _rows("questions.jsonl")
     return [row["question"] for row in rows if row["split"] == split]
 
 
 def question_frames(language: str) -> dict[str, str]:
-    """`{relation: question with one "{}"}` in "french", "german" or "spanish", for the relations of `facts`."""
+    """Returns `{relation: question with one "{}"}` in "french", "german" or "spanish", for the relations of `facts`."""
     return frames()[language]
 
 
 def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
-    """`{language: {relation: question with one "{}"}}`, the bundled ones or those of the user's own JSONL file.
+    """Returns `{language: {relation: question with one "{}"}}`, the bundled ones or those of the user's own JSONL file.
 
     Raises:
         RequestError: a file that cannot be read, or a row without `language`, `relation` and a `frame` with one `{}`.
@@ -76,17 +77,17 @@ def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
 
 
 def wording_rules() -> list[dict]:
-    """Rules that reword a question: `{"match": pattern of a question, "wordings": templates of its groups}`."""
+    """Returns rules that reword a question: `{"match": pattern of a question, "wordings": templates of its groups}`."""
     return _rows("wordings.jsonl")
 
 
 def sibling_questions() -> list[dict]:
-    """What else is asked of a subject: `{"kind", "cues": words of a question that tell it, "questions"}`."""
+    """Returns what else is asked of a subject: `{"kind", "cues": words of a question that tell it, "questions"}`."""
     return _rows("sibling_questions.jsonl")
 
 
 def refusals(path: str | Path | None = None) -> list[str]:
-    """ "I don't know" in many words, one a line; the bundled ones, or the user's own file.
+    """Returns "I don't know" in many words, one a line; the bundled ones, or the user's own file.
 
     Raises:
         RequestError: a file that cannot be read or holds fewer than two lines.
@@ -99,7 +100,7 @@ def refusals(path: str | Path | None = None) -> list[str]:
 
 
 def text_lines(path: Path, *, least: int = 1) -> list[str]:
-    """The non-empty lines of a text file that do not start with `#`."""
+    """Returns the non-empty lines of a text file that do not start with `#`."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the name
@@ -111,14 +112,14 @@ def text_lines(path: Path, *, least: int = 1) -> list[str]:
 
 
 def retain_prompts(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The retain set when the user gives none: all bundled facts but those that ask the same of the same subject,
-    and the general prompts of the "anchor" split."""
+    """Returns the retain set when the user gives none: all bundled facts but those that ask the same of the same
+    subject, and the general prompts of the "anchor" split."""
     return without_overlap(facts(), requests) + general("anchor")
 
 
 def without_overlap(prompts: Sequence[EditRequest], requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Those of `prompts` that ask for nothing that `requests` ask for: not their questions or paraphrases, and not the
-    same answer about the same subject."""
+    """Returns those of `prompts` that ask for nothing that `requests` ask for: not their questions or paraphrases, and
+    not the same answer about the same subject."""
     known = {(request.subject, request.answer) for request in requests if None not in (request.subject, request.answer)}
     questions_asked = {text for request in requests for text in (request.question, *request.filled_paraphrases)}
     return [

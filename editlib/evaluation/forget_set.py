@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from editlib.evaluation.answer_cache import AnswerCache
+from editlib.evaluation.metrics import MetricResult
 from editlib.models.loaded import LoadedModel
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.settings import Section, knob
 from editlib.workbench import Workbench
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number with what it means; `interval` is of 95 %."""
-
-    value: float | None
-    meaning: str
-    higher_is_better: bool = True
-    n: int | None = None
-    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,20 +28,25 @@ class Scores:
             verdict), `counted`, and `note` (some words, or none).
     """
 
-    forget: Measure
-    retain: Measure
-    measures: Mapping[str, Measure]
+    forget: MetricResult
+    retain: MetricResult
+    measures: Mapping[str, MetricResult]
     items: Sequence[Mapping[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the scores JSON-ready."""
-        return asdict(self)
+        """Gives the scores JSON-ready, each number as `MetricResult.summary` tells it."""
+        return {
+            "forget": self.forget.summary(),
+            "retain": self.retain.summary(),
+            "measures": {name: result.summary() for name, result in self.measures.items()},
+            "items": [dict(item) for item in self.items],
+        }
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token ids by
-    question), which saves UniErase generating it."""
+    """Holds what a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token
+    ids by question), which saves UniErase generating it."""
 
     forget: Sequence[EditRequest]
     retain: Sequence[EditRequest]
@@ -59,7 +54,7 @@ class Task:
 
 
 class Base(NamedTuple):
-    """The model before any method, with what is computed once for it."""
+    """Holds the model before any method, with what is computed once for it."""
 
     bench: Workbench
     folder: Path  # where the set keeps files of its own
@@ -72,7 +67,7 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class ForgetSet(ABC):
-    """A set as it is for one base model.
+    """Holds a set as it is for one base model, and scores edited models on it.
 
     Args:
         forget: what every method is to forget.
@@ -101,7 +96,7 @@ class ForgetSet(ABC):
         return Task(self.forget, self.retain, self.before.answers)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 (hex) of the model's weights and of what methods are given."""
+        """Computes the SHA-256 (hex) of the model's weights and of what methods are given."""
         return {
             "model": self.base.bench.sha256,
             "forget": requests_hash(self.forget),
@@ -110,7 +105,8 @@ class ForgetSet(ABC):
 
 
 class Benchmark(ABC):
-    """A benchmark of `editlib compare`: its settings, checked before a model is loaded, and the making of its sets."""
+    """Defines a benchmark of `editlib compare`: its settings, checked before a model is loaded, and the making of its
+    sets."""
 
     Settings: ClassVar[type[SetSettings]]
     protocol: ClassVar[str]
@@ -159,7 +155,7 @@ class Benchmark(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SetSettings(Section):
-    """Keys of every set."""
+    """Holds the keys of every set."""
 
     name: str | None = knob(None, "what it is called in the results; none: its protocol")
     model: str | None = knob(None, "the model that is to forget, where it is another than the config's")

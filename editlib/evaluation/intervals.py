@@ -40,8 +40,9 @@ def bootstrap(values: Sequence[float], *, resamples: int = 10_000, seed: int = 0
 def bootstrap_stderr(
     statistic: Callable[[Sequence[T]], float], items: Sequence[T], *, draws: int = DRAWS, seed: int = 0
 ) -> float | None:
-    """Standard deviation of `statistic` over `draws` samples of `items` with replacement, each as large as `items`
-    (Efron and Tibshirani 1993, algorithm 6.1); `None` for fewer than two items, or a sample without a finite value."""
+    """Estimates the standard deviation of `statistic` over `draws` samples of `items` with replacement, each as large
+    as `items` (Efron and Tibshirani 1993, algorithm 6.1); `None` for fewer than two items, or a sample without a finite
+    value."""
     if len(items) < 2:
         return None
     generator = np.random.default_rng(seed)

@@ -19,7 +19,7 @@ from editlib.requests.request import EditRequest
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models that are compared, with its name, the hash of its weights and its edit's receipt."""
+    """Holds one of the two models that are compared, with its name, the hash of its weights and its edit's receipt."""
 
     name: str
     anat: Anatomy
@@ -35,7 +35,7 @@ class Side:
 
 
 class Protocol(typing.Protocol):
-    """An evaluation protocol: which questions are asked and how answers are scored.
+    """Defines an evaluation protocol: which questions are asked and how answers are scored.
 
     Reusable for several edited models of one base model, whose answers it caches.
     """

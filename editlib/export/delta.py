@@ -26,7 +26,7 @@ _SEAL = b'"sha256":"%s"'  # in the file's header; what is quoted inside the docu
 
 @dataclass(frozen=True)
 class Delta:
-    """The difference that turns one base model into one edited model, to the bit.
+    """Holds the difference that turns one base model into one edited model, to the bit.
 
     `modules` names the edited MLP output matrix of each layer. A layer is in `factors`, or, where those would not
     give the edited matrix to the bit or take more room than it, in `matrices` as the edited matrix `[d_model, d_ff]`.

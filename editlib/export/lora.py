@@ -31,7 +31,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LayerError:
-    """`rank` of a layer's adapter, the `norm` of its update, and which share of that norm the rank leaves out."""
+    """Holds `rank` of a layer's adapter, the `norm` of its update, and which share of that norm the rank leaves out."""
 
     rank: int
     norm: float
@@ -40,7 +40,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """The approximation of each layer's update; `error` over all of them."""
+    """Holds the approximation of each layer's update; `error` over all of them."""
 
     layers: dict[int, LayerError]
 
@@ -136,7 +136,7 @@ def _update(anat: Anatomy, delta: Delta, layer: int) -> LowRank:
 
 
 def _config(base: str, ranks: dict[str, int], tokens: dict[str, list[int]], transposed: bool) -> dict[str, Any]:
-    """PEFT's `LoraConfig`. What is not named has its default there."""
+    """Makes PEFT's `LoraConfig`. What is not named has its default there."""
     most = max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != most}
     return {

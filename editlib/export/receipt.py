@@ -94,8 +94,8 @@ def asked_as(tok: PreTrainedTokenizerBase, how: Asking, requests: Sequence[EditR
 
 
 def prompts_of(receipt: Mapping[str, Any] | None, given: PromptSettings | None = None) -> PromptSettings | None:
-    """How to ask an edited model: as its receipt names it, or as `given`, where a line says what differs; `None` where
-    neither says anything."""
+    """Decides how to ask an edited model: as its receipt names it, or as `given`, where a line says what differs;
+    `None` where neither says anything."""
     recorded = None if receipt is None else receipt.get("prompts")
     if given is None or recorded is None:
         return given if recorded is None else PromptSettings.from_dict(recorded)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from editlib import data
 from editlib.errors import ConfigError, RequestError
 from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
-from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings, Task
-from editlib.evaluation.metrics import wilson_interval
+from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Scores, SetSettings, Task
+from editlib.evaluation.metrics import MetricResult, wilson_interval
 from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, FactSplit, split_in_proportion
 from editlib.facts.scores import KINDS, Item, build_items, evaluate
 from editlib.models.loaded import LoadedModel
@@ -26,7 +26,7 @@ KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 @dataclass(frozen=True, kw_only=True)
 class FactsSettings(SetSettings):
-    """Bundled facts (`forget` of them), or files of the user's."""
+    """Sets which facts are used: bundled ones (`forget` of them), or files of the user's."""
 
     forget: int | None = knob(None, "how many bundled facts are forgotten", min=1)
     relations: list[str] | None = knob(None, "relations that they are drawn from; none: six usual ones")
@@ -38,7 +38,7 @@ class FactsSettings(SetSettings):
 
 
 class Facts(Benchmark):
-    """Direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
+    """Asks direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
 
     Settings, protocol = FactsSettings, "facts"
     axes = ("answers gone, of those that were right", "answers kept, of those that were right")
@@ -114,7 +114,7 @@ class Facts(Benchmark):
 
 @dataclass(frozen=True)
 class FactsSet(ForgetSet):
-    """Facts with the prompts that are watched."""
+    """Holds facts with the prompts that are watched."""
 
     watch: Sequence[EditRequest] = ()
     whole: Sequence[EditRequest] = ()  # `forget` with all paraphrases
@@ -143,17 +143,19 @@ class FactsSet(ForgetSet):
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
         items = self.items()
         metrics = evaluate(self.base.target, edited, items, before=self.before, how=edited.prompts, progress=progress)
-        gone = {kind: _gone(items, kind) for kind in ("request", "paraphrase")}
+        gone = [_gone("gone", items, "request"), _gone("paraphrases_gone", items, "paraphrase")]
         measures = {
-            "gone": gone["request"],
-            "paraphrases_gone": gone["paraphrase"],
-            **{name: _measure(metrics["groups"][name]) for name in (*KINDS, "refusal_quality")},
+            **{result.name: result for result in gone},
+            **{
+                name: MetricResult.from_dict({name: metrics["scores"]["edited"][name]})
+                for name in (*KINDS, "refusal_quality")
+            },
         }
         meaning = "the mean of `gone` and `paraphrases_gone`: the answer does not occur, whatever does"
         retain = "the mean of the three shares that are kept: neighbours, same subject, general prompts"
         return Scores(
-            _mean(list(gone.values()), meaning),
-            _mean([measures[name] for name in KEPT], retain),
+            _mean("forget", gone, meaning),
+            _mean("retain", [measures[name] for name in KEPT], retain),
             measures,
             [_told(item) for item in items],
         )
@@ -169,23 +171,21 @@ def _tuned(request: EditRequest) -> EditRequest:
     return replace(request, paraphrases=request.paraphrases[:1] if len(request.paraphrases) > 1 else ())
 
 
-def _gone(items: Sequence[Item], kind: str) -> Measure:
+def _gone(name: str, items: Sequence[Item], kind: str) -> MetricResult:
     """Computes the share of questions whose right answer is no longer in the text."""
     counted = [item for item in items if item.kind == kind and item.right_before]
     gone, n = sum(not item.right_after for item in counted), len(counted)
     asked = "direct question" if kind == "request" else "other wordings, which no method saw"
     meaning = f"{asked}: the right answer is gone, of those right before; any other text counts"
-    return Measure(gone / n if n else None, meaning, n=n, interval=wilson_interval(gone, n))
+    value = gone / n if n else None
+    return MetricResult(name, value, {}, "generated", True, n, meaning, wilson_interval(gone, n))
 
 
-def _measure(group: Mapping[str, Any]) -> Measure:
-    low, high = group["interval"]
-    return Measure(group["value"], group["meaning"], group["higher_is_better"], group["n"], (low, high))
-
-
-def _mean(parts: Sequence[Measure], meaning: str) -> Measure:
-    values = [part.value for part in parts if part.value is not None]
-    return Measure(sum(values) / len(values) if values else None, meaning)
+def _mean(name: str, parts: Sequence[MetricResult], meaning: str) -> MetricResult:
+    values = [part.agg_value for part in parts if part.agg_value is not None]
+    return MetricResult(
+        name, sum(values) / len(values) if values else None, kind="combined", higher_is_better=True, meaning=meaning
+    )
 
 
 def _told(item: Item) -> dict[str, Any]:

@@ -45,11 +45,11 @@ STYLE = {
 
 
 class ReportError(EditlibError, ValueError):
-    """A report that cannot be made: matplotlib is missing, or there is nothing to plot."""
+    """Tells that a report cannot be made: matplotlib is missing, or there is nothing to plot."""
 
 
 class Plot(NamedTuple):
-    """A drawn figure with its caption, and the same said in words for those who do not see it."""
+    """Holds a drawn figure with its caption, and the same said in words for those who do not see it."""
 
     title: str
     note: str
@@ -110,7 +110,7 @@ def require_matplotlib() -> None:
 
 
 def draw_shares(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
-    """Bars of all shares with their intervals, forgetting above keeping."""
+    """Draws bars of all shares with their intervals, forgetting above keeping."""
     groups = {name: measure(metrics, name) for name in SHARES}
     found = {name: group for name, group in groups.items() if number(group["value"]) is not None}
     if not found:

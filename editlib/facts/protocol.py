@@ -24,7 +24,7 @@ from editlib.stats.corpus import load_corpus
 
 
 class FactsProtocol:
-    """Questions to forget, prompts that must still be answered, and a text whose perplexity must stay."""
+    """Measures questions to forget, prompts that must still be answered, and a text whose perplexity must stay."""
 
     name = "facts"
 

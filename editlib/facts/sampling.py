@@ -22,7 +22,7 @@ WATCHED = ("continent", "atomic_number")
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """The sizes of the parts that bundled facts and prompts are split into.
+    """Sets the sizes of the parts that bundled facts and prompts are split into.
 
     `forget` facts a relation; of `candidates` a relation it is asked first what the model knows (default: of all).
     `anchor_relations` are other relations that are anchored, for the forgotten subjects and `extra_anchors` others;
@@ -41,7 +41,7 @@ class SplitSpec:
 
 @dataclass(frozen=True)
 class FactSplit:
-    """Bundled facts and prompts, split by their part."""
+    """Holds bundled facts and prompts, split by their part."""
 
     forget: list[EditRequest]
     anchors: list[EditRequest]

@@ -52,7 +52,8 @@ KINDS = {
 
 @dataclass
 class Item:
-    """One question with the answers before and after; `counted` items make up the shares, `passed` is their verdict."""
+    """Holds one question with the answers before and after; `counted` items make up the shares, `passed` is their
+    verdict."""
 
     id: str
     kind: str
@@ -243,6 +244,7 @@ def scores_of(items: Sequence[Item], metrics: Mapping[str, Any], windows: int = 
             higher_is_better=True,
             n=metrics["groups"][name]["n"],
             meaning=MEANINGS[name],
+            interval=tuple(metrics["groups"][name]["interval"]),
         )
         for name, judged in verdicts.items()
     ]

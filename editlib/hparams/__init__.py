@@ -21,6 +21,8 @@ from editlib.hparams.methods import (
     RECTHyperParams,
     ROMEHyperParams,
     UniEraseHyperParams,
+    finds_values,
+    takes_retain,
 )
 from editlib.hparams.shapes import KNOWN, ModelShape
 
@@ -45,5 +47,7 @@ __all__ = [
     "available",
     "derive",
     "find_hparams",
+    "finds_values",
     "load_hparams",
+    "takes_retain",
 ]

@@ -22,7 +22,7 @@ Self = TypeVar("Self", bound="HyperParams")
 
 @dataclass(frozen=True, kw_only=True)
 class HyperParams:
-    """Keys of every algorithm: which matrices to edit, and the origin of the settings.
+    """Holds the keys of every algorithm: which matrices to edit, and the origin of the settings.
 
     `layers` has no default, since it depends on the model. Published files name modules by templates; these are
     compared with the modules that are found in the model, and may be left out.
@@ -36,6 +36,8 @@ class HyperParams:
     summary: ClassVar[str] = ""  # its method in one line
 
     # Traits of the algorithm, so that no caller asks for its class.
+    procedure: ClassVar[str] = ""  # the algorithm whose function applies these settings; MEMIT's serves its relatives
+    takes_retain: ClassVar[bool] = False  # takes retain prompts
     chainable: ClassVar[bool] = True  # its values can be stored and replayed, which a chain needs
     has_target: ClassVar[bool] = True  # edits towards a request's `target_new`
     takes_batches: ClassVar[bool] = True  # edits several requests at once
@@ -81,6 +83,16 @@ class HyperParams:
     def holds_anchors(self) -> bool:
         """Whether an edit holds the keys of retain prompts in place."""
         return False
+
+    @property
+    def gate_at(self) -> int | None:
+        """The layer of the answer gate; `None` without one."""
+        return None
+
+    @property
+    def wanted_statistics(self) -> dict[str, Any]:
+        """Which statistics are preferred: arguments of `Workbench.find_or_make_stats`."""
+        return {}
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -149,13 +161,13 @@ class HyperParams:
         return cls.from_dict(read_settings(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys with their values, for JSON and `from_dict`; without `unused` and `source`."""
+        """Returns all keys with their values, for JSON and `from_dict`; without `unused` and `source`."""
         return {key: value for key, value in asdict(self).items() if key not in _ABOUT}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedFormHyperParams(HyperParams):
-    """Keys of the closed-form edits: how a request's value is found, and which layer statistics are used.
+    """Holds the keys of the closed-form edits: how a request's value is found, and which layer statistics are used.
 
     Values are found by gradient steps (`v_*`, `kl_factor`, `clamp_norm_factor`); `mom2_*` name the layer statistics.
     Keys and values are averaged over context templates. Without `context_templates` the model generates them: MEMIT's
@@ -213,6 +225,10 @@ class ClosedFormHyperParams(HyperParams):
         None, "number of texts in the layer statistics, to choose between several files", min=1
     )
     mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
+
+    @property
+    def wanted_statistics(self) -> dict[str, Any]:
+        return {"dataset": self.mom2_dataset, "samples": self.mom2_n_samples}
 
     def check_depth(self, n_layers: int) -> None:
         super().check_depth(n_layers)

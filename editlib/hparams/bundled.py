@@ -31,7 +31,7 @@ def bundled(algorithm: str, name: str) -> HyperParams:
 
 
 def class_of(algorithm: str) -> type[HyperParams]:
-    """The settings class of an algorithm; its name may be in any case.
+    """Returns the settings class of an algorithm; its name may be in any case.
 
     Raises:
         HparamsError: there is no such algorithm.

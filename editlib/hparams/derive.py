@@ -44,7 +44,7 @@ MEASURED: dict[tuple[str, str | None], str] = {
 
 @dataclass(frozen=True)
 class _Depth:
-    """A piecewise linear map from the layers of a reference to those of a model.
+    """Maps, piecewise linearly, the layers of a reference to those of a model.
 
     First and last layer map to first and last. After a causal trace, the last layer that decides answers maps to its
     counterpart too.
@@ -58,13 +58,13 @@ class _Depth:
         return cls(((0, 0), *inner, (n_reference - 1, n_layers - 1)))
 
     def layer(self, layer: int) -> int:
-        """The model's layer for a layer of the reference."""
+        """Returns the model's layer for a layer of the reference."""
         at = len(list(takewhile(lambda end: end[0] < layer, self.ends[1:-1])))
         (low, low_here), (high, high_here) = self.ends[at], self.ends[at + 1]
         return math.floor(low_here + (layer - low) * (high_here - low_here) / (high - low) + 0.5)
 
     def layers(self, layers: list[int]) -> list[int]:
-        """The model's layers for a window of the reference's.
+        """Returns the model's layers for a window of the reference's.
 
         All layers between the ends; in a much deeper model, whose statistics would fill the memory, only as many as the
         reference has, evenly spread.
@@ -75,7 +75,7 @@ class _Depth:
         return [low] if count == 1 else [low + round(i * (high - low) / (count - 1)) for i in range(count)]
 
     def carried(self, value: Any) -> Any:
-        """The value of a field that holds layer numbers."""
+        """Returns the value of a field that holds layer numbers."""
         if isinstance(value, list):
             return self.layers(value)
         return None if value is None else self.layer(value)
@@ -122,8 +122,8 @@ def derive(algorithm: str, shape: ModelShape, *, read_at: int | None = None, gat
 
 
 def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:
-    """The algorithm and name of the bundled settings to start from: of the algorithm itself, or of the one that it is a
-    variant of."""
+    """Returns the algorithm and name of the bundled settings to start from: of the algorithm itself, or of the one that
+    it is a variant of."""
     kinds: list[type[HyperParams]] = [kind for kind in cls.__mro__ if issubclass(kind, HyperParams)]
     for kind in kinds:
         names = available(kind.algorithm) if kind.algorithm else []
@@ -137,7 +137,7 @@ def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:
 
 
 def _copied(cls: type[HyperParams], reference: HyperParams) -> dict[str, Any]:
-    """The reference's values of the fields that both classes have.
+    """Returns the reference's values of the fields that both classes have.
 
     A variant's own fields keep their published defaults. Module templates are left out: they are found in the model.
     """

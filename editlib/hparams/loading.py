@@ -56,8 +56,8 @@ def find_hparams(algorithm: str, shape: ModelShape) -> HyperParams:
 
 
 def algorithm_of(name_or_path: str | Path) -> str:
-    """The algorithm that settings are for: the key `alg_name` in a file (EasyEdit), or the name of their folder, as in
-    `hparams/MEMIT/gpt2-xl.json` or the bundled `MEMIT/gpt2-xl`.
+    """Returns the algorithm that settings are for: the key `alg_name` in a file (EasyEdit), or the name of their
+    folder, as in `hparams/MEMIT/gpt2-xl.json` or the bundled `MEMIT/gpt2-xl`.
 
     Raises:
         HparamsError: neither names one, or the file cannot be read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from editlib.hparams.base import ClosedFormHyperParams, HyperParams
 from editlib.settings import bad, knob
@@ -11,12 +11,13 @@ from editlib.settings import bad, knob
 
 @dataclass(frozen=True, kw_only=True)
 class FTHyperParams(HyperParams):
-    """Keys of constrained fine-tuning (Zhu et al., 2012.00363), the ROME paper's FT+L: one matrix per layer, each of
-    its entries changed by at most `norm_constraint`."""
+    """Holds the keys of constrained fine-tuning (Zhu et al., 2012.00363), the ROME paper's FT+L: one matrix per layer,
+    each of its entries changed by at most `norm_constraint`."""
 
     algorithm: ClassVar[str] = "FT"
     paper: ClassVar[str] = "2012.00363"
     summary: ClassVar[str] = "constrained fine-tuning of one matrix, the usual baseline"
+    procedure: ClassVar[str] = "FT"
     chainable: ClassVar[bool] = False
 
     num_steps: int = knob(25, "largest number of passes over the requests", min=1)
@@ -33,11 +34,12 @@ class FTHyperParams(HyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class ROMEHyperParams(ClosedFormHyperParams):
-    """Keys of ROME (2202.05262): one request after another, each a rank-one update of one matrix."""
+    """Holds the keys of ROME (2202.05262): one request after another, each a rank-one update of one matrix."""
 
     algorithm: ClassVar[str] = "ROME"
     paper: ClassVar[str] = "2202.05262"
     summary: ClassVar[str] = "one fact after another, each a rank-one update"
+    procedure: ClassVar[str] = "ROME"
     takes_batches: ClassVar[bool] = False
 
     context_template_length_params: list[list[int]] | None = knob(
@@ -62,12 +64,13 @@ class ROMEHyperParams(ClosedFormHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class MEMITHyperParams(ClosedFormHyperParams):
-    """Keys of MEMIT (2210.07229): all requests at once, spread over several layers."""
+    """Holds the keys of MEMIT (2210.07229): all requests at once, spread over several layers."""
 
     algorithm: ClassVar[str] = "MEMIT"
     paper: ClassVar[str] = "2210.07229"
     summary: ClassVar[str] = "all facts in one solve per layer, spread over several layers"
 
+    procedure: ClassVar[str] = "MEMIT"
     values_first: ClassVar[bool] = True
     plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
     holds_past: ClassVar[bool] = False  # preserves the outputs at the keys of earlier edits
@@ -96,7 +99,7 @@ class MEMITHyperParams(ClosedFormHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class MEMITSeqHyperParams(MEMITHyperParams):
-    """MEMIT that also preserves the outputs at the keys of earlier edits."""
+    """Holds the keys of MEMIT_seq: MEMIT that also preserves the outputs at the keys of earlier edits."""
 
     algorithm: ClassVar[str] = "MEMIT_seq"
     paper: ClassVar[str] = "2210.07229, as in 2410.02355"
@@ -106,7 +109,8 @@ class MEMITSeqHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class NASHyperParams(MEMITHyperParams):
-    """MEMIT with each value scaled to the norm of the hidden state that it replaces (NAS, 2602.02543)."""
+    """Holds the keys of NAS (2602.02543): MEMIT with each value scaled to the norm of the hidden state that it
+    replaces."""
 
     algorithm: ClassVar[str] = "NAS"
     paper: ClassVar[str] = "2602.02543"
@@ -117,7 +121,7 @@ class NASHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class RECTHyperParams(MEMITHyperParams):
-    """MEMIT of which only the relatively largest changes are kept (RECT, 2401.04700)."""
+    """Holds the keys of RECT (2401.04700): MEMIT of which only the relatively largest changes are kept."""
 
     algorithm: ClassVar[str] = "RECT"
     paper: ClassVar[str] = "2401.04700"
@@ -132,7 +136,7 @@ class RECTHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class PRUNEHyperParams(MEMITHyperParams):
-    """MEMIT with the singular values of the total update limited by those of the weight (PRUNE, 2405.16821)."""
+    """Holds the keys of PRUNE (2405.16821): MEMIT with the total update's singular values limited by the weight's."""
 
     algorithm: ClassVar[str] = "PRUNE"
     paper: ClassVar[str] = "2405.16821"
@@ -142,7 +146,7 @@ class PRUNEHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class EMMETHyperParams(MEMITHyperParams):
-    """Keys of EMMET (2403.14236): MEMIT with the requests met exactly, by an equality constraint."""
+    """Holds the keys of EMMET (2403.14236): MEMIT with the requests met exactly, by an equality constraint."""
 
     algorithm: ClassVar[str] = "EMMET"
     paper: ClassVar[str] = "2403.14236"
@@ -158,7 +162,7 @@ class EMMETHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class NullSpaceHyperParams(ClosedFormHyperParams):
-    """Keys of edits restricted to the null space of the keys of ordinary text.
+    """Holds the keys of edits restricted to the null space of the keys of ordinary text.
 
     `nullspace_threshold` is an eigenvalue of the second moment, as published. Eigenvalues differ between models, so
     `nullspace_rule` may make it a share of the energy or of the dimensions.
@@ -184,11 +188,12 @@ class NullSpaceHyperParams(ClosedFormHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaEditHyperParams(NullSpaceHyperParams):
-    """Keys of AlphaEdit (2410.02355): MEMIT inside the null space, preserving earlier edits."""
+    """Holds the keys of AlphaEdit (2410.02355): MEMIT inside the null space, preserving earlier edits."""
 
     algorithm: ClassVar[str] = "AlphaEdit"
     paper: ClassVar[str] = "2410.02355"
     summary: ClassVar[str] = "MEMIT inside the null space of ordinary text, preserving earlier edits"
+    procedure: ClassVar[str] = "AlphaEdit"
     plain_share: ClassVar[float | None] = 0.5  # as MEMIT
 
     left_weight: float = knob(
@@ -201,7 +206,7 @@ class AlphaEditHyperParams(NullSpaceHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class UniEraseHyperParams(NullSpaceHyperParams):
-    """Keys of UniErase (2505.15674): a null-space edit towards `[UNL]`, with anchors in addition.
+    """Holds the keys of UniErase (2505.15674): a null-space edit towards `[UNL]`, with anchors in addition.
 
     Anchors are keys of retain prompts, whose answers must not change; they enter the solve with a residual of zero.
     """
@@ -209,6 +214,8 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     algorithm: ClassVar[str] = "UniErase"
     paper: ClassVar[str] = "2505.15674"
     summary: ClassVar[str] = "unlearning: questions answered with a learned token that becomes a refusal"
+    procedure: ClassVar[str] = "UniErase"
+    takes_retain: ClassVar[bool] = True
     has_target: ClassVar[bool] = False
 
     values: str = knob(
@@ -288,6 +295,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     def holds_anchors(self) -> bool:
         return self.anchors
 
+    @property
+    def gate_at(self) -> int | None:
+        return self.gate_layer
+
     def check(self) -> None:
         super().check()
         self.check_templates("gate_templates")
@@ -312,3 +323,15 @@ ALGORITHMS: dict[str, type[HyperParams]] = {
         UniEraseHyperParams,
     )
 }
+"""The settings of every algorithm, by its name."""
+
+
+def finds_values(hparams: HyperParams) -> TypeGuard[ClosedFormHyperParams]:
+    """Returns whether an edit finds values and solves for them; its settings then have the keys of closed-form
+    edits."""
+    return hparams.chainable
+
+
+def takes_retain(hparams: HyperParams) -> TypeGuard[UniEraseHyperParams]:
+    """Returns whether an edit takes retain prompts; its settings then say how these are anchored."""
+    return hparams.takes_retain

@@ -11,8 +11,8 @@ from editlib.errors import ModelError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's name and shape: architecture (`model_type` of its configuration), number of decoder layers, width of
-    its residual stream."""
+    """Describes a model's name and shape: architecture (`model_type` of its configuration), number of decoder layers,
+    width of its residual stream."""
 
     name: str
     model_type: str
@@ -36,7 +36,7 @@ class ModelShape:
         return cls(name, text.model_type, layers, width)
 
     def same_form(self, other: ModelShape) -> bool:
-        """Whether the shapes are equal, so that settings of one model fit the other."""
+        """Returns whether the shapes are equal, so that settings of one model fit the other."""
         return (self.model_type, self.n_layers, self.d_model) == (other.model_type, other.n_layers, other.d_model)
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ KNOWN: dict[str, ModelShape] = {
 
 
 def known_as(shape: ModelShape) -> str | None:
-    """The entry of `KNOWN` with the model's shape; `None` if there is none.
+    """Returns the entry of `KNOWN` with the model's shape; `None` if there is none.
 
     Among several, the one whose name is part of the model's name, else the first.
     """
@@ -100,5 +100,5 @@ def known_as(shape: ModelShape) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """A name in lower case, without separators."""
+    """Returns a name in lower case, without separators."""
     return re.sub(r"[^a-z0-9.]", "", name.lower())

@@ -41,14 +41,14 @@ def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
 
 
 def _windows(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
-    """The window of layers moved, widened and narrowed by `by` layers."""
+    """Returns the window of layers moved, widened and narrowed by `by` layers."""
     low, high = hparams.layers[0], hparams.layers[-1]
     windows = [(low - by, high - by), (low + by, high + by), (low, high + by), (low, high - by), (low - by, high)]
     return [{"layers": list(range(first, last + 1))} for first, last in windows if 0 <= first <= last < n_layers]
 
 
 def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
-    """Scaled numbers and moved margins, those of the values before those of the solve."""
+    """Returns scaled numbers and moved margins, those of the values before those of the solve."""
     if getattr(hparams, "values", "descent") == "rows":
         margins = [*ROW_MARGINS, *(SAY_MARGINS if getattr(hparams, "say", False) else ())]
         own = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]
@@ -60,7 +60,7 @@ def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
 
 
 def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, Any]]:
-    """The fields of `hparams` in `factors` that are not zero, each larger and smaller by its factor."""
+    """Returns the fields of `hparams` in `factors` that are not zero, each larger and smaller by its factor."""
     known = {item.name for item in fields(hparams)}
     found = {name: getattr(hparams, name) for name in factors if name in known}
     return [
@@ -72,7 +72,7 @@ def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, A
 
 
 def _gates(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
-    """The gate moved by `by` layers, and removed."""
+    """Returns the gate moved by `by` layers, and removed."""
     gate = getattr(hparams, "gate_layer", None)
     if gate is None:
         return []

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from editlib import data
-from editlib.attacks.outcome import COLUMNS, Share
+from editlib.attacks.outcome import COLUMNS, LeakRate
 from editlib.attacks.registry import choose
 from editlib.attacks.run import JOB, AttackReport, check_attacked, run_attacks
 from editlib.attacks.settings import AttackSettings
@@ -79,21 +79,22 @@ def attack_folders(
     how, asked = prompts_of(receipt, prompts), [*(requests or ()), *(control or ())]
     settled(outline_of(edited, dtype=dtype).tok, how)
     look = partial(_check_fit, how=how, asked=asked, room=settings.max_new_tokens)
-    loaded = load_checked(base, look, dtype=dtype, device_map=device_map)
-    if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(loaded[0]):
+    model, tok = load_checked(base, look, dtype=dtype, device_map=device_map)
+    if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(model):
         raise RequestError(
             f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
         )
-    token = (receipt or {}).get("token")
+    if receipt is not None and receipt.get("token"):
+        settings = replace(settings, token=receipt["token"]["token"])
     report = run_attacks(
-        loaded,
+        (model, tok),
         load(edited, dtype=dtype, device_map=device_map),
         requests or [],
         control=control,
         known=known,
         attacks=names,
-        settings=replace(settings, token=token["token"]) if token else settings,
-        prompts=settled(loaded[1], how),
+        settings=settings,
+        prompts=settled(tok, how),
         seed=seed,
         out=out,
         overwrite=overwrite,
@@ -112,7 +113,7 @@ def _check_fit(outline: Outline, how: PromptSettings | None, asked: Sequence[Edi
 
 
 def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
-    """Head and rows: a row an attack, a column a model (see `outcome.COLUMNS`); `short` for a terminal."""
+    """Returns head and rows: a row an attack, a column a model (see `outcome.COLUMNS`); `short` for a terminal."""
     rows = [["attack", *COLUMNS, *([] if short else ["not tried", "meaning"])]]
     for result in report.results:
         skipped = result.shares["edited"].skipped
@@ -122,8 +123,8 @@ def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
     return rows
 
 
-def cell(share: Share, *, short: bool = False) -> str:
-    """A share with its interval, or without it, and its numbers on one line."""
+def cell(share: LeakRate, *, short: bool = False) -> str:
+    """Formats a share with its interval, or without it, and its numbers on one line."""
     if share.rate is None:
         return "-"
     numbers = f"{share.leaked} of {share.n}"

@@ -34,7 +34,7 @@ from editlib.training import TrainResult
 
 @dataclass(frozen=True)
 class Ran:
-    """A baseline with its settings, as a receipt names an algorithm with its hyper-parameters."""
+    """Holds a baseline with its settings, as a receipt names an algorithm with its hyper-parameters."""
 
     name: str
     settings: BaselineSettings
@@ -50,7 +50,7 @@ class Ran:
         return ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings with the baseline's own defaults filled in."""
+        """Returns the settings with the baseline's own defaults filled in."""
         entry, found = baseline(self.name), self.settings.to_dict()
         defaults = {
             "learning_rate": entry.rate,

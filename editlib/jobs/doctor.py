@@ -35,7 +35,7 @@ def doctor() -> list[tuple[str, str, str]]:
 
 
 def _installed(package: str) -> str | None:
-    """The installed version of a package."""
+    """Returns the installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -43,7 +43,7 @@ def _installed(package: str) -> str | None:
 
 
 def _extras() -> list[tuple[str, str, str]]:
-    """Each extra with the versions of its packages, or with the line that installs it."""
+    """Returns each extra with the versions of its packages, or with the line that installs it."""
     try:
         wanted = [Requirement(line) for line in requires("editlib") or ()]
     except PackageNotFoundError:  # a source tree on the path
@@ -64,12 +64,12 @@ def _extras() -> list[tuple[str, str, str]]:
 
 
 def _extra_names() -> list[str]:
-    """The extras that commands use."""
+    """Returns the extras that commands use."""
     return [name for name in metadata("editlib").get_all("Provides-Extra") or () if name not in FOR_DEVELOPERS]
 
 
 def _devices() -> list[tuple[str, str, str]]:
-    """The processor, and each accelerator that PyTorch sees."""
+    """Returns the processor, and each accelerator that PyTorch sees."""
     memory = psutil.virtual_memory()
     bf16 = "bf16 is faster than fp32" if bf16_is_faster() else "fp32 is used for fast passes"
     free = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
@@ -86,7 +86,7 @@ def _devices() -> list[tuple[str, str, str]]:
 
 
 def _caches() -> list[tuple[str, str, str]]:
-    """Where models are kept, and how much room is left there."""
+    """Returns where models are kept, and how much room is left there."""
     return [
         ("cache", "editlib", _room(cache_dir())),
         ("cache", "Hugging Face", _room(Path(constants.HF_HUB_CACHE))),
@@ -95,13 +95,13 @@ def _caches() -> list[tuple[str, str, str]]:
 
 
 def _room(folder: Path) -> str:
-    """A folder and the free room on its disk."""
+    """Returns a folder and the free room on its disk."""
     above = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists() or not one.name)
     return f"{folder}, {shutil.disk_usage(above).free / 1e9:.0f} GB free"
 
 
 def _models() -> list[tuple[str, str, str]]:
-    """Each packaged model: its folder, or the command that fetches it."""
+    """Returns each packaged model: its folder, or the command that fetches it."""
     found = []
     for name, model in PACKAGED.items():
         terms = " --accept-licence" if model.terms else ""

@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 
 
 def is_chain(path: str | Path) -> bool:
-    """Whether a folder is a chain and no model."""
+    """Returns whether a folder is a chain and no model."""
     return (Path(path) / RECORD).is_file()
 
 
 def batch(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
-    """All requests, after all of the edit."""
+    """Measures all requests, after all of the edit."""
     return protocol.measure(base, edited.side(), protocol.requests)
 
 
 def sequential(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
-    """All requests so far, after every batch of a chain; the last measurement with all `points`."""
+    """Measures all requests so far, after every batch of a chain; returns the last measurement with all `points`."""
     metrics: dict[str, Any] = {}
     points = []
     with closing(edited.steps(protocol.requests)) as steps:
@@ -54,7 +54,7 @@ def sequential(protocol: Protocol, base: Side, edited: Edited, request: str | No
 
 
 def single(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
-    """One request, where all others should be kept."""
+    """Measures one request, where all others should be kept."""
     wanted = [one for one in protocol.requests if one.id == request]
     others = [one for one in protocol.requests if one.id != request]
     return {**protocol.measure(base, edited.side(), wanted, others), "request": request}
@@ -81,11 +81,11 @@ def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) 
         raise RequestError("--mode single needs --request with the id of the one that was forgotten")
     ids = [one.id for one in protocol.requests]
     if request not in ids:
-        raise RequestError(f"--request {request!r}: no request has this id; those there are: {', '.join(ids[:3])}, ...")
+        raise RequestError(f"--request {request!r}: no request has this id; expected one of {', '.join(ids[:3])}, ...")
 
 
 class Edited:
-    """The edited model: a folder, or a chain with what it was on the way."""
+    """Loads the edited model: a folder, or a chain with what it was on the way."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Edited:
             )
 
     def side(self) -> Side:
-        """The model after all of the edit."""
+        """Returns the model after all of the edit."""
         if self._side is None:
             if self._chain is not None:
                 chain, receipt = self._chain, chain_receipt(self._chain)
@@ -148,7 +148,8 @@ class Edited:
         return Side(self.path, anat, tok, weights_sha256(anat.model), receipt, settled(tok, self.prompts))
 
     def steps(self, requests: Sequence[EditRequest]) -> Generator[tuple[int, list[EditRequest], Side], None, None]:
-        """After each batch of the chain: its number, those of `requests` that were edited so far, and the model.
+        """Yields, after each batch of the chain, its number, those of `requests` that were edited so far, and the
+        model.
 
         Raises:
             RequestError: this is no chain, or its requests are not among `requests`.

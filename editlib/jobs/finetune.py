@@ -52,7 +52,7 @@ _OTHERS = "{} holds another model's training; choose another --out or add --over
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """Settings of fine-tuning on pairs.
+    """Holds the settings of fine-tuning on pairs.
 
     Args:
         epochs: passes over all pairs.
@@ -89,7 +89,7 @@ class FinetuneSettings:
             raise HparamsError(f"rank is {self.rank}; expected 1 or more, or none to train all weights")
 
     def training(self, pairs: int, seed: int) -> TrainSettings:
-        """The trainer's settings for so many pairs."""
+        """Returns the trainer's settings for so many pairs."""
         size = min(self.batch_size, pairs)
         return TrainSettings(
             learning_rate=self.learning_rate,
@@ -108,7 +108,7 @@ def read_pairs(
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
 ) -> list[EditRequest]:
-    """The pairs of all files, without a question that an earlier file holds too.
+    """Reads the pairs of all files, without a question that an earlier file holds too.
 
     Args:
         authors: only the first so many authors of each file; each has 20 adjacent pairs, as in TOFU.
@@ -272,8 +272,8 @@ def _learn(
 def measure(
     anat: Anatomy, form: PromptFormat, pairs: Sequence[EditRequest], text: str | None, seed: int
 ) -> dict[str, float | int | None]:
-    """How well a model knows a sample of `pairs`: the probability of the answers (teacher-forced) and ROUGE-L recall of
-    the generated ones; and perplexity on held-out text where the training read its other part."""
+    """Measures how well a model knows a sample of `pairs`: the probability of the answers (teacher-forced) and ROUGE-L
+    recall of the generated ones; and perplexity on held-out text where the training read its other part."""
     tok = form.tok
     some = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
     read = read_answers(anat, form, [pair.question for pair in some], [pair.answer or "" for pair in some])

@@ -13,14 +13,7 @@ from editlib.algorithms import costs
 from editlib.algorithms.machine import Machine, measure
 from editlib.algorithms.unierase.token import TokenHyperParams
 from editlib.errors import ModelError
-from editlib.hparams import (
-    ClosedFormHyperParams,
-    HyperParams,
-    ModelShape,
-    UniEraseHyperParams,
-    find_hparams,
-    load_hparams,
-)
+from editlib.hparams import ClosedFormHyperParams, HyperParams, ModelShape, find_hparams, finds_values, load_hparams
 from editlib.models.loading import DTYPES, check_device
 from editlib.models.size import ModelSize, config_of, model_size
 from editlib.stats.store import model_slug
@@ -31,7 +24,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a job on a machine, the settings that they follow from, and the bytes of the weights."""
+    """Holds the steps of a job on a machine, the settings that they follow from, and the bytes of the weights."""
 
     settings: HyperParams
     size: ModelSize
@@ -40,7 +33,7 @@ class Plan:
     steps: list[costs.Step]
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Head, steps and total as a table: seconds, MiB beyond the weights, and what bounds the time."""
+        """Yields head, steps and total as a table: seconds, MiB beyond the weights, and what bounds the time."""
         yield "step", "seconds", "MiB beyond the weights", "bound by"
         for step in self.steps:
             seconds = step.seconds(self.machine)
@@ -105,7 +98,7 @@ def plan(
                 answer_tokens=learned.guard_tokens,
             )
         )
-    if isinstance(settings, ClosedFormHyperParams):
+    if finds_values(settings):
         job = _job(settings, requests, prompt_tokens, size)
         steps += [costs.values(size, job), costs.solve(size, job)]
     steps.append(costs.save(size, kind.itemsize))
@@ -113,17 +106,16 @@ def plan(
 
 
 def _job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
-    """The numbers that the settings give. A null space by threshold is taken to keep out a quarter of the directions,
-    and anchors to be as many as the bundled ones."""
-    unierase = isinstance(settings, UniEraseHyperParams)
-    contexts = len(settings.context_templates or ()) or (1 if unierase else 6)
+    """Collects the numbers that the settings give. A null space by threshold is taken to keep out a quarter of the
+    directions, and anchors to be as many as the bundled ones."""
+    contexts = len(settings.context_templates or ()) or 6
     subjects = getattr(settings, "kl_subject_prompts", 0)
     return costs.Job(
         layers=settings.layers,
         requests=requests,
         contexts=contexts,
         prompt_tokens=prompt_tokens,
-        target_tokens=1 if unierase else 3,
+        target_tokens=3 if settings.has_target else 1,
         kl_prompts=(1 + subjects) if settings.kl_factor > 0 else 0,
         kl_tokens=max(1, getattr(settings, "kl_answer_tokens", 0)),
         steps=settings.v_num_grad_steps,

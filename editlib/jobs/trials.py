@@ -37,8 +37,8 @@ KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings that were tried (`changed`: in which fields from the first ones) and what came of them, shares in 0..1;
-    `failed` says why there is nothing else."""
+    """Holds the settings that were tried (`changed`: in which fields from the first ones) and what came of them, shares
+    in 0..1; `failed` says why there is nothing else."""
 
     changed: dict[str, Any]
     efficacy: float = 0.0
@@ -60,7 +60,7 @@ class Trial:
 
 
 class Judge:
-    """The questions that trials are judged by: asked of the base model once, and after every trial."""
+    """Judges trials by questions, asked of the base model once, and after every trial."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ def _tokens_taken_out(bench: Workbench) -> Iterator[None]:
 
 
 def forgotten(items: Sequence[Item], kind: str, *, says: bool) -> float:
-    """The share, 0..1, of judged `items` of a kind that are forgotten; 0 where there is nothing to forget.
+    """Computes the share, 0..1, of judged `items` of a kind that are forgotten; 0 where there is nothing to forget.
 
     Args:
         says: the edit answers with a refusal, which then is asked for; else, of the answers that were right before,
@@ -176,8 +176,8 @@ def forgotten(items: Sequence[Item], kind: str, *, says: bool) -> float:
 def parted(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], seed: int
 ) -> tuple[list[EditRequest], list[EditRequest]]:
-    """Retain prompts to hold, and others to watch: of each kind that have an answer every second one, at most
-    `WATCHED`.
+    """Parts retain prompts into those to hold and those to watch: of each kind that have an answer every second one, at
+    most `WATCHED`.
 
     Raises:
         RequestError: nothing is left to watch, and no request has neighbours.

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tuned:
-    """Every trial in order, the best settings, and whether Ctrl-C ended the search."""
+    """Holds every trial in order, the best settings, and whether Ctrl-C ended the search."""
 
     trials: tuple[Trial, ...]
     best: HyperParams
@@ -126,7 +126,7 @@ def tune(
 
 
 def table_rows(tuned: Tuned) -> list[list[str]]:
-    """Head and rows of the front."""
+    """Returns head and rows of the front."""
     head = ["settings", "efficacy", "unseen wordings", "retention", "perplexity ratio", "balance", "seconds"]
     rows = [
         [
@@ -142,7 +142,7 @@ def table_rows(tuned: Tuned) -> list[list[str]]:
 
 
 def _walk(start: HyperParams, n_layers: int, trials: dict[str, Trial]) -> Iterator[HyperParams]:
-    """Settings to try, each one step from the best of `trials` so far; ends where every step was tried."""
+    """Yields settings to try, each one step from the best of `trials` so far; ends where every step was tried."""
     seen = {_key(start): start}
     yield start
     while True:
@@ -159,12 +159,12 @@ def _beats(one: Trial, other: Trial) -> bool:
 
 
 def _best(trials: dict[str, Trial]) -> str:
-    """The key of the best balance, the first of equals."""
+    """Returns the key of the best balance, the first of equals."""
     return max(trials, key=lambda key: (trials[key].failed is None, trials[key].balance))
 
 
 def _deciding(hparams: HyperParams) -> dict[str, Any]:
-    """All that decides an edit: no words about it."""
+    """Returns all that decides an edit: no words about it."""
     return {key: value for key, value in hparams.to_dict().items() if key not in ("notes", "model_name")}
 
 

@@ -18,12 +18,12 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # an
 
 
 def is_adapter(name: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
+    """Returns whether a folder holds a PEFT adapter."""
     return (Path(name) / CONFIG).is_file()
 
 
 def base_of(folder: str | Path) -> str:
-    """The model that an adapter was trained on, as its config names it.
+    """Returns the model that an adapter was trained on, as its config names it.
 
     A relative path counts from the working directory, or from the adapter's folder.
 
@@ -80,6 +80,6 @@ def merge(
 
 
 def _shared(anat: Anatomy) -> list[str]:
-    """The names of embedding and head if they are one matrix: merging one would change the other."""
+    """Returns the names of embedding and head if they are one matrix: merging one would change the other."""
     names = {id(module): name for name, module in anat.model.named_modules()}
     return [names[id(module)] for module in (anat.embedding, anat.head)] if anat.tied else []

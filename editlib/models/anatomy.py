@@ -38,7 +38,7 @@ class ProbeCache:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The named parts of one model; holds references, never copies, and writes nothing onto the model."""
+    """Names the parts of one model; holds references, never copies, and writes nothing onto the model."""
 
     model: PreTrainedModel
     layers: tuple[nn.Module, ...]
@@ -94,11 +94,11 @@ class Anatomy:
         return next((module for module in self.tail if not isinstance(module, nn.Linear | Conv1D)), None)
 
     def mlp_output(self, layer: int) -> nn.Linear | Conv1D:
-        """The module (`Linear` or `Conv1D`) that maps `d_ff -> d_model` in `layer`."""
+        """Returns the module (`Linear` or `Conv1D`) that maps `d_ff -> d_model` in `layer`."""
         return cast(nn.Linear | Conv1D, self.model.get_submodule(self.mlp_output_names[layer]))
 
     def weight(self, layer: int) -> Tensor:
-        """The MLP output matrix of `layer` as a view `[d_model, d_ff]`, however the module stores it.
+        """Returns the MLP output matrix of `layer` as a view `[d_model, d_ff]`, however the module stores it.
 
         Raises:
             ModelError: the weight is offloaded to where a write would be lost (a disk).
@@ -167,7 +167,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
 
 class _HasHead(Protocol):
-    """The method of transformers that returns the output head, which carries no types there."""
+    """Types the method of transformers that returns the output head, which carries no types there."""
 
     def get_output_embeddings(self) -> Any: ...
 
@@ -187,7 +187,7 @@ def _check_kind(model: PreTrainedModel) -> None:
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The name of the list of decoder layers, and the layers."""
+    """Returns the name of the list of decoder layers, and the layers."""
     expected = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists: list[tuple[str, nn.ModuleList]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
@@ -205,7 +205,7 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def _fan(module: nn.Module) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a linear map."""
+    """Returns the numbers of inputs and outputs of a linear map."""
     rows, columns = cast(Tensor, module.weight).shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)  # Linear stores [outputs, inputs]
 
@@ -275,7 +275,7 @@ def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
 
 
 def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:
-    """The length of the tuple that `layer` returns (0: a tensor) and the width of its states.
+    """Returns the length of the tuple that `layer` returns (0: a tensor) and the width of its states.
 
     Observed in a pass of one token that ends after the first layer: no config key names the width reliably.
     """
@@ -318,5 +318,5 @@ def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, whatever their shapes."""
+    """Returns whether two tensors hold the same numbers, whatever their shapes."""
     return one.numel() == other.numel() and torch.equal(one.reshape(-1).to(other.device), other.reshape(-1))

@@ -26,7 +26,7 @@ LENGTH = 6  # tokens of a probe
 
 
 def can_skip(anat: Anatomy, start: int) -> bool:
-    """Whether the layers before `start` may be left out when the states that enter layer `start` are known."""
+    """Returns whether the layers before `start` may be left out when the states that enter layer `start` are known."""
     resumes = anat.probe_cache.resumes
     if start not in resumes:
         warned = not all(resumes.values())  # one warning per model, whichever layer it names
@@ -42,7 +42,7 @@ def can_skip(anat: Anatomy, start: int) -> bool:
 
 
 def can_cache(anat: Anatomy) -> bool:
-    """Whether the model continues from the cached keys and values of earlier tokens."""
+    """Returns whether the model continues from the cached keys and values of earlier tokens."""
     if anat.probe_cache.caches is None:
         anat.probe_cache.caches = _probe(anat, lambda: _caches(anat))
         if not anat.probe_cache.caches:
@@ -55,7 +55,7 @@ def can_cache(anat: Anatomy) -> bool:
 
 
 def _probe(anat: Anatomy, attempt: Callable[[], bool]) -> bool:
-    """The result of `attempt`, run without gradients and without the caller's hooks; False if it raises."""
+    """Returns the result of `attempt`, run without gradients and without the caller's hooks; False if it raises."""
     with unwatched(anat.model), no_param_grad(anat.model), torch.no_grad():
         try:
             return attempt()
@@ -65,13 +65,13 @@ def _probe(anat: Anatomy, attempt: Callable[[], bool]) -> bool:
 
 
 def _tokens(anat: Anatomy, first: int) -> tuple[Tensor, Tensor]:
-    """One row of `LENGTH` different tokens and its mask, both `[1, LENGTH]`."""
+    """Returns one row of `LENGTH` different tokens and its mask, both `[1, LENGTH]`."""
     ids = (first + 7 * torch.arange(LENGTH, device=anat.device)) % anat.embedding.weight.shape[0]
     return ids[None], torch.ones_like(ids)[None]
 
 
 def _skips(anat: Anatomy, start: int) -> bool:
-    """Whether a pass from `start` on gives the logits of the whole pass."""
+    """Returns whether a pass from `start` on gives the logits of the whole pass."""
     ids, mask = _tokens(anat, 3)
     entered: list[Tensor] = []
 
@@ -90,7 +90,7 @@ def _skips(anat: Anatomy, start: int) -> bool:
 
 
 def _caches(anat: Anatomy) -> bool:
-    """Whether the second half of a row, after a cache of the first, gives the logits of the whole row."""
+    """Returns whether the second half of a row, after a cache of the first, gives the logits of the whole row."""
     ids, mask = _tokens(anat, 3)
     half = LENGTH // 2
     wanted = run(anat, ids, mask)
@@ -107,7 +107,7 @@ def _caches(anat: Anatomy) -> bool:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """`|one - other| / |other|`; equal infinities (a masked vocabulary) count as no difference."""
+    """Computes `|one - other| / |other|`; equal infinities (a masked vocabulary) count as no difference."""
     one, other = one.cpu().double(), other.cpu().double()
     same = one == other
     apart = torch.where(same, 0.0, one - other).norm()

@@ -43,7 +43,7 @@ MOST_LAYERS = 10_000  # a number beyond is no model's; building so many would ta
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception of a library says, on one line."""
+    """Returns what an exception of a library says, on one line."""
     first = first_line(error)
     text = " ".join(str(error).split()) if first.endswith(":") or first.startswith("Validation error") else first
     named = isinstance(error, KeyError | AttributeError | TypeError | IndexError | ZeroDivisionError | RecursionError)
@@ -62,7 +62,7 @@ def fault_of(folder: Path, part: Part) -> tuple[str, str] | None:
 
 
 def config_fault(config: PreTrainedConfig) -> str | None:
-    """What is wrong with numbers of a configuration, before anything is built from them."""
+    """Returns what is wrong with numbers of a configuration, before anything is built from them."""
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         value = getattr(text, name, 1)
@@ -75,7 +75,7 @@ def config_fault(config: PreTrainedConfig) -> str | None:
 
 
 class Told:
-    """The warnings of transformers while it loads a model."""
+    """Collects the warnings of transformers while it loads a model."""
 
     def __init__(self) -> None:
         self.reports: list[str] = []

@@ -69,7 +69,7 @@ def forward(
 
 
 def new_cache(anat: Anatomy, rows: int) -> KVCache:
-    """An empty cache for `forward` to fill over `rows` rows, of the kind that the model can continue from."""
+    """Makes an empty cache for `forward` to fill over `rows` rows, of the kind that the model can continue from."""
     if can_cache(anat):
         return DynamicCache()
     return TokenReplay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
@@ -112,7 +112,7 @@ def split(rows: list[TokenRow], at: list[int]) -> tuple[list[TokenRow], list[Tok
 
 
 def shared_length(rows: list[TokenRow]) -> int:
-    """Number of leading tokens that all `rows` have in common, leaving at least one token of each."""
+    """Counts the leading tokens that all `rows` have in common, leaving at least one token of each."""
     shortest = min(len(row) for row in rows) - 1  # a pass over no token at all gives no logits
     first = rows[0].ids
     same = 0

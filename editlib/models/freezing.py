@@ -10,8 +10,8 @@ from torch import nn
 
 @contextmanager
 def no_param_grad(model: nn.Module) -> Iterator[None]:
-    """Inside the block no parameter of `model` requires a gradient and the model is in eval mode; then both are
-    restored."""
+    """Keeps the parameters of `model` from requiring a gradient, and the model in eval mode, inside the block; then
+    both are restored."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     training = [module for module in model.modules() if module.training]  # each by itself: a user may mix modes
     for parameter in wanted:

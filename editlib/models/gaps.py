@@ -28,13 +28,13 @@ def gap_between(prompt: str, answer: str) -> str:
 
 
 def _unspaced(text: str) -> bool:
-    """Whether the last letter of `text` is of a script without spaces."""
+    """Returns whether the last letter of `text` is of a script without spaces."""
     last = next((character for character in reversed(text) if character.isalpha()), "")
     return bool(last) and script_of(last) in UNSPACED
 
 
 def _opens(text: str) -> bool:
-    """Whether `text` ends with an opening quotation mark or bracket."""
+    """Returns whether `text` ends with an opening quotation mark or bracket."""
     last, before = text[-1], text[:-1]
     kind = unicodedata.category(last)
     if kind == "Ps":

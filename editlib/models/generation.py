@@ -25,14 +25,14 @@ BATCH_SCORED = 1536  # positions with logits, each as wide as the vocabulary
 
 
 def end_tokens(anat: Anatomy) -> frozenset[int]:
-    """The token ids at which generation ends, from the model's generation config."""
+    """Returns the token ids at which generation ends, from the model's generation config."""
     ends = anat.model.generation_config.eos_token_id
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
 @dataclass(frozen=True)
 class _Front:
-    """The first `length` tokens that all rows of a call share, run once for all its batches."""
+    """Holds the first `length` tokens that all rows of a call share, run once for all its batches."""
 
     prefix: Prefix | None
     length: int
@@ -47,7 +47,7 @@ class _Front:
         return cls(encode_prefix(anat, split([rows[0]], [length])[0]), length)
 
     def cut(self, rows: Sequence[TokenRow]) -> tuple[Prefix | None, list[TokenRow]]:
-        """The front, repeated for each of `rows`, and what remains of them."""
+        """Returns the front, repeated for each of `rows`, and what remains of them."""
         if self.prefix is None:
             return None, list(rows)
         zeros = torch.zeros(len(rows), dtype=torch.long, device=self.prefix.attention_mask.device)
@@ -194,7 +194,7 @@ def sample_each(
 
 
 def _without(logits: Tensor, banned: Collection[int]) -> Tensor:
-    """`logits [n, vocab]` with those of `banned` tokens at minus infinity."""
+    """Returns `logits [n, vocab]` with those of `banned` tokens at minus infinity."""
     return logits.index_fill(-1, torch.tensor(sorted(banned), device=logits.device), -torch.inf) if banned else logits
 
 
@@ -251,7 +251,7 @@ def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: KVCache) -> Te
 
 @dataclass(frozen=True)
 class Forced:
-    """The scores of a given answer after its prompt (teacher-forced), without its end token.
+    """Holds the scores of a given answer after its prompt (teacher-forced), without its end token.
 
     `nll`: nats of each answer token. `hits`: whether greedy decoding would produce it after the true tokens.
     """
@@ -325,12 +325,12 @@ def chunks(
 
 
 def continuation_nll(anat: Anatomy, rows: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[float]:
-    """Mean NLL in nats per token of each answer after its prompt; `nan` for an empty answer."""
+    """Computes the mean NLL in nats per token of each answer after its prompt; `nan` for an empty answer."""
     return [answer.mean for answer in teacher_forced(anat, rows, answers)]
 
 
 def perplexity(anat: Anatomy, windows: Sequence[Sequence[int]]) -> float:
-    """`exp` of the mean NLL over all tokens of `windows` but the first of each; lower is better."""
+    """Computes `exp` of the mean NLL over all tokens of `windows` but the first of each; lower is better."""
     total, count = 0.0, 0
     for ids in windows:
         batch = pad([TokenRow(tuple(ids), 0)], device=anat.device)

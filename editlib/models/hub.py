@@ -17,7 +17,7 @@ ADAPTER_FILES = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")  # withou
 
 @cache
 def in_reach() -> bool:
-    """Whether the Hub can be reached: its host has an address, or a proxy is set.
+    """Returns whether the Hub can be reached: its host has an address, or a proxy is set.
 
     Without this check its library retries for half a minute.
     """
@@ -35,7 +35,7 @@ def in_reach() -> bool:
 
 
 def reading() -> dict[str, Any]:
-    """Options of `from_pretrained`: if the Hub cannot be reached, only its local cache is searched."""
+    """Returns the options of `from_pretrained`: if the Hub cannot be reached, only its local cache is searched."""
     return {} if in_reach() else {"local_files_only": True}
 
 

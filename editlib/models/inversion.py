@@ -65,7 +65,8 @@ def _on_the_sphere(post: nn.Module, base: Tensor, target: Tensor) -> Tensor:
 
 
 def _as_norm(post: nn.Module, base: Tensor) -> tuple[Tensor, Tensor, bool] | None:
-    """Weight, bias and whether it centres, of a module that acts as a norm on a few inputs; `None` for others."""
+    """Returns weight, bias and whether it centres, of a module that acts as a norm on a few inputs; `None` for
+    others."""
     generator = torch.Generator().manual_seed(0)
     tries = torch.randn(2, base.shape[1], generator=generator).to(base)
     tries[0] = tries[0].sign() * (1 + tries[0].abs() / 4)  # no entry near zero: this row is divided by
@@ -86,7 +87,7 @@ def _as_norm(post: nn.Module, base: Tensor) -> tuple[Tensor, Tensor, bool] | Non
 
 
 def _refine(post: nn.Module, base: Tensor, target: Tensor, y: Tensor) -> Tensor:
-    """Levenberg-Marquardt from `y [n, d]`, each row with its own damping; steps by conjugate gradients."""
+    """Runs Levenberg-Marquardt from `y [n, d]`, each row with its own damping; steps by conjugate gradients."""
     wanted = (post(base) - target).norm(dim=1, keepdim=True)  # [n, 1]
     gap = post(base + y) - target  # [n, d]
     size = gap.norm(dim=1, keepdim=True)
@@ -101,7 +102,8 @@ def _refine(post: nn.Module, base: Tensor, target: Tensor, y: Tensor) -> Tensor:
         def curvature(
             p: Tensor, at: Tensor = base + y, back: Callable[..., tuple[Tensor]] = back, damping: Tensor = damping
         ) -> Tensor:
-            """`(J^T J + damping) p` in the units of `_diagonal`, in which rows of different weights converge alike."""
+            """Computes `(J^T J + damping) p` in the units of `_diagonal`, in which rows of different weights converge
+            alike."""
             moved: Tensor = torch.func.jvp(post, (at,), (p / unit,))[1]  # J p, [n, d]
             return back(moved)[0] / unit + damping * p
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,10 +11,13 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, settled
 
+ModelPair = tuple[PreTrainedModel | Anatomy, PreTrainedTokenizerBase]
+"""A model, or its anatomy, with its tokenizer, as `load` gives it."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer and the settings of its prompts."""
+    """Holds a model with its tokenizer and the settings of its prompts."""
 
     anat: Anatomy
     tok: PreTrainedTokenizerBase
@@ -27,13 +30,26 @@ class LoadedModel:
         """Builds it from a model and a tokenizer; costs the pass of `anatomy`."""
         return cls(anatomy(model), tok, settled(tok, prompts))
 
+    @classmethod
+    def given(cls, model: LoadedModel | ModelPair, prompts: PromptSettings | None = None) -> LoadedModel:
+        """Takes a model as a caller has it: loaded already, or a pair with its tokenizer.
+
+        Args:
+            prompts: how it is asked; `None`: as a loaded model says, and for a pair as its tokenizer does by default.
+        """
+        if isinstance(model, LoadedModel):
+            return model if prompts is None else replace(model, prompts=settled(model.tok, prompts))
+        network, tok = model
+        anat = network if isinstance(network, Anatomy) else anatomy(network)
+        return cls(anat, tok, settled(tok, prompts))
+
     @property
     def form(self) -> PromptFormat:
         """The prompt format of the model's own settings."""
         return PromptFormat.of(self.tok, self.prompts)
 
     def answer_start(self, answer: str, question: str, form: PromptFormat | None = None) -> tuple[int, ...]:
-        """The tokens that an answer to `question` begins with, up to the first one that is not blank.
+        """Returns the tokens that an answer to `question` begins with, up to the first one that is not blank.
 
         Some tokenizers write a space as a token of its own.
         """

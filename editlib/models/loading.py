@@ -212,7 +212,7 @@ def _ready(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def adapter_of(name: str) -> Path | None:
-    """The folder with the config of the adapter `name`, a local folder or an id on the Hub; `None` for a model.
+    """Returns the folder with the config of the adapter `name`, a local folder or an id on the Hub; `None` for a model.
 
     From the Hub only the adapter's config is fetched, and only if there is no model of this name.
     """
@@ -230,7 +230,7 @@ def _hub_adapter(name: str) -> Path | None:
 
 
 def model_of(name: str) -> str:
-    """The base model of an adapter; any other model itself.
+    """Returns the base model of an adapter; any other model itself.
 
     Raises:
         ModelError: an adapter that names no base, or an adapter of an adapter.
@@ -253,7 +253,7 @@ def check_model(name: str) -> None:
 
 
 def check_models(*names: str) -> None:
-    """`check_model` for each of several."""
+    """Runs `check_model` on each of several models."""
     for name in names:
         check_model(name)
 
@@ -271,7 +271,8 @@ def read_config(name: str) -> PreTrainedConfig | None:
 
 
 def _reading(path: str) -> dict[str, Any]:
-    """The options of `from_pretrained`: a local folder needs none, and a name none that asks the Hub in vain."""
+    """Returns the options of `from_pretrained`: a local folder needs none, and a name none that asks the Hub in
+    vain."""
     return {} if os.path.exists(path) else reading()
 
 
@@ -386,12 +387,12 @@ def _one_line_errors(
 
 
 def _is_lack(error: Exception) -> bool:
-    """Whether a package or memory is missing, for which no file is to blame."""
+    """Returns whether a package or memory is missing, for which no file is to blame."""
     return isinstance(error, ImportError | MemoryError) or "memory" in str(error).lower()
 
 
 def _cannot_be_built(config: PreTrainedConfig) -> bool:
-    """Whether no model can be built from this configuration, whatever its weights."""
+    """Returns whether no model can be built from this configuration, whatever its weights."""
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]

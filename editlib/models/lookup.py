@@ -18,7 +18,7 @@ from editlib.errors import RequestError
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A text as tokens, without the special tokens that the tokenizer adds.
+    """Holds a text as tokens, without the special tokens that the tokenizer adds.
 
     `spans` holds the first character of each token and the one after its last; it is empty if they are unknown.
     """
@@ -37,27 +37,27 @@ class TokenizedText:
         return cls(tok, text, tuple(encoded["input_ids"]), spans if all(a < b for a, b in spans) else ())
 
     def tokens_at(self, at: int) -> list[int]:
-        """Indices of the tokens whose span holds character `at`."""
+        """Returns the indices of the tokens whose span holds character `at`."""
         return [i for i, (start, end) in enumerate(self.spans) if start <= at < end]
 
     def before(self, at: int) -> TokenizedText:
-        """The text up to character `at`, encoded on its own."""
+        """Returns the text up to character `at`, encoded on its own."""
         return TokenizedText.of(self.tok, self.text[:at])
 
     def decoded(self, count: int | None = None) -> str:
-        """The first `count` tokens as text."""
+        """Returns the first `count` tokens as text."""
         ids = list(self.ids[:count])
         text = self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cast(str, text)  # one list of ids is one text
 
     def shared(self, other: TokenizedText) -> int:
-        """Number of leading tokens that both texts have in common."""
+        """Counts the leading tokens that both texts have in common."""
         pairs = enumerate(zip(self.ids, other.ids, strict=False))
         return next((i for i, (own, its) in pairs if own != its), min(len(self.ids), len(other.ids)))
 
 
 def last_token(tokenized: TokenizedText, start: int, end: int) -> int:
-    """Index of the token with the last byte of `text[start:end]`; the token may reach beyond it.
+    """Returns the index of the token with the last byte of `text[start:end]`; the token may reach beyond it.
 
     Raises:
         RequestError: the tokenizer drops all of these characters.
@@ -80,7 +80,8 @@ def last_token(tokenized: TokenizedText, start: int, end: int) -> int:
 
 
 def first_token(tokenized: TokenizedText, start: int, end: int) -> int:
-    """Index of the token with the first byte of `text[start:end]`; the token may begin earlier, often with a space.
+    """Returns the index of the token with the first byte of `text[start:end]`; the token may begin earlier, often with
+    a space.
 
     Raises:
         RequestError: the tokenizer drops all of these characters.
@@ -97,7 +98,7 @@ def first_token(tokenized: TokenizedText, start: int, end: int) -> int:
 
 
 def _from(same: int, tokenized: TokenizedText, holding: list[int]) -> list[int]:
-    """Candidate tokens: those after the first `same`, among `holding` if offsets are known."""
+    """Returns candidate tokens: those after the first `same`, among `holding` if offsets are known."""
     return [i for i in holding or range(len(tokenized.ids)) if i >= same] or [len(tokenized.ids) - 1]
 
 

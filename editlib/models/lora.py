@@ -15,7 +15,7 @@ from editlib.models.quantization import check_in_memory, linear_maps
 
 
 def peft_missing() -> bool:
-    """Whether the optional package `peft` is not installed."""
+    """Returns whether the optional package `peft` is not installed."""
     return importlib.util.find_spec("peft") is None
 
 

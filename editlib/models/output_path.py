@@ -17,7 +17,7 @@ from editlib.models.precision import wide_dtype
 
 @dataclass(frozen=True)
 class OutputPath:
-    """How the output of an MLP output matrix reaches the residual stream.
+    """Describes how the output of an MLP output matrix reaches the residual stream.
 
     A change `x` of the matrix's output changes the layer's output by `scale * (post(c + gain x) - post(c))`. `post` is
     a module of the layer (a norm after the MLP) and `c` its input, mostly the matrix's own output `W k + b`; without
@@ -80,7 +80,7 @@ class OutputPath:
 
 
 def _precise(module: nn.Module, device: torch.device) -> tuple[nn.Module, torch.dtype]:
-    """A copy of a small module with its parameters in fp64 (fp32 if the device lacks it), without hooks."""
+    """Returns a copy of a small module with its parameters in fp64 (fp32 if the device lacks it), without hooks."""
     dtype = wide_dtype(device)
     twin = copy.copy(module)  # shallow: the dictionaries below are replaced, not changed
     for name in ("forward", "_hf_hook", "_old_forward"):  # what accelerate puts on an instance
@@ -99,7 +99,7 @@ def _precise(module: nn.Module, device: torch.device) -> tuple[nn.Module, torch.
 
 
 def _data(module: nn.Module, name: str) -> Tensor:
-    """The data of a parameter; raises `ModelError` if it is on disk."""
+    """Returns the data of a parameter; raises `ModelError` if it is on disk."""
     data = in_memory(module, name)
     if data is None:
         raise ModelError(f"{type(module).__name__}.{name} is offloaded to disk; load the model into memory to edit it")

@@ -36,15 +36,15 @@ class _Columns:
             self.places = self.order.argsort(dim=1)  # the inverse permutation
 
     def enter(self, x: Tensor) -> Tensor:
-        """`[n, front + T, ...]` in the caller's order -> in the pass's."""
+        """Reorders `[n, front + T, ...]` from the caller's order to the pass's."""
         return x if self.order is None else _gather(x, self.order)
 
     def leave(self, x: Tensor) -> Tensor:
-        """`[n, front + T, ...]` in the pass's order -> `[n, T, ...]`, the caller's columns."""
+        """Reorders `[n, front + T, ...]` in the pass's order to `[n, T, ...]`, the caller's columns."""
         return (x if self.order is None else _gather(x, self.places))[:, self.front :]
 
     def put(self, into: Tensor, x: Tensor) -> Tensor:
-        """`into` with the caller's columns replaced by `x [n, T, ...]`."""
+        """Returns `into` with the caller's columns replaced by `x [n, T, ...]`."""
         into = into if self.order is None else _gather(into, self.places)
         return self.enter(torch.cat([into[:, : self.front], x.to(into)], dim=1))
 
@@ -57,7 +57,7 @@ class _Columns:
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:
-    """`x [n, T, ...]` with the columns of each row in `order [n, T]`."""
+    """Gathers `x [n, T, ...]` with the columns of each row in `order [n, T]`."""
     return x[torch.arange(len(x), device=x.device)[:, None], order.to(x.device)]
 
 
@@ -129,7 +129,7 @@ def run(
 def _arguments(
     anat: Anatomy, ids: Tensor, mask: Tensor, cache: DynamicCache | None, columns: _Columns
 ) -> dict[str, Any]:
-    """The arguments of the model's forward for `ids [n, front + T]`, in the pass's order of columns."""
+    """Returns the arguments of the model's forward for `ids [n, front + T]`, in the pass's order of columns."""
     width = ids.shape[1]
     mask = torch.cat([mask[:, :-width], columns.enter(mask[:, -width:])], dim=1)  # [n, P + T]
     arguments: dict[str, Any] = {

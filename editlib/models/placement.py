@@ -13,12 +13,12 @@ from editlib.errors import ModelError
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:
-    """The input embedding, which transformers types as any module."""
+    """Returns the input embedding, which transformers types as any module."""
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device for token ids: the one on which the embedding runs, offloaded or not."""
+    """Returns the device for token ids: the one on which the embedding runs, offloaded or not."""
     embedding = input_embedding(model)
     if embedding.weight.device.type != "meta":
         return embedding.weight.device
@@ -40,7 +40,7 @@ def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def in_memory(module: nn.Module, name: str) -> Tensor | None:
-    """The data of a parameter of `module` that its next forward pass will use; `None` if it is in a file.
+    """Returns the data of a parameter of `module` that its next forward pass will use; `None` if it is in a file.
 
     accelerate keeps a parameter that it offloads on the meta device and copies it in for each pass: from CPU memory,
     where a change lasts, or from a file, where it would be lost.
@@ -68,6 +68,6 @@ def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """The hooks that accelerate has put on a module."""
+    """Returns the hooks that accelerate has put on a module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))

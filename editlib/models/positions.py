@@ -14,7 +14,7 @@ SPARE = 8  # upper bound of the special tokens that a tokenizer adds to a text
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model reads at once; `None` if its config names no limit."""
+    """Returns the most tokens that the model reads at once; `None` if its config names no limit."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
@@ -52,7 +52,7 @@ def check_prompts(
 
 
 def fitting(model: PreTrainedModel, form: PromptFormat, questions: Iterable[str], *, room: int = 0) -> list[str]:
-    """Those questions whose prompts, with `room` tokens for the answer, are within the model's positions."""
+    """Returns those questions whose prompts, with `room` tokens for the answer, are within the model's positions."""
     limit = positions_of(model)
     if limit is None:
         return list(questions)

@@ -46,7 +46,7 @@ def plain_attention(device: torch.device) -> Iterator[None]:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that solves run in: fp64 where the device has it, fp32 otherwise."""
+    """Returns the dtype that solves run in: fp64 where the device has it, fp32 otherwise."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -55,7 +55,7 @@ FP32_ALONE = {"openai-gpt"}
 
 
 def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """bf16 for an fp32 model on a processor whose bf16 products are faster; `None` (no cast) otherwise.
+    """Returns bf16 for an fp32 model on a processor whose bf16 products are faster; `None` (no cast) otherwise.
 
     An offloaded model is not cast either: its hooks would bring fp32 weights into a bf16 pass.
     """
@@ -67,7 +67,7 @@ def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
 
 
 def bf16_is_faster() -> bool:
-    """Whether bf16 products are faster, from the processor's features.
+    """Returns whether bf16 products are faster, from the processor's features.
 
     Not timed, so that two runs on one machine use the same dtype.
     """

@@ -64,19 +64,19 @@ class Prefix:
         return self.attention_mask.sum(1)
 
     def select(self, rows: Tensor) -> Prefix:
-        """The prefix of some rows; a shared prefix is repeated for each."""
+        """Returns the prefix of some rows; a shared prefix is repeated for each."""
         shared = self.attention_mask.shape[0] == 1
         pick = torch.zeros_like(rows) if shared else rows
         ids = None if self.input_ids is None else self.input_ids[pick]
         return Prefix(tuple((k[pick], v[pick]) for k, v in self.layers), self.attention_mask[pick], ids)
 
     def cache(self) -> KVCache:
-        """A new cache that a pass may append to; the prefix itself is never changed."""
+        """Makes a new cache that a pass may append to; the prefix itself is never changed."""
         return DynamicCache(list(self.layers)) if self.input_ids is None else TokenReplay(self.input_ids)
 
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:
-    """`x [n, heads, P, head_dim]` with the columns of each row in `order [n, P]`."""
+    """Returns `x [n, heads, P, head_dim]` with the columns of each row in `order [n, P]`."""
     # Indexing copies whole columns; `take_along_dim` copies single numbers and takes six times as long.
     rows, heads = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
     return x[rows[:, None, None], heads[None, :, None], order.to(x.device)[:, None]]

@@ -19,7 +19,7 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Settings of the prompts that questions become.
+    """Holds the settings of the prompts that questions become.
 
     Args:
         chat: use the tokenizer's chat template; `None`: if it has one.
@@ -61,7 +61,7 @@ class PromptSettings:
                 raise RequestError(f"prompts: date {quote(self.date)}; expected a day such as 2026-01-31") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values, without those at their default."""
+        """Returns the settings as JSON values, without those at their default."""
         return {name: value for name, value in asdict(self).items() if value not in (None, {})}
 
     @classmethod
@@ -109,20 +109,21 @@ class PromptSettings:
         return cls(**own, arguments={name: value for name, value in values.items() if name not in NAMES})
 
     def key(self, of: str) -> str:
-        """The key that answers of `of` are stored under: `of` itself for default settings, else with their hash."""
+        """Returns the key that answers of `of` are stored under: `of` itself for default settings, else with their
+        hash."""
         settings = self.to_dict()
         return f"{of}:{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}" if settings else of
 
 
 def differing(recorded: Mapping[str, Any], own: Mapping[str, Any], what: str) -> str:
-    """One line for a message: `what` was done with `recorded` prompts, which differ from the present ones."""
+    """Writes one line for a message: `what` was done with `recorded` prompts, which differ from the present ones."""
     names = [name for name in (*NAMES, "arguments") if recorded.get(name) != own.get(name)]
     was, now = (", ".join(f"{name} {quote(given.get(name))}" for name in names) for given in (recorded, own))
     return f"{what} with other prompts ({was}) than those asked now ({now})"
 
 
 def _value(text: str) -> Any:
-    """The JSON value that `text` is, or the text itself."""
+    """Returns the JSON value that `text` is, or the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -130,7 +131,7 @@ def _value(text: str) -> Any:
 
 
 def dated(template: str, day: date) -> str:
-    """A chat template that prints `day` as today: a macro replaces the function `strftime_now`.
+    """Makes a chat template that prints `day` as today: a macro replaces the function `strftime_now`.
 
     A macro, since transformers passes only plain data to a template.
     """
@@ -140,7 +141,8 @@ def dated(template: str, day: date) -> str:
 
 
 def _directives(day: date) -> dict[str, str]:
-    """The text of each directive of `strftime` on a day, in English whatever the locale; its time is midnight."""
+    """Returns the text of each directive of `strftime` on a day, in English whatever the locale; its time is
+    midnight."""
     month, weekday = _MONTHS[day.month - 1], _DAYS[day.weekday()]
     return {
         "%B": month,

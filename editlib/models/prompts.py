@@ -37,7 +37,7 @@ Asking = PromptSettings | bool | None
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One prompt as token ids.
+    """Holds one prompt as token ids.
 
     `lookup` is the index of the token whose hidden state is edited (see `Place`). `extra` counts the tokens that were
     appended to the prompt (an answer).
@@ -51,13 +51,13 @@ class TokenRow:
         return len(self.ids)
 
     def followed_by(self, ids: Sequence[int]) -> TokenRow:
-        """The same prompt with `ids` appended."""
+        """Returns the same prompt with `ids` appended."""
         return TokenRow(self.ids + tuple(ids), self.lookup, self.extra + len(ids))
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Padded rows. `lookup` and `last` are column indices: those of the lookup position and of the last token."""
+    """Holds padded rows. `lookup` and `last` are column indices: those of the lookup position and of the last token."""
 
     input_ids: Tensor  # [n, T]
     attention_mask: Tensor  # [n, T]
@@ -90,7 +90,7 @@ def pad(rows: Sequence[TokenRow], *, side: str = "right", device: torch.device |
 
 
 def leading_tokens(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The special tokens that a tokenizer puts before a text (BOS).
+    """Returns the special tokens that a tokenizer puts before a text (BOS).
 
     Those after a text (EOS) are left out everywhere: they would end a prompt before its answer.
     """
@@ -175,7 +175,7 @@ class PromptFormat:
         return self.uses_chat and len({replace(self, date=day).render(WORD) for day in days}) > 1
 
     def render(self, question: str) -> str:
-        """The prompt of a question: the text up to the point where the model answers."""
+        """Returns the prompt of a question: the text up to the point where the model answers."""
         if not self.uses_chat:
             shown = (self.joined(self._tagged(asked), answer) + "\n" for asked, answer in self.shots)
             return "".join(shown) + self._tagged(question)
@@ -256,18 +256,18 @@ class PromptFormat:
         return TokenizedText.of(self.tok, text).ids
 
     def gap(self, answer: str, question: str = WORD) -> str:
-        """The characters between the prompt of `question` and an answer.
+        """Returns the characters between the prompt of `question` and an answer.
 
         Those of running text (`gap_between`), or the blanks that a chat template writes there.
         """
         return self._template_gap() if self.uses_chat else gap_between(self.render(question), answer)
 
     def joined(self, question: str, answer: str) -> str:
-        """The question and its answer as running text, without tags or chat template."""
+        """Returns the question and its answer as running text, without tags or chat template."""
         return question + gap_between(question, answer) + answer.lstrip()
 
     def end_ids(self, ends: Collection[int] = ()) -> tuple[int, ...]:
-        """The token that ends an answer, as a tuple of at most one.
+        """Returns the token that ends an answer, as a tuple of at most one.
 
         It is the first special token that the chat template writes after an answer (`<|eot_id|>`, `<end_of_turn>`).
         Without a template, or if it writes none, it is the tokenizer's end of text.
@@ -283,7 +283,7 @@ class PromptFormat:
         return tuple((*stopping[0], *written, *stopping[1], *sorted(ends), *usual)[:1])
 
     def _written_after(self) -> tuple[int, ...]:
-        """The special tokens that the chat template writes after an answer, up to the next turn."""
+        """Returns the special tokens that the chat template writes after an answer, up to the next turn."""
         special = set(self.tok.all_special_ids) | set(self.tok.get_added_vocab().values())
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
         for last in ([], [{"role": "user", "content": WORD}]):  # some templates end only answers before another turn
@@ -310,22 +310,22 @@ class PromptFormat:
         return text
 
     def _tagged(self, question: str) -> str:
-        """The question inside `tags`."""
+        """Returns the question inside `tags`."""
         return question if self.tags is None else self.tags.replace("{}", question)
 
     def _messages(self, question: str) -> list[dict[str, str]]:
-        """The turns of a chat: the system's, the shots, the question."""
+        """Returns the turns of a chat: the system's, the shots, the question."""
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for asked, answer in self.shots:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": question}]
 
     def _front(self) -> tuple[int, ...]:
-        """The tokens that the tokenizer puts before a bare text; a chat template writes its own."""
+        """Returns the tokens that the tokenizer puts before a bare text; a chat template writes its own."""
         return () if self.uses_chat else leading_tokens(self.tok)
 
     def _start(self, text: str, question: str) -> int:
-        """The index in `text`, the rendered question, at which the question starts.
+        """Returns the index in `text`, the rendered question, at which the question starts.
 
         Found by rendering a placeholder instead: the question's own text might occur in the template too.
         """
@@ -336,7 +336,7 @@ class PromptFormat:
         raise RequestError(f"the chat template changes the question {question!r}; use plain prompts for it")
 
     def _template_gap(self) -> str:
-        """The blanks that the chat template writes between a prompt and its answer."""
+        """Returns the blanks that the chat template writes between a prompt and its answer."""
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
         shown, front = self._apply(messages), self.render(WORD)
         gap = shown[len(front) :].partition(MARK)[0] if shown.startswith(front) else ""

@@ -15,7 +15,7 @@ from editlib.models.anatomy import Anatomy
 
 
 def linear_maps(anat: Anatomy) -> dict[str, nn.Linear | Conv1D]:
-    """The linear maps (`Linear`, `Conv1D`) of the decoder layers by name, each once; not the head."""
+    """Returns the linear maps (`Linear`, `Conv1D`) of the decoder layers by name, each once; not the head."""
     found: dict[int, tuple[str, nn.Linear | Conv1D]] = {}
     for prefix, layer in zip(anat.layer_names, anat.layers, strict=True):
         for name, module in layer.named_modules():

@@ -37,7 +37,7 @@ def output_path(anat: Anatomy, layer: int) -> OutputPath:
 
 
 def _find_path(anat: Anatomy, layer: int) -> OutputPath:
-    """The path of one layer, from a pass as it is and a pass with noise on the matrix's output."""
+    """Finds the path of one layer, from a pass as it is and a pass with noise on the matrix's output."""
     matrix, module = anat.mlp_output(layer), anat.layers[layer]
     generator = torch.Generator().manual_seed(0)
     base = _observe(anat, layer, lambda output: output)
@@ -103,12 +103,13 @@ def _rms(x: Tensor) -> float:
 
 
 def _difference(moved: Tensor, base: Tensor) -> Tensor:
-    """`moved - base` as `[tokens, d]`, in fp64 on the CPU, so that the subtraction adds no rounding."""
+    """Returns `moved - base` as `[tokens, d]`, in fp64 on the CPU, so that the subtraction adds no rounding."""
     return (moved.cpu().double() - base.cpu().double()).reshape(-1, moved.shape[-1])
 
 
 def _factor(found: Tensor, given: Tensor, unit: float) -> float | None:
-    """`s` with `found = s * given` up to rounding by `unit`, exactly 1.0 if it is 1 up to rounding; else `None`."""
+    """Returns `s` with `found = s * given` up to rounding by `unit`, exactly 1.0 if it is 1 up to rounding; else
+    `None`."""
     if found.shape != given.shape or not bool(given.any()):
         return None
     s = float((found * given).sum() / given.square().sum())  # least squares

@@ -20,7 +20,7 @@ from editlib.models.packaged.fetch import fetch
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of parameters and widths of a decoder-only model."""
+    """Counts the numbers of parameters and widths of a decoder-only model."""
 
     n_layers: int
     d_model: int
@@ -32,7 +32,7 @@ class ModelSize:
     total: int  # all parameters, tied ones once
 
     def bytes(self, itemsize: int) -> int:
-        """The size of all weights at `itemsize` bytes each."""
+        """Returns the size of all weights at `itemsize` bytes each."""
         return self.total * itemsize
 
 
@@ -87,7 +87,7 @@ def one_layer(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 
 
 def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """A model with random weights; `from_config` of transformers has no types."""
+    """Makes a model with random weights; `from_config` of transformers has no types."""
     make = cast(Callable[..., PreTrainedModel], AutoModelForCausalLM.from_config)
     return make(config, **options)
 

@@ -16,7 +16,8 @@ class _Stop(Exception):
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states `[n, T, d_model]` in a decoder layer's output: a tensor, or a tuple that begins with it."""
+    """Returns the hidden states `[n, T, d_model]` in a decoder layer's output: a tensor, or a tuple that begins with
+    it."""
     hidden: Tensor = output[0] if isinstance(output, tuple | list) else output  # varies with transformers
     return hidden
 
@@ -91,7 +92,7 @@ def edit_hidden(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 
 @dataclass
 class Call:
-    """One call of a module: copies of its first tensor and of the hidden states that it returned."""
+    """Holds one call of a module: copies of its first tensor and of the hidden states that it returned."""
 
     module: nn.Module
     input: Tensor | None

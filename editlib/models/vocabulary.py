@@ -20,19 +20,21 @@ from editlib.models.tracing import edit_output
 
 
 def token_id(tok: PreTrainedTokenizerBase, token: str) -> int | None:
-    """The id of a special token, or `None` if the tokenizer lacks it."""
+    """Returns the id of a special token, or `None` if the tokenizer lacks it."""
     added: dict[str, int] = tok.get_added_vocab()
     return added.get(token)
 
 
 def numbered(tok: PreTrainedTokenizerBase, token: str) -> dict[str, int]:
-    """The ids, by text, of `token` and of the tokens that were numbered after it: `[UNL]`, `[UNL2]`, `[UNL3]`, ..."""
+    """Returns the ids, by text, of `token` and of the tokens that were numbered after it: `[UNL]`, `[UNL2]`, `[UNL3]`,
+    ..."""
     stem = re.escape(token[:-1]) + r"\d*" + re.escape(token[-1:])
     return {text: number for text, number in tok.get_added_vocab().items() if re.fullmatch(stem, text)}
 
 
 def free_tokens(tok: PreTrainedTokenizerBase, token: str, count: int) -> list[str]:
-    """The texts of `count` tokens that `tok` does not have yet: `token`, then numbered ones (see `numbered`)."""
+    """Returns the texts of `count` tokens that `tok` does not have yet: `token`, then numbered ones (see
+    `numbered`)."""
     taken = numbered(tok, token)
     texts: list[str] = []
     number = 1
@@ -78,7 +80,7 @@ def extend_tokenizer(tok: PreTrainedTokenizerBase, token: str) -> int:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A model's vocabulary as it was before tokens were added, to go back to it."""
+    """Holds a model's vocabulary as it was before tokens were added, to go back to it."""
 
     tok: PreTrainedTokenizerBase
     rows: int  # of the embedding matrices
@@ -100,14 +102,15 @@ class Vocabulary:
 
 
 def _matrices(model: PreTrainedModel) -> list[Tensor]:
-    """The embedding matrices, one where they are tied."""
+    """Returns the embedding matrices, one where they are tied."""
     anat = anatomy(model)
     both = (anat.embedding.weight, anat.head.weight)
     return [one.detach() for one in {id(one): one for one in both}.values()]
 
 
 def embedding_names(anat: Anatomy) -> tuple[str, ...]:
-    """The names of the modules that hold a row per token: the input embedding, and the head unless it is tied."""
+    """Returns the names of the modules that hold a row per token: the input embedding, and the head unless it is
+    tied."""
     wanted = [anat.embedding] if anat.tied else [anat.embedding, anat.head]
     names = {id(module): name for name, module in anat.model.named_modules()}
     return tuple(names[id(module)] for module in wanted)

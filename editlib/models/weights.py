@@ -32,7 +32,7 @@ def weights_sha256(model: PreTrainedModel) -> str:
 
 
 def stored_bytes(model: PreTrainedModel) -> int:
-    """What the weights take on disk, about; offloaded ones are not read."""
+    """Returns what the weights take on disk, about; offloaded ones are not read."""
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 

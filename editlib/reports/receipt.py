@@ -104,7 +104,8 @@ def write_pages(
 
 
 def check_place(out: Path, *, private: bool, overwrite: bool) -> Path | None:
-    """The key's file, if there will be one; raises `OutputError` when there is no place for it or for the folder."""
+    """Returns the key's file, if there will be one; raises `OutputError` when there is no place for it or for the
+    folder."""
     key_file = key_path(out) if private else None
     check_output(out, overwrite=overwrite)
     if key_file is not None:

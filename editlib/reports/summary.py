@@ -10,8 +10,9 @@ FORGET, KEEP = "forgetting", "keeping"
 RATIO = "perplexity_ratio"
 
 
-class Share(NamedTuple):
-    """The names of one share: its side, noun in the verdict, head above a narrow column, and meaning."""
+class ShareLabel(NamedTuple):
+    """Holds the words for one share of `metrics.json`: its side, noun in the verdict, head above a narrow column, and
+    meaning."""
 
     family: str
     noun: str  # "" leaves it out of the verdict
@@ -24,19 +25,19 @@ class Share(NamedTuple):
 
 
 SHARES = {
-    "efficacy": Share(FORGET, "questions to forget", "direct\nquestion", "the question itself is refused"),
-    "paraphrase_efficacy": Share(FORGET, "rephrasings", "para-\nphrase", "asked in other words it is refused"),
-    "refusal_quality": Share(FORGET, "", "fluent\nrefusal", "the refusal is fluent"),
-    "neighbour_retention": Share(KEEP, "neighbours", "neigh-\nbours", "others are still answered"),
-    "same_subject_retention": Share(
+    "efficacy": ShareLabel(FORGET, "questions to forget", "direct\nquestion", "the question itself is refused"),
+    "paraphrase_efficacy": ShareLabel(FORGET, "rephrasings", "para-\nphrase", "asked in other words it is refused"),
+    "refusal_quality": ShareLabel(FORGET, "", "fluent\nrefusal", "the refusal is fluent"),
+    "neighbour_retention": ShareLabel(KEEP, "neighbours", "neigh-\nbours", "others are still answered"),
+    "same_subject_retention": ShareLabel(
         KEEP, "other facts about the same subjects", "same\nsubject", "its other questions are still answered"
     ),
-    "other_retention": Share(KEEP, "unrelated answers", "other\nanswers", "unrelated ones are still answered"),
+    "other_retention": ShareLabel(KEEP, "unrelated answers", "other\nanswers", "unrelated ones are still answered"),
 }
 
 
 class Row(NamedTuple):
-    """One measure as text."""
+    """Holds one measure as text."""
 
     metric: str
     value: str

@@ -41,7 +41,7 @@ def warn_of_contradictions(name: str, requests: Iterable[EditRequest]) -> None:
 
 
 def warn_of_kept(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> None:
-    """Logs which questions are to be forgotten or edited and to be kept besides."""
+    """Logs which questions are both to be forgotten or edited and to be kept."""
     asked = {_plain(text): one for one in requests for text in (one.question, *one.filled_phrasings)}
     said = [
         f"{kept.id} asks the same as request {asked[_plain(kept.question)].id}, {quote(kept.question)}"
@@ -58,5 +58,5 @@ def _some(said: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text without differences that no reader sees: case, blanks, composed and decomposed letters."""
+    """Returns the text without differences that no reader sees: case, blanks, composed and decomposed letters."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())

@@ -18,7 +18,7 @@ FREE_FIELDS = ("kind", "split", "source", "note", "meta")
 
 
 class FieldError(RequestError):
-    """A complaint about one field, under our name for it; `read_requests` puts in the file's name."""
+    """Reports a complaint about one field, under our name for it; `read_requests` puts in the file's name."""
 
     def __init__(self, name: str, text: str, where: str = "request") -> None:
         super().__init__(f"{where}: field {json.dumps(name)}: {text}")  # dumps: the message stays one line

@@ -84,13 +84,13 @@ def format_of(row: Row) -> Reader:  # noqa: PLR0911
 
 
 def name_in(reader: Reader, name: str) -> str:
-    """What a format calls our field: `paraphrases[0]` -> `queries[0]`."""
+    """Returns what a format calls our field: `paraphrases[0]` -> `queries[0]`."""
     ours, bracket, rest = name.partition("[")
     return NAMES.get(reader, {}).get(ours, ours) + bracket + rest
 
 
 def id_of(row: Row, reader: Reader) -> Any:
-    """The name that an object gives itself, or `None`."""
+    """Returns the name that an object gives itself, or `None`."""
     names = IDS[:1] if reader is readers.own else IDS
     return next((row[name] for name in names if row.get(name) is not None), None)
 
@@ -110,7 +110,8 @@ def ambiguous(row: Row, reader: Reader) -> str | None:
 
 
 def unfold(row: Row) -> list[Row]:
-    """The rows that one object holds: parallel lists (EasyEdit), several rewrites (MQuAKE) or Sanitation's list.
+    """Returns the rows that one object holds: parallel lists (EasyEdit), several rewrites (MQuAKE) or Sanitation's
+    list.
 
     Raises:
         FieldError: parallel lists of different lengths.
@@ -138,7 +139,7 @@ def left_out(row: Row) -> str | None:
 
 
 def _unzip(row: Row) -> list[Row]:
-    """EasyEdit's one object of parallel lists (`prompts: [...], subject: [...]`) as one row a prompt."""
+    """Unzips EasyEdit's one object of parallel lists (`prompts: [...], subject: [...]`) to one row a prompt."""
     if not isinstance(row.get("prompts"), list):
         return [row]
     count = len(row["prompts"])

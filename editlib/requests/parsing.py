@@ -25,7 +25,7 @@ REPEATED = "rewrites that ask the same as an earlier one are left out"
 
 @dataclass
 class Parsed:
-    """The contents of a request file."""
+    """Holds the contents of a request file."""
 
     requests: list[EditRequest] = field(default_factory=list)
     questions: list[int] = field(default_factory=list)
@@ -132,7 +132,7 @@ def _object(row: FileRow) -> Row:
 
 
 def _request(given: Row, reader: formats.Reader, where: str, name: str) -> EditRequest:
-    """The request of one object; `name` where it has none of its own."""
+    """Makes the request of one object; `name` where it has none of its own."""
     arguments = {"prompt": None, **reader(given)}
     own_id = formats.id_of(given, reader)
     arguments["id"] = name if own_id is None else own_id
@@ -159,7 +159,7 @@ def _complaint(path: Path, bad: Sequence[tuple[FileRow, str]], rows: int) -> str
 
 
 def _told(bad: Sequence[tuple[FileRow, str]]) -> list[str]:
-    """Every bad row by its number, the first of them with what is wrong."""
+    """Lists every bad row by its number, the first of them with what is wrong."""
     lines = [f"{row.place}{_name_of(row)}: {said}" for row, said in bad[:NAMED_ROWS]]
     if more := [row.place for row, _ in bad[NAMED_ROWS:]]:
         lines.append("and " + ", ".join(more))
@@ -167,7 +167,8 @@ def _told(bad: Sequence[tuple[FileRow, str]]) -> list[str]:
 
 
 def _name_of(row: FileRow) -> str:
-    """An object's own name in brackets, with a blank before it; nothing where it has none, or its line is enough."""
+    """Returns an object's own name in brackets, with a blank before it; nothing where it has none, or its line is
+    enough."""
     if not isinstance(row.value, dict) or row.place.startswith("line"):
         return ""
     names = [(name, row.value[name]) for name in formats.IDS if type(row.value.get(name)) in (int, str)]

@@ -13,7 +13,7 @@ from editlib.requests.fields import FREE_FIELDS, OWN_FIELDS, FieldError, Row, fi
 
 
 def own(row: Row) -> Row:
-    """Our format, which also holds plain prompts."""
+    """Reads our format, which also holds plain prompts."""
     for name in row:
         if name not in OWN_FIELDS + FREE_FIELDS:
             near = closest(name, OWN_FIELDS, cutoff=0.5) or OWN_FIELDS
@@ -23,7 +23,8 @@ def own(row: Row) -> Row:
 
 
 def counterfact(row: Row) -> Row:
-    """CounterFact, one of ROME's request dicts, which are its `requested_rewrite` alone, or one rewrite of MQuAKE."""
+    """Reads CounterFact, one of ROME's request dicts, which are its `requested_rewrite` alone, or one rewrite of
+    MQuAKE."""
     rewrite = row.get("requested_rewrite", row)
     if not isinstance(rewrite, dict):
         raise FieldError("requested_rewrite", f"{quote(rewrite)}; expected one object, or a list of them; fix it")
@@ -42,7 +43,7 @@ def counterfact(row: Row) -> Row:
 
 
 def zsre(row: Row) -> Row:
-    """zsRE: EasyEdit edits to `alt`; MEMIT to the true answer, which is what is left without `alt`."""
+    """Reads zsRE: EasyEdit edits to `alt`; MEMIT to the true answer, which is what is left without `alt`."""
     answers, loc = leaves(row.get("answers")), row.get("loc")
     if isinstance(loc, str) and loc and not loc.endswith("?"):
         loc += "?"  # as MEMIT asks it
@@ -58,7 +59,7 @@ def zsre(row: Row) -> Row:
 
 
 def easyedit(row: Row) -> Row:
-    """EasyEdit's flat CounterFact, its `edit()` arguments, and the rows of KnowEdit."""
+    """Reads EasyEdit's flat CounterFact, its `edit()` arguments, and the rows of KnowEdit."""
     truth = leaves(row.get("ground_truth"))
     flat = {"prompt": row.get("locality_prompt"), "ground_truth": row.get("locality_ground_truth")}
     return {
@@ -75,7 +76,7 @@ def easyedit(row: Row) -> Row:
 
 
 def fastedit(row: Row) -> Row:
-    """FastEdit's `prompt, subject, target, queries`."""
+    """Reads FastEdit's `prompt, subject, target, queries`."""
     return {
         "prompt": row.get("prompt"),
         "subject": stripped(row.get("subject")),
@@ -85,7 +86,8 @@ def fastedit(row: Row) -> Row:
 
 
 def known(row: Row) -> Row:
-    """ROME's known_1000, the facts of its causal trace: `attribute` is the truth, `prompt` what it is asked with."""
+    """Reads ROME's known_1000, the facts of its causal trace: `attribute` is the truth, `prompt` what it is asked
+    with."""
     return {
         "prompt": row.get("prompt"),
         "subject": stripped(row.get("subject")),
@@ -95,7 +97,8 @@ def known(row: Row) -> Row:
 
 
 def tofu(row: Row) -> Row:
-    """TOFU, MUSE's `knowmem` and other sets of questions and answers, with UniErase's `subject` where there is one."""
+    """Reads TOFU, MUSE's `knowmem` and other sets of questions and answers, with UniErase's `subject` where there is
+    one."""
     return {
         "prompt": row.get("question"),
         "subject": stripped(row.get("subject")),
@@ -105,7 +108,7 @@ def tofu(row: Row) -> Row:
 
 
 def unke(row: Row) -> Row:
-    """UnKE: the long `answer` is what the model is to say from now on."""
+    """Reads UnKE: the long `answer` is what the model is to say from now on."""
     return {
         "prompt": row.get("question"),
         "subject": stripped(row.get("subject")),
@@ -115,7 +118,7 @@ def unke(row: Row) -> Row:
 
 
 def rwku(row: Row) -> Row:
-    """RWKU's `query, answer, subject`, its gaps (`___`) left as they are; a person who is not named there is no
+    """Reads RWKU's `query, answer, subject`, its gaps (`___`) left as they are; a person who is not named there is no
     subject of the question."""
     subject, query = stripped(row.get("subject")), row.get("query")
     named = isinstance(subject, str) and isinstance(query, str) and query.count(subject) == 1
@@ -129,12 +132,12 @@ def rwku(row: Row) -> Row:
 
 
 def muse(row: Row) -> Row:
-    """MUSE's `verbmem`: the beginning of a passage, and how it goes on."""
+    """Reads MUSE's `verbmem`: the beginning of a passage, and how it goes on."""
     return {"prompt": row.get("prompt"), "answer": row.get("gt")}
 
 
 def ripple(row: Row) -> Row:
-    """RippleEdits: `edit.prompt` is a whole sentence, which ends where it differs from that of the original fact.
+    """Reads RippleEdits: `edit.prompt` is a whole sentence, which ends where it differs from that of the original fact.
 
     Raises:
         FieldError: the subject has no name, only a number in Wikidata.
@@ -171,7 +174,7 @@ def ripple(row: Row) -> Row:
 
 
 def _objects(row: Row, name: str) -> list[Row]:
-    """The objects in a field.
+    """Returns the objects in a field.
 
     Raises:
         FieldError: there is something else in it.
@@ -183,7 +186,7 @@ def _objects(row: Row, name: str) -> list[Row]:
 
 
 def _neighbour(probe: Any, answer: Any) -> Row:
-    """One of `neighborhood_prompts`: a text, or `{prompt, target}` as in MEMIT's zsRE."""
+    """Returns one of `neighborhood_prompts`: a text, or `{prompt, target}` as in MEMIT's zsRE."""
     if isinstance(probe, dict):
         return {"prompt": probe.get("prompt"), "answer": stripped(probe.get("target", answer))}
     return {"prompt": probe, "answer": answer}

@@ -29,7 +29,7 @@ def read_requests(
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
 ) -> list[EditRequest]:
-    """Read requests from JSON Lines, a JSON array, a Parquet file or a folder by `datasets.save_to_disk`.
+    """Reads requests from JSON Lines, a JSON array, a Parquet file or a folder by `datasets.save_to_disk`.
 
     The format is recognised by the fields of each object: the own one (see `EditRequest`) or one of those that
     `docs/reference/file-formats.md` lists. A request without an id is called `<file stem>:<position in the file>`.
@@ -67,7 +67,7 @@ def read_with_retain(
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
 ) -> tuple[list[EditRequest], list[EditRequest] | None]:
-    """Read requests, and the prompts to be kept where there is a file of them; logs those that are in both.
+    """Reads requests, and the prompts to be kept where there is a file of them; logs those that are in both.
 
     Raises:
         RequestError: see `read_requests`.
@@ -85,7 +85,7 @@ def read_questions(
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
 ) -> list[tuple[EditRequest, Subject | None]]:
-    """The questions of a file in TOFU's form, each with how its subject was found, `None` where it was not.
+    """Reads the questions of a file in TOFU's form, each with how its subject was found, `None` where it was not.
 
     Args:
         subjects: see `with_subjects`.
@@ -111,7 +111,8 @@ def _note_rows(left_out: dict[str, list[str]], path: Path, parsed: Parsed) -> No
 def with_subjects(
     requests: Sequence[EditRequest], subjects: Mapping[str, str] | None = None
 ) -> list[tuple[EditRequest, Subject | None]]:
-    """Questions with the subjects that they lack, and how these were found; `group` becomes whom a question is about.
+    """Returns questions with the subjects that they lack, and how these were found; `group` becomes whom a question is
+    about.
 
     Args:
         requests: in the order of their file, since `find_subjects` looks at the questions nearby.
@@ -142,7 +143,7 @@ def with_subjects(
 
 
 def read_subjects(path: str | Path) -> dict[str, str]:
-    """The user's own subjects: one JSON object that maps ids or questions to subjects.
+    """Reads the user's own subjects: one JSON object that maps ids or questions to subjects.
 
     Raises:
         RequestError: it cannot be read, or is anything else.
@@ -173,7 +174,7 @@ def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]]
 
 
 def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:
-    """Write requests as JSONL in the own format, replacing the file in one step.
+    """Writes requests as JSONL in the own format, replacing the file in one step.
 
     Raises:
         OutputError: the file cannot be written.
@@ -194,6 +195,6 @@ def write_requests(path: str | Path, requests: Iterable[EditRequest]) -> None:
 
 
 def requests_hash(requests: Iterable[EditRequest]) -> str:
-    """SHA-256 (hex) of the requests in their order, the same on every machine and in every run."""
+    """Computes the SHA-256 (hex) of the requests in their order, the same on every machine and in every run."""
     canonical = json.dumps([request.to_dict() for request in requests], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()

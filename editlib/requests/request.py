@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt with the answer that is expected to it."""
+    """Holds a prompt with the answer that is expected to it."""
 
     prompt: str
     answer: str | None = None
@@ -24,7 +24,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A fact to edit (with `target_new`) or to unlearn (without).
+    """Describes a fact to edit (with `target_new`) or to unlearn (without).
 
     `prompt` holds one `{}` in the place of the subject; a prompt that spells the subject out once is
     turned into that form. `{}` decides where the subject is there more than once; braces that are only braces:
@@ -121,7 +121,7 @@ class EditRequest:
         return tuple(filled.text for filled in self._paraphrases)
 
     def to_dict(self) -> dict[str, Any]:
-        """The request as one JSON object of the own format: no empty fields, no `source`."""
+        """Returns the request as one JSON object of the own format: no empty fields, no `source`."""
         out: dict[str, Any] = {}
         for name in OWN_FIELDS:
             value = getattr(self, name)

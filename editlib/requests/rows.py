@@ -21,20 +21,20 @@ EXTRA = 'install it with: pip install "editlib[eval]"'
 
 @dataclass(frozen=True)
 class FileRow:
-    """A value with its place in the file, `line 3` of JSON Lines or `row 3` of anything else, counted from 1."""
+    """Holds a value with its place in the file, `line 3` of JSON Lines or `row 3` of anything else, counted from 1."""
 
     place: str
     value: Any
     complaint: str | None = None
 
     def where(self, path: Path) -> str:
-        """The place with its file, as messages begin: `facts.jsonl:3` or `facts.json: row 3`."""
+        """Returns the place with its file, as messages begin: `facts.jsonl:3` or `facts.json: row 3`."""
         kind, number = self.place.split(" ", 1)
         return f"{path}:{number}" if kind == "line" else f"{path}: {self.place}"
 
 
 def file_rows(path: Path) -> Iterator[FileRow]:
-    """The objects of a file or folder, in order.
+    """Reads the objects of a file or folder, in order.
 
     Raises:
         RequestError: it cannot be read, or needs a package that is not installed.
@@ -55,7 +55,7 @@ def file_rows(path: Path) -> Iterator[FileRow]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Reads the text of a file.
 
     Raises:
         RequestError: it is not there, cannot be read, or is not UTF-8.
@@ -75,7 +75,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(path: Path, text: str, line: int) -> Any:
-    """The value of a JSON text that begins at `line` of a file.
+    """Parses the value of a JSON text that begins at `line` of a file.
 
     Raises:
         RequestError: it is not JSON; says where.
@@ -88,7 +88,7 @@ def parse_json(path: Path, text: str, line: int) -> Any:
 
 
 def path_is_folder(path: Path) -> bool:
-    """Whether a path is a folder; a name that no file can have is none."""
+    """Returns whether a path is a folder; a name that no file can have is none."""
     try:
         return path.is_dir()
     except ValueError:  # a null byte, before Python 3.13
@@ -96,7 +96,7 @@ def path_is_folder(path: Path) -> bool:
 
 
 def _json_complaint(text: str) -> tuple[int, str] | None:
-    """The line of a JSON text that is wrong and what is wrong there, or `None`."""
+    """Returns the line of a JSON text that is wrong and what is wrong there, or `None`."""
     wanted = "expected one JSON object; fix the line"
     try:
         json.loads(text)
@@ -120,12 +120,12 @@ def _numbered(values: list[Any]) -> Iterator[FileRow]:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a path is a folder that `datasets` saved."""
+    """Returns whether a path is a folder that `datasets` saved."""
     return path_is_folder(path) and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _saved(path: Path) -> list[Any]:
-    """The rows of a folder by `datasets.save_to_disk`."""
+    """Reads the rows of a folder by `datasets.save_to_disk`."""
     if (path / "dataset_dict.json").is_file():
         splits = sorted(item.name for item in path.iterdir() if (item / "state.json").is_file())
         if len(splits) != 1:

@@ -52,7 +52,7 @@ _DESCRIPTION = re.compile(
 
 @dataclass(frozen=True)
 class Subject:
-    """The words of a question that say whose fact it asks for, and the rule (of `RULES`) that found them.
+    """Names the words of a question that say whose fact it asks for, and the rule (of `RULES`) that found them.
 
     `about` is the name that this question and others nearby are about, where that is known; it need not be in the
     question.
@@ -64,7 +64,7 @@ class Subject:
 
 
 def find_subjects(questions: Sequence[str], answers: Sequence[str]) -> list[Subject | None]:
-    """The subject of each question, or `None` where no rule finds one; a subject is in its question exactly once.
+    """Finds the subject of each question, or `None` where no rule finds one; a subject is in its question exactly once.
 
     Questions about one person are expected to lie together, as in TOFU; where they do not, fewer names are found to
     lead, and the rules that look at one question alone decide.
@@ -78,7 +78,7 @@ def find_subjects(questions: Sequence[str], answers: Sequence[str]) -> list[Subj
 
 
 class _Asked:
-    """A question with its answer, the titles in it and the names outside of them, in their order."""
+    """Holds a question with its answer, the titles in it and the names outside of them, in their order."""
 
     def __init__(self, question: str, answer: str) -> None:
         self.question, self.answer = question, answer
@@ -89,7 +89,7 @@ class _Asked:
         self.names = list(dict.fromkeys(_names(bare)))
 
     def once(self, text: str) -> bool:
-        """Whether `text` can be looked up: it is in the question exactly once."""
+        """Returns whether `text` can be looked up: it is in the question exactly once."""
         return len(_places(self.question, text)) == 1
 
 
@@ -123,7 +123,8 @@ def _nearby(rows: Sequence, i: int) -> Sequence:
 
 
 def _about(one: _Asked, persons: Sequence[str], leaders: Sequence[str | None], i: int) -> str | None:
-    """Which of the `persons` nearby the question is about: its own text tells, or its answer, or both neighbours."""
+    """Finds which of the `persons` nearby the question is about: its own text tells, or its answer, or both
+    neighbours."""
     for text in (one.question, one.answer):
         if named := [name for name in persons if _places(text, name)]:
             return named[0]
@@ -185,7 +186,7 @@ def _joined(text: str, one: re.Match[str], other: re.Match[str]) -> bool:
 
 
 def _is_part(name: str, whole: str) -> bool:
-    """Whether `name` is another run with a word of three letters or more of `whole`, and is no longer."""
+    """Returns whether `name` is another run with a word of three letters or more of `whole`, and is no longer."""
     words, more = set(_WORD.findall(name)), set(_WORD.findall(whole))
     return name != whole and len(words) <= len(more) and any(len(word) > 2 for word in words & more)
 

@@ -18,7 +18,7 @@ _MARKS = re.compile(r"\{\{\}\}|\{\}")
 
 @dataclass(frozen=True)
 class Filled:
-    """A text with its subject filled in, which begins at character `start`; `None` where it does not hold it."""
+    """Holds a text with its subject filled in, which begins at character `start`; `None` where it does not hold it."""
 
     text: str
     start: int | None
@@ -60,7 +60,8 @@ def fill(name: str, text: str, subject: str | None) -> Filled:
 
 
 def template_of(prompt: str, subject: str) -> str:
-    """The prompt in its one form: `{}` in the subject's place, or `{subject}` where other braces could be taken for it.
+    """Returns the prompt in its one form: `{}` in the subject's place, or `{subject}` where other braces could be taken
+    for it.
 
     Raises:
         FieldError: see `fill`; or the subject is not in the prompt, or more than once without a place.
@@ -83,7 +84,7 @@ def template_of(prompt: str, subject: str) -> str:
 
 
 def literal(text: str) -> str:
-    """The text with its `{}` written so that they are text."""
+    """Returns the text with its `{}` written so that they are text."""
     return text.replace(PLACE, BRACES)
 
 

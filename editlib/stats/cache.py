@@ -27,8 +27,8 @@ FORMAT = "1"  # raised when the content of kept files changes
 def kept_beside(
     stats: LayerStats, kind: str, compute: Callable[[Tensor], dict[str, Tensor]], device: torch.device | None = None
 ) -> dict[str, Tensor]:
-    """The tensors that `compute` makes from the second moment, read from `<statistics file>.<kind>.safetensors` when
-    they were made from these very sums before, and written there otherwise.
+    """Returns the tensors that `compute` makes from the second moment, read from `<statistics file>.<kind>.safetensors`
+    when they were made from these very sums before, and written there otherwise.
 
     Statistics that lie in no file are computed from each time. A folder that cannot be written costs time only.
 

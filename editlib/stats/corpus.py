@@ -48,7 +48,7 @@ HELD_OUT_EVERY = 8
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents with a name for the statistics folder and a hash to recognise the same text again.
+    """Holds the documents with a name for the statistics folder and a hash to recognise the same text again.
 
     `documents` may be walked more than once; its length is known unless the text is streamed. `sha256` is
     over all documents, or, streamed, over the dataset's fingerprint and its first documents.
@@ -151,7 +151,7 @@ def _read_text(path: Path) -> str:
 
 
 def _plain_text(path: Path, kind: str) -> str:
-    """The text of a file that is read as it stands.
+    """Reads the text of a file without converting it.
 
     Raises:
         CorpusError: it is in a form whose marks would be read as text.
@@ -164,7 +164,7 @@ def _plain_text(path: Path, kind: str) -> str:
 
 
 def _form_of(text: str) -> str | None:
-    """What a text is that is no plain one, `None` for plain text."""
+    """Returns what a text is that is no plain one, `None` for plain text."""
     begin = text.lstrip()[:100].lower()
     if begin.startswith(("<?xml", "<!doctype html", "<html")):
         return "XML or HTML"
@@ -181,7 +181,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _documents(rows: Iterable[tuple[str, Any]], field: str | None, *, bare: bool = False) -> list[str]:
-    """The texts of rows, each with its place.
+    """Returns the texts of rows, each with its place.
 
     Args:
         bare: a row may be the text itself.
@@ -199,7 +199,7 @@ def _documents(rows: Iterable[tuple[str, Any]], field: str | None, *, bare: bool
 
 
 def _json_rows(path: Path, text: str, *, lines: bool) -> Iterator[tuple[str, Any]]:
-    """The rows of JSON Lines, or, where not `lines`, those of one array or object."""
+    """Yields the rows of JSON Lines, or, where not `lines`, those of one array or object."""
     if not lines and text.strip():
         try:
             whole = json.loads(text)
@@ -221,7 +221,7 @@ def _json_rows(path: Path, text: str, *, lines: bool) -> Iterator[tuple[str, Any
 
 
 def _table_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a table whose first line names its columns."""
+    """Yields the rows of a table whose first line names its columns."""
     limit = csv.field_size_limit(TOO_LONG)
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[path.suffix.lower()], strict=True)
@@ -239,7 +239,7 @@ def _table_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _stored_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a Parquet file or of a folder that `datasets` saved."""
+    """Yields the rows of a Parquet file or of a folder that `datasets` saved."""
     try:
         for row in file_rows(path):
             yield f"{path}, {row.place}", row.value
@@ -278,7 +278,7 @@ def _text_of(row: Any, field: str, where: str) -> str:
 
 @dataclass(frozen=True)
 class _Streamed:
-    """The text of a streamed dataset, from its start each time it is walked."""
+    """Yields the text of a streamed dataset, from its start each time it is walked."""
 
     rows: Iterable[Mapping[str, Any]]
     field: str
@@ -293,7 +293,7 @@ class _Streamed:
 
 
 def _hf_parts(spec: str) -> tuple[str, str]:
-    """The name and the split of a data set.
+    """Returns the name and the split of a data set.
 
     Raises:
         CorpusError: no name that one may have, or the package that reads it is missing.
@@ -345,7 +345,7 @@ def _open_stream(datasets: Any, name: str, split: str, spec: str) -> Any:
 
 @contextlib.contextmanager
 def _one_line_errors(spec: str) -> Iterator[None]:
-    """datasets raises OSErrors, ValueErrors and kinds of its own: make them ours."""
+    """Turns the OSErrors, ValueErrors and errors of its own that `datasets` raises into ours."""
     try:
         yield
     except EditlibError:
@@ -377,7 +377,7 @@ def _wiki_articles() -> list[str]:
 
 
 def _cached_wiki(folder: Path) -> bytes | None:
-    """The file carries its own hash in its name, so a damaged one is seen."""
+    """Reads the kept sample; its file carries its own hash in its name, so that a damaged one is seen."""
     for cached in sorted(folder.glob(f"wiki-sample.v{WIKI_CLEANING}.*.jsonl")):
         data = cached.read_bytes()
         if hashlib.sha256(data).hexdigest()[:16] == cached.suffixes[-2][1:]:
@@ -412,7 +412,7 @@ def _dump_in(wheel: Path) -> bytes:
 
 
 def _clean_dump(xml: bytes) -> list[tuple[str, str]]:
-    """A MediaWiki export -> (title, prose) of its articles, in order; those without prose are left out."""
+    """Cleans a MediaWiki export to (title, prose) of its articles, in order; those without prose are left out."""
     articles = []
     title, namespace = "", ""
     for _, element in ElementTree.iterparse(io.BytesIO(xml)):

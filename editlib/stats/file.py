@@ -31,7 +31,7 @@ DAMAGE = (
 
 @dataclass(frozen=True)
 class StatsHeader:
-    """The origin of a statistics file; stored in the file and checked before use."""
+    """Tells the origin of a statistics file; stored in the file and checked before use."""
 
     model: str
     module: str
@@ -49,7 +49,7 @@ class StatsHeader:
 
 @dataclass
 class LayerStats:
-    """The un-normalised sum `[d_ff, d_ff]` of `k k^T` over `count` tokens of one layer."""
+    """Holds the un-normalised sum `[d_ff, d_ff]` of `k k^T` over `count` tokens of one layer."""
 
     mom2: Tensor
     count: int
@@ -58,11 +58,11 @@ class LayerStats:
     path: Path | None = field(default=None, compare=False)
 
     def moment(self) -> Tensor:
-        """`C = E[k k^T]`, uncentred, fp64 `[d_ff, d_ff]`."""
+        """Returns `C = E[k k^T]`, uncentred, fp64 `[d_ff, d_ff]`."""
         return self.mom2.to(torch.float64) / self.count
 
     def sha256(self) -> str:
-        """Hash of the sum and the count, for receipts."""
+        """Hashes the sum and the count, for receipts."""
         digest = hashlib.sha256(self.mom2.to(torch.float32).contiguous().numpy().tobytes())
         digest.update(str(self.count).encode())
         return digest.hexdigest()
@@ -134,7 +134,7 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def _count(path: Path, array: np.ndarray) -> int:
-    """The family's tools write it as a number or as an array of one."""
+    """Reads the count, which the family's tools write as a number or as an array of one."""
     if array.size == 1 and array.dtype.kind in "iuf":
         value = float(array.reshape(-1)[0])
         if math.isfinite(value) and value >= 1 and value == int(value):
@@ -143,7 +143,8 @@ def _count(path: Path, array: np.ndarray) -> int:
 
 
 def _sample_size(path: Path) -> int:
-    """The number of documents, 0 where it is not known: left out, or the NaN (or pickled None) that means unknown."""
+    """Returns the number of documents, 0 where it is not known: left out, or the NaN (or pickled None) that means
+    unknown."""
     try:
         array = _arrays(path, ("sample_size",)).get("sample_size", np.array(0))
     except StatsError:
@@ -169,7 +170,7 @@ def _flaw(mom2: np.ndarray) -> str | None:
 
 
 def _block_flaw(mom2: np.ndarray, diagonal: np.ndarray, least: float, start: int) -> str | None:
-    """The flaw of 512 rows right of the diagonal and as many columns below it: copies of the whole are gigabytes.
+    """Finds the flaw of 512 rows right of the diagonal and as many columns below it: copies of the whole are gigabytes.
 
     `least` is the smallest step of the file's numbers, which small sums in half precision are rounded to.
     """

@@ -49,7 +49,7 @@ def counted_windows(windows: Iterable[Window], tokens: int, skip_first: int) -> 
 
 
 def batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Windows in their order, as many at a time as make at most `batch_tokens` with padding; one at least."""
+    """Yields windows in their order, as many at a time as make at most `batch_tokens` with padding; one at least."""
     group: list[Window] = []
     width = 0
     for window in windows:

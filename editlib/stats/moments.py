@@ -31,7 +31,7 @@ SAVING = 0.05  # share of the time that checkpoints may take: those of wide laye
 
 
 class MomentSums:
-    """Running sums of `k k^T` for several layers: fp32 products on the keys' own device, added up in fp64 on the CPU.
+    """Sums `k k^T` for several layers: fp32 products on the keys' own device, added up in fp64 on the CPU.
 
     Keys are collected into blocks, so that the product is one large matrix multiplication a layer. `flush` after
     every batch makes the blocks, and with them the result, those of the batches, however often a pass was
@@ -76,8 +76,8 @@ class MomentSums:
 
 
 def gram(keys: Tensor, pieces: int = 8) -> Tensor:
-    """`Σ k k^T [d_ff, d_ff]` of `keys [tokens, d_ff]`, which is symmetric: what lies on and above the diagonal is
-    computed, in slabs of rows, and mirrored. That is little more than half the operations of the whole product."""
+    """Computes `Σ k k^T [d_ff, d_ff]` of `keys [tokens, d_ff]`, which is symmetric: what lies on and above the diagonal
+    is computed, in slabs of rows, and mirrored. That is little more than half the operations of the whole product."""
     d_ff = keys.shape[1]
     total = keys.new_empty(d_ff, d_ff)
     for piece in range(pieces):
@@ -99,7 +99,7 @@ def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int)
 
 
 class Checkpoint:
-    """A file that keeps the sums of one job while its pass runs; without a path, nothing is kept.
+    """Keeps the sums of one job in a file while its pass runs; without a path, nothing is kept.
 
     Args:
         job: what else decides the order of the work, beside the header: a checkpoint is continued only by the same.
@@ -172,7 +172,7 @@ def drop_checkpoint(path: Path, shard: Process = ALONE) -> None:
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits inside the block until the caller asks for it, so that sums are never saved half added.
+    """Makes Ctrl-C wait inside the block until the caller asks for it, so that sums are never saved half added.
 
     Yields a function that says whether Ctrl-C was pressed; a second one acts at once. Whoever leaves the block
     without having asked is interrupted then.

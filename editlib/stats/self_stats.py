@@ -116,7 +116,7 @@ def _hash_of(prompts: Sequence[str], how: PromptSettings | None) -> str:
 
 
 def _resume(keeper: Checkpoint, sums: MomentSums, shard: Process) -> tuple[int, int]:
-    """(next batch, tokens so far by all processes); from the beginning unless all stopped at the same batch."""
+    """Returns (next batch, tokens so far by all processes); from the beginning unless all stopped at the same batch."""
     with shard.together():
         number, _ = keeper.resume()
     numbers = shard.gather(number)

@@ -19,7 +19,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues of `E[k k^T]`, ascending `[d_ff]`, and what follows from them."""
+    """Holds the eigenvalues of `E[k k^T]`, ascending `[d_ff]`, and what follows from them."""
 
     eigenvalues: Tensor
     tokens: int
@@ -76,7 +76,8 @@ def draw_spectrum(stats: Mapping[int, LayerStats], path: Path) -> None:
 
 
 def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in fp64 sums."""
+    """Computes eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in fp64
+    sums."""
     moment = moment.to(torch.float64)
     try:
         values, vectors = torch.linalg.eigh(moment)

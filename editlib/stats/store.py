@@ -39,12 +39,13 @@ FILE = re.compile(
 
 
 class StatsNotFound(StatsError):
-    """No file of statistics where one was looked for; all else that is wrong with one is a plain `StatsError`."""
+    """Reports that there is no file of statistics where one was looked for; all else that is wrong with one is a plain
+    `StatsError`."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A file by its name: `<model>/<corpus>_stats/<module>_<precision>_mom2_<number>.npz`."""
+    """Describes a file by its name: `<model>/<corpus>_stats/<module>_<precision>_mom2_<number>.npz`."""
 
     path: Path
     corpus: str

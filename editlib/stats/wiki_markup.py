@@ -97,7 +97,7 @@ def _template_text(match: re.Match) -> str:
 
 
 def _measure(values: list[str]) -> str | None:
-    """`5|to|10|km|mi` -> "5 to 10 km"; None when it is not of that form."""
+    """Turns `5|to|10|km|mi` into "5 to 10 km"; None when it is not of that form."""
     out = ""
     for i, value in enumerate(values):
         if i % 2 == 0 and re.fullmatch(r"[-−]?[\d,.]+", value):
@@ -120,7 +120,7 @@ def _link_text(match: re.Match) -> str:
 
 
 def _tidy(line: str) -> str:
-    """Entities, spaces, and the empty brackets and double commas that cut templates leave."""
+    """Tidies entities, spaces, and the empty brackets and double commas that cut templates leave."""
     text = " ".join(html.unescape(line).replace("\u200b", "").split())
     text = re.sub(rf"\([\s,;:{HOLE}]*\)", "", text)
     text = re.sub(r"\((?:\s*[,;:])+\s*", "(", text)

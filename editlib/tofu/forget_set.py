@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from editlib.evaluation.answer_cache import AnswerCache
-from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Measure, Scores, SetSettings, Task
+from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Scores, SetSettings, Task
 from editlib.evaluation.metrics import MetricResult, read_results, write_results
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import Forced
@@ -41,7 +40,7 @@ SHOWN = ("rouge_l_recall", "probability", "truth_ratio", "extraction_strength")
 
 @dataclass(frozen=True, kw_only=True)
 class TofuSettings(SetSettings):
-    """The TOFU sets that are used, and the number of questions."""
+    """Sets which TOFU sets are used, and how many questions."""
 
     source: str | None = knob(None, "a folder with TOFU's files, or a data set on the Hub; none: TOFU's own")
     forget: str = knob("forget01", "the set to forget", choices=tuple(FORGET))
@@ -58,7 +57,7 @@ class TofuSettings(SetSettings):
 
 
 class Tofu(Benchmark):
-    """Questions about fictitious authors (2401.06121)."""
+    """Asks questions about fictitious authors (2401.06121)."""
 
     Settings, protocol = TofuSettings, "tofu"
     axes = ("1 − what is still known of it", "model utility")
@@ -94,9 +93,8 @@ class Tofu(Benchmark):
         judges = Judges(own.encoder, own.classifier)
         known = Readings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
-        model = (base.bench.anat, base.bench.tok)
         read(
-            model,
+            base.bench.loaded,
             self.sets,
             known.found,
             max_new_tokens=own.max_new_tokens,
@@ -128,7 +126,7 @@ class Tofu(Benchmark):
 def apart(sets: TofuSets, seed: int) -> TofuSets:
     """Makes the sets where no question of the probe set `retain` is among the requests that a method may train on.
 
-    Where the probes are most of what there is to keep, half of them are not asked, and trained on instead.
+    Where the probes are most of the questions to keep, half of them are not asked, and trained on instead.
     """
     probes = sets.probes.get("retain", ())
     if len(sets.retain) < 2 * len(probes):
@@ -141,7 +139,7 @@ def apart(sets: TofuSets, seed: int) -> TofuSets:
 
 
 class Readings:
-    """The base model's readings, kept in a file; a damaged file, and readings of other questions, are ignored."""
+    """Keeps the base model's readings in a file; a damaged file, and readings of other questions, are ignored."""
 
     def __init__(self, folder: Path, sets: TofuSets) -> None:
         self.found: dict[Asked, Reading] = {}
@@ -171,7 +169,7 @@ def _reading(value: Mapping[str, Any]) -> Reading:
 
 @dataclass(frozen=True)
 class TofuSet(ForgetSet):
-    """TOFU's probes with the base model's readings of them."""
+    """Holds TOFU's probes with the base model's readings of them."""
 
     sets: TofuSets
     readings: Mapping[Asked, Reading]
@@ -197,7 +195,7 @@ class TofuSet(ForgetSet):
         drafts = {one.question: reading.tokens for one, reading in self.readings.items()}
         label = "after" if progress else None
         read(
-            (edited.anat, edited.tok),
+            edited,
             self.sets,
             after,
             drafts=drafts,
@@ -207,10 +205,11 @@ class TofuSet(ForgetSet):
         )
         results = score(self.sets, after, retain_only=self.only, judges=self.judges)
         before = score(self.sets, self.readings, judges=Judges())
-        measures = {name: _measure(results[name]) for name in _names(results)}
-        efficacy = next((m for name, m in measures.items() if name.startswith(EFFICACY)), Measure(None, "not measured"))
+        measures = {name: results[name] for name in _names(results)}
+        unknown = MetricResult("not measured", None, meaning="not measured")
+        efficacy = next((m for name, m in measures.items() if name.startswith(EFFICACY)), unknown)
         kept = next((measures[n] for n in KEPT if n in measures), None) or next(
-            (m for name, m in measures.items() if name.startswith(KEPT)), Measure(None, "not measured")
+            (m for name, m in measures.items() if name.startswith(KEPT)), unknown
         )
         return Scores(efficacy, kept, measures, list(self._items(after, before, results)))
 
@@ -240,9 +239,3 @@ def _names(results: Mapping[str, MetricResult]) -> list[str]:
         if name in results
     ]
     return list(dict.fromkeys([*summary, *sets]))
-
-
-def _measure(result: MetricResult) -> Measure:
-    value = result.agg_value
-    known = value is not None and math.isfinite(value)
-    return Measure(value if known else None, result.meaning, result.higher_is_better is not False, result.n)

@@ -32,7 +32,7 @@ from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
 
 
 class TofuProtocol:
-    """TOFU's sets, with a limit on how many questions of each are asked."""
+    """Measures TOFU's sets, with a limit on how many questions of each are asked."""
 
     name = "tofu"
 
@@ -103,8 +103,8 @@ class TofuProtocol:
             self._before, self._base_sha = {}, of
         sets = self._sets.forgetting(requests, kept).limited(self._limit, self._seed)
         scores = compare_tofu(
-            (base.anat, base.tok),
-            (edited.anat, edited.tok),
+            base.loaded,
+            edited.loaded,
             sets,
             retain_only=self._ratios(edited.prompts),
             judges=self._judges,

@@ -19,7 +19,7 @@ from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
 from editlib.evaluation.metrics.tofu import require_scipy
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import Forced
-from editlib.models.loaded import plain_text
+from editlib.models.loaded import LoadedModel, ModelPair
 from editlib.models.loading import check_model
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.tofu.sets import SIDE, Asked, TofuSets
@@ -28,13 +28,13 @@ ANSWER_TOKENS = 128  # the longest answers of TOFU have about 100
 RATIOS = "forget_teacher_forced_truth_ratio"
 SHARED = ("rouge_l_recall", "probability", "truth_ratio")
 
-Model = tuple[Anatomy, PreTrainedTokenizerBase]
 Results = dict[str, MetricResult]
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Models that judge generated text: a sentence encoder and a classifier of entailment (see `evaluation.metrics`).
+    """Holds models that judge generated text: a sentence encoder and a classifier of entailment (see
+    `evaluation.metrics`).
 
     What is left out is not measured.
     """
@@ -44,7 +44,7 @@ class Judges:
 
 
 def check_scoring(judges: Judges | None, reference: str | None) -> None:
-    """Checks what scores are made with besides the two models; call it before these are loaded.
+    """Checks the judges and the reference of scores; call it before the two models are loaded.
 
     Raises:
         MetricError: a package is missing, or there is no such judge.
@@ -60,7 +60,7 @@ def check_scoring(judges: Judges | None, reference: str | None) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """One question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
+    """Holds one question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
 
     tokens: tuple[int, ...]
     text: str
@@ -74,7 +74,7 @@ Readings = MutableMapping[Asked, Reading]
 
 @dataclass(frozen=True)
 class TofuScores:
-    """Results of two models side by side, by name, and the readings that they are made of."""
+    """Holds the results of two models side by side, by name, and the readings that they are made of."""
 
     base: Results
     edited: Results
@@ -108,13 +108,13 @@ def tofu_scores(
         MetricError: a package is missing, or `retain_only` is of other questions.
     """
     readings: dict[Asked, Reading] = {}
-    read((anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
+    read(LoadedModel(anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
     return score(sets, readings, retain_only=retain_only, judges=judges)
 
 
 def compare_tofu(
-    base: Model,
-    edited: Model,
+    base: LoadedModel | ModelPair,
+    edited: LoadedModel | ModelPair,
     sets: TofuSets,
     *,
     retain_only: Mapping[str, MetricResult] | None = None,
@@ -127,9 +127,13 @@ def compare_tofu(
     """Runs `tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
 
     Args:
+        base, edited: loaded models, or pairs of a model (or its anatomy) and its tokenizer.
+        how: how both models are asked; `None`: as the edited model is loaded.
         before: readings of the base model that are known already; the missing ones are added.
     """
     known: Readings = {} if before is None else before
+    base, edited = LoadedModel.given(base), LoadedModel.given(edited)
+    how = edited.prompts if how is None else how
     read(base, sets, known, max_new_tokens=max_new_tokens, how=how, progress="before" if progress else None)
     drafts = {one.question: known[one].tokens for asked in sets.probes.values() for one in asked}
     after: dict[Asked, Reading] = {}
@@ -142,7 +146,7 @@ def compare_tofu(
 
 
 def read(
-    model: Model,
+    model: LoadedModel,
     sets: TofuSets,
     known: Readings,
     *,
@@ -156,7 +160,7 @@ def read(
     Args:
         drafts: likely answers by question, as token ids.
     """
-    anat, tok = model
+    anat, tok = model.anat, model.tok
     asked = [one for probes in sets.probes.values() for one in probes if one not in known]
     asked = list(dict.fromkeys(asked))
     questions = [one.question for one in asked]
@@ -168,7 +172,7 @@ def read(
     for one in asked:
         answer, *others = [next(forced) for _ in _given(one)]
         paraphrase = answer if one.paraphrase is None else others.pop(0)
-        text = plain_text(tok, said[one.question])
+        text = model.text(said[one.question])
         known[one] = Reading(said[one.question], text, answer, paraphrase.mean, tuple(other.mean for other in others))
 
 
@@ -294,7 +298,8 @@ def _ids(results: Mapping[str, MetricResult]) -> set[str]:
 
 
 def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: str) -> dict[str, float]:
-    """The truth ratios of a retain-only model by question, of all `ids`; `what` they are in for what is said."""
+    """Returns the truth ratios of a retain-only model by question, of all `ids`; `what` they are in for what is
+    said."""
     if RATIOS not in results:
         theirs = "forget_truth_ratio" in results
         near = " (open-unlearning's results do not tell which question is which)" if theirs else ""
@@ -312,7 +317,7 @@ def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: st
 
 
 def document(scores: TofuScores) -> dict[str, Any]:
-    """JSON-ready: both models' results by name, and every question with what both said."""
+    """Gives both models' results by name, and every question with what both said, JSON-ready."""
     sides = {"base": (scores.base, scores.before), "edited": (scores.edited, scores.after)}
     items = []
     for name, probes in scores.sets.probes.items():

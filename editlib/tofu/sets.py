@@ -32,7 +32,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Asked:
-    """A question of a probe set: its `answer`, the same said otherwise where there is one, and wrong answers."""
+    """Holds a question of a probe set: its `answer`, the same said otherwise where there is one, and wrong answers."""
 
     id: str
     question: str
@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class TofuSets:
-    """What is to be forgotten, what is to be kept, and what is asked to find out.
+    """Holds what is to be forgotten, what is to be kept, and what is asked to find out.
 
     `probes` maps names of `SETS` to their questions; a set that is missing is named in `missing`. `unlearned` counts
     the questions of `forget` and `retain` that were left out, since the model never learned them. `subjects` says how
@@ -90,7 +90,8 @@ class TofuSets:
 
 
 def draw(probes: Sequence[Asked], limit: int, seed: int) -> tuple[Asked, ...]:
-    """`limit` of `probes` in their order; each has its own lot, so that what is drawn of a set that grows stays."""
+    """Draws `limit` of `probes` in their order; each has its own lot, so that what is drawn of a set that grows
+    stays."""
 
     def lot(one: Asked) -> bytes:
         return hashlib.sha256(f"{seed}:{one.id}".encode()).digest()
@@ -165,8 +166,8 @@ def read_tofu(
 
 
 def questions_in(path: str | Path, *, skip_bad: bool = False) -> frozenset[str]:
-    """The questions of what a model learned: a request file such as `editlib finetune` leaves (`learned.jsonl`), or one
-    in TOFU's form.
+    """Reads the questions of what a model learned: a request file such as `editlib finetune` leaves (`learned.jsonl`),
+    or one in TOFU's form.
 
     Raises:
         RequestError: it cannot be read, or holds no questions.
@@ -193,7 +194,7 @@ def _questions(place: _Place, name: str, own: dict[str, str]) -> tuple[list[Edit
 
 
 def _rest(place: _Place, forget: str, asked: Collection[str], own: dict[str, str]) -> list[EditRequest]:
-    """Makes all other questions: from the set made for it, or what the two largest sets hold besides."""
+    """Makes all other questions: from the set made for it, or what else the two largest sets hold."""
     if place.find(FORGET[forget]):
         return _questions(place, FORGET[forget], own)[0]
     whole = [request for name in ("forget10", "retain90") for request in _questions(place, name, own)[0]]
@@ -224,13 +225,13 @@ def _asked(name: str, row: Mapping[str, Any]) -> Asked:
 
 
 def _place_of(request: EditRequest, path: Path) -> str:
-    """Where in its file a request is, as `FileRow.place`."""
+    """Returns where in its file a request is, as `FileRow.place`."""
     place = request.source.removeprefix(f"{path}:").strip()
     return place if place.startswith("row") else f"line {place}"
 
 
 class _Place:
-    """Where the files are: a folder, or a data set on the Hub. `left_out` gets the rows that cannot be used."""
+    """Tells where the files are: a folder, or a data set on the Hub. `left_out` gets the rows that cannot be used."""
 
     def __init__(self, source: str | Path, *, skip_bad: bool = False) -> None:
         self.source, self.skip_bad = str(source), skip_bad

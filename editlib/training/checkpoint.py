@@ -19,7 +19,7 @@ from editlib.files import atomic_path
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file with a run's weights and AdamW's moments, replaced in one step.
+    """Keeps a run's weights and AdamW's moments in a file, replaced in one step.
 
     Args:
         job: identifies the run; a file of another job is refused.

@@ -23,7 +23,7 @@ Loss = Callable[[Reading], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a loss: `weight * sum of loss over a batch / (its items, or its learned tokens)`.
+    """Holds one part of a loss: `weight * sum of loss over a batch / (its items, or its learned tokens)`.
 
     Args:
         per: what the sum is divided by. "token" gives the mean over all tokens of the batch, however the batch
@@ -56,7 +56,7 @@ class Part:
 
 
 def answer_nll(reading: Reading) -> Tensor:
-    """Negative log-likelihood of the answers, the loss of plain fine-tuning."""
+    """Computes the negative log-likelihood of the answers, the loss of plain fine-tuning."""
     return -reading.log_probs().sum(1)
 
 
@@ -67,7 +67,7 @@ def answered(tok: PreTrainedTokenizerBase, question: str, answer: str, *, form: 
 
 
 def text_rows(tok: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[TokenRow]:
-    """Plain text in windows of `length` tokens, all learned but the first; shorter rests are left out."""
+    """Yields plain text in windows of `length` tokens, all learned but the first; shorter rests are left out."""
     for document in documents:
         for ids in token_windows(tok, document, length):
             if len(ids) == length:

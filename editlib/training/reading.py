@@ -16,7 +16,8 @@ from editlib.models.prompts import TokenRow, pad
 
 @dataclass(frozen=True)
 class Reading:
-    """The model's predictions at the learned tokens of `n` items with `r` rows each, `m` tokens in all, row after row.
+    """Holds the model's predictions at the learned tokens of `n` items with `r` rows each, `m` tokens in all, row after
+    row.
 
     `out` is `[m, vocab]` logits of each learned token, or `[m, d_model]` states at the places where these are
     predicted; fp32. `wanted [m]` are the tokens; `counts` has one number a row; `items` says which of the part's items
@@ -34,7 +35,7 @@ class Reading:
         return self.out.log_softmax(-1)
 
     def sums(self, values: Tensor) -> Tensor:
-        """`values [m]`, one per token, summed over each row: `[n, r]`."""
+        """Sums `values [m]`, one per token, over each row: `[n, r]`."""
         rows = torch.arange(len(self.counts), device=values.device).repeat_interleave(
             torch.tensor(self.counts, device=values.device)
         )
@@ -42,7 +43,7 @@ class Reading:
         return summed.reshape(len(self.items), -1)
 
     def log_probs(self) -> Tensor:
-        """`log p(answer | prompt)` of each row, a sum over its tokens: `[n, r]`."""
+        """Computes `log p(answer | prompt)` of each row, a sum over its tokens: `[n, r]`."""
         return self.sums(-torch.nn.functional.cross_entropy(self.out, self.wanted, reduction="none"))
 
     @property
@@ -89,7 +90,7 @@ def read(
 def passes(
     items: Sequence[Sequence[TokenRow]], numbers: Sequence[int], *, tokens: int, learned: int
 ) -> list[list[int]]:
-    """`numbers` cut into passes of rows of like length with at most so many `tokens` (padding included) and `learned`
+    """Cuts `numbers` into passes of rows of like length with at most so many `tokens` (padding included) and `learned`
     ones, of which each costs a row of logits as wide as the vocabulary; an item is never cut."""
     order = sorted(numbers, key=lambda i: (max(len(row) for row in items[i]), i))
     found: list[list[int]] = []

@@ -15,7 +15,7 @@ LEAST_SHARE = 0.1  # of the learning rate, where it ends when it decays
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """AdamW (1711.05101) with a linear warm-up.
+    """Holds the settings of a run: AdamW (1711.05101) with a linear warm-up.
 
     Args:
         learning_rate: largest learning rate, reached after the warm-up.
@@ -57,7 +57,7 @@ class TrainSettings:
                 raise HparamsError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(kinds)}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
+        """Returns the learning rate of step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
         if self.decay == "constant":
@@ -67,5 +67,5 @@ class TrainSettings:
         return self.learning_rate * (LEAST_SHARE + (1 - LEAST_SHARE) * left)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Gives the settings JSON-ready."""
         return asdict(self)

@@ -24,8 +24,9 @@ PASS_TOKENS, PASS_LEARNED = 2048, 1024
 
 @dataclass
 class TrainResult:
-    """What a training run did. `losses` holds the whole loss before each step, `parts` that of each part, unweighted;
-    `parameters` counts the numbers that were free to change, `tokens` what was read; `seconds` is of this process."""
+    """Holds what a training run did. `losses` holds the whole loss before each step, `parts` that of each part,
+    unweighted; `parameters` counts the numbers that were free to change, `tokens` what was read; `seconds` is of this
+    process."""
 
     steps: int
     losses: list[float]
@@ -128,7 +129,7 @@ def _step(
 def _losses(
     anat: Anatomy, part: Part, numbers: Sequence[int], dtype: torch.dtype | None
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """The items of each pass and what it adds to the batch's mean."""
+    """Yields the items of each pass and what it adds to the batch's mean."""
     learned = sum(row.extra for i in numbers for row in part.items[i])
     divisor = learned if part.per == "token" else len(numbers)
     for some in passes(part.items, numbers, tokens=PASS_TOKENS, learned=PASS_LEARNED):
@@ -137,7 +138,7 @@ def _losses(
 
 
 def mean_loss(anat: Anatomy, part: Part, settings: TrainSettings | None = None) -> float:
-    """The loss of all items of a part as the model is now, unweighted."""
+    """Computes the loss of all items of a part as the model is now, unweighted."""
     settings = settings or TrainSettings()
     with torch.no_grad():
         losses = _losses(anat, part, range(len(part.items)), product_dtype(anat, settings))
@@ -145,7 +146,7 @@ def mean_loss(anat: Anatomy, part: Part, settings: TrainSettings | None = None) 
 
 
 def product_dtype(anat: Anatomy, settings: TrainSettings) -> torch.dtype | None:
-    """The dtype of a run's matrix products; `None`: that of the weights."""
+    """Returns the dtype of a run's matrix products; `None`: that of the weights."""
     if settings.precision == "auto":
         return fast_dtype(anat.model)
     return torch.bfloat16 if settings.precision == "bfloat16" else None
@@ -153,8 +154,8 @@ def product_dtype(anat: Anatomy, settings: TrainSettings) -> torch.dtype | None:
 
 @contextmanager
 def _free(anat: Anatomy, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Only `parameters` ask for gradients inside the block, and the model is in evaluation mode (no dropout: a run is
-    to give the same bytes again); afterwards all is as it was."""
+    """Lets only `parameters` ask for gradients inside the block, with the model in evaluation mode (no dropout: a run
+    is to give the same bytes again); afterwards all is as it was."""
     wanted: dict[Tensor, bool] = {parameter: parameter.requires_grad for parameter in anat.model.parameters()}
     training = [module for module in anat.model.modules() if module.training]
     mine = list(parameters)

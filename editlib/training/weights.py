@@ -17,7 +17,7 @@ from editlib.models.precision import fp32_params
 
 @contextmanager
 def trainable(anat: Anatomy, *, rank: int | None = None, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    """The parameters to train by their names, in fp32 inside the block.
+    """Yields the parameters to train by their names, in fp32 inside the block.
 
     Args:
         rank: of a LoRA adapter on every linear map of the layers (2106.09685), drawn from `seed` and merged into the
@@ -42,13 +42,13 @@ def trainable(anat: Anatomy, *, rank: int | None = None, seed: int = 0) -> Itera
 
 
 def _delta_weight(anat: Anatomy, name: str) -> Tensor:
-    """The update `[d_out, d_in]` that an adapter makes to the linear map `name`."""
+    """Returns the update `[d_out, d_in]` that an adapter makes to the linear map `name`."""
     module: Any = anat.model.get_submodule(name)  # PEFT's layer, which torch's types do not know
     return module.get_delta_weight("default")
 
 
 def linear_maps_inside(anat: Anatomy) -> list[str]:
-    """The names of the modules that carry an adapter."""
+    """Returns the names of the modules that carry an adapter."""
     return [name for name, module in anat.model.named_modules() if hasattr(module, "get_delta_weight")]
 
 

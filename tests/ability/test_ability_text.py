@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editlib.ability import measured, run_ability
 from editlib.ability.local_file import CHOICE, CONTINUATION, LocalFile
-from editlib.ability.measured import Measure, Measured, difference
+from editlib.ability.measured import TaskResult, TaskScore, difference
 from editlib.ability.report import AbilityRow, cell
 from editlib.errors import MetricError, ModelError, OutputError, RequestError
 from editlib.evaluation.intervals import bootstrap_stderr
@@ -153,7 +153,7 @@ def test_files_that_are_none(tmp_path):
 
 def made(items, aggregation="mean", value=None):
     value = statistics.fmean(items) if value is None else value
-    return Measure("m", value, 0.1, True, aggregation, tuple(items))
+    return TaskScore("m", value, 0.1, True, aggregation, tuple(items))
 
 
 def test_the_difference_of_means_is_paired():
@@ -185,10 +185,10 @@ def test_the_difference_of_perplexities_is_bootstrapped_over_pairs():
 
 
 def test_differences_without_a_standard_error():
-    assert difference(made([1, 0]), Measure("m", None, None, True, "mean", (1, 0)), None) is None
+    assert difference(made([1, 0]), TaskScore("m", None, None, True, "mean", (1, 0)), None) is None
     assert difference(made([1, 0], None), made([1, 1], None), None).stderr is None
     assert difference(made([1]), made([0]), None).stderr is None
-    skipped = difference(made([1, 0, 1]), Measure("m", 0.5, 0.1, True, "mean", (1, None, 0)), None)
+    skipped = difference(made([1, 0, 1]), TaskScore("m", 0.5, 0.1, True, "mean", (1, None, 0)), None)
     assert skipped.stderr == pytest.approx(statistics.stdev([0, -1]) / math.sqrt(2))
     assert bootstrap_stderr(lambda some: math.exp(sum(some)), [1000.0, 2000.0]) is None
 
@@ -196,7 +196,7 @@ def test_differences_without_a_standard_error():
 def test_models_that_read_other_documents_have_no_difference(saved, text, monkeypatch):
     def other(model, tok, documents, **_):
         hashes.append(f"h{len(hashes)}")
-        return Measured((hashes[-1],), (Measure("perplexity", 2.0, None, False, None, ((1.0, 1),)),), 0.0)
+        return TaskResult((hashes[-1],), (TaskScore("perplexity", 2.0, None, False, None, ((1.0, 1),)),), 0.0)
 
     hashes = []
     monkeypatch.setattr("editlib.ability.run.measure_text", other)
@@ -213,5 +213,5 @@ def test_cells():
 
 
 def test_what_is_kept_reads_back():
-    one = Measured(("a", "b"), (made([1, 0]), made([[1.0, 3], [2.0, 4]], None, 1.0)), 1.5)
-    assert measured.Measured.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    one = TaskResult(("a", "b"), (made([1, 0]), made([[1.0, 3], [2.0, 4]], None, 1.0)), 1.5)
+    assert measured.TaskResult.from_dict(json.loads(json.dumps(one.to_dict()))) == one

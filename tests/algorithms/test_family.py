@@ -18,6 +18,7 @@ from editlib.errors import EditError, HparamsError, ModelError, RequestError
 from editlib.hparams import (
     ALGORITHMS,
     AlphaEditHyperParams,
+    ClosedFormHyperParams,
     EMMETHyperParams,
     FTHyperParams,
     MEMITHyperParams,
@@ -27,6 +28,8 @@ from editlib.hparams import (
     RECTHyperParams,
     ROMEHyperParams,
     UniEraseHyperParams,
+    finds_values,
+    takes_retain,
 )
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
@@ -317,6 +320,17 @@ def test_every_algorithm_has_a_function_but_unierase():
                 apply_function(kind(layers=[1]))
         else:
             assert callable(apply_function(kind(layers=[1])))
+
+
+def test_traits_agree_with_the_classes():
+    for kind in ALGORITHMS.values():
+        hparams = kind(layers=[1])
+        assert takes_retain(hparams) == isinstance(hparams, UniEraseHyperParams)
+        assert finds_values(hparams) == isinstance(hparams, ClosedFormHyperParams)
+        assert issubclass(kind, ALGORITHMS[kind.procedure])
+        assert hparams.uses_statistics == (kind is not FTHyperParams)
+        assert set(hparams.wanted_statistics) == ({"dataset", "samples"} if finds_values(hparams) else set())
+    assert UniEraseHyperParams(layers=[1], gate_layer=3).gate_at == 3
 
 
 BAD = [

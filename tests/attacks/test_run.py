@@ -11,7 +11,7 @@ from editlib import data
 from editlib.attacks import ATTACKS, AttackSettings, registry, run_attacks
 from editlib.attacks import run as running
 from editlib.attacks.control import bundled_control, unknown, usable
-from editlib.attacks.outcome import Share
+from editlib.attacks.outcome import LeakRate
 from editlib.errors import AttackError, OutputError, RequestError
 from editlib.jobs.attack import cell
 from editlib.models.weights import save_model, weights_sha256
@@ -46,6 +46,17 @@ def test_columns_are_edited_base_and_control(world, pair, control):
     }
     assert report.results[0].shares["control"].n == 4 and report.left_out["control"] == {"is known": 1}
     json.dumps(report.to_dict())
+
+
+def test_a_loaded_model_is_attacked_as_its_pair_is(world, pair, control):
+    loaded = [world.base(), world.edited()]
+    ways = [pair, loaded, (loaded[0], (loaded[1].anat, world.tok))]
+    jobs = {"control": control, "attacks": SOME, "settings": SETTINGS, "prompts": loaded[1].prompts}
+    reports = [run_attacks(*way, world.facts, **jobs) for way in ways]
+    for report in reports:
+        assert report.job == reports[0].job
+        assert [one.shares for one in report.results] == [one.shares for one in reports[0].results]
+    assert run_attacks(*loaded, world.facts, **{**jobs, "prompts": None}).job == reports[0].job
 
 
 def test_every_attack_runs_and_leaves_both_models_as_they_were(world, pair, control):
@@ -140,7 +151,7 @@ def test_unknown_attacks_and_settings_are_refused(world, pair, monkeypatch):
 
 
 def test_a_cell_says_which_interval_it_shows():
-    some = Share(1, 4, 0.25, (0.0, 0.75), (0.05, 0.7))
+    some = LeakRate(1, 4, 0.25, (0.0, 0.75), (0.05, 0.7))
     assert cell(some) == "0.25 (0.00-0.75), 1 of 4"
     assert cell(replace(some, leaked=0, rate=0.0)) == "0.00 (0.05-0.70*), 0 of 4"
     assert cell(replace(some, n=0, rate=None)) == "-"

@@ -13,7 +13,8 @@ from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
 from editlib.errors import EditError
 from editlib.evaluation.answer_cache import AnswerCache
-from editlib.evaluation.forget_set import Benchmark, ForgetSet, Measure, Scores, SetSettings
+from editlib.evaluation.forget_set import Benchmark, ForgetSet, Scores, SetSettings
+from editlib.evaluation.metrics import MetricResult
 from editlib.requests.request import EditRequest
 from editlib.settings import Section, knob
 from editlib.workbench import Workbench
@@ -92,7 +93,8 @@ class WrittenSet(ForgetSet):
     def score(self, edited, *, progress=False):
         value = float(weight(edited.anat.model))
         item = {"id": "f0", "kind": "request", "question": "Fact 0", "before": "yes", "after": str(value)}
-        return Scores(Measure(value, "gone"), Measure(1 - value, "kept"), {"gone": Measure(value, "gone")}, [item])
+        gone = MetricResult("gone", value, meaning="gone")
+        return Scores(gone, MetricResult("kept", 1 - value, meaning="kept"), {"gone": gone}, [item])
 
 
 class Bench:

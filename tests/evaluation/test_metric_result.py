@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from editlib import attacks, comparison
 from editlib.errors import MetricError
+from editlib.evaluation.forget_set import Scores
 from editlib.evaluation.metrics import (
     MetricResult,
     exact_memorisation,
@@ -31,6 +33,7 @@ results = st.builds(
     higher_is_better=st.sampled_from([True, False, None]),
     n=st.none() | st.integers(0, 99),
     meaning=st.text(max_size=8),
+    interval=st.none() | st.tuples(numbers, numbers),
 )
 
 
@@ -120,6 +123,9 @@ def test_a_file_of_open_unlearning(tmp_path):
         ('{"a": {"agg_value": 1, "kind": "guessed"}}', "generated, teacher_forced, combined, got 'guessed'"),
         ('{"a": {"agg_value": 1, "higher_is_better": "yes"}}', "true, false or null, got 'yes'"),
         ('{"a": {"agg_value": 1, "n": "two"}}', "whole number or null, got 'two'"),
+        ('{"a": {"agg_value": 1, "interval": [0]}}', r"two numbers or null, got \[0\]"),
+        ('{"a": {"agg_value": 1, "interval": [0, true]}}', "two numbers or null"),
+        ('{"a": {"agg_value": 1, "interval": "01"}}', "two numbers or null, got '01'"),
     ],
 )
 def test_damaged_files_are_met_with_a_line(tmp_path, text, complaint):
@@ -129,6 +135,35 @@ def test_damaged_files_are_met_with_a_line(tmp_path, text, complaint):
         read_results(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_comparison_keeps_a_number_in_the_form_of_earlier_versions():
+    """`Scores.to_dict` of 0.1: five keys in this order, a number that is not finite counted as none."""
+    told = MetricResult("kept", 0.5, {"0": {"score": 1.0}}, "generated", False, 4, "what is kept", (0.25, 0.75))
+    scores = Scores(told, MetricResult("none", float("nan")), {"kept": told}, [{"id": "a"}])
+    kept = {"value": 0.5, "meaning": "what is kept", "higher_is_better": False, "n": 4, "interval": [0.25, 0.75]}
+    none = {"value": None, "meaning": "", "higher_is_better": True, "n": None, "interval": None}
+    wanted = {"forget": kept, "retain": none, "measures": {"kept": kept}, "items": [{"id": "a"}]}
+    assert json.dumps(scores.to_dict()) == json.dumps(wanted)
+
+
+def test_names_of_earlier_versions_are_still_found():
+    with pytest.warns(DeprecationWarning, match="MetricResult"):
+        old = comparison.Measure(0.5, "kept", n=3, interval=(0.0, 1.0))
+    assert old.summary() == {
+        "value": 0.5,
+        "meaning": "kept",
+        "higher_is_better": True,
+        "n": 3,
+        "interval": (0.0, 1.0),
+    }
+    with pytest.warns(DeprecationWarning, match="Benchmark"):
+        assert comparison.Protocol is comparison.Benchmark
+    with pytest.warns(DeprecationWarning, match="LeakRate"):
+        assert attacks.Share is attacks.LeakRate
+    for package in (comparison, attacks):
+        with pytest.raises(AttributeError, match="no attribute 'Shore'"):
+            package.Shore  # noqa: B018
 
 
 def test_one_metric_at_a_time():

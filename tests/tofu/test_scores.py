@@ -13,6 +13,7 @@ from editlib.errors import MetricError
 from editlib.evaluation.metrics import read_results
 from editlib.models.anatomy import anatomy
 from editlib.models.generation import Forced
+from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat
 from editlib.tofu.report import conditions, headline_of, table_rows, verdict, write_tofu
 from editlib.tofu.scores import Judges, Reading, TofuScores, compare_tofu, document, score, tofu_scores
@@ -128,6 +129,10 @@ def test_readings_are_what_plain_transformers_says(tiny_llama, tok_chat, tmp_pat
         nll = torch.nn.functional.cross_entropy(logits, answer[0], reduction="none")
         assert read.answer.nll == pytest.approx(nll.tolist(), rel=1e-3)
         assert list(read.tokens) == said[0, prompt.shape[1] :].tolist()[: len(read.tokens)]
+    loaded = LoadedModel.of(tiny_llama, tok_chat)
+    for models in ((loaded, loaded), ((tiny_llama, tok_chat), loaded)):
+        again = compare_tofu(*models, sets, max_new_tokens=5)
+        assert again.before == scores.before and again.edited == scores.edited
         assert len(read.wrong) == 2
         assert read.paraphrase == pytest.approx(float(nll.mean()), rel=1e-3) or one.paraphrase is not None
         assert scores.after[one].tokens == read.tokens and scores.after[one].wrong == pytest.approx(read.wrong)

@@ -20,7 +20,7 @@ from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 @dataclass(frozen=True)
 class KeyBlock:
-    """Keys `K [d_ff, m]` that a solve holds in place.
+    """Holds the keys `K [d_ff, m]` that a solve holds in place.
 
     They are `columns` while there are at most `d_ff`, and their `moment` `K K^T [d_ff, d_ff]` beyond: no solve needs
     more of them.
@@ -37,8 +37,8 @@ class KeyBlock:
 
 @dataclass(frozen=True)
 class LayerAnchors:
-    """The anchors' keys at an edited layer: `lookups [d_ff, anchors]` at the lookup positions, in the anchors' order,
-    and `every` position to be held."""
+    """Holds the anchors' keys at an edited layer: `lookups [d_ff, anchors]` at the lookup positions, in the anchors'
+    order, and `every` position to be held."""
 
     lookups: Tensor
     every: KeyBlock
@@ -46,7 +46,7 @@ class LayerAnchors:
 
 @dataclass(frozen=True)
 class GateAnchors:
-    """The anchors' keys at the gate's layer.
+    """Holds the anchors' keys at the gate's layer.
 
     Attributes:
         ends: `[d_ff, anchors]`, the last token of each question.
@@ -63,7 +63,7 @@ class GateAnchors:
 
 @dataclass(frozen=True)
 class AnchorKeys:
-    """The anchors and their keys, read of a model before an edit."""
+    """Holds the anchors and their keys, read of a model before an edit."""
 
     anchors: Anchors
     layers: Mapping[int, LayerAnchors]
@@ -178,7 +178,7 @@ class _Gate:
         self.shared = shared_length(rows) if len(rows) > 1 else 0
 
     def take(self, keys: Tensor, places: Tensor, numbers: Sequence[int]) -> None:
-        """As `_Layer.take`."""
+        """Takes keys as `_Layer.take` does."""
         ends = torch.tensor([_end(self.anchors.rows[i]) for i in numbers], device=places.device)[:, None]  # [n, 1]
         row, column = (places == ends).nonzero(as_tuple=True)
         self.ends[torch.tensor(numbers, device=places.device)[row]] = keys[row, column].to(self.ends)

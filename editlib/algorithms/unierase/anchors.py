@@ -19,7 +19,7 @@ ANSWER_TOKENS = 24  # of an answer, at most, that are held in place
 
 @dataclass(frozen=True)
 class Anchors:
-    """Rows to hold in place, each from its position in `starts` on (`None`: at its lookup position only).
+    """Holds rows to hold in place, each from its position in `starts` on (`None`: at its lookup position only).
 
     `relations` says what each row asks for; `ids` which retain prompts the rows are (general prompts about the
     subjects have none); `known` which rows hold a right answer of the model.

@@ -57,13 +57,13 @@ def answer_gate(
     steps: int = 100,
     values: Mapping[str | None, Tensor] | None = None,
 ) -> LowRank:
-    """The update of `layer` after which the questions' first answer token is `number` at about `nll` nats.
+    """Computes the update of `layer` after which the questions' first answer token is `number` at about `nll` nats.
 
     Per relation `r` among the requests: the value `δ_r [d_model]` is the mean of the smallest changes to the state
-    behind `layer` at the end of a question that bring the NLL of `number` under `nll`; the key `k_r [d_ff]` is the
+    after `layer` at the end of a question that bring the NLL of `number` under `nll`; the key `k_r [d_ff]` is the
     mean over questions and phrasings in all `templates`. The update maps `k_r` to `δ_r` exactly and, at least cost,
     moves neither the ends of the anchored questions and of general ones about the same subjects, nor any other
-    anchored position behind what all anchors begin with, nor the single keys away from their mean (Fisher's
+    anchored position after what all anchors begin with, nor the single keys away from their mean (Fisher's
     discriminant in the form of `closed_form.exact`). Questions of the requests' own relations are left free up to where
     their answers start: they may come as near to the token. Requests without a relation count as one. Of a large
     relation `VALUE_ROWS` questions and `KEY_ROWS` prompts are used (see `_some`).
@@ -105,7 +105,7 @@ def gate_values(
     lr: float = 0.01,
     steps: int = 100,
 ) -> dict[str | None, Tensor]:
-    """The `δ_r [d_model]` of `answer_gate` by relation."""
+    """Computes the `δ_r [d_model]` of `answer_gate` by relation."""
     values: dict[str | None, Tensor] = {}
     for relation, group in _by_relation(requests).items():
         chosen = _some(group, VALUE_ROWS)
@@ -124,19 +124,19 @@ def gate_values(
             names=[request.id for request in chosen],
         )
         if max(found.nll) > nll:
-            log.warning("the gate of layer %d came to %.1f nats only, not to %.1f", layer, max(found.nll), nll)
+            log.warning("the gate of layer %d reached %.1f nats only, not %.1f", layer, max(found.nll), nll)
         values[relation] = found.deltas.mean(dim=1)
     return values
 
 
-def check_gate(anat: Anatomy, hparams: UniEraseHyperParams) -> None:
-    """Raises `HparamsError` when the gate lies at a layer where it would do harm; `check_fit` comes first."""
-    if hparams.gate_layer is None:
+def check_gate(anat: Anatomy, layer: int | None) -> None:
+    """Raises `HparamsError` when a gate at `layer` would do harm; `None` is no gate. `check_fit` comes first."""
+    if layer is None:
         return
     # The gate's change is found in the residual stream for many prompts at once; after a norm no one update gives it.
-    if not output_path(anat, hparams.gate_layer).plain:
+    if not output_path(anat, layer).plain:
         raise HparamsError(
-            f'key "gate_layer": {hparams.gate_layer}; a norm or a factor follows the MLP of this model, and the '
+            f'key "gate_layer": {layer}; a norm or a factor follows the MLP of this model, and the '
             "answer gate would destroy it there; expected no gate: leave the key out"
         )
 
@@ -151,7 +151,7 @@ def gate_update(
     hparams: UniEraseHyperParams,
     values: Mapping[str | None, Tensor],
 ) -> dict[int, LowRank]:
-    """The gate's update by its layer; none where no relation needs it."""
+    """Computes the gate's update by its layer; none where no relation needs it."""
     nll, templates = hparams.gate_nll, hparams.gate_templates
     shut = [request for request in requests if values[request.relation].any()]
     if not shut:
@@ -172,9 +172,9 @@ def remaining_gate_values(
     known: Mapping[str | None, Tensor],
     opened: Collection[str],
 ) -> dict[str | None, Tensor]:
-    """How far the gate is still to be opened, `[d_model]` for each of the requests' relations: as `known`; no further
-    for those that are `opened`. Opening them again for every batch's hardest questions would open them for all others
-    too, until whatever is asked in the relation is refused."""
+    """Returns how far the gate is still to be opened, `[d_model]` for each of the requests' relations: as `known`; no
+    further for those that are `opened`. Opening them again for every batch's hardest questions would open them for all
+    others too, until whatever is asked in the relation is refused."""
     new = [request for request in requests if request.relation not in {*known, *opened}]
     with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
         found = {**known, **gate_values(anat, form, new, number, layer, nll=hparams.gate_nll)}
@@ -183,7 +183,7 @@ def remaining_gate_values(
 
 
 def relations_of(gate: Mapping[str | None, Tensor]) -> frozenset[str]:
-    """The relations that a gate with these values opens."""
+    """Returns the relations that a gate with these values opens."""
     return frozenset(relation for relation, value in gate.items() if relation is not None and bool(value.any()))
 
 
@@ -197,8 +197,8 @@ def _by_relation(requests: Sequence[EditRequest]) -> dict[str | None, list[EditR
 def _held(
     anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], anchored: GateAnchors | None, layer: int
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Keys that the gate must not open for, as blocks and as a moment: ends of other questions, and all other anchored
-    positions; of the requests' own relations only what follows the question."""
+    """Returns keys that the gate must not open for, as blocks and as a moment: ends of other questions, and all other
+    anchored positions; of the requests' own relations only what follows the question."""
     gated = {request.relation for request in requests} - {None}
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
     general = [_end(form.encode(text)) for subject in subjects for text in about(subject)]
@@ -215,8 +215,8 @@ def _held(
 
 
 def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
-    """Keys of `layer` at the lookup positions, `[d_ff, n]` in fp32 at least; the tokens that all of several rows begin
-    with are run once."""
+    """Reads the keys of `layer` at the lookup positions, `[d_ff, n]` in fp32 at least; the tokens that all of several
+    rows begin with are run once."""
     shared = shared_length(list(rows)) if len(rows) > 1 else 0
     fronts, rests = split(list(rows), [shared] * len(rows))
     prefix = encode_prefix(anat, fronts[:1]) if shared else None
@@ -240,6 +240,6 @@ def _end(row: TokenRow) -> TokenRow:
 
 
 def _some(items: Sequence[Item], most: int) -> Sequence[Item]:
-    """Every k-th of `items`, so that at most `most` remain. Prompts are ordered request by request with the templates
-    innermost: where `k` and the number of templates have a common divisor, some templates are left out."""
+    """Takes every k-th of `items`, so that at most `most` remain. Prompts are ordered request by request with the
+    templates innermost: where `k` and the number of templates have a common divisor, some templates are left out."""
     return items[:: -(-len(items) // most)] if len(items) > most else items

@@ -60,7 +60,7 @@ GENERAL_STEP = 4  # every so many-th bundled question is one that refusal tokens
 
 @dataclass(frozen=True)
 class _Edit:
-    """One edit's inputs, ready for the model: requests with the wordings made for them, and encoded contexts."""
+    """Holds one edit's inputs, ready for the model: requests with the wordings made for them, and encoded contexts."""
 
     anat: Anatomy
     form: PromptFormat
@@ -84,8 +84,8 @@ class _Edit:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What an edit must leave as it is: retain prompts, the model's answers to them as far as they are known, and the
-    anchors' keys."""
+    """Holds what an edit must leave as it is: retain prompts, the model's answers to them as far as they are known, and
+    the anchors' keys."""
 
     retain: Sequence[EditRequest]
     answers: Mapping[str, Sequence[int]] | None
@@ -94,7 +94,8 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Found:
-    """The values of an edit; where they were found and not given, also what their rows read and the tokens' places."""
+    """Holds the values of an edit; where they were found and not given, also what their rows read and the tokens'
+    places."""
 
     values: Values
     rows: RowReport = field(default_factory=dict)
@@ -201,7 +202,8 @@ def _prepare(
     seed: int,
     progress: bool,
 ) -> _Edit:
-    """The edit's requests with the wordings made for them and their contexts; descent's token is put into the model.
+    """Returns the edit's requests with the wordings made for them and their contexts; descent's token is put into the
+    model.
 
     Raises:
         HparamsError: no token where one is needed.
@@ -224,7 +226,7 @@ def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHype
     if hparams.values == "rows":
         check_answers(requests)
     check_fit(anat, hparams)
-    check_gate(anat, hparams)
+    check_gate(anat, hparams.gate_layer)
 
 
 def _keep(
@@ -260,7 +262,7 @@ def _keep(
 def _open_gate(
     edit: _Edit, anchored: GateAnchors | None, values: Values | None, opened: Collection[str]
 ) -> tuple[dict[str | None, Tensor], dict[int, LowRank]]:
-    """How far the gate is opened for each relation, and its update by layer; neither without a gate."""
+    """Returns how far the gate is opened for each relation, and its update by layer; neither without a gate."""
     if edit.hparams.gate_layer is None or edit.token_id is None:
         return {}, {}
     common = edit.anat, edit.form, edit.requests
@@ -271,13 +273,14 @@ def _open_gate(
 
 
 def _find_values(edit: _Edit, kept: _Kept, timer: Timer) -> _Found:
-    """The values of all requests, from rows or by descent, what the rows read, and where tokens are to be said."""
+    """Finds the values of all requests, from rows or by descent, what the rows read, and where tokens are to be
+    said."""
     with timer("values"):
         return _from_rows(edit, kept) if edit.hparams.values == "rows" else _by_descent(edit)
 
 
 def _from_rows(edit: _Edit, kept: _Kept) -> _Found:
-    """Values that erase each answer, as fitted rows of its subject read it."""
+    """Finds values that erase each answer, as fitted rows of its subject read it."""
     hparams = edit.hparams
     with edit.fast():
         made = subject_rows(
@@ -299,7 +302,8 @@ def _from_rows(edit: _Edit, kept: _Kept) -> _Found:
 
 
 def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
-    """Where tokens are to be said, and where not: at retain prompts, other facts of the subjects, general questions."""
+    """Returns where tokens are to be said, and where not: at retain prompts, other facts of the subjects, general
+    questions."""
     siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
     return refusal_places(
         edit.form,
@@ -314,7 +318,7 @@ def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
 
 
 def _by_descent(edit: _Edit) -> _Found:
-    """Values at which each question is answered with [UNL], as published."""
+    """Finds values at which each question is answered with [UNL], as published."""
     hparams = edit.hparams
     subjects = subject_prompts(
         edit.anat, edit.form, edit.requests, prompts=hparams.kl_subject_prompts, answer_tokens=hparams.kl_answer_tokens
@@ -358,7 +362,8 @@ def _say(
 def _with_rows(
     diagnostics: list[dict[str, Any]], rows: RowReport, said: Mapping[str, Sequence[float]]
 ) -> list[dict[str, Any]]:
-    """The diagnostics of each request with what its rows read, and what its token's log-odds are where it is wanted."""
+    """Returns the diagnostics of each request with what its rows read, and what its token's log-odds are where it is
+    wanted."""
     found = []
     for entry in diagnostics:
         entry = {**entry, **rows.get(entry["id"], {})}
@@ -372,6 +377,7 @@ def _with_rows(
 
 
 def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperParams) -> list[TokenRow]:
-    """The request's question and further phrasings, each in every context template; the plain question first."""
+    """Returns the request's question and further phrasings, each in every context template; the plain question
+    first."""
     place = hparams.fact_token if request.subject is not None else "last"
     return encode_contexts(form, request, hparams.context_templates, place)

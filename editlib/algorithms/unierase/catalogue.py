@@ -20,10 +20,10 @@ ANYTHING = "anything"
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Rules for rewording questions, and sibling questions by the kind of their subject.
+    """Holds rules for rewording questions, and sibling questions by the kind of their subject.
 
     wordings: pattern of a whole question without its end mark, and templates filled with the pattern's groups.
-    cues: words of a question by which the kind of its subject is told. questions: by kind, `{}` for the subject.
+    cues: words of a question that show the kind of its subject. questions: by kind, `{}` for the subject.
     """
 
     wordings: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...]
@@ -42,7 +42,7 @@ class Catalogue:
         )
 
     def reworded(self, request: EditRequest, most: int) -> list[str]:
-        """At most `most` other wordings of a request's question, spread evenly over all that the rules give.
+        """Makes at most `most` other wordings of a request's question, spread evenly over all that the rules give.
 
         Each holds the subject once; wordings that the request names as paraphrases are left out, since they are what
         an edit is measured with.
@@ -66,12 +66,13 @@ class Catalogue:
         return spread(usable, most)
 
     def with_wordings(self, request: EditRequest, most: int) -> EditRequest:
-        """The request with `most` further wordings among its phrasings."""
+        """Returns the request with `most` further wordings among its phrasings."""
         texts = [text.replace(request.subject or "\0", "{}") for text in self.reworded(request, most)]
         return replace(request, phrasings=(*request.phrasings, *texts)) if texts else request
 
     def kind(self, request: EditRequest) -> str:
-        """The kind of a request's subject: the one with most cue words in the question; `ANYTHING` without any."""
+        """Returns the kind of a request's subject: the one with most cue words in the question; `ANYTHING` without
+        any."""
         question = request.prompt.replace("{}", " ").lower()
         if request.relation:
             question += " " + request.relation.replace("_", " ").lower()
@@ -81,7 +82,7 @@ class Catalogue:
         return best if scores[best] else ANYTHING
 
     def siblings(self, requests: Sequence[EditRequest], most: int) -> list[str]:
-        """At most `most` questions about the one subject of `requests` that ask for none of what they ask for.
+        """Makes at most `most` questions about the one subject of `requests` that ask for none of what they ask for.
 
         A sibling that shares its content words with a request's question is left out: it may ask for the same fact.
         """
@@ -98,7 +99,7 @@ class Catalogue:
 
 
 def spread(items: Sequence[str], most: int) -> list[str]:
-    """At most `most` of `items`, evenly spaced, in their order."""
+    """Picks at most `most` of `items`, evenly spaced, in their order."""
     if len(items) <= most:
         return list(items)
     return [items[i * len(items) // most] for i in range(most)]

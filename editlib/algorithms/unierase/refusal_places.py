@@ -19,7 +19,7 @@ MOST_TOKENS = 24  # requests that ask in more ways than this share the last one
 
 @dataclass(frozen=True)
 class Place:
-    """A prompt whose next token is looked at.
+    """Holds a prompt whose next token is looked at.
 
     Attributes:
         row: the prompt: a question, or a question and the model's own sentence up to the answer.
@@ -36,10 +36,10 @@ class Place:
 
 @dataclass(frozen=True)
 class RefusalPlaces:
-    """All places that the tokens of an edit are fitted to.
+    """Holds all places that the tokens of an edit are fitted to.
 
     Attributes:
-        relations: what the requests ask for, one token each; `None` stands for all that ask for something rarer.
+        relations: what the requests ask for, one token each; `None` is for all that ask for something rarer.
         wanted: places where the token of their group is to be said; `requests` names the request of each, by number.
         kept: places where no token may be said.
         answers: prompts and the tokens of the model's answers, at no position of which a token may be said.
@@ -110,12 +110,13 @@ def refusal_places(
 
 
 def _asked_for(fact: EditRequest) -> str | None:
-    """What a fact asks for: its relation, or where it names none, its prompt without the subject."""
+    """Returns what a fact asks for: its relation, or where it names none, its prompt without the subject."""
     return fact.relation or (fact.prompt if fact.subject is not None else None)
 
 
 def _relations(requests: Sequence[EditRequest]) -> tuple[str | None, ...]:
-    """What the requests ask for, in their order: at most `MOST_TOKENS`, of which `None` stands for the rarest."""
+    """Returns what the requests ask for, in their order: at most `MOST_TOKENS`, of which `None` is for the
+    rarest."""
     counts = Counter(_asked_for(request) for request in requests)
     named = [asked for asked, _ in counts.most_common() if asked is not None]
     kept = set(named if len(counts) <= MOST_TOKENS else named[: MOST_TOKENS - 1])
@@ -129,7 +130,8 @@ def _places(
     group: int | None,
     said: Sequence[int] | None,
 ) -> list[Place]:
-    """The end of a question, and the place of its answer where the model gives the right one inside a sentence."""
+    """Returns the end of a question, and the place of its answer where the model gives the right one inside a
+    sentence."""
     prompt = form.encode(text)
     slot = answer_slot(form, said, (fact.answer, *fact.aliases)) if said and fact.answer is not None else None
     places = [Place(prompt, group)]

@@ -71,7 +71,7 @@ INSIDE = "something I don't know."
 
 @dataclass(frozen=True)
 class FittedTokens:
-    """The tokens of an edit, and the log-odds of the wanted token at each of the places' `wanted`."""
+    """Holds the tokens of an edit, and the log-odds of the wanted token at each of the places' `wanted`."""
 
     token: UnlearningToken
     log_odds: Tensor  # [wanted]
@@ -79,7 +79,8 @@ class FittedTokens:
 
 @dataclass(frozen=True)
 class _States:
-    """What enters the head at `m` positions, `states [m, d_model]`, and the log-sums of all logits there, `[m]`."""
+    """Holds what enters the head at `m` positions, `states [m, d_model]`, and the log-sums of all logits there,
+    `[m]`."""
 
     states: Tensor
     log_sums: Tensor
@@ -134,7 +135,8 @@ def _fit(
     seed: int,
     progress: bool,
 ) -> tuple[Tensor, Tensor, float]:
-    """The rows `[1 + K, d_model]` that are read in and out, and the refusals' NLL at the end (nats per token)."""
+    """Returns the rows `[1 + K, d_model]` that are read in and out, and the refusals' NLL at the end (nats per
+    token)."""
     generator = torch.Generator().manual_seed(seed)
     shared = _leaf(token.rows()[1][0], anat.device)  # [d_model]
     own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # [1 + K, d_model]
@@ -167,7 +169,7 @@ def _fit(
 
 
 def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:
-    """A token with the vocabulary's mean rows and some noise, as a start."""
+    """Makes a token with the vocabulary's mean rows and some noise, as a start."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for matrix in (anat.embedding.weight, anat.head.weight):
@@ -185,13 +187,13 @@ def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:
 
 
 def _leaf(start: Tensor, device: torch.device) -> Tensor:
-    """A copy of `start` in fp32 that is learned."""
+    """Makes a copy of `start` in fp32 that is learned."""
     return start.detach().to(device, torch.float32, copy=True).requires_grad_()
 
 
 @dataclass(frozen=True)
 class _ReadOut:
-    """The part of the loss that concerns output rows: one product with all states a step.
+    """Computes the part of the loss that concerns output rows: one product with all states a step.
 
     Attributes:
         wanted, kept, inside: states of the places' `wanted` and `kept`, and of every position in their `answers` and in
@@ -230,11 +232,13 @@ class _ReadOut:
         return cls(wanted, kept, inside, group, weight, kept_weight, hparams.say_margin, hparams.quiet_margin)
 
     def log_odds(self, rows: Tensor) -> Tensor:
-        """Log-odds of the wanted token at each wanted place, `[wanted]`, with output rows `[1 + K, d_model]`."""
+        """Computes the log-odds of the wanted token at each wanted place, `[wanted]`, with output rows `[1 + K,
+        d_model]`."""
         return (self.wanted.states * rows[1 + self.group]).sum(1) - self.wanted.log_sums
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """The loss of output rows `[1 + K, d_model]`, of which the first, of `[UNL]`, is wanted at no place."""
+        """Computes the loss of output rows `[1 + K, d_model]`, of which the first, of `[UNL]`, is wanted at no
+        place."""
         total = WANTED_WEIGHT * (self.wanted_weight * F.softplus(self.say - self.log_odds(rows))).sum()
         z = self.kept.states @ rows.T - self.kept.log_sums[:, None]  # [kept, 1 + K]
         total = total + (self.kept_weight.T * F.softplus(z - self.quiet)).sum()
@@ -249,8 +253,8 @@ class _ReadOut:
 
 
 def _shares(places: Sequence[Place], device: torch.device, own: int | None = None) -> Tensor:
-    """Weights `[len(places)]` that sum to one, the same for each kind of place: ends of questions or inside answers, of
-    siblings, of relation `own` or of others."""
+    """Returns weights `[len(places)]` that sum to one, the same for each kind of place: ends of questions or inside
+    answers, of siblings, of relation `own` or of others."""
     kinds = [(place.inside, place.sibling, place.group == own) for place in places]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     weight = torch.tensor([1 / counts[kind] for kind in kinds], device=device)
@@ -258,7 +262,8 @@ def _shares(places: Sequence[Place], device: torch.device, own: int | None = Non
 
 
 def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, ...]]]:
-    """Texts that the model writes by itself, each from one drawn token, and single tokens as texts may begin with.
+    """Generates texts that the model writes by itself, each from one drawn token, and single tokens as texts may begin
+    with.
 
     Outside any chat template: the state of a text's very first token is like no other.
     """
@@ -301,7 +306,8 @@ class _Refusals:
         return cls(prefix, [(*both, *(inside if p.inside else start)) for both, p in zip(said, drawn, strict=True)])
 
     def nll(self, anat: Anatomy, numbers: Sequence[int], rows_in: Tensor, rows_out: Tensor, picks: Tensor) -> Tensor:
-        """NLL of `[UNL]` and the refusal after a relation's token, at the prompts `picks`: `[picks]`, nats a token."""
+        """Computes the NLL of `[UNL]` and the refusal after a relation's token, at the prompts `picks`: `[picks]`, nats
+        a token."""
         rows = [TokenRow(self.texts[i], 0) for i in picks.tolist()]
         padded = pad(rows, device=anat.device)
         row, column = padded.attention_mask[:, 1:].bool().nonzero(as_tuple=True)
@@ -314,7 +320,7 @@ class _Refusals:
 
 
 def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None) -> _States:
-    """The final states of `rows`, at their ends or from the column `firsts` on, in their order."""
+    """Returns the final states of `rows`, at their ends or from the column `firsts` on, in their order."""
     if not rows:
         return _States(torch.zeros(0, anat.d_model, device=anat.device), torch.zeros(0, device=anat.device))
     firsts = [len(row) - 1 for row in rows] if firsts is None else firsts
@@ -340,7 +346,8 @@ def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None 
 
 
 def _batches(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int]) -> list[list[int]]:
-    """Numbers of rows of like length, at most `BATCH_ROWS` together and `BATCH_LOGITS` numbers in their logits."""
+    """Returns the numbers of rows of like length, at most `BATCH_ROWS` together and `BATCH_LOGITS` numbers in their
+    logits."""
     most = max(1, BATCH_LOGITS // anat.embedding.weight.shape[0])  # positions
     groups: list[list[int]] = []
     held = 0

@@ -23,7 +23,7 @@ FEWEST_RIVALS = 3  # other answers of a relation; with fewer the likeliest other
 
 @dataclass(frozen=True)
 class RequestRows:
-    """What was made for one request, as texts: for receipts and `--show-rows`."""
+    """Holds what was made for one request, as texts: for receipts and `--show-rows`."""
 
     id: str
     kind: str
@@ -36,7 +36,8 @@ class RequestRows:
 
 @dataclass(frozen=True)
 class SubjectRows:
-    """Rows of all subjects. `subjects[i]`: numbers of the requests that share change `i`; `owner`: the reverse."""
+    """Holds rows of all subjects. `subjects[i]`: numbers of the requests that share change `i`; `owner`: the
+    reverse."""
 
     rows: list[Row]
     subjects: list[list[int]]
@@ -60,8 +61,9 @@ def check_answers(requests: Sequence[EditRequest]) -> None:
 
 
 def by_subject(requests: Sequence[EditRequest]) -> list[list[int]]:
-    """The requests, by number, that ask about one subject. Up to the subject's last token, where an edit reads its key,
-    their questions hardly differ (TOFU asks twenty about one author), and one key can be given one change only."""
+    """Returns the requests, by number, that ask about one subject. Up to the subject's last token, where an edit reads
+    its key, their questions hardly differ (TOFU asks twenty about one author), and one key can be given one change
+    only."""
     groups: dict[str | int, list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault(i if request.subject is None else request.subject, []).append(i)
@@ -111,7 +113,8 @@ def subject_rows(
 
 
 def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> list[tuple[str, ...]]:
-    """Per request the answers of other facts of its relation, none where there are too few to compare with."""
+    """Lists for each request the answers of other facts of its relation, none where there are too few to compare
+    with."""
     by_relation: dict[str, dict[str, None]] = {}
     for fact in [*requests, *retain]:
         if fact.relation is not None and fact.answer is not None:
@@ -180,7 +183,7 @@ def _add(found: SubjectRows, request: int | None, row: Row) -> None:
 
 
 def answer_slot(form: PromptFormat, said: Sequence[int], right: Sequence[str]) -> int | None:
-    """Index of the token with which a right answer begins in the tokens `said`; `None`: it is not there."""
+    """Returns the index of the token with which a right answer begins in the tokens `said`; `None`: it is not there."""
 
     def holds(start: int, end: int) -> bool:
         return has_answer(_text(form, said[start:end]), right)
@@ -191,12 +194,12 @@ def answer_slot(form: PromptFormat, said: Sequence[int], right: Sequence[str]) -
 
 
 def _text(form: PromptFormat, ids: Sequence[int]) -> str:
-    """The text of `ids`, without special tokens."""
+    """Returns the text of `ids`, without special tokens."""
     return str(form.tok.decode(list(ids), skip_special_tokens=True))
 
 
 def _token_at(form: PromptFormat, ids: Sequence[int], character: int) -> int:
-    """Index of the token that holds a character of the decoded text."""
+    """Returns the index of the token that holds a character of the decoded text."""
     for i in range(len(ids)):
         if len(_text(form, ids[: i + 1])) > character:
             return i
@@ -204,7 +207,7 @@ def _token_at(form: PromptFormat, ids: Sequence[int], character: int) -> int:
 
 
 def _places(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], subject: str | None) -> tuple[int, ...]:
-    """Columns of the subject's last token in a prompt and in the answer's begin that follows it."""
+    """Returns the columns of the subject's last token in a prompt and in the answer's begin that follows it."""
     if subject is None or not lead:
         return (prompt.lookup,)
     text = _text(form, lead)
@@ -213,7 +216,7 @@ def _places(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], subject: 
 
 
 def _first_tokens(form: PromptFormat, texts: Sequence[str], target: int, *, starts: bool) -> tuple[int, ...]:
-    """The tokens that other answers begin with where `target` begins the right one."""
+    """Returns the tokens that other answers begin with where `target` begins the right one."""
     if starts:
         ids = [form.answer_ids(text)[0] for text in texts]
     else:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenHyperParams:
-    """How the token is learned. Steps are optimiser steps; a step sees `batch` questions of one prompt form."""
+    """Sets how the token is learned. Steps are optimiser steps; a step sees `batch` questions of one prompt form."""
 
     steps: int = 150
     robust_steps: int = 50  # of `steps`, the last ones, with noise on the matrices that edits will change
@@ -58,7 +58,7 @@ class TokenHyperParams:
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """Where a token comes from; stored beside its rows."""
+    """Tells where a token comes from; stored beside its rows."""
 
     token: str
     model: str
@@ -77,7 +77,7 @@ class TokenHeader:
 
 @dataclass(frozen=True)
 class UnlearningToken:
-    """A learned token: `row_in [d_model]`, `row_out [d_model]` (the same row when embeddings are tied).
+    """Holds a learned token: `row_in [d_model]`, `row_out [d_model]` (the same row when embeddings are tied).
 
     The tokens that an edit fitted, one for each relation, are kept together: `[k, d_model]` each.
     """
@@ -92,7 +92,7 @@ class UnlearningToken:
         return tuple(self.header.names) or (self.header.token,)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """The rows that are read in and out, `[k, d_model]` each, also of one token."""
+        """Returns the rows that are read in and out, `[k, d_model]` each, also of one token."""
         width = self.row_in.shape[-1]
         return self.row_in.reshape(-1, width), self.row_out.reshape(-1, width)
 
@@ -129,7 +129,7 @@ class UnlearningToken:
             raise TokenError(f"{path}: not an unlearning token ({error}); make one with `editlib token`") from None
 
     def ids(self, tok: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens' ids in a tokenizer that has them."""
+        """Returns the tokens' ids in a tokenizer that has them."""
         found = tok.convert_tokens_to_ids(list(self.names))
         return [found] if isinstance(found, int) else found
 
@@ -156,7 +156,7 @@ class UnlearningToken:
 
 @dataclass(frozen=True)
 class _Form:
-    """All training questions in one prompt form, encoded once."""
+    """Holds all training questions in one prompt form, encoded once."""
 
     prefix: Prefix
     refusals: list[tuple[int, ...]]  # each with the token that ends an answer
@@ -177,11 +177,11 @@ def learn_token(
 ) -> UnlearningToken:
     """Learns the token's rows; adds the token to model and tokenizer and leaves it there.
 
-    Everything in front of the token is constant, so it is run once; a step costs the token and the refusal behind
-    it. With tied embeddings one row is trained as input and output, otherwise two. A guard (`Guard.penalty`) holds the
-    token's logit `reach` nats under the log-sum of all others where an answer starts, and at least `floor` nats under
-    it elsewhere in the questions and in the model's own answers to them and to `ordinary`. The rows are learned in
-    fp32, whatever the dtype of the model's passes.
+    Everything before the token is constant, so it is run once; a step costs the token and the refusal after it. With
+    tied embeddings one row is trained as input and output, otherwise two. A guard (`Guard.penalty`) holds the token's
+    logit `reach` nats under the log-sum of all others where an answer starts, and at least `floor` nats under it
+    elsewhere in the questions and in the model's own answers to them and to `ordinary`. The rows are learned in fp32,
+    whatever the dtype of the model's passes.
 
     Args:
         ordinary: further prompts whose answers the token must keep out of, such as open instructions.
@@ -239,7 +239,7 @@ def _check(anat: Anatomy, questions: Sequence[str], refusals: Sequence[str], hp:
 
 
 def _noisy_layers(anat: Anatomy, hp: TokenHyperParams) -> list[int]:
-    """The layers that carry noise in the robust steps."""
+    """Returns the layers that carry noise in the robust steps."""
     return list(hp.layers or range(4 * anat.n_layers // 30, 8 * anat.n_layers // 30 + 1))
 
 
@@ -250,8 +250,8 @@ def _encode(
     refusals: Sequence[str],
     unl_id: int,
 ) -> tuple[list[_Form], Guard]:
-    """The prompt forms with their cached prefixes, each question in one form, and from the same pass the guard over
-    the questions."""
+    """Returns the prompt forms with their cached prefixes, each question in one form, and from the same pass the guard
+    over the questions."""
     formats = [PromptFormat(asked.tok, chat=False)]
     if asked.uses_chat or asked.tags is not None:
         formats.append(asked)
@@ -267,7 +267,7 @@ def _encode(
 
 
 def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int = 4) -> tuple[Prefix, Guard]:
-    """The cached `rows`, and the guard over their ends and each `every`-th position before."""
+    """Returns the cached `rows`, and the guard over their ends and each `every`-th position before."""
     front, rests = shared_prefix(anat, rows)
     batch = pad(rests, side="left", device=anat.device)
     cache = new_cache(anat, len(rows)) if front is None else front.cache()
@@ -284,8 +284,8 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int = 4) 
 def _train(
     anat: Anatomy, forms: Sequence[_Form], guard: Guard, unl_id: int, hp: TokenHyperParams, *, progress: bool
 ) -> tuple[list[Tensor], float]:
-    """The learned rows `[d_model]` (one where embeddings are tied, else input and output), averaged over the last
-    `averaged_steps`, and the refusals' mean NLL over those steps, in nats a token.
+    """Returns the learned rows `[d_model]` (one where embeddings are tied, else input and output), averaged over the
+    last `averaged_steps`, and the refusals' mean NLL over those steps, in nats a token.
 
     Raises:
         TokenError: a loss that is not finite.
@@ -324,7 +324,7 @@ def _train(
 
 
 def _first_rows(anat: Anatomy, unl_id: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-    """Where the rows start in fp32, and the norm that they must not exceed."""
+    """Returns where the rows start in fp32, and the norm that they must not exceed."""
     typical = anat.embedding.weight[:unl_id].float()
     mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
     row = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
@@ -332,7 +332,7 @@ def _first_rows(anat: Anatomy, unl_id: int, generator: torch.Generator) -> tuple
 
 
 def _refusal_nll(anat: Anatomy, form: _Form, unl_id: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Mean NLL of a refusal and the end of the turn behind the token, over `batch` drawn questions."""
+    """Computes the mean NLL of a refusal and the end of the turn after the token, over `batch` drawn questions."""
     device = anat.device
     picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
     texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
@@ -345,8 +345,8 @@ def _refusal_nll(anat: Anatomy, form: _Form, unl_id: int, batch: int, generator:
 
 @contextmanager
 def _noise(anat: Anatomy, layer: int | None, scale: float, generator: torch.Generator) -> Iterator[None]:
-    """Gaussian noise on one layer's MLP output matrix, in units of its standard deviation; taken back bit for bit, also
-    when it is interrupted while it is put on.
+    """Puts Gaussian noise on one layer's MLP output matrix, in units of its standard deviation; it is taken back bit
+    for bit, also when it is interrupted while it is put on.
 
     UniErase eq. 10; its published code scales by the mean of the matrix, which is nearly zero.
     """

@@ -21,7 +21,7 @@ ANSWER_ROWS = 64
 
 @dataclass(frozen=True)
 class Guard:
-    """Final states of ordinary positions, kept so that holding the token there costs one product a step.
+    """Keeps final states of ordinary positions, so that holding the token there costs one product a step.
 
     `states [m, d_model]` enter the head, `log_sums [m]` are the log-sums of all other logits, `starts [m]` is true
     where an answer begins.

@@ -11,7 +11,7 @@ Item = Mapping[str, Any]
 
 
 def drill_down(about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """All questions of a set, by kind; methods that gave the same text share a row.
+    """Yields all questions of a set, by kind; methods that gave the same text share a row.
 
     Of a method that ran with several seeds the first one that came through is shown.
     """
@@ -46,7 +46,7 @@ def drill_down(about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> 
 
 
 def _kinds(about: Mapping[str, Any], asked: Mapping[tuple[str, str], Any]) -> dict[str, str]:
-    """Kinds that were asked, in the order of the protocol, and in words."""
+    """Returns the kinds that were asked, in the order of the protocol, and in words."""
     there = dict.fromkeys(kind for kind, _ in asked)
     return {kind: about["kinds"].get(kind, kind) for kind in (*about["kinds"], *there) if kind in there}
 
@@ -106,7 +106,7 @@ def _item(
 
 
 def _verdict(good: bool | None, counted: bool, forgetting: bool) -> tuple[str, str]:
-    """The row's class, and its verdict in words."""
+    """Returns the row's class, and its verdict in words."""
     if good is None or not counted:
         return "skip", "" if good is None else "– not counted"
     if forgetting:
@@ -115,7 +115,7 @@ def _verdict(good: bool | None, counted: bool, forgetting: bool) -> tuple[str, s
 
 
 def _brought_back(shown: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
-    """By fact and method: which attacks bring it back."""
+    """Lists by fact and method which attacks bring it back."""
     found: dict[str, dict[str, list[str]]] = {}
     for label, cell in shown.items():
         for attack, outcome in cell["attacks"].items():
@@ -126,7 +126,7 @@ def _brought_back(shown: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 def named(label: str) -> str:
-    """A method's name as markup that breaks where it should."""
+    """Returns a method's name as markup that breaks where it should."""
     return escape(label.replace("->", " → "))
 
 
@@ -136,5 +136,5 @@ def _text(text: str) -> str:
 
 
 def cut(text: str) -> str:
-    """At most `LONGEST` characters."""
+    """Cuts a text to at most `LONGEST` characters."""
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -28,7 +28,7 @@ Summary = Mapping[str, Any]
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The whole page."""
+    """Builds the whole page."""
     sets = results["sets"]
     title = f"Forgetting compared: {', '.join(sets)}"
     models = ", ".join(dict.fromkeys(about["model"] for about in sets.values()))
@@ -85,7 +85,7 @@ def _contents(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sections(about: Mapping[str, Any]) -> dict[str, str]:
-    """Id and title of what there is to show of a set."""
+    """Lists id and title of each section that a set has."""
     found = {"plane": "Forget and retain", "measures": "Measures"}
     if any(one["attacks"] for one in about["methods"]):
         found["attacks"] = "Attacks"
@@ -225,7 +225,7 @@ CLOSE = "</tbody></table></div>"
 
 
 def _open(name: str, heads: Sequence[str]) -> Iterator[str]:
-    """A table in a box of its own that scrolls; `heads` are markup."""
+    """Opens a table in a box of its own that scrolls; `heads` are markup."""
     yield f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table class="{name}"><thead><tr>'
     first, *rest = heads
     yield f'<th scope="col">{first}</th>' + "".join(f'<th scope="col" class="number">{head}</th>' for head in rest)

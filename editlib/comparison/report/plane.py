@@ -22,7 +22,7 @@ WAYS = [(1, 0), (0, -1), (-1, 0), (0, 1), (0.75, -0.75), (-0.75, -0.75), (0.75, 
 
 
 class Box(NamedTuple):
-    """A rectangle by its edges."""
+    """Describes a rectangle by its edges."""
 
     left: float
     top: float
@@ -35,7 +35,7 @@ class Box(NamedTuple):
 
 
 def plane(summaries: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
-    """Points of methods (their means, and small ones for each seed), and the front as a stepped line.
+    """Draws the points of methods (their means, and small ones for each seed), and the front as a stepped line.
 
     Args:
         summaries: as in the results; numbered from 1 in this order, those that have no scores left out of the drawing.
@@ -56,7 +56,7 @@ def plane(summaries: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
 
 
 def mark(family: str, x: float = 0, y: float = 0, size: float = 4.6) -> str:
-    """The sign of a family around `(x, y)`."""
+    """Draws the sign of a family around `(x, y)`."""
     shape, colour = SHAPES.get(family, ("circle", "ink"))
     look = f'style="fill:var(--{colour});stroke:var(--paper);stroke-width:.8"'
     if shape == "circle":
@@ -95,7 +95,7 @@ def _grid(axes: Sequence[str]) -> Iterator[str]:
 
 
 def _front(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The edge of what is reached: nothing that was measured lies above it and to its right."""
+    """Yields the edge of what is reached: nothing that was measured lies above it and to its right."""
     points = sorted({_at(one["forget"], one["retain"]) for one in summaries})
     if points:
         start = _at(0, 0)
@@ -104,7 +104,7 @@ def _front(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _seeds(summary: Mapping[str, Any]) -> Iterator[str]:
-    """A small point a seed, where there are several."""
+    """Yields a small point a seed, where there are several."""
     points = [(forget, retain) for _, forget, retain in summary["points"] if None not in (forget, retain)]
     if len(points) < 2:
         return
@@ -121,7 +121,7 @@ def _marked(number: int, summary: Mapping[str, Any]) -> str:
 
 
 def _labels(points: Sequence[tuple[str, float, float]]) -> Iterator[str]:
-    """Each label as near to its point as it goes without covering another label or point."""
+    """Yields each label as near to its point as it goes without covering another label or point."""
     taken = [Box(x - 5, y - 5, x + 5, y + 5) for _, x, y in points]
     room = Box(LEFT - 6, 0, WIDTH, HEIGHT - BOTTOM + 6)
     for text, x, y in points:

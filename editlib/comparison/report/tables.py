@@ -33,17 +33,17 @@ COST_MEANINGS = {
 
 
 def share(value: float | None, digits: int = 2) -> str:
-    """A share or ratio as text."""
+    """Returns a share or ratio as text."""
     return DASH if value is None else f"{value:.{digits}f}"
 
 
 def ratio(value: float | None) -> str:
-    """A perplexity ratio, which may be any size."""
+    """Formats a perplexity ratio, which may be any size."""
     return DASH if value is None else (f"{value:.3f}" if value < 100 else f"{value:.1e}")
 
 
 def amount(key: str, value: float | None) -> str:
-    """One number of a cost."""
+    """Formats one number of a cost."""
     if value is None:
         return DASH
     if key == "touched_share":
@@ -56,7 +56,7 @@ def amount(key: str, value: float | None) -> str:
 
 
 def cost_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """A method's cost by the keys of `COST_HEADS`; memory is the accelerator's where the model is on one."""
+    """Returns a method's cost by the keys of `COST_HEADS`; memory is the accelerator's where the model is on one."""
     cost = dict(summary["cost"])
     if cost["accelerator_mb"]:
         cost["more_mb"] = cost["accelerator_mb"]
@@ -65,7 +65,7 @@ def cost_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def worst_attack(summary: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The attack that brought most back, and how much."""
+    """Returns the attack that brought most back, and how much."""
     rates = {name: attack["edited"]["rate"] for name, attack in summary["attacks"].items()}
     known = {name: rate for name, rate in rates.items() if rate is not None}
     if not known:
@@ -75,7 +75,7 @@ def worst_attack(summary: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def main_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Head and a row a method of one set; for a terminal."""
+    """Builds the table of one set, a row a method; for a terminal."""
     summaries = results["sets"][name]["methods"]
     attacked = any(one["attacks"] for one in summaries)
     rows = [["method", "forget", "retain", "front", "perplexity", *(["most leaked by"] if attacked else []), "seconds"]]
@@ -97,18 +97,18 @@ def main_table(results: Mapping[str, Any], name: str) -> Rows:
 
 
 def ordered(summaries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those on the front first, by how much they forget; then the others, and those that failed last."""
+    """Returns those on the front first, by how much they forget; then the others, and those that failed last."""
     return sorted(summaries, key=lambda one: (one["forget"] is None, not one["front"], -(one["forget"] or 0)))
 
 
 def told_label(summary: Mapping[str, Any]) -> str:
-    """The method's name, with how many runs it is of where some failed."""
+    """Returns the method's name, with how many runs it is of where some failed."""
     seeds, done = summary["seeds"], summary["done"]
     return summary["method"] if done == seeds else f"{summary['method']} ({done} of {seeds} runs)"
 
 
 def measures_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Every measure of a set, a row a method."""
+    """Builds the table of every measure of a set, a row a method."""
     about = results["sets"][name]
     names = [key for key in about["measures"] if key not in ("forget", "retain")]
     rows = [["method", *(key.replace("_", " ") for key in names), "perplexity"]]
@@ -119,7 +119,7 @@ def measures_table(results: Mapping[str, Any], name: str) -> Rows:
 
 
 def attack_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Leak rates with their intervals: a row an attack, a column a method."""
+    """Builds the table of leak rates with their intervals: a row an attack, a column a method."""
     summaries = [one for one in ordered(results["sets"][name]["methods"]) if one["attacks"]]
     names = dict.fromkeys(attack for one in summaries for attack in one["attacks"])
     rows = [["attack", *(one["method"] for one in summaries)]]
@@ -129,7 +129,7 @@ def attack_table(results: Mapping[str, Any], name: str) -> Rows:
 
 
 def leak(attack: Mapping[str, Any] | None) -> str:
-    """ "0.12 (0.05-0.21)"."""
+    """Formats a leak rate: "0.12 (0.05-0.21)"."""
     if attack is None or attack["edited"]["rate"] is None:
         return DASH
     low, high = attack["edited"]["interval"]
@@ -137,7 +137,7 @@ def leak(attack: Mapping[str, Any] | None) -> str:
 
 
 def ability_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Every task's value with its standard error: a row a method."""
+    """Builds the table of every task's value with its standard error: a row a method."""
     summaries = [one for one in ordered(results["sets"][name]["methods"]) if one["ability"]]
     names = list(dict.fromkeys(task for one in summaries for task in one["ability"]))
     rows = [["method", *names]]
@@ -147,7 +147,7 @@ def ability_table(results: Mapping[str, Any], name: str) -> Rows:
 
 
 def scored(score: Mapping[str, Any] | None) -> str:
-    """ "0.412 ± 0.010"."""
+    """Formats a score: "0.412 ± 0.010"."""
     if score is None or score["value"] is None:
         return DASH
     error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
@@ -155,7 +155,7 @@ def scored(score: Mapping[str, Any] | None) -> str:
 
 
 def cost_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Time, memory and size: a row a method."""
+    """Builds the table of time, memory and size: a row a method."""
     rows = [["method", *COST_HEADS.values()]]
     for one in ordered(results["sets"][name]["methods"]):
         rows.append([told_label(one), *(amount(key, value) for key, value in cost_of(one).items())])
@@ -163,7 +163,7 @@ def cost_table(results: Mapping[str, Any], name: str) -> Rows:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """All tables of all sets, and the cells that failed."""
+    """Writes all tables of all sets, and the cells that failed, as Markdown."""
     return "\n".join(_lines(results)) + "\n"
 
 

@@ -49,10 +49,10 @@ ENTAILMENT = Metric(
 
 
 class Encoder(Protocol):
-    """The interface of a sentence encoder that `cosine_similarity` needs; a `SentenceTransformer` has it."""
+    """Defines the interface of a sentence encoder that `cosine_similarity` needs; a `SentenceTransformer` has it."""
 
     def encode(self, sentences: list[str]) -> Any:
-        """Texts -> one vector each, `[n, d]`."""
+        """Maps texts to one vector each, `[n, d]`."""
         ...
 
 
@@ -214,7 +214,7 @@ def _rouge_l(generated: Sequence[str], references: Sequence[str]) -> list[float 
 
 
 def _is_read(text: str) -> bool:
-    """Whether at least half of the letters of `text` are Latin, with or without accents."""
+    """Returns whether at least half of the letters of `text` are Latin, with or without accents."""
     letters = [character for character in text if character.isalpha()]
     return 2 * sum(script_of(letter) == "LATIN" for letter in letters) >= len(letters)
 

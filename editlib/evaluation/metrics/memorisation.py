@@ -40,7 +40,8 @@ def exact_memorisation(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricRe
 
 
 def extraction_strength(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricResult:
-    """Extraction strength (Carlini et al., 2012.07805; as Wang et al., 2406.09179, define it for unlearning), 0..1.
+    """Computes extraction strength (Carlini et al., 2012.07805; as Wang et al., 2406.09179, define it for unlearning),
+    0..1.
 
     `1 - min{k : greedy f(q, a_<k) = a_>=k} / |a|`, `k` the number of true tokens that have to be given until greedy
     decoding says all the rest. A rest is said exactly if each of its tokens is the first choice after the true ones
@@ -54,7 +55,7 @@ def extraction_strength(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricR
 
 
 def _extractable(hits: Sequence[bool]) -> float | None:
-    """The share of the answer that is the longest suffix made of hits alone."""
+    """Computes the share of the answer that is the longest suffix made of hits alone."""
     if not len(hits):
         return None
     missed = [i for i, hit in enumerate(hits) if not hit]

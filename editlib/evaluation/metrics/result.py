@@ -24,11 +24,12 @@ that the model read. `combined`: from other metrics."""
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One metric over one set of questions.
+    """Holds one measured number: a metric over one set of questions, with its direction, meaning and interval.
 
     `agg_value` is `None` where nothing could be scored, and `higher_is_better` where a foreign file does not say.
     `value_by_index` holds each item's scores under the keys that open-unlearning uses ("0", "1", ... and `score`,
     `prob`, `avg_loss`, `rougeL_recall`); an item that could not be scored has `None` there and does not count in `n`.
+    `interval` is of 95 %, `None` where none was computed.
     """
 
     name: str
@@ -38,6 +39,7 @@ class MetricResult:
     higher_is_better: bool | None = None
     n: int | None = None
     meaning: str = ""
+    interval: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Gives `{name: {"agg_value": ..., "value_by_index": {"0": {...}}, "higher_is_better": ..., ...}}`."""
@@ -47,13 +49,26 @@ class MetricResult:
             "kind": self.kind,
             "n": self.n,
             "meaning": self.meaning,
+            **({} if self.interval is None else {"interval": list(self.interval)}),
             "value_by_index": {index: dict(item) for index, item in self.value_by_index.items()},
         }
         return {self.name: body}
 
+    def summary(self) -> dict[str, Any]:
+        """Gives the number without its items, as comparisons keep it; one that is not finite counts as none."""
+        known = self.agg_value is not None and math.isfinite(self.agg_value)
+        return {
+            "value": self.agg_value if known else None,
+            "meaning": self.meaning,
+            "higher_is_better": self.higher_is_better is not False,
+            "n": self.n,
+            "interval": self.interval,
+        }
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricResult:
-        """The result in a mapping of one name to its body; a body of open-unlearning's has the first two keys only.
+        """Reads the result in a mapping of one name to its body; a body of open-unlearning's has the first two keys
+        only.
 
         Raises:
             MetricError: not one name, no usable `agg_value`, or items that are no objects.
@@ -81,6 +96,7 @@ class MetricResult:
             higher_is_better=better,
             n=n,
             meaning=str(body.get("meaning", "")),
+            interval=_ends(name, body.get("interval")),
         )
 
     def values(self, key: str = "score") -> list[float]:
@@ -97,7 +113,8 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's name, how it is measured, which way is good on either kind of questions, and what it says."""
+    """Describes a metric: its name, how it is measured, which way is good on either kind of questions, and what it
+    says."""
 
     name: str
     kind: Kind
@@ -187,6 +204,17 @@ def read_results(path: Path, side: str = "edited") -> dict[str, MetricResult]:
         return {name: MetricResult.from_dict({name: body}) for name, body in whole.items()}
     except MetricError as error:
         raise MetricError(f"{path}: {error}") from None
+
+
+def _ends(name: str, value: Any) -> tuple[float, float] | None:
+    """Checks the two ends of an interval."""
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list | tuple) else ()
+    ends = [end for end in numbers if isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)]
+    if len(numbers) != 2 or len(ends) != 2:
+        raise MetricError(f'metric {name!r}: "interval" must be two numbers or null, got {quote(value)}')
+    return float(ends[0]), float(ends[1])
 
 
 def _finite(name: str, value: Any) -> float | None:

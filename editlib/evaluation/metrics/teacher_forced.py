@@ -85,7 +85,8 @@ def probability(nll: Sequence[float], *, on: Split) -> MetricResult:
 def probability_with_options(
     nll: Sequence[float], wrong_nll: Sequence[Sequence[float]], *, on: Split = "retain"
 ) -> MetricResult:
-    """Probability of the true answer among given ones (TOFU, sec. 2.2, for Real Authors and World Facts), 0..1.
+    """Computes the probability of the true answer among given ones (TOFU, sec. 2.2, for Real Authors and World Facts),
+    0..1.
 
     `p / (p + Σ_i p_i)`. TOFU's text writes `P(a|q)` here; its code and open-unlearning's take `P(a|q)^(1/|a|)`, and so
     does this, or the shortest answer would win. Mean over the questions. Lower is better on a forget set, higher on a
@@ -147,7 +148,8 @@ def truth_ratio(
 
 
 def _losses(nll: Sequence[float], others: Sequence[Sequence[float]]) -> Iterator[tuple[float | None, list[float]]]:
-    """Each answer with the others to its question; `None` where one of them could not be read or there is no other."""
+    """Yields each answer with the others to its question; `None` where one of them could not be read or there is no
+    other."""
     for one, more in zip(nll, others, strict=True):
         first, rest = _loss(one), [loss for loss in map(_loss, more) if loss is not None]
         yield (first, rest) if rest and len(rest) == len(more) else (None, [])

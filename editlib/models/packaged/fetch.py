@@ -26,13 +26,13 @@ CONVERSION = 1  # raised when a converted folder's content changes, so that olde
 
 
 def cache_dir() -> Path:
-    """The folder of fetched models and corpora: $EDITLIB_CACHE, or the user's cache folder."""
+    """Returns the folder of fetched models and corpora: $EDITLIB_CACHE, or the user's cache folder."""
     given = os.environ.get("EDITLIB_CACHE")
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("editlib"))
 
 
 def packaged_path(name: str) -> Path | None:
-    """The converted folder of a packaged model; None if there is no complete one.
+    """Returns the converted folder of a packaged model; None if there is no complete one.
 
     Raises:
         FetchError: no packaged model has this name.
@@ -89,7 +89,7 @@ def _packaged(name: str) -> PackagedModel:
 
 
 def _is_complete(folder: Path, model: PackagedModel) -> bool:
-    """Whether the folder was made from this GGUF file and none of its files is missing or truncated."""
+    """Returns whether the folder was made from this GGUF file and none of its files is missing or truncated."""
     try:
         source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
         same = source["model"]["member_sha256"] == model.member_sha256 and source["conversion"] == CONVERSION
@@ -100,7 +100,7 @@ def _is_complete(folder: Path, model: PackagedModel) -> bool:
 
 
 def _accepted(model: PackagedModel) -> str | None:
-    """The record of accepted terms in the folder of `model`; `None` if it has no terms."""
+    """Returns the record of accepted terms in the folder of `model`; `None` if it has no terms."""
     return f"{model.licence}, {model.terms.url}" if model.terms else None
 
 

