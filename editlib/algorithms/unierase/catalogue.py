@@ -81,17 +81,22 @@ class Catalogue:
         best = max(scores, key=lambda kind: scores[kind])
         return best if scores[best] else ANYTHING
 
-    def siblings(self, requests: Sequence[EditRequest], most: int) -> list[str]:
+    def siblings(self, requests: Sequence[EditRequest], most: int, others: Sequence[EditRequest] = ()) -> list[str]:
         """Makes at most `most` questions about the one subject of `requests` that ask for none of what they ask for.
 
         A sibling that shares its content words with a request's question is left out: it may ask for the same fact.
+
+        Args:
+            others: requests about other subjects. Where their subject is of the same kind, what they ask for is asked
+                of this subject too: to forget one country's capital and another's language is to keep the other two.
         """
         subject = requests[0].subject
         if subject is None:
             return []
         kinds = dict.fromkeys(self.kind(request) for request in requests)
+        crossed = dict.fromkeys(other.prompt for other in others if other.subject and self.kind(other) in kinds)
         own = [spread(self.questions[kind], most) for kind in kinds if kind != ANYTHING]
-        texts = [text for group in own for text in group] + list(self.questions.get(ANYTHING, ()))
+        texts = [*crossed, *(text for group in own for text in group), *self.questions.get(ANYTHING, ())]
         asked = [_content(request.prompt) for request in requests]
         usable = [text for text in dict.fromkeys(texts) if not any(_content(text) & words for words in asked)]
         filled = [text.replace("{}", subject) for text in usable]

@@ -15,7 +15,7 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import Filled, occurrences
 
-KEPT_TOKENS = 10  # of a sibling's answer
+KEPT_TOKENS = 20  # of a sibling's answer: a name may come late in the model's sentence
 ANSWER_TOKENS = 24  # of the model's own sentence, in which the answer to erase is looked for
 MOST_RIVALS = 40
 FEWEST_RIVALS = 3  # other answers of a relation; with fewer the likeliest other tokens compete
@@ -90,7 +90,7 @@ def subject_rows(
         siblings: how many sibling questions about a subject are held.
     """
     asked = {i: request.filled_wordings for i, request in enumerate(requests)}
-    held = [catalogue.siblings([requests[i] for i in group], siblings) for group in groups]
+    held = [catalogue.siblings([requests[i] for i in group], siblings, requests) for group in groups]
     # Every question is put to the unchanged model once, all in one batch.
     texts = [wording.text for wordings in asked.values() for wording in wordings]
     texts += [text for siblings_of_one in held for text in siblings_of_one]
@@ -103,8 +103,11 @@ def subject_rows(
         for i in group:
             made[i] = _request_rows(found, form, requests[i], i, number, asked[i], answers, rivals[i])
         subject = requests[group[0]].subject
+        erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:
-            _sibling_rows(found, form, text, subject, number, answers[text])
+            # What is to be erased is not kept by another question, whose answer may name it.
+            said = answers[text][: answer_slot(form, answers[text], erased)]
+            _sibling_rows(found, form, text, subject, number, said)
         said = {text: _text(form, answers[text]).strip() for text in texts}
         for i in group:
             made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})

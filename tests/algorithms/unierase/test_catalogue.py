@@ -58,6 +58,22 @@ def test_siblings_never_ask_for_what_is_forgotten():
     assert both and all(text.count("France") == 1 for text in both)
 
 
+def test_what_is_asked_of_other_subjects_of_the_kind_is_a_sibling():
+    capital, language = "What is the capital of {}?", "What is the official language of {}?"
+    requests = [
+        request(capital, "France"),
+        request(language, "Spain"),
+        request("Who is the author of {}?", "Ivanhoe"),
+        request("What is the chemical symbol of {}?", "zinc"),
+    ]
+    france = CATALOGUE.siblings(requests[:1], 40, requests)
+    assert france[0] == "What is the official language of France?"
+    assert not any("capital of" in text or "author" in text or "symbol" in text for text in france)
+    assert CATALOGUE.siblings(requests[1:2], 40, requests)[0] == "What is the capital of Spain?"
+    both = [request(capital, "France"), request(language, "France")]
+    assert not any("capital" in text or "language" in text for text in CATALOGUE.siblings(both, 40, requests))
+
+
 @pytest.mark.parametrize(
     ("prompt", "kind"),
     [
