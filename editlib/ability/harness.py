@@ -114,7 +114,7 @@ def aggregate_function(name: str | None) -> Aggregate | None:
 
 
 def _first_prompt(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """The text that the model was given for the first document; `None` for a task that only reads texts."""
+    """Returns the text that the model was given for the first document; `None` for a task that only reads texts."""
     given: Sequence[Any] = samples[0]["arguments"][0] if samples and samples[0]["arguments"] else ()
     return str(given[0]) if len(given) > 1 else None
 

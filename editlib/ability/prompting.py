@@ -17,7 +17,7 @@ from editlib.models.prompts import PromptFormat, settled
 
 
 def given_prompts(models: Sequence[str], how: PromptSettings | None) -> PromptSettings | None:
-    """The settings `how`, with the day that the models were edited with where it names none; `None` for none.
+    """Returns the settings `how`, with the day that the models were edited with where it names none; `None` for none.
 
     Raises:
         ModelError: the receipt of a model is damaged.
@@ -30,7 +30,7 @@ def given_prompts(models: Sequence[str], how: PromptSettings | None) -> PromptSe
 
 
 def form_of(tok: PreTrainedTokenizerBase, how: PromptSettings | None) -> PromptFormat | None:
-    """The form of a model's prompts; `None`: as lm-eval asks by default, without template and tags.
+    """Returns the form of a model's prompts; `None`: as lm-eval asks by default, without template and tags.
 
     Raises:
         RequestError: settings that this tokenizer's template cannot use.
@@ -46,8 +46,8 @@ def asked_through(lm: Any, form: PromptFormat | None) -> Any:
 
 
 def rendered(form: PromptFormat, history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-    """The text of a history as lm-eval makes it: a system's turn if there is one, the question with its shots, and the
-    beginning of the answer if the task gives one (then without `add_generation_prompt`).
+    """Returns the text of a history as lm-eval makes it: a system's turn if there is one, the question with its shots,
+    and the beginning of the answer if the task gives one (then without `add_generation_prompt`).
 
     Where the template leaves the system's turn out, its text comes before the question.
     """

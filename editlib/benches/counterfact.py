@@ -184,7 +184,7 @@ def bench_counterfact(
 
 
 def _asked_of(bench: Workbench, facts: Sequence[EditRequest], settings: Sequence[HyperParams]) -> dict[str, Any]:
-    """The model, the facts, how they are asked, and the settings of each algorithm, as JSON values."""
+    """Collects the model, the facts, how they are asked, and the settings of each algorithm, as JSON values."""
     return {
         "model": {"name": bench.name, "sha256": bench.sha256},
         "requests_sha256": requests_hash(facts),

@@ -116,7 +116,7 @@ def _when(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _left_out(receipt: Mapping[str, Any]) -> dict[str, int]:
-    """The number of rows that were left out of the request files: the names of these may tell something."""
+    """Counts the rows that were left out of the request files: the names of these may tell something."""
     rows = (receipt.get("left_out") or {}).values()
     return {"left_out": sum(len(some) for some in rows if isinstance(some, list))} if rows else {}
 

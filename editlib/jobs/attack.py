@@ -69,10 +69,9 @@ def attack_folders(
     if not (out / JOB).is_file():
         check_output(out, overwrite=overwrite)
     rows: dict[str, list[str]] = {}
-    requests, control, known = (
-        None if file is None else read_requests(file, skip_bad=skip_bad, left_out=rows)
-        for file in (requests_file, control_file, known_file)
-    )
+    files = (requests_file, control_file, known_file)
+    read = partial(read_requests, skip_bad=skip_bad, left_out=rows)
+    requests, control, known = (None if file is None else read(file) for file in files)
     receipt = read_receipt(edited)
     check_models(base, edited)
     check_attacked(requests or [])

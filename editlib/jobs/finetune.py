@@ -227,7 +227,7 @@ def _check_fit(
 
 
 def _kept_of(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The receipt in `out` of a training that may be this one; `None` where nothing is there.
+    """Returns the receipt in `out` of a training that may be this one; `None` where nothing is there.
 
     Raises:
         OutputError: the folder holds something else.

@@ -252,7 +252,7 @@ def check_kind(model: PreTrainedModel) -> None:
 
 
 def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
-    """The path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
+    """Returns the path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
     modules: dict[str, nn.Module] = dict(layer.named_modules())
     mixes_tokens = _mixer_of(modules)
     # 1. A mixture of experts has no one output matrix, even where a shared expert looks like one.

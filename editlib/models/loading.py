@@ -95,7 +95,7 @@ def check_dtype(dtype: str | None) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of a model: what it is called, its folder or id, configuration, and options of `from_pretrained`."""
+    """Names the origin of a model: its name, its folder or id, configuration, and options of `from_pretrained`."""
 
     name: str
     path: str

@@ -28,7 +28,7 @@ from editlib.models.loading import (
 
 @dataclass(frozen=True)
 class Outline:
-    """A model without its numbers: its modules on the meta device, and its tokenizer."""
+    """Holds a model without its numbers: its modules on the meta device, and its tokenizer."""
 
     model: PreTrainedModel
     tok: PreTrainedTokenizerBase

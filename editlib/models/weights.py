@@ -55,7 +55,7 @@ def check_finite(anat: Anatomy, name: str) -> None:
 
 
 def _finite(weight: Tensor) -> bool:
-    """Whether all numbers of a matrix or vector are finite."""
+    """Returns whether all numbers of a matrix or vector are finite."""
     if weight.dim() == 2:  # a row's mean is not finite if any of its numbers is; far faster than `isfinite` of them all
         weight = weight @ weight.new_full((weight.shape[1],), 1 / max(weight.shape[1], 1))
     return bool(torch.isfinite(weight).all())

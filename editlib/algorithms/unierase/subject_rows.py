@@ -106,8 +106,8 @@ def subject_rows(
         erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:
             # What is to be erased is not kept by another question, whose answer may name it.
-            said = answers[text][: answer_slot(form, answers[text], erased)]
-            _sibling_rows(found, form, text, subject, number, said)
+            kept = answers[text][: answer_slot(form, answers[text], erased)]
+            _sibling_rows(found, form, text, subject, number, kept)
         said = {text: _text(form, answers[text]).strip() for text in texts}
         for i in group:
             made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})

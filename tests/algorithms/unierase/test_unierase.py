@@ -186,8 +186,8 @@ def test_a_gate_behind_a_norm_is_refused(tok):
     """On Gemma 3 it raised the perplexity a million times."""
     anat = anatomy(make("gemma3_text"))
     with pytest.raises(HparamsError, match=r"gate_layer.*norm .* leave the key out"):
-        check_gate(anat, UniEraseHyperParams(**OPTIONS, gate_layer=3))
-    check_gate(anat, UniEraseHyperParams(**OPTIONS))
+        check_gate(anat, 3)
+    check_gate(anat, None)
 
 
 @pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj", "transformer.h.{}.mlp.fc_out"])
