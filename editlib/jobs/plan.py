@@ -15,8 +15,10 @@ from editlib.algorithms.unierase.token import TokenHyperParams
 from editlib.errors import ModelError
 from editlib.hparams import (
     ClosedFormHyperParams,
+    FTHyperParams,
     HyperParams,
     ModelShape,
+    NullSpaceHyperParams,
     UniEraseHyperParams,
     find_hparams,
     load_hparams,
@@ -26,6 +28,7 @@ from editlib.models.size import ModelSize, config_of, model_size
 from editlib.stats.store import model_slug
 
 STATS_TOKENS, STATS_TOKENS_UNLEARN = 100_000, 20_000
+GENERAL_STEP = 4  # every so many-th bundled question is answered before refusal tokens are fitted
 MIB = 1024 * 1024
 
 
@@ -89,44 +92,85 @@ def plan(
     kind = stored if dtype is None else DTYPES[dtype]
     machine = measure(config, kind, torch.device(device)).scaled(flops, bandwidth)
     tokens = stats_tokens or (STATS_TOKENS if settings.has_target else STATS_TOKENS_UNLEARN)
-    steps = []
-    if settings.uses_statistics:
-        steps.append(costs.statistics(size, settings.layers, tokens))
-    if settings.uses_token:
-        learned = TokenHyperParams()
-        steps.append(
-            costs.token(
-                size,
-                steps=learned.steps,
-                batch=learned.batch,
-                questions=min(learned.questions, len(data.questions("train"))),
-                guard_prompts=learned.guard_prompts,
-                question_tokens=prompt_tokens,
-                answer_tokens=learned.guard_tokens,
-            )
-        )
-    if isinstance(settings, ClosedFormHyperParams):
-        job = _job(settings, requests, prompt_tokens, size)
-        steps += [costs.values(size, job), costs.solve(size, job)]
+    steps = _steps(settings, size, requests, prompt_tokens, tokens)
     steps.append(costs.save(size, kind.itemsize))
     return Plan(settings, size, machine, size.bytes(kind.itemsize), steps)
 
 
-def _job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
+def _steps(
+    settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int
+) -> list[costs.Step]:
+    """The steps that an edit with these settings has, but for the model that is saved."""
+    steps = []
+    if settings.uses_statistics:
+        decomposed = "spectrum" if isinstance(settings, NullSpaceHyperParams) else "factor"
+        steps.append(costs.statistics(size, settings.layers, stats_tokens, decomposed))
+    if settings.uses_token:
+        steps.append(_token(size, prompt_tokens))
+    if isinstance(settings, FTHyperParams):
+        steps.append(costs.descent(size, requests, prompt_tokens, settings.num_steps))
+    if not isinstance(settings, ClosedFormHyperParams):
+        return steps
+    job = settings_job(settings, requests, prompt_tokens, size)
+    if job.anchors:
+        steps.append(costs.anchors(size, job))
+    from_rows = isinstance(settings, UniEraseHyperParams) and settings.values == "rows"
+    steps += [costs.row_values(size, job) if from_rows else costs.values(size, job), costs.solve(size, job)]
+    if isinstance(settings, UniEraseHyperParams) and from_rows and settings.say:
+        general = len(data.questions("train")) // GENERAL_STEP
+        steps.append(
+            costs.refusal_tokens(
+                size, job, steps=settings.token_steps, wordings=settings.token_wordings, general=general
+            )
+        )
+    return steps
+
+
+def _token(size: ModelSize, prompt_tokens: int) -> costs.Step:
+    """The unlearning token, as the command learns it."""
+    learned = TokenHyperParams()
+    return costs.token(
+        size,
+        steps=learned.steps,
+        batch=learned.batch,
+        questions=min(learned.questions, len(data.questions("train"))),
+        guard_prompts=learned.guard_prompts,
+        question_tokens=prompt_tokens,
+        answer_tokens=learned.guard_tokens,
+    )
+
+
+def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
     """The numbers that the settings give. A null space by threshold is taken to keep out a quarter of the directions,
-    and anchors to be as many as the bundled ones."""
-    unierase = isinstance(settings, UniEraseHyperParams)
-    contexts = len(settings.context_templates or ()) or (1 if unierase else 6)
-    subjects = getattr(settings, "kl_subject_prompts", 0)
+    and anchors to be as many as the bundled retain prompts."""
+    v_rate: costs.Rate = "fast" if settings.v_precision == "fast" else "model"
+    if not isinstance(settings, UniEraseHyperParams):
+        return costs.Job(
+            layers=settings.layers,
+            requests=requests,
+            contexts=len(settings.context_templates or ()) or 6,
+            prompt_tokens=prompt_tokens,
+            kl_prompts=int(settings.kl_factor > 0),
+            steps=settings.v_num_grad_steps,
+            kept_out=size.d_ff // 4,
+            v_rate=v_rate,
+        )
+    from_rows = settings.values == "rows"
+    anchors = min(len(data.retain_prompts([])), settings.max_anchors or 10**9) if settings.anchors else 0
     return costs.Job(
         layers=settings.layers,
         requests=requests,
-        contexts=contexts,
+        contexts=len(settings.context_templates) * (1 + settings.wordings),
         prompt_tokens=prompt_tokens,
-        target_tokens=1 if unierase else 3,
-        kl_prompts=(1 + subjects) if settings.kl_factor > 0 else 0,
-        kl_tokens=max(1, getattr(settings, "kl_answer_tokens", 0)),
-        steps=settings.v_num_grad_steps,
+        target_tokens=1,
+        kl_prompts=(1 + settings.kl_subject_prompts) if settings.kl_factor > 0 else 0,
+        kl_tokens=max(1, settings.kl_answer_tokens),
+        steps=settings.row_steps if from_rows else settings.v_num_grad_steps,
+        anchors=anchors,
         kept_out=size.d_ff // 4,
-        v_rate="fast" if settings.v_precision == "fast" else "model",
+        v_rate=v_rate,
+        dense=settings.text_weight > 0,
+        wordings=settings.wordings,
+        siblings=settings.siblings,
+        left_metric=from_rows and settings.left_weight > 0,
     )
