@@ -64,7 +64,7 @@ from editlib.stats.layer_stats import batches, counted_windows, document_windows
 LAYERS = [4, 5, 6, 7, 8]
 ROW_SETTINGS = "UniErase/smollm2-135m-erase"
 FACT_STEP = 9  # takes facts from all over the bundled ones
-STATISTICS_TOKENS = 8192
+STATISTICS_TOKENS = 20_000  # as many as `editlib unlearn` takes
 WINDOW, BATCH_TOKENS = 256, 4096
 FORMER = TokenHyperParams(precision="model")  # in fp32, as the token was learned before
 

@@ -36,6 +36,7 @@ CONTEXTS = (
 )
 SHAPES = {  # hidden, MLP, layers, heads, heads of keys and values: those of SmolLM2, Llama 3.2 and 3
     "tiny": (64, 176, 10, 4, 2),
+    "30m": (256, 688, 8, 4, 2),
     "135m": (576, 1536, 30, 9, 3),
     "360m": (960, 2560, 32, 15, 5),
     "1b": (2048, 8192, 16, 32, 8),

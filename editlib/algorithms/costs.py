@@ -1,9 +1,9 @@
 """What each step of an edit takes: floating-point operations, bytes moved and bytes held, counted from sizes alone.
 
 A product of `[m, k]` and `[k, n]` counts `2 m k n` operations. A forward pass over a token costs two operations a
-parameter; its gradient towards the inputs, weights left out, two more. A piece of work takes its operations at the
-machine's rate and, for every call of a layer, what that takes however few tokens it is given; or its bytes at the
-memory's rate, if that is longer.
+parameter; its gradient towards the inputs, weights left out, two more. A pass takes what one layer took on this machine
+with as many tokens (`Machine.layer`), other work its operations at the machine's rate; or the bytes at the memory's
+rate, if that is longer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from editlib.algorithms.machine import EIGEN, Machine
+from editlib.algorithms.machine import EIGEN, VOCAB, Kind, Machine
 from editlib.models.size import ModelSize
+from editlib.stats.moments import GRAM_SHARE
 
 Rate = Literal["model", "fast", "product", "wide", "eigen", "disk"]
 """Which of the rates of `Machine` a piece of work runs at."""
 
 ITEM = 4  # bytes of a fp32 number
 WIDE = 8  # of a fp64 number
+DECODE_ROWS = 64  # prompts that are answered at once
+KEY_TOKENS = 4096  # of a pass that reads keys
+METRIC_ROWS = 32  # of a pass that reads the left metric
+KEPT_TOKENS = 20  # of an answer that a row keeps
+REFUSAL_TOKENS = 10  # of a refusal
+TEXTS, TEXT_TOKENS = 64, 40  # that the edited model writes, for tokens to stay out of
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,10 @@ class Work:
     rate: Rate
     flops: float  # operations
     moved: float = 0.0  # bytes read and written
-    calls: float = 0.0  # calls of a layer, each with its overhead
+    calls: float = 0.0  # calls of a layer, or of the head
+    tokens: float = 0.0  # of each call
+    kind: Kind = "text"  # of the calls
+    head: float = 0.0  # tokens of the vocabulary, if the calls are those of the head
 
     def by_rate(self, machine: Machine) -> bool:
         """Returns whether it is bound by the machine's rate of operations, not by its memory (the roofline model)."""
@@ -39,7 +49,12 @@ class Work:
         """Estimates the seconds on `machine`: the slower of computing and moving the bytes."""
         if self.rate == "disk":
             return self.moved / machine.disk
-        return max(self.flops / machine.rate(self.rate) + self.calls * machine.call, self.moved / machine.bandwidth)
+        curve = (machine.head if self.head else machine.layer).get((self.rate, self.kind))
+        if self.calls and curve is not None:
+            computing = self.calls * curve.at(self.tokens) * (self.head / VOCAB if self.head else 1)
+        else:
+            computing = self.flops / machine.rate(self.rate) + (0 if self.head else self.calls * machine.call)
+        return max(computing, self.moved / machine.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -74,8 +89,12 @@ class Job:
 
     A request has `contexts` prompts of `prompt_tokens` tokens, `suffix_tokens` of them from the subject's last token
     on, followed by `target_tokens` of the target. `kl_prompts` more prompts are compared at `kl_tokens` positions each.
-    `steps` are those of a value, `past` the keys of earlier edits and anchors, `kept_out` the directions outside the
-    null space. `v_rate` is the arithmetic rate while values are found.
+    `steps` are those of a value, `past` the keys of earlier edits, `anchors` the retain prompts that are held with
+    `answer_tokens` of the model's answer each, `kept_out` the directions outside the null space. `v_rate` is the
+    arithmetic rate while values are found. `dense`: the solve has one `d_ff x d_ff` system, of ordinary text.
+
+    Of values from rows: `wordings` of each question in addition, `siblings` other questions about its subject, and
+    whether a `left_metric` is read from the anchors.
     """
 
     layers: Sequence[int]
@@ -88,23 +107,42 @@ class Job:
     kl_tokens: int = 1
     steps: int = 25
     past: int = 0
+    anchors: int = 0
+    answer_tokens: int = 24
     kept_out: int = 64
     v_rate: Rate = "model"
+    dense: bool = False
+    wordings: int = 0
+    siblings: int = 0
+    left_metric: bool = False
+
+    @property
+    def held_keys(self) -> int:
+        """Keys of anchors, of every token of theirs."""
+        return self.anchors * (self.prompt_tokens + self.answer_tokens)
 
 
-def statistics(size: ModelSize, layers: Sequence[int], tokens: int, batch_tokens: int = 4096) -> Step:
+def statistics(
+    size: ModelSize,
+    layers: Sequence[int],
+    tokens: int,
+    decomposed: Literal["spectrum", "factor"] = "spectrum",
+    batch_tokens: int = 4096,
+) -> Step:
     """Estimates one pass over a corpus through the last of `layers`, the sums of `k k^T` of each, and their
-    decompositions."""
+    decompositions: all eigenvectors, or a Cholesky factor."""
     square = size.d_ff**2
     batches = max(1, round(tokens / batch_tokens))
-    held = len(layers) * square * WIDE + batch_tokens * (size.d_ff * len(layers) * ITEM + 8 * size.d_model * ITEM)
+    held = len(layers) * square * WIDE + batch_tokens * (2 * size.d_ff * ITEM + 8 * size.d_model * ITEM)
     return Step(
         "statistics",
         [
             forward_pass(size, tokens, max(layers) + 1, "fast", passes=batches),
-            # fp32 products of the upper half, in eight slabs, summed in fp64: sums are read and written once per batch
-            Work("product", 1.125 * square * tokens * len(layers), 3 * square * WIDE * len(layers) * batches),
-            decomposition(size, len(layers)),
+            # The upper half of the products, summed in fp64: half of the sums is read and written once per batch.
+            Work("product", 2 * GRAM_SHARE * square * tokens * len(layers), square * WIDE * len(layers) * batches),
+            decomposition(size, len(layers))
+            if decomposed == "spectrum"
+            else Work("wide", size.d_ff**3 / 3 * len(layers), 2 * square * WIDE * len(layers)),
         ],
         max(held, 3 * square * WIDE),
     )
@@ -116,51 +154,150 @@ def decomposition(size: ModelSize, layers: int) -> Work:
 
 
 def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = ITEM) -> Step:
-    """Estimates the values of all requests: one pass up to the edited layer, then `steps` passes from there up and
-    back."""
+    """Estimates values by descent: one pass up to the edited layer, then `steps` passes from there up and back."""
     rows = job.requests * (job.contexts + job.kl_prompts)
-    above = size.n_layers - max(job.layers) - 1
+    last, above = max(job.layers), size.n_layers - max(job.layers) - 1
     suffix = job.requests * (job.contexts * (job.suffix_tokens + job.target_tokens - 1) + job.kl_prompts * 3)
     scored = job.requests * (job.contexts * job.target_tokens + job.kl_prompts * job.kl_tokens)
     groups = max(1, -(-rows // chunk_rows))
-    per_step = 4 * (suffix * above * size.layer + scored * size.head)  # forwards, and gradients of the inputs
     read = 2 * groups * (above * size.layer + size.head) * itemsize  # the weights are read both ways
     logits = 6 * ITEM * size.vocab * scored / groups  # log-softmax, targets and their gradients
     graph = suffix / groups * above * (12 * size.d_model + 6 * size.d_ff) * itemsize
     prefix = rows / groups * job.prompt_tokens * size.n_layers * size.kv_width * itemsize
+    steps = forward_pass(
+        size, job.steps * suffix, above, job.v_rate, passes=job.steps * groups, kind="gradient", moved=job.steps * read
+    )
     return Step(
         "values",
         [
             forward_pass(size, rows * job.prompt_tokens, size.n_layers, job.v_rate, passes=2 * groups),
-            Work(
-                job.v_rate,
-                job.steps * per_step,
-                job.steps * (read + 8 * ITEM * size.vocab * scored),
-                job.steps * 3 * groups * above,
-            ),
+            steps,
+            head_pass(size, job.steps * scored, job.v_rate, passes=job.steps * groups, kind="gradient"),
+            # The states before any change, in the model's dtype.
+            forward_pass(size, job.requests * job.prompt_tokens, last + 1, "model", passes=1),
         ],
         logits + graph + prefix,
     )
 
 
+def anchors(size: ModelSize, job: Job) -> Step:
+    """Estimates what the model answers to the retain prompts, token by token."""
+    prefix = DECODE_ROWS * (job.prompt_tokens + job.answer_tokens) * size.n_layers * size.kv_width * ITEM
+    return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, "model"), prefix)
+
+
+def answered(size: ModelSize, rows: int, prompt_tokens: int, new_tokens: int, rate: Rate) -> list[Work]:
+    """Estimates greedy answers to so many prompts: one pass over the prompts, and one for each new token."""
+    passes = max(1, -(-rows // DECODE_ROWS))
+    decoded = forward_pass(size, rows * new_tokens, size.n_layers, rate, passes=passes * new_tokens, kind="step")
+    head = head_pass(size, rows * new_tokens, rate, passes=passes * new_tokens, kind="step")
+    return [forward_pass(size, rows * prompt_tokens, size.n_layers, rate, passes=passes), decoded, head]
+
+
+def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
+    """Estimates values from rows: the model's answers, the metric of the anchors' answers, and readings of the rows.
+
+    Of `steps` Gauss-Newton steps three read a Jacobian, the others and the last reading the rows alone.
+    """
+    last, above = max(job.layers), size.n_layers - max(job.layers) - 1
+    erase, keep = job.requests * (1 + job.wordings), job.requests * job.siblings
+    prompts = erase + keep
+    tokens = prompts * job.suffix_tokens + keep * (KEPT_TOKENS - 1)  # of the rows, from the subject on
+    scored = erase + keep * KEPT_TOKENS
+    passes = max(1, -(-tokens // batch_tokens))
+    jacobians = min(3, job.steps)
+    readings = job.steps + 1 - jacobians
+    rate = job.v_rate
+    work = [
+        *answered(size, prompts, job.prompt_tokens, job.answer_tokens, rate),
+        forward_pass(size, prompts * job.prompt_tokens, size.n_layers, rate, passes=passes),
+        forward_pass(size, tokens * jacobians, above, rate, passes=passes * jacobians, kind="gradient"),
+        head_pass(size, scored * jacobians, rate, passes=passes * jacobians, kind="gradient"),
+        forward_pass(size, tokens * readings, above, rate, passes=passes * readings, kind="step"),
+        head_pass(size, scored * readings, rate, passes=passes * readings, kind="step"),
+    ]
+    if job.left_metric:
+        batches = max(1, -(-job.anchors // METRIC_ROWS))
+        work += [
+            forward_pass(size, job.held_keys, last + 1, rate, passes=batches),
+            forward_pass(size, job.held_keys, above, rate, passes=batches, kind="gradient"),
+            head_pass(size, job.anchors * job.answer_tokens, rate, passes=batches, kind="gradient"),
+        ]
+    logits = 3 * ITEM * size.vocab * max(scored / passes, METRIC_ROWS * job.answer_tokens * job.left_metric)
+    graph = max(batch_tokens, METRIC_ROWS * 40 * job.left_metric) * above * (12 * size.d_model + 6 * size.d_ff) * ITEM
+    return Step("values", work, logits + graph + prompts * job.prompt_tokens * size.n_layers * size.kv_width * ITEM)
+
+
 def solve(size: ModelSize, job: Job) -> Step:
     """Estimates keys, residuals, the closed form and the update of each layer."""
-    first, last, n = min(job.layers), max(job.layers), job.requests
+    first, last, n, layers = min(job.layers), max(job.layers), job.requests, len(job.layers)
     tokens = n * job.contexts * job.prompt_tokens
-    m = n + job.past  # keys in the linear system
+    held = min(job.held_keys, size.d_ff)  # beyond, the moment of the anchors' keys stands for them
+    m = n + job.past + (0 if job.held_keys > size.d_ff else job.held_keys)  # keys in the linear system
     # One pass up to the first layer; then each layer for its keys, once more to advance, and up to the last for H.
     layers_run = first + sum(2 + last - layer + 1 for layer in job.layers)
+    dense = job.dense or job.held_keys > size.d_ff
     system = 2 * size.d_ff * m**2 + m**3 / 3 + 2 * m**2 * n + 2 * size.d_ff * m * n
+    whole = size.d_ff**3 / 3 + 2 * size.d_ff**2 * m if dense else 0
+    moment = 2 * size.d_ff**2 * job.held_keys if job.held_keys > size.d_ff else 0
     project = 4 * size.d_ff * job.kept_out * m
     square = size.d_model * size.d_ff
+    work = [
+        forward_pass(size, tokens, layers_run, "model", passes=max(1, round(tokens / KEY_TOKENS))),
+        Work("wide", (system + whole + moment + project + 2 * square * n) * layers),
+        Work("wide", 0, 6 * square * WIDE * layers),  # the update multiplied out, summed and written
+    ]
+    if job.anchors:  # their keys are read again at each layer, from the model's beginning
+        passes = max(1, round(job.held_keys / KEY_TOKENS))
+        work.append(forward_pass(size, job.held_keys, sum(layer + 1 for layer in job.layers), "model", passes=passes))
+    system_bytes = (3 * m + job.kept_out + held) * size.d_ff * WIDE + (3 * size.d_ff**2 * WIDE if dense else 0)
+    return Step("solve", work, 2 * square * WIDE + system_bytes + layers * square * ITEM)
+
+
+def descent(size: ModelSize, requests: int, prompt_tokens: int, steps: int) -> Step:
+    """Estimates fine-tuning: `steps` passes through the whole model and back, over all requests."""
+    tokens = requests * (prompt_tokens + 2)
+    passes = max(1, -(-requests // 64))
     return Step(
-        "solve",
+        "fine-tuning",
         [
-            forward_pass(size, tokens, layers_run, "model", passes=1),
-            Work("wide", (system + project + 2 * square * n) * len(job.layers)),
-            Work("wide", 0, 6 * square * WIDE * len(job.layers)),  # the update multiplied out, summed and written
+            forward_pass(size, steps * tokens, size.n_layers, "model", passes=steps * passes, kind="gradient"),
+            head_pass(size, steps * requests * 3, "model", passes=steps * passes, kind="gradient"),
         ],
-        2 * square * WIDE + (3 * m + job.kept_out) * size.d_ff * WIDE + len(job.layers) * square * ITEM,
+        tokens / passes * size.n_layers * (12 * size.d_model + 6 * size.d_ff) * ITEM,
+    )
+
+
+def refusal_tokens(
+    size: ModelSize, job: Job, *, steps: int, wordings: int, general: int, kept: int = 600, batch: int = 16
+) -> Step:
+    """Tokens that refuse, fitted to the edited model: the states of all places, and `steps` passes and back.
+
+    Args:
+        wordings: of each question that the tokens are to be said at.
+        general: questions about anything, which the edited model answers first.
+        kept: retain prompts that the tokens stay out of; each is asked in three ways.
+    """
+    kept, rate = min(job.anchors, kept), job.v_rate
+    siblings = job.requests * job.siblings
+    ends = job.requests * (1 + wordings + job.wordings) + 3 * kept + siblings
+    answers = kept + siblings + general
+    answer_tokens = answers * job.answer_tokens
+    passes = max(1, -(-(ends + answers) // DECODE_ROWS))
+    trained = batch * (REFUSAL_TOKENS + 2)  # the relation's token, [UNL] and the refusal
+    return Step(
+        "tokens",
+        [
+            *answered(size, general, job.prompt_tokens, TEXT_TOKENS, rate),
+            *answered(size, TEXTS, 1, TEXT_TOKENS, rate),
+            forward_pass(
+                size, (ends + answers) * job.prompt_tokens + answer_tokens, size.n_layers, rate, passes=passes
+            ),
+            head_pass(size, ends + answer_tokens, rate, passes=passes, kind="step"),
+            forward_pass(size, steps * trained, size.n_layers, rate, passes=steps, kind="gradient"),
+            head_pass(size, steps * trained, rate, passes=steps, kind="gradient"),
+        ],
+        batch * job.prompt_tokens * size.n_layers * size.kv_width * ITEM + 6 * ITEM * trained * size.vocab,
     )
 
 
@@ -177,18 +314,17 @@ def token(
 ) -> Step:
     """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back."""
     seen = questions * question_tokens
-    answered = guard_prompts * (question_tokens + answer_tokens)
+    answered_tokens = guard_prompts * (question_tokens + answer_tokens)
     scored = seen // 4 + guard_prompts * answer_tokens
-    decoding = Work("fast", 2 * guard_prompts * answer_tokens * (size.total), answer_tokens * 3 * size.total * 2)
     trained = batch * (refusal_tokens + 1)
-    step = 4 * (trained * size.n_layers * size.layer + batch * refusal_tokens * size.head)
     return Step(
         "token",
         [
-            forward_pass(size, seen + answered, size.n_layers, "fast", passes=2),
-            Work("fast", 2 * scored * size.head, 4 * ITEM * scored * size.vocab),
-            decoding,
-            Work("fast", steps * step, steps * (2 * size.total * 2 + 6 * ITEM * batch * refusal_tokens * size.vocab)),
+            forward_pass(size, seen + answered_tokens, size.n_layers, "fast", passes=2 * -(-guard_prompts // 64)),
+            head_pass(size, scored, "fast", passes=4, kind="step"),
+            *answered(size, guard_prompts, question_tokens, answer_tokens, "fast"),
+            forward_pass(size, steps * trained, size.n_layers, "fast", passes=steps, kind="gradient"),
+            head_pass(size, steps * batch * refusal_tokens, "fast", passes=steps, kind="gradient"),
         ],
         questions * question_tokens * size.n_layers * size.kv_width * 2 + 2 * size.total + scored * size.vocab * 2,
     )
@@ -199,7 +335,25 @@ def save(size: ModelSize, itemsize: int) -> Step:
     return Step("save", [Work("disk", 0, size.bytes(itemsize))])
 
 
-def forward_pass(size: ModelSize, tokens: int, layers: float, rate: Rate, *, passes: int) -> Work:
-    """Estimates a pass of `tokens` through `layers` layers in so many `passes`, each of which reads the weights
-    once."""
-    return Work(rate, 2 * tokens * layers * size.layer, passes * layers * size.layer * ITEM, passes * layers)
+def forward_pass(
+    size: ModelSize,
+    tokens: float,
+    layers: float,
+    rate: Rate,
+    *,
+    passes: float,
+    kind: Kind = "text",
+    moved: float | None = None,
+) -> Work:
+    """Estimates `tokens` in all through `layers` layers in so many `passes`, each of which reads the weights once."""
+    operations = (4 if kind == "gradient" else 2) * tokens * layers * size.layer  # a gradient costs as much again
+    moved = passes * layers * size.layer * ITEM if moved is None else moved
+    return Work(rate, operations, moved, passes * layers, tokens / max(passes, 1), kind)
+
+
+def head_pass(size: ModelSize, positions: float, rate: Rate, *, passes: float, kind: Kind) -> Work:
+    """Logits and log probabilities at `positions` in all, in so many `passes`."""
+    operations = (4 if kind == "gradient" else 2) * positions * size.head
+    return Work(
+        rate, operations, 4 * ITEM * size.vocab * positions, passes, positions / max(passes, 1), kind, size.vocab
+    )

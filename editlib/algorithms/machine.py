@@ -2,36 +2,76 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Literal
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from editlib.models.precision import cast_params, fast_dtype, wide_dtype
+from editlib.models.precision import cast_params, fast_dtype, plain_attention, wide_dtype
 from editlib.models.size import model_size, one_layer
+from editlib.stats.moments import GRAM_SHARE, Buffers, add_gram
+
+Kind = Literal["text", "step", "gradient"]
+"""A pass over many tokens of running text; over a few tokens behind a cached prefix; the same with the gradient of what
+enters it."""
 
 EIGEN = 9  # operations of a symmetric eigen-decomposition with all vectors, a cubed dimension
-TOKENS = 64  # of the pass that is timed: as many as a step of a few values has
+TEXT, SUFFIX, PREFIX = 128, 6, 12  # tokens of a row of running text; of a row of a step, and of what is cached before
+SIZES = {"text": (1, 128, 1024), "step": (6, 48, 192, 768), "gradient": (6, 48, 192, 768)}
+"""Tokens of the passes that are timed."""
+VOCAB = 8192  # rows of the output head that is timed
+LONG = 1.0  # seconds of a pass after which no larger one is timed
 SQUARE = 1024  # of the systems that are timed
 MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Seconds of a piece of work by its number of tokens, rising; measured at some numbers."""
+
+    tokens: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, tokens: float) -> float:
+        """Interpolates between the measured numbers, and goes on as between the last two."""
+        i = min(max(bisect.bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
+        share = (tokens - self.tokens[i - 1]) / (self.tokens[i] - self.tokens[i - 1])
+        return max(self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1]), 0.0)
+
+    def times(self, factor: float) -> Curve:
+        """Returns the curve of a machine that takes `factor` times as long."""
+        return Curve(self.tokens, tuple(factor * one for one in self.seconds))
+
+
+@dataclass(frozen=True)
 class Machine:
     """Describes the speed of a machine: operations per second of each kind, bytes per second, and the overhead of a
-    call."""
+    call.
+
+    `layer` has the seconds of a pass through one layer by its tokens, `head` those of logits and log probabilities, by
+    positions, over `VOCAB` tokens, each by the name of a rate and a kind. Without them a pass takes its operations at
+    the rate, and `call` for each layer.
+    """
 
     model: float  # passes in the model's dtype
     fast: float  # passes in the faster of the model's dtype and bf16
-    product: float  # matrix products in fp32
+    product: float  # sums of products of keys
     wide: float  # matrix products in the solve's dtype
     eigen: float  # eigen-decompositions
     bandwidth: float  # bytes of memory read or written
     disk: float  # bytes written to disk
     call: float = 0.0  # seconds that a layer takes for a single token
+    layer: Mapping[tuple[str, Kind], Curve] = field(default_factory=dict)
+    head: Mapping[tuple[str, Kind], Curve] = field(default_factory=dict)
 
     def rate(self, name: str) -> float:
         """Returns the operations per second of one kind, by the name of its field."""
@@ -49,62 +89,138 @@ class Machine:
             self,
             **{name: self.rate(name) * factor for name in ("model", "fast", "product", "wide", "eigen")},
             bandwidth=bandwidth or self.bandwidth,
+            layer={key: curve.times(1 / factor) for key, curve in self.layer.items()},
+            head={key: curve.times(1 / factor) for key, curve in self.head.items()},
         )
 
 
 def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Machine:
-    """Times one random layer of the configuration's shape, a product, a decomposition, a copy and a written file."""
+    """Times one random layer of the configuration's shape, a head, products, a decomposition, a copy and a file."""
     size, model = model_size(config), one_layer(config, dtype, device)
     wide, fast = wide_dtype(device), fast_dtype(model)
-    model_rate, call = _pass_rate(model, size.layer)
-    fast_rate = model_rate
-    if fast is not None:
-        with cast_params(model, fast):
-            fast_rate, _ = _pass_rate(model, size.layer)
+    layer: dict[tuple[str, Kind], Curve] = {}
+    head: dict[tuple[str, Kind], Curve] = {}
+    for rate, narrow in (("model", None), ("fast", fast)):
+        if rate == "model" or narrow is not None:
+            with cast_params(model, narrow):
+                layers, heads = _layer_curves(model), _head_curves(size.d_model, narrow or dtype, device)
+        layer |= {(rate, kind): curve for kind, curve in layers.items()}
+        head |= {(rate, kind): curve for kind, curve in heads.items()}
     square = torch.randn(SQUARE, SQUARE, dtype=wide, device=device)
-    narrow, moment = square.float(), square @ square.T
+    moment = square @ square.T
+    keys = torch.randn(2 * SQUARE, SQUARE, dtype=torch.bfloat16 if fast else torch.float32, device=device)
     block = torch.ones(64 * MIB, dtype=torch.float32, device=device)  # larger than a processor's cache
     place = torch.empty_like(block)
     return Machine(
-        model=model_rate,
-        fast=fast_rate,
-        product=2 * SQUARE**3 / _seconds(lambda: narrow @ narrow, device),
+        model=_rate(layer["model", "text"], size.layer),
+        fast=_rate(layer["fast", "text"], size.layer),
+        product=_product_rate(keys),
         wide=2 * SQUARE**3 / _seconds(lambda: square @ square, device),
         eigen=EIGEN * SQUARE**3 / _seconds(lambda: torch.linalg.eigh(moment), device),
         # A copy reads and writes every byte.
         bandwidth=2 * block.nbytes / _seconds(lambda: place.copy_(block), device),
         disk=_disk_rate(),
-        call=call,
+        call=layer["model", "text"].at(1),
+        layer=layer,
+        head=head,
     )
 
 
-def _pass_rate(model: PreTrainedModel, parameters: int) -> tuple[float, float]:
-    """Measures the operations per second of a pass over many tokens, and the seconds of a pass over one token.
+def _rate(curve: Curve, parameters: int) -> float:
+    """Operations per second of a pass over many tokens: two, a product and a sum, per parameter and token."""
+    return 2 * (curve.tokens[-1] - 1) * parameters / max(curve.seconds[-1] - curve.seconds[0], 1e-9)
 
-    The rate excludes the seconds of one token, which are the overhead of a call.
-    """
-    call = _pass_seconds(model, 1)
-    # Two operations, a product and a sum, per parameter and token.
-    return 2 * (TOKENS - 1) * parameters / max(_pass_seconds(model, TOKENS) - call, 1e-9), call
+
+def _product_rate(keys: Tensor) -> float:
+    """Operations per second of the sums over `keys [m, d]`, of which half a product is computed."""
+    total, buffers = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64), Buffers()
+    operations = 2 * len(keys) * keys.shape[1] ** 2 * GRAM_SHARE
+    return operations / _seconds(lambda: add_gram(total, [keys], buffers), keys.device)
+
+
+def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
+    """Seconds of a pass through the one layer of `model`, by kind."""
+    device = model.device
+    embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding)).weight
+    width, dtype = embedding.shape[1], embedding.dtype
+
+    def text(tokens: int) -> Callable[[], object]:
+        ids = torch.zeros(max(1, tokens // TEXT), min(tokens, TEXT), dtype=torch.long, device=device)
+        return lambda: _without_grad(lambda: model(input_ids=ids, use_cache=False))
+
+    def step(tokens: int, grad: bool) -> Callable[[], object]:
+        rows = tokens // SUFFIX
+        front = torch.zeros(rows, PREFIX, dtype=torch.long, device=device)
+        states = torch.randn(rows, SUFFIX, width, dtype=dtype, device=device, requires_grad=grad)
+        with torch.no_grad():
+            cache = model(input_ids=front, use_cache=True).past_key_values
+        cached = cache if isinstance(cache, DynamicCache) else None  # of other kinds none is passed on
+
+        def run() -> object:
+            past = copy.deepcopy(cached)  # a pass extends its cache
+            logits = model(inputs_embeds=states, past_key_values=past, use_cache=past is not None).logits
+            return torch.autograd.grad(logits.sum(), states) if grad else logits
+
+        return run if grad else lambda: _without_grad(run)
+
+    with plain_attention(device):
+        steps: dict[Kind, Curve] = {
+            "step": _curve("step", lambda tokens: step(tokens, False), device),
+            "gradient": _curve("gradient", lambda tokens: step(tokens, True), device),
+        }
+    return {"text": _curve("text", text, device), **steps}
+
+
+def _head_curves(d_model: int, dtype: torch.dtype, device: torch.device) -> dict[Kind, Curve]:
+    """Seconds of logits over `VOCAB` tokens and of their log probabilities, by positions and kind."""
+    # Logits near those of a model: wide ones leave probabilities of which a processor is slow to compute.
+    weight = torch.randn(VOCAB, d_model, dtype=dtype, device=device) / d_model**0.5
+
+    def read(positions: int, grad: bool) -> Callable[[], object]:
+        states = torch.randn(positions, d_model, dtype=dtype, device=device, requires_grad=grad)
+
+        def run() -> object:
+            found = (states @ weight.T).float().log_softmax(1)
+            return torch.autograd.grad(found[:, 0].sum(), states) if grad else found
+
+        return run if grad else lambda: _without_grad(run)
+
+    return {
+        "step": _curve("step", lambda positions: read(positions, False), device),
+        "gradient": _curve("gradient", lambda positions: read(positions, True), device),
+    }
+
+
+def _curve(kind: Kind, work: Callable[[int], Callable[[], object]], device: torch.device) -> Curve:
+    """Times `work(tokens)` at the sizes of its kind, as far as they take less than `LONG`."""
+    tokens: list[float] = []
+    seconds: list[float] = []
+    for size in SIZES[kind]:
+        seconds.append(_seconds(work(size), device, at_least=0.1))
+        tokens.append(size)
+        if len(tokens) > 1 and seconds[-1] > LONG:
+            break
+    # A larger pass that was faster than a smaller one is noise.
+    return Curve(tuple(tokens), tuple(accumulate(seconds, max)))
 
 
 @torch.no_grad()
-def _pass_seconds(model: PreTrainedModel, tokens: int) -> float:
-    ids = torch.zeros(max(1, tokens // 128), min(tokens, 128), dtype=torch.long, device=model.device)
-    return _seconds(lambda: model(input_ids=ids, use_cache=False), model.device)
+def _without_grad(work: Callable[[], object]) -> object:
+    return work()
 
 
 def _seconds(work: Callable[[], object], device: torch.device, at_least: float = 0.3) -> float:
-    """Measures the seconds of one run, the fastest of several."""
-    best, begun = float("inf"), time.perf_counter()
+    """Measures the seconds of one run, the median of several: the fastest would be that of a warm cache."""
+    each: list[float] = []
+    begun = time.perf_counter()
     work()  # the first run allocates memory and chooses kernels
-    while best == float("inf") or time.perf_counter() - begun < at_least:
+    while not each or time.perf_counter() - begun < at_least:
         start = time.perf_counter()
         work()
         if device.type != "cpu":
             torch.accelerator.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        each.append(time.perf_counter() - start)
+    return statistics.median(each)
 
 
 def _disk_rate() -> float:

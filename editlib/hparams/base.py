@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from editlib.errors import HparamsError, nearest
 from editlib.hparams.published import FAMILY_KEYS, as_ours
@@ -68,6 +68,16 @@ class HyperParams:
     def uses_statistics(self) -> bool:
         """Whether an edit reads layer statistics."""
         return True
+
+    @property
+    def decomposition(self) -> Literal["spectrum", "factor"]:
+        """What a solve needs of a second moment: all its eigenvectors, or a Cholesky factor."""
+        return "factor"
+
+    @property
+    def trained_steps(self) -> int:
+        """Largest number of gradient steps on weights; 0: an edit solves for them."""
+        return 0
 
     @property
     def refuses(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeGuard
+from typing import ClassVar, Literal, TypeGuard
 
 from editlib.hparams.base import ClosedFormHyperParams, HyperParams
 from editlib.settings import bad, knob
@@ -30,6 +30,10 @@ class FTHyperParams(HyperParams):
     @property
     def uses_statistics(self) -> bool:
         return False
+
+    @property
+    def trained_steps(self) -> int:
+        return self.num_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +182,10 @@ class NullSpaceHyperParams(ClosedFormHyperParams):
         choices=("absolute", "energy", "dimensions"),
     )
     L2: float = knob(10.0, "ridge of the solve; a larger one gives a smaller, less exact update", min=0)
+
+    @property
+    def decomposition(self) -> Literal["spectrum", "factor"]:
+        return "spectrum"
 
     def check(self) -> None:
         super().check()

@@ -13,12 +13,21 @@ from editlib.algorithms import costs
 from editlib.algorithms.machine import Machine, measure
 from editlib.algorithms.unierase.token import TokenHyperParams
 from editlib.errors import ModelError
-from editlib.hparams import ClosedFormHyperParams, HyperParams, ModelShape, find_hparams, finds_values, load_hparams
+from editlib.hparams import (
+    ClosedFormHyperParams,
+    HyperParams,
+    ModelShape,
+    find_hparams,
+    finds_values,
+    load_hparams,
+    takes_retain,
+)
 from editlib.models.loading import DTYPES, check_device
 from editlib.models.size import ModelSize, config_of, model_size
 from editlib.stats.store import model_slug
 
 STATS_TOKENS, STATS_TOKENS_UNLEARN = 100_000, 20_000
+GENERAL_STEP = 4  # every so many-th bundled question is answered before refusal tokens are fitted
 MIB = 1024 * 1024
 
 
@@ -82,43 +91,83 @@ def plan(
     kind = stored if dtype is None else DTYPES[dtype]
     machine = measure(config, kind, torch.device(device)).scaled(flops, bandwidth)
     tokens = stats_tokens or (STATS_TOKENS if settings.has_target else STATS_TOKENS_UNLEARN)
-    steps = []
-    if settings.uses_statistics:
-        steps.append(costs.statistics(size, settings.layers, tokens))
-    if settings.uses_token:
-        learned = TokenHyperParams()
-        steps.append(
-            costs.token(
-                size,
-                steps=learned.steps,
-                batch=learned.batch,
-                questions=min(learned.questions, len(data.questions("train"))),
-                guard_prompts=learned.guard_prompts,
-                question_tokens=prompt_tokens,
-                answer_tokens=learned.guard_tokens,
-            )
-        )
-    if finds_values(settings):
-        job = _job(settings, requests, prompt_tokens, size)
-        steps += [costs.values(size, job), costs.solve(size, job)]
+    steps = _steps(settings, size, requests, prompt_tokens, tokens)
     steps.append(costs.save(size, kind.itemsize))
     return Plan(settings, size, machine, size.bytes(kind.itemsize), steps)
 
 
-def _job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
+def _steps(
+    settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int
+) -> list[costs.Step]:
+    """Lists the steps that an edit with these settings has, but for the model that is saved."""
+    steps = []
+    if settings.uses_statistics:
+        steps.append(costs.statistics(size, settings.layers, stats_tokens, settings.decomposition))
+    if settings.uses_token:
+        steps.append(_token(size, prompt_tokens))
+    if settings.trained_steps:
+        steps.append(costs.descent(size, requests, prompt_tokens, settings.trained_steps))
+    if not finds_values(settings):
+        return steps
+    job = settings_job(settings, requests, prompt_tokens, size)
+    if job.anchors:
+        steps.append(costs.anchors(size, job))
+    from_rows = takes_retain(settings) and settings.values == "rows"
+    steps += [costs.row_values(size, job) if from_rows else costs.values(size, job), costs.solve(size, job)]
+    if takes_retain(settings) and from_rows and settings.say:
+        general = len(data.questions("train")) // GENERAL_STEP
+        tokens = costs.refusal_tokens(
+            size, job, steps=settings.token_steps, wordings=settings.token_wordings, general=general
+        )
+        steps.append(tokens)
+    return steps
+
+
+def _token(size: ModelSize, prompt_tokens: int) -> costs.Step:
+    """Estimates the unlearning token, as the command learns it."""
+    learned = TokenHyperParams()
+    return costs.token(
+        size,
+        steps=learned.steps,
+        batch=learned.batch,
+        questions=min(learned.questions, len(data.questions("train"))),
+        guard_prompts=learned.guard_prompts,
+        question_tokens=prompt_tokens,
+        answer_tokens=learned.guard_tokens,
+    )
+
+
+def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
     """Collects the numbers that the settings give. A null space by threshold is taken to keep out a quarter of the
-    directions, and anchors to be as many as the bundled ones."""
-    contexts = len(settings.context_templates or ()) or 6
-    subjects = getattr(settings, "kl_subject_prompts", 0)
+    directions, and anchors to be as many as the bundled retain prompts."""
+    v_rate: costs.Rate = "fast" if settings.v_precision == "fast" else "model"
+    if not takes_retain(settings):
+        return costs.Job(
+            layers=settings.layers,
+            requests=requests,
+            contexts=len(settings.context_templates or ()) or 6,
+            prompt_tokens=prompt_tokens,
+            kl_prompts=int(settings.kl_factor > 0),
+            steps=settings.v_num_grad_steps,
+            kept_out=size.d_ff // 4,
+            v_rate=v_rate,
+        )
+    from_rows = settings.values == "rows"
+    anchors = min(len(data.retain_prompts([])), settings.max_anchors or 10**9) if settings.anchors else 0
     return costs.Job(
         layers=settings.layers,
         requests=requests,
-        contexts=contexts,
+        contexts=len(settings.context_templates) * (1 + settings.wordings),
         prompt_tokens=prompt_tokens,
-        target_tokens=3 if settings.has_target else 1,
-        kl_prompts=(1 + subjects) if settings.kl_factor > 0 else 0,
-        kl_tokens=max(1, getattr(settings, "kl_answer_tokens", 0)),
-        steps=settings.v_num_grad_steps,
+        target_tokens=1,
+        kl_prompts=(1 + settings.kl_subject_prompts) if settings.kl_factor > 0 else 0,
+        kl_tokens=max(1, settings.kl_answer_tokens),
+        steps=settings.row_steps if from_rows else settings.v_num_grad_steps,
+        anchors=anchors,
         kept_out=size.d_ff // 4,
-        v_rate="fast" if settings.v_precision == "fast" else "model",
+        v_rate=v_rate,
+        dense=settings.text_weight > 0,
+        wordings=settings.wordings,
+        siblings=settings.siblings,
+        left_metric=from_rows and settings.left_weight > 0,
     )

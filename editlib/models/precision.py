@@ -79,6 +79,25 @@ def bf16_is_faster() -> bool:
 
 
 @contextmanager
+def exact_bf16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Multiplies fp32 matrices whose numbers came from `dtype` in bf16 units inside the block, if `dtype` is bf16.
+
+    Nothing is lost: bf16 numbers widened to fp32 are bf16 numbers, and the units add up in fp32. It matters on CPUs
+    whose bf16 products are faster; elsewhere, and for other dtypes, nothing changes. The setting is the process's own.
+    """
+    units: Any = getattr(torch.backends.mkldnn, "matmul", None)  # PyTorch 2.9 and later
+    if dtype != torch.bfloat16 or not hasattr(units, "fp32_precision") or not bf16_is_faster():
+        yield
+        return
+    before = units.fp32_precision
+    units.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        units.fp32_precision = before
+
+
+@contextmanager
 def fp32_params(model: PreTrainedModel) -> Iterator[None]:
     """Casts the parameters of `model` to fp32 inside the block, so that small steps add up.
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -133,15 +134,17 @@ def layer_stats(
 
 def record_moments(anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums: MomentSums, skip_first: int) -> int:
     """Adds the keys of every real token of `batch` after the first `skip_first` to `sums`; returns their number."""
-    counted = batch.attention_mask.bool() & (batch.position_ids >= skip_first)
+    counted = batch.attention_mask.bool() & (batch.position_ids >= skip_first)  # [n, T]
+    # Padding stands on one side, so that what counts of a row is one piece: a view, without a copy.
+    pieces = [(row, int(c.int().argmax()), int(c.sum())) for row, c in enumerate(counted)]
+
+    def add(layer: int, k: Tensor) -> None:
+        for row, first, number in pieces:
+            sums.add(layer, k[row, first : first + number])
+        sums.flush(layer)  # so that the keys of one layer at a time are held
+
     with no_param_grad(anat.model), torch.no_grad():
-        forward(
-            anat,
-            batch,
-            stop=max(layers) + 1,
-            keys=lambda layer, k: sums.add(layer, k[counted.to(k.device)]),
-            key_layers=tuple(layers),
-        )
-    sums.flush()
-    sums.tokens += int(counted.sum())
-    return int(counted.sum())
+        forward(anat, batch, stop=max(layers) + 1, keys=add, key_layers=tuple(layers))
+    tokens = sum(number for *_, number in pieces)
+    sums.tokens += tokens
+    return tokens

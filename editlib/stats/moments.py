@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,24 @@ from editlib.distributed import ALONE, Process
 from editlib.errors import StatsError
 from editlib.files import atomic_path
 from editlib.models.anatomy import Anatomy
+from editlib.models.precision import exact_bf16_products
 from editlib.stats.file import LayerStats, StatsHeader
 
 log = logging.getLogger(__name__)
 
+SLABS = 8  # in which half of a symmetric product is computed
+GRAM_SHARE = (1 + 1 / SLABS) / 2  # of the whole product
 SAVING = 0.05  # share of the time that checkpoints may take: those of wide layers are gigabytes
 
 
 class MomentSums:
-    """Sums `k k^T` for several layers: fp32 products on the keys' own device, added up in fp64 on the CPU.
+    """Sums `k k^T` for several layers: products that add up in fp32 on the keys' own device, summed in fp64 on the CPU.
 
     Keys are collected into blocks, so that the product is one large matrix multiplication a layer. `flush` after
     every batch makes the blocks, and with them the result, those of the batches, however often a pass was
     interrupted and on however many processes it ran.
+
+    The sums hold what lies on and above the diagonal; what lies below it means nothing until `finish` mirrors it.
     """
 
     def __init__(self, layers: Sequence[int], d_ff: int, *, block: int = 4096) -> None:
@@ -43,23 +49,20 @@ class MomentSums:
         self.tokens = 0
         self._block = block
         self._waiting: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self._buffers: dict[torch.device, Buffers] = {}
 
     def add(self, layer: int, keys: Tensor) -> None:
         """Adds `keys [tokens, d_ff]` of one layer, on any device."""
-        self._waiting[layer].append(keys.to(torch.float32))
+        self._waiting[layer].append(keys)
         if sum(len(k) for k in self._waiting[layer]) >= self._block:
-            self._flush(layer)
+            self.flush(layer)
 
-    def _flush(self, layer: int) -> None:
-        if self._waiting[layer]:
-            keys = torch.cat(self._waiting[layer])
-            self.sums[layer] += gram(keys).cpu()
-            self._waiting[layer] = []
-
-    def flush(self) -> None:
-        """Adds everything that still waits."""
-        for layer in self._waiting:
-            self._flush(layer)
+    def flush(self, *layers: int) -> None:
+        """Adds what still waits of `layers`; by default, everything."""
+        for layer in layers or self._waiting:
+            waiting, self._waiting[layer] = self._waiting[layer], []
+            if waiting:
+                add_gram(self.sums[layer], waiting, self._buffers.setdefault(waiting[0].device, Buffers()))
 
     def clear(self) -> None:
         """Sets all sums and counts back to zero."""
@@ -75,17 +78,49 @@ class MomentSums:
         self.tokens = sum(shard.gather(self.tokens))
 
 
-def gram(keys: Tensor, pieces: int = 8) -> Tensor:
-    """Computes `Σ k k^T [d_ff, d_ff]` of `keys [tokens, d_ff]`, which is symmetric: what lies on and above the diagonal
-    is computed, in slabs of rows, and mirrored. That is little more than half the operations of the whole product."""
-    d_ff = keys.shape[1]
-    total = keys.new_empty(d_ff, d_ff)
-    for piece in range(pieces):
-        top, bottom = d_ff * piece // pieces, d_ff * (piece + 1) // pieces
-        slab = keys[:, top:bottom].T @ keys[:, top:]
-        total[top:bottom, top:] = slab
-        total[bottom:, top:bottom] = slab[:, bottom - top :].T
-    return total
+class Buffers:
+    """Holds memory that is used again for every block: taking it anew from the system costs more than a copy."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Gives `[rows, columns]` in fp32, whose content is that of the last use."""
+        if name not in self._held or self._held[name].numel() < rows * columns:
+            self._held[name] = torch.empty(rows * columns, device=device)
+        return self._held[name][: rows * columns].view(rows, columns)
+
+
+def add_gram(total: Tensor, blocks: Sequence[Tensor], buffers: Buffers) -> None:
+    """Adds `Σ k k^T` of the keys `[tokens, d_ff]` of all `blocks` to `total [d_ff, d_ff]`, on and above the diagonal.
+
+    The sum is symmetric, so that is little more than half the operations of the whole product.
+    """
+    device, d_ff = blocks[0].device, len(total)
+    keys = buffers.get("keys", sum(map(len, blocks)), d_ff, device)
+    at = 0
+    for block in blocks:
+        keys[at : at + len(block)] = block  # widened to fp32
+        at += len(block)
+    with exact_bf16_products(blocks[0].dtype):
+        for top, bottom in slabs(d_ff):
+            product = buffers.get("product", bottom - top, d_ff - top, device)
+            torch.mm(keys[:, top:bottom].T, keys[:, top:], out=product)
+            total[top:bottom, top:] += product.cpu()
+
+
+def mirror(total: Tensor) -> None:
+    """Copies what lies above the diagonal of `total [d_ff, d_ff]` to below it, in place."""
+    for top, bottom in slabs(len(total)):
+        block = total[top:bottom, top:bottom]
+        block.copy_(block.triu() + block.triu(1).T)
+        total[bottom:, top:bottom] = total[top:bottom, bottom:].T
+
+
+def slabs(d_ff: int, pieces: int = SLABS) -> list[tuple[int, int]]:
+    """Cuts `d_ff` rows into slabs of about equal height: (first row, row after the last) of each."""
+    borders = [d_ff * piece // pieces for piece in range(pieces + 1)]
+    return list(pairwise(borders))
 
 
 def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int) -> dict[int, LayerStats]:
@@ -93,6 +128,7 @@ def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int)
     done = {}
     for layer in list(sums.sums):
         total = sums.sums.pop(layer)
+        mirror(total)
         own = replace(header, module=anat.mlp_output_names[layer], tokens=sums.tokens, documents=documents)
         done[layer] = LayerStats(total.to(torch.float32), sums.tokens, documents, own)
     return done

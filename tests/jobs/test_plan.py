@@ -1,6 +1,7 @@
 """`editlib plan`: sizes counted by hand, costs by hand, and a plan without weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
 from editlib.algorithms import costs
-from editlib.algorithms.machine import Machine, measure
+from editlib.algorithms.machine import Curve, Machine, measure
 from editlib.cli import app
 from editlib.errors import EditlibError
 from editlib.jobs.plan import plan
@@ -65,9 +66,34 @@ def test_statistics_by_hand():
 
 def test_values_by_hand():
     job = costs.Job(layers=[0, 1], requests=5, contexts=2, suffix_tokens=4, target_tokens=3, kl_prompts=0, steps=7)
-    once, steps = costs.values(SIZE, job).work
-    assert once.flops == 2 * 5 * 2 * job.prompt_tokens * 3 * LAYER
-    assert steps.flops == 7 * 4 * 5 * 2 * ((4 + 2) * 1 * LAYER + 3 * 1600)
+    prefixes, steps, head, states = costs.values(SIZE, job).work
+    assert prefixes.flops == 2 * 5 * 2 * job.prompt_tokens * SIZE.n_layers * LAYER  # cached for every layer
+    assert steps.flops == 7 * 4 * 5 * 2 * (4 + 2) * 1 * LAYER  # through the one layer above, and back
+    assert head.flops == 7 * 4 * 5 * 2 * 3 * 1600
+    assert states.flops == 2 * 5 * job.prompt_tokens * 2 * LAYER
+
+
+def test_values_from_rows_by_hand():
+    """Five requests in two further wordings, with four siblings each; three of seven steps read a Jacobian."""
+    job = costs.Job(layers=[0, 1], requests=5, suffix_tokens=4, steps=7, wordings=2, siblings=4)
+    asked, decoded, _, prefixes, slopes, slope_head, readings, reading_head = costs.row_values(SIZE, job).work
+    prompts, kept = 5 * 3 + 5 * 4, costs.KEPT_TOKENS
+    assert asked.flops == prefixes.flops == 2 * prompts * job.prompt_tokens * SIZE.n_layers * LAYER
+    assert decoded.flops == 2 * prompts * job.answer_tokens * SIZE.n_layers * LAYER
+    tokens = prompts * 4 + 5 * 4 * (kept - 1)
+    assert slopes.flops == 3 * 4 * tokens * LAYER
+    assert readings.flops == (7 + 1 - 3) * 2 * tokens * LAYER
+    scored = 5 * 3 + 5 * 4 * kept
+    assert (slope_head.flops, reading_head.flops) == (3 * 4 * scored * 1600, 5 * 2 * scored * 1600)
+
+
+def test_passes_take_what_a_layer_was_measured_to_take():
+    curve = Curve((1, 101), (0.5, 2.5))
+    assert [curve.at(tokens) for tokens in (1, 51, 201)] == pytest.approx([0.5, 1.5, 4.5])
+    machine = replace(ROUND, layer={("model", "text"): curve})
+    work = costs.forward_pass(SIZE, 102, 3, "model", passes=2)  # 51 tokens a pass
+    assert work.seconds(machine) == pytest.approx(2 * 3 * 1.5)
+    assert work.seconds(machine.scaled(flops=2 * ROUND.fast, bandwidth=None)) == pytest.approx(2 * 3 * 0.75)
 
 
 def test_the_solve_by_hand():
@@ -107,6 +133,10 @@ def test_a_plan_needs_a_configuration_alone(tmp_path, monkeypatch):
     made = plan(str(path), 10, algorithm="AlphaEdit")
     assert [step.name for step in made.steps] == ["statistics", "values", "solve", "save"]
     assert [step.name for step in plan(str(path), 10).steps][:2] == ["statistics", "token"]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps({"layers": [0], "values": "rows"}))
+    steps = [step.name for step in plan(str(path), 10, hparams=str(rows), algorithm="UniErase").steps]
+    assert steps == ["statistics", "anchors", "values", "solve", "tokens", "save"]
     more = plan(str(path), 100, algorithm="AlphaEdit")
     assert more.steps[1].flops == pytest.approx(10 * made.steps[1].flops)
     found = CliRunner().invoke(app, ["plan", str(path), "--requests", "10", "--algorithm", "AlphaEdit"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from editlib.models.loading import load
 from editlib.models.weights import save_model
 from editlib.stats import layer_stats as module
 from editlib.stats.layer_stats import document_windows
-from editlib.stats.moments import drop_checkpoint, gram, held_interrupts
+from editlib.stats.moments import Buffers, MomentSums, add_gram, drop_checkpoint, finish, held_interrupts, mirror
 from editlib.workbench import Workbench
 
 
@@ -228,6 +229,28 @@ def test_a_command_that_is_stopped_or_killed_goes_on(tiny_llama, tok, tmp_path):
 @pytest.mark.parametrize("d_ff", [5, 16, 37])
 def test_half_of_a_symmetric_product_gives_all_of_it(d_ff):
     keys = torch.randn(50, d_ff, generator=torch.Generator().manual_seed(d_ff))
-    total = gram(keys)
-    torch.testing.assert_close(total, keys.T @ keys)
+    total = torch.zeros(d_ff, d_ff, dtype=torch.float64)
+    add_gram(total, [keys[:20], keys[20:]], Buffers())
+    mirror(total)
+    torch.testing.assert_close(total.float(), keys.T @ keys)
     assert torch.equal(total, total.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_within_1e_6_of_products_in_fp64(dtype):
+    """Wide enough that a processor with units for bf16 takes them."""
+    d_ff, generator = 512, torch.Generator().manual_seed(0)
+    scale = torch.logspace(0, -2, d_ff)
+    batches = [(scale * torch.randn(n, d_ff, generator=generator)).to(dtype) for n in (3000, 1500, 7)]
+    sums, wanted = MomentSums([2], d_ff), torch.zeros(d_ff, d_ff, dtype=torch.float64)
+    for keys in batches:
+        for row in keys.split(400):
+            sums.add(2, row)
+        sums.flush()
+        wanted += keys.double().T @ keys.double()
+    sums.tokens = 1
+    found = finish(sums, SimpleNamespace(mlp_output_names={2: "x"}), HEADER, 1)[2].mom2.double()
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+    size = wanted.diag().sqrt()
+    assert float(((found - wanted).abs() / size.outer(size)).max()) < 3e-6
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # the process's setting is put back
