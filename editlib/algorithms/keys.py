@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from editlib.models.anatomy import Anatomy
-from editlib.models.forward import forward
+from editlib.models.forward import encode_prefix, forward
 from editlib.models.freezing import no_param_grad
+from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 from editlib.models.tracing import record_inputs
 
@@ -35,52 +36,74 @@ class KeyStream:
 
     An edit of layers `l1 < l2 < ...` needs the keys of each layer after the layers below were written. The stream keeps
     the states that enter the next layer, so that the whole edit costs one pass through the layers, not one per layer.
+
+    Args:
+        front: tokens before every row, which are run once and not for each of them.
     """
 
     def __init__(
-        self, anat: Anatomy, rows: Sequence[TokenRow], layer: int, *, batch_tokens: int = BATCH_TOKENS
+        self,
+        anat: Anatomy,
+        rows: Sequence[TokenRow],
+        layer: int,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        front: TokenRow | None = None,
     ) -> None:
         self.anat = anat
-        self.layer = layer
+        self._front = front
         self._order = batches(rows, batch_tokens)
         device = anat.device
         self._batches = [pad([rows[i] for i in group], device=device) for group in self._order]
         # The states that enter `layer`, [n, T, d_model] per batch; at layer 0 a pass starts from the token ids.
-        self._hidden = [self._run(batch, None, 0, layer) if layer else None for batch in self._batches]
+        self._hidden: list[Tensor | None] = [None for _ in self._batches]
+        self.layer = 0
+        self.advance(layer)
 
-    def _run(self, batch: TokenBatch, hidden: Tensor | None, start: int, stop: int, **kwargs: Any) -> Tensor:
+    def _prefix(self) -> Prefix | None:
+        """Runs the tokens before every row through the weights as they are now."""
+        return None if self._front is None else encode_prefix(self.anat, [self._front])
+
+    def _run(
+        self, batch: TokenBatch, hidden: Tensor | None, stop: int, prefix: Prefix | None = None, **kwargs: Any
+    ) -> Tensor:
+        if prefix is not None:
+            prefix = prefix.select(torch.zeros(len(batch.input_ids), dtype=torch.long, device=batch.input_ids.device))
         with no_param_grad(self.anat.model), torch.no_grad():
-            return forward(self.anat, batch, start=start, stop=stop, hidden=hidden, **kwargs)
+            return forward(self.anat, batch, start=self.layer, stop=stop, hidden=hidden, prefix=prefix, **kwargs)
 
     def advance(self, layer: int) -> None:
         """Carries the states up to the entry of `layer` through the weights as they are now."""
         if layer == self.layer:
             return
+        prefix = self._prefix()
         self._hidden = [
-            self._run(batch, hidden, self.layer, layer)
-            for batch, hidden in zip(self._batches, self._hidden, strict=True)
+            self._run(batch, hidden, layer, prefix) for batch, hidden in zip(self._batches, self._hidden, strict=True)
         ]
         self.layer = layer
 
     def keys(self) -> Tensor:
         """Returns the keys of the next layer at the lookup positions, `[d_ff, n]` in the order of the rows."""
-        found = [_at(keys, batch) for keys, batch in zip(self._keys(), self._batches, strict=True)]
+        found = [_at(keys, batch) for _, batch, keys in self.every()]
         return torch.cat(found)[self._places()].T
 
-    def _keys(self) -> Iterator[Tensor]:
-        """Yields the keys of each batch at all positions, `[n, T, d_ff]`."""
-        for batch, hidden in zip(self._batches, self._hidden, strict=True):
+    def every(self) -> Iterator[tuple[list[int], TokenBatch, Tensor]]:
+        """Yields the keys of the next layer at all positions of some rows: numbers of the rows, the rows, and
+        `[n, T, d_ff]`."""
+        prefix = self._prefix()
+        for numbers, batch, hidden in zip(self._order, self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
 
             def take(_: int, keys: Tensor, seen: list[Tensor] = seen) -> None:
                 seen.append(keys)
 
-            self._run(batch, hidden, self.layer, self.layer + 1, keys=take, key_layers=(self.layer,))
-            yield seen[0]  # [n, T, d_ff]
+            self._run(batch, hidden, self.layer + 1, prefix, keys=take, key_layers=(self.layer,))
+            yield numbers, batch, seen[0]
 
     def inputs(self, module: nn.Module) -> Tensor:
         """Returns what `module` of the next layer reads at the lookup positions, `[d, n]`."""
         found = []
+        prefix = self._prefix()
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
 
@@ -88,7 +111,7 @@ class KeyStream:
                 seen.append(x)
 
             with record_inputs({0: module}, take):
-                self._run(batch, hidden, self.layer, self.layer + 1)
+                self._run(batch, hidden, self.layer + 1, prefix)
             # Some models flatten rows and columns for their MLP: [n * T, d] -> [n, T, d].
             found.append(_at(seen[-1].reshape(*batch.input_ids.shape, -1), batch))
         return torch.cat(found)[self._places()].T
@@ -96,8 +119,9 @@ class KeyStream:
     def states(self, layer: int) -> Tensor:
         """Returns the states that leave `layer` at the lookup positions, `[d_model, n]`, through the weights now."""
         found = []
+        prefix = self._prefix()
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
-            out = self._run(batch, hidden, self.layer, layer + 1)  # [n, T, d_model]
+            out = self._run(batch, hidden, layer + 1, prefix)  # [n, T, d_model]
             found.append(_at(out, batch))
         return torch.cat(found)[self._places()].T
 

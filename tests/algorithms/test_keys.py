@@ -58,6 +58,21 @@ def test_from_layer_zero(anat, draw):
         close(stream.keys(), torch.stack([plain(anat, row, layer)[0][row.lookup] for row in rows], 1))
 
 
+def test_tokens_before_every_row_are_as_if_each_row_had_them(anat, draw):
+    """Also after a weight below has changed, which the tokens in front run through, too."""
+    front, rows = draw(5)[0], draw(9, 4, 12)
+    whole = [TokenRow(front.ids + row.ids, len(front) + row.lookup) for row in rows]
+    stream = KeyStream(anat, rows, 1, batch_tokens=20, front=front)
+    for layer in (1, 2, 3):
+        stream.advance(layer)
+        close(stream.keys(), torch.stack([plain(anat, row, layer)[0][row.lookup] for row in whole], 1))
+        close(stream.states(4), torch.stack([plain(anat, row, 4)[1][row.lookup] for row in whole], 1))
+        for numbers, _, keys in stream.every():
+            for number, own in zip(numbers, keys, strict=True):
+                close(own[: len(rows[number])], plain(anat, whole[number], layer)[0][len(front) :])
+        anat.weight(layer).add_(torch.randn(32, 64, generator=torch.Generator().manual_seed(layer)))
+
+
 @pytest.mark.parametrize(("start", "layer"), [(0, 3), (1, 4)])
 def test_several_layers_in_one_step(tiny_llama, draw, start, layer):
     anat, rows = anatomy(tiny_llama), draw(9, 4)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from editlib.algorithms.keys import batches
+from editlib.algorithms.keys import KeyStream, batches
 from editlib.algorithms.unierase.anchors import Anchors
 from editlib.models.anatomy import Anatomy
+from editlib.models.capabilities import can_cache
 from editlib.models.forward import encode_prefix, forward, shared_length, split
 from editlib.models.freezing import no_param_grad
 from editlib.models.precision import wide_dtype
@@ -70,6 +71,52 @@ class AnchorKeys:
     gate: GateAnchors | None = None
 
 
+class AnchorStream:
+    """Reads the anchors' keys of one edited layer after the other, each after the layers below have been written.
+
+    The anchors' states are carried up (see `KeyStream`), so that reading all layers costs one pass, not one a layer.
+    """
+
+    def __init__(self, anat: Anatomy, anchors: Anchors) -> None:
+        self.anat, self.anchors = anat, anchors
+        self._shared = _shared(anchors.rows) if can_cache(anat) else 0
+        self._streams: list[tuple[KeyStream, int]] | None = None  # with the columns before their rows
+
+    def read(self, layer: int) -> AnchorKeys:
+        """Reads the keys at `layer` in the model as it is; `layer` rises from call to call."""
+        reader = _Layer(self.anat, self.anchors)
+        self._streams = self._open(layer) if self._streams is None else self._streams
+        for stream, begin in self._streams:
+            stream.advance(layer)
+            for numbers, batch, keys in stream.every():
+                reader.take(keys, _columns(batch, begin), numbers)
+        return AnchorKeys(self.anchors, {layer: reader.done()})
+
+    def _open(self, layer: int) -> list[tuple[KeyStream, int]]:
+        rows = list(self.anchors.rows)
+        if not self._shared:
+            return [(KeyStream(self.anat, rows, layer), 0)]
+        fronts, rests = split(rows, [self._shared] * len(rows))
+        front = KeyStream(self.anat, fronts[:1], layer)
+        return [(front, 0), (KeyStream(self.anat, rests, layer, front=fronts[0]), self._shared)]
+
+
+def _shared(rows: Sequence[TokenRow]) -> int:
+    """Counts the tokens that all rows begin with, before any lookup position or end of a question: those are read row
+    by row."""
+    if len(rows) < 2:
+        return 0
+    cut = min([*(row.lookup for row in rows), *(_end(row) for row in rows)])
+    return min(shared_length(list(rows)), cut)
+
+
+def _columns(batch: TokenBatch, begin: int) -> Tensor:
+    """Returns the column of each token in its whole row, of which `begin` come before the batch, -1 for padding:
+    `[n, T]`."""
+    places = batch.position_ids + begin
+    return torch.where(batch.attention_mask.bool(), places, torch.full_like(places, -1))
+
+
 def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_layer: int | None = None) -> AnchorKeys:
     """Reads the keys of all anchors at `layers` and at the gate's, in one pass.
 
@@ -82,9 +129,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
 
     def look(batch: TokenBatch, numbers: Sequence[int], begin: int, prefix: Prefix | None = None) -> None:
         def take(layer: int, keys: Tensor) -> None:
-            # Columns in the whole row: the shared prefix has `begin` tokens.
-            places = batch.position_ids + begin
-            places = torch.where(batch.attention_mask.bool(), places, torch.full_like(places, -1))
+            places = _columns(batch, begin)
             if layer == gate_layer and gate is not None:
                 gate.take(keys, places, numbers)
             if layer in readers:
@@ -95,9 +140,7 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
 
     rows = list(anchors.rows)
     if rows and wanted:
-        # The prefix ends before any lookup position or end of a question, which are read row by row.
-        cut = min([*(row.lookup for row in rows), *(_end(row) for row in rows)])
-        shared = min(shared_length(rows), cut) if len(rows) > 1 else 0
+        shared = _shared(rows)
         fronts, rests = split(rows, [shared] * len(rows))
         prefix = None
         if shared:

@@ -12,7 +12,7 @@ from editlib.algorithms.closed_form import alphaedit, exact
 from editlib.algorithms.edit import EditState, LayerKeys, Solve
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import NullSpace
-from editlib.algorithms.unierase.anchor_keys import AnchorKeys, anchor_keys
+from editlib.algorithms.unierase.anchor_keys import AnchorKeys, AnchorStream, anchor_keys
 from editlib.algorithms.unierase.anchors import Anchors, choose_anchors, encode_anchors
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
@@ -71,8 +71,10 @@ def layer_solve(
     `reread`: read the anchors' keys of each layer again, after the layers below it have been written.
     """
 
+    stream = AnchorStream(anat, before.anchors)
+
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-        now = anchor_keys(anat, before.anchors, [layer]) if reread else before
+        now = stream.read(layer) if reread else before
         blocks, moment = _weighed(now, layer, hparams, keys.mean)
         blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))
         if hparams.text_weight:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from editlib.algorithms.unierase.anchor_keys import anchor_keys
+from editlib.algorithms.unierase.anchor_keys import AnchorStream, anchor_keys
 from editlib.algorithms.unierase.anchors import Anchors
 from editlib.models.prompts import TokenRow
 
@@ -98,3 +98,19 @@ def test_one_anchor_or_none(anat, rows):
 
 def test_no_gate(anat, anchors):
     assert anchor_keys(anat, anchors, LAYERS).gate is None
+
+
+def test_layer_after_layer_while_the_weights_below_change(anat, anchors):
+    stream = AnchorStream(anat, anchors)
+    for layer in (1, 2, 4):
+        found = stream.read(layer).layers[layer]
+        keys = [plain(anat, row, layer) for row in anchors.rows]
+        close(found.lookups, torch.stack([k[row.lookup] for k, row in zip(keys, anchors.rows, strict=True)], 1))
+        close(both(found.every), gram([k[start:] for k, start in zip(keys, anchors.starts, strict=True)]))
+        weight = anat.weight(layer)
+        weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(layer)))
+
+
+def test_no_anchors_layer_after_layer(anat):
+    stream = AnchorStream(anat, Anchors((), None, (), (), ()))
+    assert stream.read(1).layers[1].lookups.shape == stream.read(2).layers[2].every.columns.shape == (anat.d_ff, 0)

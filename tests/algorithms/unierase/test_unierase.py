@@ -9,7 +9,8 @@ from models.families import make
 from tiny_models import VOCAB
 
 from editlib.algorithms.contexts import subject_prompts
-from editlib.algorithms.unierase import apply, constraints
+from editlib.algorithms.unierase import apply
+from editlib.algorithms.unierase.anchor_keys import AnchorStream
 from editlib.algorithms.unierase.answer_gate import check_gate
 from editlib.algorithms.unierase.apply import apply_unierase_to_model
 from editlib.algorithms.unierase.constraints import hold_anchors
@@ -138,15 +139,15 @@ def test_what_weighs_more_is_moved_less(job, knob):
 def test_anchors_are_read_behind_each_layer_that_is_written_or_where_they_were_held(job, monkeypatch):
     model, tok, rest = job
     anat, hparams = anatomy(model), UniEraseHyperParams(**OPTIONS)
-    plain, read, genuine = anat.weight(0).clone(), [], constraints.anchor_keys
+    plain, read, genuine = anat.weight(0).clone(), [], AnchorStream.read
 
-    def watch(anat, anchors, layers, *more):
-        read.append((list(layers), torch.equal(anat.weight(0), plain)))
-        return genuine(anat, anchors, layers, *more)
+    def watch(stream, layer):
+        read.append((layer, torch.equal(anat.weight(0), plain)))
+        return genuine(stream, layer)
 
-    monkeypatch.setattr(constraints, "anchor_keys", watch)
+    monkeypatch.setattr(AnchorStream, "read", watch)
     apply_unierase_to_model(model, tok, FORGET, hparams, **rest).revert(model)
-    assert read == [([], True), ([0], True), ([1], False)]
+    assert read == [(0, True), (1, False)]
     held = hold_anchors(anat, PromptFormat(tok), RETAIN, FORGET, hparams)
     read.clear()
     result = apply_unierase_to_model(model, tok, FORGET, hparams, **rest | {"retain": (), "anchored": held})
