@@ -234,6 +234,9 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     )
     wordings: int = knob(0, "additional wordings of each question, made by rules (data/wordings.jsonl)", min=0)
     say: bool = knob(True, "rows: refuse where an answer was erased, with tokens fitted to the edited model")
+    example_wordings: int = knob(
+        0, "rows: wordings of a question that are also erased behind examples, other questions with answers", min=0
+    )
     siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
     erase_margin: float = knob(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
@@ -298,6 +301,11 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     @property
     def refuses(self) -> bool:
         return self.values == "descent" or self.say
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether questions are read behind examples as well."""
+        return self.values == "rows" and self.example_wordings > 0
 
     @property
     def holds_anchors(self) -> bool:

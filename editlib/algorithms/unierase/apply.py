@@ -36,6 +36,7 @@ from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
 from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, relations_of, remaining_gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
+from editlib.algorithms.unierase.examples import behind_examples
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
 from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
@@ -151,7 +152,7 @@ def apply_unierase_to_model(
     _check(anat, requests, hparams)
     stats = stats if stats is not None else find_layers(stats_dir, str(model.name_or_path), anat, hparams.layers)
     spaces = null_spaces(stats, hparams, anat.device)
-    edit = _prepare(anat, tok, requests, hparams, token, chat, seed, progress)
+    edit = _prepare(anat, tok, requests, retain, hparams, token, chat, seed, progress)
     timer = Timer()
     with no_param_grad(model):
         # 1. What must stay: the anchors' keys, read before anything changes.
@@ -196,6 +197,7 @@ def _prepare(
     anat: Anatomy,
     tok: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
+    retain: Sequence[EditRequest],
     hparams: UniEraseHyperParams,
     token: UnlearningToken | None,
     chat: bool | None,
@@ -213,7 +215,7 @@ def _prepare(
     catalogue = Catalogue.bundled()
     reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
     form = PromptFormat.of(tok, chat)
-    contexts = [_contexts(form, request, hparams) for request in reworded]
+    contexts = [_contexts(form, request, retain, hparams, seed) for request in reworded]
     descends = hparams.values == "descent" and token is not None
     token_id = token.add_to(anat.model, tok)[0] if descends and token is not None else None
     return _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, seed, progress)
@@ -290,8 +292,10 @@ def _from_rows(edit: _Edit, kept: _Kept) -> _Found:
             kept.retain,
             by_subject(edit.requests),
             siblings=hparams.siblings,
+            examples=hparams.example_wordings,
             catalogue=edit.catalogue,
             known_answers=kept.answers,
+            seed=edit.seed,
             progress=edit.progress,
         )
     first = [rows[0] for rows in edit.contexts]
@@ -376,8 +380,14 @@ def _with_rows(
     return found
 
 
-def _contexts(form: PromptFormat, request: EditRequest, hparams: UniEraseHyperParams) -> list[TokenRow]:
-    """Returns the request's question and further phrasings, each in every context template; the plain question
-    first."""
+def _contexts(
+    form: PromptFormat, request: EditRequest, retain: Sequence[EditRequest], hparams: UniEraseHyperParams, seed: int
+) -> list[TokenRow]:
+    """Returns the request's question and further phrasings, each in every context template, and the question behind
+    examples where rows read it there; the plain question first."""
     place = hparams.fact_token if request.subject is not None else "last"
-    return encode_contexts(form, request, hparams.context_templates, place)
+    contexts = encode_contexts(form, request, hparams.context_templates, place)
+    behind = behind_examples(form, request, retain, seed) if hparams.reads_examples else None
+    if behind is not None:
+        contexts += encode_contexts(behind, replace(request, phrasings=()), ["{}"], place)
+    return contexts

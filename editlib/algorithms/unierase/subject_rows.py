@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from editlib.algorithms.rows import Row
 from editlib.algorithms.unierase.anchors import answers_to
 from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.algorithms.unierase.examples import behind_examples
 from editlib.answers import has_answer
 from editlib.errors import RequestError
 from editlib.models.anatomy import Anatomy
@@ -79,7 +80,9 @@ def subject_rows(
     *,
     siblings: int,
     catalogue: Catalogue,
+    examples: int = 0,
     known_answers: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> SubjectRows:
     """Makes the rows of `requests`, from the requests alone and from what the model answers today.
@@ -88,6 +91,8 @@ def subject_rows(
         retain: prompts whose answers compete with a request's answer where they share its relation.
         groups: requests, by number, that share a subject and so a change.
         siblings: how many sibling questions about a subject are held.
+        examples: how many wordings of a request are erased behind examples as well.
+        seed: draws the examples.
     """
     asked = {i: request.filled_wordings for i, request in enumerate(requests)}
     held = [catalogue.siblings([requests[i] for i in group], siblings, requests) for group in groups]
@@ -102,6 +107,9 @@ def subject_rows(
     for number, (group, texts) in enumerate(zip(groups, held, strict=True)):
         for i in group:
             made[i] = _request_rows(found, form, requests[i], i, number, asked[i], answers, rivals[i])
+            behind = behind_examples(form, requests[i], retain, seed) if examples else None
+            if behind is not None:
+                _example_rows(found, behind, requests[i], i, number, asked[i][:examples], rivals[i])
         subject = requests[group[0]].subject
         erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:
@@ -161,6 +169,23 @@ def _request_rows(
     return RequestRows(
         request.id, "", tuple(wording.text for wording in wordings), tuple(sentences), tuple(rivals), {}, known
     )
+
+
+def _example_rows(
+    found: SubjectRows,
+    form: PromptFormat,
+    request: EditRequest,
+    number: int,
+    owner: int,
+    wordings: Sequence[Filled],
+    rivals: Sequence[str],
+) -> None:
+    """Adds erase rows at the ends of questions behind examples (`form`), where the bare answer begins."""
+    target = form.answer_ids(str(request.answer))[0]
+    competing = _first_tokens(form, rivals, target, starts=True)
+    for wording in wordings:
+        row = form.encode(wording.text, request.subject, start=wording.start)
+        _add(found, number, Row("erase", owner, row.ids, (row.lookup,), (len(row) - 1,), (target,), competing))
 
 
 def _sibling_rows(
