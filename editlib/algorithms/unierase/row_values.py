@@ -58,7 +58,7 @@ def values_from_rows(
                 made.rows,
                 layer,
                 names,
-                Goals(hparams.erase_margin),
+                Goals(hparams.erase_margin, hparams.mark if hparams.say else 0.0),
                 steps=hparams.row_steps,
                 metric=metric,
                 progress=progress,
@@ -80,11 +80,12 @@ def _report(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues
     for i, request in enumerate(requests):
         mine = [
             j
-            for j, row in enumerate(made.rows)
-            if made.requests_of[j] == i or (made.requests_of[j] is None and row.owner == made.owner[i])
+            for j, one in enumerate(found.readings)
+            if made.requests_of[one.row] == i
+            or (made.requests_of[one.row] is None and made.rows[one.row].owner == made.owner[i])
         ]
-        kinds = dict.fromkeys(made.rows[j].kind for j in mine)
-        numbers = {kind: [j for j in mine if made.rows[j].kind == kind] for kind in kinds}
+        kinds = dict.fromkeys(found.readings[j].kind for j in mine)
+        numbers = {kind: [j for j in mine if found.readings[j].kind == kind] for kind in kinds}
         report[request.id] = {
             "rows": {
                 kind: {
@@ -105,7 +106,8 @@ def _mean(y: Tensor, rows: Sequence[int]) -> float:
 
 def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) -> None:
     """Warns, by name, of requests whose answer could not be erased and of facts that the model does not know."""
-    owners = (made.requests_of[j] for j in found.missed() if made.rows[j].kind == "erase")
+    missed_ones = (found.readings[j] for j in found.missed())
+    owners = (made.requests_of[one.row] for one in missed_ones if one.kind == "erase")
     missed = {i for i in owners if i is not None}
     if missed:
         names = ", ".join(requests[i].id for i in sorted(missed)[:5])

@@ -163,8 +163,10 @@ def _request_rows(
             row = prompt.followed_by(lead)
             target = said[slot] if slot is not None else form.answer_ids(str(request.answer))[0]
             competing = _first_tokens(form, rivals, target, starts=not lead)
+            # Refusals are said at the end of the question and where the answer begins: both get the mark.
+            ends = dict.fromkeys([len(row) - 1, len(prompt) - 1])
             _add(found, number, Row("erase", owner, row.ids, _places(form, prompt, lead, request.subject),
-                                    (len(row) - 1,), (target,), competing))  # fmt: skip
+                                    (len(row) - 1,), (target,), competing, tuple((end,) for end in ends)))  # fmt: skip
             sentences[_text(form, lead)] = None
     return RequestRows(
         request.id, "", tuple(wording.text for wording in wordings), tuple(sentences), tuple(rivals), {}, known
@@ -202,7 +204,8 @@ def _sibling_rows(
     if kept:
         row = prompt.followed_by(kept[:-1])
         columns = tuple(range(len(prompt) - 1, len(row)))
-        _add(found, None, Row("keep", owner, row.ids, _places(form, prompt, kept[:-1], subject), columns, kept))
+        places = _places(form, prompt, kept[:-1], subject)
+        _add(found, None, Row("keep", owner, row.ids, places, columns, kept, marks=(columns,)))
 
 
 def _add(found: SubjectRows, request: int | None, row: Row) -> None:
