@@ -209,8 +209,8 @@ class RowBatch:
         return y, jacobian
 
     def finals(self, delta: Tensor, kind: str) -> Tensor:
-        """Returns final states under `delta [n, d_model]`, `[k, d_model]` in fp32: at the columns of "mark", or at some
-        of "still", so many of each chunk."""
+        """Returns final states of rows of one kind under `delta [n, d_model]`, `[k, d_model]` in fp32: at the columns
+        of the marks of "erase" rows, or at some columns of "keep" rows, as many of each chunk."""
         found = []
         for chunk in self.chunks:
             owner = torch.tensor([row.owner for row in chunk.rows], device=delta.device)
@@ -218,12 +218,12 @@ class RowBatch:
             with torch.no_grad():
                 self._logits(chunk, delta[owner], final.append)
             wanted = [
-                (row.kind == "erase") == (kind == "mark") and any(column in group for group in row.marks)
+                row.kind == kind and (kind == "keep" or any(column in group for group in row.marks))
                 for row in chunk.rows
                 for column in row.read
             ]
             some = final[0][torch.tensor(wanted, device=delta.device)].float()
-            step = 1 if kind == "mark" else max(1, len(some) * len(self.chunks) // NATURAL)
+            step = 1 if kind == "erase" else max(1, len(some) * len(self.chunks) // NATURAL)
             found.append(some[::step])
         return torch.cat(found)
 
@@ -458,10 +458,10 @@ def _find_mark(batch: RowBatch, norms: Tensor) -> Mark:
     """Finds the mark from random changes of each subject's state, of a given share of its norm (`norms [n]`)."""
     generator = torch.Generator().manual_seed(0)
     none = torch.zeros(len(norms), batch.anat.d_model, device=norms.device)
-    before = batch.finals(none, "mark")
+    before = batch.finals(none, "erase")
     moved = []
     for _ in range(DRAWS):
         drawn = torch.randn(none.shape, generator=generator).to(norms)
         change = DRAWN * norms[:, None] * drawn / drawn.norm(dim=1, keepdim=True)
-        moved.append(batch.finals(change, "mark") - before)
-    return find_mark(torch.cat([before, batch.finals(none, "still")]), torch.cat(moved))
+        moved.append(batch.finals(change, "erase") - before)
+    return find_mark(torch.cat([before, batch.finals(none, "keep")]), torch.cat(moved))

@@ -111,11 +111,12 @@ def subject_rows(
             if behind is not None:
                 _example_rows(found, behind, requests[i], i, number, asked[i][:examples], rivals[i])
         subject = requests[group[0]].subject
+        crossed = catalogue.crossed([requests[i] for i in group], requests)
         erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:
             # What is to be erased is not kept by another question, whose answer may name it.
             kept = answers[text][: answer_slot(form, answers[text], erased)]
-            _sibling_rows(found, form, text, subject, number, kept)
+            _sibling_rows(found, form, text, subject, number, kept, still=text in crossed)
         said = {text: _text(form, answers[text]).strip() for text in texts}
         for i in group:
             made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})
@@ -197,15 +198,21 @@ def _sibling_rows(
     subject: str | None,
     owner: int,
     answer: Sequence[int],
+    *,
+    still: bool,
 ) -> None:
-    """Adds the keep row of a sibling question."""
+    """Adds the keep row of a sibling question; `still`: the mark is kept there, too.
+
+    A fitted token tells relations apart by the question. So the mark may move with the subject, but where the token of
+    another request would be said.
+    """
     prompt = form.encode(text, subject)
     kept = tuple(answer[:KEPT_TOKENS])
     if kept:
         row = prompt.followed_by(kept[:-1])
         columns = tuple(range(len(prompt) - 1, len(row)))
         places = _places(form, prompt, kept[:-1], subject)
-        _add(found, None, Row("keep", owner, row.ids, places, columns, kept, marks=(columns,)))
+        _add(found, None, Row("keep", owner, row.ids, places, columns, kept, marks=(columns,) if still else ()))
 
 
 def _add(found: SubjectRows, request: int | None, row: Row) -> None:
