@@ -68,22 +68,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Reading:
-    """Names one scalar of a row: what its logits read (`kind` "erase" or "keep"), or the mark in one of its groups of
-    columns, which is set where an answer is erased ("mark") and kept elsewhere ("still")."""
+    """Names one scalar of a subject `owner`: what the logits of a row read (`kind` "erase" or "keep"), or the mark in
+    one group of columns. Where answers are erased it is the mean over the subject's `rows` ("mark"), elsewhere that of
+    one row, to be kept ("still")."""
 
-    row: int
     kind: str
+    owner: int
+    rows: tuple[int, ...]
     group: int = 0
 
 
 def readings(rows: Sequence[Row]) -> list[Reading]:
     """Lists the scalars of all rows: what their logits read, row by row, and then their marks."""
-    marks = [
-        Reading(i, "mark" if row.kind == "erase" else "still", group)
-        for i, row in enumerate(rows)
-        for group in range(len(row.marks))
-    ]
-    return [*(Reading(i, row.kind) for i, row in enumerate(rows)), *marks]
+    found = [Reading(row.kind, row.owner, (i,)) for i, row in enumerate(rows)]
+    marked: dict[tuple[int, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        for group in range(len(row.marks)):
+            if row.kind == "erase":
+                marked.setdefault((row.owner, group), []).append(i)
+            else:
+                found.append(Reading("still", row.owner, (i,), group))
+    # To set the mark at every wording alike would make a change long: their gradients differ.
+    return [*found, *(Reading("mark", owner, tuple(mine), group) for (owner, group), mine in marked.items())]
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,8 @@ class RowBatch:
         self.anat, self.rows, self.layer = anat, list(rows), layer
         self.readings = readings(rows)
         self.mark: Mark | None = None  # what the rows' `marks` read
-        self._marked = {(one.row, one.group): i for i, one in enumerate(self.readings) if one.kind in MARKS}
+        marks = [(i, one) for i, one in enumerate(self.readings) if one.kind in MARKS]
+        self._marked = {(row, one.group): (i, len(one.rows)) for i, one in marks for row in one.rows}
         vocab = anat.embedding.weight.shape[0]
         self.chunks = [self._encode(numbers) for numbers in _chunks(self.rows, max(1, BATCH_LOGITS // vocab))]
         self._resolve_rivals()
@@ -246,14 +253,20 @@ class RowBatch:
                 [len(row.marks) > group and column in row.marks[group] for row in chunk.rows for column in row.read],
                 device=final.device,
             )  # [c]
-            at = [self._marked[chunk.numbers[i], group] for i in mine]
+            if not mine:
+                continue
+            # A mean over the rows of a reading is summed up row by row.
+            at, counts = (
+                torch.tensor(each, device=y.device)
+                for each in zip(*(self._marked[chunk.numbers[i], group] for i in mine), strict=True)
+            )
             values = torch.zeros(len(chunk.rows), device=y.device)
             values.index_add_(0, chunk.read[0], self.mark.read(final.detach()) * inside)
-            y[at] = values[mine]
+            y.index_add_(0, at, values[mine] / counts)
             if jacobian is not None:
                 # The graph is needed again, for the next group or the logits.
                 (gradient,) = torch.autograd.grad(final, change, inside[:, None] * direction, retain_graph=True)
-                jacobian[at] = gradient.float()[mine]
+                jacobian.index_add_(0, at, gradient.float()[mine] / counts[:, None])
 
     def _encode(self, numbers: list[int]) -> _Chunk:
         rows = [self.rows[i] for i in numbers]
@@ -420,7 +433,7 @@ def find_row_values(
         batch.mark = _find_mark(batch, norms)
     kinds = [one.kind for one in batch.readings]
     delta = torch.zeros(len(names), anat.d_model, device=anat.device)
-    owner = torch.tensor([rows[one.row].owner for one in batch.readings], device=anat.device)
+    owner = torch.tensor([one.owner for one in batch.readings], device=anat.device)
     m, n = len(batch.readings), len(names)
     y, jacobian = torch.zeros(m, device=anat.device), torch.zeros(m, anat.d_model, device=anat.device)
     before = wanted = y

@@ -91,6 +91,7 @@ MARKED = [
     replace(ROWS[1], marks=((3, 4, 5),)),
     replace(ROWS[2], marks=((3,),)),
     ROWS[3],
+    replace(ROWS[0], ids=(5, 9, 22, 31, 44), columns=(4,), marks=((4,),)),
 ]
 
 
@@ -102,19 +103,28 @@ def test_marks_and_their_gradients_are_those_of_whole_passes(tiny_llama):
     batch = RowBatch(anat, MARKED, LAYER)
     batch.mark = mark
     y, jacobian = batch.read(delta)
-    plain_y, plain_jacobian = RowBatch(anat, ROWS[:4], LAYER).read(delta)
-    torch.testing.assert_close(y[:4], plain_y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(jacobian[:4], plain_jacobian, rtol=1e-3, atol=1e-4)
-    wanted = [(0, "mark", (6,)), (0, "mark", (4,)), (1, "still", (3, 4, 5)), (2, "mark", (3,))]
-    assert [(one.row, one.kind, MARKED[one.row].marks[one.group]) for one in batch.readings[4:]] == wanted
-    for i, (number, _, columns) in enumerate(wanted, start=4):
-        row = MARKED[number]
-        change = delta[row.owner].clone().requires_grad_()
-        seen = []
-        handle = tiny_llama.lm_head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
-        plain(tiny_llama, row, change)
-        handle.remove()
-        value = sum(seen[0][column] @ mark.direction - 0.7 for column in columns)
+    plain_y, plain_jacobian = RowBatch(anat, [replace(row, marks=()) for row in MARKED], LAYER).read(delta)
+    torch.testing.assert_close(y[:5], plain_y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(jacobian[:5], plain_jacobian, rtol=1e-3, atol=1e-4)
+    # By kind and subject: the row and the columns that are summed, over whose rows the mean is taken.
+    wanted = {
+        ("still", 0): [(1, (3, 4, 5))],
+        ("mark", 0): [(0, (6,)), (4, (4,))],  # the first groups of two rows
+        ("mark", 0, 1): [(0, (4,))],
+        ("mark", 1): [(2, (3,))],
+    }
+    names = [(one.kind, one.owner, one.group)[: 2 + bool(one.group)] for one in batch.readings[5:]]
+    assert sorted(names) == sorted(wanted)
+    for i, name in enumerate(names, start=5):
+        change = delta[name[1]].clone().requires_grad_()
+        values = []
+        for number, columns in wanted[name]:
+            seen = []
+            handle = tiny_llama.lm_head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+            plain(tiny_llama, MARKED[number], change)
+            handle.remove()
+            values.append(sum(seen[0][column] @ mark.direction - 0.7 for column in columns))
+        value = torch.stack(values).mean()
         value.backward()
         torch.testing.assert_close(y[i], value.detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(jacobian[i], change.grad, rtol=1e-3, atol=1e-4)

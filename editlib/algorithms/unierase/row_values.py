@@ -78,11 +78,11 @@ def _report(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues
     missed = set(found.missed())
     report: dict[str, dict[str, Any]] = {}
     for i, request in enumerate(requests):
+        # A subject's marks and siblings belong to all requests about it.
         mine = [
             j
             for j, one in enumerate(found.readings)
-            if made.requests_of[one.row] == i
-            or (made.requests_of[one.row] is None and made.rows[one.row].owner == made.owner[i])
+            if (made.requests_of[one.rows[0]] == i if one.kind == "erase" else one.owner == made.owner[i])
         ]
         kinds = dict.fromkeys(found.readings[j].kind for j in mine)
         numbers = {kind: [j for j in mine if found.readings[j].kind == kind] for kind in kinds}
@@ -107,7 +107,7 @@ def _mean(y: Tensor, rows: Sequence[int]) -> float:
 def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) -> None:
     """Warns, by name, of requests whose answer could not be erased and of facts that the model does not know."""
     missed_ones = (found.readings[j] for j in found.missed())
-    owners = (made.requests_of[one.row] for one in missed_ones if one.kind == "erase")
+    owners = (made.requests_of[one.rows[0]] for one in missed_ones if one.kind == "erase")
     missed = {i for i in owners if i is not None}
     if missed:
         names = ", ".join(requests[i].id for i in sorted(missed)[:5])
