@@ -110,7 +110,10 @@ def test_places(run, command):
     refused(run(command, out="page.txt/out"), "page.txt is no folder")
 
 
-@pytest.mark.parametrize("command", ["unlearn", "edit", "token", "stats", "chain init", "tune", "bench sequential"])
+STORING = ["unlearn", "edit", "token", "stats", "chain init", "tune", "bench sequential", "baseline"]
+
+
+@pytest.mark.parametrize("command", STORING)
 def test_places_of_statistics(run, command):
     refused(run(command, "--stats-dir", "page.txt"), "--stats-dir page.txt is a file")
     refused(run(command, "--stats-dir", "page.txt/stats"), "page.txt is no folder")
@@ -125,6 +128,7 @@ def test_places_of_statistics(run, command):
         ("token", ["--refusals", "page.txt"], ["page.txt", "one entry a line"]),
         ("eval", ["--before", "page.txt", "--text", "none"], ["page.txt", "not a file of a model's answers"]),
         ("baseline", ["--hparams", "none.json"], ["none.json"]),
+        ("baseline", ["--method", "NPO", "--hparams", "none.json"], ["NPO is no editor", "leave it out"]),
         ("bench counterfact", ["--edits", "2"], ["1 of 1 requests", "at least 2"]),
         ("stats", ["--layers", "9"], ["layer 9", "0-4"]),
         ("stats", ["--layers", "1-99999999999"], ["no model has a layer"]),
@@ -266,9 +270,9 @@ def middle(tmp_path):
     return made
 
 
-@pytest.mark.parametrize("command", ["unlearn", "edit", "chain init", "tune"])
+@pytest.mark.parametrize("command", ["unlearn", "edit", "chain init", "tune", "baseline"])
 def test_statistics_of_another_width(run, folder, tmp_path, middle, command):
-    more = ("--hparams", middle["MEMIT" if command == "edit" else "UniErase"])
+    more = ("--hparams", middle["MEMIT" if command in ("edit", "baseline") else "UniErase"])
     path = _stats(tmp_path, folder, DOWN.format(2), 24)
     refused(run(command, *more), path.name, "24 x 24", "statistics of another model")
     path.write_bytes(path.read_bytes()[:300])
