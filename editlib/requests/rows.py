@@ -94,7 +94,7 @@ def path_is_folder(path: Path) -> bool:
     """Returns whether a path is a folder; a name that no file can have is none."""
     try:
         return path.is_dir()
-    except ValueError:  # a null byte, before Python 3.13
+    except (OSError, ValueError):  # too long a name; a null byte, before Python 3.13
         return False
 
 
