@@ -25,7 +25,7 @@ from editlib.models.weights import stored_bytes
 from editlib.requests.request import EditRequest
 from editlib.stats.corpus import check_corpus
 from editlib.stats.file import LayerStats
-from editlib.stats.store import model_slug
+from editlib.stats.store import check_stored, model_slug
 from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def load_inputs(
         EditlibError: statistics or a token that do not fit the model.
     """
     timer = timer or Timer()
+    kept = bench.find_token(token) if hparams.uses_token else None  # one that does not fit is said before minutes pass
     stats: Mapping[int, LayerStats] = {}
     with timer("statistics"):
         if hparams.uses_statistics:
@@ -82,7 +83,7 @@ def load_inputs(
     if not hparams.uses_token:
         return EditInputs(stats)
     with timer("token"):
-        return EditInputs(stats, bench.find_or_make_token(token, seed=seed))
+        return EditInputs(stats, kept or bench.find_or_make_token(token, seed=seed))
 
 
 def apply(
@@ -116,6 +117,7 @@ def check_draft(
     kept: Sequence[EditRequest] = (),
     chat: bool | None = None,
     out: Path | None = None,
+    token: Path | None = None,
 ) -> None:
     """Checks all of an edit that can be known from a model without its weights (`Workbench.load(first=...)`).
 
@@ -123,8 +125,10 @@ def check_draft(
         kept: prompts whose answers must stay.
         chat: ask through the chat template; `None`: as the prompts' settings say.
         out: where the edited model is to be written.
+        token: the file with the token; `None`: the one that is kept for this model, if any.
 
     Raises:
+        TokenError, StatsError: a token or stored statistics that are damaged, or of another width.
         HparamsError: settings that name a module which the model does not have.
         RequestError: prompts beyond the model's positions, or whose subject the chat template changes.
         OutputError: too little free space.
@@ -140,6 +144,10 @@ def check_draft(
     check_requests_fit(bench.model, form, [*requests, *kept])
     for request in requests:
         encode_contexts(form, request, ["{}"], getattr(hparams, "fact_token", "last"))
+    if hparams.uses_token:
+        bench.check_draft_token(token)
+    if hparams.uses_statistics:
+        check_stored(bench.stats_dir, bench.name, bench.model, hparams.layers)
     if out is not None:
         check_room(out, stored_bytes(bench.model))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
+from editlib.hparams.derive import DESCENT
 from editlib.models.loading import model_of, read_config
 from editlib.models.residual_path import output_path
 from editlib.stats.store import model_slug
@@ -18,9 +19,14 @@ DERIVED = "derived from "  # what the source of derived settings begins with
 READ_BETWEEN = (0.4, 0.95)  # shares of the depth; a trace that says otherwise is not believed
 
 
-def find_settings(model: str, algorithm: str | None, given: str | Path | None = None) -> HyperParams:
+def find_settings(
+    model: str, algorithm: str | None, given: str | Path | None = None, *, values: str = DESCENT
+) -> HyperParams:
     """Finds the settings of `algorithm` for a model that is not loaded yet: those `given` (a JSON file or the name of
     bundled ones), else found by the model's configuration; `source` says which they are.
+
+    Args:
+        values: how found settings find values, see `hparams.derive`.
 
     Raises:
         HparamsError: no such settings, or a layer that this model does not have.
@@ -28,7 +34,7 @@ def find_settings(model: str, algorithm: str | None, given: str | Path | None = 
     """
     shape = shape_of(model)
     if given is None:
-        found = find_hparams(algorithm or UniEraseHyperParams.algorithm, shape)
+        found = find_hparams(algorithm or UniEraseHyperParams.algorithm, shape, values=values)
         log.info("settings for %s (%s): %s", shape.name, shape, found.source)
     else:
         found = load_hparams(given, algorithm)
@@ -65,7 +71,8 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
         log.info("the causal trace of %s ends at layer %d, which is not believed", shape.name, read_at)
         read_at = None
     gated = hparams.gate_at is None or output_path(anat, hparams.gate_at).plain
-    found = derive(hparams.algorithm, shape, read_at=read_at, gated=gated)
+    values = getattr(hparams, "values", DESCENT)
+    found = derive(hparams.algorithm, shape, read_at=read_at, gated=gated, values=values)
     numbers = {name: getattr(found, name) for name in found.depth_fields()}
     chosen = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)
     log.info("settings for %s, in numbers: %s", shape.name, chosen)

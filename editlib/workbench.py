@@ -129,10 +129,15 @@ class Workbench:
         return LoadedModel(self.anat, self.tok, self.prompts)
 
     @property
+    def usual_token_path(self) -> Path:
+        """Where the first token of a model of this name is kept, whatever its weights."""
+        return self.stats_dir / model_slug(self.name) / "unlearning_token.safetensors"
+
+    @property
     def token_path(self) -> Path:
         """Where the token of these weights is kept: under a name of its own where other weights of the model (another
         dtype) were first."""
-        place = self.stats_dir / model_slug(self.name) / "unlearning_token.safetensors"
+        place = self.usual_token_path
         with contextlib.suppress(TokenError):  # none there, or one that is damaged: the place is this model's
             first = UnlearningToken.load(place).header.model_sha256
             if first not in ("", self.sha256):
@@ -332,12 +337,23 @@ class Workbench:
         """Finds the token at `path`, or the one kept for this model, which is learned first when there is none.
 
         Raises:
-            TokenError: a token that was learned for other weights.
+            TokenError: see `find_token`.
+        """
+        found = self.find_token(path)
+        if found is None:
+            log.info("no unlearning token for %s in %s: learning one", self.name, self.stats_dir)
+            return self.make_token(hparams=TokenHyperParams(seed=seed))
+        return found
+
+    def find_token(self, path: Path | None = None) -> UnlearningToken | None:
+        """Finds the token at `path`, or the one kept for this model; `None` if none is kept.
+
+        Raises:
+            TokenError: a file that is no token, or one that was learned for other weights or another width.
         """
         place = path or self.token_path
         if path is None and not place.exists():
-            log.info("no unlearning token for %s in %s: learning one", self.name, self.stats_dir)
-            return self.make_token(hparams=TokenHyperParams(seed=seed))
+            return None
         token = UnlearningToken.load(place)
         if token.header.model_sha256 and token.header.model_sha256 != self.sha256:
             raise TokenError(
@@ -345,10 +361,23 @@ class Workbench:
                 f"this model {self.sha256[:12]}): another --dtype, revision or edit; learn one for it with "
                 "`editlib token`"
             )
+        token.check_width(self.model)
         self.adopt(token.header.prompts)
         if token.header.prompts and token.header.prompts != self.prompts.to_dict():
             log.info("%s: %s", place, differing(token.header.prompts, self.prompts.to_dict(), "the token was learned"))
         return token
+
+    def check_draft_token(self, path: Path | None = None) -> None:
+        """Checks the token at `path`, or the one kept for this model, against a model of which no weight is read.
+
+        Raises:
+            TokenError: a file that is no token, or one of another width.
+        """
+        if path is None and not self.usual_token_path.exists():
+            return
+        token = UnlearningToken.load(path or self.usual_token_path)
+        if path is not None or not token.header.model_sha256:  # one that other weights had first is not this model's
+            token.check_width(self.model)
 
     @property
     def given_prompts(self) -> PromptSettings:

@@ -9,13 +9,22 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_cli import refused
+from transformers import AutoTokenizer
 
 from editlib import files
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.attacks.run import planned_job
+from editlib.attacks.settings import AttackSettings
 from editlib.errors import ModelError, OutputError
 from editlib.files import check_folder, check_output, check_room
 from editlib.models import loading, outline  # noqa: F401  (imported first: it keeps the real `open_weights`)
+from editlib.models.prompts import settled
+from editlib.requests.reading import read_requests
+from editlib.stats.file import LayerStats, StatsHeader
+from editlib.stats.store import save_stats
 
 FACT = {
     "id": "a", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris", "target_new": "Rome",
@@ -37,6 +46,7 @@ COMMANDS = {
     "attack": ["attack", "MODEL", "EDITED", "--requests", "facts.jsonl", "--out", "out"],
     "ability": ["ability", "MODEL", "--out", "out"],
     "ask": ["ask", "MODEL", "Who?"],
+    "compare": ["compare", "--config", "compare.json", "--out", "out"],
 }  # fmt: skip
 
 
@@ -50,6 +60,8 @@ def run(call, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "open_weights", never)
     (tmp_path / "facts.jsonl").write_text(json.dumps(FACT) + "\n")
     (tmp_path / "page.txt").write_text('{"a": 1}')
+    config = {"model": str(folder), "sets": [{"protocol": "facts", "requests": "facts.jsonl"}], "methods": ["none"]}
+    (tmp_path / "compare.json").write_text(json.dumps({**config, "perplexity": None}))
     monkeypatch.chdir(tmp_path)
 
     def go(command, *more, **swapped):
@@ -58,6 +70,8 @@ def run(call, folder, tmp_path, monkeypatch):
         before = sorted(tmp_path.rglob("*")), (tmp_path / "page.txt").read_bytes()
         code, out, err = call(*words, *more)
         lines = [line for line in err.splitlines() if not line.startswith("settings for ")]
+        if command == "compare" and "WEIGHTS WERE READ" in err:
+            shutil.rmtree(tmp_path / "out")  # a run that has begun marks its folder
         assert (sorted(tmp_path.rglob("*")), (tmp_path / "page.txt").read_bytes()) == before
         return code, out, "\n".join(lines)
 
@@ -96,7 +110,10 @@ def test_places(run, command):
     refused(run(command, out="page.txt/out"), "page.txt is no folder")
 
 
-@pytest.mark.parametrize("command", ["unlearn", "edit", "token", "stats", "chain init", "tune", "bench sequential"])
+STORING = ["unlearn", "edit", "token", "stats", "chain init", "tune", "bench sequential", "baseline"]
+
+
+@pytest.mark.parametrize("command", STORING)
 def test_places_of_statistics(run, command):
     refused(run(command, "--stats-dir", "page.txt"), "--stats-dir page.txt is a file")
     refused(run(command, "--stats-dir", "page.txt/stats"), "page.txt is no folder")
@@ -111,6 +128,7 @@ def test_places_of_statistics(run, command):
         ("token", ["--refusals", "page.txt"], ["page.txt", "one entry a line"]),
         ("eval", ["--before", "page.txt", "--text", "none"], ["page.txt", "not a file of a model's answers"]),
         ("baseline", ["--hparams", "none.json"], ["none.json"]),
+        ("baseline", ["--method", "NPO", "--hparams", "none.json"], ["NPO is no editor", "leave it out"]),
         ("bench counterfact", ["--edits", "2"], ["1 of 1 requests", "at least 2"]),
         ("stats", ["--layers", "9"], ["layer 9", "0-4"]),
         ("stats", ["--layers", "1-99999999999"], ["no model has a layer"]),
@@ -166,7 +184,7 @@ def test_a_fault_of_the_second_model_is_told_before_the_first_is_read(run, folde
     refused(run(command, *more, EDITED=str(other)), word)
 
 
-ASKING = [name for name in COMMANDS if name != "ability"]  # whose prompts are for tasks
+ASKING = [name for name in COMMANDS if name not in ("ability", "compare")]  # others ask tasks, or by a config
 
 
 @pytest.mark.parametrize("command", ASKING)
@@ -202,6 +220,109 @@ def test_a_module_that_the_model_does_not_have(run, tmp_path):
     hparams = tmp_path / "MEMIT" / "other.json"
     hparams.write_text(json.dumps({"layers": [1], "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj"}))
     refused(run("edit", "--hparams", hparams), "rewrite_module_tmp", "transformer.h.1.mlp.c_proj")
+
+
+def _token(path, width, sha256=""):
+    row = torch.ones(width)
+    UnlearningToken(row, row, TokenHeader("[UNL]", "another", sha256, 0, 0, 0)).save(path)
+
+
+@pytest.mark.parametrize("command", ["unlearn", "chain init"])
+def test_a_token_of_another_width(run, tmp_path, command):
+    _token(tmp_path / "other.safetensors", 48)
+    refused(run(command, "--token", "other.safetensors"), "width 48 (another)", "this model has 32", "editlib token")
+    _token(tmp_path / "fits.safetensors", 32)
+    refused(run(command, "--token", "fits.safetensors"), "WEIGHTS WERE READ")
+
+
+@pytest.mark.parametrize("command", ["unlearn", "chain init", "tune"])
+def test_a_kept_token_that_cannot_be_used(run, folder, tmp_path, command):
+    """One that other weights of the same name had first is no fault: this model's own goes beside it."""
+    place = tmp_path / "stats" / folder.name / "unlearning_token.safetensors"
+    place.parent.mkdir(parents=True)
+    place.write_text("damaged")
+    refused(run(command), str(place.relative_to(tmp_path)), "not an unlearning token")
+    _token(place, 48)
+    refused(run(command), "width 48")
+    _token(place, 48, "0" * 64)
+    refused(run(command), "WEIGHTS WERE READ")
+
+
+def _stats(tmp_path, folder, module, inputs, *, named=None):
+    keys = torch.randn(inputs, 400, generator=torch.Generator().manual_seed(0))
+    header = StatsHeader(str(folder), named or module, inputs, 400, 4, "drawn", "", 64, 0, 0, "")
+    made = LayerStats(keys @ keys.T, 400, 4, header)
+    path = save_stats(tmp_path / "stats", made)
+    return path if named is None else path.rename(path.with_name(path.name.replace(named, module)))
+
+
+DOWN = "model.layers.{}.mlp.down_proj"
+
+
+@pytest.fixture
+def middle(tmp_path):
+    """Settings for the layers 1 and 2, by algorithm."""
+    made = {}
+    for name in ("UniErase", "MEMIT"):
+        (tmp_path / name).mkdir()
+        made[name] = tmp_path / name / "middle.json"
+        made[name].write_text(json.dumps({"layers": [1, 2]}))
+    return made
+
+
+@pytest.mark.parametrize("command", ["unlearn", "edit", "chain init", "tune", "baseline"])
+def test_statistics_of_another_width(run, folder, tmp_path, middle, command):
+    more = ("--hparams", middle["MEMIT" if command in ("edit", "baseline") else "UniErase"])
+    path = _stats(tmp_path, folder, DOWN.format(2), 24)
+    refused(run(command, *more), path.name, "24 x 24", "statistics of another model")
+    path.write_bytes(path.read_bytes()[:300])
+    refused(run(command, *more), path.name, "not a readable .npz")
+    path.unlink()
+    _stats(tmp_path, folder, DOWN.format(2), 64, named=DOWN.format(1))
+    refused(run(command, *more), "was made for model.layers.1", "renamed")
+
+
+def test_statistics_that_the_edit_does_not_read_are_not_looked_at(run, folder, tmp_path, middle):
+    _stats(tmp_path, folder, DOWN.format(4), 24)
+    _stats(tmp_path, folder, "transformer.h.1.mlp.c_proj", 24)
+    _stats(tmp_path, folder, DOWN.format(1), 64)
+    refused(run("unlearn", "--hparams", middle["UniErase"]), "WEIGHTS WERE READ")
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_questions_beyond_the_positions(run, folder, tmp_path, second):
+    long = "So it is. " * 300
+    more = []
+    if second:  # of two models the shorter one counts
+        other = tmp_path / "other"
+        shutil.copytree(folder, other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+        long, more = "So it is. " * 6, ["--vs", other]
+    refused(run("ask", long, *more), "positions", "for the answer")
+
+
+KEPT_ATTACKS = {
+    "another seed": {"seed": 5},
+    "other facts": {"requests": "0" * 64},
+    "another control": {"control": "0" * 64},
+    "other settings": {"settings": {}},
+    "other prompts": {"prompts": {"chat": False}},
+}
+
+
+@pytest.mark.parametrize("case", KEPT_ATTACKS)
+def test_a_folder_with_other_attacks(run, folder, tmp_path, case):
+    tok = AutoTokenizer.from_pretrained(folder)
+    facts = read_requests(tmp_path / "facts.jsonl")
+    job = planned_job(facts, AttackSettings(), prompts=settled(tok, None))
+    (tmp_path / "out").mkdir()
+    place = tmp_path / "out" / "job.json"
+    place.write_text(json.dumps({"base": "x", "edited": "y", **job}))
+    refused(run("attack"), "WEIGHTS WERE READ")
+    place.write_text(json.dumps({"base": "x", "edited": "y", **job, **KEPT_ATTACKS[case]}))
+    refused(run("attack"), "another job's attacks", f"other {next(iter(KEPT_ATTACKS[case]))}", "--overwrite")
+    refused(run("attack", "--overwrite"), "WEIGHTS WERE READ")
 
 
 def test_too_little_room(run, monkeypatch):

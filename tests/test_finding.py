@@ -1,6 +1,7 @@
 """Settings for models never seen, from the command line down to an edit of each common architecture."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,8 @@ from models.families import make
 from tiny_models import make_llama, train_tokenizer
 
 from editlib.algorithms.edit import EditState
+from editlib.algorithms.unierase import apply as apply_module
+from editlib.algorithms.unierase import refusal_tokens
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.baselines.refusal_edit import editor_hparams
 from editlib.baselines.settings import BaselineSettings
@@ -61,6 +64,63 @@ def test_an_edit_runs_with_the_settings_of_each_public_model(tmp_path, name, alg
     result = apply(bench, ASKED, quick, EditInputs(stats, token), state=EditState(), **given)
     assert set(result.deltas) <= set(quick.edited_layers) and set(result.deltas) >= set(quick.layers)
     assert all(not torch.equal(bench.anat.weight(layer), before[layer]) for layer in quick.layers)
+
+
+ARCHITECTURES = [
+    "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "gemma3-1b", "phi-4-mini", "olmo2-1b", "mistral-7b", "smollm2-360m",
+    "smollm3-3b",
+]  # fmt: skip
+
+
+@pytest.fixture
+def little_text(monkeypatch):
+    """Refusal tokens are held back from little ordinary text: where they are said is not what is looked at here."""
+    monkeypatch.setattr(apply_module, "GENERAL_STEP", 100)
+    for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
+        monkeypatch.setattr(refusal_tokens, name, 4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_answer_is_erased_with_the_settings_of_each_architecture(tmp_path, little_text, name):
+    model = tiny(name)
+    bench = Workbench.of(model, train_tokenizer(), tmp_path, name=name, progress=False)
+    found = fit_settings(bench, derive("UniErase", ModelShape.of(model.config, name), values="rows"))
+    check_settings(bench, found)
+    assert found.values == "rows" and found.layers == derive("UniErase", KNOWN[name], values="rows").layers
+    # A random model knows no answer: one is erased that is rarer than any.
+    quick = {"erase_margin": -30.0, "row_steps": 1, "siblings": 1, "wordings": 0, "token_steps": 2, "token_wordings": 0}
+    quick = type(found).from_dict({**found.to_dict(), **quick})
+    anat = bench.anat
+    stats = {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in quick.layers}
+    before = {layer: anat.weight(layer).clone() for layer in quick.layers}
+    asked = [replace(one, answer="Rome") for one in ASKED]
+    result = apply(bench, asked, quick, EditInputs(stats), state=EditState(), retain=RETAIN)
+    assert all(not torch.equal(bench.anat.weight(layer), before[layer]) for layer in quick.layers)
+    assert result.token.names[0] == "[UNL]" and all("rows" in one for one in result.diagnostics)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_file_of_settings_for_each_architecture(call, tmp_path, name):
+    """Each number has a note, and the file reads itself, for both ways to find values."""
+    (tmp_path / "model").mkdir()
+    save_model(tiny(name), train_tokenizer(chat=True), tmp_path / "model")
+    for values in ("descent", "rows"):
+        path = tmp_path / f"{values}.json"
+        code, _, err = call("hparams", "new", tmp_path / "model", "--values", values, "--out", path)
+        assert code == 0, err
+        written, read = json.loads(path.read_text()), load_hparams(path)
+        assert (read.algorithm, read.values) == ("UniErase", values)
+        assert {"alg_name": "UniErase", **read.to_dict()} == written
+        assert set(written["notes"]) >= {"from", "layers", "nullspace_threshold", "templates", "all else", "measured"}
+        reference = "2-5 of 18" if "gemma" in name and values == "descent" else "3-8 of 30"
+        assert written["notes"]["layers"].startswith(f"{reference} layers, by share of depth")
+        read.check_depth(KNOWN[name].n_layers)
+        for file in (tmp_path / "model").glob("*.safetensors"):
+            file.rename(file.with_suffix(".away"))
+        code, said, err = call("hparams", "new", tmp_path / "model", "--values", values, "--no-trace")
+        for file in (tmp_path / "model").glob("*.away"):
+            file.rename(file.with_suffix(".safetensors"))
+        assert code == 0 and json.loads(said)["layers"] == written["layers"], err
 
 
 @pytest.fixture
@@ -178,6 +238,29 @@ def test_the_file_is_complete_and_reads_itself(call, unseen, tmp_path):
     for args, words in ((("--algorithm", "ROMEE"), '"ROME"'), (("--out", path), "exists")):
         code, _, err = call("hparams", "new", unseen, *args)
         assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_an_unseen_model_is_made_to_forget_by_erasing(call, little_text, tmp_path):
+    unseen = tmp_path / "qwen"
+    unseen.mkdir()
+    save_model(make("qwen2", num_hidden_layers=8), train_tokenizer(chat=True), unseen)
+    path, asked, corpus = tmp_path / "rows.json", tmp_path / "ask.jsonl", tmp_path / "text.txt"
+    fact = {"id": "q", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris"}
+    asked.write_text(json.dumps(fact) + "\n")
+    corpus.write_text("\n\n".join(f"The river {i} flows through Basel and Bonn." for i in range(60)))
+    assert call("hparams", "new", unseen, "--values", "rows", "--no-trace", "--out", path)[0] == 0
+    quick = {"row_steps": 1, "siblings": 1, "wordings": 0, "token_steps": 2, "token_wordings": 0}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **quick}))
+    common = ["--stats-dir", tmp_path / "stats", "--corpus", corpus]
+    kept = tmp_path / "keep.jsonl"
+    kept.write_text(json.dumps({"id": "k", "prompt": "Which river flows through {}?", "subject": "Bonn"}) + "\n")
+    given = ("--requests", asked, "--retain", kept, "--hparams", path, "--out", tmp_path / "out")
+    code, _, err = call("unlearn", unseen, *given, *common)
+    assert code == 0 and "found for" not in err, err
+    receipt = json.loads((tmp_path / "out" / "editlib.json").read_text())
+    assert receipt["hparams"]["values"] == "rows" and receipt["hparams"]["layers"] == [1, 2]
+    code, _, err = call("hparams", "new", unseen, "--algorithm", "ROME", "--values", "rows")
+    assert code == 2 and "ROME finds none in this way" in err and err.count("\n") == 1
 
 
 def test_unlearning_needs_no_settings(call, unseen, tmp_path):

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from editlib.answers.scripts import JOINED, plain_marks, script_of
+from editlib.answers.scripts import JOINED, folded, script_of
 
 LEAST_STEM = 3  # letters that an inflected word keeps
 CHANGED = 2  # letters at its end that may be others
@@ -15,24 +15,30 @@ CHANGED = 2  # letters at its end that may be others
 def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
     """Returns whether one of `answers` occurs in `text` as words of its own.
 
-    Composed and decomposed accents are the same, and so are curly and straight apostrophes. In scripts that do not set
-    words apart (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an answer may
-    occur anywhere. Case counts only for answers of one or two letters (the symbol "He" is not the word "he").
+    Composed and decomposed accents are the same, and so are curly and straight apostrophes, full-width and other forms
+    of a letter, blanks and line ends, Arabic and Hebrew with and without vowel points (`folded`). In scripts that do
+    not set words apart (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an answer
+    may occur anywhere. Case counts only for answers of one or two letters (the symbol "He" is not the word "he").
 
     Args:
         endings: how many letters an inflected ending may have (Russian "Москва" in "в Москве", Finnish "Pariisi" in
             "Pariisissa"). In every word of four letters or more, up to two vowels at its end may then be other
             letters, and that many more may follow. 0 allows none.
     """
-    searched = plain_marks(text)
-    for answer in map(plain_marks, answers):
+    searched = folded(text)
+    for answer in map(folded, answers):
         answer = answer.strip() or answer
         flags = 0 if len(answer) <= 2 else re.IGNORECASE
-        pattern = _inflected(answer, endings) if endings > 0 else re.escape(answer)
+        pattern = _inflected(answer, endings) if endings > 0 else _escaped(answer)
         found = re.finditer(f"(?=({pattern}))", searched, flags)  # looks ahead, so that matches may overlap
         if any(_is_apart(searched, *match.span(1)) for match in found):
             return True
     return False
+
+
+def _escaped(text: str) -> str:
+    """Returns a pattern for a text in which any blanks and line ends stand for each other."""
+    return "".join(r"\s+" if part.isspace() else re.escape(part) for part in re.split(r"(\s+)", text))
 
 
 def _inflected(answer: str, endings: int) -> str:
@@ -43,7 +49,7 @@ def _any_ending(word: str, endings: int) -> str:
     """Returns a pattern for one word with other endings."""
     letters = len(word)
     if letters <= LEAST_STEM or not word.isalpha() or script_of(word[-1]) in JOINED:
-        return re.escape(word)
+        return _escaped(word)
     stem = letters
     while stem > max(LEAST_STEM, letters - CHANGED) and _is_vowel(word[stem - 1]):
         stem -= 1
@@ -61,14 +67,18 @@ def _is_apart(text: str, start: int, end: int) -> bool:
         return False
     if end < len(text) and _is_mark(text[end]):
         return False
-    before, after = text[start - 1 : start], text[end : end + 1]
+    before, after = start - 1, end
+    while before >= 0 and text[before] == "_":  # emphasis, unless a word goes on behind it
+        before -= 1
+    while after < len(text) and text[after] == "_":
+        after += 1
     first, last = text[start], text[start:end].rstrip("".join(filter(_is_mark, text[start:end])))[-1:]
-    return not (_continues(before, first) or _continues(after, last))
+    return not (_continues(text[max(before, 0) : before + 1], first) or _continues(text[after : after + 1], last))
 
 
 def _continues(neighbour: str, edge: str) -> bool:
     """Returns whether a word goes on from the answer's character `edge` to the `neighbour` beside it."""
-    if not neighbour or not (neighbour.isalnum() or neighbour == "_" or _is_mark(neighbour)):
+    if not neighbour or not (neighbour.isalnum() or _is_mark(neighbour)):
         return False
     return script_of(neighbour) not in JOINED and (not edge or script_of(edge) not in JOINED)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from functools import cache
 
 UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI"})
 """Scripts that write words without spaces between them."""
 
 JOINED = UNSPACED | {"HANGUL"}
 """Scripts in which a word need not end where its answer ends: Korean has spaces, but particles are joined to a word."""
+
+POINTED = frozenset({"ARABIC", "HEBREW"})
+"""Scripts whose marks are points that most texts leave out."""
 
 _ALIKE = {"IDEOGRAPHIC": "CJK", "HALFWIDTH": "KATAKANA", "FULLWIDTH": "LATIN"}
 
@@ -51,7 +55,28 @@ def plain_marks(text: str) -> str:
     return "".join(kept)
 
 
+def folded(text: str) -> str:
+    """Returns `text` with `plain_marks`, one form of each letter (full- and half-width, ligatures, subscripts, the Thai
+    am), plain hyphens, and without Arabic and Hebrew vowel points, which are mostly left out."""
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFC", "".join(map(_folded, plain_marks(text))))
+
+
+@cache
+def _folded(character: str) -> str:
+    """Returns the usual form of one character; a superscript or a fraction stays, since "10²" is no "102"."""
+    if character in _HYPHENS:
+        return "-"
+    if character == "\u0640" or (unicodedata.category(character) == "Mn" and script_of(character) in POINTED):
+        return ""
+    if unicodedata.decomposition(character).startswith(("<super>", "<fraction>")):
+        return character
+    return unicodedata.normalize("NFKC", character)
+
+
 _STRAIGHT = str.maketrans(
-    dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u02b9\uff07\u2032\u00b4`", "'")
-    | dict.fromkeys("\u201c\u201d\u201e\u201f\uff02\u2033", '"')
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u02b9\u02bb\uff07\u2032\u00b4\u05f3\ua78c`", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\uff02\u2033\u05f4", '"')
 )
+_HYPHENS = frozenset("\u2010\u2011\u2012\u2013\u2212\uff0d")

@@ -90,15 +90,9 @@ def run_attacks(
     form = PromptFormat.of(models["base"].tok, prompts)
     check_requests_fit(models["base"].anat.model, form, [*asked, *(control or ())], room=settings.max_new_tokens)
     job = {
-        "editlib": library_version(),
         "base": weights_sha256(models["base"].anat.model),
         "edited": weights_sha256(models["edited"].anat.model),
-        "requests": requests_hash(requests),
-        "control": None if control is None else requests_hash(control),
-        "known": None if known is None else requests_hash(known),
-        "seed": seed,
-        "settings": settings.to_dict(),
-        "prompts": {} if prompts is None else prompts.to_dict(),
+        **planned_job(requests, settings, control=control, known=known, prompts=prompts, seed=seed),
     }
     done = {} if out is None else _opened(out, job, overwrite=overwrite)
     unrelated = data.without_overlap(data.general("anchor") + data.general("test"), requests)
@@ -115,6 +109,34 @@ def run_attacks(
     return AttackReport(
         job, {"requests": left_out, "control": missing}, tuple(done[name] for name in ATTACKS if name in done)
     )
+
+
+def planned_job(
+    requests: Sequence[EditRequest],
+    settings: AttackSettings,
+    *,
+    control: Sequence[EditRequest] | None = None,
+    known: Sequence[EditRequest] | None = None,
+    prompts: PromptSettings | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Returns what decides the results of `run_attacks` but for the two models."""
+    return {
+        "editlib": library_version(),
+        "requests": requests_hash(requests),
+        "control": None if control is None else requests_hash(control),
+        "known": None if known is None else requests_hash(known),
+        "seed": seed,
+        "settings": settings.to_dict(),
+        "prompts": {} if prompts is None else prompts.to_dict(),
+    }
+
+
+def check_kept(out: Path, planned: Mapping[str, Any]) -> None:
+    """Raises `OutputError` if `out` holds attacks of another job than one with these keys."""
+    kept = read_kept(out / JOB)
+    if kept is not None and (what := differing({key: kept.get(key) for key in planned}, planned)):
+        raise OutputError(f"{out} holds another job's attacks (other {what}); choose another --out or add --overwrite")
 
 
 def check_attacked(requests: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
@@ -173,9 +195,8 @@ def _run(
 def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, AttackResult]:
     """Reads the finished attacks of `job` in `out`, which is made ready for more."""
     kept = read_kept(out / JOB)
-    if kept is not None and kept != job and not overwrite:
-        what = differing(kept, job)
-        raise OutputError(f"{out} holds another job's attacks (other {what}); choose another --out or add --overwrite")
+    if not overwrite:
+        check_kept(out, {**dict.fromkeys(kept or ()), **job})
     files = sorted((out / FINISHED).glob("*.json"))
     if kept != job or overwrite:
         for file in (*files, out / JOB):

@@ -19,7 +19,7 @@ from editlib.export.lora import LoraReport, check_rank, save_lora
 from editlib.export.receipt import asked_as, origin
 from editlib.files import check_file, check_output, check_room
 from editlib.models.weights import stored_bytes, weights_sha256
-from editlib.reports.receipt import check_place, write_pages
+from editlib.reports.receipt import check_place, read_metrics, write_pages
 from editlib.stats.store import stats_hash
 
 
@@ -30,6 +30,7 @@ def save_chain(chain: Chain, out: str | Path, *, overwrite: bool = False) -> str
         EditlibError: a chain without batches, another base model, or an output folder in use. Nothing is written then.
     """
     check_output(Path(out), overwrite=overwrite)
+    check_filled(chain)
     check_room(Path(out), stored_bytes(chain.model))
     receipt = chain_receipt(chain)
     return save_edited(chain.model, chain.tok, Path(out), receipt, overwrite=overwrite)
@@ -53,6 +54,7 @@ def save_chain_lora(
     """
     check_rank(rank)
     check_output(Path(out), overwrite=overwrite)
+    check_filled(chain)
     delta = chain_delta(chain)
     name = base or delta.base
     return save_lora(*load_base(name, delta), delta, out, base=name, rank=rank, overwrite=overwrite)
@@ -68,6 +70,9 @@ def save_chain_receipt(
 ) -> tuple[Path, Path | None]:
     """Writes the chain's receipt (requests, times, results) as JSON and as a page; see `write_pages`."""
     check_place(Path(out), private=private, overwrite=overwrite)
+    check_filled(chain)
+    if metrics_file is not None:
+        read_metrics(metrics_file)
     receipt = chain_receipt(chain)
     return write_pages(
         receipt, chain.requests, Path(out), metrics_file=metrics_file, private=private, overwrite=overwrite
@@ -89,15 +94,20 @@ def chain_delta(chain: Chain) -> Delta:
     )
 
 
+def check_filled(chain: Chain) -> None:
+    """Raises `ChainError` for a chain without batches; needs no model."""
+    if not chain.batches:
+        raise ChainError(f"{chain.path} holds no batch, so that its model is the base model; add requests first")
+
+
 def chain_receipt(chain: Chain) -> dict[str, Any]:
     """Makes one receipt for all batches, as `export.make_receipt`, with each request's batch and time, and revocations.
 
     Raises:
         ChainError: the chain has no batch, or the base model is another one.
     """
+    check_filled(chain)
     record = chain.record
-    if not record.batches:
-        raise ChainError(f"{chain.path} holds no batch, so that its model is the base model; add requests first")
     entries: list[Mapping[str, Any]] = []
     anchors: dict[str, None] = {}
     for entry, batch in chain.contents():

@@ -89,7 +89,7 @@ def _in_one_line(error: Any) -> str:
     """Says what was wrong; of a command line that cannot be read also which command's help says what is right. Nothing
     where the help is shown already."""
     if not isinstance(error, BadUse):
-        return str(error)
+        return " ".join(str(error).splitlines())  # a name may hold a line end
     said, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)
     return f"{said.rstrip('.')}; see {context.command_path} --help" if said and context is not None else said
 

@@ -32,19 +32,23 @@ def ask(
     from editlib.models.loaded import plain_text
     from editlib.models.loading import check_models, load
     from editlib.models.outline import outline_of
-    from editlib.models.prompts import settled
+    from editlib.models.positions import check_prompts
+    from editlib.models.prompts import PromptFormat, settled
 
     names = list(dict.fromkeys([model, *([vs] if vs else [])]))
     given = prompt_settings(prompts)
     check_models(*names)
     recorded = {name: prompts_of(read_receipt(name), given) for name in names}
     usual = next((how for how in recorded.values() if how is not None), None)  # a base is asked as its edited model
+    forms = {}
     for name in names:  # all of them, before any weights are read
-        settled(outline_of(name, dtype=dtype).tok, recorded[name] or usual)
-    columns, forms = {}, {}
+        outline = outline_of(name, dtype=dtype)
+        forms[name] = settled(outline.tok, recorded[name] or usual)
+        asked = PromptFormat.of(outline.tok, forms[name])
+        check_prompts(outline.model, asked, zip(questions, questions, strict=True), room=max_new_tokens)
+    columns = {}
     for name in names:
         loaded, tok = load(name, dtype=dtype, device_map=device_map)
-        forms[name] = settled(tok, recorded[name] or usual)
         answers = ask_model(anatomy(loaded), tok, questions, max_new_tokens=max_new_tokens, how=forms[name])
         columns[name] = {question: plain_text(tok, ids) for question, ids in answers.items()}
     table = Table("question", *columns)

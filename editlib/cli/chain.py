@@ -67,7 +67,7 @@ def init(
     kept = None if retain is None else read_requests(retain, skip_bad=skip_bad, left_out=left_out)
     how = prompt_settings(prompts)
     asked = (chat or None) if not settings.has_target else chat
-    look = partial(check_draft, requests=[], hparams=settings, kept=kept or (), chat=asked)
+    look = partial(check_draft, requests=[], hparams=settings, kept=kept or (), chat=asked, token=token_file)
     bench = Workbench.load(model, stats_dir, dtype=dtype, device_map=device_map, prompts=how, first=look)
     chain = Chain.create(
         folder,

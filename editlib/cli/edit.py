@@ -103,7 +103,8 @@ def unlearn(
     check_wanted(wanted, settings)
     check_given(settings, token=token_file, corpus=corpus)
     anchors = retain_prompts(wanted) if kept is None else kept
-    look = partial(check_draft, requests=wanted, hparams=settings, kept=anchors, out=None if show_rows else out_dir)
+    place = None if show_rows else out_dir
+    look = partial(check_draft, requests=wanted, hparams=settings, kept=anchors, out=place, token=token_file)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=how, first=look)
     settings = fit_settings(bench, settings)
     if show_rows:

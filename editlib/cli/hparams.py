@@ -33,6 +33,9 @@ hparams_app = typer.Typer(no_args_is_help=True, help="Settings of an algorithm f
 def new(
     model: Model,
     algorithm: Annotated[str, typer.Option(help="see `editlib algorithms`")] = "UniErase",
+    values: Annotated[
+        str, typer.Option(help="UniErase: values by descent towards a refusal, or from rows, which erase the answer")
+    ] = "descent",
     out_file: Annotated[Path | None, typer.Option("--out", help="a JSON file; default: standard output")] = None,
     trace: Annotated[
         bool, typer.Option(help="load the model, and see up to which layer it reads a subject; else by depth alone")
@@ -47,7 +50,7 @@ def new(
 
     if out_file is not None:
         check_file(out_file, overwrite=overwrite)
-    settings = find_settings(model, algorithm)
+    settings = find_settings(model, algorithm, values=values)
     if trace and is_derived(settings):
         settings = fit_settings(workbench(model, Path("stats"), dtype, device_map), settings)
     if out_file is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
 
 from editlib.cli.options import Algorithm, DeviceMap, Dtype, Hparams, out, print_table
+from editlib.errors import HparamsError
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +39,9 @@ def plan(
     """Says what an edit will take, step by step, from the model's configuration alone. See docs/how-to/plan.md."""
     from editlib.jobs.plan import plan as run
 
+    for option, value in (("--flops", flops), ("--bandwidth", bandwidth)):
+        if value is not None and not math.isfinite(value):
+            raise HparamsError(f"{option} {value}: expected a finite number; give that of a machine, or leave it out")
     made = run(
         model,
         requests,

@@ -20,10 +20,10 @@ from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.results import collect
 from editlib.comparison.store import FAILED, Store, try_lock
 from editlib.distributed import ALONE, Process
-from editlib.errors import ConfigError, EditlibError, OutputError
+from editlib.errors import ConfigError, EditlibError, OutputError, RequestError
 from editlib.evaluation.forget_set import Base, Benchmark, Task
 from editlib.files import check_output
-from editlib.models.outline import outline_of
+from editlib.models.outline import Outline, outline_of
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat, settled
 from editlib.models.weights import weights_sha256
@@ -80,8 +80,19 @@ def compare(
 
 def check_all_models(config: Config) -> None:
     """Raises `EditlibError` for a model of any set whose folder or prompts do not fit, before one is loaded."""
-    for name in dict.fromkeys(protocol.model for protocol in config.sets):
-        settled(outline_of(name, dtype=config.general.dtype).tok, config.prompts)
+    outlines: dict[str, Outline] = {}
+    for protocol in config.sets:
+        for name in filter(None, (protocol.model, protocol.reference)):
+            if name not in outlines:
+                outlines[name] = outline_of(name, dtype=config.general.dtype)
+            settled(outlines[name].tok, config.prompts)
+        if protocol.planned is not None:
+            outline = outlines[protocol.model]
+            form = PromptFormat.of(outline.tok, settled(outline.tok, config.prompts))
+            try:
+                check_requests_fit(outline.model, form, [*protocol.planned.forget, *protocol.planned.retain])
+            except RequestError as error:
+                raise ConfigError(f"{protocol.where}: {error}") from None
 
 
 def _loader(config: Config, shard: Process) -> Load:

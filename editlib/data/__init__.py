@@ -69,6 +69,8 @@ def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
             language, relation, frame = (row[name] for name in ("language", "relation", "frame"))
             if not (isinstance(frame, str) and frame.count("{}") == 1):
                 raise ValueError('the frame needs one "{}"')
+            if not (isinstance(language, str) and isinstance(relation, str)):
+                raise ValueError("language and relation are texts")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = 'expected {"language": ..., "relation": ..., "frame": "... {} ..."}'
             raise RequestError(f"{source}: entry {number} ({first_line(error)}); {wanted}") from None

@@ -144,6 +144,11 @@ class Benchmark(ABC):
         """What methods will be given, as far as files say it; `None` where the base model decides it."""
         return None
 
+    @property
+    def reference(self) -> str | None:
+        """A further model that scores are made with; `None` where there is none, or its results are given."""
+        return None
+
     @abstractmethod
     def make(self, base: Base) -> ForgetSet:
         """Makes the set for a base model; what it finds out is kept in the base's folder and read again next time.

@@ -136,6 +136,7 @@ def _misfit(receipt: Any) -> str | None:
         return 'key "base": no hash of the model before the edit'
     wrong = [name for name in _TEXTS if not isinstance(receipt.get(name, ""), str)]
     wrong += [name for name in _OBJECTS if not isinstance(receipt.get(name) or {}, dict)]
+    wrong += ["prompts"] if receipt.get("prompts") is not None and not isinstance(receipt["prompts"], dict) else []
     if not wrong and receipt.get("token") and not isinstance(receipt["token"].get("token"), str):
         wrong.append("token")
     anchors, requests = receipt.get("anchors") or [], receipt.get("requests") or []

@@ -66,6 +66,13 @@ class Facts(Benchmark):
         for relation in own.relations or ():
             if relation not in known:
                 raise ConfigError(f'{where}: relation "{relation}": expected some of {", ".join(known)}')
+        chosen = own.relations or RELATIONS
+        count = sum(fact.relation in chosen for fact in data.facts())
+        if own.forget is not None and 2 * own.forget > count:
+            raise ConfigError(
+                f'{where}: key "forget": {own.forget}; expected at most {count // 2}, half of the {count} facts of '
+                "these relations, so that others can be watched; forget fewer"
+            )
         self._given = None if own.requests is None else self._files(own)
 
     @property

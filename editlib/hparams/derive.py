@@ -21,6 +21,10 @@ from editlib.hparams.shapes import KNOWN, ModelShape, known_as
 SMALL, GEMMA, LARGE = "smollm2-135m", "gemma3-270m", "llama-3-8b"
 """The reference models: two that editlib was measured on, and the one that most published settings are for."""
 
+DESCENT, ROWS = "descent", "rows"
+ERASE = {ROWS: "-erase"}
+"""What the names of UniErase's settings end in, by how their values are found, where it is not by descent."""
+
 WIDE = 1600  # models at least as wide as GPT2-XL, where published settings begin
 ENERGY = 0.3
 """Share of the energy of a layer's keys in the directions that may be edited. On smollm2-135m the published threshold,
@@ -81,44 +85,62 @@ class _Depth:
         return None if value is None else self.layer(value)
 
 
-def derive(algorithm: str, shape: ModelShape, *, read_at: int | None = None, gated: bool = True) -> HyperParams:
+def derive(
+    algorithm: str, shape: ModelShape, *, read_at: int | None = None, gated: bool = True, values: str = DESCENT
+) -> HyperParams:
     """Derives settings of `algorithm` for a model of this shape.
 
     Args:
         read_at: the last layer at which the subject's state decides the answer, from a causal trace of this model;
             `None`: layers are scaled by depth alone.
         gated: `False` leaves out the answer gate, for a model that cannot have one.
+        values: how values are found; "rows", from the settings that erase, is UniErase's alone.
 
     Raises:
-        HparamsError: no such algorithm.
+        HparamsError: no such algorithm, or one without these values.
     """
     cls = class_of(algorithm)
-    origin, name = _reference(cls, shape)
-    reference = bundled(origin, name)
+    check_values(algorithm, values)
+    origin, name = _reference(cls, shape) if values == DESCENT else (cls.algorithm, SMALL)
+    file = name + ERASE.get(values, "")
+    reference = bundled(origin, file)
     n_reference = KNOWN[name].n_layers
     read = None if read_at is None or name not in READ_AT else (READ_AT[name], read_at)
     depth = _Depth.between(n_reference, shape.n_layers, read)
-    values, notes = _copied(cls, reference), {}
+    carried, notes = _copied(cls, reference), {}
     how = "by share of depth" if read is None else f"by share of depth, answers being read up to layer {read_at}"
     for key in cls.depth_fields():
-        if values.get(key) is not None:
-            before, values[key] = values[key], depth.carried(values[key])
+        if carried.get(key) is not None:
+            before, carried[key] = carried[key], depth.carried(carried[key])
             notes[key] = f"{_short(before)} of {n_reference} layers, {how}"
-    if values.get("nullspace_rule") == "absolute":
+    if carried.get("nullspace_rule") == "absolute":
         notes["nullspace_threshold"] = (
-            f"a share of energy in place of {values['nullspace_threshold']:g}, to which it comes on {SMALL}"
+            f"a share of energy in place of {carried['nullspace_threshold']:g}, to which it comes on {SMALL}"
         )
-        values |= {"nullspace_rule": "energy", "nullspace_threshold": ENERGY}
+        carried |= {"nullspace_rule": "energy", "nullspace_threshold": ENERGY}
     no_gate = not gated or shape.model_type in NORM_BEHIND
-    if values.get("gate_layer") is not None and (no_gate or values["gate_layer"] <= values["layers"][-1]):
-        values["gate_layer"] = None
+    if carried.get("gate_layer") is not None and (no_gate or carried["gate_layer"] <= carried["layers"][-1]):
+        carried["gate_layer"] = None
         notes["gate_layer"] = "none: " + ("a norm or a factor follows the MLP" if no_gate else "too few layers for one")
     notes["templates"] = "found in the model"
-    notes["all else"] = f"as in {origin}/{name}.json"
-    notes["measured"] = MEASURED.get((cls.algorithm, known_as(shape)), f"on {name} only, not on this model")
-    title = f"{origin}/{name}.json, carried over to {shape}"
-    given = {**values, "model_name": shape.name, "notes": {"from": title, **notes}}
+    notes["all else"] = f"as in {origin}/{file}.json"
+    here = MEASURED.get((cls.algorithm, known_as(shape))) if values == DESCENT else None
+    notes["measured"] = here or f"on {name} only, not on this model"
+    title = f"{origin}/{file}.json, carried over to {shape}"
+    given = {**carried, "model_name": shape.name, "notes": {"from": title, **notes}}
     return cls.from_dict(given, f"derived from {title}")
+
+
+def check_values(algorithm: str, values: str) -> None:
+    """Raises `HparamsError` if no settings of this algorithm find values in this way."""
+    cls = class_of(algorithm)
+    if values not in (DESCENT, *ERASE):
+        raise HparamsError(f"values {values!r}: expected one of {', '.join((DESCENT, *ERASE))}")
+    if values != DESCENT and cls is not UniEraseHyperParams:
+        known = UniEraseHyperParams.algorithm
+        raise HparamsError(
+            f"values {values!r}: {cls.algorithm} finds none in this way; expected {known}, or leave it out"
+        )
 
 
 def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from editlib.errors import HparamsError, nearest
 from editlib.hparams.base import HyperParams
 from editlib.hparams.bundled import available, bundled, class_of
-from editlib.hparams.derive import derive
+from editlib.hparams.derive import DESCENT, ERASE, check_values, derive
 from editlib.hparams.methods import ALGORITHMS
 from editlib.hparams.published import RELATIVES, SAME
 from editlib.hparams.shapes import KNOWN, ModelShape, known_as
@@ -43,16 +43,20 @@ def load_hparams(name_or_path: str | Path, algorithm: str | None = None) -> Hype
     )
 
 
-def find_hparams(algorithm: str, shape: ModelShape) -> HyperParams:
+def find_hparams(algorithm: str, shape: ModelShape, *, values: str = DESCENT) -> HyperParams:
     """Finds settings for a model by its shape: bundled ones, else derived ones; `source` tells which.
 
+    Args:
+        values: how values are found, see `derive`.
+
     Raises:
-        HparamsError: there is no such algorithm.
+        HparamsError: there is no such algorithm, or it has no such values.
     """
-    name = known_as(shape)
+    check_values(algorithm, values)
+    name = f"{known_as(shape)}{ERASE.get(values, '')}"
     if name in available(algorithm):
         return bundled(algorithm, name)
-    return derive(algorithm, shape)
+    return derive(algorithm, shape, values=values)
 
 
 def algorithm_of(name_or_path: str | Path) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from editlib import data
 from editlib.attacks.outcome import COLUMNS, LeakRate
 from editlib.attacks.registry import choose
-from editlib.attacks.run import JOB, AttackReport, check_attacked, run_attacks
+from editlib.attacks.run import JOB, AttackReport, check_attacked, check_kept, planned_job, run_attacks
 from editlib.attacks.settings import AttackSettings
 from editlib.errors import RequestError
 from editlib.export import read_receipt
@@ -69,34 +70,34 @@ def attack_folders(
     if not (out / JOB).is_file():
         check_output(out, overwrite=overwrite)
     rows: dict[str, list[str]] = {}
-    files = (requests_file, control_file, known_file)
     read = partial(read_requests, skip_bad=skip_bad, left_out=rows)
-    requests, control, known = (None if file is None else read(file) for file in files)
+    requests = read(requests_file)
+    control, known = (None if file is None else read(file) for file in (control_file, known_file))
     receipt = read_receipt(edited)
     check_models(base, edited)
-    check_attacked(requests or [])
-    how, asked = prompts_of(receipt, prompts), [*(requests or ()), *(control or ())]
+    check_attacked(requests)
+    how = prompts_of(receipt, prompts)
+    given: dict[str, Any] = {"control": control, "known": known, "seed": seed}
+    if receipt is not None and receipt.get("token"):
+        settings = replace(settings, token=receipt["token"]["token"])
     settled(outline_of(edited, dtype=dtype).tok, how)
-    look = partial(_check_fit, how=how, asked=asked, room=settings.max_new_tokens)
+    kept = None if overwrite else out
+    look = partial(_check_fit, how=how, requests=requests, settings=settings, kept=kept, **given)
     model, tok = load_checked(base, look, dtype=dtype, device_map=device_map)
     if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(model):
         raise RequestError(
             f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
         )
-    if receipt is not None and receipt.get("token"):
-        settings = replace(settings, token=receipt["token"]["token"])
     report = run_attacks(
         (model, tok),
         load(edited, dtype=dtype, device_map=device_map),
-        requests or [],
-        control=control,
-        known=known,
+        requests,
         attacks=names,
         settings=settings,
         prompts=settled(tok, how),
-        seed=seed,
         out=out,
         overwrite=overwrite,
+        **given,
     )
     # `left_out` of the report counts facts that no attack could try; these are rows that are no facts.
     unread = {"rows_left_out": rows} if rows else {}
@@ -105,10 +106,25 @@ def attack_folders(
     return report
 
 
-def _check_fit(outline: Outline, how: PromptSettings | None, asked: Sequence[EditRequest], room: int) -> None:
-    """Raises `RequestError` for prompts that do not fit the base model, or its positions."""
-    form = PromptFormat.of(outline.tok, settled(outline.tok, how))
-    check_requests_fit(outline.model, form, asked, room=room)
+def _check_fit(
+    outline: Outline,
+    how: PromptSettings | None,
+    requests: Sequence[EditRequest],
+    settings: AttackSettings,
+    kept: Path | None,
+    **given: Any,
+) -> None:
+    """Checks the base model's outline, and the folder `kept`, which may hold attacks of an earlier run.
+
+    Raises:
+        RequestError: prompts that do not fit the model, or its positions.
+        OutputError: the folder holds another job's attacks.
+    """
+    prompts = settled(outline.tok, how)
+    asked = [*requests, *(given["control"] or ())]
+    check_requests_fit(outline.model, PromptFormat.of(outline.tok, prompts), asked, room=settings.max_new_tokens)
+    if kept is not None:
+        check_kept(kept, planned_job(requests, settings, prompts=prompts, **given))
 
 
 def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:

@@ -17,10 +17,12 @@ from editlib.baselines.search import SearchResult, check_range, search
 from editlib.baselines.settings import BaselineSettings, Budget
 from editlib.baselines.validation import Split, split
 from editlib.editing import check_given, check_wanted
+from editlib.errors import HparamsError
 from editlib.export import asked_as, save_edited
 from editlib.export.receipt import origin
-from editlib.files import check_output, check_room
+from editlib.files import check_folder, check_output, check_room
 from editlib.finding import find_settings
+from editlib.hparams import HyperParams
 from editlib.models.loading import DeviceMap
 from editlib.models.outline import Outline, load_checked
 from editlib.models.positions import check_requests_fit
@@ -29,6 +31,7 @@ from editlib.models.prompts import PromptFormat, settled
 from editlib.models.weights import stored_bytes, weights_sha256
 from editlib.requests.reading import read_with_retain
 from editlib.requests.request import EditRequest
+from editlib.stats.store import check_stored
 from editlib.training import TrainResult
 
 
@@ -103,10 +106,7 @@ def baseline_folder(
     requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad, left_out=left_out)
     retain = data.retain_prompts(requests) if given is None else given
     check_baseline(name, requests, retain, settings, prompts)
-    if (editor := BASELINES[name].editor) is not None:
-        found_for = find_settings(model, editor, settings.hparams)
-        check_given(found_for, corpus=settings.corpus)
-        check_wanted([replace(request, target_new=REFUSAL) for request in requests], found_for)
+    found_for = _editor_settings(name, model, settings, requests)
     if budget is not None:
         check_range(name, budget)
     parts = split(requests, retain, questions=budget.questions, seed=seed) if budget is not None else None
@@ -114,6 +114,8 @@ def baseline_folder(
     def look(outline: Outline) -> None:
         form = PromptFormat.of(outline.tok, settled(outline.tok, prompts))
         check_requests_fit(outline.model, form, [*requests, *retain])
+        if found_for is not None and found_for.uses_statistics:
+            check_stored(Path(settings.stats_dir), model, outline.model, found_for.layers)
         check_room(out, stored_bytes(outline.model))
 
     loaded, tok = load_checked(model, look, dtype=dtype, device_map=device_map)
@@ -138,6 +140,29 @@ def baseline_folder(
     receipt["result_sha256"] = save_edited(loaded, tok, out, receipt, overwrite=overwrite)
     shutil.rmtree(trials, ignore_errors=True)
     return receipt
+
+
+def _editor_settings(
+    name: str, model: str, settings: BaselineSettings, requests: Sequence[EditRequest]
+) -> HyperParams | None:
+    """Finds the settings of the editor that a baseline aims at a refusal; `None` for one that trains.
+
+    Raises:
+        EditlibError: settings for one that trains, or that do not fit the model, files or requests.
+    """
+    editor = BASELINES[name].editor
+    if editor is None:
+        if settings.hparams is not None:
+            raise HparamsError(
+                f"--hparams {settings.hparams}: {name} is no editor and has no such settings; expected one such as "
+                "MEMIT-refusal, or leave it out"
+            )
+        return None
+    check_folder(Path(settings.stats_dir), "--stats-dir", write=False)
+    found = find_settings(model, editor, settings.hparams)
+    check_given(found, corpus=settings.corpus)
+    check_wanted([replace(request, target_new=REFUSAL) for request in requests], found)
+    return found
 
 
 def make_receipt(

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from editlib.chain import Chain
-from editlib.chain.export import chain_receipt
+from editlib.chain.export import chain_receipt, check_filled
 from editlib.chain.store import RECORD
-from editlib.errors import ChainError, RequestError
+from editlib.errors import RequestError
 from editlib.evaluation.protocol import Protocol, Side
 from editlib.export import asked_as, read_receipt
 from editlib.export.receipt import prompts_of
@@ -117,8 +117,7 @@ class Edited:
         """
         check_model(self._base)
         if self._chain is not None:
-            if not self._chain.batches:
-                raise ChainError(f"{self.path} holds no batch, so that its model is the base model; add requests first")
+            check_filled(self._chain)
             if follow:
                 self._check_requests(protocol.requests)
             return
@@ -168,7 +167,14 @@ class Edited:
             yield entry.number, [one for one in requests if one.question in so_far], side
 
     def _check_requests(self, requests: Sequence[EditRequest]) -> None:
-        """Raises `RequestError` if the chain has requests that are not measured."""
+        """Raises `RequestError` if the chain has requests that are not measured, or one is to be measured twice."""
+        first: dict[str, EditRequest] = {}
+        for one in requests:
+            if (other := first.setdefault(one.question, one)) is not one:
+                raise RequestError(
+                    f"{one.source or f'request {one.id}'}: asks the same as request {other.id!r}, {one.question!r}; a "
+                    "chain holds a question once: remove one of the two"
+                )
         held = [] if self._chain is None else self._chain.requests
         strange = {one.question for one in held} - {one.question for one in requests}
         if strange:

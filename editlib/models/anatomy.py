@@ -204,6 +204,11 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     return name, layers
 
 
+def inputs_of(module: nn.Module | None) -> int | None:
+    """Returns the number of inputs of a linear map; `None` of anything else."""
+    return _fan(module)[0] if isinstance(module, nn.Linear | Conv1D) else None
+
+
 def _fan(module: nn.Module) -> tuple[int, int]:
     """Returns the numbers of inputs and outputs of a linear map."""
     rows, columns = cast(Tensor, module.weight).shape

@@ -250,13 +250,21 @@ def _receipt_of(edited: str | Path) -> dict[str, Any]:
     return receipt
 
 
-def _metrics_of(path: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Reads `metrics.json` of `editlib eval`; raises `RequestError` for anything else."""
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        of = metrics["edited"]["sha256"]
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = metrics["edited"]["sha256"]
         numbers_of(metrics)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{path}: not metrics of `editlib eval` ({error}); give its metrics.json") from None
+    return metrics
+
+
+def _metrics_of(path: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the metrics of the model that a receipt is for."""
+    metrics = read_metrics(path)
+    of = metrics["edited"]["sha256"]
     if of != receipt.get("result_sha256"):
         raise RequestError(
             f"{path}: metrics of a model with hash {str(of)[:12]}, but the receipt is for "

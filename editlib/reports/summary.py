@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ def number(value: object) -> float | None:
     """Gives `value` where it is a finite number; None for anything else, so that nan and null read the same."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= sys.float_info.max else None  # whole numbers may be too big for math.isfinite
 
 
 def _count(group: Mapping[str, Any], noun: str) -> str:

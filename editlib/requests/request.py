@@ -9,7 +9,7 @@ from typing import Any
 
 from editlib.errors import quote
 from editlib.requests.fields import OWN_FIELDS, FieldError
-from editlib.requests.templates import Filled, fill, template_of
+from editlib.requests.templates import Filled, fill, spelling_in, template_of
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,11 @@ class Probe:
 class EditRequest:
     """Describes a fact to edit (with `target_new`) or to unlearn (without).
 
-    `prompt` holds one `{}` in the place of the subject; a prompt that spells the subject out once is
-    turned into that form. `{}` decides where the subject is there more than once; braces that are only braces:
-    see `editlib.requests.templates`. Without a subject the prompt is plain text. `answer` and `aliases` are the
-    truth, used to score. Lists become tuples; a neighbour may be a `Probe`, a dict or a bare prompt.
+    `prompt` holds one `{}` in the place of the subject; a prompt that spells the subject out once is turned into that
+    form, and a subject with other accents or apostrophes into its spelling there. `{}` decides where the subject is
+    there more than once; braces that are only braces: see `editlib.requests.templates`. Without a subject the prompt is
+    plain text. `answer` and `aliases` are the truth, used to score. Lists become tuples; a neighbour may be a `Probe`,
+    a dict or a bare prompt.
 
     Raises:
         RequestError: a field of the wrong type, empty, or at odds with the others.
@@ -69,6 +70,7 @@ class EditRequest:
             self._set(name, tuple(getattr(self, name)))
         self._set("neighbours", tuple(_probe(f"neighbours[{i}]", p) for i, p in enumerate(self.neighbours)))
         if self.subject is not None:
+            self._set("subject", spelling_in(self.prompt, self.subject))
             self._set("prompt", template_of(self.prompt, self.subject))
         self._set("_asked", fill("prompt", self.prompt, self.subject))
         for name in ("aliases", "phrasings", "paraphrases"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,9 @@ def file_rows(path: Path) -> Iterator[FileRow]:
     try:
         whole = json.loads(text)  # one object, printed over several lines
     except (ValueError, RecursionError):
-        return _lines(text)
+        return iter(_some_json(path, list(_lines(text))))
+    if rows := _wrapped(whole):
+        return _numbered(rows)
     line = 1 + text[: text.index(text.lstrip()[0])].count("\n")
     return iter([FileRow(f"line {line}", whole)])
 
@@ -91,7 +94,7 @@ def path_is_folder(path: Path) -> bool:
     """Returns whether a path is a folder; a name that no file can have is none."""
     try:
         return path.is_dir()
-    except ValueError:  # a null byte, before Python 3.13
+    except (OSError, ValueError):  # too long a name; a null byte, before Python 3.13
         return False
 
 
@@ -107,8 +110,26 @@ def _json_complaint(text: str) -> tuple[int, str] | None:
     return None
 
 
+def _wrapped(whole: Any) -> list[Any]:
+    """Returns the rows of an object that only wraps one list of objects, such as `{"data": [...]}`; else none."""
+    values = list(whole.values()) if isinstance(whole, dict) and len(whole) == 1 else []
+    rows = values[0] if values and isinstance(values[0], list) else []
+    return rows if all(isinstance(row, dict) for row in rows) else []
+
+
+def _some_json(path: Path, rows: list[FileRow]) -> list[FileRow]:
+    """Returns the rows; raises `RequestError` where there are several and none is JSON, as in CSV or YAML."""
+    if len(rows) > 1 and all(row.complaint is not None for row in rows):
+        said = str(rows[0].complaint).partition(";")[0]
+        raise RequestError(
+            f"{rows[0].where(path)}: {said}, and nor is any other of its {len(rows)} lines; expected JSON Lines (one "
+            "object a line), a JSON array, or Parquet; convert the file"
+        )
+    return rows
+
+
 def _lines(text: str) -> Iterator[FileRow]:
-    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut a string at U+2028
+    for number, line in enumerate(re.split(r"\r?\n|\r", text), 1):  # str.splitlines would cut a string at U+2028
         if line.strip():
             complaint = _json_complaint(line)
             value = None if complaint else json.loads(line)

@@ -7,12 +7,15 @@ spelled out once. All other braces are ordinary text, and `{{}}` is how a text s
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
+from editlib.answers.scripts import plain_marks
 from editlib.errors import quote
 from editlib.requests.fields import FieldError
 
 PLACE, NAMED, BRACES = "{}", "{subject}", "{{}}"
+APOSTROPHES = "['\u2018\u2019\u02bc\u02bb\u00b4`\u2032\uff07]"
 _MARKS = re.compile(r"\{\{\}\}|\{\}")
 
 
@@ -81,6 +84,24 @@ def template_of(prompt: str, subject: str) -> str:
     before, after = filled.text[: filled.start], filled.text[filled.start + len(subject) :]
     plain = before + PLACE + after
     return plain if _reads(plain, subject, filled) else before + NAMED + after
+
+
+def spelling_in(prompt: str, subject: str) -> str:
+    """Returns the subject as the prompt spells it, where they differ only in what no reader sees: composed or
+    decomposed accents, straight or curly apostrophes. The subject itself where the prompt has a place for it, holds it
+    as it is, or does not hold it."""
+    if subject in prompt or PLACE in prompt or NAMED in prompt:
+        return subject
+    found = {match[0] for match in re.finditer("".join(map(_forms, unicodedata.normalize("NFC", subject))), prompt)}
+    return found.pop() if len(found) == 1 else subject
+
+
+def _forms(character: str) -> str:
+    """Returns a pattern for one composed character in each of its forms."""
+    if plain_marks(character) == "'":
+        return APOSTROPHES
+    apart = unicodedata.normalize("NFD", character)
+    return re.escape(character) if apart == character else f"(?:{re.escape(character)}|{re.escape(apart)})"
 
 
 def literal(text: str) -> str:

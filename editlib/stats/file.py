@@ -27,6 +27,8 @@ DAMAGE = (
     *(SyntaxError, struct.error, zlib.error, zipfile.BadZipFile),
 )
 """Errors of numpy and zipfile for bytes that are not an `.npz` file, or a damaged one."""
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""Readers of an array's header, by the version of its format."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,17 @@ def read_count(path: Path) -> int:
 def read_header(path: Path) -> StatsHeader | None:
     """Reads a file's header (`None` in those of other tools) but not its matrix; raises like `read_stats`."""
     return _header(path, _arrays(path, ("editlib.header",)))
+
+
+def read_shape(path: Path) -> tuple[int, ...]:
+    """Reads the shape of a file's matrix but not its numbers; raises like `read_stats`."""
+    _arrays(path, ())
+    try:
+        with zipfile.ZipFile(path) as whole, whole.open("mom2.mom2.npy") as array:
+            read = HEADERS[np.lib.format.read_magic(array)]
+            return tuple(read(array)[0])
+    except DAMAGE as error:
+        raise StatsError(f"{path}: not a readable .npz file ({first_line(error)}); {AGAIN}") from None
 
 
 def _header(path: Path, arrays: Mapping[str, np.ndarray]) -> StatsHeader | None:

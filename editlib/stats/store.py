@@ -10,15 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from editlib.errors import StatsError
-from editlib.models.anatomy import Anatomy
-from editlib.stats.file import LayerStats, StatsHeader, read_count, read_header, read_stats, write_stats
+from editlib.models.anatomy import Anatomy, inputs_of
+from editlib.stats.file import LayerStats, StatsHeader, read_count, read_header, read_shape, read_stats, write_stats
 
 __all__ = [
     "LayerStats",
     "StatsHeader",
     "StatsNotFound",
     "check_stats",
+    "check_stored",
     "find_layers",
     "find_stats",
     "model_slug",
@@ -203,24 +206,60 @@ def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) 
     return taken
 
 
+def check_stored(stats_dir: Path, model: str, outline: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Checks the stored statistics of `layers` against a model of which no weight is read, nor any matrix of theirs.
+
+    Raises:
+        StatsError: none of the files of a module is readable and fits it; says what is wrong with the first.
+    """
+    modules = dict(outline.named_modules())
+    faults: dict[str, list[StatsError | None]] = {}
+    for one in _stored(stats_dir, model, None):
+        width = inputs_of(modules.get(one.module))
+        if width is not None and any(f".{layer}." in one.module for layer in layers):
+            faults.setdefault(one.module, []).append(_fault(one, width))
+    for found in faults.values():
+        if found[0] is not None and None not in found:
+            raise found[0]
+
+
+def _fault(stored: _Stored, d_ff: int) -> StatsError | None:
+    """Returns what is wrong with a file of statistics, by its headers alone."""
+    try:
+        shape, header = read_shape(stored.path), read_header(stored.path)
+        _check_shape(stored.path, shape, stored.module, d_ff)
+        _check_module(stored.path, header, stored.module)
+    except StatsError as error:
+        return error
+    return None
+
+
 def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "") -> None:
     """Raises `StatsError` when a file has another shape, module or model than the weight to edit."""
-    shape = tuple(stats.mom2.shape)
-    if shape != (d_ff, d_ff):
-        raise StatsError(
-            f"{stats.path}: holds a {shape[0]} x {shape[-1]} moment, but {module} has {d_ff} inputs: statistics of "
-            "another model; make them with `editlib stats`"
-        )
+    _check_shape(stats.path, tuple(stats.mom2.shape), module, d_ff)
+    _check_module(stats.path, stats.header, module)
     if stats.header is None:
         return
-    if stats.header.module != module:
-        raise StatsError(f"{stats.path}: was made for {stats.header.module}, not for {module}; the file was renamed")
     if model_sha256 and stats.header.model_sha256 and stats.header.model_sha256 != model_sha256:
         raise StatsError(
             f"{stats.path}: comes from other weights of {stats.header.model} (hash {stats.header.model_sha256[:12]}, "
             f"this model {model_sha256[:12]}): another --dtype, revision or edit; make statistics for this one with "
             "`editlib stats` and the same --dtype"
         )
+
+
+def _check_shape(path: Path | None, shape: Sequence[int], module: str, d_ff: int) -> None:
+    if tuple(shape) != (d_ff, d_ff):
+        size = " x ".join(map(str, shape)) or "single number as"
+        raise StatsError(
+            f"{path}: holds a {size} moment, but {module} has {d_ff} inputs: statistics of another model; make them "
+            "with `editlib stats`"
+        )
+
+
+def _check_module(path: Path | None, header: StatsHeader | None, module: str) -> None:
+    if header is not None and header.module != module:
+        raise StatsError(f"{path}: was made for {header.module}, not for {module}; the file was renamed")
 
 
 def stats_hash(hashes: Mapping[int, str]) -> str:

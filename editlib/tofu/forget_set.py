@@ -26,6 +26,7 @@ from editlib.tofu.scores import (
     Judges,
     Reading,
     check_scoring,
+    check_wrong_answers,
     read,
     reference_results,
     score,
@@ -80,12 +81,18 @@ class Tofu(Benchmark):
         self.left_out = {name: list(rows) for name, rows in sets.left_out.items()}
         self.sets = apart(sets.limited(own.limit, own.seed), own.seed)
         self._only: Mapping[str, MetricResult] | None = None
+        if own.reference is not None:
+            check_wrong_answers(self.sets)
         if own.reference is not None and Path(own.reference).is_file():
             self._only = reference_results(Path(own.reference), self.sets)
 
     @property
     def planned(self) -> Task | None:
         return Task(self.sets.forget, self.sets.retain)
+
+    @property
+    def reference(self) -> str | None:
+        return self.settings.reference if self._only is None else None
 
     def make(self, base: Base) -> TofuSet:
         base.folder.mkdir(parents=True, exist_ok=True)

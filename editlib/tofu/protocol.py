@@ -14,8 +14,9 @@ from editlib.evaluation.metrics import MetricResult
 from editlib.evaluation.protocol import Side
 from editlib.models.anatomy import anatomy
 from editlib.models.loading import DeviceMap, load
-from editlib.models.positions import check_requests_fit
-from editlib.models.prompts import Asking, PromptFormat
+from editlib.models.outline import outline_of
+from editlib.models.positions import check_prompts, check_requests_fit
+from editlib.models.prompts import Asking, PromptFormat, settled
 from editlib.requests.request import EditRequest
 from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
 from editlib.tofu.scores import (
@@ -23,6 +24,7 @@ from editlib.tofu.scores import (
     Judges,
     Reading,
     check_scoring,
+    check_wrong_answers,
     compare_tofu,
     document,
     reference_results,
@@ -83,8 +85,10 @@ class TofuProtocol:
         check_scoring(options.get("judges"), reference)
         learned = None if learned_file is None else questions_in(learned_file, skip_bad=skip_bad)
         made = cls(read_tofu(source, forget, learned=learned, skip_bad=skip_bad), reference=reference, **options)
+        sets = made._sets.limited(made._limit, made._seed)
+        if reference is not None:
+            check_wrong_answers(sets, whole=whole)
         if reference is not None and Path(reference).is_file():
-            sets = made._sets.limited(made._limit, made._seed)
             made._retain_only = reference_results(Path(reference), sets, whole=whole)
         return made
 
@@ -94,6 +98,11 @@ class TofuProtocol:
 
     def check(self, model: PreTrainedModel, form: PromptFormat) -> None:
         check_requests_fit(model, form, self.requests)
+        asked = self._sets.limited(self._limit, self._seed).probes.values()
+        prompts = [(one.id, one.question) for probes in asked for one in probes]
+        check_prompts(model, form, prompts, room=self._max_new_tokens)
+        if self._reference is not None and self._retain_only is None:
+            settled(outline_of(self._reference, dtype=self._dtype).tok, form.settings)
 
     def measure(
         self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()

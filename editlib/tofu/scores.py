@@ -58,6 +58,24 @@ def check_scoring(judges: Judges | None, reference: str | None) -> None:
             check_model(reference)
 
 
+def check_wrong_answers(sets: TofuSets, *, whole: bool = True) -> None:
+    """Checks that a reference can be compared with: forget quality is of truth ratios, which need wrong answers.
+
+    Args:
+        whole: every question to forget must have some; else one of them is enough.
+
+    Raises:
+        MetricError: they have none.
+    """
+    asked = sets.probes["forget"]
+    bare = [one.id for one in asked if not one.wrong]
+    if bare and (whole or len(bare) == len(asked)):
+        raise MetricError(
+            f"a reference was given, but {len(bare)} of {len(asked)} questions to forget have no wrong answers "
+            f"({bare[0]}); expected them in {sets.name}_perturbed: add that file, or leave the reference out"
+        )
+
+
 @dataclass(frozen=True)
 class Reading:
     """Holds one question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""

@@ -88,6 +88,14 @@ BAD = {
     '"sets", entry 1: protocol \'fact\': unknown; expected "facts"': {"sets": [{"protocol": "fact"}]},
     'entry 1: key "forgett": unknown; expected "forget"': {"sets": [{"protocol": "facts", "forgett": 6}]},
     'entry 1: key "forget": 0; expected at least 1': {"sets": [{"protocol": "facts", "forget": 0}]},
+    'entry 2: key "forget": 5000; expected at most': {
+        "sets": [GOOD["sets"][0], {"protocol": "facts", "name": "b", "forget": 5000}]
+    },
+    'entry 2: key "seed": -1; expected at least 0': {
+        "sets": [GOOD["sets"][0], {"protocol": "facts", "name": "b", "forget": 6, "seed": -1}]
+    },
+    'entry 1: key "limit": 0; expected at least 1': {"sets": [{"protocol": "tofu", "limit": 0}]},
+    'entry 1: key "forget": \'forget02\'; expected "forget01"': {"sets": [{"protocol": "tofu", "forget": "forget02"}]},
     'entry 1: expected "forget", a number, or "requests"': {"sets": ["facts"]},
     'relation "capitals": expected some of author': {
         "sets": [{"protocol": "facts", "forget": 6, "relations": ["capitals"]}]

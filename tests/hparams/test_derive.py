@@ -63,6 +63,38 @@ def test_a_24_layer_qwen_by_hand():
     assert deep.layers == [8, 11, 14, 16, 19, 22]  # as many as there were, not 15 matrices
 
 
+def test_settings_that_erase_are_carried_over_too():
+    """3 to 8 of 29 are 2.4 and 6.3 of 23; the weights are relative to the model's own keys, and stay."""
+    found = derive("UniErase", ModelShape("mine", "qwen2", 24, 896), values="rows")
+    reference = load_hparams("UniErase/smollm2-135m-erase")
+    assert (found.values, found.layers, found.gate_layer) == ("rows", [2, 3, 4, 5, 6], None)
+    assert (found.nullspace_rule, found.nullspace_threshold) == ("energy", 0.3)
+    moved = {"layers", "nullspace_rule", "nullspace_threshold", *ABOUT}
+    kept = {key: value for key, value in reference.to_dict().items() if key not in moved}
+    assert kept == {key: value for key, value in found.to_dict().items() if key not in moved}
+    assert "3-8 of 30" in found.notes["layers"] and "0.02" in found.notes["nullspace_threshold"]
+    assert found.notes["all else"] == "as in UniErase/smollm2-135m-erase.json"
+    assert "not on this model" in found.notes["measured"]  # what was measured is for values by descent
+    assert derive("UniErase", ModelShape("mine", "qwen2", 24, 896), read_at=10, values="rows").layers < found.layers
+
+
+def test_settings_that_erase_ship_for_the_form_that_they_were_measured_on():
+    tuned = ModelShape("my-fine-tuned-copy", "llama", 30, 576)
+    assert find_hparams("UniErase", tuned, values="rows").source == "UniErase/smollm2-135m-erase.json"
+    assert find_hparams("unierase", tuned, values="descent").source == "UniErase/smollm2-135m.json"
+    with pytest.raises(HparamsError, match="'row': expected one of descent, rows"):
+        find_hparams("UniErase", tuned, values="row")
+    with pytest.raises(HparamsError, match=r"MEMIT finds none in this way; expected UniErase"):
+        derive("memit", tuned, values="rows")
+
+
+@given(SHAPES, st.none() | st.integers(0, 199))
+def test_settings_that_erase_fit_whatever_the_model(shape, read_at):
+    found = derive("UniErase", shape, read_at=read_at and min(read_at, shape.n_layers - 1), values="rows")
+    found.check_depth(shape.n_layers)
+    assert found.values == "rows" and found.gate_layer is None and len(found.layers) <= 9
+
+
 def test_a_trace_moves_the_layers_with_the_reading():
     same = derive("UniErase", KNOWN["smollm2-135m"], read_at=22)
     assert (same.layers, same.gate_layer) == ([3, 4, 5, 6, 7, 8], 25)

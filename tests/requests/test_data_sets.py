@@ -310,3 +310,19 @@ def test_rippleedits_probes_of_another_shape_are_told(tmp_path, probes):
     fact = {"prompt": "The spouse of Ann is Al."}
     edit = {"subject": "Ann", "prompt": "The spouse of Ann is Bo.", "original_fact": fact}
     assert "expected an object" in refused(written(tmp_path, [{"edit": edit, "Relation_Specificity": probes}]))
+
+
+@pytest.mark.parametrize("name", ["data", "requests", "anything"])
+def test_a_list_in_one_wrapper_is_read(tmp_path, name):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps({name: [{"prompt": "Who is {}?", "subject": who} for who in ("Bo", "Cy")]}, indent=1))
+    assert [(one.id, one.question) for one in read_requests(path)] == [
+        ("facts:1", "Who is Bo?"), ("facts:2", "Who is Cy?"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_on_any_system(tmp_path, end):
+    path = tmp_path / "facts.jsonl"
+    path.write_bytes(end.join(json.dumps({"prompt": f"Who is {who}?\u2028"}) for who in "ab").encode() + end.encode())
+    assert [one.source for one in read_requests(path)] == [f"{path}:1", f"{path}:2"]

@@ -140,6 +140,30 @@ def test_bad_field_is_named_with_file_and_line(tmp_path, change, field, said):
     assert "; expected " in message
 
 
+SPELLINGS = [  # subject, prompt, the subject in the prompt
+    ("Zu\u0308rich", "Where is Zürich?", "Zürich"),
+    ("Zürich", "Where is Zu\u0308rich?", "Zu\u0308rich"),
+    ("Côte d\u2019Ivoire", "What is the capital of Côte d'Ivoire?", "Côte d'Ivoire"),
+    ("Co\u0302te d'Ivoire", "Côte d\u2019Ivoire lies where?", "Côte d\u2019Ivoire"),
+    ("Hawai'i", "Who ruled Hawai\u02bbi?", "Hawai\u02bbi"),
+    ("서울", "\u1109\u1165\u110b\u116e\u11af은 어디에 있습니까?", "\u1109\u1165\u110b\u116e\u11af"),
+    ("Zu\u0308rich", "Where is {}?", "Zu\u0308rich"),  # a place says all
+]
+
+
+@pytest.mark.parametrize(("subject", "prompt", "wanted"), SPELLINGS)
+def test_accents_and_apostrophes_of_a_subject_are_those_of_its_prompt(subject, prompt, wanted):
+    made = EditRequest("a", prompt, subject)
+    assert made.subject == wanted and made.question == prompt.replace("{}", wanted)
+    assert made.question[made.subject_start :].startswith(wanted)
+
+
+@pytest.mark.parametrize(("subject", "prompt"), [("Zurich", "Where is Zürich?"), ("FRANCE", "Where is France?")])
+def test_another_letter_is_another_subject(subject, prompt):
+    with pytest.raises(RequestError, match="is not in the prompt"):
+        EditRequest("a", prompt, subject)
+
+
 BAD_FOREIGN = [
     ({"src": "Who?", "subject": "X", "answers": ["a"], "alt": "b"}, "subject", "'X' is not in the prompt"),
     ({"src": 3, "answers": ["a"]}, "src", "3; expected a string"),
@@ -189,6 +213,10 @@ BAD_FILES = [
     (b'{"prompt": ' + b"1" * 5000 + b"}", ":1", "not usable as JSON"),
     (b'{"prompt": "a"}\n' + b"[" * 100_000, ":2", "JSON"),
     (b"[" * 100_000, ":1", "JSON"),
+    (b"prompt,answer\nWho?,me\n", ":1", "and nor is any other of its 2 lines; expected JSON Lines"),
+    (b"- prompt: Who?\n  answer: me\n", ":1", "convert the file"),
+    (b'{\n "prompt": "a"\n}\n{\n "prompt": "b"\n}\n', ":1", "one object a line"),
+    (b'{"data": [{"prompt": "a"}, {"prompt": 7}]}', ": row 2", "7; expected a string"),
 ]
 
 

@@ -25,6 +25,7 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.forward import forward, new_cache, shared_prefix
 from editlib.models.freezing import no_param_grad
 from editlib.models.generation import end_tokens
+from editlib.models.placement import input_embedding
 from editlib.models.precision import cast_params, fast_dtype, plain_attention
 from editlib.models.prefix import Prefix
 from editlib.models.prompt_settings import PromptSettings
@@ -133,21 +134,23 @@ class UnlearningToken:
         found = tok.convert_tokens_to_ids(list(self.names))
         return [found] if isinstance(found, int) else found
 
+    def check_width(self, model: PreTrainedModel) -> None:
+        """Raises `TokenError` if the rows have another width than the model, of which no weight is read."""
+        wide, width = self.row_in.shape[-1], input_embedding(model).weight.shape[1]
+        if wide != width:
+            raise TokenError(
+                f"the token was learned for width {wide} ({self.header.model}), but this model has {width}; learn one "
+                "for it with `editlib token`"
+            )
+
     def add_to(self, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> list[int]:
         """Puts the tokens into `model` and `tok` and returns their ids.
 
         Raises:
             TokenError: the rows have another width than the model.
         """
-        anat = anatomy(model)
-        width = anat.embedding.weight.shape[1]
-        rows_in, rows_out = self.rows()  # [k, d_model]
-        if rows_in.shape[1] != width:
-            raise TokenError(
-                f"the token was learned for width {rows_in.shape[1]} ({self.header.model}), "
-                f"but this model has {width}; "
-                "learn one for it with `editlib token`"
-            )
+        self.check_width(model)
+        anat, (rows_in, rows_out) = anatomy(model), self.rows()  # rows: [k, d_model]
         ids = [add_token(model, tok, name) for name in self.names]
         for number, row_in, row_out in zip(ids, rows_in, rows_out, strict=True):
             write_rows(anat, number, row_in, row_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Literal, get_args
 
 from editlib.errors import MetricError, quote
 from editlib.files import write_json
+
+LARGEST = sys.float_info.max  # whole numbers may be too big for math.isfinite
 
 ROUNDING = 1e-9
 
@@ -211,7 +214,8 @@ def _ends(name: str, value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
     numbers = value if isinstance(value, list | tuple) else ()
-    ends = [end for end in numbers if isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end)]
+    ends = [end for end in numbers if isinstance(end, int | float) and not isinstance(end, bool)]
+    ends = [end for end in ends if abs(end) <= LARGEST]
     if len(numbers) != 2 or len(ends) != 2:
         raise MetricError(f'metric {name!r}: "interval" must be two numbers or null, got {quote(value)}')
     return float(ends[0]), float(ends[1])
@@ -220,6 +224,6 @@ def _ends(name: str, value: Any) -> tuple[float, float] | None:
 def _finite(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise MetricError(f'metric {name!r}: "agg_value" must be a number or null, got {quote(value)}')
     return float(value)
