@@ -106,7 +106,7 @@ def baseline_folder(
     requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad, left_out=left_out)
     retain = data.retain_prompts(requests) if given is None else given
     check_baseline(name, requests, retain, settings, prompts)
-    found_for = _editor_settings(name, model, settings, requests)
+    found_for, stats_dir = _editor_settings(name, model, settings, requests), Path(settings.stats_dir)
     if budget is not None:
         check_range(name, budget)
     parts = split(requests, retain, questions=budget.questions, seed=seed) if budget is not None else None
@@ -115,7 +115,7 @@ def baseline_folder(
         form = PromptFormat.of(outline.tok, settled(outline.tok, prompts))
         check_requests_fit(outline.model, form, [*requests, *retain])
         if found_for is not None and found_for.uses_statistics:
-            check_stored(Path(settings.stats_dir), model, outline.model, found_for.layers)
+            check_stored(stats_dir, model, outline.model, found_for.layers)
         check_room(out, stored_bytes(outline.model))
 
     loaded, tok = load_checked(model, look, dtype=dtype, device_map=device_map)
