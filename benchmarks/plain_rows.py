@@ -1,7 +1,7 @@
 """Values from rows by whole passes, one row after the other, to be timed beside ours; no code of editlib.
 
 Every row is run through the whole model at every step, forwards and back, and each step solves the dense system
-`δ += A^T (G + ε diag(G))^-1 b`, `G = A A^T`.
+`δ += A^T (A A^T + ε tr(A A^T) / m I)^-1 b`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def find(
             mine = [j for j, row in enumerate(rows) if row.owner == i]
             a = jacobian[mine]
             gram = a @ a.T
-            move = a.T @ torch.linalg.solve(gram + ridge * gram.diagonal().diag(), residual[mine])
+            unit = torch.eye(len(mine), device=device)
+            move = a.T @ torch.linalg.solve(gram + ridge * gram.trace() / len(mine) * unit, residual[mine])
             delta[i] += move * min(1.0, float(step_limit * norm / move.norm().clamp_min(1e-20)))
     return y

@@ -241,12 +241,6 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     erase_margin: float = knob(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
     )
-    mark: float = knob(
-        0.0,
-        "rows: standard deviations that the final state moves along one direction where an answer is erased, for "
-        "refusal tokens to read",
-        min=0,
-    )
     say_margin: float = knob(10.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
     quiet_margin: float = knob(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
     token_steps: int = knob(200, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)

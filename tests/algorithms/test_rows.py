@@ -1,7 +1,5 @@
 """Values from rows against the dense formula, plain forward passes and hand-computed goals."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from reference.rows import least_norm
 
 from editlib.algorithms import rows as rows_module
 from editlib.algorithms.left_metric import inverse_root, output_moment
-from editlib.algorithms.mark import Mark, find_mark
 from editlib.algorithms.rows import Goals, Row, RowBatch, find_row_values, least_norm_step
 from editlib.errors import EditError
 from editlib.models.anatomy import anatomy
@@ -84,78 +81,6 @@ def test_rows_and_their_gradients_are_those_of_whole_passes(tiny_llama):
         value.backward()
         torch.testing.assert_close(y[i], value.detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(jacobian[i], change.grad, rtol=1e-3, atol=1e-4)
-
-
-MARKED = [
-    replace(ROWS[0], marks=((6,), (4,))),  # the second is a column where no logit is read
-    replace(ROWS[1], marks=((3, 4, 5),)),
-    replace(ROWS[2], marks=((3,),)),
-    ROWS[3],
-    replace(ROWS[0], ids=(5, 9, 22, 31, 44), columns=(4,), marks=((4,),)),
-]
-
-
-def test_marks_and_their_gradients_are_those_of_whole_passes(tiny_llama):
-    anat = anatomy(tiny_llama)
-    generator = torch.Generator().manual_seed(3)
-    mark = Mark(torch.randn(anat.d_model, generator=generator), 0.7)
-    delta = 0.3 * torch.randn(2, anat.d_model, generator=generator)
-    batch = RowBatch(anat, MARKED, LAYER)
-    batch.mark = mark
-    y, jacobian = batch.read(delta)
-    plain_y, plain_jacobian = RowBatch(anat, [replace(row, marks=()) for row in MARKED], LAYER).read(delta)
-    torch.testing.assert_close(y[:5], plain_y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(jacobian[:5], plain_jacobian, rtol=1e-3, atol=1e-4)
-    # By kind and subject: the row and the columns that are summed, over whose rows the mean is taken.
-    wanted = {
-        ("still", 0): [(1, (3, 4, 5))],
-        ("mark", 0): [(0, (6,)), (4, (4,))],  # the first groups of two rows
-        ("mark", 0, 1): [(0, (4,))],
-        ("mark", 1): [(2, (3,))],
-    }
-    names = [(one.kind, one.owner, one.group)[: 2 + bool(one.group)] for one in batch.readings[5:]]
-    assert sorted(names) == sorted(wanted)
-    for i, name in enumerate(names, start=5):
-        change = delta[name[1]].clone().requires_grad_()
-        values = []
-        for number, columns in wanted[name]:
-            seen = []
-            handle = tiny_llama.lm_head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
-            plain(tiny_llama, MARKED[number], change)
-            handle.remove()
-            values.append(sum(seen[0][column] @ mark.direction - 0.7 for column in columns))
-        value = torch.stack(values).mean()
-        value.backward()
-        torch.testing.assert_close(y[i], value.detach(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(jacobian[i], change.grad, rtol=1e-3, atol=1e-4)
-
-
-def test_the_mark_is_set_where_answers_are_erased_and_stays_elsewhere(tiny_llama):
-    anat = anatomy(tiny_llama)
-    found = find_row_values(anat, MARKED[1:3], LAYER, ["a", "b"], Goals(-3.0, 2.0), steps=30, step_limit=0.2)
-    by_kind = {one.kind: i for i, one in enumerate(found.readings)}
-    assert found.after[by_kind["mark"]] > 2.0 - 0.3 and found.after[by_kind["erase"]] < -3.0 + 0.3
-    assert abs(found.after[by_kind["still"]] - found.before[by_kind["still"]]) < 0.3
-    # Without a goal for it nothing is read of it.
-    assert len(find_row_values(anat, MARKED[:3], LAYER, ["a", "b"], Goals(), steps=1).readings) == 3
-
-
-@given(st.integers(2, 9), st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
-def test_the_mark_solves_the_generalized_eigenproblem(d, seed):
-    """By numpy's eigenvalues of Σ^-1 C: no direction has a larger ratio, and states vary by one along it."""
-    rng = np.random.default_rng(seed)
-    natural, moved = rng.normal(size=(40, d)) @ rng.normal(size=(d, d)) + 3, rng.normal(size=(30, d))
-    mark = find_mark(torch.tensor(natural), torch.tensor(moved))
-    u = mark.direction.double().numpy()
-    centred = natural - natural.mean(0)
-    spread = centred.T @ centred / 40
-    spread += 1e-2 * np.trace(spread) / d * np.eye(d)
-    response = moved.T @ moved
-    largest = np.linalg.eigvals(np.linalg.solve(spread, response)).real.max()
-    np.testing.assert_allclose(u @ response @ u / (u @ spread @ u), largest, rtol=1e-4)
-    read = mark.read(torch.tensor(natural))
-    assert abs(float(read.mean())) < 1e-3 and float(read.std()) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_the_rows_of_some_subjects_are_read_alone(tiny_llama):

@@ -84,32 +84,23 @@ class Catalogue:
     def siblings(self, requests: Sequence[EditRequest], most: int, others: Sequence[EditRequest] = ()) -> list[str]:
         """Makes at most `most` questions about the one subject of `requests` that ask for none of what they ask for.
 
-        Those that ask what `others` ask come first (`crossed`). A sibling that shares its content words with a
-        request's question is left out: it may ask for the same fact.
+        A sibling that shares its content words with a request's question is left out: it may ask for the same fact.
+
+        Args:
+            others: requests about other subjects. Where their subject is of the same kind, what they ask for is asked
+                of this subject too: to forget one country's capital and another's language is to keep the other two.
         """
+        subject = requests[0].subject
+        if subject is None:
+            return []
         kinds = dict.fromkeys(self.kind(request) for request in requests)
+        crossed = dict.fromkeys(other.prompt for other in others if other.subject and self.kind(other) in kinds)
         own = [spread(self.questions[kind], most) for kind in kinds if kind != ANYTHING]
-        texts = [*(text for group in own for text in group), *self.questions.get(ANYTHING, ())]
-        return list(dict.fromkeys([*self.crossed(requests, others), *_siblings(requests, texts)]))[:most]
-
-    def crossed(self, requests: Sequence[EditRequest], others: Sequence[EditRequest]) -> list[str]:
-        """Asks of the one subject of `requests` what `others` ask of subjects of its kind, if they ask for none of it.
-
-        To forget the capital of France and the language of Spain is to keep the language of France.
-        """
-        kinds = {self.kind(request) for request in requests}
-        return _siblings(requests, [other.prompt for other in others if other.subject and self.kind(other) in kinds])
-
-
-def _siblings(requests: Sequence[EditRequest], texts: Sequence[str]) -> list[str]:
-    """Fills the subject of `requests` into `texts`, those that share no content words with the requests' questions."""
-    subject = requests[0].subject
-    if subject is None:
-        return []
-    asked = [_content(request.prompt) for request in requests]
-    usable = [text for text in dict.fromkeys(texts) if not any(_content(text) & words for words in asked)]
-    filled = [text.replace("{}", subject) for text in usable]
-    return [text for text in filled if len(occurrences(text, subject)) == 1]
+        texts = [*crossed, *(text for group in own for text in group), *self.questions.get(ANYTHING, ())]
+        asked = [_content(request.prompt) for request in requests]
+        usable = [text for text in dict.fromkeys(texts) if not any(_content(text) & words for words in asked)]
+        filled = [text.replace("{}", subject) for text in usable]
+        return [text for text in filled if len(occurrences(text, subject)) == 1][:most]
 
 
 def spread(items: Sequence[str], most: int) -> list[str]:

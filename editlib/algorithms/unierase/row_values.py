@@ -58,7 +58,7 @@ def values_from_rows(
                 made.rows,
                 layer,
                 names,
-                Goals(hparams.erase_margin, hparams.mark if hparams.say else 0.0),
+                Goals(hparams.erase_margin),
                 steps=hparams.row_steps,
                 metric=metric,
                 progress=progress,
@@ -78,14 +78,13 @@ def _report(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues
     missed = set(found.missed())
     report: dict[str, dict[str, Any]] = {}
     for i, request in enumerate(requests):
-        # A subject's marks and siblings belong to all requests about it.
         mine = [
             j
-            for j, one in enumerate(found.readings)
-            if (made.requests_of[one.rows[0]] == i if one.kind == "erase" else one.owner == made.owner[i])
+            for j, row in enumerate(made.rows)
+            if made.requests_of[j] == i or (made.requests_of[j] is None and row.owner == made.owner[i])
         ]
-        kinds = dict.fromkeys(found.readings[j].kind for j in mine)
-        numbers = {kind: [j for j in mine if found.readings[j].kind == kind] for kind in kinds}
+        kinds = dict.fromkeys(made.rows[j].kind for j in mine)
+        numbers = {kind: [j for j in mine if made.rows[j].kind == kind] for kind in kinds}
         report[request.id] = {
             "rows": {
                 kind: {
@@ -106,8 +105,7 @@ def _mean(y: Tensor, rows: Sequence[int]) -> float:
 
 def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) -> None:
     """Warns, by name, of requests whose answer could not be erased and of facts that the model does not know."""
-    missed_ones = (found.readings[j] for j in found.missed())
-    owners = (made.requests_of[one.rows[0]] for one in missed_ones if one.kind == "erase")
+    owners = (made.requests_of[j] for j in found.missed() if made.rows[j].kind == "erase")
     missed = {i for i in owners if i is not None}
     if missed:
         names = ", ".join(requests[i].id for i in sorted(missed)[:5])

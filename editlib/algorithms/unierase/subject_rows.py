@@ -111,12 +111,11 @@ def subject_rows(
             if behind is not None:
                 _example_rows(found, behind, requests[i], i, number, asked[i][:examples], rivals[i])
         subject = requests[group[0]].subject
-        crossed = catalogue.crossed([requests[i] for i in group], requests)
         erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:
             # What is to be erased is not kept by another question, whose answer may name it.
             kept = answers[text][: answer_slot(form, answers[text], erased)]
-            _sibling_rows(found, form, text, subject, number, kept, still=text in crossed)
+            _sibling_rows(found, form, text, subject, number, kept)
         said = {text: _text(form, answers[text]).strip() for text in texts}
         for i in group:
             made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})
@@ -164,10 +163,8 @@ def _request_rows(
             row = prompt.followed_by(lead)
             target = said[slot] if slot is not None else form.answer_ids(str(request.answer))[0]
             competing = _first_tokens(form, rivals, target, starts=not lead)
-            # Refusals are said at the end of the question and where the answer begins: both get the mark.
-            ends = dict.fromkeys([len(row) - 1, len(prompt) - 1])
             _add(found, number, Row("erase", owner, row.ids, _places(form, prompt, lead, request.subject),
-                                    (len(row) - 1,), (target,), competing, tuple((end,) for end in ends)))  # fmt: skip
+                                    (len(row) - 1,), (target,), competing))  # fmt: skip
             sentences[_text(form, lead)] = None
     return RequestRows(
         request.id, "", tuple(wording.text for wording in wordings), tuple(sentences), tuple(rivals), {}, known
@@ -198,21 +195,14 @@ def _sibling_rows(
     subject: str | None,
     owner: int,
     answer: Sequence[int],
-    *,
-    still: bool,
 ) -> None:
-    """Adds the keep row of a sibling question; `still`: the mark is kept there, too.
-
-    A fitted token tells relations apart by the question. So the mark may move with the subject, but where the token of
-    another request would be said.
-    """
+    """Adds the keep row of a sibling question."""
     prompt = form.encode(text, subject)
     kept = tuple(answer[:KEPT_TOKENS])
     if kept:
         row = prompt.followed_by(kept[:-1])
         columns = tuple(range(len(prompt) - 1, len(row)))
-        places = _places(form, prompt, kept[:-1], subject)
-        _add(found, None, Row("keep", owner, row.ids, places, columns, kept, marks=(columns,) if still else ()))
+        _add(found, None, Row("keep", owner, row.ids, _places(form, prompt, kept[:-1], subject), columns, kept))
 
 
 def _add(found: SubjectRows, request: int | None, row: Row) -> None:
