@@ -117,7 +117,7 @@ def read_shape(path: Path) -> tuple[int, ...]:
     """Reads the shape of a file's matrix but not its numbers; raises like `read_stats`."""
     _arrays(path, ())
     try:
-        with zipfile.ZipFile(path) as whole, whole.open("mom2.mom2.npy") as array:
+        with zipfile.ZipFile(path) as archive, archive.open("mom2.mom2.npy") as array:
             read = HEADERS[np.lib.format.read_magic(array)]
             return tuple(read(array)[0])
     except DAMAGE as error:
