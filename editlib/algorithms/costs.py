@@ -271,7 +271,7 @@ def descent(size: ModelSize, requests: int, prompt_tokens: int, steps: int) -> S
 def refusal_tokens(
     size: ModelSize, job: Job, *, steps: int, wordings: int, general: int, kept: int = 600, batch: int = 16
 ) -> Step:
-    """Tokens that refuse, fitted to the edited model: the states of all places, and `steps` passes and back.
+    """Estimates tokens that refuse, fitted to the edited model: the states of all places, and `steps` passes and back.
 
     Args:
         wordings: of each question that the tokens are to be said at.
@@ -352,7 +352,7 @@ def forward_pass(
 
 
 def head_pass(size: ModelSize, positions: float, rate: Rate, *, passes: float, kind: Kind) -> Work:
-    """Logits and log probabilities at `positions` in all, in so many `passes`."""
+    """Estimates logits and log probabilities at `positions` in all, in so many `passes`."""
     operations = (4 if kind == "gradient" else 2) * positions * size.head
     return Work(
         rate, operations, 4 * ITEM * size.vocab * positions, passes, positions / max(passes, 1), kind, size.vocab

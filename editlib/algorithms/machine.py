@@ -36,7 +36,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of a piece of work by its number of tokens, rising; measured at some numbers."""
+    """Holds the seconds of a piece of work by its number of tokens, rising; measured at some numbers."""
 
     tokens: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -127,19 +127,19 @@ def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def _rate(curve: Curve, parameters: int) -> float:
-    """Operations per second of a pass over many tokens: two, a product and a sum, per parameter and token."""
+    """Computes the operations per second of a pass over many tokens: a product and a sum per parameter and token."""
     return 2 * (curve.tokens[-1] - 1) * parameters / max(curve.seconds[-1] - curve.seconds[0], 1e-9)
 
 
 def _product_rate(keys: Tensor) -> float:
-    """Operations per second of the sums over `keys [m, d]`, of which half a product is computed."""
+    """Measures the operations per second of the sums over `keys [m, d]`, of which half a product is computed."""
     total, buffers = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64), Buffers()
     operations = 2 * len(keys) * keys.shape[1] ** 2 * GRAM_SHARE
     return operations / _seconds(lambda: add_gram(total, [keys], buffers), keys.device)
 
 
 def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
-    """Seconds of a pass through the one layer of `model`, by kind."""
+    """Times a pass through the one layer of `model`, by kind."""
     device = model.device
     embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding)).weight
     width, dtype = embedding.shape[1], embedding.dtype
@@ -172,7 +172,7 @@ def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
 
 
 def _head_curves(d_model: int, dtype: torch.dtype, device: torch.device) -> dict[Kind, Curve]:
-    """Seconds of logits over `VOCAB` tokens and of their log probabilities, by positions and kind."""
+    """Times logits over `VOCAB` tokens and of their log probabilities, by positions and kind."""
     # Logits near those of a model: wide ones leave probabilities of which a processor is slow to compute.
     weight = torch.randn(VOCAB, d_model, dtype=dtype, device=device) / d_model**0.5
 

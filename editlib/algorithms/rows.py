@@ -77,8 +77,8 @@ class Goals:
 
 @dataclass(frozen=True)
 class RowValues:
-    """Changes found by rows: `deltas [n, d_model]`, per subject the steps taken and `|δ| / |h|`, and each row before,
-    after and wanted."""
+    """Holds changes found by rows: `deltas [n, d_model]`, per subject the steps taken and `|δ| / |h|`, and each row
+    before, after and wanted."""
 
     deltas: Tensor
     steps: list[int]

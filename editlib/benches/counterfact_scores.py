@@ -13,7 +13,7 @@ from editlib.requests.request import EditRequest
 
 @dataclass(frozen=True)
 class CounterFactScores:
-    """Shares in 0..1 over `n` edited facts; higher is better for every one of them.
+    """Holds shares in 0..1 over `n` edited facts; higher is better for every one of them.
 
     `efficacy`, `generalisation`: prompts, and paraphrases, after which the new answer is likelier than the true one
     (mean log probability a token, teacher-forced). `specificity`: prompts about neighbours after which the true answer

@@ -21,7 +21,7 @@ ANSWER_TOKENS = 24
 
 @dataclass(frozen=True)
 class AnswerCache:
-    """Answers of the base model, kept so that they are generated once: `{question: token ids}` of one model."""
+    """Keeps answers of the base model, so that they are generated once: `{question: token ids}` of one model."""
 
     model_sha256: str
     answers: dict[str, tuple[int, ...]]

@@ -276,7 +276,7 @@ def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, 
 
 @dataclass(frozen=True)
 class _Refusals:
-    """Prompts cached up to where a pair of tokens is said, and what is said there."""
+    """Holds prompts cached up to where a pair of tokens is said, and what is said there."""
 
     prefix: Prefix
     texts: list[tuple[int, ...]]  # the relation's token, `[UNL]`, the refusal, and the end of the answer
