@@ -1,4 +1,4 @@
-"""Whatever stands in a file or an option that a user gives: one line, and no error of another kind."""
+"""Strange values in files and options: each is refused in one line, and raises no other kind of error."""
 
 from __future__ import annotations
 

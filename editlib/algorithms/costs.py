@@ -232,7 +232,7 @@ def solve(size: ModelSize, job: Job) -> Step:
     """Estimates keys, residuals, the closed form and the update of each layer."""
     first, last, n, layers = min(job.layers), max(job.layers), job.requests, len(job.layers)
     tokens = n * job.contexts * job.prompt_tokens
-    held = min(job.held_keys, size.d_ff)  # beyond, the moment of the anchors' keys stands for them
+    held = min(job.held_keys, size.d_ff)  # from d_ff keys on, their second moment is held instead
     m = n + job.past + (0 if job.held_keys > size.d_ff else job.held_keys)  # keys in the linear system
     # One pass up to the first layer; then each layer for its keys, once more to advance, and up to the last for H.
     layers_run = first + sum(2 + last - layer + 1 for layer in job.layers)

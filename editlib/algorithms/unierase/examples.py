@@ -1,7 +1,7 @@
-"""Questions behind examples: other facts, asked and answered in front of a request's question.
+"""Few-shot prompts: a request's question after other facts, each asked and answered.
 
-Behind examples a model answers with the bare name, and with other states at the subject. What is erased where a
-question stands alone may come back there, so rows and keys read both.
+After examples a model answers with the bare name, and its state at the subject is another. An answer that is erased in
+the plain question may come back in a few-shot prompt, so rows and keys are made of both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 
-EXAMPLES = 3  # in front of a question
+EXAMPLES = 3  # before a question
 FEWEST = 2
 LONGEST = 25  # characters of an example's answer, so that it is a name and no sentence
 
@@ -21,7 +21,7 @@ LONGEST = 25  # characters of an example's answer, so that it is a name and no s
 def behind_examples(
     form: PromptFormat, request: EditRequest, retain: Sequence[EditRequest], seed: int = 0
 ) -> PromptFormat | None:
-    """Returns the format in which examples stand in front of the question of `request`; `None`: there are too few.
+    """Returns a prompt format with few-shot examples for `request`; `None` where `retain` has too few.
 
     The examples are drawn from the facts of `retain` that ask for something else, so that how a list of the request's
     own relation is answered is not learned. They name neither its subject nor its answer.
