@@ -277,6 +277,9 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     anchor_lookup_weight: float = knob(
         0.0, "extra weight of an anchor's lookup position, where the keys of subjects differ", min=0
     )
+    anchor_prefix_weight: float = knob(
+        0.0, "extra weight of the tokens that all anchors begin with: a system message is read by every question", min=0
+    )
     anchor_known_weight: float = knob(
         0.0, "extra weight of an anchor's lookup position if the model answers it correctly", min=0
     )

@@ -39,10 +39,11 @@ class KeyBlock:
 @dataclass(frozen=True)
 class LayerAnchors:
     """Holds the anchors' keys at an edited layer: `lookups [d_ff, anchors]` at the lookup positions, in the anchors'
-    order, and `every` position to be held."""
+    order, `every` position to be held, and `prefix [d_ff, shared]` at the tokens that all anchors begin with."""
 
     lookups: Tensor
     every: KeyBlock
+    prefix: Tensor
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,11 @@ class _Layer:
 
     def __init__(self, anat: Anatomy, anchors: Anchors) -> None:
         self.anchors = anchors
-        self.lookups = KeyBlock.none(anat).columns.new_zeros(len(anchors.rows), anat.d_ff)
+        none = KeyBlock.none(anat).columns
+        self.lookups = none.new_zeros(len(anchors.rows), anat.d_ff)
         self.every = _Sum(anat)
+        # Every row but the first is held from the end of what all begin with (`encode_anchors`).
+        self.prefix = none.new_zeros(min(anchors.starts[1:], default=0) if anchors.starts else 0, anat.d_ff)
 
     def take(self, keys: Tensor, places: Tensor, numbers: Sequence[int]) -> None:
         """Takes keys `[n, T, d_ff]` of the rows `numbers`; `places [n, T]` are their columns (-1: padding)."""
@@ -203,10 +207,15 @@ class _Layer:
         if self.anchors.starts is not None:
             starts = torch.tensor([self.anchors.starts[i] for i in numbers], device=places.device)
             self.every.add(keys[places >= starts[:, None]])
+        if 0 in numbers:
+            at = list(numbers).index(0)
+            begins = (places[at] >= 0) & (places[at] < len(self.prefix))  # [T]
+            self.prefix[places[at][begins]] = keys[at][begins].to(self.prefix)
 
     def done(self) -> LayerAnchors:
         lookups = self.lookups.T.contiguous()
-        return LayerAnchors(lookups, KeyBlock(lookups) if self.anchors.starts is None else self.every.done())
+        every = KeyBlock(lookups) if self.anchors.starts is None else self.every.done()
+        return LayerAnchors(lookups, every, self.prefix.T.contiguous())
 
 
 class _Gate:

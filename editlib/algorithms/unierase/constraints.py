@@ -98,5 +98,7 @@ def _weighed(
         own.every.columns.to(like) * math.sqrt(hparams.anchor_weight),
         own.lookups.to(like) * at_lookups.sqrt(),
     ]
+    if hparams.anchor_prefix_weight:
+        blocks.append(own.prefix.to(like) * math.sqrt(hparams.anchor_prefix_weight))
     moment = own.every.moment
     return blocks, None if moment is None else moment.to(like) * hparams.anchor_weight

@@ -118,20 +118,26 @@ def test_an_error_behind_the_gate_puts_everything_back(job, monkeypatch, part):
     assert all(torch.equal(value, plain[name]) for name, value in weights(model).items())
 
 
-@pytest.mark.parametrize("knob", ["anchor_lookup_weight", "text_weight"])
+@pytest.mark.parametrize("knob", ["anchor_lookup_weight", "anchor_prefix_weight", "text_weight"])
 def test_what_weighs_more_is_moved_less(job, knob):
-    """Anchors' lookup positions, and ordinary text."""
+    """Anchors' lookup positions, the tokens that all anchors begin with, and ordinary text."""
     model, tok, rest = job
     generator, moved = torch.Generator().manual_seed(8), {}
-    held = hold_anchors(anatomy(model), PromptFormat(tok), RETAIN, FORGET, UniEraseHyperParams(**OPTIONS))
+    options = OPTIONS | {"anchor_weight": 1e-3, "anchor_subjects": False}
+    held = hold_anchors(anatomy(model), PromptFormat(tok), RETAIN, FORGET, UniEraseHyperParams(**options))
     text = torch.randn(rest["stats"][0].mom2.shape[0], 5, generator=generator, dtype=torch.float64)
     rest["stats"] = {layer: LayerStats(text @ text.T, 5, 1) for layer in (0, 1)}
 
     for weight in (0.0, 1e3):
-        options = OPTIONS | {"anchor_weight": 1e-3, knob: weight}
-        result = apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**options), **rest)
+        hparams = UniEraseHyperParams(**options, **{knob: weight})
+        result = apply_unierase_to_model(model, tok, FORGET, hparams, **rest)
         result.revert(model)
-        keys = {"anchor_lookup_weight": held.layers[0].lookups, "text_weight": text}
+        keys = {
+            "anchor_lookup_weight": held.layers[0].lookups,
+            "anchor_prefix_weight": held.layers[0].prefix,
+            "text_weight": text,
+        }
+        assert keys[knob].shape[1]
         moved[weight] = float((result.deltas[0].dense() @ keys[knob]).norm())
     assert moved[1e3] < 0.2 * moved[0.0]
 
