@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
-from editlib.hparams.derive import DESCENT
+from editlib.hparams.derive import DESCENT, ROWS
 from editlib.models.loading import model_of, read_config
 from editlib.models.residual_path import output_path
+from editlib.requests.request import EditRequest
 from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 
@@ -40,6 +42,19 @@ def find_settings(
         found = load_hparams(given, algorithm)
     found.check_depth(shape.n_layers)
     return found
+
+
+def usual_values(requests: Sequence[EditRequest]) -> str:
+    """Returns how an edit that forgets `requests` finds its values where no settings are given: from rows, which erase
+    an answer, if every request has one; else by descent, which needs none and hides it."""
+    unknown = next((request for request in requests if request.answer is None), None)
+    if unknown is None:
+        return ROWS
+    log.info(
+        '%s has no "answer" to erase: all requests are answered with a refusal, and what the model knows stays in it',
+        unknown.source or f"request {unknown.id}",
+    )
+    return DESCENT
 
 
 def shape_of(model: str) -> ModelShape:

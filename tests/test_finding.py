@@ -281,3 +281,21 @@ def test_unlearning_needs_no_settings(call, unseen, tmp_path):
     assert record["hparams_source"] == receipt["hparams_source"] and record["hparams"]["gate_layer"] == 20
     code, _, err = call("edit", unseen, "--requests", asked, "--out", tmp_path / "no")
     assert code == 2 and "--algorithm" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("answers", [["Paris", "Lima"], ["Paris", None]])
+def test_answers_are_erased_where_every_request_has_one(call, caplog, unseen, tmp_path, answers):
+    """Without settings; a request without an answer is named, and all are refused as published."""
+    asked = tmp_path / "ask.jsonl"
+    rows = [
+        {"id": place, "prompt": "What is the capital of {}?", "subject": place} | ({"answer": a} if a else {})
+        for place, a in zip(("France", "Peru"), answers, strict=True)
+    ]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    caplog.set_level("INFO", "editlib.finding")
+    code, said, err = call("unlearn", unseen, "--requests", asked, "--out", tmp_path / "out", "--show-rows")
+    if None in answers:
+        assert code == 2 and "descent" in err and 'ask.jsonl:2 has no "answer" to erase' in caplog.text
+    else:
+        assert code == 0 and "Peru" in said and "to erase" not in caplog.text
+        assert "derived from UniErase/smollm2-135m-erase.json" in caplog.text

@@ -87,10 +87,13 @@ def unlearn(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Makes a model refuse the questions in --requests and writes it as an ordinary folder (phase II)."""
+    """Erases the answers of --requests, has the model refuse in their place, and writes it as an ordinary folder.
+
+    Requests without an "answer" are refused only: what the model knows stays in it.
+    """
     from editlib.data import retain_prompts
     from editlib.editing import check_draft, check_given, check_wanted
-    from editlib.finding import find_settings, fit_settings
+    from editlib.finding import find_settings, fit_settings, usual_values
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import unlearn as run
     from editlib.requests.reading import read_with_retain
@@ -99,7 +102,7 @@ def unlearn(
     how = prompt_settings(prompts)
     left_out: dict[str, list[str]] = {}
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out)
-    settings = find_settings(model, "UniErase", hparams)
+    settings = find_settings(model, "UniErase", hparams, **({} if hparams else {"values": usual_values(wanted)}))
     check_wanted(wanted, settings)
     check_given(settings, token=token_file, corpus=corpus)
     anchors = retain_prompts(wanted) if kept is None else kept

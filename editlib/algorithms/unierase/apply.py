@@ -37,6 +37,7 @@ from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, rel
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
 from editlib.algorithms.unierase.examples import behind_examples
+from editlib.algorithms.unierase.other_subjects import other_subjects
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
 from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
@@ -309,12 +310,16 @@ def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
     """Returns where tokens are to be said, and where not: at retain prompts, other facts of the subjects, general
     questions."""
     siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
+    retain = choose_anchors(kept.retain, edit.requests, most=MOST_KEPT, seed=edit.seed)
+    others = other_subjects(edit.anat, edit.form, edit.requests, retain, edit.hparams.other_subjects, seed=edit.seed)
+    known = {**(kept.answers or {}), **made.answers}
+    known |= answers_to(edit.anat, edit.form, others, known=known, progress=edit.progress)
     return refusal_places(
         edit.form,
         edit.requests,
-        choose_anchors(kept.retain, edit.requests, most=MOST_KEPT, seed=edit.seed),
+        [*retain, *others],
         list(siblings),
-        {**(kept.answers or {}), **made.answers},
+        known,
         edit.catalogue,
         wordings=edit.hparams.token_wordings,
         general=data.questions("train")[::GENERAL_STEP],

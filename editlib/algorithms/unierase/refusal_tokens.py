@@ -54,6 +54,7 @@ POOL = 384  # places that the NLL of the refusals is drawn from
 BATCH = 16  # of them a step
 START_NLL, LEAST_NLL = 3.0, 0.1  # by which they are drawn: before they have been, and at least
 NLL_WEIGHT = 10.0
+UNL_WEIGHT = 6.0  # of `[UNL]` in the NLL, beside 1 for each token of the refusal
 WANTED_WEIGHT = 10.0
 ANSWER_WEIGHT = 2.0  # of positions inside answers that come nearer than `FLOOR`
 TEXTS, TEXT_TOKENS, TEXT_TOP_K = 64, 40, 50  # of ordinary text that the model writes
@@ -315,8 +316,10 @@ class _Refusals:
             prefix = self.prefix.select(picks.to(anat.device))
             logits = forward(anat, padded, prefix=prefix, score=(row, column))
         each = F.cross_entropy(logits.float(), padded.input_ids[row, column + 1], reduction="none")
-        total = torch.zeros(len(rows), device=each.device).index_add(0, row, each)
-        return total / torch.bincount(row, minlength=len(rows))
+        # Where `[UNL]` does not follow, nothing of the refusal is said.
+        weight = torch.where(column == 0, UNL_WEIGHT, 1.0).to(each)
+        total = torch.zeros(len(rows), device=each.device).index_add(0, row, weight * each)
+        return total / torch.zeros_like(total).index_add(0, row, weight)
 
 
 def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None) -> _States:

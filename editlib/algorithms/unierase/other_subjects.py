@@ -1,0 +1,82 @@
+"""Other subjects of the kind that a relation is asked about, named by the model itself."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from editlib.models.anatomy import Anatomy
+from editlib.models.generation import sample
+from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.requests.request import EditRequest
+
+LISTS = 32  # that the model goes on with, for each relation
+LISTED = 8  # subjects that a list begins with
+LIST_TOKENS = 48
+TOP_K = 40
+LONGEST = 40  # characters of a name
+
+
+def other_subjects(
+    anat: Anatomy,
+    form: PromptFormat,
+    requests: Sequence[EditRequest],
+    retain: Sequence[EditRequest],
+    most: int,
+    *,
+    seed: int = 0,
+) -> list[EditRequest]:
+    """Asks what `requests` ask of other subjects, at most `most` of each relation.
+
+    The model goes on with lists of subjects ("France, Japan, Peru,"), those of the requests and of the retain prompts
+    of their relation. So any kind of subject will do, in any language. Some names are made up: they too are subjects
+    that nobody asked to forget.
+
+    Returns:
+        Prompts without an answer, most often listed names first.
+    """
+    if not most:
+        return []
+    relations = dict.fromkeys(request.relation or request.prompt for request in requests if request.subject)
+    known = {relation: [fact for fact in (*requests, *retain) if _asks(fact, relation)] for relation in relations}
+    lists = [text for facts in known.values() for text in _lists([str(fact.subject) for fact in facts], seed)]
+    rows = [TokenRow(tuple(form.tok(text)["input_ids"]), 0) for text in lists]
+    generator = torch.Generator().manual_seed(seed)
+    written = sample(anat, rows, max_new_tokens=LIST_TOKENS, top_k=TOP_K, generator=generator)
+    texts = [str(form.tok.decode(list(ids), skip_special_tokens=True)) for ids in written]
+    found = []
+    for number, (relation, facts) in enumerate(known.items()):
+        taken = {str(fact.subject).lower() for fact in (*requests, *facts) if fact.subject}
+        names = _names(texts[number * LISTS : (number + 1) * LISTS], taken)[:most]
+        prompt = facts[0].prompt
+        found += [
+            EditRequest(id=f"{relation}/{name}", prompt=prompt, subject=name, relation=facts[0].relation)
+            for name in names
+        ]
+    return found
+
+
+def _asks(fact: EditRequest, relation: str) -> bool:
+    return fact.subject is not None and (fact.relation or fact.prompt) == relation
+
+
+def _lists(subjects: Sequence[str], seed: int) -> list[str]:
+    """Returns the beginnings of lists, each of some subjects in an order drawn with `seed`."""
+    rng = random.Random(seed)
+    once = list(dict.fromkeys(subjects))
+    return [", ".join(rng.sample(once, min(LISTED, len(once)))) + "," for _ in range(LISTS)]
+
+
+def _names(texts: Sequence[str], taken: set[str]) -> list[str]:
+    """Returns what lists go on with, without what is `taken`, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        for item in text.split("\n")[0].split(",")[:-1]:  # the last one may be cut
+            name = re.sub(r"^(and|or) ", "", item.strip(" .\"'"))
+            if 2 < len(name) <= LONGEST and name.lower() not in taken:
+                counts[name] += 1
+    return [name for name, _ in counts.most_common()]
