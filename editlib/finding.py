@@ -8,8 +8,8 @@ from typing import Any
 
 from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
 from editlib.hparams.derive import DESCENT
-from editlib.models.loading import model_of, read_config
 from editlib.models.residual_path import output_path
+from editlib.models.source import model_of, read_config
 from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
 

@@ -13,17 +13,8 @@ from editlib.errors import ModelError
 from editlib.models.adapters import is_adapter
 from editlib.models.anatomy import check_kind
 from editlib.models.folder_faults import fault_of
-from editlib.models.loading import (
-    DeviceMap,
-    Source,
-    adapter_of,
-    check_device,
-    check_dtype,
-    load,
-    model_of,
-    open_tokenizer,
-    open_weights,
-)
+from editlib.models.loading import DeviceMap, check_device, check_dtype, load, open_tokenizer, open_weights
+from editlib.models.source import Source, adapter_of, model_of
 
 
 @dataclass(frozen=True)
