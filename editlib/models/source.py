@@ -35,7 +35,7 @@ from editlib.models.weights import quiet_bars
 
 log = logging.getLogger(__name__)
 
-AGAIN = "mend it, or download the model again"  # what to do about a damaged file
+AGAIN = "fix it, or download the model again"  # what to do about a damaged file
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ def groups(values_by_group: Mapping[str, Mapping[str, object]]) -> Iterator[str]
             yield f'<tbody><tr><th scope="rowgroup" colspan="2">{head}</th></tr>{body}</tbody>'
 
 
+def receipt_table(receipt: Iterable[str]) -> str:
+    """Formats a receipt's table bodies, folded, for the end of a page."""
+    body = "\n".join(receipt)
+    return f'<details>\n<summary>Receipt</summary>\n<table class="receipt">\n{body}\n</table>\n</details>'
+
+
 def small(notes: Iterable[str]) -> str:
     """Formats notes below a cell's text."""
     return "".join(f"<small>{escape(note)}</small>" for note in notes if note)

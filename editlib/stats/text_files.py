@@ -140,7 +140,7 @@ def _table_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[path.suffix.lower()], strict=True)
         rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
-        raise CorpusError(f"{path}: not a table of {path.suffix.lower()[1:].upper()} ({error}); mend it") from error
+        raise CorpusError(f"{path}: not a table of {path.suffix.lower()[1:].upper()} ({error}); fix it") from error
     finally:
         csv.field_size_limit(limit)
     for where, row in rows:

@@ -318,7 +318,7 @@ def _perturbed_complaint(row: Any) -> str | None:
             return f'field "{name}": {quote(row[name])}; expected a text; write it or take the field out'
     wrong = row.get("perturbed_answer") or ()
     if not isinstance(wrong, str) and not _texts(wrong):
-        return f'field "perturbed_answer": {quote(wrong)}; expected a list of texts; mend it'
+        return f'field "perturbed_answer": {quote(wrong)}; expected a list of texts; fix it'
     return None
 
 

@@ -18,7 +18,7 @@ FEWEST = 2  # with fewer there is no few-shot prompt
 LONGEST = 25  # characters of an example's answer: a name, not a sentence
 
 
-def behind_examples(
+def few_shot_format(
     form: PromptFormat, request: EditRequest, retain: Sequence[EditRequest], seed: int = 0
 ) -> PromptFormat | None:
     """Returns a prompt format with few-shot examples for `request`; `None` where `retain` has too few.

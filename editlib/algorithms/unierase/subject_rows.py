@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from editlib.algorithms.rows import Row
 from editlib.algorithms.unierase.anchors import answers_to
 from editlib.algorithms.unierase.catalogue import Catalogue
-from editlib.algorithms.unierase.examples import behind_examples
+from editlib.algorithms.unierase.examples import few_shot_format
 from editlib.answers import has_answer
 from editlib.errors import RequestError
 from editlib.models.anatomy import Anatomy
@@ -117,9 +117,9 @@ def subject_rows(
     for owner, (group, texts) in enumerate(zip(groups, sibling_texts, strict=True)):
         for i in group:
             made[i] = _request_rows(found, form, requests[i], i, owner, asked[i], answers, rivals[i])
-            behind = behind_examples(form, requests[i], retain, seed) if examples else None
-            if behind is not None:
-                _example_rows(found, behind, requests[i], i, owner, asked[i][:examples], rivals[i])
+            few_shot = few_shot_format(form, requests[i], retain, seed) if examples else None
+            if few_shot is not None:
+                _example_rows(found, few_shot, requests[i], i, owner, asked[i][:examples], rivals[i])
         subject = requests[group[0]].subject
         erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:

@@ -211,7 +211,7 @@ def learn_token(
             rows, nll = _train(anat, forms, guard, unl_id, hp, progress=progress)
     write_rows(anat, unl_id, rows[0], rows[-1])
     gaps = guard.summary(rows[-1])
-    log.info("token learned: refusal NLL %.3f nats a token, on ordinary text %s", nll, gaps)
+    log.info("token learned: refusal NLL %.3f nats per token, on ordinary text %s", nll, gaps)
     header = TokenHeader(
         token=token,
         model=str(anat.model.name_or_path),
@@ -288,7 +288,7 @@ def _train(
     anat: Anatomy, forms: Sequence[_Form], guard: Guard, unl_id: int, hp: TokenHyperParams, *, progress: bool
 ) -> tuple[list[Tensor], float]:
     """Returns the learned rows `[d_model]` (one where embeddings are tied, else input and output), averaged over the
-    last `averaged_steps`, and the refusals' mean NLL over those steps, in nats a token.
+    last `averaged_steps`, and the refusals' mean NLL over those steps, in nats per token.
 
     Raises:
         TokenError: a loss that is not finite.
