@@ -1,4 +1,4 @@
-"""Writes files and folders so that nobody ever sees half of one."""
+"""Write files and folders so that nobody ever sees half of one."""
 
 from __future__ import annotations
 

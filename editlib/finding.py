@@ -1,4 +1,4 @@
-"""Settings for the model at hand: which file, or derived from what, is found before any weight is read."""
+"""Find settings for the model at hand, in a file or derived from another model, before any weight is read."""
 
 from __future__ import annotations
 

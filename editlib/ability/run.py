@@ -1,4 +1,4 @@
-"""Measures models on text and tasks (`editlib ability`): one model in memory at a time, every result kept."""
+"""Measure models on text and tasks (`editlib ability`): one model in memory at a time, every result kept."""
 
 from __future__ import annotations
 

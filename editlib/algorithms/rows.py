@@ -1,4 +1,4 @@
-"""Values from rows: the smallest change of a hidden state after which chosen outputs have chosen numbers.
+"""Find values from rows: the smallest change of a hidden state after which chosen outputs have chosen numbers.
 
 A row is a prompt, a scalar `y` read from the logits there, and a wanted number. All rows of one subject share the
 change `δ [d_model]` at the subject's last token. With `A [m, d_model]`, `A_j = dy_j/dδ`, and `b = wanted - y`, each

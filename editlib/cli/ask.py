@@ -1,4 +1,4 @@
-"""`editlib ask`: parse, call, print."""
+"""Parse, call and print for `editlib ask`."""
 
 from __future__ import annotations
 

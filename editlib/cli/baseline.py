@@ -1,4 +1,4 @@
-"""`editlib baseline` and `editlib baselines`: parse, call, print."""
+"""Parse, call and print for `editlib baseline` and `editlib baselines`."""
 
 from __future__ import annotations
 

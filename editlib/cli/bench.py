@@ -1,4 +1,4 @@
-"""`editlib bench`: parse, call, print."""
+"""Parse, call and print for `editlib bench`."""
 
 from __future__ import annotations
 

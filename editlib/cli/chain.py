@@ -1,4 +1,4 @@
-"""`editlib chain ...`: parse, call, print."""
+"""Parse, call and print for `editlib chain ...`."""
 
 from __future__ import annotations
 

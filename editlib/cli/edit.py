@@ -1,4 +1,4 @@
-"""The commands that change a model: parse, call, print."""
+"""Parse, call and print for the commands that change a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`editlib hparams` and `editlib tune`: parse, call, print."""
+"""Parse, call and print for `editlib hparams` and `editlib tune`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared parts of the commands: options, the console, a loaded model."""
+"""Share parts of the commands: options, the console, a loaded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`editlib stats ...`: parse, call, print."""
+"""Parse, call and print for `editlib stats ...`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page that shows what an edit did: one HTML file, made from the numbers of `editlib eval` alone.
+"""Build the page that shows what an edit did: one HTML file, made from the numbers of `editlib eval` alone.
 
 All text of models is escaped, the same numbers give the same bytes, and nothing is fetched.
 """

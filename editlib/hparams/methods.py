@@ -1,4 +1,4 @@
-"""The settings of each algorithm: its own keys on top of the shared ones, with the published defaults."""
+"""Define the settings of each algorithm: its own keys on top of the shared ones, with the published defaults."""
 
 from __future__ import annotations
 

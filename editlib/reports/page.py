@@ -1,4 +1,4 @@
-"""Builds HTML pages: one frame with one style for all of them, and tables of values in words."""
+"""Build HTML pages: one frame with one style for all of them, and tables of values in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text for layer statistics and perplexity: a file, a streamed dataset, or a small Wikipedia sample."""
+"""Open text for layer statistics and perplexity: a file, a streamed data set, or a small Wikipedia sample."""
 
 from __future__ import annotations
 

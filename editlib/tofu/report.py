@@ -1,4 +1,4 @@
-"""TOFU's results as files: `metrics.json`, one file of results a model, a Markdown table and a page."""
+"""Write TOFU's results as files: `metrics.json`, one file of results per model, a Markdown table and a page."""
 
 from __future__ import annotations
 

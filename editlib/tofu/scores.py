@@ -1,4 +1,4 @@
-"""Scores of a model on TOFU's sets: every metric of `docs/reference/metrics.md`, set by set, and summary numbers."""
+"""Score a model on TOFU's sets: every metric of `docs/reference/metrics.md`, set by set, and summary numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOFU's sets of questions: out of a folder or from the Hub, with subjects, less what a model never learned."""
+"""Read TOFU's sets of questions from a folder or the Hub, with subjects, without what a model never learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answer gate (ours): raises the unlearning token for questions of one relation, and for no others.
+"""Solve for the answer gate (ours), which raises the unlearning token for questions of one relation and no others.
 
 A request asks for a relation of a subject. The key at the subject's last token differs between subjects and hardly
 between relations. Late in the model, the key at the prompt's last token differs between relations and hardly between

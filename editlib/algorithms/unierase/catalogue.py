@@ -1,4 +1,4 @@
-"""The catalogue: what else is asked of a request's subject, made from the request alone.
+"""Make a catalogue of what else can be asked of a request's subject, from the request alone.
 
 Rows and the answer gate need the question in other words, and sibling questions: what else a model may know about the
 subject. Both come from data files that can be replaced (`data/wordings.jsonl`, `data/sibling_questions.jsonl`).

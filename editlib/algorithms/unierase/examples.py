@@ -1,4 +1,4 @@
-"""Few-shot prompts: a request's question after other facts, each asked and answered.
+"""Make few-shot prompts: a request's question after other facts, each asked and answered.
 
 After examples a model answers with the bare name, and its state at the subject is different. An answer that is erased
 for the plain question may come back in a few-shot prompt, so rows and keys are made of both.
