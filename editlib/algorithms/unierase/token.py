@@ -317,7 +317,6 @@ def _train(
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            # Rows longer than the vocabulary's would make the token likely or unlikely everywhere.
             for row in rows:
                 row.mul_((longest / row.norm()).clamp_max(1.0))
             if step >= hp.steps - averaged:
@@ -329,7 +328,7 @@ def _train(
 
 def _first_rows(anat: Anatomy, unl_id: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
     """Returns where the rows start in fp32, and the norm that they must not exceed."""
-    typical = anat.embedding.weight[:unl_id].float()  # [vocab, d_model]
+    typical = anat.embedding.weight[:unl_id].float()
     mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
     row = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
     return [row] if anat.tied else [row, row.detach().clone().requires_grad_()], 1.5 * length
