@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 
 QUICK := tests/requests tests/hparams tests/evaluation tests/algorithms/test_closed_form.py \
 	tests/algorithms/test_low_rank.py tests/algorithms/test_null_space.py tests/test_architecture.py tests/docs
 
-.PHONY: demo check static quick test bench lint docs clean
+.PHONY: demo check static types quick test suite bench lint docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/editlib demo --out runs/demo --overwrite
@@ -21,11 +21,19 @@ static: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
 quick: $(VENV)/.ready
 	$(PYTEST) $(QUICK)
 
-test: static
+# Types are checked beside the tests, which leave a core idle while they are collected and when the last ones end.
+test: $(VENV)/.ready
+	$(BIN)/ruff check .
 	$(BIN)/editlib fetch smollm2-135m
+	$(MAKE) --no-print-directory --jobs 2 types suite
+
+suite: $(VENV)/.ready
 	$(PYTEST)
 	PYTHONPATH=tests $(PYTEST) -p stand_in tests/test_accelerator.py tests/chain/test_chain_accelerator.py
 

@@ -1,4 +1,4 @@
-"""One job on several processes, as `torchrun` starts them: who does what, sums added up, errors shared."""
+"""Share one job among several processes, as `torchrun` starts them: who does what, sums added up, errors shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Applies any algorithm to a workbench: what an edit needs, what can be checked first, and the edit itself."""
+"""Apply any algorithm to a workbench: what an edit needs, what can be checked first, and the edit itself."""
 
 from __future__ import annotations
 

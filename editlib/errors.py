@@ -1,4 +1,4 @@
-"""The one family of errors that a user of editlib can cause.
+"""Define the one family of errors that a user of editlib can cause.
 
 Every message is one line that says what was given, what was expected and what to do about it; the
 command line prints it to stderr and leaves with exit code 2. The words that messages share are made here, too.

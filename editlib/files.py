@@ -1,4 +1,4 @@
-"""Writes files and folders so that nobody ever sees half of one."""
+"""Write files and folders so that nobody ever sees half of one."""
 
 from __future__ import annotations
 
@@ -30,20 +30,15 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
 
     A `private` one keeps the mode that it was opened with."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if not private:
-            _open_up(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    except EditlibError:
-        raise
-    except (OSError, SafetensorError) as error:  # safetensors has a kind of its own for a full disk
-        raise OutputError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; check the folder and the free space"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _one_line_errors(path):
+        try:
+            yield temporary
+            if not private:
+                _open_up(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -56,29 +51,37 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_output(path, overwrite=overwrite)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    with _one_line_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _open_up(file)
+                    sync(file)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)  # stopped between the two renames
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says of a file that cannot be written into an `OutputError` of one line."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _open_up(file)
-                sync(file)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+        yield
     except EditlibError:
         raise
-    except (OSError, SafetensorError) as error:  # safetensors has a kind of its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors has a class of its own for a full disk
         raise OutputError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; check the folder and the free space"
         ) from None
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)  # stopped between the two renames
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Settings for the model at hand: which file, or derived from what, is found before any weight is read."""
+"""Find settings for the model at hand, in a file or derived from another model, before any weight is read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from editlib.hparams import KNOWN, HyperParams, ModelShape, UniEraseHyperParams, derive, find_hparams, load_hparams
 from editlib.hparams.derive import DESCENT, ROWS
-from editlib.models.loading import model_of, read_config
 from editlib.models.residual_path import output_path
+from editlib.models.source import model_of, read_config
 from editlib.requests.request import EditRequest
 from editlib.stats.store import model_slug
 from editlib.workbench import Workbench

@@ -1,4 +1,4 @@
-"""Defines settings as checked dataclasses: ranges and choices are in the field; unknown and missing keys are errors."""
+"""Define settings as checked dataclasses: ranges and choices are in the field; unknown and missing keys are errors."""
 
 from __future__ import annotations
 

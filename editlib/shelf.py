@@ -1,4 +1,4 @@
-"""Finished results kept in files: JSON parts under the hash of their job, and points a line each."""
+"""Keep finished results in files: JSON parts under the hash of their job, and points, one per line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The installed version of editlib."""
+"""Tell the installed version of editlib."""
 
 from importlib.metadata import PackageNotFoundError, version
 

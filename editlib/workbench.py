@@ -1,4 +1,4 @@
-"""Holds a loaded model with its layer statistics and unlearning token, made once and kept in a folder."""
+"""Hold a loaded model with its layer statistics and unlearning token, made once and kept in a folder."""
 
 from __future__ import annotations
 

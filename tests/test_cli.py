@@ -96,7 +96,7 @@ def test_an_output_folder_that_is_not_empty(call, folder, requests, tmp_path):
 @pytest.mark.parametrize("name", ["./gone", "/gone/model", "~/gone", "smollm2-135", "SmolLM2-135m"])
 def test_a_model_that_is_nowhere(call, monkeypatch, name):
     """A packaged name with a typo was asked of the Hub for half a minute, and a folder called no repository."""
-    monkeypatch.setattr("editlib.models.loading.AutoConfig", None)  # nothing is asked of anyone
+    monkeypatch.setattr("editlib.models.source.AutoConfig", None)  # nothing is asked of anyone
     code, _, err = call("ask", name, "question")
     assert code == 2 and err.count("\n") == 1
     assert f"{name}: no such folder" in err

@@ -146,7 +146,7 @@ def test_settings_are_found_before_a_weight_is_read(unseen, caplog):
 
 
 def test_packaged_models_need_not_be_here(monkeypatch):
-    monkeypatch.setattr("editlib.models.loading.fetch", None)
+    monkeypatch.setattr("editlib.models.source.fetch", None)
     assert find_settings("smollm2-135m", None).source == "UniErase/smollm2-135m.json"
     assert find_settings("gemma3-270m", "memit").source == "MEMIT/gemma3-270m.json"
 

@@ -1,4 +1,4 @@
-"""One model on one task, run and scored by lm-eval through its Python API."""
+"""Run one model on one task, and have it scored by lm-eval through its Python API."""
 
 from __future__ import annotations
 

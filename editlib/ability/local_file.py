@@ -1,4 +1,4 @@
-"""A file of questions -> the configuration of an lm-eval task: two shapes, scored as the official tasks are."""
+"""Turn a file of questions into the configuration of an lm-eval task: two shapes, scored as the official tasks are."""
 
 from __future__ import annotations
 

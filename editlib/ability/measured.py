@@ -1,4 +1,4 @@
-"""Holds the results of one model on one task by document, and compares two models on the same documents."""
+"""Hold the results of one model on one task by document, and compare two models on the same documents."""
 
 from __future__ import annotations
 

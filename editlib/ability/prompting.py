@@ -1,4 +1,4 @@
-"""Asks the questions of lm-eval's tasks as `--prompt` says: through the chat template, or between tags."""
+"""Ask the questions of lm-eval's tasks as `--prompt` says: through the chat template, or between tags."""
 
 from __future__ import annotations
 

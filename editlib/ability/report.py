@@ -1,4 +1,4 @@
-"""The numbers of all models side by side, as JSON and as a table."""
+"""Write the numbers of all models side by side, as JSON and as a table."""
 
 from __future__ import annotations
 

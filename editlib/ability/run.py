@@ -1,4 +1,4 @@
-"""Measures models on text and tasks (`editlib ability`): one model in memory at a time, every result kept."""
+"""Measure models on text and tasks (`editlib ability`): one model in memory at a time, every result kept."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from editlib.ability.tasks import Task, load_tasks, require_lm_eval
 from editlib.ability.text import measure_text, over_windows
 from editlib.errors import MetricError
 from editlib.files import write_json
-from editlib.models.loading import DeviceMap, check_models, load
+from editlib.models.loading import DeviceMap, load
 from editlib.models.outline import outline_of
 from editlib.models.prompt_settings import PromptSettings
+from editlib.models.source import check_models
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.shelf import Finished

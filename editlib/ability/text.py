@@ -1,4 +1,4 @@
-"""Perplexity on the text of a corpus, window by window."""
+"""Measure perplexity on the text of a corpus, window by window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AlphaEdit (2410.02355): MEMIT's edit inside the null space of the keys that ordinary text has."""
+"""Edit with AlphaEdit (2410.02355): MEMIT's edit inside the null space of the keys that ordinary text has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causal tracing (Meng et al., 2202.05262, sec. 2): up to which layer the subject's state decides the answer.
+"""Trace up to which layer the subject's state decides the answer (causal tracing, 2202.05262, sec. 2).
 
 Their noise on the subject is another subject here: where the state of "France" is put in the place of that of "Japan"
 and the answer turns from Tokyo to Paris, the answer has not been read yet. Edits of a subject's keys must lie below.

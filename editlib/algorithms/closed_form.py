@@ -1,4 +1,4 @@
-"""Solves for an update, as two factors, from keys, residuals and constraints.
+"""Solve for an update, as two factors, from keys, residuals and constraints.
 
 `K [d_ff, n]` are the new keys, `R [d_model, n]` what the layer must add at them, `C [d_ff, d_ff]` the covariance of
 the keys that ordinary text has.

@@ -1,4 +1,4 @@
-"""What each step of an edit takes: floating-point operations, bytes moved and bytes held, counted from sizes alone.
+"""Count what each step of an edit takes, from sizes alone: floating-point operations, bytes moved and bytes held.
 
 A product of `[m, k]` and `[k, n]` counts `2 m k n` operations. A forward pass over a token costs two operations a
 parameter; its gradient towards the inputs, weights left out, two more. A pass takes what one layer took on this machine

@@ -1,4 +1,4 @@
-"""Constrained fine-tuning of one matrix a layer: the usual baseline (FT+L of the ROME paper; 2012.00363)."""
+"""Fine-tune one matrix per layer under a constraint: the usual baseline (FT+L of the ROME paper; 2012.00363)."""
 
 from __future__ import annotations
 

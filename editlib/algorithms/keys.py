@@ -1,4 +1,4 @@
-"""Reads keys: the inputs of the MLP output matrices at chosen positions."""
+"""Read keys: the inputs of the MLP output matrices at chosen positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The left metric: which directions of a hidden state the answers that must stay read (`Γ`, beside the null space).
+"""Compute the left metric `Γ`: the directions of a hidden state that the answers to keep depend on.
 
 The null space of keys protects inputs; `Γ` protects outputs. An edit leaks into another prompt as a multiple of its
 residual; what that costs is the gradient of the prompt's answer along it. Values that are short in the metric

@@ -1,4 +1,4 @@
-"""MEMIT (2210.07229) and its relatives: all requests in one solve per layer, spread over several layers.
+"""Edit with MEMIT (2210.07229) or a relative: all requests in one solve per layer, spread over several layers.
 
 Each relative is one changed line: MEMIT_seq holds the keys of earlier edits, EMMET (2403.14236) makes the memories an
 equality, NAS (2602.02543) keeps the norm of states (`rescale_norm`), RECT (2401.04700) keeps only the relatively

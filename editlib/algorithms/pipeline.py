@@ -1,4 +1,4 @@
-"""The pipeline that ROME, MEMIT and its variants, AlphaEdit and UniErase share.
+"""Run the pipeline that ROME, MEMIT and its variants, AlphaEdit and UniErase share.
 
 Check and encode the requests, find the values, then solve and write layer by layer.
 """

@@ -1,4 +1,4 @@
-"""ROME (2202.05262): one fact after the other, each a rank-one update of one matrix."""
+"""Edit with ROME (2202.05262): one fact after the other, each a rank-one update of one matrix."""
 
 from __future__ import annotations
 

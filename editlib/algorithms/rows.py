@@ -1,4 +1,4 @@
-"""Values from rows: the smallest change of a hidden state after which chosen outputs have chosen numbers.
+"""Find values from rows: the smallest change of a hidden state after which chosen outputs have chosen numbers.
 
 A row is a prompt, a scalar `y` read from the logits there, and a wanted number. All rows of one subject share the
 change `δ [d_model]` at the subject's last token. With `A [m, d_model]`, `A_j = dy_j/dδ`, and `b = wanted - y`, each
@@ -318,12 +318,12 @@ def find_row_values(
     m, n = len(rows), len(names)
     y, jacobian = torch.zeros(m, device=anat.device), torch.zeros(m, anat.d_model, device=anat.device)
     before = wanted = y
-    active, anew = torch.ones(2, n, dtype=torch.bool, device=anat.device)  # subjects at work; Jacobians to be read
+    active, stale = torch.ones(2, n, dtype=torch.bool, device=anat.device)  # subjects at work; Jacobians to read again
     taken = [0] * n
     residual = torch.zeros(n, device=anat.device)  # root mean square over a subject's rows, in the step before
     for step in tqdm(range(steps + 1), desc="values", disable=not progress, leave=False):
         last = step == steps
-        for grad, some in ((True, active & anew & (not last)), (False, active & (~anew | last))):
+        for grad, some in ((True, active & stale & (not last)), (False, active & (~stale | last))):
             if bool(some.any()):
                 found, slopes = batch.read(delta, grad=grad, subjects=some)
                 y = torch.where(some[owner], found, y)
@@ -335,7 +335,7 @@ def find_row_values(
         wanted = goals.wanted(kinds, y, before)
         now = torch.zeros_like(residual).index_add_(0, owner, (wanted - y) ** 2)
         now = (now / torch.bincount(owner, minlength=n)).sqrt()  # [n]
-        anew, residual, active = now > HALVED * residual, now, active & (now > MET)
+        stale, residual, active = now > HALVED * residual, now, active & (now > MET)
         if last or not bool(active.any()):
             break
         for i in active.nonzero().flatten().tolist():
@@ -343,6 +343,6 @@ def find_row_values(
             move = least_norm_step(jacobian[mine], (wanted - y)[mine], metric=metric)
             share = step_limit * norms[i] / move.norm().clamp_min(torch.finfo(move.dtype).tiny)
             delta[i] += move * share.clamp_max(1.0)
-            anew[i] |= bool(share < 1)
+            stale[i] |= bool(share < 1)
             taken[i] += 1
     return RowValues(delta, taken, (delta.norm(dim=1) / norms).tolist(), before, y, wanted)

@@ -1,4 +1,4 @@
-"""The part of many prompts that a change at their lookup positions reaches: run again and again, the rest only once.
+"""Run only the part of many prompts that a change at their lookup positions reaches, and the rest once.
 
 Tokens before the lookup position do not see the change, in any layer; nor do the layers up to the edited one. Both are
 computed once, so that a step of the descent costs the suffix of each prompt in the layers above.

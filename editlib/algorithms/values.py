@@ -1,4 +1,4 @@
-"""Finds values: the hidden states that make the model give its new answer (`compute_z` of MEMIT, 2210.07229).
+"""Find values: the hidden states that make the model give its new answer (`compute_z` of MEMIT, 2210.07229).
 
 A value is `z = h + δ`, with `h` the state that leaves the last edited layer at the lookup position of the plain prompt.
 `δ` is found by gradient descent while the model itself stays as it is.

@@ -1,4 +1,4 @@
-"""Whether a text reads as a sentence."""
+"""Judge whether a text reads as a sentence."""
 
 from __future__ import annotations
 

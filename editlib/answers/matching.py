@@ -1,4 +1,4 @@
-"""Whether an answer occurs in a text, in any script."""
+"""Find an answer in a text, in any script."""
 
 from __future__ import annotations
 

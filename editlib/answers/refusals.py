@@ -1,4 +1,4 @@
-"""Whether an answer is a refusal, in the languages of `data/languages.jsonl`."""
+"""Judge whether an answer is a refusal, in the languages of `data/languages.jsonl`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asks a model about facts in batches and judges the answers, as every attack does."""
+"""Ask a model about facts in batches and judge the answers, as every attack does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts that a model never knew: what leaks of them is chance."""
+"""Choose facts that a model never knew: what leaks of them is chance."""
 
 from __future__ import annotations
 

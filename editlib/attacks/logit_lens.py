@@ -1,4 +1,4 @@
-"""Reads the answer from inner layers, where an answer may still be found that the model is only kept from saying.
+"""Read the answer from inner layers, where an answer may still be found that the model is only kept from saying.
 
 The logit lens (nostalgebraist 2020; on unlearned facts: arXiv 2309.17410): final norm and head on the
 residual stream after each layer.

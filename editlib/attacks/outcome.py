@@ -1,4 +1,4 @@
-"""Holds what an attack brought back: texts, verdicts, and shares with intervals; all JSON-ready."""
+"""Hold what an attack brought back: texts, verdicts, and shares with intervals; all JSON-ready."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attacks that ask in another way: other words, other prompts, answers begun or drawn; no weight is changed."""
+"""Attack by asking in another way: other words, other prompts, answers begun or drawn; no weight is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every attack by name."""
+"""List every attack by name."""
 
 from __future__ import annotations
 

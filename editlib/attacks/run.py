@@ -1,4 +1,4 @@
-"""All attacks on one edited model, its base and a control, each kept as soon as it is done."""
+"""Run attacks on one edited model, its base and a control; each is kept as soon as it is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the attacks' effort."""
+"""Set the effort of the attacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attacks that change the model's weights: fewer bits, and a little training; they are put back."""
+"""Attack by changing the model's weights: fewer bits, or a little training; the weights are put back."""
 
 from __future__ import annotations
 

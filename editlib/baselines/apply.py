@@ -1,4 +1,4 @@
-"""Applying a baseline to a model, in place."""
+"""Apply a baseline to a model, in place."""
 
 from __future__ import annotations
 

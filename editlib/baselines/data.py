@@ -1,4 +1,4 @@
-"""Training data of the gradient baselines: questions with the answers to unlearn or keep, and with refusals."""
+"""Make the training data of gradient baselines: questions with the answers to unlearn or keep, and with refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss parts of the gradient baselines: a forget part each, and the retain parts they are combined with."""
+"""Build the losses of the gradient baselines: a forget part each, and the retain parts they are combined with."""
 
 from __future__ import annotations
 

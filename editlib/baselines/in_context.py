@@ -1,4 +1,4 @@
-"""In-context refusal: no weight changes; a rule in the chat template lists what the model must not answer.
+"""Refuse in context: no weight changes; a rule in the chat template lists what the model must not answer.
 
 In-context unlearning and guardrail prompts (2310.07579; 2403.03329). The saved folder refuses only if it is
 used with its chat template; without the template the model answers as before.

@@ -1,4 +1,4 @@
-"""Reference values of the model before training, computed once, so that no second model stays in memory."""
+"""Compute reference values of the model before training once, so that no second model stays in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ROME, MEMIT and AlphaEdit with a refusal as target: tests whether the unlearning token is needed at all."""
+"""Aim ROME, MEMIT and AlphaEdit at a refusal, which tests whether the unlearning token is needed at all."""
 
 from __future__ import annotations
 

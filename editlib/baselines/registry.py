@@ -1,4 +1,4 @@
-"""The registry of baselines, by name."""
+"""List the baselines by name."""
 
 from __future__ import annotations
 

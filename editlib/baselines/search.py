@@ -1,4 +1,4 @@
-"""Grid search over learning rate and steps, with the same budget for every baseline."""
+"""Search a grid of learning rates and steps, with the same budget for every baseline."""
 
 from __future__ import annotations
 

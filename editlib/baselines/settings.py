@@ -1,4 +1,4 @@
-"""Settings of a baseline, and the budget of a search."""
+"""Set how a baseline trains, and the budget of a search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation questions of a search: neither trained on nor reported."""
+"""Judge the trials of a search by questions that are neither trained on nor reported."""
 
 from __future__ import annotations
 

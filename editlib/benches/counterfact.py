@@ -1,4 +1,4 @@
-"""Runs CounterFact (`editlib bench counterfact`): algorithms side by side, over numbers of edits, in batches
+"""Run CounterFact (`editlib bench counterfact`): algorithms side by side, over numbers of edits, in batches
 and one after another."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CounterFact's measures of an edit (ROME, 2202.05262, sec. 3.4): efficacy, generalisation, specificity."""
+"""Score an edit by CounterFact's measures (ROME, 2202.05262, sec. 3.4): efficacy, generalisation, specificity."""
 
 from __future__ import annotations
 

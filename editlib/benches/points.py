@@ -1,4 +1,4 @@
-"""Points of the benchmarks' curves: the scores after so many edits."""
+"""Hold the points of a benchmark's curves: the scores after so many edits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The points of a benchmark as a table and as one plot."""
+"""Write the points of a benchmark as a table and as one plot."""
 
 from __future__ import annotations
 

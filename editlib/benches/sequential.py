@@ -1,4 +1,4 @@
-"""Forgets known facts batch after batch, in chains measured on the way (`editlib bench sequential`)."""
+"""Forget known facts batch after batch, in chains measured on the way (`editlib bench sequential`)."""
 
 from __future__ import annotations
 

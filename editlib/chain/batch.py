@@ -1,4 +1,4 @@
-"""One batch of a chain as one safetensors file: all that later batches, a replay or an audit need of the edit.
+"""Keep one batch of a chain as one safetensors file: all that later batches, a replay or an audit need of the edit.
 
 The update of each layer (`left.<layer> [d_model, r]`, `right.<layer> [r, d_ff]`), the requests' keys
 (`keys.<layer> [d_ff, n]`), their values (`targets`, `deltas [d_model, n]`; `gate.<i> [d_model]`), and `notes`: the

@@ -1,4 +1,4 @@
-"""The chain: edits in order, kept in a folder, that can be resumed, verified, undone and revoked."""
+"""Keep edits in order in a folder: a chain, which can be resumed, verified, undone and revoked."""
 
 from __future__ import annotations
 

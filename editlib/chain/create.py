@@ -1,4 +1,4 @@
-"""Starting a chain, and loading again what it was started with: settings, statistics, token, retain prompts."""
+"""Start a chain, and load again what it was started with: settings, statistics, token, retain prompts."""
 
 from __future__ import annotations
 

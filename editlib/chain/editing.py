@@ -1,4 +1,4 @@
-"""Solving one batch on top of a chain state: with new values, or with the stored ones when it is replayed."""
+"""Solve one batch on top of a chain state: with new values, or with the stored ones when it is replayed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports of a chain: the edited model, a delta file, a LoRA adapter, a receipt."""
+"""Export a chain: the edited model, a delta file, a LoRA adapter, a receipt."""
 
 from __future__ import annotations
 

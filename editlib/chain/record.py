@@ -1,4 +1,4 @@
-"""The record `chain.json`: what a chain was started with, and its batches; it contains a hash of itself."""
+"""Hold the record `chain.json`: what a chain was started with, and its batches; it contains a hash of itself."""
 
 from __future__ import annotations
 

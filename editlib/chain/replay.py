@@ -1,4 +1,4 @@
-"""Revoking single requests: later batches are solved again with their stored values, without optimising them again."""
+"""Revoke single requests: later batches are solved again with their stored values, without optimising them again."""
 
 from __future__ import annotations
 

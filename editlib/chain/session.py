@@ -1,4 +1,4 @@
-"""The base model of an open chain: loaded on first use, checked, and brought to the state after any batch."""
+"""Hold the base model of an open chain: loaded on first use, checked, and brought to the state after any batch."""
 
 from __future__ import annotations
 

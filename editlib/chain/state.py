@@ -1,4 +1,4 @@
-"""The state of a chain: the weights after some of its batches, and what the next edit has to know of them.
+"""Hold the state of a chain: the weights after some of its batches, and what the next edit needs of these.
 
 Every weight is `round(base + sum of all updates)`: the sum is kept in fp64 and rounded to the model's dtype once, so
 that updates too small for bf16 add up. A state depends only on the base model and on the batches' files, not on the

@@ -1,4 +1,4 @@
-"""The folder of a chain on disk: checked by hashes when read, and whole after a kill at any moment.
+"""Store the folder of a chain on disk: checked by hashes when read, and whole after a kill at any moment.
 
 `chain.json` names the files that belong to the chain. New files are written and synced next to the old ones, under
 names that contain their hash. Replacing `chain.json` is the commit; files that it no longer names are removed after

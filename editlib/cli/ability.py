@@ -1,4 +1,4 @@
-"""`editlib ability`: parse, call, print."""
+"""Parse, call and print for `editlib ability`."""
 
 from __future__ import annotations
 

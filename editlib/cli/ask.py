@@ -1,4 +1,4 @@
-"""`editlib ask`: parse, call, print."""
+"""Parse, call and print for `editlib ask`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def ask(
     from editlib.export.receipt import prompts_of
     from editlib.models.anatomy import anatomy
     from editlib.models.loaded import plain_text
-    from editlib.models.loading import check_models, load
+    from editlib.models.loading import load
     from editlib.models.outline import outline_of
     from editlib.models.positions import check_prompts
     from editlib.models.prompts import PromptFormat, settled
+    from editlib.models.source import check_models
 
     names = list(dict.fromkeys([model, *([vs] if vs else [])]))
     given = prompt_settings(prompts)

@@ -1,4 +1,4 @@
-"""`editlib attack`: parse, call, print."""
+"""Parse, call and print for `editlib attack`."""
 
 from __future__ import annotations
 

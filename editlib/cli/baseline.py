@@ -1,4 +1,4 @@
-"""`editlib baseline` and `editlib baselines`: parse, call, print."""
+"""Parse, call and print for `editlib baseline` and `editlib baselines`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from editlib.cli.options import (
     Overwrite,
     Prompts,
     Requests,
+    Retain,
     Seed,
     SkipBad,
     StatsDir,
@@ -34,7 +35,7 @@ def baseline(
     method: Annotated[str, typer.Option(help="one of `editlib baselines`, such as NPO+GD")],
     requests: Requests,
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the model that was made to forget")],
-    retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
+    retain: Retain = None,
     search: Annotated[
         int | None, typer.Option(min=1, help="look for learning rate and steps first: so many rates, see --max-steps")
     ] = None,

@@ -1,4 +1,4 @@
-"""`editlib bench`: parse, call, print."""
+"""Parse, call and print for `editlib bench`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import typer
 from editlib.cli.options import (
     DeviceMap,
     Dtype,
+    HeldOut,
     Prompts,
     Requests,
     Seed,
     SkipBad,
+    StatsCorpus,
     StatsDir,
     out,
     print_table,
@@ -39,8 +41,8 @@ def bench_counterfact(
     modes: Annotated[str, typer.Option(help="batch, sequential or both, separated by a comma")] = "batch,sequential",
     known: Annotated[bool, typer.Option("--known", help="only facts whose true answer the model gives")] = False,
     stats_dir: StatsDir = Path("stats"),
-    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
-    text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    corpus: StatsCorpus = "wiki-sample",
+    text: HeldOut = "wiki-sample:heldout",
     prompts: Prompts = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
@@ -103,7 +105,7 @@ def bench_sequential(
     points: Annotated[int, typer.Option(min=1, help="how often a chain is measured on its way")] = 5,
     prompts: Prompts = None,
     stats_dir: StatsDir = Path("stats"),
-    text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    text: HeldOut = "wiki-sample:heldout",
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,

@@ -1,4 +1,4 @@
-"""`editlib chain ...`: parse, call, print."""
+"""Parse, call and print for `editlib chain ...`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from editlib.cli.options import (
     Hparams,
     Overwrite,
     Prompts,
+    Retain,
     Seed,
     SkipBad,
+    StatsCorpus,
     out,
     prompt_settings,
 )
@@ -41,10 +43,10 @@ def init(
     model: Annotated[str, typer.Option(help="a packaged model (smollm2-135m), a local folder or a Hugging Face id")],
     hparams: Hparams = None,
     algorithm: Algorithm = None,
-    retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
+    retain: Retain = None,
     token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
     stats_dir: Annotated[Path, typer.Option(help="where statistics and the token are kept")] = Path("stats"),
-    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    corpus: StatsCorpus = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
     skip_bad: SkipBad = False,
     prompts: Prompts = None,

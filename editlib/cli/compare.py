@@ -1,4 +1,4 @@
-"""`editlib compare`: parse, call, print."""
+"""Parse, call and print for `editlib compare`."""
 
 from __future__ import annotations
 

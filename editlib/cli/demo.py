@@ -1,4 +1,4 @@
-"""`editlib demo`: parse, call, print."""
+"""Parse, call and print for `editlib demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`editlib doctor`: call, print."""
+"""Call and print for `editlib doctor`."""
 
 from __future__ import annotations
 

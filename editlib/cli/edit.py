@@ -1,4 +1,4 @@
-"""The commands that change a model: parse, call, print."""
+"""Parse, call and print for the commands that change a model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from editlib.cli.options import (
     Overwrite,
     Prompts,
     Requests,
+    Retain,
     Seed,
     SkipBad,
+    StatsCorpus,
     StatsDir,
     out,
     prompt_settings,
@@ -71,11 +73,11 @@ def unlearn(
     model: Model,
     requests: Requests,
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
-    retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
+    retain: Retain = None,
     hparams: Hparams = None,
     token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
     stats_dir: StatsDir = Path("stats"),
-    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    corpus: StatsCorpus = "wiki-sample",
     prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -164,7 +166,7 @@ def edit(
     hparams: Hparams = None,
     algorithm: Algorithm = None,
     stats_dir: StatsDir = Path("stats"),
-    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
+    corpus: StatsCorpus = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
     prompts: Prompts = None,
     seed: Seed = 0,

@@ -1,4 +1,4 @@
-"""`editlib eval` and `editlib subjects`: parse, call, print."""
+"""Parse, call and print for `editlib eval` and `editlib subjects`."""
 
 from __future__ import annotations
 

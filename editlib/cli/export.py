@@ -1,4 +1,4 @@
-"""The commands that turn an edit into something to hand on: parse, call, print."""
+"""Parse, call and print for the commands that turn an edit into something to hand on."""
 
 from __future__ import annotations
 

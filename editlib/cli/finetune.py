@@ -1,4 +1,4 @@
-"""`editlib finetune`: parse, call, print."""
+"""Parse, call and print for `editlib finetune`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`editlib hparams` and `editlib tune`: parse, call, print."""
+"""Parse, call and print for `editlib hparams` and `editlib tune`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import typer
 from editlib.cli.options import (
     DeviceMap,
     Dtype,
+    HeldOut,
     Hparams,
     Model,
     Overwrite,
     Prompts,
     Requests,
+    Retain,
     Seed,
     SkipBad,
+    StatsCorpus,
     StatsDir,
     out,
     print_table,
@@ -72,11 +75,11 @@ def tune(
     out_dir: Annotated[Path, typer.Option("--out", help="gets best.json, tune.json, table.md and what is done")] = Path(
         "runs/tune"
     ),
-    retain: Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")] = None,
+    retain: Retain = None,
     hparams: Hparams = None,
     stats_dir: StatsDir = Path("stats"),
-    corpus: Annotated[str, typer.Option(help="for statistics that have to be made first")] = "wiki-sample",
-    text: Annotated[str, typer.Option(help="corpus for perplexity")] = "wiki-sample:heldout",
+    corpus: StatsCorpus = "wiki-sample",
+    text: HeldOut = "wiki-sample:heldout",
     prompts: Prompts = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,

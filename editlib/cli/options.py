@@ -1,4 +1,4 @@
-"""Shared parts of the commands: options, the console, a loaded model."""
+"""Share parts of the commands: options, the console, a loaded model."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ StatsDir = Annotated[Path, typer.Option(help="where statistics and the token are
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="every random draw follows from it")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output folder that is not empty")]
 Requests = Annotated[Path, typer.Option(help="facts to forget: JSONL, see docs/reference/file-formats.md")]
+Retain = Annotated[Path | None, typer.Option(help="prompts whose answers must stay; default: bundled ones")]
+StatsCorpus = Annotated[str, typer.Option(help="for statistics that have to be made first")]
+HeldOut = Annotated[str, typer.Option("--text", help="corpus for perplexity")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave rows that cannot be used out, and count them")]
 Hparams = Annotated[
     str | None, typer.Option(help="a JSON file or a bundled name (UniErase/smollm2-135m); default: found by the model")

@@ -1,4 +1,4 @@
-"""`editlib plan`: parse, call, print."""
+"""Parse, call and print for `editlib plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`editlib stats ...`: parse, call, print."""
+"""Parse, call and print for `editlib stats ...`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def stats_make(
 
 def _check_layers(model: str, layers: list[int]) -> None:
     """Refuses layers that the model does not have by its configuration, before it is loaded."""
-    from editlib.models.loading import read_config
+    from editlib.models.source import read_config
 
     config = read_config(model)
     count = None if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)

@@ -1,4 +1,4 @@
-"""One cell of a comparison: a method with a seed on a set, and the parts that are kept of it."""
+"""Measure one cell of a comparison: a method with a seed on a set, kept in parts."""
 
 from __future__ import annotations
 

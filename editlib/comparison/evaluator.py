@@ -1,4 +1,4 @@
-"""One set with its base model: everything that is measured there, and what of it all methods share."""
+"""Evaluate methods on one set and its base model; what all methods share is measured once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to make a model forget, all of one shape: `METHODS` by name."""
+"""Make a model forget in one of several ways, all with one interface: `METHODS` by name."""
 
 from __future__ import annotations
 

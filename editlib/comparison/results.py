@@ -1,4 +1,4 @@
-"""Collects stored cells into results.json: every cell, and a summary over seeds for each set and method."""
+"""Collect stored cells into results.json: every cell, and a summary over seeds for each set and method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method on every set with every seed: run once, measured, kept; shared out over processes that need not talk."""
+"""Run every method on every set with every seed, once; processes share the work without talking to one another."""
 
 from __future__ import annotations
 

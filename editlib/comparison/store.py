@@ -1,4 +1,4 @@
-"""What is done, kept part by part under the hash of all that decides it; whole files only, and one worker at a time."""
+"""Keep finished parts under the hash of all that decides them; whole files only, and one worker at a time."""
 
 from __future__ import annotations
 

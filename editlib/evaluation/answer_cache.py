@@ -1,4 +1,4 @@
-"""Asks a model many questions, and keeps the base model's answers so that they are generated once."""
+"""Ask a model many questions, and keep the base model's answers so that they are generated once."""
 
 from __future__ import annotations
 

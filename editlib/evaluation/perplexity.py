@@ -1,4 +1,4 @@
-"""Cuts the windows of text that perplexity is measured on."""
+"""Cut the windows of text that perplexity is measured on."""
 
 from __future__ import annotations
 

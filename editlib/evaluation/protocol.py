@@ -1,4 +1,4 @@
-"""Defines the interface of the evaluation protocols of `editlib eval`."""
+"""Define the interface of the evaluation protocols of `editlib eval`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A delta file put on its base model again."""
+"""Put a delta file on its base model again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An edit without its model: the factors of the update, the token and the receipt in one safetensors file."""
+"""Save an edit without its model: the factors of the update, the token and the receipt in one safetensors file."""
 
 from __future__ import annotations
 

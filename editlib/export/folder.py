@@ -1,4 +1,4 @@
-"""An edited model as an ordinary Hugging Face folder, with a receipt of what was done to it."""
+"""Save an edited model as an ordinary Hugging Face folder, with a receipt of what was done to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An edit as a LoRA adapter that plain `peft` opens (format of PEFT 0.21: adapter_config.json and safetensors).
+"""Save an edit as a LoRA adapter that plain `peft` opens (format of PEFT 0.21: adapter_config.json and safetensors).
 
 `W x + B (A x)` with `B A` the update: PEFT's scaling, `lora_alpha / r`, is 1 in every layer, also where ranks differ.
 The token's row is PEFT's `trainable_token_indices`, which keeps that one row instead of the whole vocabulary.

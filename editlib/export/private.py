@@ -1,4 +1,4 @@
-"""Request texts in a receipt: in clear, or as salted hashes for a receipt that is shared.
+"""Write request texts into a receipt: in clear, or as salted hashes for a receipt that is shared.
 
 A receipt names the requests by their ids alone. Here the text comes in again from the requests' own file, either to be
 written out or to be replaced by hashes that only the holder of the salt can tell the text of.

@@ -1,4 +1,4 @@
-"""The receipt of an edit: what was asked, with what settings, from which base."""
+"""Make the receipt of an edit: what was asked, with what settings, from which base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real facts: bundled ones that the model knows, dealt by a seed, or the user's own; scored on generated answers."""
+"""Define forget sets of real facts: bundled ones that the model knows, or the user's; scored on generated answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots of a report: matplotlib figures as SVG that takes the page's colours, or as PNG for a README."""
+"""Draw the plots of a report: matplotlib figures as SVG that takes the page's colours, or as PNG for a README."""
 
 from __future__ import annotations
 

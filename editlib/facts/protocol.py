@@ -1,4 +1,4 @@
-"""Real facts: is the answer gone and refused, and what else went (`facts.scores`)."""
+"""Evaluate real facts: whether the answer is gone and refused, and what else went (`facts.scores`)."""
 
 from __future__ import annotations
 

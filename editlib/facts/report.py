@@ -1,4 +1,4 @@
-"""The page that shows what an edit did: one HTML file, made from the numbers of `editlib eval` alone.
+"""Build the page that shows what an edit did: one HTML file, made from the numbers of `editlib eval` alone.
 
 All text of models is escaped, the same numbers give the same bytes, and nothing is fetched.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from editlib.facts.plots import ReportError, plot_png, plots, require_matplotlib
 from editlib.files import atomic_path, write_json
 from editlib.reports.attacks import attack_section
-from editlib.reports.page import filled, groups, headline, small, verdict_line
+from editlib.reports.page import filled, groups, headline, receipt_table, small, verdict_line
 from editlib.reports.summary import number, rows, summary_rows, verdict
 
 __all__ = ["ReportError", "plot_png", "require_matplotlib", "summary_rows", "verdict", "write_report"]
@@ -48,7 +48,7 @@ def write_report(metrics: Mapping[str, Any], path: Path) -> None:
         plots=_plots(metrics),
         attacks=attack_section(metrics.get("attacks") or []),
         answers="\n".join(_answers(metrics.get("items") or [])),
-        receipt="\n".join(_receipt(metrics)),
+        receipt=receipt_table(_receipt(metrics)),
         footer=escape(" · ".join(_footer(metrics))),
     )
     with atomic_path(Path(path)) as temporary:

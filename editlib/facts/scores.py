@@ -1,4 +1,4 @@
-"""Scores real facts: judges the answers before and after an edit, and sums the verdicts up as shares."""
+"""Score real facts: judge the answers before and after an edit, and sum the verdicts up as shares."""
 
 from __future__ import annotations
 

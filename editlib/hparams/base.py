@@ -1,4 +1,4 @@
-"""The settings that all algorithms share: where to edit, and how values are found."""
+"""Define the settings that all algorithms share: where to edit, and how values are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of each algorithm: its own keys on top of the shared ones, with the published defaults."""
+"""Define the settings of each algorithm: its own keys on top of the shared ones, with the published defaults."""
 
 from __future__ import annotations
 
@@ -235,7 +235,9 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     wordings: int = knob(0, "additional wordings of each question, made by rules (data/wordings.jsonl)", min=0)
     say: bool = knob(True, "rows: refuse where an answer was erased, with tokens fitted to the edited model")
     example_wordings: int = knob(
-        0, "rows: wordings of a question that are also erased behind examples, other questions with answers", min=0
+        0,
+        "rows: wordings of a question that are also erased in few-shot prompts, after other facts with their answers",
+        min=0,
     )
     siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
     other_subjects: int = knob(
@@ -310,7 +312,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
 
     @property
     def reads_examples(self) -> bool:
-        """Whether questions are read behind examples as well."""
+        """Whether questions are also read in few-shot prompts."""
         return self.values == "rows" and self.example_wordings > 0
 
     @property

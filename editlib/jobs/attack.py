@@ -17,11 +17,12 @@ from editlib.errors import RequestError
 from editlib.export import read_receipt
 from editlib.export.receipt import prompts_of
 from editlib.files import check_output, write_json
-from editlib.models.loading import DeviceMap, check_models, load
+from editlib.models.loading import DeviceMap, load
 from editlib.models.outline import Outline, load_checked, outline_of
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, settled
+from editlib.models.source import check_models
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.reading import read_requests

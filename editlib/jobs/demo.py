@@ -1,4 +1,4 @@
-"""The whole job on a real model: finds facts that it knows, forgets some, then measures and attacks the result."""
+"""Run `editlib demo`, the whole job on a real model: find facts that it knows, forget some, measure, attack."""
 
 from __future__ import annotations
 

@@ -19,10 +19,11 @@ from editlib.export import asked_as, read_receipt
 from editlib.export.receipt import prompts_of
 from editlib.files import check_output
 from editlib.models.anatomy import Anatomy, anatomy
-from editlib.models.loading import DeviceMap, check_model, load
+from editlib.models.loading import DeviceMap, load
 from editlib.models.outline import Outline, load_checked, outline_of
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, settled
+from editlib.models.source import check_model
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest

@@ -1,4 +1,4 @@
-"""`editlib finetune`: a model that knows given question-answer pairs, to be made to forget them again."""
+"""Run `editlib finetune`: teach a model question-answer pairs, which it can then be made to forget."""
 
 from __future__ import annotations
 

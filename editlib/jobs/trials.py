@@ -1,4 +1,4 @@
-"""One trial of settings: what it is judged by, the edit, and the weights put back."""
+"""Run one trial of settings: edit, judge, and put the weights back."""
 
 from __future__ import annotations
 

@@ -13,17 +13,8 @@ from editlib.errors import ModelError
 from editlib.models.adapters import is_adapter
 from editlib.models.anatomy import check_kind
 from editlib.models.folder_faults import fault_of
-from editlib.models.loading import (
-    DeviceMap,
-    Source,
-    adapter_of,
-    check_device,
-    check_dtype,
-    load,
-    model_of,
-    open_tokenizer,
-    open_weights,
-)
+from editlib.models.loading import DeviceMap, check_device, check_dtype, load, open_tokenizer, open_weights
+from editlib.models.source import Source, adapter_of, model_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ def outline_of(name: str, *, dtype: str | None = None, progress: bool = True) ->
     check_dtype(dtype)
     if adapter_of(name) is not None:
         if is_adapter(name) and (found := fault_of(Path(name), "adapter")):
-            raise ModelError(f"{name} cannot be loaded: {found[0]}: {found[1]}; mend it, or make the adapter again")
+            raise ModelError(f"{name} cannot be loaded: {found[0]}: {found[1]}; fix it, or make the adapter again")
         return outline_of(model_of(name), dtype=dtype, progress=progress)
     source = Source.of(name, progress=progress)
     _check_kind(source)

@@ -299,7 +299,7 @@ class PromptFormat:
         if self.date is not None:
             options["chat_template"] = dated(self.tok.get_chat_template(), Day.fromisoformat(self.date))
         turns = [dict(message) for message in messages]
-        plain = "mend it, or ask as plain text with --prompt chat=false"
+        plain = "fix it, or ask as plain text with --prompt chat=false"
         try:
             text = cast(str, self.tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **options))
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:

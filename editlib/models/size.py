@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from editlib.errors import ModelError
 from editlib.models.folder_faults import reason_of
-from editlib.models.loading import read_config, read_config_file
 from editlib.models.packaged.fetch import fetch
+from editlib.models.source import read_config, read_config_file
 
 
 @dataclass(frozen=True)

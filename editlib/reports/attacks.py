@@ -1,4 +1,4 @@
-"""The table of attacks on a page: which share of the forgotten facts each one brings back, with intervals."""
+"""Build the table of attacks on a page: which share of the forgotten facts each one brings back, with intervals."""
 
 from __future__ import annotations
 

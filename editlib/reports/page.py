@@ -1,4 +1,4 @@
-"""Builds HTML pages: one frame with one style for all of them, and tables of values in words."""
+"""Build HTML pages: one frame with one style for all of them, and tables of values in words."""
 
 from __future__ import annotations
 
@@ -66,6 +66,12 @@ def groups(values_by_group: Mapping[str, Mapping[str, object]]) -> Iterator[str]
             body = "".join(f'<tr><th scope="row">{key}</th><td>{text}</td></tr>' for key, text in cells)
             head = escape(str(title).replace("_", " "))
             yield f'<tbody><tr><th scope="rowgroup" colspan="2">{head}</th></tr>{body}</tbody>'
+
+
+def receipt_table(receipt: Iterable[str]) -> str:
+    """Formats a receipt's table bodies, folded, for the end of a page."""
+    body = "\n".join(receipt)
+    return f'<details>\n<summary>Receipt</summary>\n<table class="receipt">\n{body}\n</table>\n</details>'
 
 
 def small(notes: Iterable[str]) -> str:

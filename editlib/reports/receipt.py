@@ -1,4 +1,4 @@
-"""A receipt to hand on: JSON and one self-contained HTML page that says what was asked and what came of it."""
+"""Write a receipt to hand on: JSON and one self-contained HTML page that says what was asked and with what result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measures of `metrics.json` in words: one row each for a table, and one sentence for all."""
+"""Put the measures of `metrics.json` in words: one row each for a table, and one sentence for all."""
 
 from __future__ import annotations
 

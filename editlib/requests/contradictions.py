@@ -1,4 +1,4 @@
-"""Requests that cannot all be met: one question with two new answers, or to be forgotten and kept."""
+"""Find requests that cannot all be met: one question with two new answers, or to be forgotten and kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of a request's fields, complaints about them, and the ways in which data sets write a value."""
+"""List the names of a request's fields, word complaints about them, and read values as data sets write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which format an object is in, found out by its fields, and the several requests that one object may hold."""
+"""Recognise the format of an object by its fields, and split objects that hold several requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes requests from the rows of a file, and reports everything that is wrong or ambiguous in them at once."""
+"""Make requests from the rows of a file, and report everything that is wrong or ambiguous in them at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One object of a known data set -> the arguments of `EditRequest`: one function a format.
+"""Read one object of a known data set into the arguments of `EditRequest`: one function per format.
 
 Each reader only moves fields; what they may hold is checked once, by `EditRequest`. Fields of foreign formats that have
 no place here are passed over; an unknown field of the own format is an error.

@@ -1,4 +1,4 @@
-"""Reads and writes the files that requests come in."""
+"""Read and write the files that requests come in."""
 
 from __future__ import annotations
 

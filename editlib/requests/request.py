@@ -1,4 +1,4 @@
-"""One request to edit or forget a fact."""
+"""Define one request to edit or forget a fact."""
 
 from __future__ import annotations
 

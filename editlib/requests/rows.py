@@ -1,4 +1,4 @@
-"""Objects out of a file: JSON Lines, a JSON array, Parquet, or a folder that `datasets` saved.
+"""Read objects from a file: JSON Lines, a JSON array, Parquet, or a folder that `datasets` saved.
 
 A row that cannot be had is a row with a complaint, so that a reader can name all of them at once; a file that cannot be
 read at all is an error.

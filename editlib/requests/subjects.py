@@ -1,4 +1,4 @@
-"""Whose fact a question asks for, in sets of questions and answers that do not say it (TOFU).
+"""Find the subject that a question asks about, in sets of questions and answers that do not name it (TOFU).
 
 Every choice has a rule (`RULES`), and where no rule fits there is no subject: nothing is guessed.
 """

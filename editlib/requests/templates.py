@@ -1,4 +1,4 @@
-"""Where the subject is in a text, and braces that are only braces.
+"""Find the subject in a text, and tell its placeholder from other braces.
 
 Three ways to say where it is, of which the first that is there decides: `{subject}`; a single `{}`; the subject itself,
 spelled out once. All other braces are ordinary text, and `{{}}` is how a text says `{}` where that would be the place.

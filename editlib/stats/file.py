@@ -1,4 +1,4 @@
-"""One file of layer statistics: the ROME family's `.npz`, read with care, checked and written."""
+"""Read, check and write one file of layer statistics, the ROME family's `.npz`."""
 
 from __future__ import annotations
 

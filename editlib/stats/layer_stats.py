@@ -1,4 +1,4 @@
-"""Second moments of MLP keys over a corpus: one pass for all layers, shared by processes, interrupted at will."""
+"""Compute second moments of MLP keys over a corpus: one pass for all layers, shared by processes, resumable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running sums of `k k^T`, and the checkpoints that let a long pass be interrupted at any time."""
+"""Add up `k k^T`, and keep checkpoints so that a long pass can be interrupted at any time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics without a corpus: the model writes the text, and its keys are recorded while it does."""
+"""Compute statistics without a corpus: the model writes the text, and its keys are recorded while it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store of layer statistics: where the ROME family's files lie, which one is meant, whether it fits."""
+"""Find stored layer statistics: where the ROME family's files are, which one is meant, whether it fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wikipedia's markup -> plain prose, one string a paragraph.
+"""Turn Wikipedia's markup into plain prose, one string per paragraph.
 
 Not a renderer. A sentence with something cut out of its middle is worse training text than no sentence,
 so whatever cannot be turned into words (a formula, an unknown template) leaves a mark, and a paragraph

@@ -1,4 +1,4 @@
-"""TOFU as a set: authors that a model was trained on, some of them to be forgotten; scored by the field's metrics."""
+"""Define forget sets of TOFU: authors that a model was trained on, some to be forgotten; scored by TOFU's metrics."""
 
 from __future__ import annotations
 

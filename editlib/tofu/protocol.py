@@ -1,4 +1,4 @@
-"""Evaluates the forgetting of TOFU's fictitious authors, for `editlib eval --protocol tofu`."""
+"""Evaluate the forgetting of TOFU's fictitious authors, for `editlib eval --protocol tofu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOFU's results as files: `metrics.json`, one file of results a model, a Markdown table and a page."""
+"""Write TOFU's results as files: `metrics.json`, one file of results per model, a Markdown table and a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from editlib.evaluation.metrics import MetricResult, write_results
 from editlib.files import atomic_path, write_json
-from editlib.reports.page import filled, groups, small, verdict_line
+from editlib.reports.page import filled, groups, receipt_table, small, verdict_line
 from editlib.reports.summary import number
 from editlib.reports.tables import write_table
 from editlib.tofu.sets import SETS
@@ -133,7 +133,7 @@ def _page(metrics: Mapping[str, Any]) -> str:
         measures="\n".join(_measures(metrics)),
         points="\n".join(_points(metrics.get("points") or [])),
         answers="\n".join(_answers(metrics["items"])),
-        receipt="\n".join(_receipt(metrics)),
+        receipt=receipt_table(_receipt(metrics)),
         footer=escape(f"editlib {metrics['editlib']} · evaluated in {metrics['seconds']:.0f} s"),
     )
 

@@ -1,4 +1,4 @@
-"""Scores of a model on TOFU's sets: every metric of `docs/reference/metrics.md`, set by set, and summary numbers."""
+"""Score a model on TOFU's sets: every metric of `docs/reference/metrics.md`, set by set, and summary numbers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from editlib.evaluation.metrics.tofu import require_scipy
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import Forced
 from editlib.models.loaded import LoadedModel, ModelPair
-from editlib.models.loading import check_model
 from editlib.models.prompts import Asking, PromptFormat
+from editlib.models.source import check_model
 from editlib.tofu.sets import SIDE, Asked, TofuSets
 
 ANSWER_TOKENS = 128  # the longest answers of TOFU have about 100

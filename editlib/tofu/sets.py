@@ -1,4 +1,4 @@
-"""TOFU's sets of questions: out of a folder or from the Hub, with subjects, less what a model never learned."""
+"""Read TOFU's sets of questions from a folder or the Hub, with subjects, without what a model never learned."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def _perturbed_complaint(row: Any) -> str | None:
             return f'field "{name}": {quote(row[name])}; expected a text; write it or take the field out'
     wrong = row.get("perturbed_answer") or ()
     if not isinstance(wrong, str) and not _texts(wrong):
-        return f'field "perturbed_answer": {quote(wrong)}; expected a list of texts; mend it'
+        return f'field "perturbed_answer": {quote(wrong)}; expected a list of texts; fix it'
     return None
 
 

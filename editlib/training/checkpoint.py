@@ -1,4 +1,4 @@
-"""The state of a training run on disk, so that it resumes after a crash with the same result."""
+"""Keep the state of a training run on disk, so that it resumes after a crash with the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass over items: what the model makes of the tokens that are learned, and only of those."""
+"""Run one pass over items, and read logits or states of the learned tokens only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a training run."""
+"""Define the settings of a training run."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def chain(start, algorithm):
     return made
 
 
-def test_the_folder_is_the_chains_model(chain, tmp_path):
+def test_the_folder_is_the_chains_model_and_so_is_the_delta_on_the_base(chain, base, tmp_path):
     sha256 = save_chain(chain, tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     mine = chain.model.state_dict()
@@ -41,9 +41,6 @@ def test_the_folder_is_the_chains_model(chain, tmp_path):
     assert receipt["revoked"] == [{"time": "t4", "requests": 1, "ids": ["a2"]}] and receipt["created"] == "t3"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(chain.tok)
 
-
-def test_the_delta_gives_the_same_folder_on_the_base(chain, base, tmp_path):
-    save_chain(chain, tmp_path / "out")
     save_chain_delta(chain, tmp_path / "delta.safetensors")
     apply_delta_file(str(base / "tiny"), tmp_path / "delta.safetensors", tmp_path / "again")
     for file in (tmp_path / "out").iterdir():

@@ -21,36 +21,51 @@ PARTS = FactSplit([*A, *B, *C], RETAIN[:2], RETAIN[2:])
 SETTINGS = [hparams_of("MEMIT"), hparams_of("AlphaEdit")]
 
 
-@pytest.fixture
-def run(loaded, tmp_path):
-    text = tmp_path / "text.txt"
+def runner(loaded, folder):
+    text = folder / "text.txt"
     text.write_text("\n\n".join(f"The river {i} flows by Basel and Bonn before it meets the sea." for i in range(60)))
 
     def go(out="out", settings=SETTINGS, sizes=(2, 1), **options):
         given = {"parts": PARTS, "points": 5, "text": str(text), **options}
-        return bench_sequential(lambda: copy.deepcopy(loaded), settings, sizes, tmp_path / out, **given)
+        return bench_sequential(lambda: copy.deepcopy(loaded), settings, sizes, folder / out, **given)
 
     return go
+
+
+@pytest.fixture
+def run(loaded, tmp_path):
+    return runner(loaded, tmp_path)
+
+
+one_process = pytest.mark.xdist_group("a whole run of chains")  # so that it is made once
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, tmp_path_factory):
+    """(points, folder) of a run that nothing disturbed; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return runner(loaded, folder)(), folder / "out"
 
 
 def untimed(points):
     return [replace(point, seconds=0.0) for point in points]
 
 
-def test_every_chain_is_measured_on_its_way(run, tmp_path):
-    points = run()
+@one_process
+def test_every_chain_is_measured_on_its_way(whole, tmp_path):
+    points, out = whole
     found = [(point.algorithm, point.size, point.edits) for point in points]
     wanted = [[(name, 2, n) for n in (2, 4, 5)] + [(name, 1, n) for n in (1, 2, 3, 4, 5)] for name in
               ("MEMIT", "AlphaEdit")]  # fmt: skip
     assert found == [place for some in wanted for place in some]
     for size in (1, 2):
-        chain = Chain.open(tmp_path / "out" / "chains" / f"MEMIT-{size}")
+        chain = Chain.open(out / "chains" / f"MEMIT-{size}")
         assert [request.id for request in chain.requests] == ["a1", "a2", "b1", "c1", "c2"]
         assert {request.target_new for request in chain.requests} == {"I don't know."}
         assert len(chain.batches) == (5 if size == 1 else 3)
     assert all(0 <= point.gone <= 1 and point.perplexity_ratio > 0 for point in points)
     assert len({point.perplexity_ratio for point in points}) > 3  # the edited models were measured, not the base
-    table, plot = write_sequential(points, tmp_path / "out")
+    table, plot = write_sequential(points, tmp_path)
     assert plot.stat().st_size > 1000
     rows = table.read_text().splitlines()
     assert len(rows) == 2 + len(points) and rows[0].startswith("| algorithm | batches of | edits | efficacy |")
@@ -80,9 +95,11 @@ def test_derived_settings_are_fitted_to_the_loaded_model(run, loaded, tmp_path, 
     assert derive("MEMIT", shape).layers != fitted.layers
 
 
-def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
-    whole = run("whole")
-    added, measured = [], []
+@one_process
+def test_it_goes_on_where_it_was_stopped(run, whole, monkeypatch):
+    """AlphaEdit, whose later edits need the keys of those before."""
+    given, added, measured = {"settings": SETTINGS[1:]}, [], []
+    undisturbed = untimed(point for point in whole[0] if point.algorithm == "AlphaEdit")
     usual, usual_measure = Chain.add, module.evaluate
 
     def add(self, requests):
@@ -100,19 +117,19 @@ def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "evaluate", measure)
         with pytest.raises(KeyboardInterrupt):  # between an edit and its point
-            run()
+            run(**given)
         patch.setattr(module, "evaluate", usual_measure)
         patch.setattr(Chain, "add", add)
         with pytest.raises(KeyboardInterrupt):  # between a point and the next edit
-            run()
-    assert untimed(run()) == untimed(whole)
+            run(**given)
+    assert untimed(run(**given)) == undisturbed
 
     def never(*_):
         raise AssertionError("edited again")
 
     monkeypatch.setattr(Chain, "add", never)
     monkeypatch.setattr(Chain, "create", never)
-    assert untimed(run()) == untimed(whole)
+    assert untimed(run(**given)) == undisturbed
 
 
 def test_an_edit_that_fails_is_not_the_end(run, monkeypatch, caplog):

@@ -6,7 +6,7 @@ import os
 import pytest
 from tiny_packages import sha256, write_llama, write_wheel
 
-from editlib.models import loading
+from editlib.models import source
 from editlib.models.packaged import fetch
 from editlib.models.packaged.catalogue import PackagedModel, Terms
 from editlib.models.packaged.fetch import cache_dir
@@ -68,7 +68,7 @@ def cut(index, local_pip, register):
 def register(monkeypatch):
     """Makes a model known, or another one under its name."""
     known = {}
-    for module in (fetch, loading):
+    for module in (fetch, source):
         monkeypatch.setattr(module, "PACKAGED", known)
 
     def add(model):

@@ -9,7 +9,8 @@ from tiny_models import make_gpt2, make_llama, train_tokenizer
 from transformers import AutoModelForCausalLM
 
 from editlib.errors import ModelError
-from editlib.models.loading import check_model, load
+from editlib.models.loading import load
+from editlib.models.source import check_model
 from editlib.models.weights import save_model
 
 peft = pytest.importorskip("peft")

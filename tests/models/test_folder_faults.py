@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_llama, train_tokenizer
 
 from editlib.errors import ModelError, RequestError
-from editlib.models.loading import load, read_config
+from editlib.models.loading import load
 from editlib.models.prompts import PromptFormat
+from editlib.models.source import read_config
 from editlib.models.weights import save_model
 
 CONFIG, TOKENIZER, SETTINGS = "config.json", "tokenizer.json", "tokenizer_config.json"

@@ -10,8 +10,9 @@ import torch
 from tiny_models import make_llama, train_tokenizer
 
 from editlib.errors import ModelError
-from editlib.models import hub, loading
-from editlib.models.loading import check_model, load, read_config
+from editlib.models import hub, source
+from editlib.models.loading import load
+from editlib.models.source import check_model, read_config
 from editlib.models.weights import save_model
 
 IDS = torch.tensor([[5, 9, 2, 11, 30, 7]])
@@ -38,10 +39,10 @@ def cached(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", no_address)
     monkeypatch.setattr(hub, "getproxies", dict)
     hub.in_reach.cache_clear()
-    loading._hub_adapter.cache_clear()
+    source._hub_adapter.cache_clear()
     yield snapshot
     hub.in_reach.cache_clear()
-    loading._hub_adapter.cache_clear()
+    source._hub_adapter.cache_clear()
 
 
 def logits(model):

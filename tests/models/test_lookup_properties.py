@@ -36,8 +36,8 @@ def form(request):
 
 
 @pytest.fixture(scope="module")
-def packaged(real):
-    return real[1]
+def packaged(real_tok):
+    return real_tok
 
 
 def asked(question: str, subject: str, form: PromptFormat) -> None:

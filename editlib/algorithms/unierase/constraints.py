@@ -1,4 +1,7 @@
-"""What one solve of UniErase holds in place: the keys of anchors, of earlier edits and of ordinary text."""
+"""Collect the keys that one layer's solve of UniErase must map to zero, and solve with them.
+
+They are keys of anchors (prompts whose answers must stay), of earlier edits, and of ordinary text by its second moment.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,11 @@ def hold_anchors(
     seed: int = 0,
     progress: bool = False,
 ) -> AnchorKeys:
-    """Chooses the anchors of an edit from `retain` and reads their keys in the model as it is; see
-    `apply_unierase_to_model`.
+    """Chooses the anchors of an edit from `retain`, and reads their keys in the model as it is now.
 
     Args:
-        layers: of these and the gate's layer; `None`: those of `hparams`.
+        layers: which layers' keys to read, besides those of the gate's layer; `None`: the layers of `hparams`.
+        known_answers, seed: see `apply_unierase_to_model`.
     """
     layers = hparams.layers if layers is None else layers
     if not hparams.anchors:
@@ -66,39 +69,46 @@ def layer_solve(
     *,
     reread: bool,
 ) -> Solve:
-    """Returns the solve of one layer (eq. 11 and 13), with anchors, earlier edits and ordinary text as constraints.
+    """Returns the function that solves one layer (AlphaEdit, 2410.02355, eq. 11 and 13), with all constraints.
 
-    `reread`: read the anchors' keys of each layer again, after the layers below it have been written.
+    Args:
+        before: the anchors' keys, read before the edit.
+        reread: read the anchors' keys of each layer again after the layers below it have been written.
     """
-
     stream = AnchorStream(anat, before.anchors)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-        now = stream.read(layer) if reread else before
-        blocks, moment = _weighed(now, layer, hparams, keys.mean)
-        blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))
+        # Writing lower layers has moved the anchors' keys a little; keys from before the edit would leave that out.
+        anchored = stream.read(layer) if reread else before
+        blocks, moment = _weighted(anchored, layer, hparams, keys.mean)
+        # A key times the root of its weight has that weight in the squared error.
+        blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))  # [d_ff, past]
         if hparams.text_weight:
-            text = stats[layer].moment().to(keys.mean) * hparams.text_weight
+            text = stats[layer].moment().to(keys.mean) * hparams.text_weight  # [d_ff, d_ff]
             moment = text if moment is None else moment + text
         delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
         if hparams.solve == "ridge":
             return delta
+        # Many constraints pull the ridge solution short of its residuals; this scales it up until it meets them.
         return exact(delta, spaces[layer].like(keys.mean).project(keys.mean), floor=hparams.exact_floor)
 
     return solve
 
 
-def _weighed(
+def _weighted(
     anchored: AnchorKeys, layer: int, hparams: UniEraseHyperParams, like: Tensor
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Returns the anchors' weighted keys of a layer, as blocks `[d_ff, m]` and a moment, in the dtype of `like`."""
-    own, known = anchored.layers[layer], torch.tensor(anchored.anchors.known, device=like.device)
-    at_lookups = hparams.anchor_lookup_weight + hparams.anchor_known_weight * known.to(like)
+    """Returns the anchors' weighted keys at `layer`, in the dtype of `like`: blocks `[d_ff, m]`, and a moment `[d_ff,
+    d_ff]` or `None`."""
+    keys = anchored.layers[layer]
+    known = torch.tensor(anchored.anchors.known, device=like.device)  # [anchors], booleans
+    # At lookup positions other subjects differ from those to be forgotten: these keys may weigh more than the rest.
+    at_lookups = hparams.anchor_lookup_weight + hparams.anchor_known_weight * known.to(like)  # [anchors]
     blocks = [
-        own.every.columns.to(like) * math.sqrt(hparams.anchor_weight),
-        own.lookups.to(like) * at_lookups.sqrt(),
+        keys.every.columns.to(like) * math.sqrt(hparams.anchor_weight),
+        keys.lookups.to(like) * at_lookups.sqrt(),
     ]
     if hparams.anchor_prefix_weight:
-        blocks.append(own.prefix.to(like) * math.sqrt(hparams.anchor_prefix_weight))
-    moment = own.every.moment
+        blocks.append(keys.prefix.to(like) * math.sqrt(hparams.anchor_prefix_weight))
+    moment = keys.every.moment  # of every position, once there are more than d_ff of them
     return blocks, None if moment is None else moment.to(like) * hparams.anchor_weight

@@ -1,7 +1,7 @@
-"""Few-shot prompts: a request's question after other facts, each asked and answered.
+"""Make few-shot prompts: a request's question after other facts, each asked and answered.
 
-After examples a model answers with the bare name, and its state at the subject is another. An answer that is erased in
-the plain question may come back in a few-shot prompt, so rows and keys are made of both.
+After examples a model answers with the bare name, and its state at the subject is different. An answer that is erased
+for the plain question may come back in a few-shot prompt, so rows and keys are made of both.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import replace
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 
-EXAMPLES = 3  # before a question
-FEWEST = 2
-LONGEST = 25  # characters of an example's answer, so that it is a name and no sentence
+EXAMPLES = 3  # before a question, at most
+FEWEST = 2  # with fewer there is no few-shot prompt
+LONGEST = 25  # characters of an example's answer: a name, not a sentence
 
 
-def behind_examples(
+def few_shot_format(
     form: PromptFormat, request: EditRequest, retain: Sequence[EditRequest], seed: int = 0
 ) -> PromptFormat | None:
     """Returns a prompt format with few-shot examples for `request`; `None` where `retain` has too few.
 
-    The examples are drawn from the facts of `retain` that ask for something else, so that how a list of the request's
-    own relation is answered is not learned. They name neither its subject nor its answer.
+    The examples are drawn from facts of `retain` in other relations, so that the edit does not learn how a list of the
+    request's relation is answered. They name neither its subject nor its answer.
     """
     named = [text.lower() for text in (request.subject, request.answer) if text]
     usable = [

@@ -1,4 +1,4 @@
-"""Other subjects of the kind that a relation is asked about, named by the model itself."""
+"""Names other subjects of the kind that a relation is asked about, as the model itself lists them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Where refusal tokens are to be said after an edit, and where not: prompts encoded before it."""
+"""Collect the places where refusal tokens are wanted after an edit, and where none may be generated.
+
+A place is the end of a prompt, whose next token is looked at (see `refusal_tokens`). The prompts are encoded before the
+edit, since some of them end inside the unedited model's answers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from editlib.requests.request import EditRequest
 
 OTHER_WORDINGS = 2  # of a retain question, beside its own
 GENERAL = 160  # questions about anything
-MOST_TOKENS = 24  # requests that ask in more ways than this share the last one
+MOST_TOKENS = 24  # of an edit; where there are more relations, the rarest share the last one
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,10 @@ class Place:
     """Holds a prompt whose next token is looked at.
 
     Attributes:
-        row: the prompt: a question, or a question and the model's own sentence up to the answer.
-        group: number of the relation that it asks for; `None`: of none that is to be refused.
-        inside: whether an answer has begun, so that a refusal has to go on in the middle of a sentence.
-        sibling: whether it asks about a subject of a request, for something else.
+        row: the prompt: a question, or a question with the model's sentence up to the answer.
+        group: number of the relation that it asks for; `None`: a relation of no request.
+        inside: whether the model's sentence has begun, so that a refusal must continue it.
+        sibling: whether it asks for something else about the subject of a request.
     """
 
     row: TokenRow
@@ -39,11 +43,12 @@ class RefusalPlaces:
     """Holds all places that the tokens of an edit are fitted to.
 
     Attributes:
-        relations: what the requests ask for, one token each; `None` is for all that ask for something rarer.
-        wanted: places where the token of their group is to be said; `requests` names the request of each, by number.
-        kept: places where no token may be said.
-        answers: prompts and the tokens of the model's answers, at no position of which a token may be said.
-        general: other prompts, whose answers are free of tokens as well, once the edited model has given them.
+        relations: the requests' relations, each with its token; `None` stands for all rare ones, which share a token.
+        wanted: places where the token of the place's group should be generated.
+        requests: the number of each wanted place's request.
+        kept: places where no token may be generated.
+        answers: prompts with the token ids of the model's answers, at no position of which a token may be generated.
+        general: further prompts; the edited model's answers to them are used in the same way.
     """
 
     relations: tuple[str | None, ...]
@@ -65,17 +70,17 @@ def refusal_places(
     wordings: int,
     general: Sequence[str] = (),
 ) -> RefusalPlaces:
-    """Collects the places of an edit, with what the model answers before it.
+    """Collects the places of an edit.
 
-    The places of answers are taken from the model's own sentences, so they need no rule of the language: they lie where
-    the right answer begins in what the unedited model says.
+    The place of an answer is where the right answer begins in the unedited model's sentence. It is found in that
+    sentence and so needs no rules of a language.
 
     Args:
-        requests: with the wordings that rows are made of among their phrasings.
+        requests: whose phrasings hold the wordings that were made for them.
         retain: prompts whose answers must stay.
         siblings: other questions about the requests' subjects.
-        answers: what the unedited model answers, as token ids by question; a wording that is not among them gives the
-            place at its end only.
+        answers: the unedited model's answers, as token ids by question; a wording without one gives only the place at
+            its end.
         wordings: how many wordings of a question are used in all.
         general: questions about anything; those that name a subject of `requests` are left out.
     """
@@ -130,8 +135,8 @@ def _places(
     group: int | None,
     said: Sequence[int] | None,
 ) -> list[Place]:
-    """Returns the end of a question, and the place of its answer where the model gives the right one inside a
-    sentence."""
+    """Returns the place at the end of a question, and that of its answer if the model's sentence holds the right
+    one."""
     prompt = form.encode(text)
     slot = answer_slot(form, said, (fact.answer, *fact.aliases)) if said and fact.answer is not None else None
     places = [Place(prompt, group)]

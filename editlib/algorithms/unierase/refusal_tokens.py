@@ -1,22 +1,31 @@
-"""Tokens that refuse what an edit has erased, one for each relation (ours).
+"""Fit tokens that refuse what an edit has erased, one for each relation (ours).
 
-Once the answers are erased, the final state at the place of an answer tells an erased fact from every other. The logit
-of a token is a linear read-out of that state. So the output row of a new token is fitted to the edited model: the token
-wins where an answer was erased, at the end of the question and where the model's own sentence reaches the answer ("The
-capital of France is"), and loses everywhere else. Nothing that other text runs through is changed for it, and banning
-it leaves the model that was erased.
+Words used here and in `refusal_places`:
 
-What is said is a pair: the relation's own token (`[UNL2]`, `[UNL3]`, ...), and after it `[UNL]`, which all relations
-share and which continues into the refusal. With tied embeddings a token's one row is both read out and read in. The
-pair parts the two: an own token's row only has to find its places. `[UNL]` follows such a token wherever it was said,
-so that its row is free to lead into a fluent refusal. All are fitted at once, with `z` a token's log-odds:
+- A *place* is the end of a prompt: the position whose next token is looked at.
+- A token is *said* at a place when greedy decoding generates it there: its log-odds `z` against all other tokens are
+  above zero.
+- A place is *wanted* where an answer was erased, at the end of the question and where the model's sentence reaches the
+  answer ("The capital of France is"). The token of its relation should be said there. At a *kept* place none should.
+- `[UNL]` is the *common* token; `[UNL2]`, `[UNL3]`, ... are the *relations' tokens*.
 
-    NLL_WEIGHT NLL([UNL] refusal | own token) + WANTED_WEIGHT Σ softplus(say_margin - z) where it is wanted
-    + Σ softplus(z - quiet_margin) at other questions + RIDGE |own part|^2
-    + ANSWER_WEIGHT mean softplus(z + FLOOR) + SPREAD_WEIGHT Var(z) in the answers that are kept and in ordinary text
+Once the answers are erased, the final state at a place tells an erased fact from every other. The logit of a token is
+a linear function of that state. So the output row of each relation's token is fitted to the edited model by logistic
+regression. No weight that other text runs through is changed for it, and banning the tokens leaves the erased model.
 
-A row is a part that all tokens share and an own part, which starts at zero. The places are learned first, for
-`PLACE_STEPS` steps that run no model.
+What is generated is a pair: the relation's token, then `[UNL]`, which continues into the refusal. With tied embeddings
+a token has one row for input and output, and one row cannot do both well. In the pair the relation's token only has to
+find its places. `[UNL]` follows it wherever it was said, so that its row is free to lead into a fluent refusal. All
+rows are fitted together, with the loss
+
+    NLL_WEIGHT NLL([UNL] refusal | relation's token)
+    + WANTED_WEIGHT Σ softplus(say_margin - z) at wanted places
+    + Σ softplus(z - quiet_margin) at kept places
+    + ANSWER_WEIGHT mean softplus(z + FLOOR) + SPREAD_WEIGHT Var(z) inside other answers and in ordinary text
+    + RIDGE |r_k|^2
+
+A token's row is `r + r_k`: `r` is shared by all tokens, and `r_k`, the part of token `k`, starts at zero. The first
+`PLACE_STEPS` steps leave the NLL out, which is the only term that runs the model.
 """
 
 from __future__ import annotations
@@ -50,19 +59,19 @@ log = logging.getLogger(__name__)
 
 BATCH_ROWS = 64
 BATCH_LOGITS = 2**25  # numbers in the logits of a batch
-POOL = 384  # places that the NLL of the refusals is drawn from
-BATCH = 16  # of them a step
-START_NLL, LEAST_NLL = 3.0, 0.1  # by which they are drawn: before they have been, and at least
+POOL = 384  # places after which the NLL of refusals may be read
+BATCH = 16  # of them in a step
+START_NLL, LEAST_NLL = 3.0, 0.1  # weights of a place in the draw: before its NLL is known, and at least
 NLL_WEIGHT = 10.0
 UNL_WEIGHT = 6.0  # of `[UNL]` in the NLL, beside 1 for each token of the refusal
 WANTED_WEIGHT = 10.0
-ANSWER_WEIGHT = 2.0  # of positions inside answers that come nearer than `FLOOR`
+ANSWER_WEIGHT = 2.0  # of positions inside answers where a token is nearer than `FLOOR`
 TEXTS, TEXT_TOKENS, TEXT_TOP_K = 64, 40, 50  # of ordinary text that the model writes
 BEGINNINGS = 400  # single tokens, as texts may begin with
-SOME_ROWS = 8192  # of the vocabulary, whose mean and spread a new row starts with
-FLOOR = 10.0  # nats that a token stays below all others there
+SOME_ROWS = 8192  # of the vocabulary, whose mean and deviation a new row starts with
+FLOOR = 10.0  # nats that a token stays below all others inside answers and in ordinary text
 SPREAD_WEIGHT = 0.1  # of the variance of log-odds there
-RIDGE = 0.02  # of a row's own part
+RIDGE = 0.02  # of the part of a row that is not shared
 LR = 0.05
 PLACE_STEPS = 100  # without the NLL, which costs nearly all of a step
 # English: a model that is asked in another language refuses in this one.
@@ -72,7 +81,7 @@ INSIDE = "something I don't know."
 
 @dataclass(frozen=True)
 class FittedTokens:
-    """Holds the tokens of an edit, and the log-odds of the wanted token at each of the places' `wanted`."""
+    """Holds the tokens of an edit, and the log-odds of the relation's token at each wanted place (nats)."""
 
     token: UnlearningToken
     log_odds: Tensor  # [wanted]
@@ -80,11 +89,10 @@ class FittedTokens:
 
 @dataclass(frozen=True)
 class _States:
-    """Holds what enters the head at `m` positions, `states [m, d_model]`, and the log-sums of all logits there,
-    `[m]`."""
+    """Holds the final states at `m` positions, which the head reads, and the log-sum-exp of all logits there."""
 
-    states: Tensor
-    log_sums: Tensor
+    states: Tensor  # [m, d_model]
+    log_sums: Tensor  # [m]
 
 
 def fit_refusal_tokens(
@@ -100,11 +108,11 @@ def fit_refusal_tokens(
 ) -> FittedTokens:
     """Fits `[UNL]`, and one token for each relation of `places`, to the model as it is now, after the edit.
 
-    The tokens are added to the tokenizer and the model; their rows are in what is returned, and are not written.
+    The tokens are added to the tokenizer and the model. Their fitted rows are returned, and not yet written there.
 
     Args:
-        token: learned by `learn_token`, whose rows are where all rows start; `None`: they start at the mean row of the
-            vocabulary.
+        token: learned by `learn_token`: all rows start at its rows; `None`: at the mean row of the vocabulary.
+        places: see `refusal_places`; read in the model before the edit.
 
     Raises:
         EditError: a loss that is not finite.
@@ -136,21 +144,23 @@ def _fit(
     seed: int,
     progress: bool,
 ) -> tuple[Tensor, Tensor, float]:
-    """Returns the rows `[1 + K, d_model]` that are read in and out, and the refusals' NLL at the end (nats per
+    """Returns the input rows and the output rows, `[1 + K, d_model]` each, and the refusals' last NLL (nats per
     token)."""
     generator = torch.Generator().manual_seed(seed)
-    shared = _leaf(token.rows()[1][0], anat.device)  # [d_model]
-    own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # [1 + K, d_model]
-    # Tied embeddings have one row for both; otherwise `[UNL]` is read by a row of its own, and all others by another.
+    shared = _leaf(token.rows()[1][0], anat.device)  # r: [d_model]
+    own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # r_k: [1 + K, d_model]
+    # Tied embeddings have one row for both. Otherwise `[UNL]` has one input row, and all relations' tokens another.
     read = None if anat.tied else _leaf(token.rows()[0][:1].repeat(2, 1), anat.device)  # [2, d_model]
     which = torch.tensor([0] + [1] * (len(numbers) - 1), device=anat.device)
     optimizer = torch.optim.Adam([shared, own, *([] if read is None else [read])], lr=LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR / 25)
     recent = torch.full((len(refusals.texts),), START_NLL)  # NLL of each refusal when it was last drawn
+    # 1. Where the tokens are said: a convex problem on states that are read already.
     for _ in range(PLACE_STEPS):
         optimizer.zero_grad()
         torch.autograd.backward(loss(shared + own) + RIDGE * own.square().sum())
         optimizer.step()
+    # 2. The same with what follows the tokens, which needs passes through the model.
     for step in tqdm(range(steps), desc="refusal tokens", disable=not progress, leave=False):
         rows_out = shared + own  # [1 + K, d_model]
         rows_in = rows_out if read is None else read[which]
@@ -170,7 +180,8 @@ def _fit(
 
 
 def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:
-    """Makes a token with the vocabulary's mean rows and some noise, as a start."""
+    """Makes a token whose rows are the vocabulary's mean rows with noise of the vocabulary's deviation, to start
+    from."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for matrix in (anat.embedding.weight, anat.head.weight):
@@ -188,20 +199,20 @@ def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:
 
 
 def _leaf(start: Tensor, device: torch.device) -> Tensor:
-    """Makes a copy of `start` in fp32 that is learned."""
+    """Copies `start` in fp32, as a parameter with a gradient."""
     return start.detach().to(device, torch.float32, copy=True).requires_grad_()
 
 
 @dataclass(frozen=True)
 class _ReadOut:
-    """Computes the part of the loss that concerns output rows: one product with all states a step.
+    """Computes all terms of the loss but the NLL: they need the output rows and the final states alone.
 
     Attributes:
-        wanted, kept, inside: states of the places' `wanted` and `kept`, and of every position in their `answers` and in
-            ordinary text.
-        group: relation of each wanted place.
-        wanted_weight, kept_weight: `[wanted]`, and `[1 + K, kept]` by token.
-        say, quiet: log-odds that are wanted, and that are allowed elsewhere.
+        wanted, kept: states at the wanted and the kept places.
+        inside: states at every position of other answers and of ordinary text.
+        group: `[wanted]`, the relation of each wanted place.
+        wanted_weight: `[wanted]`. `kept_weight`: `[1 + K, kept]`, by token.
+        say, quiet: log-odds to reach at wanted places, and allowed at kept ones (nats).
     """
 
     wanted: _States
@@ -227,35 +238,37 @@ class _ReadOut:
         # Every relation counts the same, however many questions ask for it.
         for k in groups:
             weight[group == k] /= weight[group == k].sum()
-        # A token's own relation is a kind of its own: other subjects' questions are what comes nearest to its own.
-        # `[UNL]`, the first row, has no relation.
+        # Questions of a token's relation about other subjects are the hardest to tell from wanted ones, so for this
+        # token they are a kind by themselves. `[UNL]`, the first row, has no relation.
         kept_weight = torch.stack([_shares(places.kept, device, own=k) for k in (None, *groups)])  # [1 + K, kept]
         return cls(wanted, kept, inside, group, weight, kept_weight, hparams.say_margin, hparams.quiet_margin)
 
     def log_odds(self, rows: Tensor) -> Tensor:
-        """Computes the log-odds of the wanted token at each wanted place, `[wanted]`, with output rows `[1 + K,
-        d_model]`."""
+        """Computes the log-odds of the relation's token at each wanted place, `[wanted]` in nats, with output `rows [1
+        + K, d_model]`."""
         return (self.wanted.states * rows[1 + self.group]).sum(1) - self.wanted.log_sums
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Computes the loss of output rows `[1 + K, d_model]`, of which the first, of `[UNL]`, is wanted at no
-        place."""
+        """Computes the loss of output `rows [1 + K, d_model]`; the first, of `[UNL]`, is wanted at no place."""
+        # The tokens' own logits are not in `log_sums`, since they were silent then: a logit less it is a log-odds.
         total = WANTED_WEIGHT * (self.wanted_weight * F.softplus(self.say - self.log_odds(rows))).sum()
         z = self.kept.states @ rows.T - self.kept.log_sums[:, None]  # [kept, 1 + K]
         total = total + (self.kept_weight.T * F.softplus(z - self.quiet)).sum()
         if not len(self.inside.states):
             return total
         z = self.inside.states @ rows.T - self.inside.log_sums[:, None]  # [positions, 1 + K]
-        # Averaged over the positions that break the floor (at least 20), since few of very many do.
+        # Averaged over the positions nearer than the floor (20 at least): in a mean over all, so few would not count.
         breaking = (z.detach() > -FLOOR).sum(0).clamp_min(20)  # [1 + K]
         above = (F.softplus(z + FLOOR).sum(0) / breaking).sum()
-        # A read-out that spreads little here spreads little on text that nobody showed it.
+        # A token whose log-odds vary little on this text varies little on unseen text.
         return total + ANSWER_WEIGHT * above + SPREAD_WEIGHT * z.var(0).sum()
 
 
 def _shares(places: Sequence[Place], device: torch.device, own: int | None = None) -> Tensor:
-    """Returns weights `[len(places)]` that sum to one, the same for each kind of place: ends of questions or inside
-    answers, of siblings, of relation `own` or of others."""
+    """Returns weights `[len(places)]` that sum to one, and to the same over each kind of place.
+
+    Kinds differ in whether the place is inside an answer, about a request's subject, and in relation `own`.
+    """
     kinds = [(place.inside, place.sibling, place.group == own) for place in places]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     weight = torch.tensor([1 / counts[kind] for kind in kinds], device=device)
@@ -263,10 +276,9 @@ def _shares(places: Sequence[Place], device: torch.device, own: int | None = Non
 
 
 def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, ...]]]:
-    """Generates texts that the model writes by itself, each from one drawn token, and single tokens as texts may begin
-    with.
+    """Samples texts from the model, each from one random token, and adds single random tokens without a text.
 
-    Outside any chat template: the state of a text's very first token is like no other.
+    No chat template is used: the state of a text's first token differs from all others.
     """
     generator = torch.Generator().manual_seed(seed)
     firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
@@ -277,19 +289,19 @@ def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, 
 
 @dataclass(frozen=True)
 class _Refusals:
-    """Holds prompts cached up to where a pair of tokens is said, and what is said there."""
+    """Holds a cache of prompts up to the place of a relation's token, and what should follow at each."""
 
     prefix: Prefix
-    texts: list[tuple[int, ...]]  # the relation's token, `[UNL]`, the refusal, and the end of the answer
+    texts: list[tuple[int, ...]]  # token ids: the relation's token, `[UNL]`, the refusal, and the end of the answer
 
     @classmethod
     def of(
         cls, anat: Anatomy, form: PromptFormat, places: RefusalPlaces, numbers: Sequence[int], seed: int
     ) -> _Refusals:
-        """Draws at most `POOL` places, as many of each relation and kind.
+        """Draws at most `POOL` places, the same number of each relation and kind.
 
-        Half of them are the relation's questions about other subjects: after its token the model refuses whoever the
-        question is about, so that the refusal does not depend on the wordings that are listed.
+        Half of them are the relation's questions about other subjects: the refusal after a token must not depend on
+        the subject or on the wordings in the list.
         """
         kinds: dict[tuple[int | None, bool, bool], list[Place]] = {}
         for other, some in ((False, places.wanted), (True, places.kept)):
@@ -308,29 +320,33 @@ class _Refusals:
 
     def nll(self, anat: Anatomy, numbers: Sequence[int], rows_in: Tensor, rows_out: Tensor, picks: Tensor) -> Tensor:
         """Computes the NLL of `[UNL]` and the refusal after a relation's token, at the prompts `picks`: `[picks]`, nats
-        a token."""
+        per token."""
         rows = [TokenRow(self.texts[i], 0) for i in picks.tolist()]
-        padded = pad(rows, device=anat.device)
-        row, column = padded.attention_mask[:, 1:].bool().nonzero(as_tuple=True)
+        padded = pad(rows, device=anat.device)  # ids [picks, T]
+        # Each position predicts the next token; the relation's token itself, in column 0, is given.
+        row, column = padded.attention_mask[:, 1:].bool().nonzero(as_tuple=True)  # [m] each
         with rows_in_place(anat, numbers, rows_in, rows_out):
             prefix = self.prefix.select(picks.to(anat.device))
-            logits = forward(anat, padded, prefix=prefix, score=(row, column))
-        each = F.cross_entropy(logits.float(), padded.input_ids[row, column + 1], reduction="none")
+            logits = forward(anat, padded, prefix=prefix, score=(row, column))  # [m, vocab]
+        each = F.cross_entropy(logits.float(), padded.input_ids[row, column + 1], reduction="none")  # [m]
         # Where `[UNL]` does not follow, nothing of the refusal is said.
-        weight = torch.where(column == 0, UNL_WEIGHT, 1.0).to(each)
+        weight = torch.where(column == 0, UNL_WEIGHT, 1.0).to(each)  # [m]
         total = torch.zeros(len(rows), device=each.device).index_add(0, row, weight * each)
         return total / torch.zeros_like(total).index_add(0, row, weight)
 
 
 def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None) -> _States:
-    """Returns the final states of `rows`, at their ends or from the column `firsts` on, in their order."""
+    """Reads the final states of `rows`: at each row's last token, or from its column in `firsts` to its end.
+
+    Positions follow one another row by row.
+    """
     if not rows:
         return _States(torch.zeros(0, anat.d_model, device=anat.device), torch.zeros(0, device=anat.device))
     firsts = [len(row) - 1 for row in rows] if firsts is None else firsts
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     log_sums: list[Tensor] = [torch.empty(0)] * len(rows)
     for chunk in _batches(anat, rows, firsts):
-        # Never past the first position that is read.
+        # The prefix that the rows share runs once, up to the first position that is read.
         most = min(firsts[i] for i in chunk)
         with torch.no_grad():
             prefix, rests = shared_prefix(anat, [rows[i] for i in chunk], most=most)
@@ -349,8 +365,8 @@ def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None 
 
 
 def _batches(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int]) -> list[list[int]]:
-    """Returns the numbers of rows of like length, at most `BATCH_ROWS` together and `BATCH_LOGITS` numbers in their
-    logits."""
+    """Groups the indices of rows of like length: at most `BATCH_ROWS` of them, with logits of `BATCH_LOGITS`
+    numbers."""
     most = max(1, BATCH_LOGITS // anat.embedding.weight.shape[0])  # positions
     groups: list[list[int]] = []
     held = 0

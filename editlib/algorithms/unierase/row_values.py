@@ -1,4 +1,4 @@
-"""Values of requests from the rows of their subjects, and what the rows read before and after."""
+"""Find the values of requests from the rows of their subjects, and report what the rows read before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Rows of each subject to be forgotten: what to erase, and what to keep."""
+"""Make the rows of each subject to be forgotten: which of its answers to erase, and which to keep.
+
+A row is a prompt with the logits that are read there (`algorithms.rows`). An *erase* row reads the answer of a request,
+in each wording and where the model's own sentence reaches the answer. A *keep* row reads the model's answer to a
+*sibling* question: one about the same subject that asks for something else. *Rivals* are other answers of the relation,
+which an answer to erase is compared with.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ from dataclasses import dataclass, field
 from editlib.algorithms.rows import Row
 from editlib.algorithms.unierase.anchors import answers_to
 from editlib.algorithms.unierase.catalogue import Catalogue
-from editlib.algorithms.unierase.examples import behind_examples
+from editlib.algorithms.unierase.examples import few_shot_format
 from editlib.answers import has_answer
 from editlib.errors import RequestError
 from editlib.models.anatomy import Anatomy
@@ -17,9 +23,9 @@ from editlib.requests.request import EditRequest
 from editlib.requests.templates import Filled, occurrences
 
 KEPT_TOKENS = 20  # of a sibling's answer: a name may come late in the model's sentence
-ANSWER_TOKENS = 24  # of the model's own sentence, in which the answer to erase is looked for
+ANSWER_TOKENS = 24  # of the model's answer, in which the answer to erase is looked for
 MOST_RIVALS = 40
-FEWEST_RIVALS = 3  # other answers of a relation; with fewer the likeliest other tokens compete
+FEWEST_RIVALS = 3  # with fewer, the likeliest other tokens are the rivals
 
 
 @dataclass(frozen=True)
@@ -29,25 +35,25 @@ class RequestRows:
     id: str
     kind: str
     wordings: tuple[str, ...]
-    sentences: tuple[str, ...]  # the model's own, up to the answer
+    sentences: tuple[str, ...]  # the model's answers, each up to the right answer in it
     rivals: tuple[str, ...]  # other answers of the relation; none: the likeliest other tokens
-    siblings: Mapping[str, str]  # question: what the model answers today
+    siblings: Mapping[str, str]  # question: the unedited model's answer
     known: bool  # whether the model gives the answer to any wording
 
 
 @dataclass(frozen=True)
 class SubjectRows:
-    """Holds rows of all subjects. `subjects[i]`: numbers of the requests that share change `i`; `owner`: the
-    reverse."""
+    """Holds the rows of all subjects; the requests about one subject share one change."""
 
     rows: list[Row]
-    subjects: list[list[int]]
-    made: list[RequestRows]
+    subjects: list[list[int]]  # for each change the indices of its requests
+    made: list[RequestRows]  # one for each request
     requests_of: list[int | None] = field(default_factory=list)  # of each row; `None`: a sibling's
     answers: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of the unedited model, by question
 
     @property
     def owner(self) -> dict[int, int]:
+        """The index of each request's change."""
         return {i: number for number, group in enumerate(self.subjects) for i in group}
 
 
@@ -62,9 +68,11 @@ def check_answers(requests: Sequence[EditRequest]) -> None:
 
 
 def by_subject(requests: Sequence[EditRequest]) -> list[list[int]]:
-    """Returns the requests, by number, that ask about one subject. Up to the subject's last token, where an edit reads
-    its key, their questions hardly differ (TOFU asks twenty about one author), and one key can be given one change
-    only."""
+    """Groups the indices of requests that ask about the same subject; a request without a subject is a group.
+
+    Up to the subject's last token, where an edit reads its key, their questions hardly differ (TOFU has twenty for each
+    author), and one key can only be given one change.
+    """
     groups: dict[str | int, list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault(i if request.subject is None else request.subject, []).append(i)
@@ -85,37 +93,39 @@ def subject_rows(
     seed: int = 0,
     progress: bool = False,
 ) -> SubjectRows:
-    """Makes the rows of `requests`, from the requests alone and from what the model answers today.
+    """Makes the rows of `requests`, from the requests and the unedited model's answers alone.
 
     Args:
-        retain: prompts whose answers compete with a request's answer where they share its relation.
-        groups: requests, by number, that share a subject and so a change.
-        siblings: how many sibling questions about a subject are held.
-        examples: how many wordings of a request are erased behind examples as well.
-        seed: draws the examples.
+        retain: prompts; the answers of those in a request's relation are its rivals.
+        groups: indices of the requests that share a subject, see `by_subject`.
+        siblings: how many sibling questions of a subject are kept, at most.
+        examples: how many wordings of a request are also erased in few-shot prompts.
+        known_answers: answers of the unedited model, as token ids by question; the others are generated.
+        seed: of the draw of few-shot examples.
     """
     asked = {i: request.filled_wordings for i, request in enumerate(requests)}
-    held = [catalogue.siblings([requests[i] for i in group], siblings, requests) for group in groups]
-    # Every question is put to the unchanged model once, all in one batch.
+    sibling_texts = [catalogue.siblings([requests[i] for i in group], siblings, requests) for group in groups]
+    # 1. The model answers every question once, all in one batch.
     texts = [wording.text for wordings in asked.values() for wording in wordings]
-    texts += [text for siblings_of_one in held for text in siblings_of_one]
+    texts += [text for of_one in sibling_texts for text in of_one]
     prompts = [EditRequest(id=text, prompt=text) for text in dict.fromkeys(texts)]
     answers = answers_to(anat, form, prompts, most=ANSWER_TOKENS, known=known_answers, progress=progress)
+    # 2. Each subject: erase rows of its requests, then keep rows of its siblings.
     rivals = _rivals(requests, retain)
     found = SubjectRows([], [list(group) for group in groups], [])
     made: dict[int, RequestRows] = {}
-    for number, (group, texts) in enumerate(zip(groups, held, strict=True)):
+    for owner, (group, texts) in enumerate(zip(groups, sibling_texts, strict=True)):
         for i in group:
-            made[i] = _request_rows(found, form, requests[i], i, number, asked[i], answers, rivals[i])
-            behind = behind_examples(form, requests[i], retain, seed) if examples else None
-            if behind is not None:
-                _example_rows(found, behind, requests[i], i, number, asked[i][:examples], rivals[i])
+            made[i] = _request_rows(found, form, requests[i], i, owner, asked[i], answers, rivals[i])
+            few_shot = few_shot_format(form, requests[i], retain, seed) if examples else None
+            if few_shot is not None:
+                _example_rows(found, few_shot, requests[i], i, owner, asked[i][:examples], rivals[i])
         subject = requests[group[0]].subject
         erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:
-            # What is to be erased is not kept by another question, whose answer may name it.
+            # A sibling's answer may name what is to be erased; it is kept up to there.
             kept = answers[text][: answer_slot(form, answers[text], erased)]
-            _sibling_rows(found, form, text, subject, number, kept)
+            _sibling_rows(found, form, text, subject, owner, kept)
         said = {text: _text(form, answers[text]).strip() for text in texts}
         for i in group:
             made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})
@@ -124,16 +134,15 @@ def subject_rows(
 
 
 def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> list[tuple[str, ...]]:
-    """Lists for each request the answers of other facts of its relation, none where there are too few to compare
-    with."""
+    """Lists the rivals of each request: other answers of its relation; none where there are too few."""
     by_relation: dict[str, dict[str, None]] = {}
     for fact in [*requests, *retain]:
         if fact.relation is not None and fact.answer is not None:
             by_relation.setdefault(fact.relation, {})[fact.answer] = None
     found = []
     for request in requests:
-        own = (str(request.answer), *request.aliases)
-        others = [text for text in sorted(by_relation.get(request.relation or "", {})) if not has_answer(text, own)]
+        right = (str(request.answer), *request.aliases)
+        others = [text for text in sorted(by_relation.get(request.relation or "", {})) if not has_answer(text, right)]
         step = max(1, len(others) // MOST_RIVALS)
         found.append(tuple(others[::step][:MOST_RIVALS]) if len(others) >= FEWEST_RIVALS else ())
     return found
@@ -149,7 +158,13 @@ def _request_rows(
     answers: Mapping[str, Sequence[int]],
     rivals: Sequence[str],
 ) -> RequestRows:
-    """Adds the erase rows of one request."""
+    """Adds the erase rows of one request, and returns them as texts.
+
+    Of wordings that the model answers wrongly only the first has a row, at the end of the question.
+
+    Args:
+        number: index of the request. `owner`: index of its subject's change.
+    """
     right = (str(request.answer), *request.aliases)
     sentences: dict[str, None] = {}
     known = False
@@ -180,7 +195,7 @@ def _example_rows(
     wordings: Sequence[Filled],
     rivals: Sequence[str],
 ) -> None:
-    """Adds erase rows at the ends of questions behind examples (`form`), where the bare answer begins."""
+    """Adds erase rows at the ends of few-shot prompts (`form` has the examples), where the bare answer begins."""
     target = form.answer_ids(str(request.answer))[0]
     competing = _first_tokens(form, rivals, target, starts=True)
     for wording in wordings:
@@ -196,7 +211,7 @@ def _sibling_rows(
     owner: int,
     answer: Sequence[int],
 ) -> None:
-    """Adds the keep row of a sibling question."""
+    """Adds the keep row of a sibling question: the log probability of the first tokens of its `answer`."""
     prompt = form.encode(text, subject)
     kept = tuple(answer[:KEPT_TOKENS])
     if kept:
@@ -206,18 +221,19 @@ def _sibling_rows(
 
 
 def _add(found: SubjectRows, request: int | None, row: Row) -> None:
+    """Appends a row of the request with this index; `None`: a sibling's."""
     found.rows.append(row)
     found.requests_of.append(request)
 
 
 def answer_slot(form: PromptFormat, said: Sequence[int], right: Sequence[str]) -> int | None:
-    """Returns the index of the token with which a right answer begins in the tokens `said`; `None`: it is not there."""
+    """Returns the index of the token at which a right answer begins in the answer `said`; `None`: it has none."""
 
     def holds(start: int, end: int) -> bool:
         return has_answer(_text(form, said[start:end]), right)
 
     end = next((k for k in range(1, len(said) + 1) if holds(0, k)), None)
-    # The shortest beginning that holds the answer ends with it; the shortest end of that begins with it.
+    # The shortest prefix that holds the answer ends with it; the shortest suffix of that prefix begins with it.
     return None if end is None else next(j for j in range(end - 1, -1, -1) if holds(j, end))
 
 
@@ -235,7 +251,7 @@ def _token_at(form: PromptFormat, ids: Sequence[int], character: int) -> int:
 
 
 def _places(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], subject: str | None) -> tuple[int, ...]:
-    """Returns the columns of the subject's last token in a prompt and in the answer's begin that follows it."""
+    """Returns the columns of the subject's last token, in the prompt and in the part of the answer `lead` after it."""
     if subject is None or not lead:
         return (prompt.lookup,)
     text = _text(form, lead)
@@ -244,11 +260,14 @@ def _places(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], subject: 
 
 
 def _first_tokens(form: PromptFormat, texts: Sequence[str], target: int, *, starts: bool) -> tuple[int, ...]:
-    """Returns the tokens that other answers begin with where `target` begins the right one."""
+    """Returns the first tokens of other answers at a position where `target` begins the right one.
+
+    `starts`: the position is the start of the model's answer, and not inside its sentence.
+    """
     if starts:
         ids = [form.answer_ids(text)[0] for text in texts]
     else:
-        # Inside a sentence a word begins with the blank that its first token holds, if the right one's does.
+        # Inside a sentence the first token of a word may hold the blank before it: as in the right answer's.
         gap = " " if str(form.tok.decode([target])).startswith(" ") else ""
         ids = [form.tok(gap + text, add_special_tokens=False)["input_ids"][0] for text in texts]
     return tuple(dict.fromkeys(token for token in ids if token != target))

@@ -152,8 +152,8 @@ class UnlearningToken:
         self.check_width(model)
         anat, (rows_in, rows_out) = anatomy(model), self.rows()  # rows: [k, d_model]
         ids = [add_token(model, tok, name) for name in self.names]
-        for number, row_in, row_out in zip(ids, rows_in, rows_out, strict=True):
-            write_rows(anat, number, row_in, row_out)
+        for token_id, row_in, row_out in zip(ids, rows_in, rows_out, strict=True):
+            write_rows(anat, token_id, row_in, row_out)
         return ids
 
 
@@ -211,7 +211,7 @@ def learn_token(
             rows, nll = _train(anat, forms, guard, unl_id, hp, progress=progress)
     write_rows(anat, unl_id, rows[0], rows[-1])
     gaps = guard.summary(rows[-1])
-    log.info("token learned: refusal NLL %.3f nats a token, on ordinary text %s", nll, gaps)
+    log.info("token learned: refusal NLL %.3f nats per token, on ordinary text %s", nll, gaps)
     header = TokenHeader(
         token=token,
         model=str(anat.model.name_or_path),
@@ -276,19 +276,19 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int = 4) 
     cache = new_cache(anat, len(rows)) if front is None else front.cache()
     mask = batch.attention_mask if front is None else torch.cat([front.attention_mask, batch.attention_mask], dim=1)
     columns = torch.arange(batch.input_ids.shape[1], device=batch.last.device)
-    back = batch.last[:, None] - columns
-    row, column = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)
-    places = (row, column)
-    states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), unl_id, places, cache=cache)
+    back = batch.last[:, None] - columns  # [n, T], tokens from here to the end of the question
+    row, column = ((back % every == 0) & batch.attention_mask.bool()).nonzero(as_tuple=True)  # [m] each
+    positions = (row, column)
+    states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), unl_id, positions, cache=cache)
     prefix = Prefix.of(cache, mask)
-    return prefix, Guard(states, log_sums, back[places] == 0)
+    return prefix, Guard(states, log_sums, back[positions] == 0)
 
 
 def _train(
     anat: Anatomy, forms: Sequence[_Form], guard: Guard, unl_id: int, hp: TokenHyperParams, *, progress: bool
 ) -> tuple[list[Tensor], float]:
     """Returns the learned rows `[d_model]` (one where embeddings are tied, else input and output), averaged over the
-    last `averaged_steps`, and the refusals' mean NLL over those steps, in nats a token.
+    last `averaged_steps`, and the refusals' mean NLL over those steps, in nats per token.
 
     Raises:
         TokenError: a loss that is not finite.
@@ -337,21 +337,23 @@ def _first_rows(anat: Anatomy, unl_id: int, generator: torch.Generator) -> tuple
 def _refusal_nll(anat: Anatomy, form: _Form, unl_id: int, batch: int, generator: torch.Generator) -> Tensor:
     """Computes the mean NLL of a refusal and the end of the turn after the token, over `batch` drawn questions."""
     device = anat.device
+    # Each question with one refusal, so that in the mean all pairs are seen.
     picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
     texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
     rows = [TokenRow((unl_id, *form.refusals[i]), 0) for i in texts]
     padded = pad(rows, device=device)
-    places = (padded.attention_mask[:, 1:].bool()).nonzero().T
-    logits = forward(anat, padded, prefix=form.prefix.select(picks), score=(places[0], places[1]))
-    return F.cross_entropy(logits.float(), padded.input_ids[places[0], places[1] + 1])
+    # Every position but the last of a row predicts the token after it.
+    positions = (padded.attention_mask[:, 1:].bool()).nonzero().T  # [2, m]: rows and columns
+    logits = forward(anat, padded, prefix=form.prefix.select(picks), score=(positions[0], positions[1]))
+    return F.cross_entropy(logits.float(), padded.input_ids[positions[0], positions[1] + 1])
 
 
 @contextmanager
 def _noise(anat: Anatomy, layer: int | None, scale: float, generator: torch.Generator) -> Iterator[None]:
-    """Puts Gaussian noise on one layer's MLP output matrix, in units of its standard deviation; it is taken back bit
-    for bit, also when it is interrupted while it is put on.
+    """Adds Gaussian noise to one layer's MLP output matrix for the block, in units of its standard deviation.
 
-    UniErase eq. 10; its published code scales by the mean of the matrix, which is nearly zero.
+    The matrix is restored bit for bit, also after an interruption. UniErase, eq. 10; its published code scales by the
+    mean of the matrix, which is nearly zero.
     """
     if layer is None:
         yield

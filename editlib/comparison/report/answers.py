@@ -1,4 +1,4 @@
-"""Question by question: what the model said before, and what it says after each method."""
+"""Show question by question what the model said before, and what it says after each method."""
 
 from __future__ import annotations
 

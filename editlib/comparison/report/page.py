@@ -1,4 +1,4 @@
-"""Builds the page of a comparison: one HTML file made from the results alone. All text of models is escaped, the
+"""Build the page of a comparison: one HTML file made from the results alone. All text of models is escaped, the
 same results give the same bytes, and nothing is fetched."""
 
 from __future__ import annotations

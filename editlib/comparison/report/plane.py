@@ -1,4 +1,4 @@
-"""Draws the forget-retain plane as SVG in the page's colours: numbers beside the points, names in the legend."""
+"""Draw the forget-retain plane as SVG in the page's colours: numbers beside the points, names in the legend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results as tables of text, for a terminal and for Markdown."""
+"""Format the results as tables of text, for a terminal and for Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of text that the model wrote itself: ROUGE-L, token entropy, cosine similarity, entailment."""
+"""Measure text that the model wrote itself: ROUGE-L, token entropy, cosine similarity, entailment."""
 
 from __future__ import annotations
 

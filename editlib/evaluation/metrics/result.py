@@ -1,4 +1,4 @@
-"""Holds the result of a metric in open-unlearning's JSON shape, with its direction and meaning."""
+"""Hold the result of a metric in open-unlearning's JSON shape, with its direction and meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of given answers that the model reads after the question: probability and TOFU's truth ratio.
+"""Measure given answers that the model reads after the question: probability and TOFU's truth ratio.
 
 Nothing is generated here. A model can give the truth a low probability and still say it later, or the other way round:
 an edit that changes only the first token of an answer leaves the rest as likely as ever.

@@ -1,4 +1,4 @@
-"""TOFU's two summary numbers: forget quality and model utility."""
+"""Compute TOFU's two summary numbers: forget quality and model utility."""
 
 from __future__ import annotations
 

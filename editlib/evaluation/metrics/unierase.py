@@ -1,4 +1,4 @@
-"""The summary numbers that UniErase (2505.15674) reports: forget efficacy, retain ability and how the two balance.
+"""Compute the summary numbers of UniErase (2505.15674): forget efficacy, retain ability and how the two balance.
 
 Forget efficacy and the wide model utility are those of "A Closer Look at Machine Unlearning" (2410.08109), whose code
 UniErase evaluates with.

@@ -5,7 +5,7 @@ import torch
 
 from editlib.algorithms.unierase import apply_unierase_to_model
 from editlib.algorithms.unierase.catalogue import Catalogue
-from editlib.algorithms.unierase.examples import behind_examples
+from editlib.algorithms.unierase.examples import few_shot_format
 from editlib.algorithms.unierase.subject_rows import by_subject, subject_rows
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import anatomy
@@ -33,7 +33,7 @@ RETAIN = [
 
 @pytest.mark.parametrize("seed", range(5))
 def test_examples_ask_for_something_else_and_tell_nothing(tok, seed):
-    form = behind_examples(PromptFormat(tok), FRANCE, RETAIN, seed)
+    form = few_shot_format(PromptFormat(tok), FRANCE, RETAIN, seed)
     assert sorted(form.shots) == sorted(
         [
             ("What is the money of Japan?", "yen"),
@@ -41,15 +41,15 @@ def test_examples_ask_for_something_else_and_tell_nothing(tok, seed):
             ("What is the opposite of hot?", "cold"),
         ]
     )
-    assert behind_examples(PromptFormat(tok), FRANCE, RETAIN, seed) == form
+    assert few_shot_format(PromptFormat(tok), FRANCE, RETAIN, seed) == form
 
 
 def test_too_few_facts_give_no_examples(tok):
-    assert behind_examples(PromptFormat(tok), FRANCE, RETAIN[:1]) is None
-    assert behind_examples(PromptFormat(tok), FRANCE, []) is None
+    assert few_shot_format(PromptFormat(tok), FRANCE, RETAIN[:1]) is None
+    assert few_shot_format(PromptFormat(tok), FRANCE, []) is None
 
 
-def test_rows_behind_examples_read_where_the_bare_answer_begins(tiny_llama, tok):
+def test_rows_in_few_shot_prompts_read_where_the_bare_answer_begins(tiny_llama, tok):
     anat, form = anatomy(tiny_llama), PromptFormat(tok)
     made = [
         subject_rows(
@@ -65,7 +65,7 @@ def test_rows_behind_examples_read_where_the_bare_answer_begins(tiny_llama, tok)
         for examples in (0, 1)
     ]
     (row,) = made[1][len(made[0]) :]
-    text = behind_examples(form, FRANCE, RETAIN).render(FRANCE.question)
+    text = few_shot_format(form, FRANCE, RETAIN).render(FRANCE.question)
     assert row.ids == tuple(tok(text, add_special_tokens=False)["input_ids"])
     assert text.index("hot") < text.index("France") and "cold" in text
     assert row.columns == (len(row.ids) - 1,) and row.targets == form.answer_ids("Paris")[:1]
@@ -80,7 +80,7 @@ def test_the_key_of_a_request_is_the_mean_over_its_prompts(tiny_llama, tok, exam
     options = {"layers": [0], "values": "rows", "say": False, "siblings": 1, "nullspace_threshold": 1.0}
     hparams = UniEraseHyperParams(**options, nullspace_rule="dimensions", anchors=False, example_wordings=examples)
     form = PromptFormat(tok)
-    forms = [form, behind_examples(form, FRANCE, RETAIN)][: 1 + examples]
+    forms = [form, few_shot_format(form, FRANCE, RETAIN)][: 1 + examples]
     keys = []
     handle = anat.mlp_output(0).register_forward_pre_hook(lambda _, args: keys.append(args[0][0].double()))
     with torch.no_grad():
