@@ -68,11 +68,11 @@ def test_settings_that_erase_are_carried_over_too():
     found = derive("UniErase", ModelShape("mine", "qwen2", 24, 896), values="rows")
     reference = load_hparams("UniErase/smollm2-135m-erase")
     assert (found.values, found.layers, found.gate_layer) == ("rows", [2, 3, 4, 5, 6], None)
-    assert (found.nullspace_rule, found.nullspace_threshold) == ("energy", 0.3)
-    moved = {"layers", "nullspace_rule", "nullspace_threshold", *ABOUT}
+    assert (found.nullspace_rule, found.nullspace_threshold) == ("dimensions", 1.0)  # ordinary text is held by weight
+    moved = {"layers", *ABOUT}
     kept = {key: value for key, value in reference.to_dict().items() if key not in moved}
     assert kept == {key: value for key, value in found.to_dict().items() if key not in moved}
-    assert "3-8 of 30" in found.notes["layers"] and "0.02" in found.notes["nullspace_threshold"]
+    assert "3-8 of 30" in found.notes["layers"] and "nullspace_threshold" not in found.notes
     assert found.notes["all else"] == "as in UniErase/smollm2-135m-erase.json"
     assert "not on this model" in found.notes["measured"]  # what was measured is for values by descent
     assert derive("UniErase", ModelShape("mine", "qwen2", 24, 896), read_at=10, values="rows").layers < found.layers
