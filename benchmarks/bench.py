@@ -83,7 +83,11 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--facts", type=int, default=2, help="whose values are found from rows")
     parser.add_argument("--batches", type=int, default=20, help="of the chain, one request each")
     parser.add_argument("--solve", type=int, nargs=2, default=[14336, 4096], metavar=("D_FF", "D_MODEL"))
+    parser.add_argument("--processor", action="store_true", help="seconds of the processor, one thread: beside others")
     args = parser.parse_args(given)
+    if args.processor:
+        torch.set_num_threads(1)
+        time.perf_counter = time.process_time
     if unknown := set(args.only) - set(PARTS):
         raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
     run(Side(args.model), args)
@@ -95,7 +99,12 @@ def run(side: Side, args: argparse.Namespace) -> None:
     ratios: dict[str, float] = {}
     parts: dict[str, dict[str, Any]] = {}
     for name, (measure, keys) in PARTS.items():
-        job = {"part": name, "machine": machine(), **{key: getattr(args, key) for key in keys}}
+        job = {
+            "part": name,
+            "machine": machine(),
+            "clock": time.perf_counter.__name__,
+            **{key: getattr(args, key) for key in keys},
+        }
         made = finished.find(job, dict)
         if made is None and name in args.only:
             say(f"{name}: measuring")

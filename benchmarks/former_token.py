@@ -38,6 +38,7 @@ FORMER = TokenHyperParams(
     questions=1000,
     guard_prompts=180,
     guard_tokens=24,
+    guard_every=4,
     precision="model",
 )
 SAID = 24  # tokens of what the token continues into

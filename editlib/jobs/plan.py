@@ -169,5 +169,6 @@ def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: 
         dense=settings.text_weight > 0,
         wordings=settings.wordings,
         siblings=settings.siblings,
+        examples=min(settings.example_wordings, 1 + settings.wordings),
         left_metric=from_rows and settings.left_weight > 0,
     )

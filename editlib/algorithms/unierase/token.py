@@ -44,7 +44,7 @@ class TokenHyperParams:
     steps: int = 70
     robust_steps: int = 50  # of `steps`, the last ones, with noise on the matrices that edits will change
     batch: int = 8
-    lr: float = 0.12
+    lr: float = 0.15
     memory: float = 0.99  # of squared gradients, Adam's second beta; less suits fewer steps
     opening: int = 4  # tokens that the refusals it is learned over begin with alike, as far as several do
     refusals: int = 4  # it is learned over, at most: the shortest of those that open alike
@@ -57,6 +57,7 @@ class TokenHyperParams:
     questions: int = 200  # that the token is learned over, at most
     guard_prompts: int = 120  # ordinary prompts whose answers are watched
     guard_tokens: int = 16  # of an answer that are watched
+    guard_every: int = 1  # of a question's positions, counted from its end, each so many-th is watched
     precision: str = "fast"  # dtype of the model's passes: "model", or "fast": bf16 where the processor is faster in it
     seed: int = 0
 
@@ -240,8 +241,11 @@ def _check(anat: Anatomy, questions: Sequence[str], refusals: Sequence[str], hp:
         raise TokenError(
             f"{len(questions)} questions and {len(refusals)} refusals given; at least {least} and 2 are needed"
         )
-    if hp.refusals < 1 or hp.opening < 0:
-        raise TokenError(f"refusals {hp.refusals} and opening {hp.opening} given; expected at least 1 and 0")
+    if min(hp.refusals, hp.guard_every) < 1 or hp.opening < 0:
+        raise TokenError(
+            f"refusals {hp.refusals}, guard_every {hp.guard_every} and opening {hp.opening} given; expected at least "
+            "1, 1 and 0"
+        )
     if min(hp.steps, hp.batch) < 1:
         raise TokenError(f"steps {hp.steps} and batch {hp.batch} given; both must be at least 1")
     if hp.precision not in ("fast", "model"):
@@ -275,7 +279,7 @@ def _encode(
         rows = [form.encode(question) for question in questions[i :: len(formats)]]
         end = form.end_ids(end_tokens(anat)) if end_tokens(anat) else ()  # a model that never stops is taught no end
         with torch.no_grad():
-            prefix, guard = _ordinary(anat, rows, unl_id)
+            prefix, guard = _ordinary(anat, rows, unl_id, hp.guard_every)
         forms.append(_Form(prefix, [(*form.answer_ids(text), *end) for text in refusals]))
         guards.append(guard)
     return forms, Guard.joined(guards)
@@ -300,7 +304,7 @@ def alike(refusals: Sequence[Sequence[int]], opening: int, most: int) -> list[in
     return sorted(largest, key=lambda i: len(refusals[i]))[:most]
 
 
-def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int = 4) -> tuple[Prefix, Guard]:
+def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int) -> tuple[Prefix, Guard]:
     """Returns the cached `rows`, and the guard over their ends and each `every`-th position before."""
     front, rests = shared_prefix(anat, rows)
     batch = pad(rests, side="left", device=anat.device)

@@ -210,9 +210,9 @@ def test_the_number_of_refusals_is_that_of_those_it_was_learned_over(tiny_llama,
     assert found.header.refusals == 2
 
 
-@pytest.mark.parametrize("change", [{"refusals": 0}, {"opening": -1}])
+@pytest.mark.parametrize("change", [{"refusals": 0}, {"opening": -1}, {"guard_every": 0}])
 def test_impossible_numbers_of_refusals_are_refused(tiny_llama, tok, change):
-    with pytest.raises(TokenError, match=r"refusals .* and opening .* given"):
+    with pytest.raises(TokenError, match=r"refusals .* and opening .* given; expected"):
         learn(tiny_llama, tok, replace(HP, **change))
     assert len(tok) == VOCAB
 
