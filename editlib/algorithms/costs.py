@@ -321,8 +321,12 @@ def token(
     question_tokens: int = 20,
     answer_tokens: int = 16,
     refusal_tokens: int = 9,
+    cast: bool = True,
 ) -> Step:
-    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back."""
+    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back.
+
+    `cast`: the weights are fp32, and held in bf16 as well meanwhile.
+    """
     seen = questions * question_tokens
     answered_tokens = guard_prompts * (question_tokens + answer_tokens)
     scored = seen // 4 + guard_prompts * answer_tokens
@@ -336,7 +340,9 @@ def token(
             forward_pass(size, steps * trained, size.n_layers, "fast", passes=steps, kind="gradient"),
             head_pass(size, steps * batch * refusal_tokens, "fast", passes=steps, kind="gradient"),
         ],
-        questions * question_tokens * size.n_layers * size.kv_width * 2 + 2 * size.total + scored * size.vocab * 2,
+        questions * question_tokens * size.n_layers * size.kv_width * 2
+        + 2 * size.total * cast
+        + scored * size.vocab * 2,
     )
 
 

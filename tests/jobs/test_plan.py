@@ -113,6 +113,11 @@ def test_a_plan_counts_the_examples_of_its_settings():
     assert settings_job(replace(settings, example_wordings=0), 5, 16, SIZE).examples == 0
 
 
+def test_a_token_holds_a_second_copy_of_fp32_weights_alone():
+    held = {cast: costs.token(SIZE, steps=1, batch=1, cast=cast).held for cast in (True, False)}
+    assert held[True] - held[False] == 2 * SIZE.total
+
+
 def test_passes_take_what_a_layer_was_measured_to_take():
     curve = Curve((1, 101), (0.5, 2.5))
     assert [curve.at(tokens) for tokens in (1, 51, 201)] == pytest.approx([0.5, 1.5, 4.5])
