@@ -5,7 +5,7 @@
 
 Every part that is finished is kept in `OUT/finished` and not measured again, so that a run which is stopped goes on.
 `OUT/results.json` holds the ratios of all parts that are there (more is better, but for the last), and what they are
-made of under `parts`:
+made of under `parts`; `missing` names the ratios that no part has given yet:
 
 - `values_ratio_contexts`: values of a request, published over editlib, the same six contexts and KL prompt
 - `values_ratio_fast`: the same contexts with editlib in bf16 where the processor is fast at it, as all settings ship
@@ -14,7 +14,8 @@ made of under `parts`:
 - `rows_ratio_fast`: the same with editlib in bf16
 - `job_ratio`: the whole edit of all requests, published over editlib
 - `statistics_ratio`: a pass a layer over one pass for all layers
-- `token_ratio`: the unlearning token in the model's dtype, as it was learned before, over the default
+- `token_ratio`: the unlearning token as it was learned before (`former_token.py`), over the default; both are judged
+  on the same held-out questions
 - `solve_time_ratio`, `solve_memory_ratio`: the dense system over the factored one, 14336 x 4096, 64 directions kept out
 - `sequential_flatness`: seconds of a chain's last batches over those of its first
 """
@@ -33,6 +34,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import former_token
 import plain_rows
 import published
 import torch
@@ -40,6 +42,7 @@ from edit_cost import compare_edits
 from published import Settings
 from sides import capital_requests, encoded, measured, same_settings, say
 from solve import compare
+from torch import Tensor
 
 from editlib import Chain, Workbench, data, load_hparams
 from editlib.algorithms.pipeline import find_values, prepare
@@ -66,10 +69,12 @@ ROW_SETTINGS = "UniErase/smollm2-135m-erase"
 FACT_STEP = 9  # takes facts from all over the bundled ones
 STATISTICS_TOKENS = 20_000  # as many as `editlib unlearn` takes
 WINDOW, BATCH_TOKENS = 256, 4096
-FORMER = TokenHyperParams(precision="model")  # in fp32, as the token was learned before
+FORMER, TOKEN = former_token.FORMER, TokenHyperParams()  # the token as it was learned before, and as it is now
+ASKED = 100  # held-out questions that a token is judged by, and other prompts whose answers it must keep out of
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
@@ -78,14 +83,28 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=2, help="whose values are found from rows")
     parser.add_argument("--batches", type=int, default=20, help="of the chain, one request each")
     parser.add_argument("--solve", type=int, nargs=2, default=[14336, 4096], metavar=("D_FF", "D_MODEL"))
-    args = parser.parse_args()
+    parser.add_argument("--processor", action="store_true", help="seconds of the processor, one thread: beside others")
+    args = parser.parse_args(given)
+    if args.processor:
+        torch.set_num_threads(1)
+        time.perf_counter = time.process_time
     if unknown := set(args.only) - set(PARTS):
         raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
-    finished, side = Finished(args.out), Side(args.model)
+    run(Side(args.model), args)
+
+
+def run(side: Side, args: argparse.Namespace) -> None:
+    """Measures the parts of `args.only` that are not finished; those that are finished go into the results, too."""
+    finished = Finished(args.out)
     ratios: dict[str, float] = {}
     parts: dict[str, dict[str, Any]] = {}
     for name, (measure, keys) in PARTS.items():
-        job = {"part": name, "machine": machine(), **{key: getattr(args, key) for key in keys}}
+        job = {
+            "part": name,
+            "machine": machine(),
+            "clock": time.perf_counter.__name__,
+            **{key: getattr(args, key) for key in keys},
+        }
         made = finished.find(job, dict)
         if made is None and name in args.only:
             say(f"{name}: measuring")
@@ -95,8 +114,9 @@ def main() -> None:
             say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in made.items()))
             ratios |= {key: value for key, value in made.items() if key in RATIOS}
             parts[name] = {"of": job, **made}
-    write_json(args.out / "results.json", {**ratios, "machine": machine(), "parts": parts})
-    say(f"{args.out / 'results.json'}")
+    missing = [name for name in RATIOS if name not in ratios]
+    write_json(args.out / "results.json", {**ratios, "missing": missing, "machine": machine(), "parts": parts})
+    say(f"{args.out / 'results.json'}" + (f", without {', '.join(missing)}" if missing else ""))
 
 
 @dataclass
@@ -233,18 +253,27 @@ def layer_statistics(side: Side, args: argparse.Namespace) -> Mapping[str, float
 
 
 def token(side: Side, args: argparse.Namespace) -> Mapping[str, float]:
-    """The token as it was learned before and as it is learned now, in one run."""
-    questions = data.questions("train")
+    """The token as it was learned before and as it is learned now, in one run, and what each is worth on held-out
+    questions (`former_token.quality`)."""
+    questions, held_out = data.questions("train"), data.questions("heldout")[:ASKED]
     random.Random(0).shuffle(questions)
+    watched = [prompt.question for prompt in data.general("test")][:ASKED]
     ordinary = [prompt.question for prompt in data.general("anchor")]
     row: dict[str, float] = {}
-    for name, hparams in (("before", FORMER), ("now", TokenHyperParams())):
-        learn = partial(learn_token, side.anat, side.bench.tok, questions, data.refusals(), hparams=hparams)
-        asked = ordinary[: hparams.guard_prompts // 3]
-        cost = measured(partial(learn, ordinary=asked, progress=False), side.anat.device)
+    for name, learn, settings in (("before", former_token.learn, FORMER), ("now", learned_rows, TOKEN)):
+        some = ordinary[: settings.guard_prompts // 3]
+        work = partial(learn, side.anat, side.bench.tok, questions, data.refusals(), ordinary=some, hparams=settings)
+        cost = measured(work, side.anat.device)
         row |= {name: cost.seconds, f"{name}_mb": cost.memory_mb}
-        row |= {f"{name}_{key}": value for key, value in cost.made.header.metrics.items()}
+        worth = former_token.quality(side.anat, side.bench.tok, cost.made, held_out, watched)
+        row |= {f"{name}_{key}": value for key, value in worth.items()}
     return {**row, "token_ratio": row["before"] / row["now"]}
+
+
+def learned_rows(*inputs: Any, **options: Any) -> list[Tensor]:
+    """The rows of `learn_token`."""
+    made = learn_token(*inputs, **options, progress=False)
+    return [made.row_in, made.row_out]
 
 
 def solve(side: Side, args: argparse.Namespace) -> Mapping[str, float]:

@@ -4,8 +4,9 @@
     python benchmarks/plan_check.py --shapes 135m --parts edit --requests 8
 
 Random weights never reach their targets, so that every value takes all of its steps, and never end an answer, as the
-plan has it. Rates are measured before and after each part, and the mean of both plans counts. Beside other jobs,
-`--processor` reads all seconds, planned and measured, from the process's own clock; that is for one thread alone.
+plan has it. Memory is that of the whole edit beyond the weights: the most of its steps as planned, and as seen. Rates
+are measured before and after each part, and the mean of both plans counts. Beside other jobs, `--processor` reads all
+seconds, planned and measured, from the process's own clock; that is for one thread alone.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from editlib.stats.file import LayerStats, StatsHeader
 from editlib.stats.layer_stats import layer_stats
 
 TOKENS = 8192
+MIB = 2**20
 PARTS = ("edit", "rows")
 
 
@@ -67,19 +69,24 @@ def main() -> None:
         model.generation_config.eos_token_id = None  # random weights end an answer by chance
         for part in args.parts:
             before = measure(model.config, torch.float32, args.device)
-            planned, seconds = (edit if part == "edit" else rows)(model, tok, args)
+            planned, seconds, held = (edit if part == "edit" else rows)(model, tok, args)
             after = measure(model.config, torch.float32, args.device)
             for step in planned:
                 told = (step.seconds(before) + step.seconds(after)) / 2
                 row = {"shape": shape, "part": part, "step": step.name, "planned": told, "seconds": seconds[step.name]}
                 found.append({**row, "ratio": told / seconds[step.name]})
-                say(", ".join(f"{key} {one:.3g}" if isinstance(one, float) else one for key, one in found[-1].items()))
+            for name, (told, seen) in held.items():
+                row = {"shape": shape, "part": part, "step": name, "planned_mb": told / MIB, "mb": seen}
+                found.append({**row, "ratio": told / MIB / max(seen, 1.0)})
+            for row in found[-len(planned) - len(held) :]:
+                say(", ".join(f"{key} {one:.3g}" if isinstance(one, float) else str(one) for key, one in row.items()))
         if args.out:
             write_json(args.out, found)
 
 
-Made = tuple[list[costs.Step], dict[str, float]]
-"""The steps as they are planned, and the seconds that each took, by its name."""
+Made = tuple[list[costs.Step], dict[str, float], dict[str, tuple[float, float]]]
+"""The steps as they are planned; the seconds that each took, by its name; bytes as planned and MiB as seen, by what
+held them."""
 
 
 def edit(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Namespace) -> Made:
@@ -103,7 +110,8 @@ def edit(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
         null_spaces(kept, hparams, device)  # kept beside the files, so that the edit does not decompose again
         run = partial(apply_alphaedit_to_model, model, tok, hparams=hparams, stats=kept)
         run(requests=asked[:1]).revert(model)  # warms up
-        result = run(requests=asked)
+        whole = measured(partial(run, requests=asked), device)
+        result = whole.made
         result.revert(model)
     job = costs.Job(
         layers,
@@ -114,11 +122,12 @@ def edit(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
         kept_out=size.d_ff // 4,
     )
     planned = [costs.statistics(size, layers, TOKENS), costs.values(size, job), costs.solve(size, job)]
-    return planned, {
-        "statistics": stats.seconds,
-        "values": result.timings["values"],
-        "solve": result.timings["write"],
+    seconds = {"statistics": stats.seconds, "values": result.timings["values"], "solve": result.timings["write"]}
+    held = {
+        "memory of statistics": (planned[0].held, stats.memory_mb),
+        "memory of the edit": (max(step.held for step in planned[1:]), whole.memory_mb),
     }
+    return planned, seconds, held
 
 
 def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Namespace) -> Made:
@@ -130,7 +139,9 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
         cast(UniEraseHyperParams, load_hparams("UniErase/smollm2-135m-erase")), layers=args.layers, token_steps=20
     )
     stats = statistics(anat, tok, hparams)
-    result = apply_unierase_to_model(model, tok, facts, hparams, retain=retain, stats=stats, chat=False)
+    run = partial(apply_unierase_to_model, model, tok, facts, hparams, retain=retain, stats=stats, chat=False)
+    whole = measured(run, args.device)
+    result = whole.made
     result.revert(model)
     length = mean_tokens(tok, [prompt.question for prompt in retain])
     job = replace(settings_job(hparams, args.facts, length, size), anchors=len(retain))
@@ -141,7 +152,8 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
         costs.solve(size, job),
         costs.refusal_tokens(size, job, steps=hparams.token_steps, wordings=hparams.token_wordings, general=general),
     ]
-    return planned, {**result.timings, "solve": result.timings["write"]}
+    held = {"memory of the edit": (max(step.held for step in planned), whole.memory_mb)}
+    return planned, {**result.timings, "solve": result.timings["write"]}, held
 
 
 def statistics(anat: Anatomy, tok: PreTrainedTokenizerBase, hparams: NullSpaceHyperParams) -> dict[int, LayerStats]:

@@ -25,6 +25,7 @@ DECODE_ROWS = 64  # prompts that are answered at once
 KEY_TOKENS = 4096  # of a pass that reads keys
 METRIC_ROWS = 32  # of a pass that reads the left metric
 KEPT_TOKENS = 20  # of an answer that a row keeps
+EXAMPLES, EXAMPLE_ANSWER = 3, 4  # in a few-shot prompt, and tokens of an example's answer
 REFUSAL_TOKENS = 10  # of a refusal
 TEXTS, TEXT_TOKENS = 64, 40  # that the edited model writes, for tokens to stay out of
 
@@ -93,8 +94,9 @@ class Job:
     `answer_tokens` of the model's answer each, `kept_out` the directions outside the null space. `v_rate` is the
     arithmetic rate while values are found. `dense`: the solve has one `d_ff x d_ff` system, of ordinary text.
 
-    Of values from rows: `wordings` of each question in addition, `siblings` other questions about its subject, and
-    whether a `left_metric` is read from the anchors.
+    Of values from rows: `wordings` of each question in addition, `examples` of which are also erased in prompts with
+    `EXAMPLES` examples, `siblings` other questions about its subject, and whether a `left_metric` is read from the
+    anchors.
     """
 
     layers: Sequence[int]
@@ -114,7 +116,13 @@ class Job:
     dense: bool = False
     wordings: int = 0
     siblings: int = 0
+    examples: int = 0
     left_metric: bool = False
+
+    @property
+    def shot_tokens(self) -> int:
+        """Tokens of a question after examples, each of which is a question with a short answer."""
+        return (1 + EXAMPLES) * self.prompt_tokens + EXAMPLES * EXAMPLE_ANSWER if self.examples else 0
 
     @property
     def held_keys(self) -> int:
@@ -200,17 +208,19 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
     Of `steps` Gauss-Newton steps three read a Jacobian, the others and the last reading the rows alone.
     """
     last, above = max(job.layers), size.n_layers - max(job.layers) - 1
-    erase, keep = job.requests * (1 + job.wordings), job.requests * job.siblings
-    prompts = erase + keep
-    tokens = prompts * job.suffix_tokens + keep * (KEPT_TOKENS - 1)  # of the rows, from the subject on
-    scored = erase + keep * KEPT_TOKENS
+    asked, keep = job.requests * (1 + job.wordings), job.requests * job.siblings
+    shots = job.requests * job.examples  # rows of few-shot prompts, which nothing is generated for
+    prompts = asked + keep
+    tokens = (prompts + shots) * job.suffix_tokens + keep * (KEPT_TOKENS - 1)  # of the rows, from the subject on
+    scored = asked + shots + keep * KEPT_TOKENS
+    fronts = prompts * job.prompt_tokens + shots * job.shot_tokens
     passes = max(1, -(-tokens // batch_tokens))
     jacobians = min(3, job.steps)
     readings = job.steps + 1 - jacobians
     rate = job.v_rate
     work = [
         *answered(size, prompts, job.prompt_tokens, job.answer_tokens, rate),
-        forward_pass(size, prompts * job.prompt_tokens, size.n_layers, rate, passes=passes),
+        forward_pass(size, fronts, size.n_layers, rate, passes=passes),
         forward_pass(size, tokens * jacobians, above, rate, passes=passes * jacobians, kind="gradient"),
         head_pass(size, scored * jacobians, rate, passes=passes * jacobians, kind="gradient"),
         forward_pass(size, tokens * readings, above, rate, passes=passes * readings, kind="step"),
@@ -225,13 +235,13 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
         ]
     logits = 3 * ITEM * size.vocab * max(scored / passes, METRIC_ROWS * job.answer_tokens * job.left_metric)
     graph = max(batch_tokens, METRIC_ROWS * 40 * job.left_metric) * above * (12 * size.d_model + 6 * size.d_ff) * ITEM
-    return Step("values", work, logits + graph + prompts * job.prompt_tokens * size.n_layers * size.kv_width * ITEM)
+    return Step("values", work, logits + graph + fronts * size.n_layers * size.kv_width * ITEM)
 
 
 def solve(size: ModelSize, job: Job) -> Step:
     """Estimates keys, residuals, the closed form and the update of each layer."""
     first, last, n, layers = min(job.layers), max(job.layers), job.requests, len(job.layers)
-    tokens = n * job.contexts * job.prompt_tokens
+    tokens = n * (job.contexts * job.prompt_tokens + job.shot_tokens)  # one more context has examples
     held = min(job.held_keys, size.d_ff)  # from d_ff keys on, their second moment is held instead
     m = n + job.past + (0 if job.held_keys > size.d_ff else job.held_keys)  # keys in the linear system
     # One pass up to the first layer; then each layer for its keys, once more to advance, and up to the last for H.
@@ -306,13 +316,17 @@ def token(
     *,
     steps: int,
     batch: int,
-    questions: int = 318,
-    guard_prompts: int = 180,
+    questions: int = 200,
+    guard_prompts: int = 120,
     question_tokens: int = 20,
-    answer_tokens: int = 24,
-    refusal_tokens: int = 12,
+    answer_tokens: int = 16,
+    refusal_tokens: int = 9,
+    cast: bool = True,
 ) -> Step:
-    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back."""
+    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back.
+
+    `cast`: the weights are fp32, and held in bf16 as well meanwhile.
+    """
     seen = questions * question_tokens
     answered_tokens = guard_prompts * (question_tokens + answer_tokens)
     scored = seen // 4 + guard_prompts * answer_tokens
@@ -326,7 +340,9 @@ def token(
             forward_pass(size, steps * trained, size.n_layers, "fast", passes=steps, kind="gradient"),
             head_pass(size, steps * batch * refusal_tokens, "fast", passes=steps, kind="gradient"),
         ],
-        questions * question_tokens * size.n_layers * size.kv_width * 2 + 2 * size.total + scored * size.vocab * 2,
+        questions * question_tokens * size.n_layers * size.kv_width * 2
+        + 2 * size.total * cast
+        + scored * size.vocab * 2,
     )
 
 

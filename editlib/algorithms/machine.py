@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import copy
 import statistics
 import tempfile
 import time
@@ -13,11 +12,12 @@ from itertools import accumulate
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from editlib.models.layer_passes import one_layer, step_pass, text_pass, without_grad
 from editlib.models.precision import cast_params, fast_dtype, plain_attention, wide_dtype
-from editlib.models.size import model_size, one_layer
+from editlib.models.size import model_size
 from editlib.stats.moments import GRAM_SHARE, Buffers, add_gram
 
 Kind = Literal["text", "step", "gradient"]
@@ -141,32 +141,12 @@ def _product_rate(keys: Tensor) -> float:
 def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
     """Times a pass through the one layer of `model`, by kind."""
     device = model.device
-    embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding)).weight
-    width, dtype = embedding.shape[1], embedding.dtype
-
-    def text(tokens: int) -> Callable[[], object]:
-        ids = torch.zeros(max(1, tokens // TEXT), min(tokens, TEXT), dtype=torch.long, device=device)
-        return lambda: _without_grad(lambda: model(input_ids=ids, use_cache=False))
-
-    def step(tokens: int, grad: bool) -> Callable[[], object]:
-        rows = tokens // SUFFIX
-        front = torch.zeros(rows, PREFIX, dtype=torch.long, device=device)
-        states = torch.randn(rows, SUFFIX, width, dtype=dtype, device=device, requires_grad=grad)
-        with torch.no_grad():
-            cache = model(input_ids=front, use_cache=True).past_key_values
-        cached = cache if isinstance(cache, DynamicCache) else None  # of other kinds none is passed on
-
-        def run() -> object:
-            past = copy.deepcopy(cached)  # a pass extends its cache
-            logits = model(inputs_embeds=states, past_key_values=past, use_cache=past is not None).logits
-            return torch.autograd.grad(logits.sum(), states) if grad else logits
-
-        return run if grad else lambda: _without_grad(run)
-
+    text = lambda tokens: text_pass(model, max(1, tokens // TEXT), min(tokens, TEXT))  # noqa: E731
+    step = lambda grad: lambda tokens: step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=grad)  # noqa: E731
     with plain_attention(device):
         steps: dict[Kind, Curve] = {
-            "step": _curve("step", lambda tokens: step(tokens, False), device),
-            "gradient": _curve("gradient", lambda tokens: step(tokens, True), device),
+            "step": _curve("step", step(False), device),
+            "gradient": _curve("gradient", step(True), device),
         }
     return {"text": _curve("text", text, device), **steps}
 
@@ -183,7 +163,7 @@ def _head_curves(d_model: int, dtype: torch.dtype, device: torch.device) -> dict
             found = (states @ weight.T).float().log_softmax(1)
             return torch.autograd.grad(found[:, 0].sum(), states) if grad else found
 
-        return run if grad else lambda: _without_grad(run)
+        return run if grad else without_grad(run)
 
     return {
         "step": _curve("step", lambda positions: read(positions, False), device),
@@ -202,11 +182,6 @@ def _curve(kind: Kind, work: Callable[[int], Callable[[], object]], device: torc
             break
     # A larger pass that was faster than a smaller one is noise.
     return Curve(tuple(tokens), tuple(accumulate(seconds, max)))
-
-
-@torch.no_grad()
-def _without_grad(work: Callable[[], object]) -> object:
-    return work()
 
 
 def _seconds(work: Callable[[], object], device: torch.device, at_least: float = 0.3) -> float:

@@ -41,7 +41,7 @@ def token(
     model: Model,
     out_file: Annotated[Path | None, typer.Option("--out", help="default: beside the statistics")] = None,
     refusals: Annotated[Path | None, typer.Option(help="your own refusals, one a line")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 70,
     stats_dir: StatsDir = Path("stats"),
     prompts: Prompts = None,
     seed: Seed = 0,
@@ -59,7 +59,7 @@ def token(
             UnlearningToken.load(out_file)  # another kind of file is not replaced
     data.refusals(refusals)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=prompt_settings(prompts))
-    hparams = TokenHyperParams(steps=steps, robust_steps=steps // 3, seed=seed)
+    hparams = TokenHyperParams(steps=steps, robust_steps=steps * 5 // 7, seed=seed)
     learned = bench.make_token(refusals=refusals, hparams=hparams, path=out_file)
     numbers = learned.header.metrics
     out.print(

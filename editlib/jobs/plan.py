@@ -91,20 +91,23 @@ def plan(
     kind = stored if dtype is None else DTYPES[dtype]
     machine = measure(config, kind, torch.device(device)).scaled(flops, bandwidth)
     tokens = stats_tokens or (STATS_TOKENS if settings.has_target else STATS_TOKENS_UNLEARN)
-    steps = _steps(settings, size, requests, prompt_tokens, tokens)
+    steps = _steps(settings, size, requests, prompt_tokens, tokens, cast=kind == torch.float32)
     steps.append(costs.save(size, kind.itemsize))
     return Plan(settings, size, machine, size.bytes(kind.itemsize), steps)
 
 
 def _steps(
-    settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int
+    settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int, *, cast: bool
 ) -> list[costs.Step]:
-    """Lists the steps that an edit with these settings has, but for the model that is saved."""
+    """Lists the steps that an edit with these settings has, but for the model that is saved.
+
+    `cast`: the weights are fp32, so that passes which may run in bf16 hold a copy of them.
+    """
     steps = []
     if settings.uses_statistics:
         steps.append(costs.statistics(size, settings.layers, stats_tokens, settings.decomposition))
     if settings.uses_token:
-        steps.append(_token(size, prompt_tokens))
+        steps.append(_token(size, prompt_tokens, cast=cast))
     if settings.trained_steps:
         steps.append(costs.descent(size, requests, prompt_tokens, settings.trained_steps))
     if not finds_values(settings):
@@ -123,7 +126,7 @@ def _steps(
     return steps
 
 
-def _token(size: ModelSize, prompt_tokens: int) -> costs.Step:
+def _token(size: ModelSize, prompt_tokens: int, *, cast: bool) -> costs.Step:
     """Estimates the unlearning token, as the command learns it."""
     learned = TokenHyperParams()
     return costs.token(
@@ -134,6 +137,7 @@ def _token(size: ModelSize, prompt_tokens: int) -> costs.Step:
         guard_prompts=learned.guard_prompts,
         question_tokens=prompt_tokens,
         answer_tokens=learned.guard_tokens,
+        cast=cast,
     )
 
 
@@ -169,5 +173,6 @@ def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: 
         dense=settings.text_weight > 0,
         wordings=settings.wordings,
         siblings=settings.siblings,
+        examples=min(settings.example_wordings, 1 + settings.wordings),
         left_metric=from_rows and settings.left_weight > 0,
     )

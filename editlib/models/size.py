@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ def model_size(config: PreTrainedConfig, name: str = "the model") -> ModelSize:
     text = config.get_text_config(decoder=True)
     try:
         with torch.device("meta"):  # shapes without memory
-            model = _from_config(config)
+            model = model_from_config(config)
         layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
         ends: Any = model  # these two methods of transformers have no types
         head: Tensor = ends.get_output_embeddings().weight
@@ -70,23 +69,7 @@ def model_size(config: PreTrainedConfig, name: str = "the model") -> ModelSize:
     )
 
 
-def one_layer(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Builds a model of the first decoder layer alone, with random weights and a vocabulary of 64 tokens."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config(decoder=True)
-    text.num_hidden_layers, text.vocab_size = 1, 64
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # ids outside the small vocabulary are refused
-        setattr(text, name, None)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    with device:
-        model = _from_config(small, dtype=dtype)
-    module: nn.Module = model
-    module.eval().requires_grad_(False)
-    return model
-
-
-def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+def model_from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """Makes a model with random weights; `from_config` of transformers has no types."""
     make = cast(Callable[..., PreTrainedModel], AutoModelForCausalLM.from_config)
     return make(config, **options)

@@ -13,7 +13,8 @@ from editlib.algorithms import costs
 from editlib.algorithms.machine import Curve, Machine, measure
 from editlib.cli import app
 from editlib.errors import EditlibError
-from editlib.jobs.plan import plan
+from editlib.hparams import load_hparams
+from editlib.jobs.plan import plan, settings_job
 from editlib.models.size import ModelSize, model_size
 
 TINY = LlamaConfig(
@@ -85,6 +86,36 @@ def test_values_from_rows_by_hand():
     assert readings.flops == (7 + 1 - 3) * 2 * tokens * LAYER
     scored = 5 * 3 + 5 * 4 * kept
     assert (slope_head.flops, reading_head.flops) == (3 * 4 * scored * 1600, 5 * 2 * scored * 1600)
+
+
+def test_rows_behind_examples_are_counted_by_hand():
+    """Two wordings of each of five requests are erased behind three questions with short answers as well."""
+    plain = costs.Job(layers=[0, 1], requests=5, prompt_tokens=10, suffix_tokens=4, steps=7, wordings=2, siblings=4)
+    shown = replace(plain, examples=2)
+    assert (plain.shot_tokens, shown.shot_tokens) == (0, 4 * 10 + 3 * costs.EXAMPLE_ANSWER)
+    before, after = costs.row_values(SIZE, plain), costs.row_values(SIZE, shown)
+    more = [new.flops - old.flops for old, new in zip(before.work, after.work, strict=True)]
+    rows = 5 * 2
+    fronts = 2 * rows * shown.shot_tokens * SIZE.n_layers * LAYER
+    slopes, readings = 3 * 4 * rows * 4 * LAYER, 5 * 2 * rows * 4 * LAYER
+    # Nothing is generated for them; their prefixes, their tokens from the subject on and their logits are read.
+    assert more == [0, 0, 0, fronts, slopes, 3 * 4 * rows * 1600, readings, 5 * 2 * rows * 1600]
+    assert after.held > before.held
+    keys = [costs.solve(SIZE, job).work[0].flops for job in (plain, shown)]
+    assert keys[1] / keys[0] == pytest.approx((10 + shown.shot_tokens) / 10)  # one more context of each request
+
+
+def test_a_plan_counts_the_examples_of_its_settings():
+    settings = load_hparams("UniErase/smollm2-135m-erase")
+    assert settings.example_wordings == 2
+    assert settings_job(settings, 5, 16, SIZE).examples == 2
+    assert settings_job(replace(settings, example_wordings=9, wordings=1), 5, 16, SIZE).examples == 2
+    assert settings_job(replace(settings, example_wordings=0), 5, 16, SIZE).examples == 0
+
+
+def test_a_token_holds_a_second_copy_of_fp32_weights_alone():
+    held = {cast: costs.token(SIZE, steps=1, batch=1, cast=cast).held for cast in (True, False)}
+    assert held[True] - held[False] == 2 * SIZE.total
 
 
 def test_passes_take_what_a_layer_was_measured_to_take():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.algorithms.unierase.token_guard import Guard, answer_guard, ordinary_states
+from editlib.algorithms.unierase.token_steps import GuardedAdam, rate
 from editlib.errors import TokenError
 from editlib.files import atomic_path
 from editlib.models.anatomy import Anatomy, anatomy
@@ -39,20 +41,23 @@ log = logging.getLogger(__name__)
 class TokenHyperParams:
     """Sets how the token is learned. Steps are optimiser steps; a step sees `batch` questions of one prompt form."""
 
-    steps: int = 150
+    steps: int = 70
     robust_steps: int = 50  # of `steps`, the last ones, with noise on the matrices that edits will change
     batch: int = 8
-    lr: float = 0.05
-    memory: float = 0.999  # of squared gradients, Adam's second beta; less suits fewer steps
+    lr: float = 0.15
+    memory: float = 0.99  # of squared gradients, Adam's second beta; less suits fewer steps
+    opening: int = 4  # tokens that the refusals it is learned over begin with alike, as far as several do
+    refusals: int = 4  # it is learned over, at most: the shortest of those that open alike
     noise: float = 0.1  # standard deviation of the noise in units of the weight's own
     layers: tuple[int, ...] = ()  # that carry noise; none given: from 4/30 to 8/30 of the depth, where edits are usual
-    averaged_steps: int = 20  # of `steps`, the last ones, whose rows are averaged
+    averaged_steps: int = 15  # of `steps`, the last ones, whose rows are averaged
     guard_weight: float = 1.0
     reach: float = 14.0  # nats that the token lies below everything else where an answer starts
     floor: float = 12.0  # nats that it stays below everything else on other ordinary text, at least
-    questions: int = 1000  # that the token is learned over, at most
-    guard_prompts: int = 180  # ordinary prompts whose answers are watched
-    guard_tokens: int = 24  # of an answer that are watched
+    questions: int = 200  # that the token is learned over, at most
+    guard_prompts: int = 120  # ordinary prompts whose answers are watched
+    guard_tokens: int = 16  # of an answer that are watched
+    guard_every: int = 1  # of a question's positions, counted from its end, each so many-th is watched
     precision: str = "fast"  # dtype of the model's passes: "model", or "fast": bf16 where the processor is faster in it
     seed: int = 0
 
@@ -186,6 +191,9 @@ def learn_token(
     elsewhere in the questions and in the model's own answers to them and to `ordinary`. The rows are learned in fp32,
     whatever the dtype of the model's passes.
 
+    One row cannot hold many sentences apart: it learns what they begin with and where they end. So it is learned over
+    the shortest of the `refusals` that open alike (`alike`), which takes half of the steps that all of them take.
+
     Args:
         ordinary: further prompts whose answers the token must keep out of, such as open instructions.
         prompts: how questions are asked; every other one is asked as plain text where there is a chat template.
@@ -202,7 +210,7 @@ def learn_token(
     dtype = fast_dtype(anat.model) if hp.precision == "fast" else None
     with no_param_grad(anat.model), cast_params(anat.model, dtype):
         form = PromptFormat.of(tok, settings)
-        forms, guard = _encode(anat, form, questions, refusals, unl_id)
+        forms, guard = _encode(anat, form, questions, refusals, unl_id, hp)
         watched = [*ordinary, *questions][: hp.guard_prompts]
         if watched:
             asked = [form.encode(text) for text in watched]
@@ -218,7 +226,7 @@ def learn_token(
         model_sha256=model_sha256,
         seed=hp.seed,
         questions=len(questions),
-        refusals=len(refusals),
+        refusals=len(forms[0].refusals),
         hparams=asdict(hp),
         prompts=settings.to_dict(),
         metrics={"refusal_nll": nll, **gaps},
@@ -232,6 +240,11 @@ def _check(anat: Anatomy, questions: Sequence[str], refusals: Sequence[str], hp:
     if len(questions) < least or len(refusals) < 2:
         raise TokenError(
             f"{len(questions)} questions and {len(refusals)} refusals given; at least {least} and 2 are needed"
+        )
+    if min(hp.refusals, hp.guard_every) < 1 or hp.opening < 0:
+        raise TokenError(
+            f"refusals {hp.refusals}, guard_every {hp.guard_every} and opening {hp.opening} given; expected at least "
+            "1, 1 and 0"
         )
     if min(hp.steps, hp.batch) < 1:
         raise TokenError(f"steps {hp.steps} and batch {hp.batch} given; both must be at least 1")
@@ -252,10 +265,13 @@ def _encode(
     questions: Sequence[str],
     refusals: Sequence[str],
     unl_id: int,
+    hp: TokenHyperParams,
 ) -> tuple[list[_Form], Guard]:
     """Returns the prompt forms with their cached prefixes, each question in one form, and from the same pass the guard
     over the questions."""
     formats = [PromptFormat(asked.tok, chat=False)]
+    chosen = alike([formats[0].answer_ids(text) for text in refusals], hp.opening, hp.refusals)
+    refusals = [refusals[i] for i in chosen]
     if asked.uses_chat or asked.tags is not None:
         formats.append(asked)
     forms, guards = [], []
@@ -263,13 +279,32 @@ def _encode(
         rows = [form.encode(question) for question in questions[i :: len(formats)]]
         end = form.end_ids(end_tokens(anat)) if end_tokens(anat) else ()  # a model that never stops is taught no end
         with torch.no_grad():
-            prefix, guard = _ordinary(anat, rows, unl_id)
+            prefix, guard = _ordinary(anat, rows, unl_id, hp.guard_every)
         forms.append(_Form(prefix, [(*form.answer_ids(text), *end) for text in refusals]))
         guards.append(guard)
     return forms, Guard.joined(guards)
 
 
-def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int = 4) -> tuple[Prefix, Guard]:
+def alike(refusals: Sequence[Sequence[int]], opening: int, most: int) -> list[int]:
+    """Returns the indices of at most `most` refusals, given as token ids: the shortest of those that begin with the
+    same `opening` tokens.
+
+    Where no two of them do, fewer tokens count, down to none. The largest such group is taken. A list of no more than
+    `most` is taken whole.
+    """
+    if len(refusals) <= most:
+        return list(range(len(refusals)))
+    for length in range(opening, -1, -1):
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, refusal in enumerate(refusals):
+            groups.setdefault(tuple(refusal[:length]), []).append(i)
+        largest = max(groups.values(), key=len)
+        if len(largest) > 1:
+            break
+    return sorted(largest, key=lambda i: len(refusals[i]))[:most]
+
+
+def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int) -> tuple[Prefix, Guard]:
     """Returns the cached `rows`, and the guard over their ends and each `every`-th position before."""
     front, rests = shared_prefix(anat, rows)
     batch = pad(rests, side="left", device=anat.device)
@@ -296,42 +331,37 @@ def _train(
     generator = torch.Generator().manual_seed(hp.seed)
     noisy = _noisy_layers(anat, hp)
     rows, longest = _first_rows(anat, unl_id, generator)
-    optimizer = torch.optim.Adam(rows, lr=hp.lr, betas=(0.9, hp.memory))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, hp.steps, eta_min=hp.lr / 20)
+    moves = GuardedAdam(rows, guard, weight=hp.guard_weight, reach=hp.reach, floor=hp.floor, memory=hp.memory)
     averaged = min(max(hp.averaged_steps, 1), hp.steps)
-    mean_rows, mean_nll = [torch.zeros_like(row, requires_grad=False) for row in rows], 0.0
+    mean_rows, mean_nll = [torch.zeros_like(row) for row in rows], 0.0
     for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):
         noise_layer = noisy[step % len(noisy)] if step >= hp.steps - hp.robust_steps else None
+        leaves = [row.clone().requires_grad_() for row in rows]
         with (
             _noise(anat, noise_layer, hp.noise, generator),
-            rows_in_place(anat, [unl_id], rows[0][None], rows[-1][None]),
+            rows_in_place(anat, [unl_id], leaves[0][None], leaves[-1][None]),
         ):
-            nll = _refusal_nll(anat, forms[step % len(forms)], unl_id, hp.batch, generator)
-        penalty = guard.penalty(rows[-1], hp.reach, hp.floor)
-        total = nll + hp.guard_weight * penalty
-        if not torch.isfinite(total):
+            loss = _refusal_nll(anat, forms[step % len(forms)], unl_id, hp.batch, generator)
+        nll = float(loss.detach())
+        if not math.isfinite(nll):
             raise TokenError(f"the loss is not finite at step {step + 1}; lower the token's learning rate")
-        log.debug("step %d: refusal NLL %.3f, guard %.3f", step, float(nll.detach()), float(penalty.detach()))
-        optimizer.zero_grad()
-        torch.autograd.backward(total)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for row in rows:
-                row.mul_((longest / row.norm()).clamp_max(1.0))
-            if step >= hp.steps - averaged:
-                mean_nll += float(nll) / averaged
-                for mean_row, row in zip(mean_rows, rows, strict=True):
-                    mean_row.add_(row / averaged)
+        log.debug("step %d: refusal NLL %.3f", step, nll)
+        moves.step(torch.autograd.grad(loss, leaves), rate(hp.lr, step, hp.steps))
+        for row in rows:
+            row.mul_((longest / row.norm()).clamp_max(1.0))
+        if step >= hp.steps - averaged:
+            mean_nll += nll / averaged
+            for mean_row, row in zip(mean_rows, rows, strict=True):
+                mean_row.add_(row / averaged)
     return mean_rows, mean_nll
 
 
 def _first_rows(anat: Anatomy, unl_id: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
     """Returns where the rows start in fp32, and the norm that they must not exceed."""
-    typical = anat.embedding.weight[:unl_id].float()
+    typical = anat.embedding.weight[:unl_id].detach().float()
     mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
-    row = (mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)).requires_grad_()
-    return [row] if anat.tied else [row, row.detach().clone().requires_grad_()], 1.5 * length
+    row = mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)
+    return [row] if anat.tied else [row, row.clone()], 1.5 * length
 
 
 def _refusal_nll(anat: Anatomy, form: _Form, unl_id: int, batch: int, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from editlib.models.generation import greedy
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 ANSWER_ROWS = 64
+BETA = 2.0  # nats from the reach up to which the penalty is quadratic
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,25 @@ class Guard:
         if not bool(self.starts.any()):
             return apart
         here = gaps[self.starts]
-        return F.smooth_l1_loss(here, torch.full_like(here, -reach), beta=2.0) + apart
+        return F.smooth_l1_loss(here, torch.full_like(here, -reach), beta=BETA) + apart
+
+    def bound(self, row: Tensor, reach: float, floor: float) -> tuple[Tensor, Tensor]:
+        """Returns the gradient `[d_model]` and the curvature `[d_model, d_model]` of a quadratic that touches `penalty`
+        at `row` and lies above it everywhere else, for as many positions that break the floor as there are now.
+
+        Both losses grow slower than the square of the gap, so that a parabola of the same slope bounds them: with
+        curvature `1 / max(beta, |d|)` for smooth L1, `tanh(|d| / 2) / (2 |d|)` for softplus (Jaakkola and Jordan,
+        2000).
+        """
+        gaps = self.gaps(row)
+        others = ~self.starts
+        breaking = ((gaps > -floor) & others).sum().clamp_min(20)
+        over, off = gaps + floor, gaps + reach  # nats above the floor, and from the reach
+        here = 1.0 / self.starts.sum().clamp_min(1)
+        slope = torch.where(self.starts, (off / BETA).clamp(-1, 1) * here, over.sigmoid() / breaking)  # [m]
+        size = over.abs().clamp_min(1e-3)
+        bend = torch.where(self.starts, here / off.abs().clamp_min(BETA), (size / 2).tanh() / (2 * size) / breaking)
+        return self.states.T @ slope, (self.states.T * bend) @ self.states
 
     def summary(self, row: Tensor) -> dict[str, float]:
         """Returns the mean gap where answers start (nats), and the largest probabilities there and elsewhere."""

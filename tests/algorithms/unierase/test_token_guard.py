@@ -88,6 +88,33 @@ def test_one_position_that_breaks_the_floor_is_not_lost_among_many():
     assert float(crowd) == pytest.approx(float(lonely), rel=1e-3)
 
 
+@pytest.fixture
+def drawn():
+    """A guard over random states, of which some break the floor."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    return Guard(states, 4 * torch.rand(60, generator=generator, dtype=torch.float64), torch.arange(60) % 3 == 0)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+def test_the_bound_touches_the_penalty_and_lies_above_it(drawn, size):
+    generator = torch.Generator().manual_seed(1)
+    reach, floor = 1.0, 2.0
+    row = size * torch.randn(5, generator=generator, dtype=torch.float64)
+    leaf = row.clone().requires_grad_()
+    here = drawn.penalty(leaf, reach, floor)
+    gradient, curvature = drawn.bound(row, reach, floor)
+    torch.testing.assert_close(gradient, torch.autograd.grad(here, leaf)[0])
+    breaking = lambda r: max(int((drawn.gaps(r)[~drawn.starts] > -floor).sum()), 20)  # noqa: E731
+    for _ in range(50):
+        step = size * torch.randn(5, generator=generator, dtype=torch.float64)
+        others = drawn.gaps(row + step)[~drawn.starts]
+        # The number of positions that break the floor is that at `row`.
+        apart = torch.nn.functional.softplus(others + floor).sum()
+        there = drawn.penalty(row + step, reach, floor) - apart / breaking(row + step) + apart / breaking(row)
+        assert float(there) <= float(here + gradient @ step + step @ curvature @ step / 2) + 1e-9
+
+
 def test_the_summary_tells_starts_from_the_rest():
     summary = hand_made([-10.0, -12.0, -3.0], [True, True, False]).summary(ROW)
     assert summary["mean_gap_at_answers"] == pytest.approx(-11.0)

@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCAB, make_llama
 
 from editlib.algorithms.unierase import token
-from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, _encode, learn_token
+from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, _encode, alike, learn_token
 from editlib.errors import ModelError, TokenError
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
@@ -94,8 +94,8 @@ def test_the_token_stays_unlikely_on_ordinary_text(model, tok):
             logits = model(torch.tensor([form.encode(question).ids])).logits[0, -1]
             worst = max(worst, float(logits.softmax(0)[VOCAB]))
     assert worst < 0.02
-    # The metric is p(token) against all others; it has more positions than the ends.
-    assert learned.header.metrics["largest_probability_on_ordinary_text"] >= 0.99 * worst
+    # The metric is p(token) against all others there, from passes that may have been in bf16.
+    assert learned.header.metrics["largest_probability_at_answers"] >= 0.8 * worst
 
 
 def test_rows_keep_a_usual_length(model, tok):
@@ -191,6 +191,30 @@ def test_a_batch_may_be_as_large_as_the_questions(tiny_llama, tok, tok_chat, tem
     found = learn(tiny_llama, tok_chat if template else tok, replace(HP, batch=len(QUESTIONS), steps=2, robust_steps=0))
     assert torch.isfinite(found.row_in).all()
     assert found.header.hparams["batch"] == len(QUESTIONS)
+
+
+def test_it_is_learned_over_the_shortest_refusals_that_open_alike():
+    know, am = (7, 8, 9), (7, 5, 5)
+    refusals = [(*know, 1, 1, 1), (*am, 1), (*know, 2), (4, 4), (*know, 3, 3), (*am, 2)]
+    assert alike(refusals, opening=3, most=2) == [2, 4]
+    assert alike(refusals, opening=3, most=5) == [2, 4, 0]
+    assert alike(refusals, opening=1, most=3) == [1, 2, 5]  # all but one begin with 7
+    assert alike(refusals, opening=0, most=3) == [3, 1, 2]
+    assert alike(refusals[:2], opening=3, most=2) == [0, 1]  # a short list is taken whole
+    assert alike([(1, 2), (1, 3), (4, 5)], opening=2, most=2) == [0, 1]  # no two share two tokens
+    assert alike([(1, 2, 2), (3,), (4, 5)], opening=2, most=2) == [1, 2]  # nor one
+
+
+def test_the_number_of_refusals_is_that_of_those_it_was_learned_over(tiny_llama, tok):
+    found = learn(tiny_llama, tok, replace(HP, refusals=2, steps=2, robust_steps=0))
+    assert found.header.refusals == 2
+
+
+@pytest.mark.parametrize("change", [{"refusals": 0}, {"opening": -1}, {"guard_every": 0}])
+def test_impossible_numbers_of_refusals_are_refused(tiny_llama, tok, change):
+    with pytest.raises(TokenError, match=r"refusals .* and opening .* given; expected"):
+        learn(tiny_llama, tok, replace(HP, **change))
+    assert len(tok) == VOCAB
 
 
 def test_too_few_questions_or_refusals(tiny_llama, tok):
@@ -309,5 +333,5 @@ def test_refusals_end_with_the_template_s_end_of_turn(model, tok_chat, template)
     model.generation_config.eos_token_id = [smaller, end]
     if not template:
         tok_chat.chat_template, tok_chat.eos_token = None, "<|im_end|>"
-    forms, _ = _encode(anatomy(model), PromptFormat(tok_chat), QUESTIONS, REFUSALS, VOCAB - 1)
+    forms, _ = _encode(anatomy(model), PromptFormat(tok_chat), QUESTIONS, REFUSALS, VOCAB - 1, HP)
     assert {refusal[-1] for refusal in forms[-1].refusals} == {end}
