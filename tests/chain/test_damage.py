@@ -111,7 +111,7 @@ DAMAGE = {
     "no layers": (record(lambda c: c["batches"][0].update(layers={})), "of another kind"),
     "files that are a number": (record(lambda c: c.update(files=3)), "files is of another kind"),
     "statistics by no path": (record(lambda c: c.update(statistics={"1": 3})), "statistics 1 is of another kind"),
-    "a file outside": (record(lambda c: c["batches"][0].update(file="../c.jsonl")), "damaged"),
+    "a file outside": (record(lambda c: c["batches"][0].update(file="../c.jsonl")), "batch 1 file is of another kind"),
 }
 COMMANDS = (
     ["status"], ["status", "--json"], ["log"], ["verify"], ["undo"], ["revoke", "a1"], ["export", "--out", "OUT"],
