@@ -99,7 +99,9 @@ def _check_replaceable(path: Path) -> None:
     if whole in (Path.cwd(), *Path.cwd().parents) or whole in (Path.home(), *Path.home().parents):
         raise OutputError(f"--out {path} holds the working directory or your home; give a folder of its own")
     if (path / ".git").exists():
-        raise OutputError(f"--out {path} holds a repository (.git), which --overwrite would delete; give another folder")
+        raise OutputError(
+            f"--out {path} holds a repository (.git), which --overwrite would delete; give another folder"
+        )
 
 
 def make_folder(path: Path) -> None:

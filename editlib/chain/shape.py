@@ -16,7 +16,7 @@ LAYER = re.compile(r"0|[1-9]\d{0,4}")
 
 
 def misfit(content: Mapping[str, Any]) -> str | None:
-    """Names what in the content of `chain.json` (its hash left out) is not of the kind that `ChainRecord` writes; `None`
+    """Names what in the content of `chain.json` (without its hash) is not of the kind that `ChainRecord` writes; `None`
     where all is.
 
     Unknown keys of the record and of its entries are left for the dataclasses to refuse.
