@@ -63,8 +63,10 @@ def _object(fields: Mapping[str, Check], *, missing: frozenset[str] = frozenset(
     def checked(value: Any, name: str) -> str | None:
         if not isinstance(value, dict):
             return f"{name} is of another kind"
-        present = {one: check for one, check in fields.items() if one in value or one not in missing}
-        return next(filter(None, (check(value.get(one), f"{name} {one}") for one, check in present.items())), None)
+        if gone := [one for one in fields if one not in value and one not in missing]:
+            return f"{name} {gone[0]} is missing"
+        checks = ((check, one) for one, check in fields.items() if one in value)
+        return next(filter(None, (check(value[one], f"{name} {one}") for check, one in checks)), None)
 
     return checked
 

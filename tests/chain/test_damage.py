@@ -100,7 +100,7 @@ DAMAGE = {
     "batches that are a number": (record(lambda c: c.update(batches=5)), "not the content of a chain"),
     "a batch that is a number": (record(lambda c: c.update(batches=[5])), "not the content of a chain"),
     "a base that is a list": (record(lambda c: c.update(base=[])), "base is of another kind"),
-    "a base without a name": (record(lambda c: c["base"].pop("name")), "base name is of another kind"),
+    "a base without a name": (record(lambda c: c["base"].pop("name")), "base name is missing"),
     "a base called 7": (record(lambda c: c["base"].update(name=7)), "base name is of another kind"),
     "settings that are a list": (record(lambda c: c.update(hparams=[1])), "hparams is of another kind"),
     "an unknown algorithm": (record(lambda c: c.update(algorithm="XX")), "'XX' is not known"),
