@@ -113,3 +113,17 @@ RECORD: Mapping[str, Check] = {
     "hparams_source": text,
     "left_out": rows,
 }
+numbers = _listed(number)
+NOTES: Mapping[str, Check] = {
+    "requests": _listed(anything),
+    "values": _object({"steps": numbers, "nll": numbers, "relative_norm": numbers}),
+    "relations": _listed(_optional(text)),
+    "anchors": texts,
+    "answers": _mapped(_listed(count), lambda question: True),
+    "token": anything,
+}
+
+
+def notes_misfit(notes: Any) -> str | None:
+    """Names what in the notes of a batch's file is not of the kind that `Batch` writes; `None` where all is."""
+    return _object(NOTES, missing=frozenset({"token"}))(notes, "notes")

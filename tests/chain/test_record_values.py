@@ -7,12 +7,15 @@ import json
 import shutil
 
 import pytest
+import torch
 from chain_cases import RETAIN, A, B, C, files
+from safetensors.torch import load, save
 from test_cli import refused
 from test_hostile_inputs import STRANGE, changed, paths
 
 from editlib.chain import Chain
-from editlib.errors import ChainError
+from editlib.chain.batch import Batch
+from editlib.errors import ChainError, EditlibError
 from editlib.requests.reading import write_requests
 
 
@@ -110,4 +113,39 @@ def test_the_next_batch_is_refused_in_one_line_and_nothing_changes(call, chain, 
     write_requests(tmp_path / "c.jsonl", C)
     before = files(tmp_path)
     refused(call("chain", "add", path, "--requests", tmp_path / "c.jsonl"), word)
+    assert files(tmp_path) == before
+
+
+def test_every_place_of_a_batchs_notes(chain):
+    path, content = chain
+    entry = content["batches"][-1]
+    tensors = load((path / entry["file"]).read_bytes())
+    notes = json.loads(tensors["notes"].numpy().tobytes())
+    refusals = 0
+    for place in paths(notes):
+        for value in (*(changed(notes, place, new) for new in STRANGE), *([without(notes, place)] if place else [])):
+            raw = json.dumps(value, sort_keys=True).encode()
+            damaged = save({**tensors, "notes": torch.frombuffer(bytearray(raw), dtype=torch.uint8)})
+            try:
+                found = Batch.from_bytes(damaged, entry["file"])
+                assert all(isinstance(request.question, str) for request in found.requests)
+                assert all(isinstance(one, int) for ids in found.answers.values() for one in ids)
+                assert all(isinstance(name, str) for name in found.anchors)
+                json.dumps([found.values.steps, found.values.nll, found.values.relative_norm])
+            except EditlibError as error:
+                assert "\n" not in str(error) and entry["file"] in str(error)
+                refusals += 1
+    assert refusals > 100
+
+
+@pytest.mark.parametrize("name", ["token.safetensors", "retain.jsonl"])
+@pytest.mark.parametrize("raw", [b"\0" * 50, b"{}", b"[1]\n", b'{"id": 1, "prompt": []}\n', b"\xff\xfe"])
+def test_files_beside_the_record_that_hold_something_else(call, chain, tmp_path, name, raw):
+    """Under their own hash, made anew."""
+    path, content = chain
+    (path / name).write_bytes(raw)
+    write_requests(tmp_path / "c.jsonl", C)
+    put(path, {**content, "files": {**content["files"], name: hashlib.sha256(raw).hexdigest()}})
+    before = files(tmp_path)
+    refused(call("chain", "add", path, "--requests", tmp_path / "c.jsonl"), name.partition(".")[0])
     assert files(tmp_path) == before
