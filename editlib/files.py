@@ -90,7 +90,21 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"--out {path} is a file; give the name of a folder that does not exist yet")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise OutputError(f"--out {path} exists and is not empty; choose another folder or add --overwrite")
+    if path.is_dir() and overwrite:
+        _check_replaceable(path)
     check_parents(path)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises `OutputError` for a folder that is never replaced as a whole: one that holds the working directory or the
+    user's home, or a repository."""
+    whole = path.resolve()
+    if whole in (Path.cwd(), *Path.cwd().parents) or whole in (Path.home(), *Path.home().parents):
+        raise OutputError(f"--out {path} holds the working directory or your home; give a folder of its own")
+    if (path / ".git").exists():
+        raise OutputError(
+            f"--out {path} holds a repository (.git), which --overwrite would delete; give another folder"
+        )
 
 
 def make_folder(path: Path) -> None:

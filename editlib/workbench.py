@@ -103,13 +103,30 @@ class Workbench:
         check_folder(Path(stats_dir), "--stats-dir", write=False)
 
         def look(outline: Outline) -> None:
-            how = settled(outline.tok, options.get("prompts"))
-            draft = cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, dtype=dtype)
+            draft = cls.draft(outline, stats_dir, name, dtype=dtype, prompts=options.get("prompts"))
             if first is not None:
                 first(draft)
 
         model, tok = load_checked(name, look, dtype=dtype, device_map=device_map)
         return replace(cls.of(model, tok, stats_dir, name=name, **options), dtype=dtype)
+
+    @classmethod
+    def draft(
+        cls,
+        outline: Outline,
+        stats_dir: str | Path,
+        name: str,
+        *,
+        dtype: str | None = None,
+        prompts: PromptSettings | None = None,
+    ) -> Workbench:
+        """Makes a workbench of a model without its numbers, for checks alone; it has no hash.
+
+        Raises:
+            RequestError: prompts that do not fit the tokenizer.
+        """
+        how = settled(outline.tok, prompts)
+        return cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, dtype=dtype)
 
     @cached_property
     def anat(self) -> Anatomy:

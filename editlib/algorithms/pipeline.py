@@ -153,7 +153,7 @@ def encode_contexts(
     """Encodes a request's prompt and further wordings in every template; the plain prompt comes first."""
     return [
         form.encode(
-            wording.text, request.subject, start=wording.start, template=template, place=cast(Place, fact_token)
+            wording.text, wording.subject, start=wording.start, template=template, place=cast(Place, fact_token)
         )
         for template in templates
         for wording in request.filled_wordings

@@ -79,6 +79,10 @@ def check_plan(
     for mode in wanted:
         if mode not in (BATCH, SEQUENTIAL):
             raise HparamsError(f"--modes {mode!r}: expected {BATCH}, {SEQUENTIAL} or both")
+    if not any(one.takes_batches or SEQUENTIAL in wanted for one in settings):
+        raise HparamsError(
+            f"--modes {modes}: {algorithms} knows no batch, so that nothing would be measured; expected {SEQUENTIAL}"
+        )
     for one in settings:
         check_given(one, corpus=corpus)
     check_corpus(text)
@@ -110,6 +114,8 @@ def settings_of(model: str, algorithms: str, hparams: Sequence[str]) -> list[Hyp
     """
     given = {algorithm_of(name): name for name in hparams}
     names = list(dict.fromkeys(name.strip() for name in algorithms.split(",") if name.strip()))
+    if not names:
+        raise HparamsError(f"--algorithms {algorithms!r}: expected names of algorithms such as ROME,MEMIT")
     settings = [find_settings(model, name, given.pop(name, None)) for name in names]
     if given:
         raise HparamsError(

@@ -22,7 +22,8 @@ from editlib.algorithms.edit import EditResult
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.algorithms.values import Values
-from editlib.errors import ChainError
+from editlib.chain.shape import notes_misfit
+from editlib.errors import ChainError, first_line
 from editlib.requests.request import EditRequest
 
 DTYPE = torch.float32  # of updates and keys on disk; all weights are computed from these
@@ -107,6 +108,8 @@ class Batch:
         try:
             tensors = load(raw)
             notes = json.loads(tensors["notes"].numpy().tobytes())
+            if wrong := notes_misfit(notes):
+                raise TypeError(wrong)
             gate = {relation: tensors[f"gate.{i}"] for i, relation in enumerate(notes["relations"])}
             requests = tuple(EditRequest(**fields) for fields in notes["requests"])
             values = Values(tensors["targets"], tensors["deltas"], **notes["values"], gate=gate)
@@ -119,8 +122,9 @@ class Batch:
                 notes["answers"],
                 _token(tensors, notes),
             )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ChainError(f"{where}: not a batch of this version ({error}); restore it from a copy") from None
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            said = first_line(error)
+            raise ChainError(f"{where}: not a batch of this version ({said}); restore it from a copy") from None
 
 
 def _token(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> UnlearningToken | None:

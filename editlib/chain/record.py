@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from editlib.chain.shape import misfit
 from editlib.errors import ChainError, quote
 from editlib.hparams import ALGORITHMS, HyperParams
 from editlib.models.prompt_settings import PromptSettings
@@ -129,11 +130,11 @@ class ChainRecord:
                 "that wrote it"
             )
         try:
+            if wrong := misfit(content):
+                raise TypeError(wrong)
             batches = [_made(BatchEntry, entry) for entry in content.pop("batches")]
             revoked = [_made(Revocation, entry) for entry in content.pop("revoked")]
             record: ChainRecord = _made(cls, {**content, "batches": batches, "revoked": revoked})
-            if wrong := _misfit(record):
-                raise TypeError(f"{wrong} is of another kind")
         except (TypeError, KeyError, AttributeError) as error:
             raise ChainError(f"{where}: not the content of a chain ({error}); restore it from a copy") from None
         if record.algorithm not in ALGORITHMS:
@@ -154,29 +155,6 @@ def _made(kind: Any, values: Mapping[str, Any]) -> Any:
     if unknown := set(values) - known:
         raise KeyError(sorted(unknown)[0])
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-_TEXTS, _OBJECTS = ("created", "algorithm", "hparams_source"), ("base", "hparams", "statistics", "files", "prompts")
-
-
-def _misfit(record: ChainRecord) -> str | None:
-    """Names what in a record is not of the kind that `asdict` writes; `None` where all is."""
-    base = record.base
-    kinds: dict[str, tuple[Any, Any]] = {name: (getattr(record, name), str) for name in _TEXTS}
-    kinds |= {name: (getattr(record, name), Mapping) for name in (*_OBJECTS, "left_out")}
-    kinds |= {"seed": (record.seed, int), "templates": (record.templates, tuple)}
-    if isinstance(base, Mapping):
-        kinds |= {f"base {name}": (base.get(name), str) for name in ("name", "sha256")}
-        kinds |= {"base layers": (base.get("layers"), Mapping), "base dtype": (base.get("dtype") or "", str)}
-    for entry in record.batches:
-        at = f"batch {entry.number} "
-        kinds |= {at + name: (getattr(entry, name), str) for name in ("file", "sha256", "time", "editlib")}
-        kinds |= {at + "number": (entry.number, int), at + "seed": (entry.seed, int), at + "ids": (entry.ids, tuple)}
-        layers = entry.layers if isinstance(entry.layers, Mapping) and entry.layers else {"": None}
-        kinds |= {f"{at}layers {layer}": (one, Mapping) for layer, one in layers.items()}
-    if isinstance(record.statistics, Mapping):
-        kinds |= {f"statistics {layer}": (one, Mapping) for layer, one in record.statistics.items()}
-    return next((name for name, (value, kind) in kinds.items() if not isinstance(value, kind)), None)
 
 
 def _hash(content: Mapping[str, Any]) -> str:

@@ -81,6 +81,10 @@ class Method(ABC):
     def fit(self, bench: Workbench) -> None:  # noqa: B027
         """Takes over what the loaded base model itself says of the settings; called before anything else with it."""
 
+    def check_draft(self, draft: Workbench, task: Task | None) -> None:  # noqa: B027
+        """Raises `EditlibError` for what can be known without weights: `draft`'s model is on the meta device. `task` is
+        `None` where the base model decides what is to be forgotten."""
+
     def check(self, bench: Workbench, task: Task) -> None:  # noqa: B027
         """Raises `EditlibError` where this model or these requests are not for it; called before any long work."""
 

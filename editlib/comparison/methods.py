@@ -19,8 +19,9 @@ from editlib.baselines.search import check_range
 from editlib.comparison.method import Cost, General, Method, Prepared
 from editlib.errors import ConfigError, HparamsError, nearest, quote
 from editlib.evaluation.forget_set import Task
-from editlib.finding import find_settings, fit_settings
-from editlib.hparams import ALGORITHMS, HyperParams
+from editlib.finding import find_settings, fit_settings, is_derived
+from editlib.hparams import ALGORITHMS, HyperParams, ModelShape, derive
+from editlib.hparams.derive import DESCENT
 from editlib.models.generation import end_tokens
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
@@ -120,6 +121,17 @@ class ClosedForm(Method):
             found["target"] = REFUSAL
         return {**found, **_searching(self.budget, self.general)}
 
+    def check_draft(self, draft: Workbench, task: Task | None) -> None:
+        wanted, kept = ([], ()) if task is None else (self._wanted(task), task.retain)
+        shape, hparams = ModelShape.of(draft.model.config, draft.name), self.hparams
+        if is_derived(self._found):  # for the config's model, and a set may have another
+            values = getattr(self._found, "values", DESCENT)
+            hparams = self._changed(derive(self._found.algorithm, shape, values=values))
+        hparams.check_depth(shape.n_layers)
+        editing.check_draft(draft, wanted, hparams, kept=kept)
+        if task is not None:
+            editing.check_wanted(wanted, hparams)
+
     def check(self, bench: Workbench, task: Task) -> None:
         editing.check_settings(bench, self.hparams)
         editing.check_wanted(self._wanted(task), self.hparams)
@@ -190,6 +202,10 @@ class Trained(Method):
     def identity(self) -> dict[str, Any]:
         own = {key: value for key, value in self.how.to_dict().items() if key not in ("stats_dir", "corpus")}
         return {"settings": own, **_searching(self.budget, self.general)}
+
+    def check_draft(self, draft: Workbench, task: Task | None) -> None:
+        if task is not None:
+            self.check(draft, task)  # which asks no weight
 
     def check(self, bench: Workbench, task: Task) -> None:
         check_baseline(self.name, task.forget, task.retain, self.how, _given(bench))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from editlib.comparison.store import FAILED, Store, try_lock
 from editlib.distributed import ALONE, Process
 from editlib.errors import ConfigError, EditlibError, OutputError, RequestError
 from editlib.evaluation.forget_set import Base, Benchmark, Task
-from editlib.files import check_output
+from editlib.files import check_folder, check_output, make_folder
 from editlib.models.outline import Outline, outline_of
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat, settled
@@ -71,7 +72,9 @@ def compare(
         EditlibError: something does not fit: the config, a model, the folder. Cells that failed raise nothing.
     """
     out = Path(out)
-    if not (out / MARK).is_file():
+    if (out / MARK).is_file():
+        check_folder(out)
+    else:
         check_output(out)
     if load is None:
         check_all_models(config)
@@ -79,20 +82,38 @@ def compare(
 
 
 def check_all_models(config: Config) -> None:
-    """Raises `EditlibError` for a model of any set whose folder or prompts do not fit, before one is loaded."""
+    """Raises `EditlibError` for a model of any set whose folder or prompts do not fit, or a method that does not fit a
+    set's model or requests, before one is loaded."""
     outlines: dict[str, Outline] = {}
     for protocol in config.sets:
         for name in filter(None, (protocol.model, protocol.reference)):
             if name not in outlines:
                 outlines[name] = outline_of(name, dtype=config.general.dtype)
             settled(outlines[name].tok, config.prompts)
-        if protocol.planned is not None:
-            outline = outlines[protocol.model]
-            form = PromptFormat.of(outline.tok, settled(outline.tok, config.prompts))
-            try:
-                check_requests_fit(outline.model, form, [*protocol.planned.forget, *protocol.planned.retain])
-            except RequestError as error:
-                raise ConfigError(f"{protocol.where}: {error}") from None
+        _check_draft(config, protocol, outlines[protocol.model])
+
+
+def _check_draft(config: Config, protocol: Benchmark, outline: Outline) -> None:
+    general, planned = config.general, protocol.planned
+    draft = Workbench.draft(outline, general.stats_dir, protocol.model, dtype=general.dtype, prompts=config.prompts)
+    if planned is not None:
+        try:
+            check_requests_fit(draft.model, PromptFormat.of(draft.tok, draft.prompts), planned.all)
+        except RequestError as error:
+            raise ConfigError(f"{protocol.where}: {error}") from None
+    for method in config.methods:
+        with _naming(method, protocol):
+            method.check_draft(draft, planned)
+
+
+@contextmanager
+def _naming(method: Method, protocol: Benchmark) -> Iterator[None]:
+    """Names the method and the set in errors that are raised inside of the block."""
+    try:
+        yield
+    except EditlibError as error:
+        where = f"{method.where} ({method.label}), on the set {protocol.name}"
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _loader(config: Config, shard: Process) -> Load:
@@ -114,12 +135,6 @@ class _Run:
         self.store = Store(out)
         self.name = shard.gather(uuid.uuid4().hex)[0]  # of this run, in all of its processes
         self._evaluator: SetEvaluator | None = None
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {out}: {error.strerror}; check the folder") from None
-        if shard.first:
-            JsonStore(out).put(MARK.removesuffix(".json"), {"format": FORMAT, "config": config.source})
 
     def all(self) -> dict[str, Any]:
         cells, sets = [], {}
@@ -150,6 +165,7 @@ class _Run:
         what = {"protocol": protocol.protocol, **protocol.settings.to_dict(), "model": bench.sha256, **self._asked()}
         if protocol.planned is not None:  # before the base is asked, which takes minutes
             self._check(protocol, bench, protocol.planned)
+        self._begin()
         shelf = self.store.set(what)
         with try_lock(shelf, wait=True):
             made = protocol.make(Base(bench, shelf.path))
@@ -159,17 +175,20 @@ class _Run:
         self._evaluator = SetEvaluator(self.config, protocol.name, made, shelf, progress=bench.progress)
         return self._evaluator
 
+    def _begin(self) -> None:
+        """Marks the folder as a comparison's; nothing is written to it before the first model has been checked."""
+        make_folder(self.store.root)
+        if self.shard.first:
+            JsonStore(self.store.root).put(MARK.removesuffix(".json"), {"format": FORMAT, "config": self.config.source})
+
     def _check(self, protocol: Benchmark, bench: Workbench, task: Task) -> None:
         """Raises `EditlibError` if prompts are too long, or a method cannot be run on this set."""
         form = PromptFormat.of(bench.tok, bench.prompts)
-        check_requests_fit(bench.model, form, [*task.forget, *task.retain])
+        check_requests_fit(bench.model, form, task.all)
         for method in self.config.methods:
-            try:
+            with _naming(method, protocol):
                 method.fit(bench)
                 method.check(bench, task)
-            except EditlibError as error:
-                where = f"{method.where} ({method.label}), on the set {protocol.name}"
-                raise ConfigError(f"{where}: {error}") from None
 
     def _asked(self) -> dict[str, Any]:
         """Returns the config's prompts, which decide every cell; nothing where there are none."""

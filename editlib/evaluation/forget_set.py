@@ -52,6 +52,11 @@ class Task:
     retain: Sequence[EditRequest]
     known_answers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
+    @property
+    def all(self) -> list[EditRequest]:
+        """Everything that a model will be asked: the facts to forget, then the prompts to keep."""
+        return [*self.forget, *self.retain]
+
 
 class Base(NamedTuple):
     """Holds the model before any method, with what is computed once for it."""

@@ -143,7 +143,10 @@ class HyperParams:
         Raises:
             HparamsError: an unknown or missing key, or an invalid value; starts with `where`.
         """
-        values, idle = as_ours(values)
+        try:
+            values, idle = as_ours(values)
+        except HparamsError as error:
+            raise HparamsError(f"{where}: {error}") from None
         names = [item.name for item in fields(cls) if item.name not in _ABOUT]
         for key in values:
             if key not in names and key not in FAMILY_KEYS | CLOSED_FORM_KEYS:

@@ -9,7 +9,7 @@ from typing import Any
 from editlib.errors import HparamsError, nearest
 from editlib.hparams.base import HyperParams
 from editlib.hparams.methods import ALGORITHMS
-from editlib.hparams.published import RELATIVES, SAME
+from editlib.hparams.published import OTHERS, RELATIVES, SAME
 
 
 def available(algorithm: str) -> list[str]:
@@ -46,6 +46,8 @@ def class_of(algorithm: str) -> type[HyperParams]:
                 f"algorithm {algorithm!r} ({meaning}): not available; expected one of {', '.join(ALGORITHMS)}; its "
                 f"settings load with --algorithm {ours}"
             )
+    if algorithm.lower() in {name.lower() for name in OTHERS}:
+        raise HparamsError(f"algorithm {algorithm!r}: not available; expected one of {', '.join(ALGORITHMS)}")
     raise HparamsError(f"algorithm {algorithm!r}: unknown; expected {nearest(algorithm, ALGORITHMS)}")
 
 

@@ -9,7 +9,7 @@ from editlib.hparams.base import HyperParams
 from editlib.hparams.bundled import available, bundled, class_of
 from editlib.hparams.derive import DESCENT, ERASE, check_values, derive
 from editlib.hparams.methods import ALGORITHMS
-from editlib.hparams.published import RELATIVES, SAME
+from editlib.hparams.published import OTHERS, RELATIVES, SAME
 from editlib.hparams.shapes import KNOWN, ModelShape, known_as
 from editlib.settings import read_settings
 
@@ -71,7 +71,7 @@ def algorithm_of(name_or_path: str | Path) -> str:
     if isinstance(named, str):
         return class_of(named).algorithm
     folder = path.absolute().parent.name if path.is_file() else path.parent.name
-    for name in (*ALGORITHMS, *SAME, *RELATIVES):
+    for name in (*ALGORITHMS, *SAME, *RELATIVES, *OTHERS):
         if name.lower() == folder.lower():
             return class_of(name).algorithm
     raise HparamsError(

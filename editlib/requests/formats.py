@@ -28,7 +28,7 @@ NAMES: dict[Reader, dict[str, str]] = {
                        "neighbours": "locality_prompt", "relation": "relation_id"},
     readers.fastedit: {"target_new": "target", "paraphrases": "queries"},
     readers.known: {"answer": "attribute", "relation": "relation_id"},
-    readers.tofu: {"prompt": "question", "paraphrases": "paraphrased_question"},
+    readers.tofu: {"prompt": "question", "paraphrases": "paraphrased_question", "relation": "prop", "group": "subj"},
     readers.unke: {"prompt": "question", "target_new": "answer", "paraphrases": "para_question"},
     readers.rwku: {"prompt": "query", "relation": "type", "group": "subject"},
     readers.muse: {"answer": "gt"},
@@ -77,7 +77,7 @@ def format_of(row: Row) -> Reader:  # noqa: PLR0911
         return readers.muse
     if "para_question" in row:
         return readers.unke
-    if "question" in row and "prompt" not in row:
+    if ("question" in row or {"problem", "answer"} <= names) and "prompt" not in row:
         return readers.tofu
     _refuse_others(row)
     return readers.own
@@ -174,6 +174,13 @@ def _refuse_others(row: Row) -> None:
         raise FieldError("text", PASSAGE)
     if {"target", "intro"} <= row.keys():
         raise FieldError("intro", PASSAGE)
+    if {"instruction", "output"} <= row.keys():
+        wanted = 'expected questions with their answers ("question", "answer"); in RWKU read forget_level2 instead'
+        raise FieldError("instruction", f"texts to train on; {wanted}")
     if {"input", "output"} <= row.keys():
         wanted = "expected MEND's form of zsRE (src, subject, alt, answers); read zsre_mend_eval.json instead"
         raise FieldError("input", f"zsRE in KILT's form, which names no subject; {wanted}")
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) == 1 and lists[0] not in ("neighbours", "messages", "conversations"):
+        given = f"{len(row[lists[0]])} objects inside of one"
+        raise FieldError(lists[0], f"{given}; expected the list itself; write what is under this name into a file")

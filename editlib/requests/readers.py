@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from editlib.errors import closest, quote
+from editlib.requests.answers import answers_of
 from editlib.requests.fields import FREE_FIELDS, OWN_FIELDS, FieldError, Row, first, leaves, stripped, text_of
 
 
@@ -62,6 +63,10 @@ def easyedit(row: Row) -> Row:
     """Reads EasyEdit's flat CounterFact, its `edit()` arguments, and the rows of KnowEdit."""
     truth = leaves(row.get("ground_truth"))
     flat = {"prompt": row.get("locality_prompt"), "ground_truth": row.get("locality_ground_truth")}
+    for name in ("prompt", "target_new"):
+        if len(leaves(row.get(name))) > 1:
+            wanted = 'expected one; write lists as EasyEdit\'s "prompts", or an object for each'
+            raise FieldError(name, f"{quote(row[name])}; {wanted}")
     return {
         # `question` in KnowEdit's Sanitation
         "prompt": first([row.get("prompt"), row.get("prompts"), row.get("text"), row.get("question")]),
@@ -98,12 +103,20 @@ def known(row: Row) -> Row:
 
 def tofu(row: Row) -> Row:
     """Reads TOFU, MUSE's `knowmem` and other sets of questions and answers, with UniErase's `subject` where there is
-    one."""
+    one; PopQA's is none where its question does not spell it out."""
+    question, subject = row.get("question", row.get("problem")), stripped(row.get("subject"))
+    whose = stripped(row.get("subj"))
+    if subject is None and isinstance(whose, str) and isinstance(question, str) and question.count(whose) == 1:
+        subject = whose
+    answers = answers_of(row)
     return {
-        "prompt": row.get("question"),
-        "subject": stripped(row.get("subject")),
-        "answer": row.get("answer"),
+        "prompt": question,
+        "subject": subject,
+        "answer": next(iter(answers), None),
+        "aliases": answers[1:],
         "paraphrases": leaves(row.get("paraphrased_question")),
+        "group": whose,
+        "relation": row.get("prop"),
     }
 
 

@@ -27,7 +27,8 @@ class EditRequest:
     """Describes a fact to edit (with `target_new`) or to unlearn (without).
 
     `prompt` holds one `{}` in the place of the subject; a prompt that spells the subject out once is turned into that
-    form, and a subject with other accents or apostrophes into its spelling there. `{}` decides where the subject is
+    form, and a subject with other accents or apostrophes into its spelling there. A phrasing may also spell it in
+    another case, without its article or its accents. `{}` decides where the subject is
     there more than once; braces that are only braces: see `editlib.requests.templates`. Without a subject the prompt is
     plain text. `answer` and `aliases` are the truth, used to score. Lists become tuples; a neighbour may be a `Probe`,
     a dict or a bare prompt.
@@ -78,7 +79,7 @@ class EditRequest:
                 _check_text(f"{name}[{i}]", text)
         for name in ("phrasings", "paraphrases"):
             texts = enumerate(getattr(self, name))
-            self._set(f"_{name}", tuple(fill(f"{name}[{i}]", text, self.subject) for i, text in texts))
+            self._set(f"_{name}", tuple(fill(f"{name}[{i}]", text, self.subject, otherwise=True) for i, text in texts))
         for i, text in enumerate(self._phrasings if self.subject else ()):
             if text.start is None:
                 wanted = f"{quote(self.subject)} once, or {{}} in its place, since the edit looks it up there"
@@ -99,7 +100,8 @@ class EditRequest:
 
     @property
     def filled_wordings(self) -> tuple[Filled, ...]:
-        """The question and the further phrasings that an edit uses, with where the subject begins in each."""
+        """The question and the further phrasings that an edit uses, with where the subject begins in each and how it is
+        spelled there."""
         return (self._asked, *self._phrasings)
 
     @property

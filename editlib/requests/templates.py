@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from editlib.answers.scripts import plain_marks
 from editlib.errors import quote
 from editlib.requests.fields import FieldError
+from editlib.requests.spellings import find_spelling
 
 PLACE, NAMED, BRACES = "{}", "{subject}", "{{}}"
 APOSTROPHES = "['\u2018\u2019\u02bc\u02bb\u00b4`\u2032\uff07]"
@@ -21,17 +22,22 @@ _MARKS = re.compile(r"\{\{\}\}|\{\}")
 
 @dataclass(frozen=True)
 class Filled:
-    """Holds a text with its subject filled in, which begins at character `start`; `None` where it does not hold it."""
+    """Holds a text with its subject filled in, which begins at character `start`; `None` where it does not hold it.
+
+    `subject` is how the text spells it.
+    """
 
     text: str
     start: int | None
+    subject: str | None = None
 
 
-def fill(name: str, text: str, subject: str | None) -> Filled:
+def fill(name: str, text: str, subject: str | None, *, otherwise: bool = False) -> Filled:
     """Fills the subject in where the text has a place for it.
 
     Args:
         name: of the field, for what is said about it.
+        otherwise: where the text does not hold the subject, take it as the text spells it (`find_spelling`).
 
     Raises:
         FieldError: a place without a subject, or more places than one.
@@ -59,7 +65,9 @@ def fill(name: str, text: str, subject: str | None) -> Filled:
     if PLACE in marks and len(spelled) != 1:
         given = f'{quote(text)} has {marks.count(PLACE)} "{{}}"'
         raise FieldError(name, f'{given}; expected one, in the subject\'s place; write the others as "{{{{}}}}"')
-    return Filled(_unescaped(text), spelled[0] if len(spelled) == 1 else None)
+    if otherwise and not spelled and (there := find_spelling(_unescaped(text), subject)) is not None:
+        return Filled(_unescaped(text), *there)
+    return Filled(_unescaped(text), *((spelled[0], subject) if len(spelled) == 1 else (None,)))
 
 
 def template_of(prompt: str, subject: str) -> str:
@@ -124,7 +132,7 @@ def _reads(text: str, subject: str, wanted: Filled) -> bool:
 
 
 def _joined(before: str, subject: str, after: str) -> Filled:
-    return Filled(before + subject + after, len(before))
+    return Filled(before + subject + after, len(before), subject)
 
 
 def _unescaped(text: str) -> str:

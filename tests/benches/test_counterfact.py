@@ -167,6 +167,8 @@ def test_too_few_requests_are_said_before_anything_is_written(bench, corpus, tmp
         ({"edits": "1,x"}, "--edits '1,x'"),
         ({"edits": "0"}, "--edits '0'"),
         ({"modes": "batch,all"}, "--modes 'all'"),
+        ({"algorithms": "ROME"}, "nothing would be measured"),  # which ended in the plot's traceback
+        ({"algorithms": " , "}, "expected names of algorithms"),
         ({"hparams": ["FT/smollm2-135m"]}, "not among --algorithms"),
         ({"model": "./nowhere"}, "nowhere: no such folder"),
         ({"hparams": ["ROME/gpt2-xl"]}, "layer 47 was asked for, but the model has layers 0-29"),

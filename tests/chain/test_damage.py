@@ -100,7 +100,7 @@ DAMAGE = {
     "batches that are a number": (record(lambda c: c.update(batches=5)), "not the content of a chain"),
     "a batch that is a number": (record(lambda c: c.update(batches=[5])), "not the content of a chain"),
     "a base that is a list": (record(lambda c: c.update(base=[])), "base is of another kind"),
-    "a base without a name": (record(lambda c: c["base"].pop("name")), "base name is of another kind"),
+    "a base without a name": (record(lambda c: c["base"].pop("name")), "base name is missing"),
     "a base called 7": (record(lambda c: c["base"].update(name=7)), "base name is of another kind"),
     "settings that are a list": (record(lambda c: c.update(hparams=[1])), "hparams is of another kind"),
     "an unknown algorithm": (record(lambda c: c.update(algorithm="XX")), "'XX' is not known"),
@@ -111,7 +111,7 @@ DAMAGE = {
     "no layers": (record(lambda c: c["batches"][0].update(layers={})), "of another kind"),
     "files that are a number": (record(lambda c: c.update(files=3)), "files is of another kind"),
     "statistics by no path": (record(lambda c: c.update(statistics={"1": 3})), "statistics 1 is of another kind"),
-    "a file outside": (record(lambda c: c["batches"][0].update(file="../c.jsonl")), "damaged"),
+    "a file outside": (record(lambda c: c["batches"][0].update(file="../c.jsonl")), "batch 1 file is of another kind"),
 }
 COMMANDS = (
     ["status"], ["status", "--json"], ["log"], ["verify"], ["undo"], ["revoke", "a1"], ["export", "--out", "OUT"],

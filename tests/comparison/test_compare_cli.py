@@ -10,6 +10,7 @@ import sys
 import pytest
 from tiny_models import SENTENCES
 
+from editlib.errors import ModelError
 from editlib.requests.reading import write_requests
 from editlib.requests.request import EditRequest
 
@@ -77,7 +78,31 @@ def test_a_slip_leaves_nothing(config, call, tmp_path):
     layers = {"layers": [7]}
     methods = [{"method": "FT-refusal", "hparams": str(tmp_path / "FT.json"), "settings": layers}]
     code, _, said = call("compare", "--config", config(methods=methods), "--out", tmp_path / "out")
-    assert code == 2 and "on the set facts" in said and not (tmp_path / "out" / "results.json").exists()
+    assert code == 2 and "on the set facts" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "word"),
+    [
+        ({"method": "FT-refusal", "settings": {"layers": [7]}}, "layer 7"),
+        ({"method": "MEMIT-refusal", "settings": {"rewrite_module_tmp": "model.layers.{}.no"}}, "has no module"),
+        ({"method": "SimNPO", "settings": {"rank": 4}}, None),
+        ({"method": "RMU", "settings": {"rank": 4}}, "leave the rank out"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_weights_are_read_and_leaves_nothing(
+    config, call, tmp_path, monkeypatch, method, word
+):
+    def read(*_, **__):
+        raise ModelError("weights were read")
+
+    monkeypatch.setattr("editlib.models.outline.load", read)
+    plan, before = config(methods=["none", method]), sorted(tmp_path.rglob("*"))
+    code, _, said = call("compare", "--config", plan, "--out", tmp_path / "out")
+    wanted = "weights were read" if word is None else word
+    assert code == 2 and said.count("editlib:") == 1 and wanted in said
+    assert ("weights were read" in said) == (word is None)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_two_processes_share_the_cells(config, tmp_path):

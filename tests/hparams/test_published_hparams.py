@@ -214,6 +214,35 @@ def test_relatives_say_which_algorithm_their_settings_load_for(tmp_path, folder,
         assert idle in load_hparams(each, ours).unused
 
 
+def test_alphaedits_own_command_names_l2_in_full(tmp_path):
+    content = {**PUBLISHED["AlphaEdit/Llama3-8B"], "l2_regularization": 3.0}
+    del content["L2"]
+    assert load_hparams(written(tmp_path, "AlphaEdit/qwen", content)).L2 == 3.0
+
+
+def test_easyedits_chat_keys_are_kept_aside(tmp_path, caplog):
+    content = {**EASYEDIT_FT, "use_chat_template": True, "enable_thinking": False}
+    with caplog.at_level("INFO"):
+        loaded = load_hparams(written(tmp_path, "ft", content))
+    assert loaded.unused["use_chat_template"] is True and "use_chat_template, enable_thinking" in caplog.text
+
+
+def test_a_weight_decay_by_the_number_of_edits_is_told(tmp_path):
+    content = {"layers": [21], "num_steps": 25, "lr": 5e-4, "weight_decay": False, "wd_power_law": [-0.87, 0.16]}
+    with pytest.raises(HparamsError, match=r'FT/wd\.json: key "wd_power_law": .*expected "weight_decay" as a number'):
+        load_hparams(written(tmp_path, "FT/wd", content))
+
+
+@pytest.mark.parametrize("name", ["unke_ARE", "EAMET", "GRACE", "WISE"])
+def test_settings_of_other_algorithms_are_one_line(tmp_path, name):
+    for path in (
+        written(tmp_path, f"{name}/llama", {"layers": [7], "optim_num_step": 50}),
+        written(tmp_path, "named", {"layers": [7], "alg_name": name}),
+    ):
+        with pytest.raises(HparamsError, match=r"not available; expected one of FT, ROME.*UniErase$"):
+            load_hparams(path)
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [("MEMIT_rect", "RECT"), ("MEMIT_prune", "PRUNE")])
 def test_other_names_of_our_algorithms(tmp_path, theirs, ours):
     path = written(tmp_path, f"{theirs}/gpt2-xl", PUBLISHED["MEMIT/gpt2-xl"])

@@ -326,3 +326,77 @@ def test_lines_end_as_on_any_system(tmp_path, end):
     path = tmp_path / "facts.jsonl"
     path.write_bytes(end.join(json.dumps({"prompt": f"Who is {who}?\u2028"}) for who in "ab").encode() + end.encode())
     assert [one.source for one in read_requests(path)] == [f"{path}:1", f"{path}:2"]
+
+
+# --- sets of questions, whose answers have many forms --------------------------------------------------------
+
+TRIVIA = {
+    "question": "Which musical premiered in 1993?", "question_id": "tc_33", "entity_pages": {"title": []},
+    "answer": {
+        "value": "Sunset Boulevard", "aliases": ["Sunset Blvd", "Sunset Boulevard"], "type": "WikipediaEntity",
+        "normalized_value": "sunset boulevard", "normalized_aliases": ["sunset blvd"], "matched_wiki_entity_name": "",
+    },
+}  # fmt: skip
+POPQA = {
+    "id": 4222362, "subj": "George Rankin", "prop": "occupation", "obj": "politician", "s_pop": 142,
+    "o_aliases": '["pol"]', "question": "What is George Rankin's occupation?",
+    "possible_answers": '["politician", "political leader", "pol"]',
+}  # fmt: skip
+WITH_ANSWERS = [
+    ({"question": "q", "answer": ["Charles Darwin", "Darwin"]}, ["Charles Darwin", "Darwin"]),  # Natural Questions
+    (TRIVIA, ["Sunset Boulevard", "Sunset Blvd"]),
+    (POPQA, ["politician", "political leader", "pol"]),
+    ({**POPQA, "possible_answers": ["a", "politician"]}, ["politician", "a"]),
+    ({"question": "q", "answers": {"text": ["Rome", "Rome"], "answer_start": [1, 9]}, "title": "t"}, ["Rome"]),  # SQuAD
+    ({"url": "u", "question": "q", "answers": ["Jazmyn", "Jaxon"]}, ["Jazmyn", "Jaxon"]),  # WebQuestions
+    ({"question": "q", "best_answer": "b", "correct_answers": ["a", "b"], "incorrect_answers": ["c"]}, ["b", "a"]),
+    ({"metadata": "{}", "problem": "q", "answer": "Sugeno"}, ["Sugeno"]),  # SimpleQA
+    ({"question": "q", "choices": ["0", "4"], "answer": "4"}, ["4"]),
+    ({"question": "q", "answer": []}, []),
+    ({"question": "q", "answer": None, "answers": {"text": [], "answer_start": []}}, []),
+]
+
+
+@pytest.mark.parametrize("shape", ["json", "parquet"])
+@pytest.mark.parametrize(("row", "answers"), WITH_ANSWERS, ids=lambda value: str(value)[:30])
+def test_answers_in_every_form(tmp_path, row, answers, shape):
+    path = written(tmp_path, [row])
+    if shape == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        path = tmp_path / "set.parquet"
+        parquet.write_table(pa.Table.from_pylist([row]), str(path))
+    (request,) = read_requests(path)
+    assert [*([request.answer] if request.answer else []), *request.aliases] == answers
+    assert request.question == row.get("question", row.get("problem"))
+
+
+def test_popqa_names_its_subject(tmp_path):
+    request = one(tmp_path, POPQA)
+    assert (request.prompt, request.subject) == ("What is {}'s occupation?", "George Rankin")
+    assert (request.group, request.relation) == ("George Rankin", "occupation")
+    other = one(tmp_path, {**POPQA, "subj": "G. Rankin"})  # whom the question spells otherwise
+    assert (other.subject, other.group, other.answer) == (None, "G. Rankin", "politician")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "q", "answer": {"label": "x"}}, 'field "answer": {\'label\': \'x\'}; expected a text, a list'),
+        ({"question": "q", "answer": True}, 'field "answer": True; expected a string'),
+        ({"question": "q", "answer": ["a", 3]}, 'field "aliases[0]": 3; expected a string'),
+        ({**POPQA, "possible_answers": "politician"}, 'field "possible_answers": \'politician\'; expected a JSON list'),
+        ({"question": "q", "choices": ["0", "4", "2"], "answer": 1}, 'field "answer": 1; expected a string'),  # MMLU
+        ({"question": "q", "choices": {"text": ["a"]}, "answerKey": "A"}, 'right one of "choices"'),  # ARC
+        ({"question": "q", "options": ["x"], "answer": "I", "answer_index": 8}, 'right one of "options"'),
+        ({"instruction": "i", "input": "", "output": "o"}, "read forget_level2 instead"),  # RWKU's for training
+        ({"prompt": ["a", "b"], "subject": ["c", "d"], "ground_truth": ["e", "f"]}, "EasyEdit's \"prompts\""),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_used_are_one_line(tmp_path, row, said):
+    assert said in refused(written(tmp_path, [row]))
+
+
+def test_a_list_below_other_fields_is_named(tmp_path):
+    trivia = {"Data": [{"Question": "q"}], "Domain": "Web", "Version": 1.0}
+    assert 'field "Data": 1 objects inside of one; expected the list itself' in refused(written(tmp_path, trivia))

@@ -169,7 +169,7 @@ def _request_rows(
     sentences: dict[str, None] = {}
     known = False
     for first, wording in zip([True, *[False] * len(wordings)], wordings, strict=False):
-        prompt = form.encode(wording.text, request.subject, start=wording.start)
+        prompt = form.encode(wording.text, wording.subject, start=wording.start)
         said = tuple(answers[wording.text])
         slot = answer_slot(form, said, right)
         known = known or slot is not None
@@ -199,7 +199,7 @@ def _example_rows(
     target = form.answer_ids(str(request.answer))[0]
     competing = _first_tokens(form, rivals, target, starts=True)
     for wording in wordings:
-        row = form.encode(wording.text, request.subject, start=wording.start)
+        row = form.encode(wording.text, wording.subject, start=wording.start)
         _add(found, number, Row("erase", owner, row.ids, (row.lookup,), (len(row) - 1,), (target,), competing))
 
 

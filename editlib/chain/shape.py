@@ -1,0 +1,129 @@
+"""What the values of `chain.json` may be: a record is trusted by its hash, and a hash is easily made anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from editlib.errors import quote
+
+Check = Callable[[Any, str], "str | None"]
+"""Says what is wrong with a value that is called by a name; `None` where nothing is."""
+
+BATCH_FILE = re.compile(r"batches/\d{4,}-[0-9a-f]{12}\.safetensors")
+LAYER = re.compile(r"0|[1-9]\d{0,4}")
+
+
+def misfit(content: Mapping[str, Any]) -> str | None:
+    """Names what in the content of `chain.json` (without its hash) is not of the kind that `ChainRecord` writes; `None`
+    where all is.
+
+    Unknown keys of the record and of its entries are left for the dataclasses to refuse.
+    """
+    return next(filter(None, (check(content[name], name) for name, check in RECORD.items() if name in content)), None)
+
+
+def _kind(test: Callable[[Any], bool]) -> Check:
+    return lambda value, name: None if test(value) else f"{name} is of another kind"
+
+
+def _optional(check: Check) -> Check:
+    return lambda value, name: None if value is None else check(value, name)
+
+
+def _listed(check: Check, called: str = "") -> Check:
+    """Returns the check of a list; `called` names one of its values by its number."""
+
+    def checked(value: Any, name: str) -> str | None:
+        if not isinstance(value, list):
+            return f"{name} is of another kind"
+        names = (f"{called or name} {number}" for number in range(1, len(value) + 1))
+        return next(filter(None, map(check, value, names)), None)
+
+    return checked
+
+
+def _mapped(check: Check, key: Callable[[str], Any] = bool, *, empty: bool = True) -> Check:
+    """Returns the check of an object whose keys are free, but for what `key` says of each."""
+
+    def checked(value: Any, name: str) -> str | None:
+        if not isinstance(value, dict) or not (value or empty):
+            return f"{name} is of another kind"
+        if (other := next((one for one in value if not key(one)), None)) is not None:
+            return f"{name} {quote(other)} is of another kind"
+        return next(filter(None, (check(inner, f"{name} {one}") for one, inner in value.items())), None)
+
+    return checked
+
+
+def _object(fields: Mapping[str, Check], *, missing: frozenset[str] = frozenset()) -> Check:
+    """Returns the check of an object with these fields, of which those `missing` may be left out."""
+
+    def checked(value: Any, name: str) -> str | None:
+        if not isinstance(value, dict):
+            return f"{name} is of another kind"
+        if gone := [one for one in fields if one not in value and one not in missing]:
+            return f"{name} {gone[0]} is missing"
+        checks = ((check, one) for one, check in fields.items() if one in value)
+        return next(filter(None, (check(value[one], f"{name} {one}") for check, one in checks)), None)
+
+    return checked
+
+
+text = _kind(lambda value: isinstance(value, str) and "\0" not in value)
+count = _kind(lambda value: type(value) is int and 0 <= value < 2**63)
+number = _kind(lambda value: type(value) is float or (type(value) is int and 0 <= value < 2**63))
+anything = _kind(lambda value: isinstance(value, dict))
+flag = _optional(_kind(lambda value: isinstance(value, bool)))
+template = _kind(lambda value: isinstance(value, str) and value.count("{}") == 1)
+texts = _listed(text)
+rows = _mapped(texts)
+LAYER_ENTRY = _object({"sha256": text, "update": number, "ratio": number})
+BATCH = _object(
+    {
+        "number": count,
+        "file": _kind(lambda value: isinstance(value, str) and BATCH_FILE.fullmatch(value) is not None),
+        "sha256": text,
+        "time": text,
+        "editlib": text,
+        "seed": count,
+        "keys": count,
+        "ids": texts,
+        "layers": _mapped(LAYER_ENTRY, LAYER.fullmatch, empty=False),
+        "left_out": rows,
+    },
+    missing=frozenset({"left_out"}),
+)
+RECORD: Mapping[str, Check] = {
+    "created": text,
+    "base": _object(
+        {"name": text, "sha256": text, "dtype": _optional(text), "layers": _mapped(text, LAYER.fullmatch, empty=False)}
+    ),
+    "algorithm": text,
+    "hparams": anything,
+    "chat": flag,
+    "seed": count,
+    "templates": _listed(template),
+    "statistics": _mapped(_object({"path": text, "sha256": text}), LAYER.fullmatch),
+    "files": _mapped(text, lambda name: name in ("token.safetensors", "retain.jsonl")),
+    "batches": _listed(BATCH, "batch"),
+    "revoked": _listed(_object({"time": text, "ids": texts, "batches": _listed(count)}), "revocation"),
+    "prompts": anything,
+    "hparams_source": text,
+    "left_out": rows,
+}
+numbers = _listed(number)
+NOTES: Mapping[str, Check] = {
+    "requests": _listed(anything),
+    "values": _object({"steps": numbers, "nll": numbers, "relative_norm": numbers}),
+    "relations": _listed(_optional(text)),
+    "anchors": texts,
+    "answers": _mapped(_listed(count), lambda question: True),
+    "token": anything,
+}
+
+
+def notes_misfit(notes: Any) -> str | None:
+    """Names what in the notes of a batch's file is not of the kind that `Batch` writes; `None` where all is."""
+    return _object(NOTES, missing=frozenset({"token"}))(notes, "notes")

@@ -1,0 +1,57 @@
+"""A subject as a further phrasing spells it: in another case, without its article or accents, with other blanks."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from editlib.answers.scripts import plain_marks, script_of
+
+ACCENTED = frozenset({"LATIN", "GREEK", "CYRILLIC"})
+"""Scripts whose accents are left out by many writers; elsewhere a mark makes another letter."""
+_ARTICLE = re.compile(r"(?:the|an?) ")
+
+
+def find_spelling(text: str, subject: str) -> tuple[int, str] | None:
+    """Finds a subject that is spelled otherwise in a text, as words of its own.
+
+    Case, accents of the Latin, Greek and Cyrillic scripts, apostrophes, blanks and a leading English article make no
+    difference.
+
+    Returns:
+        The character that it begins at, and how it is spelled there; `None` where it is there never or more than once.
+    """
+    searched, places = _plain(text)
+    wanted = _plain(subject)[0].strip()
+    for name in dict.fromkeys((wanted, _ARTICLE.sub("", wanted, count=1) if _ARTICLE.match(wanted) else wanted)):
+        found = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", searched)] if name else []
+        if len(found) == 1:
+            start, end = places[found[0]], places[found[0] + len(name) - 1] + 1
+            while end < len(text) and unicodedata.category(text[end]) == "Mn":  # the accent of the last letter
+                end += 1
+            return start, text[start:end]
+        if found:
+            return None
+    return None
+
+
+def _plain(text: str) -> tuple[str, list[int]]:
+    """Returns the text without the differences that `find_spelling` passes over, and the place in `text` of each of its
+    characters."""
+    found, places = "", []
+    for place, character in enumerate(text):
+        for plain in " " if character.isspace() else _letters(character):
+            if plain != " " or not found.endswith(" "):
+                found += plain
+                places.append(place)
+    return found, places
+
+
+def _letters(character: str) -> str:
+    bare = plain_marks(character)  # nothing for a character that only formats
+    if unicodedata.category(character) == "Mn" and unicodedata.name(character, "").startswith("COMBINING"):
+        return ""
+    if script_of(character) in ACCENTED:
+        apart = unicodedata.normalize("NFKD", bare)
+        bare = "".join(one for one in apart if unicodedata.category(one) != "Mn")
+    return bare.casefold()
