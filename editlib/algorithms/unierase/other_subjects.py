@@ -15,6 +15,7 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
 LISTS = 32  # that the model goes on with, for each relation
+MOST_LISTS, MOST_NAMES = 192, 600  # of all relations together
 LISTED = 8  # subjects that a list begins with
 LIST_TOKENS = 48
 TOP_K = 40
@@ -43,7 +44,12 @@ def other_subjects(
         return []
     relations = dict.fromkeys(request.relation or request.prompt for request in requests if request.subject)
     known = {relation: [fact for fact in (*requests, *retain) if _asks(fact, relation)] for relation in relations}
-    lists = [text for facts in known.values() for text in _lists([str(fact.subject) for fact in facts], seed)]
+    if not known:
+        return []
+    # Requests that each ask for something else take as long, together, as six relations do.
+    count = max(1, min(LISTS, MOST_LISTS // len(known)))
+    most = max(1, min(most, MOST_NAMES // len(known)))
+    lists = [text for facts in known.values() for text in _lists([str(fact.subject) for fact in facts], count, seed)]
     rows = [TokenRow(tuple(form.tok(text)["input_ids"]), 0) for text in lists]
     generator = torch.Generator().manual_seed(seed)
     written = sample(anat, rows, max_new_tokens=LIST_TOKENS, top_k=TOP_K, generator=generator)
@@ -51,7 +57,7 @@ def other_subjects(
     found = []
     for number, (relation, facts) in enumerate(known.items()):
         taken = {str(fact.subject).lower() for fact in (*requests, *facts) if fact.subject}
-        names = _names(texts[number * LISTS : (number + 1) * LISTS], taken)[:most]
+        names = _names(texts[number * count : (number + 1) * count], taken)[:most]
         prompt = facts[0].prompt
         found += [
             EditRequest(id=f"{relation}/{name}", prompt=prompt, subject=name, relation=facts[0].relation)
@@ -64,11 +70,11 @@ def _asks(fact: EditRequest, relation: str) -> bool:
     return fact.subject is not None and (fact.relation or fact.prompt) == relation
 
 
-def _lists(subjects: Sequence[str], seed: int) -> list[str]:
-    """Returns the beginnings of lists, each of some subjects in an order drawn with `seed`."""
+def _lists(subjects: Sequence[str], count: int, seed: int) -> list[str]:
+    """Returns the beginnings of `count` lists, each of some subjects in an order drawn with `seed`."""
     rng = random.Random(seed)
     once = list(dict.fromkeys(subjects))
-    return [", ".join(rng.sample(once, min(LISTED, len(once)))) + "," for _ in range(LISTS)]
+    return [", ".join(rng.sample(once, min(LISTED, len(once)))) + "," for _ in range(count)]
 
 
 def _names(texts: Sequence[str], taken: set[str]) -> list[str]:

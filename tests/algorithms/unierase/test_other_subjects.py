@@ -60,3 +60,19 @@ def test_two_runs_name_the_same(tiny_llama, tok):
     runs = [other_subjects(anat, form, FORGET, RETAIN, 5, seed=3) for _ in range(2)]
     assert runs[0] == runs[1]
     assert all(request.answer is None for request in runs[0])
+
+
+def test_many_relations_take_no_longer_than_six(tiny_llama, tok, monkeypatch):
+    many = [fact("France", f"What is the {i}th word about {{}}?", None) for i in range(150)]
+    seen = []
+
+    def go_on(_, rows, **__):
+        seen.extend(rows)
+        return [tuple(tok(" Rome, Bonn, Basel, Spain, Peru, x")["input_ids"])] * len(rows)
+
+    monkeypatch.setattr(module, "sample", go_on)
+    found = other_subjects(anatomy(tiny_llama), PromptFormat(tok), many, [], 80)
+    assert len(seen) <= module.MOST_LISTS and len(found) <= module.MOST_NAMES
+    assert {request.prompt for request in found} == {request.prompt for request in many}
+    nobody = [fact(None, "Who am I?", None)]
+    assert other_subjects(anatomy(tiny_llama), PromptFormat(tok), nobody, [], 80) == []
