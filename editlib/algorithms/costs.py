@@ -172,11 +172,12 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
     scored = job.requests * (job.contexts * job.target_tokens + job.kl_prompts * job.kl_tokens)
     # Few tokens cost what reading the weights costs; more are parted by their length, so that little is padded.
     parted = 1 if job.v_rate == "fast" else min(FEW_GROUPS, -(-suffix // FEW_TOKENS))
-    groups = max(1, -(-rows // chunk_rows), parted)
+    full = max(1, -(-rows // chunk_rows))  # groups of as many prompts as are held at once
+    groups = max(full, parted)
     read = 2 * groups * (above * size.layer + size.head) * itemsize  # the weights are read both ways
-    logits = 6 * ITEM * size.vocab * scored / groups  # log-softmax, targets and their gradients
-    graph = suffix / groups * above * (12 * size.d_model + 6 * size.d_ff) * itemsize
-    prefix = rows / groups * job.prompt_tokens * size.n_layers * size.kv_width * itemsize
+    logits = 6 * ITEM * size.vocab * scored / full  # log-softmax, targets and their gradients
+    graph = suffix / full * above * (12 * size.d_model + 6 * size.d_ff) * itemsize
+    prefix = rows / full * job.prompt_tokens * size.n_layers * size.kv_width * itemsize
     steps = forward_pass(
         size, job.steps * suffix, above, job.v_rate, passes=job.steps * groups, kind="gradient", moved=job.steps * read
     )
