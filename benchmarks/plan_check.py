@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.packaged.fetch import fetch
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.size import model_size
-from editlib.stats.corpus import load_corpus
+from editlib.stats.corpus import Corpus, load_corpus
 from editlib.stats.file import LayerStats, StatsHeader
 from editlib.stats.layer_stats import layer_stats
 
@@ -104,6 +104,7 @@ def edit(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
         },
         "plan check",
     )
+    corpus()
     stats = measured(partial(statistics, anat, tok, hparams), device)
     with tempfile.TemporaryDirectory() as folder:
         kept = {layer: replace(one, path=Path(folder) / f"{layer}.npz") for layer, one in stats.made.items()}
@@ -121,7 +122,7 @@ def edit(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
         steps=args.steps,
         kept_out=size.d_ff // 4,
     )
-    planned = [costs.statistics(size, layers, TOKENS), costs.values(size, job), costs.solve(size, job)]
+    planned = copied(model, [costs.statistics(size, layers, TOKENS), costs.values(size, job), costs.solve(size, job)])
     seconds = {"statistics": stats.seconds, "values": result.timings["values"], "solve": result.timings["write"]}
     held = {
         "memory of statistics": (planned[0].held, stats.memory_mb),
@@ -152,13 +153,25 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
         costs.solve(size, job),
         costs.refusal_tokens(size, job, steps=hparams.token_steps, wordings=hparams.token_wordings, general=general),
     ]
+    planned = copied(model, planned)
     held = {"memory of the edit": (max(step.held for step in planned), whole.memory_mb)}
     return planned, {**result.timings, "solve": result.timings["write"]}, held
 
 
+def copied(model: PreTrainedModel, steps: list[costs.Step]) -> list[costs.Step]:
+    """The steps with the bf16 copy of the weights, where the processor is fast at it."""
+    return [costs.with_copy(step, model_size(model.config)) for step in steps] if fast_dtype(model) else steps
+
+
+@cache
+def corpus() -> Corpus:
+    """The text of the statistics, read once: reading it is no step of a plan."""
+    return load_corpus("wiki-sample")
+
+
 def statistics(anat: Anatomy, tok: PreTrainedTokenizerBase, hparams: NullSpaceHyperParams) -> dict[int, LayerStats]:
     """Second moments of the layers, and their decompositions, as `editlib stats` and an edit make them."""
-    text, model = load_corpus("wiki-sample"), anat.model
+    text, model = corpus(), anat.model
     header = StatsHeader("random", "", anat.d_ff, TOKENS, 0, text.name, text.sha256, 512, 0, 0, "")
     with cast_params(model, fast_dtype(model)):
         made = layer_stats(anat, tok, hparams.layers, text.documents, tokens=TOKENS, header=header, progress=False)

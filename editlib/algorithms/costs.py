@@ -9,7 +9,7 @@ rate, if that is longer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from editlib.algorithms.machine import EIGEN, VOCAB, Kind, Machine
@@ -22,6 +22,9 @@ Rate = Literal["model", "fast", "product", "wide", "eigen", "disk"]
 ITEM = 4  # bytes of a fp32 number
 WIDE = 8  # of a fp64 number
 DECODE_ROWS = 64  # prompts that are answered at once
+FEW_TOKENS, FEW_GROUPS = 48, 3  # of a step in fp32, from which on requests of unlike length are parted; groups at most
+PROBE_TOKENS = 6  # of a pass that tries what the model can do
+PROBES_VALUES, PROBES_LAYER = 8, 2  # such passes before values are found, and before each layer is solved
 KEY_TOKENS = 4096  # of a pass that reads keys
 METRIC_ROWS = 32  # of a pass that reads the left metric
 KEPT_TOKENS = 20  # of an answer that a row keeps
@@ -167,11 +170,14 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
     last, above = max(job.layers), size.n_layers - max(job.layers) - 1
     suffix = job.requests * (job.contexts * (job.suffix_tokens + job.target_tokens - 1) + job.kl_prompts * 3)
     scored = job.requests * (job.contexts * job.target_tokens + job.kl_prompts * job.kl_tokens)
-    groups = max(1, -(-rows // chunk_rows))
+    # Few tokens cost what reading the weights costs; more are parted by their length, so that little is padded.
+    parted = 1 if job.v_rate == "fast" else min(FEW_GROUPS, -(-suffix // FEW_TOKENS))
+    full = max(1, -(-rows // chunk_rows))  # groups of as many prompts as are held at once
+    groups = max(full, parted)
     read = 2 * groups * (above * size.layer + size.head) * itemsize  # the weights are read both ways
-    logits = 6 * ITEM * size.vocab * scored / groups  # log-softmax, targets and their gradients
-    graph = suffix / groups * above * (12 * size.d_model + 6 * size.d_ff) * itemsize
-    prefix = rows / groups * job.prompt_tokens * size.n_layers * size.kv_width * itemsize
+    logits = 6 * ITEM * size.vocab * scored / full  # log-softmax, targets and their gradients
+    graph = suffix / full * above * (12 * size.d_model + 6 * size.d_ff) * itemsize
+    prefix = rows / full * job.prompt_tokens * size.n_layers * size.kv_width * itemsize
     steps = forward_pass(
         size, job.steps * suffix, above, job.v_rate, passes=job.steps * groups, kind="gradient", moved=job.steps * read
     )
@@ -183,9 +189,19 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
             head_pass(size, job.steps * scored, job.v_rate, passes=job.steps * groups, kind="gradient"),
             # The states before any change, in the model's dtype.
             forward_pass(size, job.requests * job.prompt_tokens, last + 1, "model", passes=1),
+            *probes(size, PROBES_VALUES, job.v_rate),
         ],
         logits + graph + prefix,
     )
+
+
+def probes(size: ModelSize, passes: int, rate: Rate) -> list[Work]:
+    """Estimates short passes through the whole model that try how it can be run in parts."""
+    tokens = PROBE_TOKENS * passes
+    return [
+        forward_pass(size, tokens, size.n_layers, rate, passes=passes, kind="step"),
+        head_pass(size, tokens, rate, passes=passes, kind="step"),
+    ]
 
 
 def anchors(size: ModelSize, job: Job) -> Step:
@@ -256,6 +272,7 @@ def solve(size: ModelSize, job: Job) -> Step:
         forward_pass(size, tokens, layers_run, "model", passes=max(1, round(tokens / KEY_TOKENS))),
         Work("wide", (system + whole + moment + project + 2 * square * n) * layers),
         Work("wide", 0, 6 * square * WIDE * layers),  # the update multiplied out, summed and written
+        *probes(size, PROBES_LAYER * layers, "model"),
     ]
     if job.anchors:  # their keys are read again at each layer, from the model's beginning
         passes = max(1, round(job.held_keys / KEY_TOKENS))
@@ -321,12 +338,8 @@ def token(
     question_tokens: int = 20,
     answer_tokens: int = 16,
     refusal_tokens: int = 9,
-    cast: bool = True,
 ) -> Step:
-    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back.
-
-    `cast`: the weights are fp32, and held in bf16 as well meanwhile.
-    """
+    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back."""
     seen = questions * question_tokens
     answered_tokens = guard_prompts * (question_tokens + answer_tokens)
     scored = seen // 4 + guard_prompts * answer_tokens
@@ -340,10 +353,14 @@ def token(
             forward_pass(size, steps * trained, size.n_layers, "fast", passes=steps, kind="gradient"),
             head_pass(size, steps * batch * refusal_tokens, "fast", passes=steps, kind="gradient"),
         ],
-        questions * question_tokens * size.n_layers * size.kv_width * 2
-        + 2 * size.total * cast
-        + scored * size.vocab * 2,
+        questions * question_tokens * size.n_layers * size.kv_width * 2 + scored * size.vocab * 2,
     )
+
+
+def with_copy(step: Step, size: ModelSize) -> Step:
+    """Adds the bf16 copy of fp32 weights that a step holds if some of its passes run in bf16."""
+    fast = any(work.rate == "fast" for work in step.work)
+    return replace(step, held=step.held + 2 * size.total) if fast else step
 
 
 def save(size: ModelSize, itemsize: int) -> Step:

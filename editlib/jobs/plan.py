@@ -91,23 +91,22 @@ def plan(
     kind = stored if dtype is None else DTYPES[dtype]
     machine = measure(config, kind, torch.device(device)).scaled(flops, bandwidth)
     tokens = stats_tokens or (STATS_TOKENS if settings.has_target else STATS_TOKENS_UNLEARN)
-    steps = _steps(settings, size, requests, prompt_tokens, tokens, cast=kind == torch.float32)
+    steps = _steps(settings, size, requests, prompt_tokens, tokens)
+    if kind == torch.float32:
+        steps = [costs.with_copy(step, size) for step in steps]
     steps.append(costs.save(size, kind.itemsize))
     return Plan(settings, size, machine, size.bytes(kind.itemsize), steps)
 
 
 def _steps(
-    settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int, *, cast: bool
+    settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int
 ) -> list[costs.Step]:
-    """Lists the steps that an edit with these settings has, but for the model that is saved.
-
-    `cast`: the weights are fp32, so that passes which may run in bf16 hold a copy of them.
-    """
+    """Lists the steps that an edit with these settings has, but for the model that is saved."""
     steps = []
     if settings.uses_statistics:
         steps.append(costs.statistics(size, settings.layers, stats_tokens, settings.decomposition))
     if settings.uses_token:
-        steps.append(_token(size, prompt_tokens, cast=cast))
+        steps.append(_token(size, prompt_tokens))
     if settings.trained_steps:
         steps.append(costs.descent(size, requests, prompt_tokens, settings.trained_steps))
     if not finds_values(settings):
@@ -126,7 +125,7 @@ def _steps(
     return steps
 
 
-def _token(size: ModelSize, prompt_tokens: int, *, cast: bool) -> costs.Step:
+def _token(size: ModelSize, prompt_tokens: int) -> costs.Step:
     """Estimates the unlearning token, as the command learns it."""
     learned = TokenHyperParams()
     return costs.token(
@@ -137,7 +136,6 @@ def _token(size: ModelSize, prompt_tokens: int, *, cast: bool) -> costs.Step:
         guard_prompts=learned.guard_prompts,
         question_tokens=prompt_tokens,
         answer_tokens=learned.guard_tokens,
-        cast=cast,
     )
 
 

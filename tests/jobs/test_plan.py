@@ -67,11 +67,21 @@ def test_statistics_by_hand():
 
 def test_values_by_hand():
     job = costs.Job(layers=[0, 1], requests=5, contexts=2, suffix_tokens=4, target_tokens=3, kl_prompts=0, steps=7)
-    prefixes, steps, head, states = costs.values(SIZE, job).work
+    prefixes, steps, head, states, probes, _ = costs.values(SIZE, job).work
     assert prefixes.flops == 2 * 5 * 2 * job.prompt_tokens * SIZE.n_layers * LAYER  # cached for every layer
     assert steps.flops == 7 * 4 * 5 * 2 * (4 + 2) * 1 * LAYER  # through the one layer above, and back
     assert head.flops == 7 * 4 * 5 * 2 * 3 * 1600
     assert states.flops == 2 * 5 * job.prompt_tokens * 2 * LAYER
+    assert (probes.calls, probes.tokens) == (costs.PROBES_VALUES * SIZE.n_layers, costs.PROBE_TOKENS)
+
+
+def test_requests_of_unlike_length_are_parted_where_few_tokens_fill_a_pass():
+    """60 tokens a step are two groups in fp32, whose layer above is called once for each; in bf16 they are one."""
+    job = costs.Job(layers=[1], requests=10, suffix_tokens=4, target_tokens=3, kl_prompts=0, steps=7)
+    calls = {rate: costs.values(SIZE, replace(job, v_rate=rate)).work[1].calls for rate in ("model", "fast")}
+    assert calls == {"model": 7 * 2 * 1, "fast": 7 * 1 * 1}
+    many = costs.values(SIZE, replace(job, requests=60))
+    assert many.work[1].calls == 7 * costs.FEW_GROUPS
 
 
 def test_values_from_rows_by_hand():
@@ -113,9 +123,10 @@ def test_a_plan_counts_the_examples_of_its_settings():
     assert settings_job(replace(settings, example_wordings=0), 5, 16, SIZE).examples == 0
 
 
-def test_a_token_holds_a_second_copy_of_fp32_weights_alone():
-    held = {cast: costs.token(SIZE, steps=1, batch=1, cast=cast).held for cast in (True, False)}
-    assert held[True] - held[False] == 2 * SIZE.total
+def test_bf16_passes_of_fp32_weights_hold_a_second_copy():
+    fast, slow = costs.token(SIZE, steps=1, batch=1), costs.solve(SIZE, costs.Job(layers=[1], requests=5))
+    assert costs.with_copy(fast, SIZE).held - fast.held == 2 * SIZE.total
+    assert costs.with_copy(slow, SIZE) == slow
 
 
 def test_passes_take_what_a_layer_was_measured_to_take():
@@ -129,7 +140,8 @@ def test_passes_take_what_a_layer_was_measured_to_take():
 
 def test_the_solve_by_hand():
     job = costs.Job(layers=[1], requests=5, past=2, kept_out=6)
-    keys, system, _ = costs.solve(SIZE, job).work
+    keys, system, _, probes, _ = costs.solve(SIZE, job).work
+    assert probes.calls == costs.PROBES_LAYER * SIZE.n_layers
     assert keys.flops == 2 * 5 * job.prompt_tokens * (1 + 3) * LAYER
     gram, factor, right = 2 * 44 * 7**2, 7**3 / 3 + 2 * 7**2 * 5, 2 * 44 * 7 * 5
     assert system.flops == pytest.approx(gram + factor + right + 4 * 44 * 6 * 7 + 2 * 16 * 44 * 5)
@@ -169,7 +181,7 @@ def test_a_plan_needs_a_configuration_alone(tmp_path, monkeypatch):
     steps = [step.name for step in plan(str(path), 10, hparams=str(rows), algorithm="UniErase").steps]
     assert steps == ["statistics", "anchors", "values", "solve", "tokens", "save"]
     more = plan(str(path), 100, algorithm="AlphaEdit")
-    assert more.steps[1].flops == pytest.approx(10 * made.steps[1].flops)
+    assert more.steps[1].work[1].flops == pytest.approx(10 * made.steps[1].work[1].flops)
     found = CliRunner().invoke(app, ["plan", str(path), "--requests", "10", "--algorithm", "AlphaEdit"])
     assert found.exit_code == 0, found.output
     assert "statistics" in found.output and "matrix rate" in found.output
