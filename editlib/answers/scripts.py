@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -60,7 +61,7 @@ def folded(text: str) -> str:
     am), plain hyphens, and without Arabic and Hebrew vowel points, which are mostly left out."""
     if text.isascii():
         return text
-    return unicodedata.normalize("NFC", "".join(map(_folded, plain_marks(text))))
+    return _AM.sub(r"\2\1", unicodedata.normalize("NFC", "".join(map(_folded, plain_marks(text)))))
 
 
 @cache
@@ -79,4 +80,6 @@ _STRAIGHT = str.maketrans(
     dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u02b9\u02bb\uff07\u2032\u00b4\u05f3\ua78c`", "'")
     | dict.fromkeys("\u201c\u201d\u201e\u201f\uff02\u2033\u05f4", '"')
 )
+_AM = re.compile("([\u0e48-\u0e4b\u0ec8-\u0ecb])([\u0e4d\u0ecd])")
+"""A tone before the ring of a Thai or Lao am, which some keyboards write after it."""
 _HYPHENS = frozenset("\u2010\u2011\u2012\u2013\u2212\uff0d")

@@ -24,6 +24,9 @@ from editlib.answers import has_answer, is_fluent_refusal, is_refusal, main_scri
         ("生于1945年", "45年", False),
         ("ภาษาไทย", "ไท", True),
         ("เขาชื่อกี่", "ก", False),  # the vowel sign belongs to the letter
+        ("ดื่มน้ำ", "น\u0e4d\u0e49า", True),  # the ring of the am before the tone
+        ("ດື່ມນ້ຳ", "ນ\u0ecd\u0ec9າ", True),
+        ("그는 파리에서 태어났다", "파리", True),
         ("राजधानी दिल्ली है", "दिल्ली", True),
         ("राजधानी दिल्ली है", "दिल्ल", False),
         ("Москва - столица", "Москва", True),
