@@ -141,8 +141,13 @@ def _product_rate(keys: Tensor) -> float:
 def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
     """Times a pass through the one layer of `model`, by kind."""
     device = model.device
-    text = lambda tokens: text_pass(model, max(1, tokens // TEXT), min(tokens, TEXT))  # noqa: E731
-    step = lambda grad: lambda tokens: step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=grad)  # noqa: E731
+
+    def text(tokens: int) -> Callable[[], object]:
+        return text_pass(model, max(1, tokens // TEXT), min(tokens, TEXT))
+
+    def step(grad: bool) -> Callable[[int], Callable[[], object]]:
+        return lambda tokens: step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=grad)
+
     with plain_attention(device):
         steps: dict[Kind, Curve] = {
             "step": _curve("step", step(False), device),

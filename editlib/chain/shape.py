@@ -1,4 +1,4 @@
-"""What the values of `chain.json` may be: a record is trusted by its hash, and a hash is easily made anew."""
+"""Check the values of `chain.json`: a record is trusted by its hash, and a hash is easily made anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One random layer of a model's shape, and the passes through it that are timed for a plan."""
+"""Run one random layer of a model's shape: the passes through it that are timed for a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answers of a row of a set of questions: a text, a list of texts, or an object, under the names of that set.
+"""Read the answers of a row of a set of questions: a text, a list of texts, or an object, under that set's names.
 
 The first answer is the one that a reader would give; the others are accepted beside it.
 """

@@ -1,4 +1,4 @@
-"""A subject as a further phrasing spells it: in another case, without its article or accents, with other blanks."""
+"""Find a subject as a further phrasing spells it: in another case, with other blanks, without article or accents."""
 
 from __future__ import annotations
 

@@ -6,12 +6,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import sample
 from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.requests.fields import FieldError
 from editlib.requests.request import EditRequest
 
 LISTS = 32  # that the model goes on with, for each relation
@@ -55,15 +57,22 @@ def other_subjects(
     written = sample(anat, rows, max_new_tokens=LIST_TOKENS, top_k=TOP_K, generator=generator)
     texts = [str(form.tok.decode(list(ids), skip_special_tokens=True)) for ids in written]
     found = []
-    for number, (relation, facts) in enumerate(known.items()):
+    for number, facts in enumerate(known.values()):
         taken = {str(fact.subject).lower() for fact in (*requests, *facts) if fact.subject}
-        names = _names(texts[number * count : (number + 1) * count], taken)[:most]
-        prompt = facts[0].prompt
-        found += [
-            EditRequest(id=f"{relation}/{name}", prompt=prompt, subject=name, relation=facts[0].relation)
-            for name in names
-        ]
+        names = _names(texts[number * count : (number + 1) * count], taken)
+        asked = (_asked_of(name, facts[0]) for name in names)
+        found += list(islice((request for request in asked if request is not None), most))
     return found
+
+
+def _asked_of(name: str, fact: EditRequest) -> EditRequest | None:
+    """Returns what `fact` asks, of another subject; `None` if its name cannot be one ("{}")."""
+    try:
+        return EditRequest(
+            id=f"{fact.relation or fact.prompt}/{name}", prompt=fact.prompt, subject=name, relation=fact.relation
+        )
+    except FieldError:
+        return None
 
 
 def _asks(fact: EditRequest, relation: str) -> bool:
@@ -82,7 +91,7 @@ def _names(texts: Sequence[str], taken: set[str]) -> list[str]:
     counts: Counter[str] = Counter()
     for text in texts:
         for item in text.split("\n")[0].split(",")[:-1]:  # the last one may be cut
-            name = re.sub(r"^(and|or) ", "", item.strip(" .\"'"))
+            name = re.sub(r"^(and|or) ", "", item.strip(" .\"'")).strip()
             if 2 < len(name) <= LONGEST and name.lower() not in taken:
                 counts[name] += 1
     return [name for name, _ in counts.most_common()]

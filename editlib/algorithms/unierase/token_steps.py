@@ -1,4 +1,4 @@
-"""Steps of Adam on a token's rows that keep the guard exactly in each step, not by a share of the gradient.
+"""Takes steps of Adam on a token's rows that keep the guard exactly in each step, not by a share of the gradient.
 
 The refusals' NLL is costly and sampled; the guard's penalty is cheap, convex and known in full. So a step takes Adam's
 model of the first and a quadratic bound of the second, and goes to the minimum of their sum. With the output row `r`,
@@ -59,7 +59,8 @@ class GuardedAdam:
         wide = wide_dtype(row.device)
         gradient, curvature = self.guard.bound(row, self.reach, self.floor)
         total = torch.diag(scale.to(wide)) + self.weight * curvature.to(wide)  # [d_model, d_model]
-        return torch.linalg.solve(total, (slope + self.weight * gradient).to(wide)).to(row)
+        step: Tensor = torch.linalg.solve(total, (slope + self.weight * gradient).to(wide))  # [d_model]
+        return step.to(row)
 
 
 def rate(lr: float, step: int, steps: int) -> float:

@@ -1,6 +1,8 @@
 """Other subjects of a relation, named by the model."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from editlib.algorithms.unierase import other_subjects as module
 from editlib.algorithms.unierase.other_subjects import LISTS, other_subjects
@@ -76,3 +78,13 @@ def test_many_relations_take_no_longer_than_six(tiny_llama, tok, monkeypatch):
     assert {request.prompt for request in found} == {request.prompt for request in many}
     nobody = [fact(None, "Who am I?", None)]
     assert other_subjects(anatomy(tiny_llama), PromptFormat(tok), nobody, [], 80) == []
+
+
+@given(st.lists(st.text(max_size=50), max_size=5))
+def test_whatever_the_model_writes_becomes_a_request_or_nothing(texts):
+    """A list that went on with a no-break space stopped an edit after its values were found."""
+    names = module._names([", ".join([*texts, "x"]), "\xa0Rome, {}, a {} b, x"], {"france"})
+    asked = [module._asked_of(name, FORGET[0]) for name in names]
+    assert all(request is None or request.subject.strip() == request.subject != "" for request in asked)
+    said = [request.subject for request in asked if request is not None]
+    assert "Rome" in said and not any("{}" in name for name in said)
