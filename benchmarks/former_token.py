@@ -120,7 +120,7 @@ def quality(
                 prompts = [asked.encode(text).followed_by((unl_id,)) for text in questions]
                 with rows_in_place(anat, [unl_id], rows[0][None], rows[-1][None]):
                     said = greedy(anat, prompts, max_new_tokens=SAID)
-                texts = [tok.decode(ids, skip_special_tokens=True) for ids in said]
+                texts = [str(tok.decode(list(ids), skip_special_tokens=True)) for ids in said]
                 good = [is_refusal(text) and is_fluent(text) for text in texts]
                 ended = [one and len(ids) < SAID for one, ids in zip(good, said, strict=True)]
                 found |= {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from editlib.models.layer_passes import one_layer, step_pass, text_pass, without_grad
+from editlib.models.layer_passes import Pass, one_layer, step_pass, text_pass, without_grad
 from editlib.models.precision import cast_params, fast_dtype, plain_attention, wide_dtype
 from editlib.models.size import model_size
 from editlib.stats.moments import GRAM_SHARE, Buffers, add_gram
@@ -141,12 +141,20 @@ def _product_rate(keys: Tensor) -> float:
 def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
     """Times a pass through the one layer of `model`, by kind."""
     device = model.device
-    text = lambda tokens: text_pass(model, max(1, tokens // TEXT), min(tokens, TEXT))  # noqa: E731
-    step = lambda grad: lambda tokens: step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=grad)  # noqa: E731
+
+    def text(tokens: int) -> Pass:
+        return text_pass(model, max(1, tokens // TEXT), min(tokens, TEXT))
+
+    def step(tokens: int) -> Pass:
+        return step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=False)
+
+    def gradient(tokens: int) -> Pass:
+        return step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=True)
+
     with plain_attention(device):
         steps: dict[Kind, Curve] = {
-            "step": _curve("step", step(False), device),
-            "gradient": _curve("gradient", step(True), device),
+            "step": _curve("step", step, device),
+            "gradient": _curve("gradient", gradient, device),
         }
     return {"text": _curve("text", text, device), **steps}
 
