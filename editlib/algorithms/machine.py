@@ -1,4 +1,4 @@
-"""Measure how fast this machine does what an edit does, in a few seconds on one layer of a model's shape."""
+"""How fast this machine is at what an edit does, measured in a few seconds on one layer of a model's shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from editlib.models.layer_passes import one_layer, step_pass, text_pass, without_grad
+from editlib.models.layer_passes import Pass, one_layer, step_pass, text_pass, without_grad
 from editlib.models.precision import cast_params, fast_dtype, plain_attention, wide_dtype
 from editlib.models.size import model_size
 from editlib.stats.moments import GRAM_SHARE, Buffers, add_gram
@@ -142,16 +142,19 @@ def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
     """Times a pass through the one layer of `model`, by kind."""
     device = model.device
 
-    def text(tokens: int) -> Callable[[], object]:
+    def text(tokens: int) -> Pass:
         return text_pass(model, max(1, tokens // TEXT), min(tokens, TEXT))
 
-    def step(grad: bool) -> Callable[[int], Callable[[], object]]:
-        return lambda tokens: step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=grad)
+    def step(tokens: int) -> Pass:
+        return step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=False)
+
+    def gradient(tokens: int) -> Pass:
+        return step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=True)
 
     with plain_attention(device):
         steps: dict[Kind, Curve] = {
-            "step": _curve("step", step(False), device),
-            "gradient": _curve("gradient", step(True), device),
+            "step": _curve("step", step, device),
+            "gradient": _curve("gradient", gradient, device),
         }
     return {"text": _curve("text", text, device), **steps}
 

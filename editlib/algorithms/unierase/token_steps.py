@@ -59,8 +59,8 @@ class GuardedAdam:
         wide = wide_dtype(row.device)
         gradient, curvature = self.guard.bound(row, self.reach, self.floor)
         total = torch.diag(scale.to(wide)) + self.weight * curvature.to(wide)  # [d_model, d_model]
-        step: Tensor = torch.linalg.solve(total, (slope + self.weight * gradient).to(wide))  # [d_model]
-        return step.to(row)
+        move: Tensor = torch.linalg.solve(total, (slope + self.weight * gradient).to(wide))  # [d_model]
+        return move.to(row)
 
 
 def rate(lr: float, step: int, steps: int) -> float:
