@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -131,18 +133,20 @@ def test_two_processes_share_the_cells(config, tmp_path):
     assert done.stdout.count("report.html") == 1
 
 
-@pytest.mark.parametrize("part", ["scores", "edit"])
-@pytest.mark.parametrize("content", ["3", '{"forget": 3, "sha256": 3}', '{"measures": [1], "cost": "x"}'])
-def test_a_part_of_the_wrong_type_is_measured_again_or_one_line(config, call, tmp_path, part, content):
+def test_a_part_of_the_wrong_type_is_measured_again_or_one_line(config, call, tmp_path):
     """A file without a hash is an earlier version's: it is read as it is, and refused where it does not fit."""
-    plan = config(methods=["none"])
-    assert call("compare", "--config", plan, "--out", tmp_path / "out")[0] == 0
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    path = next((tmp_path / "out" / "cells").glob(f"*/{part}.json"))
-    path.write_text(content)
-    code, _, said = call("compare", "--config", plan, "--out", tmp_path / "out")
-    if content == "3":
-        assert code == 0 and json.loads(path.read_text())
-        return
-    assert code == 2 and said.count("editlib:") == 1 and "not what an earlier run wrote" in said
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    plan, whole = config(methods=["none"]), tmp_path / "whole"
+    assert call("compare", "--config", plan, "--out", whole)[0] == 0
+    before = (whole / "results.json").read_bytes()
+    contents = ("3", '{"forget": 3, "sha256": 3}', '{"measures": [1], "cost": "x"}')
+    for i, (part, content) in enumerate(itertools.product(("scores", "edit"), contents)):
+        out = tmp_path / f"out{i}"
+        shutil.copytree(whole, out)
+        path = next((out / "cells").glob(f"*/{part}.json"))
+        path.write_text(content)
+        code, _, said = call("compare", "--config", plan, "--out", out)
+        if content == "3":
+            assert code == 0 and json.loads(path.read_text()), part
+            continue
+        assert code == 2 and said.count("editlib:") == 1 and "not what an earlier run wrote" in said, (part, content)
+        assert (out / "results.json").read_bytes() == before
