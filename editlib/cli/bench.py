@@ -114,13 +114,19 @@ def bench_sequential(
     from editlib.benches.report import sequential_rows, write_sequential
     from editlib.benches.sequential import bench_sequential as run
     from editlib.benches.sequential import check_plan
+    from editlib.editing import check_draft
     from editlib.files import check_folder
 
     check_folder(out_dir)
     how = prompt_settings(prompts)
     settings, wanted = check_plan(model, algorithms, hparams or [], sizes, text=text)
+
+    def look(draft: Any) -> None:
+        for one in settings:
+            check_draft(draft, [], one)
+
     found = run(
-        lambda: workbench(model, stats_dir, dtype, device_map, prompts=how),
+        lambda: workbench(model, stats_dir, dtype, device_map, prompts=how, first=look),
         settings,
         wanted,
         out_dir,

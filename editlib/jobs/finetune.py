@@ -167,6 +167,8 @@ def finetune(
     """
     out, settings = Path(out), settings or FinetuneSettings()
     check_folder(out)
+    if overwrite:
+        check_output(out, overwrite=True)
     require_rouge()
     if settings.text is not None:
         check_corpus(settings.text)
