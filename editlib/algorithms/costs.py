@@ -30,7 +30,8 @@ METRIC_ROWS = 32  # of a pass that reads the left metric
 KEPT_TOKENS = 20  # of an answer that a row keeps
 EXAMPLES, EXAMPLE_ANSWER = 3, 4  # in a few-shot prompt, and tokens of an example's answer
 REFUSAL_TOKENS = 10  # of a refusal
-TEXTS, TEXT_TOKENS = 64, 40  # that the edited model writes, for tokens to stay out of
+TEXTS, TEXT_TOKENS = 320, 48  # that the edited model writes, for tokens to stay out of
+LISTS, MOST_NAMES = 192, 600  # of subjects that the model goes on with, and other subjects that it names, at most
 
 
 @dataclass(frozen=True)
@@ -296,19 +297,29 @@ def descent(size: ModelSize, requests: int, prompt_tokens: int, steps: int) -> S
 
 
 def refusal_tokens(
-    size: ModelSize, job: Job, *, steps: int, wordings: int, general: int, kept: int = 600, batch: int = 16
+    size: ModelSize,
+    job: Job,
+    *,
+    steps: int,
+    wordings: int,
+    general: int,
+    others: int = 0,
+    kept: int = 600,
+    batch: int = 16,
 ) -> Step:
     """Estimates tokens that refuse, fitted to the edited model: the states of all places, and `steps` passes and back.
 
     Args:
         wordings: of each question that the tokens are to be said at.
         general: questions about anything, which the edited model answers first.
+        others: other subjects for each relation, which the model names. Each request is taken to ask for its own.
         kept: retain prompts that the tokens stay out of; each is asked in three ways.
     """
     kept, rate = min(job.anchors, kept), job.v_rate
     siblings = job.requests * job.siblings
-    ends = job.requests * (1 + wordings + job.wordings) + 3 * kept + siblings
-    answers = kept + siblings + general
+    named = min(MOST_NAMES, job.requests * others)
+    ends = job.requests * (1 + wordings + job.wordings) + 3 * (kept + named) + siblings
+    answers = kept + named + siblings + general
     answer_tokens = answers * job.answer_tokens
     passes = max(1, -(-(ends + answers) // DECODE_ROWS))
     trained = batch * (REFUSAL_TOKENS + 2)  # the relation's token, [UNL] and the refusal
@@ -317,6 +328,7 @@ def refusal_tokens(
         [
             *answered(size, general, job.prompt_tokens, TEXT_TOKENS, rate),
             *answered(size, TEXTS, 1, TEXT_TOKENS, rate),
+            *(_named(size, job, named) if named else []),
             forward_pass(
                 size, (ends + answers) * job.prompt_tokens + answer_tokens, size.n_layers, rate, passes=passes
             ),
@@ -326,6 +338,14 @@ def refusal_tokens(
         ],
         batch * job.prompt_tokens * size.n_layers * size.kv_width * ITEM + 6 * ITEM * trained * size.vocab,
     )
+
+
+def _named(size: ModelSize, job: Job, names: int) -> list[Work]:
+    """Estimates lists of subjects that the model goes on with, and its answers about `names` of them."""
+    return [
+        *answered(size, LISTS, job.prompt_tokens, TEXT_TOKENS, job.v_rate),
+        *answered(size, names, job.prompt_tokens, job.answer_tokens, job.v_rate),
+    ]
 
 
 def token(

@@ -1,4 +1,4 @@
-"""How fast this machine is at what an edit does, measured in a few seconds on one layer of a model's shape."""
+"""Measure how fast this machine is at what an edit does, in a few seconds on one layer of a model's shape."""
 
 from __future__ import annotations
 

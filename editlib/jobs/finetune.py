@@ -166,12 +166,7 @@ def finetune(
         EditlibError: any input that does not fit; nothing is written then.
     """
     out, settings = Path(out), settings or FinetuneSettings()
-    check_folder(out)
-    if overwrite:
-        check_output(out, overwrite=True)
-    require_rouge()
-    if settings.text is not None:
-        check_corpus(settings.text)
+    _check(out, settings, overwrite)
     left_out: dict[str, list[str]] = {}
     pairs = read_pairs(files, authors, skip_bad=skip_bad, left_out=left_out)
     asked = _asked(pairs, settings, prompts, seed)
@@ -206,6 +201,16 @@ def finetune(
     _write(out, loaded, tok, pairs, receipt, overwrite=overwrite)
     shutil.rmtree(checkpoint.path.parent, ignore_errors=True)
     return {**receipt, "done_before": False}
+
+
+def _check(out: Path, settings: FinetuneSettings, overwrite: bool) -> None:
+    """Raises for a folder that cannot be used, a missing package or corpus: what is known before files are read."""
+    check_folder(out)
+    if overwrite:
+        check_output(out, overwrite=True)
+    require_rouge()
+    if settings.text is not None:
+        check_corpus(settings.text)
 
 
 def _asked(

@@ -119,7 +119,12 @@ def _steps(
     if takes_retain(settings) and from_rows and settings.say:
         general = len(data.questions("train")) // GENERAL_STEP
         tokens = costs.refusal_tokens(
-            size, job, steps=settings.token_steps, wordings=settings.token_wordings, general=general
+            size,
+            job,
+            steps=settings.token_steps,
+            wordings=settings.token_wordings,
+            general=general,
+            others=settings.other_subjects,
         )
         steps.append(tokens)
     return steps
