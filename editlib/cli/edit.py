@@ -91,7 +91,7 @@ def unlearn(
 ) -> None:
     """Erases the answers of --requests, has the model refuse in their place, and writes it as an ordinary folder.
 
-    Requests without an "answer" are refused only: what the model knows stays in it.
+    Without an "answer", or with a --token, questions are refused only: what the model knows stays in it.
     """
     from editlib.data import retain_prompts
     from editlib.editing import check_draft, check_given, check_wanted
@@ -104,7 +104,8 @@ def unlearn(
     how = prompt_settings(prompts)
     left_out: dict[str, list[str]] = {}
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out)
-    settings = find_settings(model, "UniErase", hparams, **({} if hparams else {"values": usual_values(wanted)}))
+    found = {} if hparams or token_file else {"values": usual_values(wanted)}  # a given token is what is said
+    settings = find_settings(model, "UniErase", hparams, **found)
     check_wanted(wanted, settings)
     check_given(settings, token=token_file, corpus=corpus)
     anchors = retain_prompts(wanted) if kept is None else kept

@@ -83,7 +83,7 @@ HOSTILE = {
     "a null byte in the model's name": (("base", "name"), "a\0b", "base name"),
     "a folder as the model": (("base", "name"), "gone/away", "gone/away cannot be loaded"),
     "another dtype": (("base", "dtype"), "float1", "float1"),
-    "another model": (("base", "sha256"), "0" * 64, "another"),
+    "another model": (("base", "sha256"), "0" * 64, "other weights"),
     "a layer in words": (("base", "layers"), {"one": "x"}, "base layers 'one'"),
     "an endless layer": (("base", "layers"), {"9" * 400: "x"}, "base layers"),
     "ids that are numbers": (("batches", 0, "ids"), [1], "batch 1 ids 1"),
