@@ -57,7 +57,9 @@ def test_agrees_with_the_published_formula(sizes, l2, share):
     single = NullSpace(space.basis.float(), space.spans_kept, space.dim)
     got = alphaedit(keys.float(), residual.float(), single, l2=l2, constraints=[held.float()])
     assert got.left.dtype == got.right.dtype == torch.float32
-    assert relative(got.dense(), wanted) < 1e-4
+    # Where the factors' product cancels, ten roundings of its terms are all that fp32 can give.
+    rounding = 10 * torch.finfo(torch.float32).eps * got.left.norm() * got.right.norm()
+    assert (got.dense() - wanted).norm() < 1e-4 * wanted.norm() + rounding
 
 
 @pytest.mark.parametrize(("n", "n_held"), [(3, 4), (3, 40), (40, 0), (40, 7), (10, 6), (10, 7)])
