@@ -141,11 +141,20 @@ def _accept(
 
 
 def sample(
-    anat: Anatomy, rows: Sequence[TokenRow], *, max_new_tokens: int, top_k: int, generator: torch.Generator
+    anat: Anatomy,
+    rows: Sequence[TokenRow],
+    *,
+    max_new_tokens: int,
+    top_k: int,
+    generator: torch.Generator,
+    progress: str | None = None,
 ) -> list[tuple[int, ...]]:
     """Samples a continuation of every row at temperature 1 from the `top_k` likeliest tokens, without the end token.
 
-    All random numbers come from `generator`, on the CPU; all rows are one batch.
+    All random numbers come from `generator`, on the CPU. Rows are taken `BATCH_ROWS` at a time, in their order.
+
+    Args:
+        progress: a label for a progress bar on stderr; none without it.
     """
 
     def draw(logits: Tensor, _: list[int]) -> Tensor:
@@ -153,9 +162,17 @@ def sample(
         picked = torch.multinomial(best.values.softmax(-1), 1, generator=generator)  # [n, 1], places in `best`
         return best.indices.gather(-1, picked)[:, 0]
 
-    ends = end_tokens(anat)
-    with no_param_grad(anat.model), torch.no_grad():
-        found = _decode(anat, list(rows), _Front.of(anat, rows), [max_new_tokens] * len(rows), ends, draw)
+    ends, found = end_tokens(anat), []
+    with (
+        no_param_grad(anat.model),
+        torch.no_grad(),
+        tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
+    ):
+        front = _Front.of(anat, rows)
+        for begin in range(0, len(rows), BATCH_ROWS):
+            some = list(rows[begin : begin + BATCH_ROWS])
+            found += _decode(anat, some, front, [max_new_tokens] * len(some), ends, draw)
+            bar.update(len(some))
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in found]
 
 

@@ -9,7 +9,7 @@ from tiny_models import make_llama, row_maker
 
 from editlib.models import generation
 from editlib.models.anatomy import anatomy
-from editlib.models.generation import continuation_nll, end_tokens, greedy, perplexity, teacher_forced
+from editlib.models.generation import continuation_nll, end_tokens, greedy, perplexity, sample, teacher_forced
 from editlib.models.prompts import TokenRow
 from editlib.models.tracing import record_inputs
 
@@ -234,3 +234,19 @@ def test_reading_token_by_token_in_batches_of_any_size(tiny_model, draw, monkeyp
         )
         assert read.hits == tuple((logits.argmax(-1) == want).tolist())
     assert read.hits == (True,) * 3
+
+
+def test_samples_are_drawn_in_batches_of_bounded_size(case, monkeypatch):
+    """Hundreds of texts of a large model would not fit into one; of one likeliest token a draw is a greedy answer."""
+    anat, rows, answers = case
+    many, sizes, decode = rows * 3, [], generation._decode
+
+    def watch(model, some, *rest):
+        sizes.append(len(some))
+        return decode(model, some, *rest)
+
+    monkeypatch.setattr(generation, "_decode", watch)
+    monkeypatch.setattr(generation, "BATCH_ROWS", 4)
+    drawn = sample(anat, many, max_new_tokens=NEW, top_k=1, generator=torch.Generator().manual_seed(0))
+    assert drawn == list(answers) * 3
+    assert max(sizes) == 4 and sum(sizes) == len(many)

@@ -311,9 +311,10 @@ def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
     questions."""
     siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
     retain = choose_anchors(kept.retain, edit.requests, most=MOST_KEPT, seed=edit.seed)
-    others = other_subjects(edit.anat, edit.form, edit.requests, retain, edit.hparams.other_subjects, seed=edit.seed)
+    most, progress = edit.hparams.other_subjects, edit.progress
+    others = other_subjects(edit.anat, edit.form, edit.requests, retain, most, seed=edit.seed, progress=progress)
     known = {**(kept.answers or {}), **made.answers}
-    known |= answers_to(edit.anat, edit.form, others, known=known, progress=edit.progress)
+    known |= answers_to(edit.anat, edit.form, others, known=known, progress=progress)
     return refusal_places(
         edit.form,
         edit.requests,

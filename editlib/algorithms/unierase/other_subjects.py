@@ -32,6 +32,7 @@ def other_subjects(
     most: int,
     *,
     seed: int = 0,
+    progress: bool = False,
 ) -> list[EditRequest]:
     """Asks what `requests` ask of other subjects, at most `most` of each relation.
 
@@ -54,7 +55,8 @@ def other_subjects(
     lists = [text for facts in known.values() for text in _lists([str(fact.subject) for fact in facts], count, seed)]
     rows = [TokenRow(tuple(form.tok(text)["input_ids"]), 0) for text in lists]
     generator = torch.Generator().manual_seed(seed)
-    written = sample(anat, rows, max_new_tokens=LIST_TOKENS, top_k=TOP_K, generator=generator)
+    label = "other subjects" if progress else None
+    written = sample(anat, rows, max_new_tokens=LIST_TOKENS, top_k=TOP_K, generator=generator, progress=label)
     texts = [str(form.tok.decode(list(ids), skip_special_tokens=True)) for ids in written]
     found = []
     for number, facts in enumerate(known.values()):

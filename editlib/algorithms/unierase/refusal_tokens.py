@@ -125,7 +125,7 @@ def fit_refusal_tokens(
     attention = nullcontext() if dtype is None else plain_attention(anat.device)
     with no_param_grad(anat.model), cast_params(anat.model, dtype), attention:
         refusals = _Refusals.of(anat, form, places, numbers, seed)
-        loss = _ReadOut.of(anat, places, hparams, seed)
+        loss = _ReadOut.of(anat, places, hparams, seed, progress)
         rows_in, rows_out, nll = _fit(anat, token, numbers, refusals, loss, hparams.token_steps, seed, progress)
     log_odds = loss.log_odds(rows_out)
     metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
@@ -225,13 +225,17 @@ class _ReadOut:
     quiet: float
 
     @classmethod
-    def of(cls, anat: Anatomy, places: RefusalPlaces, hparams: UniEraseHyperParams, seed: int) -> _ReadOut:
+    def of(
+        cls, anat: Anatomy, places: RefusalPlaces, hparams: UniEraseHyperParams, seed: int, progress: bool
+    ) -> _ReadOut:
         """Reads the states of all places from the model as it is."""
         device, groups = anat.device, range(len(places.relations))
         wanted = _read(anat, [place.row for place in places.wanted])
         kept = _read(anat, [place.row for place in places.kept])
-        answered = list(zip(places.general, greedy(anat, places.general, max_new_tokens=TEXT_TOKENS), strict=True))
-        texts = [*places.answers, *answered, *_ordinary_text(anat, seed)]
+        label = "general answers" if progress else None
+        said = greedy(anat, places.general, max_new_tokens=TEXT_TOKENS, progress=label)
+        answered = list(zip(places.general, said, strict=True))
+        texts = [*places.answers, *answered, *_ordinary_text(anat, seed, progress)]
         inside = _read(anat, [row.followed_by(text) for row, text in texts], firsts=[len(row) - 1 for row, _ in texts])
         group = torch.tensor([place.group for place in places.wanted], device=device)
         weight = _shares(places.wanted, device)  # [wanted]
@@ -275,7 +279,7 @@ def _shares(places: Sequence[Place], device: torch.device, own: int | None = Non
     return weight / weight.sum() if kinds else weight
 
 
-def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, ...]]]:
+def _ordinary_text(anat: Anatomy, seed: int, progress: bool) -> list[tuple[TokenRow, tuple[int, ...]]]:
     """Samples texts from the model, each from one random token, and adds single random tokens without a text.
 
     No chat template is used: the state of a text's first token differs from all others.
@@ -283,7 +287,10 @@ def _ordinary_text(anat: Anatomy, seed: int) -> list[tuple[TokenRow, tuple[int, 
     generator = torch.Generator().manual_seed(seed)
     firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
     rows = [TokenRow((first,), 0) for first in firsts]
-    written = sample(anat, rows[:TEXTS], max_new_tokens=TEXT_TOKENS, top_k=TEXT_TOP_K, generator=generator)
+    label = "texts" if progress else None
+    written = sample(
+        anat, rows[:TEXTS], max_new_tokens=TEXT_TOKENS, top_k=TEXT_TOP_K, generator=generator, progress=label
+    )
     return [*zip(rows, written, strict=False), *[(row, ()) for row in rows[TEXTS:]]]
 
 
