@@ -12,13 +12,14 @@ from typing import Any
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.pipeline import check_fit, check_requests, encode_contexts
 from editlib.algorithms.registry import apply_function
+from editlib.algorithms.unierase.anchors import ANSWER_TOKENS
 from editlib.algorithms.unierase.answer_gate import check_gate
 from editlib.algorithms.unierase.apply import apply_unierase_to_model
 from editlib.algorithms.unierase.subject_rows import check_answers
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import HparamsError, RequestError
 from editlib.files import check_room
-from editlib.hparams import KNOWN, HyperParams, ModelShape
+from editlib.hparams import KNOWN, HyperParams, ModelShape, takes_retain
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import stored_bytes
@@ -141,7 +142,7 @@ def check_draft(
                 "the key out and it is found"
             )
     form = PromptFormat.of(bench.tok, bench.asking(chat))
-    check_requests_fit(bench.model, form, [*requests, *kept])
+    check_requests_fit(bench.model, form, [*requests, *kept], room=room_for(hparams))
     for request in requests:
         encode_contexts(form, request, ["{}"], getattr(hparams, "fact_token", "last"))
     if hparams.uses_token:
@@ -150,6 +151,11 @@ def check_draft(
         check_stored(bench.stats_dir, bench.name, bench.model, hparams.layers)
     if out is not None:
         check_room(out, stored_bytes(bench.model))
+
+
+def room_for(hparams: HyperParams) -> int:
+    """Returns how many tokens after a prompt an edit runs itself: of the model's answers, where these are read."""
+    return ANSWER_TOKENS if takes_retain(hparams) else 0
 
 
 def check_settings(bench: Workbench, hparams: HyperParams) -> None:

@@ -245,7 +245,7 @@ class Workbench:
 
     def _window(self, max_length: int) -> int:
         """Returns a window no longer than the model's positions reach."""
-        reach = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or max_length
+        reach = positions_of(self.model) or max_length
         if reach < max_length:
             log.info("%s reads %d tokens at once: windows are that long, not %d", self.name, reach, max_length)
         return min(reach, max_length)

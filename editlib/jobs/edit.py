@@ -12,7 +12,7 @@ from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.registry import apply_function
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.subject_rows import RequestRows, by_subject, check_answers, subject_rows
-from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs
+from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs, room_for
 from editlib.errors import HparamsError
 from editlib.export import asked_as, make_delta, make_receipt, save_edited
 from editlib.files import check_file, check_output, check_room
@@ -54,7 +54,8 @@ def unlearn(
     check_places(Path(out), delta, overwrite=overwrite)
     check_settings(bench, hparams)
     kept = data.retain_prompts(requests) if retain is None else retain
-    check_requests_fit(bench.model, PromptFormat.of(bench.tok, bench.asking()), [*requests, *kept])
+    form = PromptFormat.of(bench.tok, bench.asking())
+    check_requests_fit(bench.model, form, [*requests, *kept], room=room_for(hparams))
     check_room(Path(out), stored_bytes(bench.model))
     timer = Timer()
     means = load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)

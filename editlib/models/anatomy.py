@@ -184,6 +184,13 @@ def _check_kind(model: PreTrainedModel) -> None:
         raise ModelError(f"{kind} has quantised weights; load it unquantised (float32, bfloat16 or float16) to edit it")
     if not isinstance(_output_head(model), nn.Module):
         raise ModelError(f"{kind} has no output head; load it with AutoModelForCausalLM")
+    # Masked language models load as causal ones; their attention says that it looks both ways.
+    looks_back = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if looks_back and not any(looks_back):
+        raise ModelError(
+            f"{kind} is no causal language model: each token reads those after it, too; editlib edits decoder-only "
+            "causal language models (BERT-like models can only be decoders with is_decoder in config.json)"
+        )
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, new_cache, shared_length, split
 from editlib.models.freezing import no_param_grad
+from editlib.models.positions import positions_of
 from editlib.models.prefix import KVCache, Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
@@ -73,7 +74,7 @@ def greedy(
         banned: token ids that are never generated; the likeliest other token is taken.
         progress: a label for a progress bar on stderr; none without it.
     """
-    ends = end_tokens(anat)
+    ends, limits = end_tokens(anat), _limits(anat, rows, max_new_tokens)
     known: list[tuple[int, ...]] = [()] * len(rows)
     if max_new_tokens < 1:
         return known
@@ -84,19 +85,17 @@ def greedy(
     ):
         front = _Front.of(anat, rows)
         if drafts is not None:
-            known = _accept(anat, rows, front, drafts, max_new_tokens, ends, batch_rows, banned)
+            known = _accept(anat, rows, front, drafts, limits, ends, batch_rows, banned)
         # Rows whose draft was right to its end, or to the limit, need no decoding.
-        todo = [
-            i for i in range(len(rows)) if len(known[i]) < max_new_tokens and not (known[i] and known[i][-1] in ends)
-        ]
+        todo = [i for i in range(len(rows)) if len(known[i]) < limits[i] and not (known[i] and known[i][-1] in ends)]
         bar.update(len(rows) - len(todo))
         todo.sort(key=lambda i: len(rows[i]) + len(known[i]))  # rows of like lengths share a batch: little padding
-        lengths = [len(row) + max_new_tokens for row in rows]
+        lengths = [len(row) + limit for row, limit in zip(rows, limits, strict=True)]
         for chunk in chunks(todo, lengths, rows=batch_rows):
             begun = [rows[i].followed_by(known[i]) for i in chunk]
-            limits = [max_new_tokens - len(known[i]) for i in chunk]
+            rest = [limits[i] - len(known[i]) for i in chunk]
             choose = lambda logits, _: _without(logits, banned).argmax(-1)  # noqa: E731
-            for i, new in zip(chunk, _decode(anat, begun, front, limits, ends, choose), strict=True):
+            for i, new in zip(chunk, _decode(anat, begun, front, rest, ends, choose), strict=True):
                 known[i] = known[i] + new
             bar.update(len(chunk))
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in known]
@@ -107,7 +106,7 @@ def _accept(
     rows: Sequence[TokenRow],
     front: _Front,
     drafts: Sequence[Sequence[int]],
-    limit: int,
+    limits: Sequence[int],
     ends: frozenset[int],
     batch_rows: int,
     banned: Collection[int],
@@ -116,9 +115,9 @@ def _accept(
     accepted: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + len(drafts[i]))
     device = anat.device
-    lengths = [len(row) + min(len(draft), limit) for row, draft in zip(rows, drafts, strict=True)]
+    lengths = [len(row) + min(len(draft), most) for row, draft, most in zip(rows, drafts, limits, strict=True)]
     for chunk in chunks(order, lengths, rows=batch_rows):
-        tried = [tuple(drafts[i])[: limit - 1] for i in chunk]  # one token short: the pass itself yields the next
+        tried = [tuple(drafts[i])[: limits[i] - 1] for i in chunk]  # one token short: the pass itself yields the next
         prefix, rests = front.cut([rows[i] for i in chunk])
         batch = pad([rest.followed_by(draft) for rest, draft in zip(rests, tried, strict=True)], device=device)
         # The last prompt token predicts a draft's first token, and each draft token the next one.
@@ -171,7 +170,7 @@ def sample(
         front = _Front.of(anat, rows)
         for begin in range(0, len(rows), BATCH_ROWS):
             some = list(rows[begin : begin + BATCH_ROWS])
-            found += _decode(anat, some, front, [max_new_tokens] * len(some), ends, draw)
+            found += _decode(anat, some, front, _limits(anat, some, max_new_tokens), ends, draw)
             bar.update(len(some))
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in found]
 
@@ -204,10 +203,17 @@ def sample_each(
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
         with no_param_grad(anat.model), torch.no_grad():
-            drawn = _decode(anat, [rows[i] for i in chunk], front, [max_new_tokens] * len(chunk), ends, draw)
+            some = [rows[i] for i in chunk]
+            drawn = _decode(anat, some, front, _limits(anat, some, max_new_tokens), ends, draw)
         for i, answer in zip(chunk, drawn, strict=True):
             found[i] = answer[:-1] if answer and answer[-1] in ends else answer
     return found
+
+
+def _limits(anat: Anatomy, rows: Sequence[TokenRow], most: int) -> list[int]:
+    """Returns how many tokens each row is continued by: `most`, or fewer where the model's positions end before."""
+    positions = positions_of(anat.model)
+    return [most if positions is None else max(1, min(most, positions - len(row))) for row in rows]
 
 
 def _without(logits: Tensor, banned: Collection[int]) -> Tensor:

@@ -7,15 +7,17 @@ transformers for every family. `capabilities` tells whether a layer may be skipp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from editlib.errors import ModelError
 from editlib.models.anatomy import Anatomy
+from editlib.models.positions import positions_of
 from editlib.models.prefix import KVCache, TokenReplay
 from editlib.models.tracing import bypass, edit_hidden, edit_input, record_inputs, stop_after
 
@@ -115,6 +117,7 @@ def run(
             stack.enter_context(edit_input(anat.head, lambda h: h[rows.to(h.device), at.to(h.device)][None]))
             if final is not None:
                 stack.enter_context(record_inputs({0: anat.head}, lambda _, h: final(h[0])))
+        stack.enter_context(_within_positions(anat, mask))
         output = anat.model(**arguments)
     # 4. The cache for the next pass is put into the order of the caller's mask.
     if isinstance(past, TokenReplay):
@@ -124,6 +127,21 @@ def run(
     if stop is not None:
         return stopped[0]
     return output.logits[0] if score is not None else columns.leave(output.logits)
+
+
+@contextmanager
+def _within_positions(anat: Anatomy, mask: Tensor) -> Iterator[None]:
+    """Raises `ModelError` for a fault of the model's own code where a text is longer than its positions."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        limit, longest = positions_of(anat.model), mask.shape[1]
+        if limit is None or longest <= limit:
+            raise
+        raise ModelError(
+            f"a prompt with what follows it takes {longest} tokens, but the model has {limit} positions; shorten "
+            "prompts, wordings and system prompt, or ask for fewer new tokens"
+        ) from error
 
 
 def _arguments(

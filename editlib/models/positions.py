@@ -10,13 +10,15 @@ from editlib.errors import RequestError, quote
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # in a config; the second is MPT's
 SPARE = 8  # upper bound of the special tokens that a tokenizer adds to a text
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
     """Returns the most tokens that the model reads at once; `None` if its config names no limit."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in POSITIONS]
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
 def check_prompts(

@@ -1,17 +1,23 @@
 """Prompts beyond a model's positions are one line, and batches are bounded by their tokens."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_cli import refused
+from transformers import AutoConfig
 
 from editlib.algorithms import values
-from editlib.errors import RequestError
+from editlib.algorithms.unierase.examples import few_shot_format
+from editlib.errors import ModelError, RequestError
 from editlib.evaluation.answer_cache import ask
 from editlib.models.anatomy import anatomy
+from editlib.models.forward import forward
+from editlib.models.generation import greedy, sample, sample_each
 from editlib.models.positions import check_prompts, check_requests_fit, positions_of
 from editlib.models.prompt_settings import PromptSettings
-from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.requests.request import EditRequest
 
 
@@ -94,3 +100,56 @@ def test_values_are_found_for_so_many_tokens_at_once():
     long = values._chunks(rows(1000, 10), [[]] * 10, [(1,)] * 10, 48)
     assert [len(group) for group in long] == [4, 4, 2]
     assert values._chunks(rows(values.CHUNK_TOKENS, 2), [[]] * 2, [(1,)] * 2, 48) == [[0], [1]]
+
+
+@pytest.mark.parametrize(("name", "config"), [("gpt2", {"n_positions": 16}), ("mpt", {"max_seq_len": 16})])
+def test_every_name_of_the_positions(name, config):
+    """MPT's is its own."""
+    made = AutoConfig.for_model(name, **config)
+    assert positions_of(SimpleNamespace(config=made)) == 16
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_what_a_model_writes_ends_where_its_positions_end(tiny_gpt2, draw, drafted):
+    """Positions that were learned end there: the next is an error of torch. Each token is the likeliest by plain
+    passes, and what was written can be read again."""
+    tiny_gpt2.transformer.wpe = torch.nn.Embedding.from_pretrained(tiny_gpt2.transformer.wpe.weight[:16])
+    tiny_gpt2.config.n_positions = 16
+    tiny_gpt2.generation_config.eos_token_id = None
+    anat, rows = anatomy(tiny_gpt2), draw(16, 10, 15, 3)
+    drafts = [tuple(range(40, 64))] * 4
+    if drafted:  # right up to the end, and beyond it
+        drafts = [said + (9,) * 9 for said in greedy(anat, rows, max_new_tokens=24)]
+    said = greedy(anat, rows, max_new_tokens=24, drafts=drafts)
+    assert [len(answer) for answer in said] == [1, 6, 1, 13]
+    with torch.no_grad():
+        for row, answer in zip(rows, said, strict=True):
+            logits = tiny_gpt2(torch.tensor([(row.ids + answer)[:16]])).logits[0, len(row) - 1 :]
+            assert logits.argmax(-1).tolist()[: len(answer)] == list(answer)
+    generator = torch.Generator().manual_seed(0)
+    sampled = sample(anat, rows, max_new_tokens=24, top_k=5, generator=generator)
+    each = sample_each(anat, rows, [1, 2, 3, 4], max_new_tokens=24)
+    assert [len(answer) for answer in sampled] == [len(answer) for answer in each] == [1, 6, 1, 13]
+
+
+def test_a_pass_over_too_many_tokens_is_one_line(tiny_gpt2, draw):
+    with pytest.raises(ModelError, match="takes 257 tokens, but the model has 256 positions"):
+        forward(anatomy(tiny_gpt2), pad(draw(257, 3)))
+    with pytest.raises(IndexError):  # a fault of another kind is not called so
+        forward(anatomy(tiny_gpt2), pad([TokenRow((10_000,), 0)]))
+
+
+def test_few_shot_prompts_have_only_examples_that_fit(tok):
+    fact = EditRequest(
+        id="f", prompt="What is the capital of {}?", subject="France", answer="Paris", relation="capital"
+    )
+    others = [
+        EditRequest(id=name, prompt="What is the money of {}?", subject=name, answer=money, relation="money")
+        for name, money in (("Japan", "yen"), ("Peru", "sol"), ("India", "rupee"))
+    ]
+    made = few_shot_format(PromptFormat(tok), fact, others)
+    length = len(made.encode(fact.question))
+    assert len(made.shots) == 3 and few_shot_format(PromptFormat(tok), fact, others, limit=length) == made
+    fewer = few_shot_format(PromptFormat(tok), fact, others, limit=length - 1)
+    assert fewer.shots == made.shots[1:] and len(fewer.encode(fact.question)) < length
+    assert few_shot_format(PromptFormat(tok), fact, others, limit=len(fewer.encode(fact.question)) - 1) is None

@@ -30,13 +30,13 @@ from editlib.algorithms.edit import (
 )
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_spaces
-from editlib.algorithms.pipeline import EncodedEdit, check_fit, encode_contexts, find_values, value_diagnostics
+from editlib.algorithms.pipeline import EncodedEdit, check_fit, find_values, value_diagnostics
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors
 from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
 from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, relations_of, remaining_gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
-from editlib.algorithms.unierase.examples import few_shot_format
+from editlib.algorithms.unierase.examples import contexts_of
 from editlib.algorithms.unierase.other_subjects import other_subjects
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
@@ -48,6 +48,7 @@ from editlib.errors import HparamsError, RequestError, TokenError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import no_param_grad
+from editlib.models.positions import positions_of
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
@@ -216,7 +217,8 @@ def _prepare(
     catalogue = Catalogue.bundled()
     reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
     form = PromptFormat.of(tok, chat)
-    contexts = [_contexts(form, request, retain, hparams, seed) for request in reworded]
+    limit = positions_of(anat.model)
+    contexts = [contexts_of(form, request, retain, hparams, seed, limit) for request in reworded]
     descends = hparams.values == "descent" and token is not None
     token_id = token.add_to(anat.model, tok)[0] if descends and token is not None else None
     return _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, seed, progress)
@@ -384,18 +386,3 @@ def _with_rows(
             entry["rows"] = {**entry["rows"], "say": {"rows": len(odds), "after": mean, "missed": missed}}
         found.append(entry)
     return found
-
-
-def _contexts(
-    form: PromptFormat, request: EditRequest, retain: Sequence[EditRequest], hparams: UniEraseHyperParams, seed: int
-) -> list[TokenRow]:
-    """Encodes the request's question and further phrasings in every context template, the plain question first.
-
-    Where rows also read few-shot prompts, the question in such a prompt comes last.
-    """
-    place = hparams.fact_token if request.subject is not None else "last"
-    contexts = encode_contexts(form, request, hparams.context_templates, place)
-    few_shot = few_shot_format(form, request, retain, seed) if hparams.reads_examples else None
-    if few_shot is not None:
-        contexts += encode_contexts(few_shot, replace(request, phrasings=()), ["{}"], place)
-    return contexts

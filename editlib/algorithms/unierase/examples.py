@@ -10,7 +10,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from editlib.models.prompts import PromptFormat
+from editlib.algorithms.pipeline import encode_contexts
+from editlib.hparams import UniEraseHyperParams
+from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
 EXAMPLES = 3  # before a question, at most
@@ -19,9 +21,15 @@ LONGEST = 25  # characters of an example's answer: a name, not a sentence
 
 
 def few_shot_format(
-    form: PromptFormat, request: EditRequest, retain: Sequence[EditRequest], seed: int = 0
+    form: PromptFormat,
+    request: EditRequest,
+    retain: Sequence[EditRequest],
+    seed: int = 0,
+    *,
+    limit: int | None = None,
 ) -> PromptFormat | None:
-    """Returns a prompt format with few-shot examples for `request`; `None` where `retain` has too few.
+    """Returns a prompt format with few-shot examples for `request`; `None` where `retain` has too few, or where too few
+    leave each wording of the request within `limit` tokens.
 
     The examples are drawn from facts of `retain` in other relations, so that the edit does not learn how a list of the
     request's relation is answered. They name neither its subject nor its answer.
@@ -39,4 +47,29 @@ def few_shot_format(
     if len(usable) < FEWEST:
         return None
     shots = random.Random(f"{seed} {request.id}").sample(usable, min(EXAMPLES, len(usable)))
-    return replace(form, shots=tuple(shots))
+    made = replace(form, shots=tuple(shots))
+    while limit is not None and any(len(made.encode(text)) > limit for text in request.wordings):
+        if len(made.shots) <= FEWEST:
+            return None
+        made = replace(made, shots=made.shots[1:])
+    return made
+
+
+def contexts_of(
+    form: PromptFormat,
+    request: EditRequest,
+    retain: Sequence[EditRequest],
+    hparams: UniEraseHyperParams,
+    seed: int,
+    limit: int | None,
+) -> list[TokenRow]:
+    """Encodes the request's question and further phrasings in every context template, the plain question first.
+
+    Where rows also read few-shot prompts, the question in such a prompt comes last.
+    """
+    place = hparams.fact_token if request.subject is not None else "last"
+    contexts = encode_contexts(form, request, hparams.context_templates, place)
+    few_shot = few_shot_format(form, request, retain, seed, limit=limit) if hparams.reads_examples else None
+    if few_shot is not None:
+        contexts += encode_contexts(few_shot, replace(request, phrasings=()), ["{}"], place)
+    return contexts

@@ -18,6 +18,7 @@ from editlib.algorithms.unierase.examples import few_shot_format
 from editlib.answers import has_answer
 from editlib.errors import RequestError
 from editlib.models.anatomy import Anatomy
+from editlib.models.positions import fitting, positions_of
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import Filled, occurrences
@@ -103,8 +104,10 @@ def subject_rows(
         known_answers: answers of the unedited model, as token ids by question; the others are generated.
         seed: of the draw of few-shot examples.
     """
+    limit = positions_of(anat.model)
     asked = {i: request.filled_wordings for i, request in enumerate(requests)}
     sibling_texts = [catalogue.siblings([requests[i] for i in group], siblings, requests) for group in groups]
+    sibling_texts = [fitting(anat.model, form, texts, room=ANSWER_TOKENS) for texts in sibling_texts]
     # 1. The model answers every question once, all in one batch.
     texts = [wording.text for wordings in asked.values() for wording in wordings]
     texts += [text for of_one in sibling_texts for text in of_one]
@@ -117,7 +120,7 @@ def subject_rows(
     for owner, (group, texts) in enumerate(zip(groups, sibling_texts, strict=True)):
         for i in group:
             made[i] = _request_rows(found, form, requests[i], i, owner, asked[i], answers, rivals[i])
-            few_shot = few_shot_format(form, requests[i], retain, seed) if examples else None
+            few_shot = few_shot_format(form, requests[i], retain, seed, limit=limit) if examples else None
             if few_shot is not None:
                 _example_rows(found, few_shot, requests[i], i, owner, asked[i][:examples], rivals[i])
         subject = requests[group[0]].subject
