@@ -1,6 +1,7 @@
 """Settings for models never seen, from the command line down to an edit of each common architecture."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from editlib.comparison.methods import read_method
 from editlib.editing import EditInputs, apply, check_settings
 from editlib.errors import HparamsError
 from editlib.finding import find_settings, fit_settings
-from editlib.hparams import KNOWN, ModelShape, derive, find_hparams, load_hparams
+from editlib.hparams import ALGORITHMS, KNOWN, ModelShape, available, derive, find_hparams, load_hparams
 from editlib.models.weights import save_model
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
@@ -78,6 +79,54 @@ def little_text(monkeypatch):
     monkeypatch.setattr(apply_module, "GENERAL_STEP", 100)
     for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
         monkeypatch.setattr(refusal_tokens, name, 4)
+
+
+SHIPPED = [f"{algorithm}/{name}" for algorithm in sorted(ALGORITHMS) for name in available(algorithm)]
+
+
+@pytest.fixture(scope="module")
+def of_form():
+    """`of_form(name)`: a workbench with a random model of a public one's form, 32 wide, made once for each form."""
+    made = {}
+
+    def of(name, folder):
+        shape = KNOWN[name]
+        if (key := (shape.model_type, shape.n_layers)) not in made:
+            made[key] = tiny(name)
+        return Workbench.of(made[key], train_tokenizer(), folder, name=name, progress=False)
+
+    return of
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_whole_edit_runs_with_every_file_that_ships(tmp_path, little_text, of_form, name):
+    """On a model of the file's own architecture and depth, as read from the file but for the length of its searches.
+    The file's layers alone change, and `revert` brings every weight back."""
+    algorithm, file = name.split("/")
+    bench = of_form(re.sub(r"-(erase|many)$", "", file), tmp_path)
+    settings = load_hparams(name)
+    check_settings(bench, settings)
+    quick = {
+        "v_num_grad_steps": 2, "num_steps": 2, "context_templates": ["{}"], "kl_subject_prompts": 0,
+        "gate_templates": ["{}"], "erase_margin": -30.0, "row_steps": 1, "siblings": 1, "wordings": 0, "token_steps": 2,
+        "token_wordings": 0,
+    }  # fmt: skip
+    quick = {key: value for key, value in quick.items() if key in settings.to_dict()}
+    settings = type(settings).from_dict({**settings.to_dict(), **quick})
+    anat = bench.anat
+    # Like a real moment's, the eigenvalues span four orders of magnitude: some are below any published threshold.
+    moment = torch.logspace(-3, 1, anat.d_ff, dtype=torch.float64).diag()
+    stats = {layer: LayerStats(8 * moment, 8, 1) for layer in settings.layers if settings.uses_statistics}
+    row = 0.1 * torch.randn(anat.embedding.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    token = UnlearningToken(row, row, TokenHeader("[UNL]", "", "", 0, 0, 0)) if settings.uses_token else None
+    before = {layer: anat.weight(layer).clone() for layer in range(anat.n_layers)}
+    given = {"state": EditState()} | ({"retain": RETAIN} if settings.takes_retain else {})
+    asked = [replace(one, answer="Rome") for one in ASKED]
+    result = apply(bench, asked, settings, EditInputs(stats, token), **(given if algorithm != "FT" else {}))
+    changed = {layer for layer in before if not torch.equal(anat.weight(layer), before[layer])}
+    assert set(settings.layers) <= changed <= set(settings.edited_layers)
+    result.revert(bench.model)
+    assert all(torch.equal(anat.weight(layer), before[layer]) for layer in before)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
