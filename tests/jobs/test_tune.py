@@ -1,6 +1,8 @@
 """The search over settings: what is tried, what is kept, what is reported."""
 
 import json
+import os
+import signal
 from contextlib import nullcontext
 
 import pytest
@@ -114,6 +116,31 @@ def test_ctrl_c_leaves_what_is_done(judged, bench, tmp_path):
     (tmp_path / "new" / "before.json").write_text("{}")  # what a real judge has written by then
     judged.stop_at = None
     assert tune(bench, FORGET, START, tmp_path / "new", minutes=0, retain=RETAIN).trials
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process can be split in two here")
+def test_killed_in_the_middle_it_goes_on_with_what_was_done(judged, bench, tmp_path):
+    """`kill -9` during the third trial: the two before it are not tried again, and the end is that of one whole run."""
+    plain = tune(bench, FORGET, START, tmp_path / "whole", minutes=1, retain=RETAIN, clock=clock(1))
+    tried = judged.tried
+
+    def killed(self, *given):
+        if judged.runs == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tried(self, *given)
+
+    judged.runs, judged.tried = 0, killed
+    if (child := os.fork()) == 0:
+        try:
+            tune(bench, FORGET, START, tmp_path / "out", minutes=1, retain=RETAIN, clock=clock(1))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / "out" / "best.json").exists()
+    judged.tried = tried
+    again = tune(bench, FORGET, START, tmp_path / "out", minutes=1, retain=RETAIN, clock=clock(1))
+    assert judged.runs == len(plain.trials) - 2 and again.trials == plain.trials
+    assert len({(tmp_path / out / "best.json").read_bytes() for out in ("whole", "out")}) == 1
 
 
 def test_without_a_refusal_an_answer_that_is_gone_is_forgotten():
