@@ -181,7 +181,6 @@ class Workbench:
             anat.check_layers(list(layers))
             text = None if corpus == "self" else load_corpus(corpus)
             folder = self.stats_dir / model_slug(self.name)
-            folder.mkdir(parents=True, exist_ok=True)
         header = StatsHeader(
             model=self.name,
             module="",

@@ -88,6 +88,15 @@ def test_no_machine_is_infinite(call, folder, option, value):
     refused(call("plan", folder, "--requests", 1, option, value), option)
 
 
+@pytest.mark.parametrize("line", ['{"id": "a", "prompt": NaN}', '{"text": "", "id": "x"}'])
+def test_a_text_without_a_token_leaves_no_folder(call, folder, tmp_path, line):
+    (tmp_path / "text.jsonl").write_text(line + "\n")
+    given = ("--layers", "1", "--stats-dir", tmp_path / "s", "--corpus", tmp_path / "text.jsonl")
+    code, _, err = call("stats", folder, *given)
+    assert code == 2 and err.splitlines()[-1].startswith("editlib: ") and "text" in err.splitlines()[-1]
+    assert not (tmp_path / "s").exists()
+
+
 def test_too_long_a_name_of_a_text(call, folder, tmp_path):
     given = ("--layers", "1", "--stats-dir", tmp_path / "s", "--corpus", "9" * 400)
     refused(call("stats", folder, *given), "999")

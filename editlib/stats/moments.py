@@ -163,6 +163,7 @@ class Checkpoint:
         self._sums.flush()
         arrays: dict[str, Any] = {f"sum.{layer}": total.numpy() for layer, total in self._sums.sums.items()}
         state = {"job": self._job, "batch": at, "tokens": self._sums.tokens, "documents": documents}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as temporary, temporary.open("wb") as out:
             np.savez(out, state=np.array(json.dumps(state)), **arrays)
         ended = time.monotonic()
