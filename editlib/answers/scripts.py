@@ -57,8 +57,8 @@ def plain_marks(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """Returns `text` with `plain_marks`, one form of each letter (full- and half-width, ligatures, subscripts, the Thai
-    am), plain hyphens, and without Arabic and Hebrew vowel points, which are mostly left out."""
+    """Returns `text` with `plain_marks`, one form of each letter (full- and half-width, ligatures, subscripts, ß, the
+    Thai am), plain hyphens, and without Arabic and Hebrew vowel points, which are mostly left out."""
     if text.isascii():
         return text
     return _AM.sub(r"\2\1", unicodedata.normalize("NFC", "".join(map(_folded, plain_marks(text)))))
@@ -71,6 +71,8 @@ def _folded(character: str) -> str:
         return "-"
     if character == "\u0640" or (unicodedata.category(character) == "Mn" and script_of(character) in POINTED):
         return ""
+    if character in "ßẞ":  # capitals and Swiss spelling have two letters
+        return "ss"
     if unicodedata.decomposition(character).startswith(("<super>", "<fraction>")):
         return character
     return unicodedata.normalize("NFKC", character)
