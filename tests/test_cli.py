@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -22,6 +23,13 @@ def refused(result, *words):
     assert len(lines) == 1, err
     for word in words:
         assert word in lines[0], lines[0]
+
+
+def test_a_package_that_is_required_and_missing_is_one_line(call, monkeypatch):
+    """As after an installation without dependencies."""
+    monkeypatch.delitem(sys.modules, "editlib.jobs.doctor", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(call("doctor"), "'torch' is not installed here", "pip install")
 
 
 BAD_LINES = {

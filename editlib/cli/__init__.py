@@ -74,6 +74,15 @@ def main() -> None:
         if said := _in_one_line(error):
             sys.stderr.write(f"editlib: {said}\n")
         raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "editlib"):
+            raise
+        sys.stderr.write(
+            f"editlib: the Python package {package!r} is not installed here ({sys.executable}); install editlib with "
+            "what it requires: pip install . in its folder, or pip install its wheel\n"
+        )
+        raise SystemExit(2) from None
     except OSError as error:  # a name that no file can have, a folder that may not be read
         if error.filename is None:
             raise
