@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from editlib import data
-from editlib.algorithms.unierase.token import TokenHyperParams
+from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.evaluation.metrics import has_answer, is_fluent_refusal, is_refusal
 from editlib.hparams import load_hparams
 from editlib.jobs.edit import unlearn

@@ -52,7 +52,7 @@ def measure_task(
 
     Args:
         documents: the numbers of those to take, ascending.
-        limit: take the first so many. At most one of both is given.
+        limit: number of documents, from the first on. At most one of both is given.
         bootstrap: draws for the standard errors that lm-eval bootstraps.
         form: how the task asks, as `lm` was wrapped with it.
 

@@ -59,8 +59,8 @@ def run_ability(
         models: by the name to show, packaged models, local folders or Hugging Face ids. The first is the base.
         tasks: names that lm-eval knows, its task files (.yaml), or files of questions (.jsonl). They need lm-eval.
         text: corpus for perplexity, `None` for none.
-        limit: so many documents of each task: the first ones, as lm-eval's `--limit` has it, or with a `seed` a random
-            draw, the same for all models.
+        limit: number of documents of each task: the first ones, as lm-eval's `--limit` has it, or with a
+            `seed` a random sample, the same for all models.
         batch_size: rows at a time; numbers of two sizes differ by rounding.
         device_map: where the weights go, as in transformers ("auto", or a device); default: the CPU.
         out: keeps every finished model and task, so that the same job resumes from there, and gets

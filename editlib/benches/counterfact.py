@@ -139,7 +139,7 @@ def bench_counterfact(
     seed: int = 0,
     left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> list[CounterFactPoint]:
-    """Measures each algorithm of `settings` at every number of edits, on the first so many requests, asked as plain
+    """Measures each algorithm of `settings` at every number of edits `n`, on the first `n` requests, asked as plain
     text unless the workbench's prompts are others.
 
     The facts are written to `out/facts.jsonl`, for other commands, and what was measured how to `out/bench.json`. Cells

@@ -135,7 +135,7 @@ def layer_stats(
 def record_moments(anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums: MomentSums, skip_first: int) -> int:
     """Adds the keys of every real token of `batch` after the first `skip_first` to `sums`; returns their number."""
     counted = batch.attention_mask.bool() & (batch.position_ids >= skip_first)  # [n, T]
-    # Padding stands on one side, so that what counts of a row is one piece: a view, without a copy.
+    # Padding is on one side only, so the counted positions of a row are contiguous: a view, without a copy.
     pieces = [(row, int(c.int().argmax()), int(c.sum())) for row, c in enumerate(counted)]
 
     def add(layer: int, k: Tensor) -> None:
