@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.ability.measured import Aggregate, TaskResult, TaskScore
 from editlib.ability.prompting import asked_through, tagged
-from editlib.ability.tasks import Task, require_lm_eval, seeds
+from editlib.ability.tasks import AbilityTask, require_lm_eval, seeds
 from editlib.errors import MetricError
 from editlib.models.prompts import PromptFormat
 
@@ -41,7 +41,7 @@ def wrap(
 
 def measure_task(
     lm: Any,
-    task: Task,
+    task: AbilityTask,
     *,
     documents: Sequence[int] | None = None,
     limit: int | None = None,

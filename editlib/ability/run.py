@@ -18,7 +18,7 @@ from editlib.ability.harness import aggregate_function, chosen, measure_task, wr
 from editlib.ability.measured import TaskResult, difference
 from editlib.ability.prompting import form_of, given_prompts
 from editlib.ability.report import AbilityReport, AbilityRow, table_rows
-from editlib.ability.tasks import Task, load_tasks, require_lm_eval
+from editlib.ability.tasks import AbilityTask, load_tasks, require_lm_eval
 from editlib.ability.text import measure_text, over_windows
 from editlib.errors import MetricError
 from editlib.files import write_json
@@ -127,7 +127,7 @@ class _Plan:
 
     kept: Finished
     corpus: Corpus | None
-    tasks: tuple[Task, ...]
+    tasks: tuple[AbilityTask, ...]
     limit: int | None
     seed: int | None
     batch_size: int

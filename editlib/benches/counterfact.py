@@ -43,7 +43,7 @@ BATCH, SEQUENTIAL = "batch", "sequential"
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """Holds the options of a benchmark run, as the command line gives them."""
 
     settings: list[HyperParams]
@@ -60,7 +60,7 @@ def check_plan(
     *,
     corpus: str = "wiki-sample",
     text: str = "wiki-sample:heldout",
-) -> Plan:
+) -> BenchPlan:
     """Reads a plan before anything long starts.
 
     Raises:
@@ -87,7 +87,7 @@ def check_plan(
         check_given(one, corpus=corpus)
     check_corpus(text)
     require_matplotlib()
-    return Plan(settings, counts, wanted)
+    return BenchPlan(settings, counts, wanted)
 
 
 def check_facts(requests: Sequence[EditRequest], counts: Sequence[int]) -> list[EditRequest]:

@@ -20,7 +20,7 @@ from editlib.models.freezing import no_param_grad
 from editlib.models.placement import input_device
 from editlib.models.prompts import TokenBatch, TokenRow, pad, token_windows
 from editlib.stats.file import LayerStats, StatsHeader
-from editlib.stats.moments import Checkpoint, MomentSums, finish, held_interrupts
+from editlib.stats.moments import MomentCheckpoint, MomentSums, finish, held_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def layer_stats(
     sums = MomentSums(layers, anat.d_ff)
     job = {"tokens": tokens, "batch_tokens": batch_tokens, "rank": shard.rank, "world": shard.world}
     place = None if checkpoint is None else shard.own(checkpoint)
-    keeper = Checkpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
+    keeper = MomentCheckpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
     windows = counted_windows(document_windows(tok, documents, max_length), tokens, skip_first) if tokens else ()
     device = input_device(anat.model)
     with shard.together():

@@ -134,7 +134,7 @@ def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int)
     return done
 
 
-class Checkpoint:
+class MomentCheckpoint:
     """Keeps the sums of one job in a file while its pass runs; without a path, nothing is kept.
 
     Args:

