@@ -39,6 +39,19 @@ def differing(kept: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     return ", ".join(sorted(key for key in {*kept, *job} if kept.get(key) != job.get(key)))
 
 
+def check_same_job(
+    folder: Path, kept: Mapping[str, Any] | None, job: Mapping[str, Any], *, held: str, remedy: str
+) -> None:
+    """Raises `OutputError`, with the keys that differ, if `folder` holds what another job than `job` wrote.
+
+    Args:
+        kept: the job whose results are there; `None`: there are none.
+        held: what the message calls these results.
+    """
+    if kept is not None and (what := differing(kept, job)):
+        raise OutputError(f"{folder} holds {held} (other {what}); {remedy}")
+
+
 def from_json(kind: type[T], values: object) -> T:
     """Builds the dataclass `kind` from a JSON object, without converting anything.
 

@@ -15,7 +15,7 @@ from editlib.attacks.control import bundled_control, unknown, usable
 from editlib.attacks.outcome import COLUMNS, AttackResult, share_of
 from editlib.attacks.registry import ATTACKS, choose
 from editlib.attacks.settings import AttackSettings
-from editlib.errors import OutputError, RequestError
+from editlib.errors import RequestError
 from editlib.files import write_json
 from editlib.models.loaded import LoadedModel, ModelPair
 from editlib.models.positions import check_requests_fit
@@ -24,7 +24,7 @@ from editlib.models.prompts import PromptFormat
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
-from editlib.shelf import FINISHED, differing, read_kept
+from editlib.shelf import FINISHED, check_same_job, read_kept
 from editlib.version import library_version
 
 log = logging.getLogger(__name__)
@@ -135,8 +135,9 @@ def planned_job(
 def check_kept(out: Path, planned: Mapping[str, Any]) -> None:
     """Raises `OutputError` if `out` holds attacks of another job than one with these keys."""
     kept = read_kept(out / JOB)
-    if kept is not None and (what := differing({key: kept.get(key) for key in planned}, planned)):
-        raise OutputError(f"{out} holds another job's attacks (other {what}); choose another --out or add --overwrite")
+    compared = None if kept is None else {key: kept.get(key) for key in planned}
+    remedy = "choose another --out or add --overwrite"
+    check_same_job(out, compared, planned, held="another job's attacks", remedy=remedy)
 
 
 def check_attacked(requests: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:

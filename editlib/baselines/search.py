@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
@@ -26,7 +25,7 @@ from editlib.models.prompt_settings import PromptSettings
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
-from editlib.shelf import append_cell, differing, read_cells
+from editlib.shelf import append_cell, check_same_job, read_cells, read_kept
 
 log = logging.getLogger(__name__)
 
@@ -277,15 +276,11 @@ def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | No
     """Returns the finished trials of the same search in `out`; makes the folder if needed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        kept = json.loads((out / JOB).read_text(encoding="utf-8")) if (out / JOB).is_file() else None
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; check the folder") from None
-    except (ValueError, RecursionError):
-        kept = {}
-    if kept is not None and kept != job:
-        raise OutputError(
-            f"{out} holds another search (other {differing(kept, job)}); choose another folder, or remove it"
-        )
+    # A damaged file is another search: whose the finished trials beside it are cannot be told.
+    kept = (read_kept(out / JOB) or {}) if (out / JOB).is_file() else None
+    check_same_job(out, kept, job, held="another search", remedy="choose another folder, or remove it")
     if kept is None:
         write_json(out / JOB, job)
     trials = read_cells(out / TRIALS, TrialRun)

@@ -134,7 +134,7 @@ class SetEvaluator:
         plan, forget = self.config.attacks or AttackPlan(), self.set.forget
         unrelated = data.without_overlap(data.general("anchor") + data.general("test"), forget)
         facts, _ = usable(forget)
-        return AttackContext(self.base.target, facts, self.set.fewshot_pool, unrelated, plan.how, plan.seed)
+        return AttackContext(self.base.loaded, facts, self.set.fewshot_pool, unrelated, plan.how, plan.seed)
 
     @cached_property
     def _control(self) -> list[EditRequest]:
@@ -145,7 +145,7 @@ class SetEvaluator:
             kept = self.shelf.get(key)
             by_id = {fact.id: fact for fact in data.facts()}
             if kept is None or not by_id.keys() >= set(kept["ids"]):
-                kept = {"ids": [fact.id for fact in bundled_control(self.base.target, self.attacked, self._context)]}
+                kept = {"ids": [fact.id for fact in bundled_control(self.base.loaded, self.attacked, self._context)]}
                 self.shelf.put(key, kept)
         return [by_id[name] for name in kept["ids"]]
 
@@ -176,7 +176,7 @@ class SetEvaluator:
         with try_lock(self.shelf, wait=True):
             kept = self.shelf.get(key)
             if kept is None:
-                found = ATTACKS[name].run(self.base.target, self.attacked, self._context)
+                found = ATTACKS[name].run(self.base.loaded, self.attacked, self._context)
                 kept = {"trials": [asdict(trial) for trial in found.trials]}
                 self.shelf.put(key, kept)
         return tuple(Trial.from_dict(trial) for trial in kept["trials"])

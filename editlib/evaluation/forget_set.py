@@ -65,8 +65,8 @@ class Base(NamedTuple):
     folder: Path  # where the set keeps files of its own
 
     @property
-    def target(self) -> LoadedModel:
-        """The model as attacks and scores take it."""
+    def loaded(self) -> LoadedModel:
+        """The model with its tokenizer and prompt settings, as attacks and scores take it."""
         return self.bench.loaded
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from editlib.algorithms.edit import EditResult
 from editlib.algorithms.unierase.token import UnlearningToken
-from editlib.errors import ModelError, first_line, quote
+from editlib.errors import ModelError, RequestError, first_line, quote
 from editlib.hparams import HyperParams
 from editlib.models.prompt_settings import PromptSettings, differing
 from editlib.models.prompts import Asking, PromptFormat
@@ -103,6 +103,15 @@ def prompts_of(receipt: Mapping[str, Any] | None, given: PromptSettings | None =
     if now.to_dict() != recorded:
         log.warning("%s", differing(recorded, now.to_dict(), "the model was edited"))
     return now
+
+
+def check_base(receipt: Mapping[str, Any], sha256: str, *, edited: str | Path, base: str | Path) -> None:
+    """Raises `RequestError` if the receipt of `edited` says that it was made of other weights than those of `base`,
+    whose hash is `sha256`."""
+    if receipt["base"]["sha256"] != sha256:
+        raise RequestError(
+            f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
+        )
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:

@@ -149,7 +149,7 @@ class FactsSet(ForgetSet):
 
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
         items = self.items()
-        metrics = evaluate(self.base.target, edited, items, before=self.before, how=edited.prompts, progress=progress)
+        metrics = evaluate(self.base.loaded, edited, items, before=self.before, how=edited.prompts, progress=progress)
         gone = [_gone("gone", items, "request"), _gone("paraphrases_gone", items, "paraphrase")]
         measures = {
             **{result.name: result for result in gone},

@@ -13,9 +13,8 @@ from editlib.attacks.outcome import COLUMNS, LeakRate
 from editlib.attacks.registry import choose
 from editlib.attacks.run import JOB, AttackReport, check_attacked, check_kept, planned_job, run_attacks
 from editlib.attacks.settings import AttackSettings
-from editlib.errors import RequestError
 from editlib.export import read_receipt
-from editlib.export.receipt import prompts_of
+from editlib.export.receipt import check_base, prompts_of
 from editlib.files import check_output, write_json
 from editlib.models.loading import DeviceMap, load
 from editlib.models.outline import Outline, load_checked, outline_of
@@ -85,10 +84,8 @@ def attack_folders(
     kept = None if overwrite else out
     look = partial(_check_fit, how=how, requests=requests, settings=settings, kept=kept, **given)
     model, tok = load_checked(base, look, dtype=dtype, device_map=device_map)
-    if receipt is not None and dtype is None and receipt["base"]["sha256"] != weights_sha256(model):
-        raise RequestError(
-            f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
-        )
+    if receipt is not None and dtype is None:  # in another dtype, the same weights have another hash
+        check_base(receipt, weights_sha256(model), edited=edited, base=base)
     report = run_attacks(
         (model, tok),
         load(edited, dtype=dtype, device_map=device_map),

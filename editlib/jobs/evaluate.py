@@ -16,7 +16,7 @@ from editlib.chain.store import RECORD
 from editlib.errors import RequestError
 from editlib.evaluation.protocol import NamedModel, Protocol
 from editlib.export import asked_as, read_receipt
-from editlib.export.receipt import prompts_of
+from editlib.export.receipt import check_base, prompts_of
 from editlib.files import check_output
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loading import DeviceMap, load
@@ -131,10 +131,8 @@ class Edited:
     def check_base(self, sha256: str) -> None:
         """Raises `RequestError` if the edit was made of other weights than those of the base, of which this is the
         hash."""
-        if self._receipt is not None and self._dtype is None and self._receipt["base"]["sha256"] != sha256:
-            raise RequestError(
-                f"{self.path} was edited from another model than {self._base} (see its editlib.json); give its own base"
-            )
+        if self._receipt is not None and self._dtype is None:  # in another dtype, the same weights have another hash
+            check_base(self._receipt, sha256, edited=self.path, base=self._base)
 
     def side(self) -> NamedModel:
         """Returns the model after all of the edit."""

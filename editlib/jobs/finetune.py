@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
-from editlib.errors import HparamsError, OutputError, RequestError
+from editlib.errors import HparamsError, RequestError
 from editlib.evaluation.metrics import probability, read_answers, rouge_l_recall
 from editlib.evaluation.metrics.generated import require_rouge
 from editlib.evaluation.perplexity import text_windows
@@ -35,6 +35,7 @@ from editlib.models.prompts import PromptFormat, TokenRow, settled
 from editlib.models.weights import save_model, stored_bytes, weights_sha256
 from editlib.requests.reading import read_requests, requests_hash, write_requests
 from editlib.requests.request import EditRequest
+from editlib.shelf import check_same_job
 from editlib.stats.corpus import check_corpus, load_corpus
 from editlib.training import Checkpoint, Part, TrainSettings, answer_nll, answered, text_rows, train
 from editlib.training.weights import trainable
@@ -47,7 +48,6 @@ PAIRS_AN_AUTHOR = 20  # TOFU: the pairs of an author are adjacent
 SELF_TOKENS, TEXT_TOKENS = 32, 96  # of a kept answer, and of a window of kept text
 KEPT_TEXTS = 160
 CHECKED, CHECKED_TOKENS = 40, 96
-_OTHERS = "{} holds another model's training; choose another --out or add --overwrite"
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,8 @@ def finetune(
     loaded, tok = load_checked(model, look, dtype=dtype, device_map=device_map)
     job, form = {"base": weights_sha256(loaded), **asked}, PromptFormat.of(tok, prompts)
     if kept is not None:
-        if kept.get("job") == job:
-            return {**kept, "done_before": True}
-        raise OutputError(_OTHERS.format(out))
+        _check_kept(out, kept, job)
+        return {**kept, "done_before": True}
     check_output(out, overwrite=overwrite)
     anat, checkpoint = anatomy(loaded), Checkpoint(out.parent / f".{out.name}.training" / "checkpoint.safetensors", job)
     plan = settings.training(len(pairs), seed)
@@ -243,9 +242,15 @@ def _kept_of(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         check_output(out)
         return None
     known = kept.get("job")
-    if not isinstance(known, dict) or {key: value for key, value in known.items() if key != "base"} != asked:
-        raise OutputError(_OTHERS.format(out))
+    _check_kept(out, kept, {"base": known.get("base") if isinstance(known, dict) else None, **asked})
     return kept
+
+
+def _check_kept(out: Path, kept: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+    """Raises `OutputError` if the receipt in `out` is that of another job."""
+    known = kept.get("job")
+    held, remedy = "another model's training", "choose another --out or add --overwrite"
+    check_same_job(out, known if isinstance(known, dict) else {}, job, held=held, remedy=remedy)
 
 
 def _learn(

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from editlib.errors import MetricError
 from editlib.evaluation.answer_cache import AnswerCache
 from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Scores, SetSettings, Task
 from editlib.evaluation.metrics import MetricResult, read_results, write_results
-from editlib.models.anatomy import anatomy
 from editlib.models.generation import Forced
 from editlib.models.loaded import LoadedModel
 from editlib.models.loading import load
@@ -29,8 +29,8 @@ from editlib.tofu.scores import (
     check_wrong_answers,
     read,
     reference_results,
+    retain_only_results,
     score,
-    tofu_scores,
 )
 from editlib.tofu.sets import FORGET, Asked, TofuSets, questions_in, read_tofu
 
@@ -101,7 +101,7 @@ class Tofu(Benchmark):
         known = KeptReadings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
         read(
-            base.bench.loaded,
+            base.loaded,
             self.sets,
             known.found,
             max_new_tokens=own.max_new_tokens,
@@ -123,10 +123,11 @@ class Tofu(Benchmark):
             return self._only
         model, tok = load(own.reference, dtype=self.dtype, device_map=self.device_map)
         path = base.folder / f"reference-{weights_sha256(model)[:24]}.json"
-        if not path.is_file():
-            found = tofu_scores(anatomy(model), tok, self.sets.only("forget"), max_new_tokens=1, how=base.bench.prompts)
-            write_results(path, found.values())
-        self._only = read_results(path)
+        try:
+            self._only = read_results(path)
+        except MetricError:  # not measured yet, or a damaged file
+            write_results(path, retain_only_results(model, tok, self.sets, how=base.bench.prompts).values())
+            self._only = read_results(path)
         return self._only
 
 

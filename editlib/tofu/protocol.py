@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from editlib.evaluation.memory import peak_rss_mb
 from editlib.evaluation.metrics import MetricResult
 from editlib.evaluation.protocol import NamedModel
-from editlib.models.anatomy import anatomy
 from editlib.models.loading import DeviceMap, load
 from editlib.models.outline import outline_of
 from editlib.models.positions import check_prompts, check_requests_fit
@@ -28,7 +27,7 @@ from editlib.tofu.scores import (
     compare_tofu,
     document,
     reference_results,
-    tofu_scores,
+    retain_only_results,
 )
 from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
 
@@ -140,8 +139,7 @@ class TofuProtocol:
         if self._retain_only is None and self._reference is not None:
             model, tok = load(self._reference, dtype=self._dtype, device_map=self._device_map)
             label = "retain-only" if self._progress else None
-            only = self._sets.only("forget")
-            self._retain_only = tofu_scores(anatomy(model), tok, only, max_new_tokens=1, how=how, progress=label)
+            self._retain_only = retain_only_results(model, tok, self._sets, how=how, progress=label)
         return self._retain_only
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.errors import MetricError
 from editlib.evaluation import metrics
@@ -17,7 +17,7 @@ from editlib.evaluation.metrics import MetricResult, Split, read_results
 from editlib.evaluation.metrics.generated import Classifier, Encoder, check_judges
 from editlib.evaluation.metrics.tofu import SETS as UTILITY_SETS
 from editlib.evaluation.metrics.tofu import require_scipy
-from editlib.models.anatomy import Anatomy
+from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import Forced
 from editlib.models.loaded import LoadedModel, ModelPair
 from editlib.models.prompts import Asking, PromptFormat
@@ -128,6 +128,17 @@ def tofu_scores(
     readings: dict[Asked, TofuReading] = {}
     read(LoadedModel(anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
     return score(sets, readings, retain_only=retain_only, judges=judges)
+
+
+def retain_only_results(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, sets: TofuSets, *, how: Asking, progress: str | None = None
+) -> Results:
+    """Measures a model that never saw the forget set on the set's questions; see `tofu_scores`.
+
+    Forget quality compares how answers are read, so that the model writes no more than one token.
+    """
+    only = sets.only("forget")
+    return tofu_scores(anatomy(model), tok, only, max_new_tokens=1, how=how, progress=progress)
 
 
 def compare_tofu(

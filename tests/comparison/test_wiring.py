@@ -14,12 +14,14 @@ from editlib.baselines import BaselineSettings, apply_baseline_to_model
 from editlib.comparison.config import parse_config
 from editlib.comparison.run import compare
 from editlib.errors import ConfigError
+from editlib.evaluation.forget_set import Base
 from editlib.models.anatomy import anatomy
 from editlib.models.weights import save_model, weights_sha256
 from editlib.requests.reading import write_requests
 from editlib.requests.request import EditRequest
 from editlib.tofu import Asked, TofuSets, forget_set, tofu_scores
 from editlib.tofu.forget_set import apart
+from editlib.tofu.scores import RATIOS
 from editlib.workbench import Workbench
 
 NAMES = ("Rome", "Oslo", "Lima", "Bonn", "Peru", "Basel")
@@ -170,6 +172,29 @@ def test_tofu_is_scored_as_by_itself_and_the_base_is_read_once(folder, tofu_file
     monkeypatch.setattr(forget_set, "read", lambda model, sets, known, **more: said.append(len(known)))
     go(folder, tmp_path, sets=[tofu], methods=methods)
     assert said == [3 + 3 + 3 + 1 + 1]  # all questions are known already
+
+
+def test_a_retain_only_model_is_measured_once_and_again_where_its_file_is_damaged(
+    folder, tofu_files, tmp_path, monkeypatch
+):
+    pytest.importorskip("scipy")
+    tofu = {"protocol": "tofu", "source": str(tofu_files), "max_new_tokens": 2, "reference": str(folder)}
+    bench = Workbench.load(str(folder), tmp_path / "stats")
+
+    def made():
+        config = parse_config({"model": "m", "perplexity": None, "sets": [tofu], "methods": ["none"]})
+        return config.sets[0].make(Base(bench, tmp_path / "set"))
+
+    first = made()
+    alone = tofu_scores(anatomy(bench.model), bench.tok, first.sets, max_new_tokens=2)
+    assert first.only[RATIOS].agg_value == pytest.approx(alone[RATIOS].agg_value)
+    assert first.score(bench.loaded).measures["forget_quality"].agg_value == pytest.approx(1.0)  # compared with itself
+    (kept,) = (tmp_path / "set").glob("reference-*.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(forget_set, "retain_only_results", lambda *args, **options: pytest.fail("measured again"))
+        assert made().only == first.only
+    kept.write_text(kept.read_text()[:-9])
+    assert made().only == first.only
 
 
 @pytest.mark.parametrize("count", [4, 8, 20])
