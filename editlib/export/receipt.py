@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -29,6 +30,24 @@ from editlib.version import library_version
 log = logging.getLogger(__name__)
 
 RECEIPT = "editlib.json"
+
+
+class UsedSettings(typing.Protocol):
+    """Defines what a receipt says of an algorithm's settings; hyper-parameters have it, and so has a baseline."""
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm's name."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """The file that the settings come from; "" where they come from none."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives the settings JSON-ready."""
+        ...
 
 
 def make_receipt(
@@ -59,7 +78,7 @@ def origin(
     base: str,
     base_sha256: str,
     requests: Sequence[EditRequest],
-    hparams: HyperParams,
+    hparams: UsedSettings,
     token: UnlearningToken | None,
     seed: int,
 ) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def make_receipt(
     read = [prompt.id for prompt in kept] if entry.needs_retain else []
     layers = result.notes.get("layers", {})
     return {
-        **origin(base["name"], base["sha256"], requests, ran, None, seed),  # type: ignore[arg-type]
+        **origin(base["name"], base["sha256"], requests, ran, None, seed),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "requests": result.notes.get("requests") or [{"id": request.id} for request in requests],
         "anchors": [*read, *(parts.validation.ids if parts else ())],
