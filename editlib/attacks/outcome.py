@@ -85,6 +85,24 @@ class AttackResult:
     notes: Mapping[str, Mapping[str, float]]
     seconds: float
 
+    @classmethod
+    def of(
+        cls,
+        attack: str,
+        meaning: str,
+        trials: Mapping[str, Sequence[Trial]],
+        notes: Mapping[str, Mapping[str, float]],
+        seconds: float,
+        *,
+        resamples: int,
+        seed: int,
+    ) -> AttackResult:
+        """Sums up the trials of each column; columns without notes have no entry in `notes`."""
+        shares = {column: share_of(found, resamples=resamples, seed=seed) for column, found in trials.items()}
+        kept = {column: dict(found) for column, found in notes.items() if found}
+        rows = {column: tuple(found) for column, found in trials.items()}
+        return cls(attack, meaning, shares, rows, kept, round(seconds, 2))
+
     def to_dict(self) -> dict[str, Any]:
         """Gives the result JSON-ready."""
         return asdict(self)

@@ -12,7 +12,7 @@ from typing import Any
 from editlib import data
 from editlib.attacks.asking import AttackContext
 from editlib.attacks.control import bundled_control, unknown, usable
-from editlib.attacks.outcome import COLUMNS, AttackResult, share_of
+from editlib.attacks.outcome import COLUMNS, AttackResult
 from editlib.attacks.registry import ATTACKS, choose
 from editlib.attacks.settings import AttackSettings
 from editlib.errors import RequestError
@@ -185,12 +185,9 @@ def _run(
         "base": base.trials,
         "control": edited.trials[len(requests) :],
     }
-    shares = {
-        column: share_of(found, resamples=context.settings.resamples, seed=context.seed)
-        for column, found in trials.items()
-    }
-    notes = {column: dict(found.notes) for column, found in (("edited", edited), ("base", base)) if found.notes}
-    return AttackResult(name, entry.meaning, shares, trials, notes, round(time.perf_counter() - begun, 2))
+    notes = {"edited": edited.notes, "base": base.notes}
+    resamples, seconds = context.settings.resamples, time.perf_counter() - begun
+    return AttackResult.of(name, entry.meaning, trials, notes, seconds, resamples=resamples, seed=context.seed)
 
 
 def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, AttackResult]:

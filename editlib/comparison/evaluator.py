@@ -16,7 +16,7 @@ from editlib import data
 from editlib.ability import run_ability
 from editlib.attacks.asking import AttackContext
 from editlib.attacks.control import bundled_control, usable
-from editlib.attacks.outcome import AttackResult, Trial, share_of
+from editlib.attacks.outcome import AttackResult, Trial
 from editlib.attacks.registry import ATTACKS, choose
 from editlib.comparison.config import AttackPlan, Config
 from editlib.comparison.store import try_lock
@@ -159,14 +159,9 @@ class SetEvaluator:
             facts = [*self.attacked, *self._control]
             found = ATTACKS[name].run(bench.loaded, facts, self._context)
             trials = {"edited": found.trials[:count], "base": self._base(name), "control": found.trials[count:]}
-            how = self._context.settings
-            shares = {
-                column: share_of(some, resamples=how.resamples, seed=self._context.seed)
-                for column, some in trials.items()
-            }
-            seconds = round(time.perf_counter() - begun, 2)
-            notes = {"edited": dict(found.notes)} if found.notes else {}
-            return AttackResult(name, ATTACKS[name].meaning, shares, trials, notes, seconds).to_dict()
+            meaning, seconds = ATTACKS[name].meaning, time.perf_counter() - begun
+            how = {"resamples": self._context.settings.resamples, "seed": self._context.seed}
+            return AttackResult.of(name, meaning, trials, {"edited": found.notes}, seconds, **how).to_dict()
 
         return measure
 
