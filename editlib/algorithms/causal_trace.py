@@ -68,16 +68,16 @@ def causal_trace(
         facts: those of a relation in `STATEMENTS` are asked, in their order, `ASKED` of each.
         pairs: the most that are traced.
     """
-    found: list[tuple[_Known, _Known]] = []  # neighbours in order, with different answers
+    traced: list[tuple[_Known, _Known]] = []  # neighbours in order, with different answers
     with no_param_grad(anat.model), torch.no_grad():
         for relation, frame in STATEMENTS.items():
-            some = [fact for fact in facts if fact.relation == relation and fact.subject and fact.answer][:ASKED]
-            known = _known(anat, tok, frame, some)
-            found += [(one, other) for one, other in pairwise(known) if one.token != other.token]
-        found = found[:: max(len(found) // pairs, 1)][:pairs]
-        if len(found) < LEAST:
+            asked = [fact for fact in facts if fact.relation == relation and fact.subject and fact.answer][:ASKED]
+            known = _known(anat, tok, frame, asked)
+            traced += [(source, target) for source, target in pairwise(known) if source.token != target.token]
+        traced = traced[:: max(len(traced) // pairs, 1)][:pairs]
+        if len(traced) < LEAST:
             return None
-        return CausalTrace(_effects(anat, *zip(*found, strict=True)), len(found))
+        return CausalTrace(_effects(anat, *zip(*traced, strict=True)), len(traced))
 
 
 def _known(anat: Anatomy, tok: PreTrainedTokenizerBase, frame: str, facts: Sequence[EditRequest]) -> list[_Known]:
@@ -99,8 +99,8 @@ def _known(anat: Anatomy, tok: PreTrainedTokenizerBase, frame: str, facts: Seque
 def _effects(anat: Anatomy, sources: Sequence[_Known], targets: Sequence[_Known]) -> tuple[float, ...]:
     """Returns, by layer, the mean probability of the sources' answers when their states replace the targets'."""
     each = torch.arange(len(sources), device=anat.device)
-    read, changed = (pad([one.row for one in some], device=anat.device) for some in (sources, targets))
-    wanted = torch.tensor([one.token for one in sources])
+    read, changed = (pad([fact.row for fact in facts], device=anat.device) for facts in (sources, targets))
+    wanted = torch.tensor([fact.token for fact in sources])
     there: Tensor | None = None  # states of the sources, [n, T, d_model]
     here: Tensor | None = None  # states of the targets
     effects = []

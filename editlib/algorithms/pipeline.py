@@ -139,11 +139,11 @@ def check_fit(anat: Anatomy, hparams: HyperParams) -> None:
     anat.check_one_device()
     hparams.check_depth(anat.n_layers)
     for layer in hparams.layers:
-        found = anat.mlp_output_names[layer]
-        if hparams.rewrite_module_tmp is not None and hparams.rewrite_module_tmp.format(layer) != found:
+        module_name = anat.mlp_output_names[layer]
+        if hparams.rewrite_module_tmp is not None and hparams.rewrite_module_tmp.format(layer) != module_name:
             raise HparamsError(
                 f'key "rewrite_module_tmp": {hparams.rewrite_module_tmp!r}; expected what is edited in this model, '
-                f"{found!r} for layer {layer}; leave the key out and it is found"
+                f"{module_name!r} for layer {layer}; leave the key out and it is found"
             )
 
 
@@ -217,17 +217,17 @@ def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[d
     Raises:
         EditError: a number is not finite; names the request.
     """
-    found: list[dict[str, Any]] = [{"id": request.id, **values.numbers(i)} for i, request in enumerate(requests)]
+    diagnostics: list[dict[str, Any]] = [{"id": request.id, **values.numbers(i)} for i, request in enumerate(requests)]
     for i, request in enumerate(requests):
         numbers = values.numbers(i)
         if not all(math.isfinite(number) for number in numbers.values()):
             raise EditError(f"request {request.id} gave {numbers}; the model is unchanged: lower `v_lr`")
     # An NLL over log 2 is a probability under 1/2: greedy decoding may say something else.
-    unlikely = [entry["id"] for entry in found if entry["target_nll"] > math.log(2)]
+    unlikely = [entry["id"] for entry in diagnostics if entry["target_nll"] > math.log(2)]
     if unlikely:
-        count = f"{len(unlikely)} of {len(found)}"
+        count = f"{len(unlikely)} of {len(diagnostics)}"
         log.warning("the target stayed unlikely for %s requests, first %s", count, unlikely[0])
-    return found
+    return diagnostics
 
 
 def find_statistics(

@@ -72,10 +72,10 @@ def apply_rome_to_model(
     results: list[EditResult] = []
     with restored_on_error(encoded.anat, {layer: original}):
         for i in tqdm(range(len(requests)), desc="edits", disable=not progress, leave=False):
-            one = encoded.only(i)
+            single = encoded.only(i)
             # The weights have changed since the previous edit, and with them the state that the value starts from.
-            own = values.select([i]) if values else find_values(one, hparams, norms=_output_norms(one, layer))
-            results.append(edit_at_once(one, hparams, solve, state, own, progress=False))
+            value = values.select([i]) if values else find_values(single, hparams, norms=_output_norms(single, layer))
+            results.append(edit_at_once(single, hparams, solve, state, value, progress=False))
             state = results[-1].state
     return _joined(results, layer, original)
 

@@ -31,19 +31,22 @@ BATCH_TOKENS = 512  # of all rows of a batch, prefixes not counted: few are padd
 BATCH_LOGITS = 2**25  # numbers in the logits of a batch, which are held in fp32
 RIVALS = 20  # likeliest other tokens that an answer is compared with where no others of its kind are known
 RIDGE = 3e-3  # ε: rows that contradict one another share what is left of their residuals
-MET = 0.1  # root mean square residual of a subject's rows, in nats, at which it rests; bf16 rounds by nearly as much
-HALVED = 0.5  # of the residual must go in a step for its Jacobian to serve once more
+MET = 0.1  # nats, root mean square residual of a subject's rows at which it is done; bf16 rounds by nearly as much
+HALVED = 0.5  # a step that leaves no more than this share of the residual lets the next one use its Jacobian again
 
 
 @dataclass(frozen=True)
 class Row:
-    """Holds one scalar to be read, and at what positions the change is added.
+    """Holds one scalar to be read, and the positions at which the change is added.
 
-    kind: "erase" or "keep", see `read_logits`.
-    owner: number of the subject whose change the row gets.
-    ids: all tokens of the row. `places`: columns of the subject's last token, each of which gets the change.
-    columns: where logits are read. `targets`: the token looked for at each of them.
-    rivals: tokens that an answer to erase competes with; none: the likeliest others before any change.
+    Args:
+        kind: "erase" or "keep", see `read_logits`.
+        owner: number of the subject whose change is added to the row's states.
+        ids: all tokens of the row.
+        places: columns of the subject's last token, at each of which the change is added.
+        columns: columns whose logits are read.
+        targets: the token whose logit is read, for each of `columns`.
+        rivals: tokens that an answer to erase competes with; none: the likeliest others before any change.
     """
 
     kind: str
@@ -104,21 +107,21 @@ class _Chunk:
     mask: Tensor  # [r, T, 1], one at the positions that get the change
     read: tuple[Tensor, Tensor]  # rows and columns of the logits, [c] each
 
-    def select(self, some: list[int]) -> _Chunk:
+    def select(self, indices: list[int]) -> _Chunk:
         """Returns the chunk with `some` of its rows, in ascending order."""
-        if len(some) == len(self.rows):
+        if len(indices) == len(self.rows):
             return self
-        index = torch.tensor(some, device=self.hidden.device)
+        index = torch.tensor(indices, device=self.hidden.device)
         batch = self.batch
-        kept = torch.isin(self.read[0], index)  # [c]
+        read = torch.isin(self.read[0], index)  # [c]
         return _Chunk(
-            [self.numbers[i] for i in some],
-            [self.rows[i] for i in some],
+            [self.numbers[i] for i in indices],
+            [self.rows[i] for i in indices],
             TokenBatch(batch.input_ids[index], batch.attention_mask[index], batch.lookup[index], batch.last[index]),
             None if self.prefix is None else self.prefix.select(index),
             self.hidden[index],
             self.mask[index],
-            (torch.searchsorted(index, self.read[0][kept]), self.read[1][kept]),
+            (torch.searchsorted(index, self.read[0][read]), self.read[1][read]),
         )
 
 
@@ -134,12 +137,12 @@ class RowBatch:
     def states(self, subjects: int) -> Tensor:
         """Returns the hidden state that each subject's change is added to, `[subjects, d_model]` in fp32: of its first
         row."""
-        found: dict[int, Tensor] = {}
+        state_of: dict[int, Tensor] = {}
         for chunk in self.chunks:
             first = chunk.mask[..., 0].argmax(dim=1)  # [r]
             for i, row in enumerate(chunk.rows):
-                found.setdefault(row.owner, chunk.hidden[i, first[i]].float())
-        return torch.stack([found[i] for i in range(subjects)])
+                state_of.setdefault(row.owner, chunk.hidden[i, first[i]].float())
+        return torch.stack([state_of[i] for i in range(subjects)])
 
     def read(self, delta: Tensor, *, grad: bool = True, subjects: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Reads all rows under `delta [n, d_model]`, or those of `subjects [n]` (booleans) alone.
@@ -171,6 +174,8 @@ class RowBatch:
         return y, jacobian
 
     def _encode(self, numbers: list[int]) -> _Chunk:
+        """Runs the rows with these numbers up to the edited layer; what precedes their changes is cached."""
+        # No token before the first changed position depends on the change: those run once, here.
         rows = [self.rows[i] for i in numbers]
         cuts = [row.places[0] for row in rows]
         fronts, rests = split([TokenRow(row.ids, row.places[0]) for row in rows], cuts)
@@ -215,7 +220,7 @@ class RowBatch:
 
 
 def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Returns what rows read at each of their columns, in nats, and its gradient with respect to the logits there.
+    """Computes the scalar of each row at each of its columns, in nats, and its gradient by the logits there.
 
     Every kind is a logit less the log-sum-exp of others, `z_target - logsumexp(z_S)`, summed over a row's columns:
 
@@ -233,25 +238,27 @@ def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     index = torch.arange(len(targets), device=logits.device)
     others = logits.float()  # a copy even of fp32 logits, since it is changed
     others = others.clone() if others is logits else others
-    aimed = others[index, targets]  # [m]
+    target_logits = others[index, targets]  # [m]
     erased = [i for i, kind in enumerate(kinds) if kind == "erase"]
     rivals = [row.rivals for row in rows if row.kind == "erase"]
     for i, tokens in zip(erased, rivals, strict=True):
-        held = others[i, list(tokens)]
+        rival_logits = others[i, list(tokens)]
         others[i] = -torch.inf
-        others[i, list(tokens)] = held
+        others[i, list(tokens)] = rival_logits
     top = others.amax(dim=1, keepdim=True)  # [m, 1]
     weights = others.sub_(top).exp_()  # in place: these are the largest tensors of a step
     total = weights.sum(dim=1, keepdim=True)  # [m, 1]
-    y = aimed - (top + total.log())[:, 0]  # [m]
+    y = target_logits - (top + total.log())[:, 0]  # [m]
     slope = weights.div_(-total)
     slope[index, targets] += 1
     return y, slope
 
 
 def _chunks(rows: Sequence[Row], most_columns: int) -> list[list[int]]:
-    """Returns row numbers in groups of like length whose padded size keeps to `BATCH_TOKENS` and whose logits are read
-    at no more than `most_columns` positions; a row that is larger alone is a group."""
+    """Groups row numbers by length: at most `BATCH_TOKENS` padded tokens and `most_columns` positions with logits.
+
+    A row that exceeds a limit by itself is a group of its own.
+    """
     length = [len(row.ids) - row.places[0] for row in rows]
     groups: list[list[int]] = []
     columns = 0
@@ -295,9 +302,9 @@ def find_row_values(
 ) -> RowValues:
     """Finds each subject's change after `layer` by Gauss-Newton, all subjects in one batch.
 
-    A subject rests when its rows read what they should (`MET`). Its Jacobian, which costs more than reading the rows,
-    is read for the first two steps, since it changes most with the first; it serves for a later step where the one
-    before had its full length and halved the residual.
+    A subject is done when the residual of its rows is at most `MET`. Its Jacobian costs more than its rows' values, so
+    it is computed for the first two steps, between which it changes most. A later step uses the last one again if the
+    step before had its full length and halved the residual.
 
     Subjects do not influence one another: the result does not depend on which are found together.
 
@@ -323,19 +330,19 @@ def find_row_values(
     residual = torch.zeros(n, device=anat.device)  # root mean square over a subject's rows, in the step before
     for step in tqdm(range(steps + 1), desc="values", disable=not progress, leave=False):
         last = step == steps
-        for grad, some in ((True, active & stale & (not last)), (False, active & (~stale | last))):
-            if bool(some.any()):
-                found, slopes = batch.read(delta, grad=grad, subjects=some)
-                y = torch.where(some[owner], found, y)
-                jacobian = jacobian if slopes is None else torch.where(some[owner][:, None], slopes, jacobian)
-        bad = (~torch.isfinite(y)).nonzero().flatten().tolist()
-        if bad:
-            raise EditError(f"a row of {names[rows[bad[0]].owner]} is not finite; the model is unchanged")
+        for grad, due in ((True, active & stale & (not last)), (False, active & (~stale | last))):
+            if bool(due.any()):
+                readings, slopes = batch.read(delta, grad=grad, subjects=due)
+                y = torch.where(due[owner], readings, y)
+                jacobian = jacobian if slopes is None else torch.where(due[owner][:, None], slopes, jacobian)
+        not_finite = (~torch.isfinite(y)).nonzero().flatten().tolist()
+        if not_finite:
+            raise EditError(f"a row of {names[rows[not_finite[0]].owner]} is not finite; the model is unchanged")
         before = y if step == 0 else before
         wanted = goals.wanted(kinds, y, before)
-        now = torch.zeros_like(residual).index_add_(0, owner, (wanted - y) ** 2)
-        now = (now / torch.bincount(owner, minlength=n)).sqrt()  # [n]
-        stale, residual, active = now > HALVED * residual, now, active & (now > MET)
+        rms = torch.zeros_like(residual).index_add_(0, owner, (wanted - y) ** 2)
+        rms = (rms / torch.bincount(owner, minlength=n)).sqrt()  # [n]
+        stale, residual, active = rms > HALVED * residual, rms, active & (rms > MET)
         if last or not bool(active.any()):
             break
         for i in active.nonzero().flatten().tolist():

@@ -177,6 +177,7 @@ def _output_head(model: _HasHead) -> Any:
 
 
 def _check_kind(model: PreTrainedModel) -> None:
+    """Raises `ModelError` for a kind of model that cannot be edited, as its class and configuration show it."""
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder model; editlib edits decoder-only causal language models")
@@ -223,7 +224,11 @@ def _fan(module: nn.Module) -> tuple[int, int]:
 
 
 def _mixer_of(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
-    """Makes the test whether a path inside a layer belongs to what mixes tokens."""
+    """Returns a test of paths inside a layer: whether a module is part of attention, or of what replaces it.
+
+    Args:
+        modules: all modules of the layer, by path.
+    """
     convolutions = tuple(path for path, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd))
     mixers = {path.partition(".")[0] for path in convolutions}  # short convolutions, state space models
 
@@ -252,7 +257,7 @@ def _check_experts(layer: nn.Module, where: str) -> None:
 
 
 def check_kind(model: PreTrainedModel) -> None:
-    """Checks of a model without weights (on the meta device) what can be seen there of what `anatomy` wants.
+    """Checks what `anatomy` requires, as far as a model without weights (on the meta device) shows it.
 
     Raises:
         ModelError: see `anatomy`.
@@ -308,16 +313,16 @@ def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:
 
 
 def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module) -> tuple[nn.Module, ...]:
-    """Follows the states of the last layer from module to module, up to the head."""
+    """Lists the modules that change the last layer's states before the head, in order, from one small pass."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     others = [module for module in model.modules() if id(module) not in inside]
     device = input_device(model)
-    made: list[Call] = []
-    with unwatched(model), no_param_grad(model), torch.no_grad(), calls([layers[-1], *others], made):
+    traced: list[Call] = []
+    with unwatched(model), no_param_grad(model), torch.no_grad(), calls([layers[-1], *others], traced):
         model(input_ids=torch.arange(1, 4, device=device)[None], use_cache=False)
-    at = next(i for i, call in enumerate(made) if call.module is layers[-1])
-    states, tail = made[at].hidden, []  # [1, 3, d_model]
-    for call in made[at + 1 :]:
+    last = next(i for i, call in enumerate(traced) if call.module is layers[-1])
+    states, tail = traced[last].hidden, []  # [1, 3, d_model]
+    for call in traced[last + 1 :]:
         # Equal numbers tell which module reads the states: names differ between families.
         if call.input is None or call.output is None or not _same(call.input, states):
             continue
@@ -329,6 +334,6 @@ def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module
     return tuple(tail)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(first: Tensor, second: Tensor) -> bool:
     """Returns whether two tensors hold the same numbers, whatever their shapes."""
-    return one.numel() == other.numel() and torch.equal(one.reshape(-1).to(other.device), other.reshape(-1))
+    return first.numel() == second.numel() and torch.equal(first.reshape(-1).to(second.device), second.reshape(-1))

@@ -130,6 +130,7 @@ def object_fault(path: Path) -> str | None:
 
 
 def _tokenizer_fault(folder: Path) -> tuple[str, str] | None:
+    """Finds the tokenizer's file that is damaged, and what is wrong; `None` if the tokenizer can be built."""
     for name in _TEXTS:
         path = folder / name
         try:
@@ -151,6 +152,7 @@ def _tokenizer_fault(folder: Path) -> tuple[str, str] | None:
 
 
 def _weights_fault(folder: Path) -> tuple[str, str] | None:
+    """Finds the file of the weights that is damaged, and what is wrong; an index is judged before its shards."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).exists() and (found := _index_fault(folder, index)):
             return found
@@ -161,6 +163,7 @@ def _weights_fault(folder: Path) -> tuple[str, str] | None:
 
 
 def _index_fault(folder: Path, index: str) -> tuple[str, str] | None:
+    """Checks an index of sharded weights, whose JSON can be read: its form, and that every shard is there."""
     content: dict[str, Any] = json.loads((folder / index).read_bytes())
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
@@ -172,6 +175,7 @@ def _index_fault(folder: Path, index: str) -> tuple[str, str] | None:
 
 
 def _tensors_fault(path: Path) -> str | None:
+    """Says what is wrong with a file of tensors, of which only the header, or the shapes, are read."""
     try:
         if path.suffix == ".bin":
             tensors = torch.load(path, map_location="meta", weights_only=True)

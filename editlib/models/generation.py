@@ -161,7 +161,7 @@ def sample(
         picked = torch.multinomial(best.values.softmax(-1), 1, generator=generator)  # [n, 1], places in `best`
         return best.indices.gather(-1, picked)[:, 0]
 
-    ends, found = end_tokens(anat), []
+    ends, answers = end_tokens(anat), []
     with (
         no_param_grad(anat.model),
         torch.no_grad(),
@@ -169,10 +169,10 @@ def sample(
     ):
         front = _Front.of(anat, rows)
         for begin in range(0, len(rows), BATCH_ROWS):
-            some = list(rows[begin : begin + BATCH_ROWS])
-            found += _decode(anat, some, front, _limits(anat, some, max_new_tokens), ends, draw)
-            bar.update(len(some))
-    return [answer[:-1] if answer and answer[-1] in ends else answer for answer in found]
+            chunk = list(rows[begin : begin + BATCH_ROWS])
+            answers += _decode(anat, chunk, front, _limits(anat, chunk, max_new_tokens), ends, draw)
+            bar.update(len(chunk))
+    return [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
 
 
 def sample_each(
@@ -189,7 +189,7 @@ def sample_each(
     interval of the cumulated probabilities holds it.
     """
     ends = end_tokens(anat)
-    found: list[tuple[int, ...]] = [()] * len(rows)
+    answers: list[tuple[int, ...]] = [()] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     with no_param_grad(anat.model), torch.no_grad():
         front = _Front.of(anat, rows)
@@ -203,11 +203,11 @@ def sample_each(
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
         with no_param_grad(anat.model), torch.no_grad():
-            some = [rows[i] for i in chunk]
-            drawn = _decode(anat, some, front, _limits(anat, some, max_new_tokens), ends, draw)
+            prompts = [rows[i] for i in chunk]
+            drawn = _decode(anat, prompts, front, _limits(anat, prompts, max_new_tokens), ends, draw)
         for i, answer in zip(chunk, drawn, strict=True):
-            found[i] = answer[:-1] if answer and answer[-1] in ends else answer
-    return found
+            answers[i] = answer[:-1] if answer and answer[-1] in ends else answer
+    return answers
 
 
 def _limits(anat: Anatomy, rows: Sequence[TokenRow], most: int) -> list[int]:
@@ -296,7 +296,7 @@ def teacher_forced(
     Args:
         progress: a label for a progress bar on stderr; none without it.
     """
-    found = [Forced((), ())] * len(rows)
+    scores = [Forced((), ())] * len(rows)
     order = sorted((i for i in range(len(rows)) if answers[i]), key=lambda i: len(rows[i]) + len(answers[i]))
     device = anat.device
     with (
@@ -317,10 +317,10 @@ def teacher_forced(
             at = 0
             for i in chunk:
                 end = at + len(answers[i])
-                found[i] = Forced(tuple(nll[at:end]), tuple(hits[at:end]))
+                scores[i] = Forced(tuple(nll[at:end]), tuple(hits[at:end]))
                 at = end
             bar.update(len(chunk))
-    return found
+    return scores
 
 
 def chunks(

@@ -107,12 +107,14 @@ def _difference(moved: Tensor, base: Tensor) -> Tensor:
     return (moved.cpu().double() - base.cpu().double()).reshape(-1, moved.shape[-1])
 
 
-def _factor(found: Tensor, given: Tensor, unit: float) -> float | None:
-    """Returns `s` with `found = s * given` up to rounding by `unit`, exactly 1.0 if it is 1 up to rounding; else
-    `None`."""
-    if found.shape != given.shape or not bool(given.any()):
+def _factor(after: Tensor, before: Tensor, unit: float) -> float | None:
+    """Returns the factor with `after = factor * before`, or `None` if there is none, up to rounding by `unit`.
+
+    A factor that is 1 up to rounding is returned as exactly 1.0.
+    """
+    if after.shape != before.shape or not bool(before.any()):
         return None
-    s = float((found * given).sum() / given.square().sum())  # least squares
-    if s == 0 or float((found - s * given).norm()) > 16 * unit * float(found.norm()):
+    factor = float((after * before).sum() / before.square().sum())  # least squares
+    if factor == 0 or float((after - factor * before).norm()) > 16 * unit * float(after.norm()):
         return None
-    return 1.0 if abs(s - 1) < max(unit, 1e-5) else s
+    return 1.0 if abs(factor - 1) < max(unit, 1e-5) else factor

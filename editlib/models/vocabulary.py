@@ -90,7 +90,7 @@ class Vocabulary:
     def of(cls, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> Vocabulary:
         """Copies the tokenizer, and the rows that new tokens would use."""
         matrices = _matrices(model)
-        return cls(copy.deepcopy(tok), len(matrices[0]), tuple(one[len(tok) :].clone() for one in matrices))
+        return cls(copy.deepcopy(tok), len(matrices[0]), tuple(matrix[len(tok) :].clone() for matrix in matrices))
 
     def restore(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
         """Takes the rows of all later tokens out of `model`, bit for bit; returns a tokenizer without them."""
@@ -105,7 +105,7 @@ def _matrices(model: PreTrainedModel) -> list[Tensor]:
     """Returns the embedding matrices, one where they are tied."""
     anat = anatomy(model)
     both = (anat.embedding.weight, anat.head.weight)
-    return [one.detach() for one in {id(one): one for one in both}.values()]
+    return [matrix.detach() for matrix in {id(matrix): matrix for matrix in both}.values()]
 
 
 def embedding_names(anat: Anatomy) -> tuple[str, ...]:
@@ -143,10 +143,10 @@ def rows_in_place(anat: Anatomy, tokens: Sequence[int], rows_in: Tensor, rows_ou
 
 def silence(anat: Anatomy, tokens: Sequence[int]) -> None:
     """Makes `tokens` tokens that are never said: their rows become the mean of all others."""
-    own = list(tokens)
+    silenced = list(tokens)
     for matrix in _matrices(anat.model):
-        others = matrix.sum(0, dtype=torch.float32) - matrix[own].sum(0, dtype=torch.float32)  # [d_model]
-        matrix[own] = (others / max(len(matrix) - len(own), 1)).to(matrix)
+        others = matrix.sum(0, dtype=torch.float32) - matrix[silenced].sum(0, dtype=torch.float32)  # [d_model]
+        matrix[silenced] = (others / max(len(matrix) - len(silenced), 1)).to(matrix)
 
 
 def check_rows(anat: Anatomy) -> None:

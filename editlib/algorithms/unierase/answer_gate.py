@@ -125,7 +125,7 @@ def gate_values(
     for relation, group in _by_relation(requests).items():
         chosen = _some(group, VALUE_ROWS)
         rows = [_end(form.encode(request.question)) for request in chosen]
-        found = compute_zs(
+        solved = compute_zs(
             anat,
             [[row] for row in rows],
             [(token_id,)] * len(rows),
@@ -138,9 +138,10 @@ def gate_values(
             optimizer="normalised",
             names=[request.id for request in chosen],
         )
-        if max(found.nll) > nll:
-            log.warning("the gate of layer %d reached %.1f nats only, not %.1f", layer, max(found.nll), nll)
-        values[relation] = found.deltas.mean(dim=1)  # [d_model, questions] -> [d_model]
+        if max(solved.nll) > nll:
+            log.warning("the gate of layer %d reached %.1f nats only, not %.1f", layer, max(solved.nll), nll)
+        # One change must serve every question of the relation: the mean of the smallest changes of each.
+        values[relation] = solved.deltas.mean(dim=1)  # [d_model, questions] -> [d_model]
     return values
 
 
@@ -198,9 +199,11 @@ def remaining_gate_values(
     """
     new = [request for request in requests if request.relation not in {*known, *opened}]
     with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
-        found = {**known, **gate_values(anat, form, new, token_id, layer, nll=hparams.gate_nll)}
+        available = {**known, **gate_values(anat, form, new, token_id, layer, nll=hparams.gate_nll)}
     relations = dict.fromkeys(request.relation for request in requests)
-    return {relation: found[relation] if relation in found else torch.zeros(anat.d_model) for relation in relations}
+    return {
+        relation: available[relation] if relation in available else torch.zeros(anat.d_model) for relation in relations
+    }
 
 
 def relations_of(gate: Mapping[str | None, Tensor]) -> frozenset[str]:
@@ -249,17 +252,17 @@ def _keys(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor:
     fronts, rests = split(list(rows), [shared] * len(rows))
     prefix = encode_prefix(anat, fronts[:1]) if shared else None
     device = anat.device
-    found: list[Tensor] = []
+    collected: list[Tensor] = []
     for group in batches(rests):
         batch = pad([rests[i] for i in group], device=device)
 
         def look(_: int, keys: Tensor, batch: TokenBatch = batch) -> None:
-            found.append(keys[torch.arange(len(batch), device=keys.device), batch.lookup])  # [group, d_ff]
+            collected.append(keys[torch.arange(len(batch), device=keys.device), batch.lookup])  # [group, d_ff]
 
         with no_param_grad(anat.model), torch.no_grad():
             cached = None if prefix is None else prefix.select(torch.tensor(group, device=device))
             forward(anat, batch, stop=layer + 1, prefix=cached, keys=look, key_layers=(layer,))
-    keys = torch.cat(found).T  # [d_ff, n]
+    keys = torch.cat(collected).T  # [d_ff, n]
     return keys.to(torch.promote_types(keys.dtype, torch.float32))
 
 

@@ -9,7 +9,7 @@ which an answer to erase is compared with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from editlib.algorithms.rows import Row
 from editlib.algorithms.unierase.anchors import answers_to
@@ -115,25 +115,25 @@ def subject_rows(
     answers = answers_to(anat, form, prompts, most=ANSWER_TOKENS, known=known_answers, progress=progress)
     # 2. Each subject: erase rows of its requests, then keep rows of its siblings.
     rivals = _rivals(requests, retain)
-    found = SubjectRows([], [list(group) for group in groups], [])
-    made: dict[int, RequestRows] = {}
+    collected = SubjectRows([], [list(group) for group in groups], [])
+    texts_of: dict[int, RequestRows] = {}
     for owner, (group, texts) in enumerate(zip(groups, sibling_texts, strict=True)):
         for i in group:
-            made[i] = _request_rows(found, form, requests[i], i, owner, asked[i], answers, rivals[i])
+            texts_of[i] = _request_rows(collected, form, requests[i], i, owner, asked[i], answers, rivals[i])
             few_shot = few_shot_format(form, requests[i], retain, seed, limit=limit) if examples else None
             if few_shot is not None:
-                _example_rows(found, few_shot, requests[i], i, owner, asked[i][:examples], rivals[i])
+                _example_rows(collected, few_shot, requests[i], i, owner, asked[i][:examples], rivals[i])
         subject = requests[group[0]].subject
         erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:
             # A sibling's answer may name what is to be erased; it is kept up to there.
             kept = answers[text][: answer_slot(form, answers[text], erased)]
-            _sibling_rows(found, form, text, subject, owner, kept)
+            _sibling_rows(collected, form, text, subject, owner, kept)
         said = {text: _text(form, answers[text]).strip() for text in texts}
         for i in group:
-            made[i] = RequestRows(**{**vars(made[i]), "kind": catalogue.kind(requests[i]), "siblings": said})
-    in_order = [made[i] for i in range(len(requests))]
-    return SubjectRows(found.rows, found.subjects, in_order, found.requests_of, answers)
+            texts_of[i] = replace(texts_of[i], kind=catalogue.kind(requests[i]), siblings=said)
+    in_order = [texts_of[i] for i in range(len(requests))]
+    return SubjectRows(collected.rows, collected.subjects, in_order, collected.requests_of, answers)
 
 
 def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> list[tuple[str, ...]]:
@@ -142,17 +142,17 @@ def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> l
     for fact in [*requests, *retain]:
         if fact.relation is not None and fact.answer is not None:
             by_relation.setdefault(fact.relation, {})[fact.answer] = None
-    found = []
+    rivals = []
     for request in requests:
         right = (str(request.answer), *request.aliases)
         others = [text for text in sorted(by_relation.get(request.relation or "", {})) if not has_answer(text, right)]
         step = max(1, len(others) // MOST_RIVALS)
-        found.append(tuple(others[::step][:MOST_RIVALS]) if len(others) >= FEWEST_RIVALS else ())
-    return found
+        rivals.append(tuple(others[::step][:MOST_RIVALS]) if len(others) >= FEWEST_RIVALS else ())
+    return rivals
 
 
 def _request_rows(
-    found: SubjectRows,
+    collected: SubjectRows,
     form: PromptFormat,
     request: EditRequest,
     number: int,
@@ -181,7 +181,7 @@ def _request_rows(
             row = prompt.followed_by(lead)
             target = said[slot] if slot is not None else form.answer_ids(str(request.answer))[0]
             competing = _first_tokens(form, rivals, target, starts=not lead)
-            _add(found, number, Row("erase", owner, row.ids, _places(form, prompt, lead, request.subject),
+            _add(collected, number, Row("erase", owner, row.ids, _places(form, prompt, lead, request.subject),
                                     (len(row) - 1,), (target,), competing))  # fmt: skip
             sentences[_text(form, lead)] = None
     return RequestRows(
@@ -190,7 +190,7 @@ def _request_rows(
 
 
 def _example_rows(
-    found: SubjectRows,
+    collected: SubjectRows,
     form: PromptFormat,
     request: EditRequest,
     number: int,
@@ -203,11 +203,11 @@ def _example_rows(
     competing = _first_tokens(form, rivals, target, starts=True)
     for wording in wordings:
         row = form.encode(wording.text, wording.subject, start=wording.start)
-        _add(found, number, Row("erase", owner, row.ids, (row.lookup,), (len(row) - 1,), (target,), competing))
+        _add(collected, number, Row("erase", owner, row.ids, (row.lookup,), (len(row) - 1,), (target,), competing))
 
 
 def _sibling_rows(
-    found: SubjectRows,
+    collected: SubjectRows,
     form: PromptFormat,
     text: str,
     subject: str | None,
@@ -220,13 +220,13 @@ def _sibling_rows(
     if kept:
         row = prompt.followed_by(kept[:-1])
         columns = tuple(range(len(prompt) - 1, len(row)))
-        _add(found, None, Row("keep", owner, row.ids, _places(form, prompt, kept[:-1], subject), columns, kept))
+        _add(collected, None, Row("keep", owner, row.ids, _places(form, prompt, kept[:-1], subject), columns, kept))
 
 
-def _add(found: SubjectRows, request: int | None, row: Row) -> None:
+def _add(collected: SubjectRows, request: int | None, row: Row) -> None:
     """Appends a row of the request with this index; `None`: a sibling's."""
-    found.rows.append(row)
-    found.requests_of.append(request)
+    collected.rows.append(row)
+    collected.requests_of.append(request)
 
 
 def answer_slot(form: PromptFormat, said: Sequence[int], right: Sequence[str]) -> int | None:

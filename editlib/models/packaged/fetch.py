@@ -193,6 +193,7 @@ def _seal(folder: Path, model: PackagedModel) -> None:
 
 
 def _card(model: PackagedModel) -> str:
+    """Writes the model card: the origin, the licence and, where there are terms, their notice."""
     parts = [f"`{part.member}` in the Python package `{part.package}` {part.version}" for part in model.parts]
     origin = ",\n".join(parts)
     card = f"""---
