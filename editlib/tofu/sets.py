@@ -108,7 +108,7 @@ def read_tofu(
     subjects: Mapping[str, str] | None = None,
     skip_bad: bool = False,
 ) -> TofuSets:
-    """Reads TOFU's sets and finds the subjects of what is to be forgotten and kept (`editlib.subjects`).
+    """Reads TOFU's sets and finds the subjects of what is to be forgotten and kept (`editlib.requests.subjects`).
 
     Args:
         source: a folder with TOFU's files (`forget01.jsonl`, `forget01_perturbed.jsonl`, `retain99.jsonl` or
