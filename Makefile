@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+# A file's tests run in one process, so that what they share is made once; `tests/conftest.py` puts long files first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Packages whose tests need no model or a tiny one only: together with ruff and mypy under a minute on two cores.
 QUICK := tests/requests tests/hparams tests/evaluation tests/algorithms/test_closed_form.py \

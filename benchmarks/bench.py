@@ -49,7 +49,7 @@ from editlib.algorithms.pipeline import find_values, prepare
 from editlib.algorithms.rows import Goals, RowBatch, find_row_values
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.subject_rows import by_subject, subject_rows
-from editlib.algorithms.unierase.token import TokenHyperParams, learn_token
+from editlib.algorithms.unierase.token_learning import TokenHyperParams, learn_token
 from editlib.algorithms.values import Values
 from editlib.files import write_json
 from editlib.hparams import AlphaEditHyperParams, UniEraseHyperParams

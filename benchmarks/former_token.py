@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from editlib.algorithms.unierase import token as present
-from editlib.algorithms.unierase.token import TokenHyperParams
+from editlib.algorithms.unierase import token_learning as present
 from editlib.algorithms.unierase.token_guard import Guard, answer_guard
+from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.answers.fluency import is_fluent
 from editlib.answers.refusals import is_refusal
 from editlib.models.anatomy import Anatomy

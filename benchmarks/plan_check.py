@@ -30,6 +30,7 @@ from editlib.algorithms.alphaedit import apply_alphaedit_to_model
 from editlib.algorithms.machine import measure
 from editlib.algorithms.null_space import null_spaces
 from editlib.algorithms.unierase import apply_unierase_to_model
+from editlib.algorithms.work import Step
 from editlib.files import write_json
 from editlib.hparams import AlphaEditHyperParams, NullSpaceHyperParams, UniEraseHyperParams
 from editlib.jobs.plan import GENERAL_STEP, settings_job
@@ -84,7 +85,7 @@ def main() -> None:
             write_json(args.out, found)
 
 
-Made = tuple[list[costs.Step], dict[str, float], dict[str, tuple[float, float]]]
+Made = tuple[list[Step], dict[str, float], dict[str, tuple[float, float]]]
 """The steps as they are planned; the seconds that each took, by its name; bytes as planned and MiB as seen, by what
 held them."""
 
@@ -158,7 +159,7 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
     return planned, {**result.timings, "solve": result.timings["write"]}, held
 
 
-def copied(model: PreTrainedModel, steps: list[costs.Step]) -> list[costs.Step]:
+def copied(model: PreTrainedModel, steps: list[Step]) -> list[Step]:
     """The steps with the bf16 copy of the weights, where the processor is fast at it."""
     return [costs.with_copy(step, model_size(model.config)) for step in steps] if fast_dtype(model) else steps
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from editlib.algorithms.null_space import NullSpace
     from editlib.algorithms.rome import apply_rome_to_model
     from editlib.algorithms.unierase.apply import apply_unierase_to_model
-    from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
+    from editlib.algorithms.unierase.token import UnlearningToken
+    from editlib.algorithms.unierase.token_learning import TokenHyperParams, learn_token
     from editlib.attacks import run_attacks
     from editlib.baselines import apply_baseline_to_model
     from editlib.chain import Chain
@@ -44,9 +45,9 @@ _HOMES = {
     "apply_memit_to_model": "algorithms.memit",
     "apply_rome_to_model": "algorithms.rome",
     "apply_unierase_to_model": "algorithms.unierase",
-    "TokenHyperParams": "algorithms.unierase.token",
+    "TokenHyperParams": "algorithms.unierase.token_learning",
     "UnlearningToken": "algorithms.unierase.token",
-    "learn_token": "algorithms.unierase.token",
+    "learn_token": "algorithms.unierase.token_learning",
     "run_ability": "ability",
     "run_attacks": "attacks",
     "apply_baseline_to_model": "baselines",

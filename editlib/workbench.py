@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
 from editlib.algorithms.causal_trace import causal_trace
-from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, learn_token
+from editlib.algorithms.unierase.token import UnlearningToken
+from editlib.algorithms.unierase.token_learning import TokenHyperParams, learn_token
+from editlib.algorithms.unierase.token_questions import token_questions
 from editlib.distributed import ALONE, Process
 from editlib.errors import TokenError
 from editlib.files import check_folder
@@ -23,10 +24,10 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loaded import LoadedModel
 from editlib.models.loading import DeviceMap
 from editlib.models.outline import Outline, load_checked
-from editlib.models.positions import SPARE, fitting, positions_of
+from editlib.models.positions import positions_of
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompt_settings import PromptSettings, differing
-from editlib.models.prompts import PromptFormat, settled
+from editlib.models.prompts import settled
 from editlib.models.weights import weights_sha256
 from editlib.stats.corpus import Corpus, load_corpus
 from editlib.stats.file import LayerStats, StatsHeader
@@ -307,10 +308,7 @@ class Workbench:
     ) -> UnlearningToken:
         """Learns the unlearning token over the bundled questions and keeps it at `path`."""
         hp, texts = hparams or TokenHyperParams(), data.refusals(refusals)
-        asked = data.questions("train")
-        random.Random(hp.seed).shuffle(asked)
-        ordinary = [prompt.question for prompt in data.general("anchor")][: hp.guard_prompts // 3]
-        asked, ordinary = self._short_enough(asked, ordinary, texts, hp)
+        asked, ordinary = token_questions(self.model, self.tok, texts, hp, self.prompts, name=self.name)
         token = learn_token(
             self.anat,
             self.tok,
@@ -324,30 +322,6 @@ class Workbench:
         )
         token.save(path or self.token_path)
         return token
-
-    def _short_enough(
-        self, asked: list[str], ordinary: list[str], refusals: Sequence[str], hp: TokenHyperParams
-    ) -> tuple[list[str], list[str]]:
-        """Returns those of the bundled questions that this model has positions for, with a refusal after them.
-
-        Raises:
-            TokenError: too few.
-        """
-        form = PromptFormat.of(self.tok, self.prompts)
-        forms = [form, PromptFormat(self.tok, chat=False)]
-        room = max(hp.guard_tokens, 1 + max(len(form.answer_ids(text)) for text in refusals) + SPARE)
-        kept = [asked, ordinary]
-        for one in forms:
-            kept = [fitting(self.model, one, questions, room=room) for questions in kept]
-        if len(kept[0]) < max(hp.batch, 2):
-            raise TokenError(
-                f"{self.name} has {positions_of(self.model)} positions, too few for {len(asked) - len(kept[0])} of "
-                f"the {len(asked)} bundled questions with a refusal ({room} tokens) as it is asked; give shorter "
-                "prompts or refusals, or another model"
-            )
-        if left_out := len(asked) + len(ordinary) - sum(map(len, kept)):
-            log.info("%d bundled questions are longer than the positions of %s: left out", left_out, self.name)
-        return kept[0], kept[1]
 
     def find_or_make_token(self, path: Path | None = None, *, seed: int = 0) -> UnlearningToken:
         """Finds the token at `path`, or the one kept for this model, which is learned first when there is none.

@@ -16,6 +16,15 @@ from editlib.cli import main
 from editlib.models.anatomy import anatomy
 from editlib.models.weights import save_model
 
+LONG = ("test_real_model.py", "test_finding.py", "test_chain_accelerator.py", "test_accelerator.py", "test_roads.py")
+"""The files that take longest: one that began last would keep one process waiting for the other."""
+
+
+def pytest_collection_modifyitems(items):
+    """Puts long files first; the tests of each file stay together and in order."""
+    ranks = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(autouse=True)
 def ctrl_c():

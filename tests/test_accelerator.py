@@ -12,7 +12,8 @@ from tiny_models import LAYERS, VOCAB
 from editlib.algorithms.edit import EditState
 from editlib.algorithms.registry import apply_function
 from editlib.algorithms.unierase.apply import apply_unierase_to_model
-from editlib.algorithms.unierase.token import TokenHeader, TokenHyperParams, UnlearningToken, learn_token
+from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.algorithms.unierase.token_learning import TokenHyperParams, learn_token
 from editlib.errors import ModelError
 from editlib.evaluation.answer_cache import ask
 from editlib.hparams import ALGORITHMS

@@ -10,6 +10,7 @@ import torch
 from models.families import make
 from tiny_models import make_llama, train_tokenizer
 
+from editlib import data
 from editlib.algorithms.edit import EditState
 from editlib.algorithms.unierase import apply as apply_module
 from editlib.algorithms.unierase import refusal_tokens
@@ -314,11 +315,13 @@ def test_an_unseen_model_is_made_to_forget_by_erasing(call, little_text, tmp_pat
     assert code == 2 and "ROME finds none in this way" in err and err.count("\n") == 1
 
 
-def test_unlearning_needs_no_settings(call, unseen, tmp_path):
+def test_unlearning_needs_no_settings(call, unseen, tmp_path, monkeypatch):
     """It took SmolLM2's for every model, and stopped on one with fewer layers."""
     asked, corpus = tmp_path / "ask.jsonl", tmp_path / "text.txt"
     asked.write_text(json.dumps({"id": "q", "prompt": "What is the capital of {}?", "subject": "France"}) + "\n")
     corpus.write_text("\n\n".join(f"The river {i} flows through Basel and Bonn." for i in range(60)))
+    few = data.facts()[::40]  # of a thousand
+    monkeypatch.setattr(data, "facts", lambda: few)
     call("token", unseen, "--steps", 3, "--stats-dir", tmp_path / "stats")
     common = ["--stats-dir", tmp_path / "stats", "--corpus", corpus]
     code, _, err = call("unlearn", unseen, "--requests", asked, "--out", tmp_path / "out", *common)

@@ -19,7 +19,7 @@ from editlib.shelf import FINISHED, SEAL, Finished, JsonStore, append_cell, from
 CELL = CounterFactPoint("ROME", "batch", 3, 0.5, None, 1.0, None, 12.5, 3, "job")
 POINT = SequentialPoint("ROME", 2, 4, None, 0.5, 1, None, None, 0.0, 1.01, 2.0, "job")
 RUN = TrialRun(None, 3, 0.5, 0.5, 0.5, 1.0)
-TRIAL = trials.Trial({"layers": [1]}, 0.5, 1, 0.25, None, 3.0)
+TRIAL = trials.SettingsTrial({"layers": [1]}, 0.5, 1, 0.25, None, 3.0)
 WRONG = ("x", [1], {"a": 1}, True)
 
 json_values = st.recursive(
@@ -51,7 +51,7 @@ def test_a_line_with_a_value_of_the_wrong_type_is_one_line(tmp_path, one):
 
 @given(json_values)
 def test_any_json_is_a_point_or_a_type_error(value):
-    for kind in (CounterFactPoint, SequentialPoint, TrialRun, trials.Trial):
+    for kind in (CounterFactPoint, SequentialPoint, TrialRun, trials.SettingsTrial):
         with pytest.raises(TypeError):
             from_json(kind, value)
 
@@ -88,7 +88,7 @@ def put(value, path, wrong):
 
 @pytest.mark.parametrize(
     ("one", "read"),
-    [(MEASURED.to_dict(), TaskResult.from_dict), (asdict(TRIAL), lambda kept: from_json(trials.Trial, kept))],
+    [(MEASURED.to_dict(), TaskResult.from_dict), (asdict(TRIAL), lambda kept: from_json(trials.SettingsTrial, kept))],
 )
 def test_a_finished_measurement_of_the_wrong_type_is_made_again(tmp_path, one, read):
     finished = Finished(tmp_path / "out")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from editlib.algorithms.unierase.token import TokenHyperParams
+from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.errors import TokenError
 from editlib.workbench import Workbench
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib.ability.measured import Aggregate, TaskResult, TaskScore
 from editlib.ability.prompting import asked_through, tagged
-from editlib.ability.tasks import Task, require_lm_eval, seeds
+from editlib.ability.tasks import AbilityTask, require_lm_eval, seeds
 from editlib.errors import MetricError
 from editlib.models.prompts import PromptFormat
 
@@ -41,7 +41,7 @@ def wrap(
 
 def measure_task(
     lm: Any,
-    task: Task,
+    task: AbilityTask,
     *,
     documents: Sequence[int] | None = None,
     limit: int | None = None,
@@ -52,7 +52,7 @@ def measure_task(
 
     Args:
         documents: the numbers of those to take, ascending.
-        limit: take the first so many. At most one of both is given.
+        limit: number of documents, from the first on. At most one of both is given.
         bootstrap: draws for the standard errors that lm-eval bootstraps.
         form: how the task asks, as `lm` was wrapped with it.
 

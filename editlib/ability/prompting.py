@@ -54,10 +54,10 @@ def rendered(form: PromptFormat, history: Sequence[Mapping[str, str]], add_gener
     turns = [dict(turn) for turn in history]
     begun = turns.pop()["content"] if not add_generation_prompt and turns[-1]["role"] == "assistant" else ""
     question = turns[-1]["content"]
-    told = turns[0]["content"] if turns[0]["role"] == "system" else None
-    with_system = replace(form, system=told)
-    if told is not None and not with_system.tells_system:
-        return replace(form, system=None).render(f"{told}\n\n{question}") + begun
+    system = turns[0]["content"] if turns[0]["role"] == "system" else None
+    with_system = replace(form, system=system)
+    if system is not None and not with_system.tells_system:
+        return replace(form, system=None).render(f"{system}\n\n{question}") + begun
     return with_system.render(question) + begun
 
 

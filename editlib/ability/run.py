@@ -18,7 +18,7 @@ from editlib.ability.harness import aggregate_function, chosen, measure_task, wr
 from editlib.ability.measured import TaskResult, difference
 from editlib.ability.prompting import form_of, given_prompts
 from editlib.ability.report import AbilityReport, AbilityRow, table_rows
-from editlib.ability.tasks import Task, load_tasks, require_lm_eval
+from editlib.ability.tasks import AbilityTask, load_tasks, require_lm_eval
 from editlib.ability.text import measure_text, over_windows
 from editlib.errors import MetricError
 from editlib.files import write_json
@@ -59,8 +59,8 @@ def run_ability(
         models: by the name to show, packaged models, local folders or Hugging Face ids. The first is the base.
         tasks: names that lm-eval knows, its task files (.yaml), or files of questions (.jsonl). They need lm-eval.
         text: corpus for perplexity, `None` for none.
-        limit: so many documents of each task: the first ones, as lm-eval's `--limit` has it, or with a `seed` a random
-            draw, the same for all models.
+        limit: number of documents of each task: the first ones, as lm-eval's `--limit` has it, or with a
+            `seed` a random sample, the same for all models.
         batch_size: rows at a time; numbers of two sizes differ by rounding.
         device_map: where the weights go, as in transformers ("auto", or a device); default: the CPU.
         out: keeps every finished model and task, so that the same job resumes from there, and gets
@@ -127,7 +127,7 @@ class _Plan:
 
     kept: Finished
     corpus: Corpus | None
-    tasks: tuple[Task, ...]
+    tasks: tuple[AbilityTask, ...]
     limit: int | None
     seed: int | None
     batch_size: int

@@ -43,7 +43,7 @@ def require_lm_eval() -> ModuleType:
 
 
 @dataclass(frozen=True)
-class Task:
+class AbilityTask:
     """Holds one task, ready to be run.
 
     `total`: its documents. `identity`: what a kept result must have been measured with.
@@ -55,7 +55,7 @@ class Task:
     identity: Mapping[str, Any]
 
 
-def load_tasks(given: Sequence[str], folder: Path) -> tuple[Task, ...]:
+def load_tasks(given: Sequence[str], folder: Path) -> tuple[AbilityTask, ...]:
     """Finds the tasks and their documents; what local files become goes to `folder`, which must outlive the tasks.
 
     Args:
@@ -74,7 +74,7 @@ def load_tasks(given: Sequence[str], folder: Path) -> tuple[Task, ...]:
     manager = lm_eval.tasks.TaskManager(include_defaults=bool(names))
     for name in names:
         _check_name(name, manager)
-    found: list[Task] = []
+    found: list[AbilityTask] = []
     for spec in dict.fromkeys(given):
         local = files.get(spec)
         name = re.sub(r"[^\w.-]+", "-", Path(spec).stem)
@@ -88,7 +88,7 @@ def load_tasks(given: Sequence[str], folder: Path) -> tuple[Task, ...]:
     return tuple(found)
 
 
-def _task(name: str, loaded: Any, identity: Mapping[str, Any] | None) -> Task:
+def _task(name: str, loaded: Any, identity: Mapping[str, Any] | None) -> AbilityTask:
     if loaded.get_config("num_fewshot") is None:  # this and the seed: as lm-eval's command line does
         loaded.set_config("num_fewshot", 0)
     loaded.set_fewshot_seed(OTHER_SEED)
@@ -98,7 +98,7 @@ def _task(name: str, loaded: Any, identity: Mapping[str, Any] | None) -> Task:
         for part in (loaded.dump_config(), *loaded.eval_docs):  # of functions, lm-eval dumps the source
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         identity = {"sha256": digest.hexdigest()}
-    return Task(name, loaded, total, {"task": name, "total": total, "lm_eval": version("lm-eval"), **identity})
+    return AbilityTask(name, loaded, total, {"task": name, "total": total, "lm_eval": version("lm-eval"), **identity})
 
 
 def _check_name(name: str, manager: Any) -> None:

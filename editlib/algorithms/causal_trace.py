@@ -66,7 +66,7 @@ def causal_trace(
 
     Args:
         facts: those of a relation in `STATEMENTS` are asked, in their order, `ASKED` of each.
-        pairs: at most so many are traced.
+        pairs: the most that are traced.
     """
     found: list[tuple[_Known, _Known]] = []  # neighbours in order, with different answers
     with no_param_grad(anat.model), torch.no_grad():

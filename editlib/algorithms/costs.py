@@ -1,91 +1,37 @@
-"""Count what each step of an edit takes, from sizes alone: floating-point operations, bytes moved and bytes held.
-
-A product of `[m, k]` and `[k, n]` counts `2 m k n` operations. A forward pass over a token costs two operations a
-parameter; its gradient towards the inputs, weights left out, two more. A pass takes what one layer took on this machine
-with as many tokens (`Machine.layer`), other work its operations at the machine's rate; or the bytes at the memory's
-rate, if that is longer.
-"""
+"""Count what each step of an edit takes, from sizes alone: floating-point operations, bytes moved and bytes held."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from editlib.algorithms.machine import EIGEN, VOCAB, Kind, Machine
+from editlib.algorithms.machine import EIGEN
+from editlib.algorithms.work import (
+    DECODE_ROWS,
+    ITEM,
+    WIDE,
+    Rate,
+    Step,
+    Work,
+    answered,
+    forward_pass,
+    head_pass,
+    probes,
+)
 from editlib.models.size import ModelSize
 from editlib.stats.moments import GRAM_SHARE
 
-Rate = Literal["model", "fast", "product", "wide", "eigen", "disk"]
-"""Which of the rates of `Machine` a piece of work runs at."""
-
-ITEM = 4  # bytes of a fp32 number
-WIDE = 8  # of a fp64 number
-DECODE_ROWS = 64  # prompts that are answered at once
-FEW_TOKENS, FEW_GROUPS = 48, 3  # of a step in fp32, from which on requests of unlike length are parted; groups at most
-PROBE_TOKENS = 6  # of a pass that tries what the model can do
-PROBES_VALUES, PROBES_LAYER = 8, 2  # such passes before values are found, and before each layer is solved
-KEY_TOKENS = 4096  # of a pass that reads keys
-METRIC_ROWS = 32  # of a pass that reads the left metric
-KEPT_TOKENS = 20  # of an answer that a row keeps
-EXAMPLES, EXAMPLE_ANSWER = 3, 4  # in a few-shot prompt, and tokens of an example's answer
-REFUSAL_TOKENS = 10  # of a refusal
-TEXTS, TEXT_TOKENS = 320, 48  # that the edited model writes, for tokens to stay out of
-LISTS, MOST_NAMES = 192, 600  # of subjects that the model goes on with, and other subjects that it names, at most
-
-
-@dataclass(frozen=True)
-class Work:
-    """Describes a piece of work that runs at one of the machine's rates."""
-
-    rate: Rate
-    flops: float  # operations
-    moved: float = 0.0  # bytes read and written
-    calls: float = 0.0  # calls of a layer, or of the head
-    tokens: float = 0.0  # of each call
-    kind: Kind = "text"  # of the calls
-    head: float = 0.0  # tokens of the vocabulary, if the calls are those of the head
-
-    def by_rate(self, machine: Machine) -> bool:
-        """Returns whether it is bound by the machine's rate of operations, not by its memory (the roofline model)."""
-        return self.rate != "disk" and self.flops / machine.rate(self.rate) >= self.moved / machine.bandwidth
-
-    def seconds(self, machine: Machine) -> float:
-        """Estimates the seconds on `machine`: the slower of computing and moving the bytes."""
-        if self.rate == "disk":
-            return self.moved / machine.disk
-        curve = (machine.head if self.head else machine.layer).get((self.rate, self.kind))
-        if self.calls and curve is not None:
-            computing = self.calls * curve.at(self.tokens) * (self.head / VOCAB if self.head else 1)
-        else:
-            computing = self.flops / machine.rate(self.rate) + (0 if self.head else self.calls * machine.call)
-        return max(computing, self.moved / machine.bandwidth)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Describes one step of a job."""
-
-    name: str
-    work: list[Work] = field(default_factory=list)
-    held: float = 0.0  # the most bytes that it holds in addition to the weights
-
-    @property
-    def flops(self) -> float:
-        """Operations of all its work."""
-        return sum(work.flops for work in self.work)
-
-    def seconds(self, machine: Machine) -> float:
-        """Estimates the seconds of all its work on `machine`, one piece after another."""
-        return sum(work.seconds(machine) for work in self.work)
-
-    def bound(self, machine: Machine) -> str:
-        """Returns the resource that most of its time goes into: "matrix rate", "memory" or "disk"."""
-        shares = {"matrix rate": 0.0, "memory": 0.0, "disk": 0.0}
-        for work in self.work:
-            kind = "disk" if work.rate == "disk" else "matrix rate" if work.by_rate(machine) else "memory"
-            shares[kind] += work.seconds(machine)
-        return max(shares, key=lambda name: shares[name])
+# A step of the descent in fp32 with at least `FEW_TOKENS` tokens runs requests of unlike length apart, in groups.
+FEW_TOKENS, FEW_GROUPS = 48, 3
+PROBES_VALUES, PROBES_LAYER = 8, 2  # short passes before values are found, and before each layer is solved
+KEY_TOKENS = 4096  # tokens of a pass that reads keys
+METRIC_ROWS = 32  # prompts of a pass that reads the left metric
+KEPT_TOKENS = 20  # tokens of an answer that a row keeps
+EXAMPLES, EXAMPLE_ANSWER = 3, 4  # examples of a few-shot prompt, and tokens of an example's answer
+REFUSAL_TOKENS = 10  # tokens of a refusal
+TEXTS, TEXT_TOKENS = 320, 48  # texts that the edited model writes, which refusal tokens stay out of; tokens of each
+LISTS, MOST_NAMES = 192, 600  # lists of subjects that the model goes on with; other subjects that it names, at most
 
 
 @dataclass(frozen=True)
@@ -161,7 +107,7 @@ def statistics(
 
 
 def decomposition(size: ModelSize, layers: int) -> Work:
-    """Estimates the eigenvectors of the second moment `[d_ff, d_ff]` of so many layers, in fp64."""
+    """Estimates the eigenvectors of the second moment `[d_ff, d_ff]` of a number of `layers`, in fp64."""
     return Work("eigen", EIGEN * size.d_ff**3 * layers)
 
 
@@ -196,27 +142,10 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
     )
 
 
-def probes(size: ModelSize, passes: int, rate: Rate) -> list[Work]:
-    """Estimates short passes through the whole model that try how it can be run in parts."""
-    tokens = PROBE_TOKENS * passes
-    return [
-        forward_pass(size, tokens, size.n_layers, rate, passes=passes, kind="step"),
-        head_pass(size, tokens, rate, passes=passes, kind="step"),
-    ]
-
-
 def anchors(size: ModelSize, job: Job) -> Step:
     """Estimates what the model answers to the retain prompts, token by token."""
     prefix = DECODE_ROWS * (job.prompt_tokens + job.answer_tokens) * size.n_layers * size.kv_width * ITEM
     return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, "model"), prefix)
-
-
-def answered(size: ModelSize, rows: int, prompt_tokens: int, new_tokens: int, rate: Rate) -> list[Work]:
-    """Estimates greedy answers to so many prompts: one pass over the prompts, and one for each new token."""
-    passes = max(1, -(-rows // DECODE_ROWS))
-    decoded = forward_pass(size, rows * new_tokens, size.n_layers, rate, passes=passes * new_tokens, kind="step")
-    head = head_pass(size, rows * new_tokens, rate, passes=passes * new_tokens, kind="step")
-    return [forward_pass(size, rows * prompt_tokens, size.n_layers, rate, passes=passes), decoded, head]
 
 
 def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
@@ -386,27 +315,3 @@ def with_copy(step: Step, size: ModelSize) -> Step:
 def save(size: ModelSize, itemsize: int) -> Step:
     """Estimates the writing of the edited model to disk."""
     return Step("save", [Work("disk", 0, size.bytes(itemsize))])
-
-
-def forward_pass(
-    size: ModelSize,
-    tokens: float,
-    layers: float,
-    rate: Rate,
-    *,
-    passes: float,
-    kind: Kind = "text",
-    moved: float | None = None,
-) -> Work:
-    """Estimates `tokens` in all through `layers` layers in so many `passes`, each of which reads the weights once."""
-    operations = (4 if kind == "gradient" else 2) * tokens * layers * size.layer  # a gradient costs as much again
-    moved = passes * layers * size.layer * ITEM if moved is None else moved
-    return Work(rate, operations, moved, passes * layers, tokens / max(passes, 1), kind)
-
-
-def head_pass(size: ModelSize, positions: float, rate: Rate, *, passes: float, kind: Kind) -> Work:
-    """Estimates logits and log probabilities at `positions` in all, in so many `passes`."""
-    operations = (4 if kind == "gradient" else 2) * positions * size.head
-    return Work(
-        rate, operations, 4 * ITEM * size.vocab * positions, passes, positions / max(passes, 1), kind, size.vocab
-    )

@@ -21,8 +21,8 @@ from editlib.models.size import model_size
 from editlib.stats.moments import GRAM_SHARE, Buffers, add_gram
 
 Kind = Literal["text", "step", "gradient"]
-"""A pass over many tokens of running text; over a few tokens behind a cached prefix; the same with the gradient of what
-enters it."""
+"""A kind of forward pass: "text", over many tokens of running text; "step", over a few tokens after a cached prefix;
+"gradient", the same with the gradient of its inputs."""
 
 EIGEN = 9  # operations of a symmetric eigen-decomposition with all vectors, a cubed dimension
 TEXT, SUFFIX, PREFIX = 128, 6, 12  # tokens of a row of running text; of a row of a step, and of what is cached before

@@ -7,8 +7,8 @@ Gauss-Newton step is the least-norm solution of `A δ = b`:
     δ += M^-1 A^T (A M^-1 A^T + ε tr(A M^-1 A^T) / m I)^-1 b
 
 `M = I + λ Γ` is a metric on outputs (`left_metric`): it makes steps short in directions that other answers read.
-The key at the subject's last token does not know the relation that is asked for; its gradient does. So the subject is
-told by the key and the relation by the value, and a relation that rows keep is not touched.
+The key at the subject's last token does not know the relation that is asked for; its gradient does. So the key
+selects the subject and the value the relation, and a relation that rows keep is not touched.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
     Args:
         endings: how many letters an inflected ending may have (Russian "Москва" in "в Москве", Finnish "Pariisi" in
             "Pariisissa"). In every word of four letters or more, up to two vowels at its end may then be other
-            letters, and that many more may follow. 0 allows none.
+            letters, and as many more may follow. 0 allows none.
     """
     searched = folded(text)
     for answer in map(folded, answers):
@@ -68,7 +68,7 @@ def _is_apart(text: str, start: int, end: int) -> bool:
     if end < len(text) and _is_mark(text[end]):
         return False
     before, after = start - 1, end
-    while before >= 0 and text[before] == "_":  # emphasis, unless a word goes on behind it
+    while before >= 0 and text[before] == "_":  # emphasis, unless a word goes on after it
         before -= 1
     while after < len(text) and text[after] == "_":
         after += 1

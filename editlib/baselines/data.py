@@ -19,7 +19,7 @@ from editlib.requests.request import EditRequest
 from editlib.training import Item
 
 OWN_TOKENS = 48
-BARE_WORDS = 4  # an answer of at most so many words is a bare name, not a sentence as a model writes it
+BARE_WORDS = 4  # words: an answer no longer than that is a bare name, not a sentence as a model writes it
 
 
 @dataclass(frozen=True)

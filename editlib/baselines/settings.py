@@ -83,7 +83,7 @@ class Budget:
     """Sets the budget of a search: `rates` runs of at most `steps` steps, each measured at `points` numbers of steps.
 
     Args:
-        questions: at most so many of each kind (forget, retain) are asked in a trial.
+        questions: number of each kind (forget, retain) that a trial asks, at most.
         low, high: range of the learning rates; `None`: the baseline's, see `registry.BASELINES`.
 
     Raises:

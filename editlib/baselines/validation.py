@@ -19,7 +19,7 @@ from editlib.requests.request import EditRequest
 from editlib.requests.templates import literal
 
 ANSWER_TOKENS = 24
-HELD_OUT = 4  # one of so many retain prompts is held out
+HELD_OUT = 4  # one in four retain prompts is held out
 
 
 @dataclass(frozen=True)

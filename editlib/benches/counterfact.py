@@ -43,7 +43,7 @@ BATCH, SEQUENTIAL = "batch", "sequential"
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """Holds the options of a benchmark run, as the command line gives them."""
 
     settings: list[HyperParams]
@@ -60,7 +60,7 @@ def check_plan(
     *,
     corpus: str = "wiki-sample",
     text: str = "wiki-sample:heldout",
-) -> Plan:
+) -> BenchPlan:
     """Reads a plan before anything long starts.
 
     Raises:
@@ -87,7 +87,7 @@ def check_plan(
         check_given(one, corpus=corpus)
     check_corpus(text)
     require_matplotlib()
-    return Plan(settings, counts, wanted)
+    return BenchPlan(settings, counts, wanted)
 
 
 def check_facts(requests: Sequence[EditRequest], counts: Sequence[int]) -> list[EditRequest]:
@@ -139,7 +139,7 @@ def bench_counterfact(
     seed: int = 0,
     left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> list[CounterFactPoint]:
-    """Measures each algorithm of `settings` at every number of edits, on the first so many requests, asked as plain
+    """Measures each algorithm of `settings` at every number of edits `n`, on the first `n` requests, asked as plain
     text unless the workbench's prompts are others.
 
     The facts are written to `out/facts.jsonl`, for other commands, and what was measured how to `out/bench.json`. Cells

@@ -1,4 +1,4 @@
-"""Hold the points of a benchmark's curves: the scores after so many edits."""
+"""Hold the points of a benchmark's curves: the scores after a number of edits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Check the values of `chain.json`: a record is trusted by its hash, and a hash is easily made anew."""
+"""Check the values of `chain.json`: its hash shows accidental damage only, since whoever edits the file can
+hash it again."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def ability(
         str | None, typer.Option(help="lm-eval's names, its task files (.yaml), files of questions (.jsonl); by commas")
     ] = None,
     text: Annotated[str, typer.Option(help="corpus for perplexity, or none")] = "wiki-sample:heldout",
-    limit: Annotated[int | None, typer.Option(min=1, help="so many documents of each task: the first ones")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="number of documents of each task: the first ones")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="draw the --limit documents with this seed instead")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows at a time")] = 4,
     prompts: Prompts = None,

@@ -37,7 +37,8 @@ def baseline(
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the model that was made to forget")],
     retain: Retain = None,
     search: Annotated[
-        int | None, typer.Option(min=1, help="look for learning rate and steps first: so many rates, see --max-steps")
+        int | None,
+        typer.Option(min=1, help="number of learning rates to search first, see --max-steps"),
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="of each rate of a search")] = 60,
     points: Annotated[int, typer.Option(min=1, help="numbers of steps that a rate is measured at")] = 3,

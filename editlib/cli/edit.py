@@ -50,7 +50,8 @@ def token(
 ) -> None:
     """Learns the unlearning token of a model, once (phase I); later edits reuse it."""
     from editlib import data
-    from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken
+    from editlib.algorithms.unierase.token import UnlearningToken
+    from editlib.algorithms.unierase.token_learning import TokenHyperParams
     from editlib.files import check_file
 
     if out_file is not None:

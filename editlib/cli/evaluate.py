@@ -50,7 +50,7 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="tofu: a model trained on the retain set only, or its edited.json")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="tofu: at most so many questions of each set")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="tofu: most questions of each set")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="tofu: length of the answers, in tokens; default: 128")
     ] = None,

@@ -57,7 +57,7 @@ def stats_make(
     tokens: Annotated[int, typer.Option(min=1, help="tokens to count")] = 100_000,
     stats_dir: StatsDir = Path("stats"),
     max_length: Annotated[int, typer.Option(min=2, help="tokens a window may hold")] = 512,
-    skip_first: Annotated[int, typer.Option(min=0, help="leave out so many tokens at the start of a window")] = 1,
+    skip_first: Annotated[int, typer.Option(min=0, help="number of tokens left out at the start of each window")] = 1,
     prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,

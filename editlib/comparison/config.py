@@ -46,7 +46,7 @@ class AbilityPlan(Section):
 
     tasks: list[str] = knob(help="names of tasks, or task files")
     limit: int | None = knob(None, "questions a task; none: all", min=1)
-    seed: int | None = knob(None, "of the draw of so many; none: the first ones", min=0)
+    seed: int | None = knob(None, "seed of a random sample of `limit` questions; none: the first ones", min=0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from editlib import editing
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unierase.token import TokenHyperParams
+from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.baselines import BASELINES, BaselineSettings, Budget, SearchResult, apply_baseline_to_model, search, split
 from editlib.baselines.apply import check_baseline
 from editlib.baselines.data import OWN_TOKENS, generate_own_answers

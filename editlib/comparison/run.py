@@ -19,7 +19,7 @@ from editlib.comparison.evaluator import Measurement, SetEvaluator
 from editlib.comparison.meter import changed_weights, measure_resources
 from editlib.comparison.method import Cost, Method, Prepared
 from editlib.comparison.results import collect
-from editlib.comparison.store import FAILED, Store, try_lock
+from editlib.comparison.store import FAILED, ResultStore, try_lock
 from editlib.distributed import ALONE, Process
 from editlib.errors import ConfigError, EditlibError, OutputError, RequestError
 from editlib.evaluation.forget_set import Base, Benchmark, Task
@@ -132,7 +132,7 @@ class _Run:
     def __init__(self, config: Config, out: Path, shard: Process, load: Load, progress: bool) -> None:
         self.config, self.shard, self.progress = config, shard, progress
         self._load = load
-        self.store = Store(out)
+        self.store = ResultStore(out)
         self.name = shard.gather(uuid.uuid4().hex)[0]  # of this run, in all of its processes
         self._evaluator: SetEvaluator | None = None
 

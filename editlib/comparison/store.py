@@ -15,7 +15,7 @@ from editlib.shelf import JsonStore, digest
 FAILED = "failed"
 
 
-class Store:
+class ResultStore:
     """Finds the shelves of one comparison: `cells/<hash>/`, `sets/<hash>/`, `searches/<hash>/`."""
 
     def __init__(self, root: Path) -> None:

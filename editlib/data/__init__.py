@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -25,7 +26,12 @@ def _rows(name: str) -> list[dict]:
 
 def facts() -> list[EditRequest]:
     """Returns candidate facts with two paraphrases each, grouped by subject and relation."""
-    return read_requests(_path("facts.jsonl"))
+    return list(_facts())
+
+
+@cache  # requests cannot be changed, and checking a thousand of them takes a tenth of a second
+def _facts() -> tuple[EditRequest, ...]:
+    return tuple(read_requests(_path("facts.jsonl")))
 
 
 def general(split: str) -> list[EditRequest]:

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from editlib.models.anatomy import Anatomy
 from editlib.models.loaded import LoadedModel
-from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 
 
-@dataclass(frozen=True)
-class Side:
-    """Holds one of the two models that are compared, with its name, the hash of its weights and its edit's receipt."""
+@dataclass(frozen=True, kw_only=True)
+class NamedModel(LoadedModel):
+    """Adds to a loaded model its name, the hash of its weights, and the receipt of its edit if it was edited."""
 
     name: str
-    anat: Anatomy
-    tok: PreTrainedTokenizerBase
     sha256: str
     receipt: Mapping[str, Any] | None = None
-    prompts: PromptSettings = field(default_factory=PromptSettings)
-
-    @property
-    def loaded(self) -> LoadedModel:
-        """The model with its tokenizer and prompt settings."""
-        return LoadedModel(self.anat, self.tok, self.prompts)
 
 
 class Protocol(typing.Protocol):
@@ -52,7 +42,7 @@ class Protocol(typing.Protocol):
         ...
 
     def measure(
-        self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
+        self, base: NamedModel, edited: NamedModel, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
     ) -> dict[str, Any]:
         """Measures both models where `requests` should be forgotten; returns a JSON-ready dict.
 

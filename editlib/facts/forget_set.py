@@ -32,8 +32,8 @@ class FactsSettings(SetSettings):
     relations: list[str] | None = knob(None, "relations that they are drawn from; none: six usual ones")
     seed: int = knob(0, "of the draw", min=0)
     requests: str | None = knob(None, "facts to forget, a file, in place of bundled ones")
-    retain: str | None = knob(None, "prompts to keep, a file; without `watch` every second one is watched, not held")
-    watch: str | None = knob(None, "prompts that are asked afterwards and never held, a file")
+    retain: str | None = knob(None, "prompts to keep, a file; without `watch` every second is held out for the check")
+    watch: str | None = knob(None, "held-out prompts that are only asked afterwards, a file")
     skip_bad: bool = knob(False, "leave rows of these files out that cannot be used, and count them")
 
 
@@ -73,7 +73,7 @@ class Facts(Benchmark):
         if own.forget is not None and 2 * own.forget > count:
             raise ConfigError(
                 f'{where}: key "forget": {own.forget}; expected at most {count // 2}, half of the {count} facts of '
-                "these relations, so that others can be watched; forget fewer"
+                "these relations, so that others are left to check; forget fewer"
             )
         self._given = None if own.requests is None else self._files(own)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from editlib import data
 from editlib.evaluation.answer_cache import AnswerCache, check_answers_file
 from editlib.evaluation.perplexity import text_windows
-from editlib.evaluation.protocol import Side
+from editlib.evaluation.protocol import NamedModel
 from editlib.facts.plots import require_matplotlib
 from editlib.facts.report import write_outputs
 from editlib.facts.scores import ANSWER_TOKENS, KINDS, NOT_JUDGED, RATIO, build_items, evaluate
@@ -88,7 +88,7 @@ class FactsProtocol:
         check_requests_fit(model, form, self.requests, room=ANSWER_TOKENS)
 
     def measure(
-        self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
+        self, base: NamedModel, edited: NamedModel, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
     ) -> dict[str, Any]:
         of = edited.prompts.key(base.sha256)
         if self._before is None or self._before.model_sha256 != of:
@@ -96,8 +96,8 @@ class FactsProtocol:
             self._before = empty if self._before_file is None else AnswerCache.load(self._before_file, of)
         anchors = set(edited.receipt.get("anchors") or ()) if edited.receipt else set()
         measured = evaluate(
-            base.loaded,
-            edited.loaded,
+            base,
+            edited,
             build_items(requests, [*kept, *self._retain], anchors),
             before=self._before,
             windows=text_windows(base.tok, self._documents) if self._documents else (),

@@ -48,22 +48,23 @@ class FactSplit:
     watch: list[EditRequest]
 
 
-def split_facts(bench: Workbench, before: AnswerCache, deal: SplitSpec, seed: int) -> FactSplit:
-    """Asks the model what it knows and deals the facts out; the answers are added to `before`.
+def split_facts(bench: Workbench, before: AnswerCache, spec: SplitSpec, seed: int) -> FactSplit:
+    """Asks the model what it knows and splits the facts; the answers are added to `before`.
 
-    Of each relation to be forgotten some known facts are; the other known ones are watched neighbours and anchors by
-    turns, and those that the model gets wrong are anchors too: their answers must not move either.
+    Of each relation in `spec.forget` the given number of known facts is forgotten. The other known ones are held-out
+    neighbours and anchors in turn. Facts that the model gets wrong are anchors, too: their answers must not change
+    either.
     """
     rng = random.Random(seed)
     by_relation: dict[str, list[EditRequest]] = {}
     for fact in data.facts():
         by_relation.setdefault(fact.relation or "", []).append(fact)
-    for relation in deal.forget:
+    for relation in spec.forget:
         rng.shuffle(by_relation[relation])
-        del by_relation[relation][deal.candidates.get(relation, len(by_relation[relation])) :]
-    _ask(bench, before, [fact for relation in deal.forget for fact in by_relation[relation]])
+        del by_relation[relation][spec.candidates.get(relation, len(by_relation[relation])) :]
+    _ask(bench, before, [fact for relation in spec.forget for fact in by_relation[relation]])
     forget, anchors, watch = [], [], []
-    for relation, number in deal.forget.items():
+    for relation, number in spec.forget.items():
         known = [fact for fact in by_relation[relation] if knows(bench, before, fact)]
         rng.shuffle(known)
         forget += known[:number]
@@ -71,17 +72,17 @@ def split_facts(bench: Workbench, before: AnswerCache, deal: SplitSpec, seed: in
         anchors += known[number + 1 :: 2]
         anchors += [fact for fact in by_relation[relation] if not knows(bench, before, fact)]
     subjects = {fact.group for fact in forget}
-    for relation in deal.anchor_relations:
+    for relation in spec.anchor_relations:
         facts = [fact for fact in by_relation[relation] if fact.group not in subjects]
         rng.shuffle(facts)
-        anchors += [fact for fact in by_relation[relation] if fact.group in subjects] + facts[: deal.extra_anchors]
-    watch += [fact for relation in deal.watched_relations for fact in by_relation[relation] if fact.group in subjects]
+        anchors += [fact for fact in by_relation[relation] if fact.group in subjects] + facts[: spec.extra_anchors]
+    watch += [fact for relation in spec.watched_relations for fact in by_relation[relation] if fact.group in subjects]
     tests, prompts = data.general("test"), data.general("anchor")
     rng.shuffle(tests)
     rng.shuffle(prompts)
-    anchors += prompts[: deal.general_anchors]
-    watch += [prompt for prompt in tests if prompt.answer is not None][: deal.general_questions]
-    watch += [prompt for prompt in tests if prompt.answer is None][: deal.general_instructions]
+    anchors += prompts[: spec.general_anchors]
+    watch += [prompt for prompt in tests if prompt.answer is not None][: spec.general_questions]
+    watch += [prompt for prompt in tests if prompt.answer is None][: spec.general_instructions]
     _ask(bench, before, watch)
     return FactSplit(forget, anchors, watch)
 
@@ -92,7 +93,7 @@ def split_in_proportion(
     """Picks `total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
 
     Raises:
-        RequestError: the model knows less than twice as many, so that too few are left to watch.
+        RequestError: the model knows less than twice as many, so that too few are left as a held-out retain set.
     """
     facts = [fact for fact in data.facts() if fact.relation in relations]
     _ask(bench, before, facts)
@@ -100,10 +101,10 @@ def split_in_proportion(
     if sum(known.values()) < 2 * total:
         raise RequestError(
             f"{bench.name} knows {sum(known.values())} of the {len(facts)} facts of these relations; expected twice as "
-            f"many as are to be forgotten ({total}), so that others can be watched; forget fewer"
+            f"many as are to be forgotten ({total}), so that others are left to check; forget fewer"
         )
-    deal = SplitSpec(forget=allot(total, known), anchor_relations=ANCHORED, watched_relations=WATCHED)
-    return split_facts(bench, before, deal, seed)
+    spec = SplitSpec(forget=allot(total, known), anchor_relations=ANCHORED, watched_relations=WATCHED)
+    return split_facts(bench, before, spec, seed)
 
 
 def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:

@@ -157,8 +157,8 @@ class HyperParams:
                 wanted = item.metadata["help"]
                 raise HparamsError(f'{where}: key "{item.name}": missing; expected {wanted}; add it')
         unused = idle | {key: value for key, value in values.items() if key not in names}
-        if told := [key for key in unused if key != "alg_name"]:  # by which the algorithm is found
-            logger.info("%s: not used by %s: %s", where, cls.algorithm or cls.__name__, ", ".join(told))
+        if named := [key for key in unused if key != "alg_name"]:  # `alg_name` chose the algorithm
+            logger.info("%s: not used by %s: %s", where, cls.algorithm or cls.__name__, ", ".join(named))
         try:
             return cls(**{key: value for key, value in values.items() if key in names}, unused=unused, source=where)
         except HparamsError as error:

@@ -80,7 +80,7 @@ def _devices() -> list[tuple[str, str, str]]:
         properties = getattr(torch.get_device_module(kind), "get_device_properties", None)
         for number in range(api.device_count()):
             about = properties(number) if properties else None
-            size = f"{about.name}, {about.total_memory / 2**30:.0f} GiB" if about else "its memory is not told"
+            size = f"{about.name}, {about.total_memory / 2**30:.0f} GiB" if about else "memory unknown"
             found.append(("device", f"{kind}:{number}", size))
     return found
 

@@ -14,7 +14,7 @@ from editlib.chain import Chain
 from editlib.chain.export import chain_receipt, check_filled
 from editlib.chain.store import RECORD
 from editlib.errors import RequestError
-from editlib.evaluation.protocol import Protocol, Side
+from editlib.evaluation.protocol import NamedModel, Protocol
 from editlib.export import asked_as, read_receipt
 from editlib.export.receipt import prompts_of
 from editlib.files import check_output
@@ -37,12 +37,12 @@ def is_chain(path: str | Path) -> bool:
     return (Path(path) / RECORD).is_file()
 
 
-def batch(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
+def batch(protocol: Protocol, base: NamedModel, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """Measures all requests, after all of the edit."""
     return protocol.measure(base, edited.side(), protocol.requests)
 
 
-def sequential(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
+def sequential(protocol: Protocol, base: NamedModel, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """Measures all requests so far, after every batch of a chain; returns the last measurement with all `points`."""
     metrics: dict[str, Any] = {}
     points = []
@@ -54,14 +54,17 @@ def sequential(protocol: Protocol, base: Side, edited: Edited, request: str | No
     return {**metrics, "points": points}
 
 
-def single(protocol: Protocol, base: Side, edited: Edited, request: str | None = None) -> dict[str, Any]:
+def single(protocol: Protocol, base: NamedModel, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """Measures one request, where all others should be kept."""
     wanted = [one for one in protocol.requests if one.id == request]
     others = [one for one in protocol.requests if one.id != request]
     return {**protocol.measure(base, edited.side(), wanted, others), "request": request}
 
 
-Mode = Callable[[Protocol, Side, "Edited", str | None], dict[str, Any]]
+Step = tuple[int, list[EditRequest], NamedModel]
+"""A batch's number, those of the requests that were edited so far, and the model after it."""
+
+Mode = Callable[[Protocol, NamedModel, "Edited", str | None], dict[str, Any]]
 MODES: Mapping[str, Mode] = {"batch": batch, "sequential": sequential, "single": single}
 OLD_MODES = {"precise": "single"}
 """Names that modes had before, and still may be given by."""
@@ -105,7 +108,7 @@ class Edited:
             how = asking if isinstance(asking, PromptSettings) else PromptSettings(chat=asking)
             recorded = {"prompts": how.to_dict()}
         self.prompts = prompts_of(recorded, prompts)  # how both models are asked, as far as it is known
-        self._side: Side | None = None
+        self._side: NamedModel | None = None
 
     def check(self, protocol: Protocol, *, follow: bool = False) -> None:
         """Checks what can be checked before a model is loaded: the edited folder, prompts, a chain's requests.
@@ -133,7 +136,7 @@ class Edited:
                 f"{self.path} was edited from another model than {self._base} (see its editlib.json); give its own base"
             )
 
-    def side(self) -> Side:
+    def side(self) -> NamedModel:
         """Returns the model after all of the edit."""
         if self._side is None:
             if self._chain is not None:
@@ -144,10 +147,11 @@ class Edited:
                 self._side = self._named(anatomy(model), tok, self._receipt)
         return self._side
 
-    def _named(self, anat: Anatomy, tok: PreTrainedTokenizerBase, receipt: Mapping[str, Any] | None) -> Side:
-        return Side(self.path, anat, tok, weights_sha256(anat.model), receipt, settled(tok, self.prompts))
+    def _named(self, anat: Anatomy, tok: PreTrainedTokenizerBase, receipt: Mapping[str, Any] | None) -> NamedModel:
+        sha256 = weights_sha256(anat.model)
+        return NamedModel(anat, tok, settled(tok, self.prompts), name=self.path, sha256=sha256, receipt=receipt)
 
-    def steps(self, requests: Sequence[EditRequest]) -> Generator[tuple[int, list[EditRequest], Side], None, None]:
+    def steps(self, requests: Sequence[EditRequest]) -> Generator[Step, None, None]:
         """Yields, after each batch of the chain, its number, those of `requests` that were edited so far, and the
         model.
 
@@ -220,7 +224,7 @@ def evaluate_models(
         protocol.check(outline.model, PromptFormat.of(outline.tok, settled(outline.tok, after.prompts)))
 
     model, tok = load_checked(base, look, dtype=dtype, device_map=device_map)
-    before = Side(base, anatomy(model), tok, weights_sha256(model))
+    before = NamedModel(anatomy(model), tok, name=base, sha256=weights_sha256(model))
     after.check_base(before.sha256)
     measured = MODES[mode](protocol, before, after, request)
     side = after.side()

@@ -89,7 +89,7 @@ class FinetuneSettings:
             raise HparamsError(f"rank is {self.rank}; expected 1 or more, or none to train all weights")
 
     def training(self, pairs: int, seed: int) -> TrainSettings:
-        """Returns the trainer's settings for so many pairs."""
+        """Returns the trainer's settings for `pairs` pairs."""
         size = min(self.batch_size, pairs)
         return TrainSettings(
             learning_rate=self.learning_rate,
@@ -111,7 +111,7 @@ def read_pairs(
     """Reads the pairs of all files, without a question that an earlier file holds too.
 
     Args:
-        authors: only the first so many authors of each file; each has 20 adjacent pairs, as in TOFU.
+        authors: takes this number of authors of each file, from its beginning; each has 20 adjacent pairs, as in TOFU.
         skip_bad, left_out: see `read_requests`.
 
     Raises:

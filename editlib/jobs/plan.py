@@ -11,7 +11,8 @@ import torch
 from editlib import data
 from editlib.algorithms import costs
 from editlib.algorithms.machine import Machine, measure
-from editlib.algorithms.unierase.token import TokenHyperParams
+from editlib.algorithms.unierase.token_learning import TokenHyperParams
+from editlib.algorithms.work import Rate, Step
 from editlib.errors import ModelError
 from editlib.hparams import (
     ClosedFormHyperParams,
@@ -27,7 +28,7 @@ from editlib.models.size import ModelSize, config_of, model_size
 from editlib.stats.store import model_slug
 
 STATS_TOKENS, STATS_TOKENS_UNLEARN = 100_000, 20_000
-GENERAL_STEP = 4  # every so many-th bundled question is answered before refusal tokens are fitted
+GENERAL_STEP = 4  # every fourth bundled question is answered before refusal tokens are fitted
 MIB = 1024 * 1024
 
 
@@ -39,7 +40,7 @@ class Plan:
     size: ModelSize
     machine: Machine
     weights: int
-    steps: list[costs.Step]
+    steps: list[Step]
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Yields head, steps and total as a table: seconds, MiB beyond the weights, and what bounds the time."""
@@ -98,9 +99,7 @@ def plan(
     return Plan(settings, size, machine, size.bytes(kind.itemsize), steps)
 
 
-def _steps(
-    settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int
-) -> list[costs.Step]:
+def _steps(settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int) -> list[Step]:
     """Lists the steps that an edit with these settings has, but for the model that is saved."""
     steps = []
     if settings.uses_statistics:
@@ -130,7 +129,7 @@ def _steps(
     return steps
 
 
-def _token(size: ModelSize, prompt_tokens: int) -> costs.Step:
+def _token(size: ModelSize, prompt_tokens: int) -> Step:
     """Estimates the unlearning token, as the command learns it."""
     learned = TokenHyperParams()
     return costs.token(
@@ -147,7 +146,7 @@ def _token(size: ModelSize, prompt_tokens: int) -> costs.Step:
 def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
     """Collects the numbers that the settings give. A null space by threshold is taken to keep out a quarter of the
     directions, and anchors to be as many as the bundled retain prompts."""
-    v_rate: costs.Rate = "fast" if settings.v_precision == "fast" else "model"
+    v_rate: Rate = "fast" if settings.v_precision == "fast" else "model"
     if not takes_retain(settings):
         return costs.Job(
             layers=settings.layers,

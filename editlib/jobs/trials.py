@@ -36,7 +36,7 @@ KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 
 @dataclass(frozen=True)
-class Trial:
+class SettingsTrial:
     """Holds the settings that were tried (`changed`: in which fields from the first ones) and what came of them, shares
     in 0..1; `failed` says why there is nothing else."""
 
@@ -118,12 +118,12 @@ class Judge:
             log.warning("the model does not know %d of %d facts (%s); trials are judged by the others",
                         len(unknown), len(self.requests), listed)  # fmt: skip
 
-    def tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> Trial:
+    def tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> SettingsTrial:
         """Edits, asks, and puts the weights back."""
         with _tokens_taken_out(self.bench):
             return self._tried(hparams, changed, how)
 
-    def _tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> Trial:
+    def _tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> SettingsTrial:
         begun, bench = time.perf_counter(), self.bench
         means = editing.load_inputs(bench, hparams, **how)
         try:
@@ -132,7 +132,7 @@ class Judge:
                 retain=self.held, known_answers=self.before.answers, chat=self.how, seed=how["seed"],
             )  # fmt: skip
         except (EditError, HparamsError) as error:
-            return Trial(changed, seconds=time.perf_counter() - begun, failed=str(error))
+            return SettingsTrial(changed, seconds=time.perf_counter() - begun, failed=str(error))
         try:
             # One model serves as both: the base's answers are all known, so that the base is not asked.
             items, both = build_items(self.requests, self.watched), bench.loaded
@@ -141,7 +141,7 @@ class Judge:
         finally:
             result.revert(bench.model)
         kept = [scores[name] for name in KEPT if scores[name] is not None]
-        return Trial(
+        return SettingsTrial(
             changed,
             forgotten(items, "request", says=hparams.refuses),
             forgotten(items, "paraphrase", says=hparams.refuses),

@@ -20,7 +20,7 @@ from editlib.files import make_folder, write_json
 from editlib.finding import settings_file
 from editlib.hparams import HyperParams
 from editlib.hparams.steps import steps
-from editlib.jobs.trials import Judge, Trial
+from editlib.jobs.trials import Judge, SettingsTrial
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest
 from editlib.shelf import FINISHED, Finished, from_json
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 class Tuned:
     """Holds every trial in order, the best settings, and whether Ctrl-C ended the search."""
 
-    trials: tuple[Trial, ...]
+    trials: tuple[SettingsTrial, ...]
     best: HyperParams
     interrupted: bool = False
 
     @property
-    def front(self) -> list[Trial]:
+    def front(self) -> list[SettingsTrial]:
         """The trials that no other one beats in one number without being beaten in another; the best balance first."""
         alive = [trial for trial in self.trials if trial.failed is None]
         found = [trial for trial in alive if not any(_beats(other, trial) for other in alive)]
@@ -103,14 +103,14 @@ def tune(
         judge.check_known()
     how = {"corpus": corpus, "stats_tokens": stats_tokens, "seed": seed}
     start, best, interrupted = hparams, hparams, False
-    trials: dict[str, Trial] = {}
+    trials: dict[str, SettingsTrial] = {}
     try:
         for settings in _walk(hparams, bench.anat.n_layers, trials):
             if trials and clock() >= ends:
                 log.info("%g minutes are over after %d trials", minutes, len(trials))
                 break
             job = {**judge.identity, **how, "hparams": _deciding(settings)}
-            trial = finished.find(job, partial(from_json, Trial))
+            trial = finished.find(job, partial(from_json, SettingsTrial))
             if trial is None:
                 trial = judge.tried(settings, _changed(start, settings), how)
                 finished.keep("trial", job, asdict(trial))
@@ -141,7 +141,7 @@ def table_rows(tuned: Tuned) -> list[list[str]]:
     return [head, *rows]
 
 
-def _walk(start: HyperParams, n_layers: int, trials: dict[str, Trial]) -> Iterator[HyperParams]:
+def _walk(start: HyperParams, n_layers: int, trials: dict[str, SettingsTrial]) -> Iterator[HyperParams]:
     """Yields settings to try, each one step from the best of `trials` so far; ends where every step was tried."""
     seen = {_key(start): start}
     yield start
@@ -154,11 +154,11 @@ def _walk(start: HyperParams, n_layers: int, trials: dict[str, Trial]) -> Iterat
         yield fresh
 
 
-def _beats(one: Trial, other: Trial) -> bool:
+def _beats(one: SettingsTrial, other: SettingsTrial) -> bool:
     return one.axes != other.axes and all(a >= b for a, b in zip(one.axes, other.axes, strict=True))
 
 
-def _best(trials: dict[str, Trial]) -> str:
+def _best(trials: dict[str, SettingsTrial]) -> str:
     """Returns the key of the best balance, the first of equals."""
     return max(trials, key=lambda key: (trials[key].failed is None, trials[key].balance))
 
@@ -177,13 +177,13 @@ def _changed(start: HyperParams, settings: HyperParams) -> dict[str, Any]:
     return {key: value for key, value in _deciding(settings).items() if value != before[key]}
 
 
-def _in_words(trial: Trial) -> str:
+def _in_words(trial: SettingsTrial) -> str:
     """Describes the change in words."""
     words = ", ".join(f"{name} {value}" for name, value in trial.changed.items()) or "as found"
     return words if trial.failed is None else f"{words}, failed"
 
 
-def _written(tuned: Tuned, best: Trial, out: Path, left_out: Mapping[str, Sequence[str]] | None) -> Tuned:
+def _written(tuned: Tuned, best: SettingsTrial, out: Path, left_out: Mapping[str, Sequence[str]] | None) -> Tuned:
     """Writes the files of a search, and gives it back with its best settings as they were written."""
     notes = tuned.best.notes if isinstance(tuned.best.notes, dict) else {"note": tuned.best.notes}
     measured = {key: value for key, value in asdict(best).items() if key not in ("changed", "failed")}

@@ -39,7 +39,7 @@ _MISMATCH = re.compile(
     r"^(\S.*?)\s*\|\s*MISMATCH\b(?:.*?ckpt: *\S*?\(?(\[[\d, ]*\]).*?model: *\S*?\(?(\[[\d, ]*\]))?", re.M
 )
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
-MOST_LAYERS = 10_000  # a number beyond is no model's; building so many would take hours
+MOST_LAYERS = 10_000  # no model has more; building them would take hours
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,11 +12,14 @@ from torch import nn
 def no_param_grad(model: nn.Module) -> Iterator[None]:
     """Keeps the parameters of `model` from requiring a gradient, and the model in eval mode, inside the block; then
     both are restored."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    training = [module for module in model.modules() if module.training]  # each by itself: a user may mix modes
+    modules = list(model.modules())  # walked once: this runs around every short pass
+    own = [p for module in modules for p in module._parameters.values()]
+    wanted = [p for p in own if p is not None and p.requires_grad]  # a tied one twice, which does no harm
+    training = [module for module in modules if module.training]  # each by itself: a user may mix modes
     for parameter in wanted:
         parameter.requires_grad_(False)
-    model.eval()
+    if training:
+        model.eval()
     try:
         yield
     finally:

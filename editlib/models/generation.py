@@ -326,7 +326,7 @@ def teacher_forced(
 def chunks(
     order: Sequence[int], lengths: Sequence[int], scored: Sequence[int] | None = None, *, rows: int = BATCH_ROWS
 ) -> Iterator[list[int]]:
-    """Splits `order` into batches of at most so many `rows`.
+    """Splits `order` into batches of at most `rows` rows.
 
     Long rows make a batch smaller, and so do scored tokens: each costs logits as wide as the vocabulary.
 

@@ -131,7 +131,8 @@ def calls(modules: Iterable[nn.Module], made: list[Call]) -> Iterator[None]:
 def unwatched(model: nn.Module) -> Iterator[None]:
     """Switches off all hooks of `model` inside the block: a probe must not trigger the hooks of its caller."""
     names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(module, name, getattr(module, name)) for module in model.modules() for name in names]
+    every = [(module, name, getattr(module, name)) for module in model.modules() for name in names]
+    kept = [(module, name, hooks) for module, name, hooks in every if hooks]  # few or none: setting them all is slow
     for module, name, _ in kept:
         setattr(module, name, OrderedDict())
     try:

@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from editlib.reports.summary import Row
+from editlib.reports.summary import SummaryRow
 
 
 def filled(
@@ -46,7 +46,7 @@ def _own(package: str, file: str) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def headline(row: Row) -> str:
+def headline(row: SummaryRow) -> str:
     """Formats a measure as a row of the table of measures."""
     metric, value, n, interval, direction, meaning = map(escape, row)
     return (

@@ -45,7 +45,7 @@ SHARES = {
 }
 
 
-class Row(NamedTuple):
+class SummaryRow(NamedTuple):
     """Holds one measure as text."""
 
     metric: str
@@ -61,14 +61,14 @@ def summary_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return [(r.metric, r.value, r.n, f"{r.meaning} ({r.direction})".strip()) for r in rows(metrics)]
 
 
-def rows(metrics: Mapping[str, Any]) -> Iterator[Row]:
+def rows(metrics: Mapping[str, Any]) -> Iterator[SummaryRow]:
     """Yields the known measures in a fixed order, then those that only the file knows."""
     groups = metrics.get("groups") or {}
     known = [name for name in [*SHARES, RATIO] if name in metrics or name in groups]
     for name in dict.fromkeys([*known, *groups]):
         group = measure(metrics, name)
         value, n, ends = number(group["value"]), group.get("n"), interval(group)
-        yield Row(
+        yield SummaryRow(
             name.replace("_", " "),
             "–" if value is None else f"{value:.{4 if name == RATIO else 3}f}",
             "–" if n is None else str(n),

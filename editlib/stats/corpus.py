@@ -14,7 +14,7 @@ from editlib.stats.text_files import file_documents
 from editlib.stats.wiki_sample import wiki_articles
 
 SAMPLES = ("wiki-sample", "wiki-sample:heldout")
-HELD_OUT_EVERY = 8  # so many-th articles of the sample are for perplexity, the others for statistics
+HELD_OUT_EVERY = 8  # every eighth article of the sample is for perplexity, the others for statistics
 
 
 @dataclass(frozen=True)

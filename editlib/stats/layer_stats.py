@@ -20,7 +20,7 @@ from editlib.models.freezing import no_param_grad
 from editlib.models.placement import input_device
 from editlib.models.prompts import TokenBatch, TokenRow, pad, token_windows
 from editlib.stats.file import LayerStats, StatsHeader
-from editlib.stats.moments import Checkpoint, MomentSums, finish, held_interrupts
+from editlib.stats.moments import MomentCheckpoint, MomentSums, finish, held_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def layer_stats(
     sums = MomentSums(layers, anat.d_ff)
     job = {"tokens": tokens, "batch_tokens": batch_tokens, "rank": shard.rank, "world": shard.world}
     place = None if checkpoint is None else shard.own(checkpoint)
-    keeper = Checkpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
+    keeper = MomentCheckpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
     windows = counted_windows(document_windows(tok, documents, max_length), tokens, skip_first) if tokens else ()
     device = input_device(anat.model)
     with shard.together():
@@ -135,7 +135,7 @@ def layer_stats(
 def record_moments(anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums: MomentSums, skip_first: int) -> int:
     """Adds the keys of every real token of `batch` after the first `skip_first` to `sums`; returns their number."""
     counted = batch.attention_mask.bool() & (batch.position_ids >= skip_first)  # [n, T]
-    # Padding stands on one side, so that what counts of a row is one piece: a view, without a copy.
+    # Padding is on one side only, so the counted positions of a row are contiguous: a view, without a copy.
     pieces = [(row, int(c.int().argmax()), int(c.sum())) for row, c in enumerate(counted)]
 
     def add(layer: int, k: Tensor) -> None:

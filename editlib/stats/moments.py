@@ -79,7 +79,7 @@ class MomentSums:
 
 
 class Buffers:
-    """Holds memory that is used again for every block: taking it anew from the system costs more than a copy."""
+    """Holds memory that every block reuses: allocating it for each block would cost more time than a copy."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int)
     return done
 
 
-class Checkpoint:
+class MomentCheckpoint:
     """Keeps the sums of one job in a file while its pass runs; without a path, nothing is kept.
 
     Args:

@@ -23,7 +23,7 @@ from editlib.models.positions import check_prompts, positions_of
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, TokenBatch, TokenRow, pad
 from editlib.stats.file import LayerStats, StatsHeader
-from editlib.stats.moments import Checkpoint, MomentSums, finish, held_interrupts
+from editlib.stats.moments import MomentCheckpoint, MomentSums, finish, held_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def self_stats(
     sums = MomentSums(layers, anat.d_ff)
     job = {"tokens": tokens, "batch_rows": batch_rows, "length": length, "rank": shard.rank, "world": shard.world}
     place = None if checkpoint is None else shard.own(checkpoint)
-    keeper = Checkpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
+    keeper = MomentCheckpoint(place, header, sums, job=job, seconds=checkpoint_seconds)
     number, done = _resume(keeper, sums, shard)
     with (
         no_param_grad(anat.model),
@@ -115,7 +115,7 @@ def _hash_of(prompts: Sequence[str], how: PromptSettings | None) -> str:
     return digest if how is None else how.key(digest)
 
 
-def _resume(keeper: Checkpoint, sums: MomentSums, shard: Process) -> tuple[int, int]:
+def _resume(keeper: MomentCheckpoint, sums: MomentSums, shard: Process) -> tuple[int, int]:
     """Returns (next batch, tokens so far by all processes); from the beginning unless all stopped at the same batch."""
     with shard.together():
         number, _ = keeper.resume()

@@ -24,7 +24,7 @@ from editlib.tofu.scores import (
     ANSWER_TOKENS,
     RATIOS,
     Judges,
-    Reading,
+    TofuReading,
     check_scoring,
     check_wrong_answers,
     read,
@@ -98,7 +98,7 @@ class Tofu(Benchmark):
         base.folder.mkdir(parents=True, exist_ok=True)
         own = self.settings
         judges = Judges(own.encoder, own.classifier)
-        known = Readings(base.folder, self.sets)
+        known = KeptReadings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
         read(
             base.bench.loaded,
@@ -145,11 +145,11 @@ def apart(sets: TofuSets, seed: int) -> TofuSets:
     return replace(sets, retain=kept, probes={**others, **({"retain": probes} if probes else {})})
 
 
-class Readings:
+class KeptReadings:
     """Keeps the base model's readings in a file; a damaged file, and readings of other questions, are ignored."""
 
     def __init__(self, folder: Path, sets: TofuSets) -> None:
-        self.found: dict[Asked, Reading] = {}
+        self.found: dict[Asked, TofuReading] = {}
         self._shelf, self._sets = JsonStore(folder), sets
         kept = self._shelf.get("readings") or {}
         for one in self._asked():
@@ -168,10 +168,10 @@ def _key(one: Asked) -> str:
     return digest(asdict(one))[:24]
 
 
-def _reading(value: Mapping[str, Any]) -> Reading:
+def _reading(value: Mapping[str, Any]) -> TofuReading:
     answer = Forced(tuple(value["answer"]["nll"]), tuple(value["answer"]["hits"]))
     found = {**value, "tokens": tuple(value["tokens"]), "answer": answer, "wrong": tuple(value["wrong"])}
-    return from_json(Reading, found)
+    return from_json(TofuReading, found)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class TofuSet(ForgetSet):
     """Holds TOFU's probes with the base model's readings of them."""
 
     sets: TofuSets
-    readings: Mapping[Asked, Reading]
+    readings: Mapping[Asked, TofuReading]
     settings: TofuSettings
     judges: Judges
     only: Mapping[str, MetricResult] | None
@@ -198,7 +198,7 @@ class TofuSet(ForgetSet):
         }
 
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
-        after: dict[Asked, Reading] = {}
+        after: dict[Asked, TofuReading] = {}
         drafts = {one.question: reading.tokens for one, reading in self.readings.items()}
         label = "after" if progress else None
         read(
@@ -221,7 +221,10 @@ class TofuSet(ForgetSet):
         return Scores(efficacy, kept, measures, list(self._items(after, before, results)))
 
     def _items(
-        self, after: Mapping[Asked, Reading], before: Mapping[str, MetricResult], results: Mapping[str, MetricResult]
+        self,
+        after: Mapping[Asked, TofuReading],
+        before: Mapping[str, MetricResult],
+        results: Mapping[str, MetricResult],
     ) -> Sequence[dict[str, Any]]:
         found = []
         for name, probes in self.sets.probes.items():

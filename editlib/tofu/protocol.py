@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from editlib.evaluation.memory import peak_rss_mb
 from editlib.evaluation.metrics import MetricResult
-from editlib.evaluation.protocol import Side
+from editlib.evaluation.protocol import NamedModel
 from editlib.models.anatomy import anatomy
 from editlib.models.loading import DeviceMap, load
 from editlib.models.outline import outline_of
@@ -22,7 +22,7 @@ from editlib.tofu.report import conditions, headline_of, table_rows, write_tofu
 from editlib.tofu.scores import (
     ANSWER_TOKENS,
     Judges,
-    Reading,
+    TofuReading,
     check_scoring,
     check_wrong_answers,
     compare_tofu,
@@ -54,7 +54,7 @@ class TofuProtocol:
         self._sets, self._limit, self._seed, self._judges = sets, limit, seed, judges
         self._reference, self._max_new_tokens, self._progress = reference, max_new_tokens, progress
         self._dtype, self._device_map = dtype, device_map
-        self._before: dict[Asked, Reading] = {}
+        self._before: dict[Asked, TofuReading] = {}
         self._base_sha = ""
         self._retain_only: Mapping[str, MetricResult] | None = None
 
@@ -105,15 +105,15 @@ class TofuProtocol:
             settled(outline_of(self._reference, dtype=self._dtype).tok, form.settings)
 
     def measure(
-        self, base: Side, edited: Side, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
+        self, base: NamedModel, edited: NamedModel, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
     ) -> dict[str, Any]:
         begun = time.perf_counter()
         if self._base_sha != (of := edited.prompts.key(base.sha256)):
             self._before, self._base_sha = {}, of
         sets = self._sets.forgetting(requests, kept).limited(self._limit, self._seed)
         scores = compare_tofu(
-            base.loaded,
-            edited.loaded,
+            base,
+            edited,
             sets,
             retain_only=self._ratios(edited.prompts),
             judges=self._judges,

@@ -77,7 +77,7 @@ def check_wrong_answers(sets: TofuSets, *, whole: bool = True) -> None:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TofuReading:
     """Holds one question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
 
     tokens: tuple[int, ...]
@@ -87,7 +87,7 @@ class Reading:
     wrong: tuple[float, ...]
 
 
-Readings = MutableMapping[Asked, Reading]
+Readings = MutableMapping[Asked, TofuReading]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class TofuScores:
     base: Results
     edited: Results
     sets: TofuSets
-    before: Mapping[Asked, Reading]
-    after: Mapping[Asked, Reading]
+    before: Mapping[Asked, TofuReading]
+    after: Mapping[Asked, TofuReading]
 
 
 def tofu_scores(
@@ -125,7 +125,7 @@ def tofu_scores(
     Raises:
         MetricError: a package is missing, or `retain_only` is of other questions.
     """
-    readings: dict[Asked, Reading] = {}
+    readings: dict[Asked, TofuReading] = {}
     read(LoadedModel(anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
     return score(sets, readings, retain_only=retain_only, judges=judges)
 
@@ -154,7 +154,7 @@ def compare_tofu(
     how = edited.prompts if how is None else how
     read(base, sets, known, max_new_tokens=max_new_tokens, how=how, progress="before" if progress else None)
     drafts = {one.question: known[one].tokens for asked in sets.probes.values() for one in asked}
-    after: dict[Asked, Reading] = {}
+    after: dict[Asked, TofuReading] = {}
     label = "after" if progress else None
     read(edited, sets, after, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=label)
     base_results, edited_results = (
@@ -191,7 +191,9 @@ def read(
         answer, *others = [next(forced) for _ in _given(one)]
         paraphrase = answer if one.paraphrase is None else others.pop(0)
         text = model.text(said[one.question])
-        known[one] = Reading(said[one.question], text, answer, paraphrase.mean, tuple(other.mean for other in others))
+        known[one] = TofuReading(
+            said[one.question], text, answer, paraphrase.mean, tuple(other.mean for other in others)
+        )
 
 
 def _given(one: Asked) -> list[str]:
@@ -201,7 +203,7 @@ def _given(one: Asked) -> list[str]:
 
 def score(
     sets: TofuSets,
-    readings: Mapping[Asked, Reading],
+    readings: Mapping[Asked, TofuReading],
     *,
     retain_only: Mapping[str, MetricResult] | None = None,
     judges: Judges | None = None,
@@ -218,7 +220,7 @@ def score(
     return found
 
 
-def _of_set(name: str, probes: Sequence[Asked], said: Sequence[Reading], judges: Judges) -> Results:
+def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], judges: Judges) -> Results:
     """Computes the metrics of one set by their bare names; each item has the question's id."""
     on: Split = "forget" if name.startswith("forget") else "retain"
     texts, answers = [one.text for one in said], [one.answer for one in probes]

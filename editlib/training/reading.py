@@ -90,7 +90,7 @@ def read(
 def passes(
     items: Sequence[Sequence[TokenRow]], numbers: Sequence[int], *, tokens: int, learned: int
 ) -> list[list[int]]:
-    """Cuts `numbers` into passes of rows of like length with at most so many `tokens` (padding included) and `learned`
+    """Cuts `numbers` into passes of rows of like length with at most `tokens` tokens (padding included) and `learned`
     ones, of which each costs a row of logits as wide as the vocabulary; an item is never cut."""
     order = sorted(numbers, key=lambda i: (max(len(row) for row in items[i]), i))
     found: list[list[int]] = []

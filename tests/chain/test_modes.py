@@ -161,9 +161,9 @@ def test_facts_along_a_chain(chain, base, tmp_path, call):
 
 def test_facts_precisely(base, loaded):
     """The other requests are asked as prompts to keep."""
-    from editlib.evaluation.protocol import Side
+    from editlib.evaluation.protocol import NamedModel
 
-    side = Side("tiny", loaded.anat, loaded.tok, loaded.sha256)
+    side = NamedModel(loaded.anat, loaded.tok, name="tiny", sha256=loaded.sha256)
     metrics = FactsProtocol(EVERYTHING, RETAIN).measure(side, side, A[:1], [*A[1:], *B])
     kinds = {item["id"]: item["kind"] for item in metrics["items"]}
     assert [name for name, kind in kinds.items() if kind == "request"] == [A[0].id]

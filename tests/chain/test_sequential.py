@@ -37,9 +37,6 @@ def run(loaded, tmp_path):
     return runner(loaded, tmp_path)
 
 
-one_process = pytest.mark.xdist_group("a whole run of chains")  # so that it is made once
-
-
 @pytest.fixture(scope="module")
 def whole(loaded, tmp_path_factory):
     """(points, folder) of a run that nothing disturbed; not to be changed."""
@@ -51,7 +48,6 @@ def untimed(points):
     return [replace(point, seconds=0.0) for point in points]
 
 
-@one_process
 def test_every_chain_is_measured_on_its_way(whole, tmp_path):
     points, out = whole
     found = [(point.algorithm, point.size, point.edits) for point in points]
@@ -95,7 +91,6 @@ def test_derived_settings_are_fitted_to_the_loaded_model(run, loaded, tmp_path, 
     assert derive("MEMIT", shape).layers != fitted.layers
 
 
-@one_process
 def test_it_goes_on_where_it_was_stopped(run, whole, monkeypatch):
     """AlphaEdit, whose later edits need the keys of those before."""
     given, added, measured = {"settings": SETTINGS[1:]}, [], []

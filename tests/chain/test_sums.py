@@ -136,7 +136,7 @@ def many(count):
     return [fact(place, "What is the capital of {}?", place, " Rome", "capital") for place in places[:count]]
 
 
-def test_batch_50_costs_what_batch_2_does(start, monkeypatch):
+def test_batch_25_costs_what_batch_2_does(start, monkeypatch):
     """Counted in floating point operations, since a clock would count the machine's other work."""
     monkeypatch.setitem(HPARAMS, "UniErase", {**HPARAMS["UniErase"], "v_num_grad_steps": 2})
     read, genuine = 0, editing.hold_anchors
@@ -148,13 +148,13 @@ def test_batch_50_costs_what_batch_2_does(start, monkeypatch):
 
     monkeypatch.setattr(editing, "hold_anchors", hold_anchors)
     chain, counted, sizes = start("UniErase", retain=RETAIN), [], []
-    for i, request in enumerate(many(50)):
-        with FlopCounterMode(display=False) if i in (1, 49) else nullcontext() as counter:
+    for i, request in enumerate(many(25)):
+        with FlopCounterMode(display=False) if i in (1, 24) else nullcontext() as counter:
             entry = chain.add([request])
         counted += [counter.get_total_flops()] if counter else []
         sizes.append(chain._store.size(entry))
     assert read < 4  # the anchors' keys are the base model's, and stay
-    assert len(chain.batches) == 50 and counted[0] > 1e6
+    assert len(chain.batches) == 25 and counted[0] > 1e6
     assert counted[1] < 1.5 * counted[0]
     assert max(sizes) < 1.2 * sizes[1]
 

@@ -13,7 +13,7 @@ from editlib.comparison import evaluator
 from editlib.comparison.method import Prepared
 from editlib.comparison.methods import METHODS
 from editlib.comparison.run import compare
-from editlib.comparison.store import Store, try_lock
+from editlib.comparison.store import ResultStore, try_lock
 from editlib.distributed import Process
 from editlib.errors import ConfigError, OutputError
 from editlib.shelf import JsonStore
@@ -155,7 +155,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(bench):
     other = Process(rank=1, world=2)
     object.__setattr__(other, "gather", lambda value: ["run", "run"])
     bench.compare(config)
-    shelf = next(iter(Store(bench.out).root.glob("cells/*")))
+    shelf = next(iter(ResultStore(bench.out).root.glob("cells/*")))
     (shelf / "scores.json").unlink()
     bench.runs()
     with try_lock(JsonStore(shelf)) as mine:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from editlib.algorithms import costs
 from editlib.algorithms.machine import Curve, Machine, measure
+from editlib.algorithms.work import PROBE_TOKENS, Step, Work, forward_pass
 from editlib.cli import app
 from editlib.errors import EditlibError
 from editlib.hparams import load_hparams
@@ -72,7 +73,7 @@ def test_values_by_hand():
     assert steps.flops == 7 * 4 * 5 * 2 * (4 + 2) * 1 * LAYER  # through the one layer above, and back
     assert head.flops == 7 * 4 * 5 * 2 * 3 * 1600
     assert states.flops == 2 * 5 * job.prompt_tokens * 2 * LAYER
-    assert (probes.calls, probes.tokens) == (costs.PROBES_VALUES * SIZE.n_layers, costs.PROBE_TOKENS)
+    assert (probes.calls, probes.tokens) == (costs.PROBES_VALUES * SIZE.n_layers, PROBE_TOKENS)
 
 
 def test_requests_of_unlike_length_are_parted_where_few_tokens_fill_a_pass():
@@ -133,7 +134,7 @@ def test_passes_take_what_a_layer_was_measured_to_take():
     curve = Curve((1, 101), (0.5, 2.5))
     assert [curve.at(tokens) for tokens in (1, 51, 201)] == pytest.approx([0.5, 1.5, 4.5])
     machine = replace(ROUND, layer={("model", "text"): curve})
-    work = costs.forward_pass(SIZE, 102, 3, "model", passes=2)  # 51 tokens a pass
+    work = forward_pass(SIZE, 102, 3, "model", passes=2)  # 51 tokens a pass
     assert work.seconds(machine) == pytest.approx(2 * 3 * 1.5)
     assert work.seconds(machine.scaled(flops=2 * ROUND.fast, bandwidth=None)) == pytest.approx(2 * 3 * 0.75)
 
@@ -153,9 +154,9 @@ def test_what_is_saved_is_the_weights():
 
 
 def test_little_work_takes_what_its_bytes_take():
-    work = costs.Work("model", flops=1e6, moved=1e9)
+    work = Work("model", flops=1e6, moved=1e9)
     assert work.seconds(ROUND) == pytest.approx(1.0)
-    assert costs.Step("", [work]).bound(ROUND) == "memory"
+    assert Step("", [work]).bound(ROUND) == "memory"
 
 
 def test_another_machine_is_this_one_scaled():

@@ -15,7 +15,8 @@ from editlib.facts.scores import Item
 from editlib.hparams import AlphaEditHyperParams, UniEraseHyperParams, load_hparams
 from editlib.jobs import trials
 from editlib.jobs import tune as job
-from editlib.jobs.trials import Trial, forgotten
+from editlib.jobs.trials import SettingsTrial as Trial
+from editlib.jobs.trials import forgotten
 from editlib.jobs.tune import Tuned, check_tuning, table_rows, tune
 from editlib.models.vocabulary import add_token
 from editlib.requests.reading import write_requests
@@ -157,7 +158,11 @@ def test_without_a_refusal_an_answer_that_is_gone_is_forgotten():
 
 def test_the_front_is_what_nothing_beats():
     a, b = Trial({"L2": 1}, 1.0, 0.5, 0.5), Trial({"L2": 2}, 0.5, 0.5, 1.0)
-    worse, same, failed = Trial({"L2": 3}, 0.9, 0.5, 0.5), Trial({"L2": 4}, 0.5, 0.5, 1.0), Trial({}, failed="no")
+    worse, same, failed = (
+        Trial({"L2": 3}, 0.9, 0.5, 0.5),
+        Trial({"L2": 4}, 0.5, 0.5, 1.0),
+        Trial({}, failed="no"),
+    )
     tuned = Tuned((worse, a, failed, b, same), START)
     assert {trial.changed["L2"] for trial in tuned.front} == {1, 2, 4}
     assert table_rows(tuned)[0][0] == "settings" and len(table_rows(tuned)) == 4

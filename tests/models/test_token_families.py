@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, SLOW, make
 from tiny_models import train_tokenizer
 
-from editlib.algorithms.unierase.token import TokenHyperParams
+from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.errors import TokenError
 from editlib.models.positions import check_prompts, fitting
 from editlib.models.prompts import PromptFormat

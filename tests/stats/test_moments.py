@@ -174,8 +174,8 @@ QUICK = """
 import sys
 import editlib.stats.moments, editlib.cli
 editlib.stats.moments.SAVING = 1e9
-usual = editlib.stats.moments.Checkpoint.__init__
-editlib.stats.moments.Checkpoint.__init__ = lambda *args, **options: usual(*args, **{**options, "seconds": -1})
+usual = editlib.stats.moments.MomentCheckpoint.__init__
+editlib.stats.moments.MomentCheckpoint.__init__ = lambda *args, **options: usual(*args, **{**options, "seconds": -1})
 editlib.cli.main()
 """
 """The command as it is, but for a checkpoint after each batch."""

@@ -16,7 +16,7 @@ from editlib.models.generation import Forced
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat
 from editlib.tofu.report import conditions, headline_of, table_rows, verdict, write_tofu
-from editlib.tofu.scores import Judges, Reading, TofuScores, compare_tofu, document, score, tofu_scores
+from editlib.tofu.scores import Judges, TofuReading, TofuScores, compare_tofu, document, score, tofu_scores
 from editlib.tofu.sets import Asked, TofuSets, read_tofu
 
 pytest.importorskip("rouge_score")
@@ -33,7 +33,7 @@ WORLD = (Asked("w:1", "Where is it?", "Paris", None, ("Rome", "Bonn")),)
 def reading(text, nll, hits, paraphrase, wrong):
     """NLL of the answer's tokens; of the other texts the mean."""
     tokens = tuple(range(len(text.split())))
-    return Reading(tokens, text, Forced(tuple(nll), tuple(hits)), paraphrase, tuple(wrong))
+    return TofuReading(tokens, text, Forced(tuple(nll), tuple(hits)), paraphrase, tuple(wrong))
 
 
 LOG2, LOG4 = math.log(2), math.log(4)

@@ -57,8 +57,8 @@ from editlib.stats.store import find_layers
 
 log = logging.getLogger(__name__)
 
-MOST_KEPT = 600  # retain prompts that refusal tokens are held back from
-GENERAL_STEP = 4  # every so many-th bundled question is one that refusal tokens stay out of
+MOST_KEPT = 600  # most retain prompts that refusal tokens stay out of
+GENERAL_STEP = 4  # refusal tokens stay out of every fourth bundled question
 
 
 @dataclass(frozen=True)

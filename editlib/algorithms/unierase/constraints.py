@@ -39,7 +39,7 @@ def hold_anchors(
     """Chooses the anchors of an edit from `retain`, and reads their keys in the model as it is now.
 
     Args:
-        layers: which layers' keys to read, besides those of the gate's layer; `None`: the layers of `hparams`.
+        layers: which layers' keys to read, in addition to those of the gate's layer; `None`: the layers of `hparams`.
         known_answers, seed: see `apply_unierase_to_model`.
     """
     layers = hparams.layers if layers is None else layers

