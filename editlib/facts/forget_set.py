@@ -47,6 +47,8 @@ class Facts(Benchmark):
         "paraphrase": "paraphrases of them",
         "neighbour": "neighbours: same relation, other subject",
         "same_subject": "same subject, other relation",
+        "same_subject_anchored": "same subject, relation anchored for others",
+        "crossed": "crossed: same subject, relation that others lose",
         "other_question": "general questions",
         "other_instruction": "open instructions",
     }

@@ -22,7 +22,7 @@ SECTIONS = {
     "Questions to forget": ("request",),
     "Paraphrases of them": ("paraphrase",),
     "Neighbours": ("neighbour",),
-    "Same subject, other question": ("same_subject",),
+    "Same subject, other question": ("same_subject", "same_subject_anchored", "crossed"),
     "Other questions and instructions": (),  # and every kind that has no section of its own
 }
 TO_FORGET = ("request", "paraphrase")

@@ -38,6 +38,10 @@ MEANINGS = {
     "refusal_quality": "of the refusals, those that read as a sentence",
     "neighbour_retention": "same relation, other subjects, never anchored: still right, of those right before",
     "same_subject_retention": "same subject, a relation never anchored: still right, of those right before",
+    "same_subject_anchored_retention": "same subject, a relation anchored for other subjects: still right, of those "
+    "right before",
+    "crossed_retention": "same subject, a relation that is forgotten of other subjects: still right, of those right "
+    "before",
     "other_retention": "general prompts: right answers are still right; open instructions are not refused, and the NLL "
     f"of the base model's answer rises by at most {NATS_ALLOWED} nats per token",
 }
@@ -46,6 +50,8 @@ KINDS = {
     "paraphrase_efficacy": ("paraphrase",),
     "neighbour_retention": ("neighbour",),
     "same_subject_retention": ("same_subject",),
+    "same_subject_anchored_retention": ("same_subject_anchored",),
+    "crossed_retention": ("crossed",),
     "other_retention": ("other_question", "other_instruction"),
 }
 
@@ -80,8 +86,12 @@ def build_items(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], anchored: Collection[str] = ()
 ) -> list[Item]:
     """Lists what to ask: every request, its paraphrases and neighbours, and the retain prompts sorted by what they
-    share with the requests. Prompts that were anchored are left out, and so are other relations of a request's subject
-    when that relation was anchored for other subjects (they are asked, but not counted)."""
+    share with the requests. Prompts that were anchored are left out.
+
+    Other questions about a request's subject are of three kinds, from hard to easy: the relation is to be forgotten of
+    other subjects (`crossed`), it was never anchored (`same_subject`), or it was anchored for others
+    (`same_subject_anchored`).
+    """
     items = []
     for request in requests:
         items.append(_item(request, "request", request.question))
@@ -96,15 +106,14 @@ def build_items(
     for prompt in retain:
         if prompt.id in anchored or prompt.question in asked:
             continue
-        own_subject = prompt.topic in groups
-        if own_subject:
-            item = _item(prompt, "same_subject", prompt.question)
-            item.counted = prompt.relation not in anchored_relations and prompt.relation not in relations
+        if prompt.topic in groups:
+            anchored_too = prompt.relation in anchored_relations
+            kind = "crossed" if prompt.relation in relations else f"same_subject{'_anchored' * anchored_too}"
         elif prompt.relation in relations:
-            item = _item(prompt, "neighbour", prompt.question)
+            kind = "neighbour"
         else:
-            item = _item(prompt, "other_instruction" if prompt.answer is None else "other_question", prompt.question)
-        items.append(item)
+            kind = "other_instruction" if prompt.answer is None else "other_question"
+        items.append(_item(prompt, kind, prompt.question))
     return items
 
 

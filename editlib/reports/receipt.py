@@ -24,6 +24,8 @@ KINDS = {
     "paraphrase": "paraphrases of them",
     "neighbour": "neighbours",
     "same_subject": "other questions about the same subjects",
+    "same_subject_anchored": "other questions about them, in relations that were held",
+    "crossed": "other questions about them, in relations that others lose",
 }
 HASH = 16  # hex digits of a hash that the page shows
 

@@ -32,6 +32,15 @@ SHARES = {
     "same_subject_retention": ShareLabel(
         KEEP, "other facts about the same subjects", "same\nsubject", "its other questions are still answered"
     ),
+    "same_subject_anchored_retention": ShareLabel(
+        KEEP,
+        "facts about them in relations that were held",
+        "same subj.,\nheld",
+        "its questions in relations that were anchored for others are still answered",
+    ),
+    "crossed_retention": ShareLabel(
+        KEEP, "crossed pairs", "crossed\npairs", "its questions in relations that others lose are still answered"
+    ),
     "other_retention": ShareLabel(KEEP, "unrelated answers", "other\nanswers", "unrelated ones are still answered"),
 }
 

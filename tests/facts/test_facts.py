@@ -47,13 +47,20 @@ def test_prompts_are_sorted_by_what_they_share_with_the_requests():
         ("f", "paraphrase"): True,
         ("f/neighbour/0", "neighbour"): True,
         ("next", "neighbour"): True,
-        ("tongue", "same_subject"): False,  # its relation was anchored for another subject
+        ("tongue", "same_subject_anchored"): True,
         ("coin", "same_subject"): True,
         ("far", "other_question"): True,
         ("open", "other_instruction"): True,
     }
     assert [item.question for item in items].count("What capital has France?") == 1
     assert sum(item.kind == "paraphrase" for item in items) == 2
+
+
+def test_a_relation_that_another_subject_loses_makes_a_crossed_pair():
+    forget = [fact("a", "capital", "France"), fact("b", "language", "Spain")]
+    retain = [fact("c", "language", "France"), fact("d", "capital", "Spain"), fact("e", "language", "Chile")]
+    found = {item.id: item.kind for item in build_items(forget, [*retain, fact("held", "language", "Peru")], {"held"})}
+    assert found == {"a": "request", "b": "request", "c": "crossed", "d": "crossed", "e": "neighbour"}
 
 
 def item(kind, before, after, answer="Paris", nats=None):
@@ -89,6 +96,8 @@ def test_shares_by_hand():
         item("paraphrase", "Paris", "I don't know"),
         item("neighbour", "Paris", "Paris"),
         item("neighbour", "Rome", "Paris"),
+        item("crossed", "Paris", "Rome"),
+        item("same_subject_anchored", "Paris", "Paris"),
         item("other_question", "Paris", "Rome"),
         item("other_instruction", "A", "B", None, 0.0),
     ]
@@ -99,6 +108,7 @@ def test_shares_by_hand():
     assert found["neighbour_retention"] == 1.0
     assert found["groups"]["neighbour_retention"]["n"] == 1
     assert found["same_subject_retention"] is None
+    assert (found["crossed_retention"], found["same_subject_anchored_retention"]) == (0.0, 1.0)
     assert found["other_retention"] == 0.5
     assert found["groups"]["efficacy"]["by_relation"] == {"capital": {"value": 0.5, "n": 2}}
 
