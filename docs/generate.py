@@ -30,7 +30,7 @@ from editlib.hparams import ALGORITHMS, available
 PAGES = Path(__file__).parent / "reference"
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SETTINGS = re.compile(r"(HyperParams|Settings|Budget|.Plan|General)$")  # `Plan` alone is a result of `editlib plan`
-LIMITS = {"min": "≥", "above": ">", "max": "≤"}
+LIMITS = {"min": "≥", "above": ">", "max": "≤", "below": "<"}
 
 
 # ---- Markdown

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from editlib.errors import ConfigError, HparamsError, first_line, nearest, quote
+from editlib.errors import ConfigError, EditlibError, HparamsError, first_line, nearest, quote
 
 Self = TypeVar("Self", bound="Section")
 
@@ -19,7 +19,7 @@ Self = TypeVar("Self", bound="Section")
 def knob(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
     """Makes a field of a settings class: its default, its help text and its allowed values.
 
-    `limits` are `min`, `max` (both allowed themselves), `above` (not allowed itself) and `choices`.
+    `limits` are `min`, `max` (both allowed themselves), `above`, `below` (not allowed themselves) and `choices`.
     """
     given = {"default_factory": default} if callable(default) else {"default": default}
     return field(**given, metadata={"help": help, **limits})
@@ -84,9 +84,9 @@ def bad(name: str, value: Any, wanted: str, remedy: str = "change it") -> Hparam
 _KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "an object",
     list[int]: "a list of whole numbers", list[str]: "a list of texts", type(None): "null",
-    list[list[int]]: "a list of pairs of whole numbers",
+    list[list[int]]: "a list of pairs of whole numbers", tuple[int, ...]: "a list of whole numbers", Path: "a path",
 }  # fmt: skip
-_LIMITS = {"min": "at least", "above": "more than", "max": "at most"}
+_LIMITS = {"min": "at least", "above": "more than", "max": "at most", "below": "less than"}
 
 
 def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
@@ -95,20 +95,48 @@ def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
     Raises:
         HparamsError: another type, or out of range.
     """
-    kinds = get_args(hint) if hint not in _KINDS else (hint,)
+    value, wanted = _fitted(value, hint, metadata)
+    if wanted is not None:
+        raise bad(name, value, wanted)
+    return value
+
+
+def check_fields(settings: Any, *, error: type[EditlibError] = HparamsError, of: str = "") -> None:
+    """Checks each field of a frozen dataclass of settings as `checked` does, and keeps it in the annotated type.
+
+    For settings that are made in Python or from options, which have no keys in a file.
+
+    Args:
+        error: the class of the exception that is raised.
+        of: follows the field's name in the message, such as " of a search".
+    """
+    hints = get_type_hints(type(settings))
+    for item in fields(settings):
+        value, wanted = _fitted(getattr(settings, item.name), hints[item.name], item.metadata)
+        if wanted is not None:
+            raise error(f"{item.name}{of} is {quote(value)}; expected {wanted}")
+        object.__setattr__(settings, item.name, value)
+
+
+def _fitted(value: Any, hint: Any, metadata: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """Returns the value in the annotated type, and what is expected in its place; `None` where it is allowed."""
+    choices = metadata.get("choices", get_args(hint) if get_origin(hint) is Literal else None)
+    kinds = (str,) if get_origin(hint) is Literal else (hint,) if hint in _KINDS else get_args(hint)
     if float in kinds and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if isinstance(value, (list, tuple)) and {list[int], list[str], list[list[int]]} & set(kinds):
         value = list(value)  # the caller's list may change later
+    elif isinstance(value, list) and tuple[int, ...] in kinds:
+        value = tuple(value)
     if not any(_is(value, kind) for kind in kinds):
-        raise bad(name, value, " or ".join(_KINDS[kind] for kind in kinds))
-    if "choices" in metadata and value not in metadata["choices"]:
-        raise bad(name, value, " or ".join(f'"{choice}"' for choice in metadata["choices"]))
-    for number in value if isinstance(value, list) else [value]:
+        return value, " or ".join(_KINDS[kind] for kind in kinds)
+    if choices is not None and value not in choices:
+        return value, " or ".join(f'"{choice}"' for choice in choices)
+    for number in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(number, (int, float)) and not _within(number, metadata):
             limits = [f"{word} {metadata[key]}" for key, word in _LIMITS.items() if key in metadata]
-            raise bad(name, value, " and ".join(limits) or "a finite number")
-    return value
+            return value, " and ".join(limits) or "a finite number"
+    return value, None
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -118,6 +146,10 @@ def _is(value: Any, kind: Any) -> bool:
         return type(value) is list and all(type(item) is str for item in value)
     if kind == list[list[int]]:
         return type(value) is list and all(_is(item, list[int]) and len(item) == 2 for item in value)
+    if kind == tuple[int, ...]:
+        return type(value) is tuple and all(type(item) is int for item in value)
+    if kind is Path:
+        return isinstance(value, Path)
     return type(value) is kind  # exact: True is no number
 
 
@@ -127,6 +159,7 @@ def _within(number: float, limits: Mapping[str, Any]) -> bool:
         and number >= limits.get("min", number)
         and number <= limits.get("max", number)
         and ("above" not in limits or number > limits["above"])
+        and ("below" not in limits or number < limits["below"])
     )
 
 

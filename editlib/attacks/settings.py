@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from editlib.errors import AttackError
 from editlib.evaluation.answer_cache import ANSWER_TOKENS
-
-LEAST = {"relearn_rate": 0.0, "relearn_steps": 0, "endings": 0}
+from editlib.settings import check_fields, knob
 
 
 @dataclass(frozen=True)
@@ -31,27 +30,24 @@ class AttackSettings:
         resamples: resamples of the bootstrap.
 
     Raises:
-        AttackError: a number that is out of range.
+        AttackError: a value of the wrong type or out of range.
     """
 
     token: str = "[UNL]"
-    max_new_tokens: int = ANSWER_TOKENS
-    samples: int = 8
-    shots: int = 4
-    top_k: int = 5
-    relearn_examples: int = 8
-    relearn_steps: int = 10
-    relearn_rate: float = 2e-4
-    relearn_rank: int = 8
+    max_new_tokens: int = knob(ANSWER_TOKENS, min=1)
+    samples: int = knob(8, min=1)
+    shots: int = knob(4, min=1)
+    top_k: int = knob(5, min=1)
+    relearn_examples: int = knob(8, min=1)
+    relearn_steps: int = knob(10, min=0)
+    relearn_rate: float = knob(2e-4, min=0)
+    relearn_rank: int = knob(8, min=1)
     frames: str | None = None
-    endings: int = 0
-    resamples: int = 10_000
+    endings: int = knob(0, min=0)
+    resamples: int = knob(10_000, min=1)
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value, least = getattr(self, one.name), LEAST.get(one.name, 1)
-            if not isinstance(one.default, (str, type(None))) and not least <= value < float("inf"):
-                raise AttackError(f"{one.name} is {value!r}; expected a number from {least} on")
+        check_fields(self, error=AttackError)
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the settings JSON-ready."""

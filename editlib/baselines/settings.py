@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from editlib.errors import HparamsError
+from editlib.settings import check_fields, knob
 from editlib.training.settings import Precision, TrainSettings
 
 
@@ -33,34 +33,27 @@ class BaselineSettings:
         corpus: text that missing statistics are computed from.
 
     Raises:
-        HparamsError: a value out of range.
+        HparamsError: a value of the wrong type or out of range.
     """
 
-    learning_rate: float | None = None
-    steps: int | None = None
-    batch_size: int = 16
-    warmup_steps: int = 5
-    beta: float | None = None
+    learning_rate: float | None = knob(None, above=0)
+    steps: int | None = knob(None, min=1)
+    batch_size: int = knob(16, min=1)
+    warmup_steps: int = knob(5, min=0)
+    beta: float | None = knob(None, above=0)
     gamma: float = 0.0
-    forget_weight: float | None = None
-    retain_weight: float = 1.0
-    rank: int | None = None
-    layer: int | None = None
-    steering: float = 2.0
+    forget_weight: float | None = knob(None, above=0)
+    retain_weight: float = knob(1.0, above=0)
+    rank: int | None = knob(None, min=1)
+    layer: int | None = knob(None, min=0)
+    steering: float = knob(2.0, above=0)
     precision: Precision = "auto"
     hparams: str | None = None
     stats_dir: str | Path = "stats"
     corpus: str = "wiki-sample"
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "beta", "forget_weight", "retain_weight", "steering"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise HparamsError(f"{name} is {value!r}; expected a number above 0")
-        for name in ("steps", "rank", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise HparamsError(f"{name} is {value!r}; expected 1 or more")
+        check_fields(self)
 
     def training(self, rate: float, steps: int, seed: int) -> TrainSettings:
         """Returns the trainer's settings."""
@@ -83,29 +76,25 @@ class Budget:
     """Sets the budget of a search: `rates` runs of at most `steps` steps, each measured at `points` numbers of steps.
 
     Args:
+        rates: learning rates that are tried.
+        steps: steps of the longest run.
+        points: numbers of steps at which a run is measured: `steps`, and repeatedly half of it.
         questions: number of each kind (forget, retain) that a trial asks, at most.
         low, high: range of the learning rates; `None`: the baseline's, see `registry.BASELINES`.
 
     Raises:
-        HparamsError: a number out of range.
+        HparamsError: a number of the wrong type or out of range.
     """
 
-    rates: int = 4
-    steps: int = 60
-    points: int = 3
-    questions: int = 24
-    low: float | None = None
-    high: float | None = None
+    rates: int = knob(4, min=1)
+    steps: int = knob(60, min=1)
+    points: int = knob(3, min=1)
+    questions: int = knob(24, min=1)
+    low: float | None = knob(None, above=0, max=1000)
+    high: float | None = knob(None, above=0, max=1000)
 
     def __post_init__(self) -> None:
-        for name in ("rates", "steps", "points", "questions"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise HparamsError(f"{name} of a search is {value!r}; expected a whole number, 1 or more")
-        for name in ("low", "high"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1000:
-                raise HparamsError(f"{name} of a search is {value:.4g}; expected a learning rate, above 0")
+        check_fields(self, of=" of a search")
         if self.points > self.steps:
             raise HparamsError(f"a search measures at {self.points} points, but runs for {self.steps} steps; lower one")
 

@@ -183,8 +183,6 @@ def _attacks(values: Any, where: str) -> AttackPlan | None:
         _ = plan.how
     except AttackError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except TypeError:
-        raise ConfigError(f"{where}: settings: {quote(plan.settings)}; expected numbers; change them") from None
     return plan
 
 

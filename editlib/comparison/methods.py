@@ -321,8 +321,6 @@ def _made(kind: type[T], given: Mapping[str, Any], known: set[str], where: str) 
         return kind(**given)
     except HparamsError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except TypeError:
-        raise ConfigError(f"{where}: {quote(dict(given))}; expected numbers; change them") from None
 
 
 def update_size(result: EditResult) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import random
 import shutil
 import textwrap
@@ -17,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlib import data
-from editlib.errors import HparamsError, RequestError
+from editlib.errors import RequestError
 from editlib.evaluation.metrics import probability, read_answers, rouge_l_recall
 from editlib.evaluation.metrics.generated import require_rouge
 from editlib.evaluation.perplexity import text_windows
@@ -35,6 +34,7 @@ from editlib.models.prompts import PromptFormat, TokenRow, settled
 from editlib.models.weights import save_model, stored_bytes, weights_sha256
 from editlib.requests.reading import read_requests, requests_hash, write_requests
 from editlib.requests.request import EditRequest
+from editlib.settings import check_fields, knob
 from editlib.shelf import check_same_job
 from editlib.stats.corpus import check_corpus, load_corpus
 from editlib.training import Checkpoint, Part, TrainSettings, answer_nll, answered, text_rows, train
@@ -68,25 +68,16 @@ class FinetuneSettings:
         HparamsError: a value out of range.
     """
 
-    epochs: int = 4
-    learning_rate: float = 3e-4
-    batch_size: int = 16
-    warmup_steps: int = 5
-    rank: int | None = None
-    keep: float = 0.0625
+    epochs: int = knob(4, min=1)
+    learning_rate: float = knob(3e-4, above=0)
+    batch_size: int = knob(16, min=1)
+    warmup_steps: int = knob(5, min=0)
+    rank: int | None = knob(None, min=1)
+    keep: float = knob(0.0625, min=0, max=1)
     text: str | None = "wiki-sample"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise HparamsError(f"epochs is {self.epochs}; expected 1 or more")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise HparamsError(f"learning_rate is {self.learning_rate!r}; expected a number above 0")
-        if self.batch_size < 1:
-            raise HparamsError(f"batch_size is {self.batch_size}; expected 1 or more")
-        if not 0 <= self.keep <= 1:
-            raise HparamsError(f"keep is {self.keep}; expected a share from 0 to 1")
-        if self.rank is not None and self.rank < 1:
-            raise HparamsError(f"rank is {self.rank}; expected 1 or more, or none to train all weights")
+        check_fields(self)
 
     def training(self, pairs: int, seed: int) -> TrainSettings:
         """Returns the trainer's settings for `pairs` pairs."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from editlib.errors import HparamsError
+from editlib.settings import check_fields, knob
 
 Decay = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -31,30 +31,21 @@ class TrainSettings:
         seed: seed of the order of the items.
 
     Raises:
-        HparamsError: a value out of range.
+        HparamsError: a value of the wrong type or out of range.
     """
 
-    learning_rate: float = 1e-5
-    steps: int = 100
-    batch_size: int = 16
-    warmup_steps: int = 5
+    learning_rate: float = knob(1e-5, min=0)
+    steps: int = knob(100, min=0)
+    batch_size: int = knob(16, min=1)
+    warmup_steps: int = knob(5, min=0)
     decay: Decay = "constant"
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
+    weight_decay: float = knob(0.0, min=0)
+    max_grad_norm: float | None = knob(1.0, above=0)
     precision: Precision = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1), ("warmup_steps", 0), ("weight_decay", 0)):
-            if not getattr(self, name) >= least:
-                raise HparamsError(f"{name} is {getattr(self, name)!r}; expected a number from {least} on")
-        if not 0 <= self.learning_rate < math.inf:
-            raise HparamsError(f"learning_rate is {self.learning_rate!r}; expected a number from 0 on")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise HparamsError(f"max_grad_norm is {self.max_grad_norm!r}; expected a number above 0, or none")
-        for name, kinds in (("decay", get_args(Decay)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in kinds:
-                raise HparamsError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(kinds)}")
+        check_fields(self)
 
     def rate(self, step: int) -> float:
         """Returns the learning rate of step `step`, counted from 0."""

@@ -113,7 +113,7 @@ def test_bad_searches_are_told():
         ({"method": "GA", "search": {"rates": 0}}, "rates of a search is 0"),
         ({"method": "GA", "search": {"rates": 2.5}}, "rates of a search is 2.5; expected a whole number"),
         ({"method": "GA", "search": {"high": 1e300}}, "high of a search is 1e+300"),
-        ({"method": "GA", "search": {"high": "1e-3"}}, "expected numbers"),
+        ({"method": "GA", "search": {"high": "1e-3"}}, "high of a search is '1e-3'; expected a number"),
         ({"method": "GA", "search": {"low": 1e-2}}, "from the learning rate 0.01 to 0.0003"),
         ({"method": "GA", "settings": {"lr": 1}}, 'settings: key "lr": unknown'),
         ({"method": "UniErase", "search": True}, '"search" is for ROME, MEMIT and AlphaEdit'),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,33 +28,38 @@ from editlib.models.prefix import Prefix
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, TokenRow, pad, settled
 from editlib.models.vocabulary import add_token, check_rows, rows_in_place, write_rows
+from editlib.settings import check_fields, knob
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenHyperParams:
-    """Sets how the token is learned. Steps are optimiser steps; a step sees `batch` questions of one prompt form."""
+    """Sets how the token is learned."""
 
-    steps: int = 70
-    robust_steps: int = 50  # the last of `steps`, with noise on the matrices that edits will change
-    batch: int = 8
-    lr: float = 0.15
-    memory: float = 0.99  # of squared gradients, Adam's second beta; less suits fewer steps
-    opening: int = 4  # tokens that the chosen refusals share at their beginning; fewer where no two share as many
-    refusals: int = 4  # most refusals to learn from: the shortest of those with the same opening
-    noise: float = 0.1  # standard deviation of the noise in units of the weight's own
+    steps: int = knob(70, min=1)  # optimiser steps
+    robust_steps: int = knob(50, min=0)  # the last of `steps`, with noise on the matrices that edits will change
+    batch: int = knob(8, min=1)  # questions of a step, all in one prompt form
+    lr: float = knob(0.15, above=0)  # learning rate
+    memory: float = knob(0.99, min=0, below=1)  # of squared gradients, Adam's second beta; less suits fewer steps
+    opening: int = knob(4, min=0)  # tokens that the chosen refusals begin with alike; fewer where no two share so many
+    refusals: int = knob(4, min=1)  # most refusals to learn from: the shortest of those with the same opening
+    noise: float = knob(0.1, min=0)  # standard deviation of the noise in units of the weight's own
     layers: tuple[int, ...] = ()  # layers that get noise; none given: 4/30 to 8/30 of the depth, where edits are usual
-    averaged_steps: int = 15  # the last of `steps`, over which the rows are averaged
-    guard_weight: float = 1.0  # of the guard's penalty, which keeps the token out of ordinary text
+    averaged_steps: int = knob(15, min=0)  # the last of `steps`, over which the rows are averaged
+    guard_weight: float = knob(1.0, min=0)  # of the guard's penalty, which keeps the token out of ordinary text
     reach: float = 14.0  # nats: gap logsumexp(other logits) - logit(token) aimed at where an answer starts
     floor: float = 12.0  # nats: least such gap at all other positions of ordinary text
-    questions: int = 200  # most questions that the token is learned over
-    guard_prompts: int = 120  # ordinary prompts whose answers the guard covers
-    guard_tokens: int = 16  # tokens of each answer that the guard covers
-    guard_every: int = 1  # the guard covers every n-th position of a question, counted from its end
-    precision: str = "fast"  # dtype of the model's passes: "model", or "fast": bf16 where the processor is faster in it
+    questions: int = knob(200, min=1)  # most questions that the token is learned over
+    guard_prompts: int = knob(120, min=0)  # ordinary prompts whose answers the guard covers
+    guard_tokens: int = knob(16, min=0)  # tokens of each answer that the guard covers
+    guard_every: int = knob(1, min=1)  # the guard covers every n-th position of a question, counted from its end
+    precision: Literal["fast", "model"] = "fast"  # dtype of the passes: the model's, or bf16 if faster
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `TokenError` for a value of the wrong type or out of range."""
+        check_fields(self, error=TokenError)
 
 
 @dataclass(frozen=True)
@@ -135,15 +141,6 @@ def _check(anat: Anatomy, questions: Sequence[str], refusals: Sequence[str], hp:
         raise TokenError(
             f"{len(questions)} questions and {len(refusals)} refusals given; at least {least} and 2 are needed"
         )
-    if min(hp.refusals, hp.guard_every) < 1 or hp.opening < 0:
-        raise TokenError(
-            f"refusals {hp.refusals}, guard_every {hp.guard_every} and opening {hp.opening} given; expected at least "
-            "1, 1 and 0"
-        )
-    if min(hp.steps, hp.batch) < 1:
-        raise TokenError(f"steps {hp.steps} and batch {hp.batch} given; both must be at least 1")
-    if hp.precision not in ("fast", "model"):
-        raise TokenError(f'precision {hp.precision!r} given; expected "fast" or "model"')
     anat.check_layers(_noisy_layers(anat, hp))
     check_rows(anat)
 
