@@ -138,6 +138,29 @@ def code_lines(function: ast.FunctionDef, text: str) -> int:
     return len(lines & set(range(body[0].lineno, last + 1)))
 
 
+def test_files_have_one_subject():
+    lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in FILES}
+    assert not {name: lines for name, lines in lengths.items() if lines >= 400}
+
+
+def test_a_class_name_means_one_thing():
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: places for name, places in homes.items() if len(places) > 1}
+
+
+def test_numerical_code_says_why():
+    """At least 50 comments for 1,000 lines of code, so that a reader of the papers can follow."""
+    for package in ("algorithms", "models"):
+        texts = [path.read_text(encoding="utf-8") for path in FILES if path.relative_to(ROOT).parts[0] == package]
+        lines = sum(bool(line.strip()) for text in texts for line in text.splitlines())
+        tokens = (token for text in texts for token in tokenize.generate_tokens(io.StringIO(text).readline))
+        assert sum(token.type == tokenize.COMMENT for token in tokens) >= 50 * lines / 1000, package
+
+
 def test_functions_are_short_lists_of_named_steps():
     """At most 40 lines of code each."""
     for path in FILES:

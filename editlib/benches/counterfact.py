@@ -178,7 +178,7 @@ def bench_counterfact(
             **({"left_out": {name: list(rows) for name, rows in left_out.items()}} if left_out else {}),
         },
     )
-    run = _Run(bench, usable, out / "cells.jsonl", sorted(counts), text, seed)
+    run = _CounterFactRun(bench, usable, out / "cells.jsonl", sorted(counts), text, seed)
     for hparams in settings:
         stats: dict[int, LayerStats] = {}
         if hparams.uses_statistics:
@@ -199,7 +199,7 @@ def _asked_of(bench: Workbench, facts: Sequence[EditRequest], settings: Sequence
     }
 
 
-class _Run:
+class _CounterFactRun:
     """Measures the cells of one job, kept as they are done."""
 
     def __init__(

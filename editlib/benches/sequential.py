@@ -103,7 +103,7 @@ def bench_sequential(
     for name in ("forget", "anchors", "watch"):
         write_requests(out / f"{name}.jsonl", getattr(parts, name))
     counts = sorted({round(len(parts.forget) * (i + 1) / points) for i in range(points)} - {0})
-    run = _Run(base, before, parts, out, counts, text_windows(base.tok, documents), seed)
+    run = _SequentialRun(base, before, parts, out, counts, text_windows(base.tok, documents), seed)
     for hparams in settings:
         for size in sizes:
             run.follow(load, hparams, size)
@@ -126,7 +126,7 @@ def _mixed(parts: FactSplit, seed: int) -> FactSplit:
     return replace(parts, forget=[parts.forget[i] for i in order])
 
 
-class _Run:
+class _SequentialRun:
     """Measures the points of one job, kept as they are done."""
 
     def __init__(

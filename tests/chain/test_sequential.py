@@ -85,7 +85,7 @@ def test_derived_settings_are_fitted_to_the_loaded_model(run, loaded, tmp_path, 
     monkeypatch.setattr("editlib.workbench.causal_trace", lambda *_: SimpleNamespace(read_at=2))
     fitted = derive("MEMIT", shape, read_at=2)
     followed = []
-    monkeypatch.setattr(module._Run, "follow", lambda self, load, hparams, size: followed.append(hparams))
+    monkeypatch.setattr(module._SequentialRun, "follow", lambda self, load, hparams, size: followed.append(hparams))
     run(settings=[derive("MEMIT", shape), SETTINGS[1]], sizes=[5])
     assert followed == [fitted, SETTINGS[1]]
     assert derive("MEMIT", shape).layers != fitted.layers
