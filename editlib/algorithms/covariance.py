@@ -66,8 +66,8 @@ def covariance_of(stats: LayerStats, *, device: torch.device | None = None) -> C
     """Factors stored statistics on `device` and keeps the factor beside their file; it is returned on the CPU."""
 
     def compute(moment: Tensor) -> dict[str, Tensor]:
-        made = covariance(moment, stats.header.module if stats.header else str(stats.path or "the layer"))
-        return {"factor": made.factor, "jitter": torch.tensor(made.jitter, dtype=torch.float64)}
+        factored = covariance(moment, stats.header.module if stats.header else str(stats.path or "the layer"))
+        return {"factor": factored.factor, "jitter": torch.tensor(factored.jitter, dtype=torch.float64)}
 
-    kept = kept_beside(stats, "cholesky", compute, device)
-    return Covariance(kept["factor"], float(kept["jitter"]))
+    stored = kept_beside(stats, "cholesky", compute, device)
+    return Covariance(stored["factor"], float(stored["jitter"]))

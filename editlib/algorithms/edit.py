@@ -203,8 +203,8 @@ def _averaging(counts: Sequence[int], weights: Sequence[Sequence[float]] | None)
 
 def layer_norms(deltas: Mapping[int, LowRank], originals: Mapping[int, Tensor]) -> dict[int, dict[str, float]]:
     """Returns, per layer, the norm of the update, of the weight before, and their ratio."""
-    found = {}
+    norms = {}
     for layer, delta in deltas.items():
         before = float(originals[layer].float().norm())
-        found[layer] = {"update": delta.norm(), "weight": before, "ratio": delta.norm() / before}
-    return found
+        norms[layer] = {"update": delta.norm(), "weight": before, "ratio": delta.norm() / before}
+    return norms

@@ -67,6 +67,10 @@ class KeyStream:
     def _run(
         self, batch: TokenBatch, hidden: Tensor | None, stop: int, prefix: Prefix | None = None, **kwargs: Any
     ) -> Tensor:
+        """Runs a batch from the entry of the stream's layer to that of `stop`; returns the states there.
+
+        `prefix` has one row, which is repeated for each row of the batch; `kwargs` go to `forward`.
+        """
         if prefix is not None:
             prefix = prefix.select(torch.zeros(len(batch.input_ids), dtype=torch.long, device=batch.input_ids.device))
         with no_param_grad(self.anat.model), torch.no_grad():
@@ -84,8 +88,8 @@ class KeyStream:
 
     def keys(self) -> Tensor:
         """Returns the keys of the next layer at the lookup positions, `[d_ff, n]` in the order of the rows."""
-        found = [_at(keys, batch) for _, batch, keys in self.every()]
-        return torch.cat(found)[self._places()].T
+        collected = [_at(keys, batch) for _, batch, keys in self.every()]
+        return torch.cat(collected)[self._places()].T
 
     def every(self) -> Iterator[tuple[list[int], TokenBatch, Tensor]]:
         """Yields the keys of the next layer at all positions of some rows: numbers of the rows, the rows, and
@@ -102,7 +106,7 @@ class KeyStream:
 
     def inputs(self, module: nn.Module) -> Tensor:
         """Returns what `module` of the next layer reads at the lookup positions, `[d, n]`."""
-        found = []
+        collected = []
         prefix = self._prefix()
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
@@ -113,17 +117,17 @@ class KeyStream:
             with record_inputs({0: module}, take):
                 self._run(batch, hidden, self.layer + 1, prefix)
             # Some models flatten rows and columns for their MLP: [n * T, d] -> [n, T, d].
-            found.append(_at(seen[-1].reshape(*batch.input_ids.shape, -1), batch))
-        return torch.cat(found)[self._places()].T
+            collected.append(_at(seen[-1].reshape(*batch.input_ids.shape, -1), batch))
+        return torch.cat(collected)[self._places()].T
 
     def states(self, layer: int) -> Tensor:
         """Returns the states that leave `layer` at the lookup positions, `[d_model, n]`, through the weights now."""
-        found = []
+        collected = []
         prefix = self._prefix()
         for batch, hidden in zip(self._batches, self._hidden, strict=True):
             out = self._run(batch, hidden, layer + 1, prefix)  # [n, T, d_model]
-            found.append(_at(out, batch))
-        return torch.cat(found)[self._places()].T
+            collected.append(_at(out, batch))
+        return torch.cat(collected)[self._places()].T
 
     def _places(self) -> Tensor:
         """Returns where each row is among the batches' rows, `[n]`: the inverse of `_order`."""
@@ -141,8 +145,8 @@ def _at(values: Tensor, batch: TokenBatch) -> Tensor:
 def compute_ks(anat: Anatomy, rows: Sequence[TokenRow], layers: Sequence[int]) -> dict[int, Tensor]:
     """Reads the key of every row at its lookup position, `{layer: [d_ff, n]}` (MEMIT, 2210.07229, eq. 19)."""
     stream = KeyStream(anat, rows, min(layers))
-    found = {}
+    collected = {}
     for layer in sorted(layers):  # a stream only goes up
         stream.advance(layer)
-        found[layer] = stream.keys()
-    return found
+        collected[layer] = stream.keys()
+    return collected

@@ -120,7 +120,7 @@ def find_left_metric(
     asked = list(by_subject.values())[:: -(-len(by_subject) // SUBJECTS) or 1]
     with no_param_grad(anat.model):
         rows = subject_prompts(anat, form, asked, prompts=len(SUBJECT_PROMPTS), answer_tokens=ANSWER_TOKENS)
-        moment = output_moment(anat, [row for own in rows for row in own], layers[-1])
+        moment = output_moment(anat, [row for prompts in rows for row in prompts], layers[-1])
     if not bool(moment.any()):
         raise HparamsError(
             f'key "left_weight": {weight}; the metric is read from questions about the subjects, and no request has a '

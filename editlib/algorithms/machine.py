@@ -168,8 +168,8 @@ def _head_curves(d_model: int, dtype: torch.dtype, device: torch.device) -> dict
         states = torch.randn(positions, d_model, dtype=dtype, device=device, requires_grad=grad)
 
         def run() -> object:
-            found = (states @ weight.T).float().log_softmax(1)
-            return torch.autograd.grad(found[:, 0].sum(), states) if grad else found
+            log_probs = (states @ weight.T).float().log_softmax(1)
+            return torch.autograd.grad(log_probs[:, 0].sum(), states) if grad else log_probs
 
         return run if grad else without_grad(run)
 

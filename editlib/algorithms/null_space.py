@@ -73,12 +73,12 @@ def null_space_of(
     """Finds the null space of stored statistics on `device`, kept beside their file; its basis is on the CPU."""
 
     def compute(moment: Tensor) -> dict[str, Tensor]:
-        made = null_space(moment, threshold, rule)
-        return {"basis": made.basis, "kept": torch.tensor([made.spans_kept, made.dim])}
+        space = null_space(moment, threshold, rule)
+        return {"basis": space.basis, "kept": torch.tensor([space.spans_kept, space.dim])}
 
-    found = kept_beside(stats, f"null_space_{rule}_{threshold!r}", compute, device)
-    spans_kept, dim = found["kept"].tolist()
-    return NullSpace(found["basis"], bool(spans_kept), dim)
+    stored = kept_beside(stats, f"null_space_{rule}_{threshold!r}", compute, device)
+    spans_kept, dim = stored["kept"].tolist()
+    return NullSpace(stored["basis"], bool(spans_kept), dim)
 
 
 def null_spaces(

@@ -337,7 +337,7 @@ def _suffixes(
 def _fit_together(rows: Sequence[TokenRow], others: Sequence[TokenRow], few_tokens: int) -> bool:
     """Returns whether one pass over the suffixes of both is cheaper than one over each, which reads the weights
     again."""
-    width, other = (max(len(row) - row.lookup for row in some) for some in (rows, others))
+    width, other = (max(len(row) - row.lookup for row in group) for group in (rows, others))
     together = (len(rows) + len(others)) * max(width, other)  # tokens with padding
     return together <= max(few_tokens, PADDING * (len(rows) * width + len(others) * other))
 

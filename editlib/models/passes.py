@@ -94,9 +94,9 @@ def run(
     else:
         cache = past
     # 2. Padding inside a row is moved to its end, where nothing that counts columns meets it.
-    here = mask[:, -ids.shape[1] :]  # [n, front + T], without the columns of a cache
+    present = mask[:, -ids.shape[1] :]  # [n, front + T], without the columns of a cache
     # A new cache keeps its padding on the left, so that the next tokens directly follow the present ones.
-    columns = _Columns(here, front, close=cache is None or mask.shape[1] > here.shape[1])
+    columns = _Columns(present, front, close=cache is None or mask.shape[1] > present.shape[1])
     arguments = _arguments(anat, ids, mask, cache, columns)
     lengths = [layer[0].shape[2] for layer in cache] if columns.order is not None and cache is not None else []
     stopped: list[Tensor] = []

@@ -125,15 +125,17 @@ def rows_in_place(anat: Anatomy, tokens: Sequence[int], rows_in: Tensor, rows_ou
     def embed(ids: Tensor, output: Tensor) -> Tensor:
         match = ids[..., None] == numbers  # [..., k]
         # One row for each position; those of other tokens get the first, which is then not taken.
-        own = rows_in.to(output.dtype)[match.to(torch.uint8).argmax(-1)]
-        own = own if scale is None else own * torch.as_tensor(scale, dtype=output.dtype, device=output.device)
-        return torch.where(match.any(-1, keepdim=True), own, output)
+        new_rows = rows_in.to(output.dtype)[match.to(torch.uint8).argmax(-1)]
+        if scale is not None:
+            new_rows = new_rows * torch.as_tensor(scale, dtype=output.dtype, device=output.device)
+        return torch.where(match.any(-1, keepdim=True), new_rows, output)
 
     def logits(hidden: Tensor, output: Tensor) -> Tensor:
-        own = hidden @ rows_out.to(hidden.dtype).T  # [..., k]
+        new_logits = hidden @ rows_out.to(hidden.dtype).T  # [..., k]
         bias = getattr(anat.head, "bias", None)
-        own = own if bias is None else own + bias[numbers]
-        return output.index_copy(-1, numbers, own)
+        if bias is not None:
+            new_logits = new_logits + bias[numbers]
+        return output.index_copy(-1, numbers, new_logits)
 
     with ExitStack() as stack:
         stack.enter_context(edit_output(anat.embedding, embed))

@@ -56,8 +56,8 @@ class Guard:
         apart = F.softplus(others + floor).sum() / breaking
         if not bool(self.starts.any()):
             return apart
-        here = gaps[self.starts]
-        return F.smooth_l1_loss(here, torch.full_like(here, -reach), beta=BETA) + apart
+        start_gaps = gaps[self.starts]
+        return F.smooth_l1_loss(start_gaps, torch.full_like(start_gaps, -reach), beta=BETA) + apart
 
     def bound(self, row: Tensor, reach: float, floor: float) -> tuple[Tensor, Tensor]:
         """Returns the gradient `[d_model]` and the curvature `[d_model, d_model]` of a quadratic that touches `penalty`
@@ -71,10 +71,11 @@ class Guard:
         others = ~self.starts
         breaking = ((gaps > -floor) & others).sum().clamp_min(20)
         over, off = gaps + floor, gaps + reach  # nats above the floor, and from the reach
-        here = 1.0 / self.starts.sum().clamp_min(1)
-        slope = torch.where(self.starts, (off / BETA).clamp(-1, 1) * here, over.sigmoid() / breaking)  # [m]
+        per_start = 1.0 / self.starts.sum().clamp_min(1)
+        slope = torch.where(self.starts, (off / BETA).clamp(-1, 1) * per_start, over.sigmoid() / breaking)  # [m]
         size = over.abs().clamp_min(1e-3)
-        bend = torch.where(self.starts, here / off.abs().clamp_min(BETA), (size / 2).tanh() / (2 * size) / breaking)
+        of_starts, of_others = per_start / off.abs().clamp_min(BETA), (size / 2).tanh() / (2 * size) / breaking
+        bend = torch.where(self.starts, of_starts, of_others)  # [m]
         return self.states.T @ slope, (self.states.T * bend) @ self.states
 
     def summary(self, row: Tensor) -> dict[str, float]:
@@ -98,12 +99,12 @@ def answer_guard(anat: Anatomy, rows: Sequence[TokenRow], token_id: int, *, answ
     `token_id` is left out of the log-sums.
     """
     answers = greedy(anat, rows, max_new_tokens=answer_tokens)
-    found: list[Guard] = []
+    guards: list[Guard] = []
     # By length, so that a batch is padded little.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]) + len(answers[i]))
     device = anat.device
-    for at in range(0, len(order), ANSWER_ROWS):
-        chunk = order[at : at + ANSWER_ROWS]
+    for begin in range(0, len(order), ANSWER_ROWS):
+        chunk = order[begin : begin + ANSWER_ROWS]
         with no_param_grad(anat.model), torch.no_grad():
             prefix, rests = shared_prefix(anat, [rows[i] for i in chunk])
             batch = pad([rest.followed_by(answers[i]) for rest, i in zip(rests, chunk, strict=True)], device=device)
@@ -112,8 +113,8 @@ def answer_guard(anat: Anatomy, rows: Sequence[TokenRow], token_id: int, *, answ
             )
             states, log_sums = ordinary_states(anat, batch, token_id, (positions[:, 0], positions[:, 1]), prefix=prefix)
         starts = torch.tensor([j == 0 for i in chunk for j in range(len(answers[i]) + 1)], device=device)
-        found.append(Guard(states, log_sums, starts))
-    return Guard.joined(found)
+        guards.append(Guard(states, log_sums, starts))
+    return Guard.joined(guards)
 
 
 def ordinary_states(
