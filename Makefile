@@ -7,7 +7,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 
 
 # Packages whose tests need no model or a tiny one only: together with ruff and mypy under a minute on two cores.
 QUICK := tests/requests tests/hparams tests/evaluation tests/algorithms/test_closed_form.py \
-	tests/algorithms/test_low_rank.py tests/algorithms/test_null_space.py tests/test_architecture.py tests/docs
+	tests/algorithms/test_low_rank.py tests/algorithms/test_null_space.py tests/test_architecture.py tests/test_settings.py \
+	tests/docs
 
 .PHONY: demo check static types quick test suite bench lint docs clean
 
