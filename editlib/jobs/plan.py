@@ -11,6 +11,7 @@ import torch
 from editlib import data
 from editlib.algorithms import costs
 from editlib.algorithms.machine import Machine, measure
+from editlib.algorithms.unierase.anchors import GENERAL_STEP
 from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.algorithms.work import Rate, Step
 from editlib.errors import ModelError
@@ -28,7 +29,6 @@ from editlib.models.size import ModelSize, config_of, model_size
 from editlib.stats.store import model_slug
 
 STATS_TOKENS, STATS_TOKENS_UNLEARN = 100_000, 20_000
-GENERAL_STEP = 4  # every fourth bundled question is answered before refusal tokens are fitted
 MIB = 1024 * 1024
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from editlib import data
 from editlib.algorithms.contexts import about
 from editlib.answers import has_answer
 from editlib.models.anatomy import Anatomy
@@ -15,6 +16,7 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
 ANSWER_TOKENS = 24  # of an answer, at most, that are held in place
+GENERAL_STEP = 4  # every fourth bundled question about anything is asked
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ def choose_anchors(
         key=lambda entry: entry[:2],  # by turn, then by kind
     )
     return [prompt for _, _, prompt in turns[:most]]
+
+
+def general_questions(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Makes prompts of bundled questions about anything; none that names a subject of `requests`."""
+    subjects = [request.subject for request in requests if request.subject is not None]
+    questions = data.questions("train")[::GENERAL_STEP]
+    apart = [text for text in questions if not any(subject in text for subject in subjects)]
+    return [EditRequest(id=text, prompt=text) for text in apart]
 
 
 def encode_anchors(
