@@ -56,7 +56,9 @@ class PromptSettings:
             )
         if self.date is not None:
             try:
-                date.fromisoformat(self.date)
+                # One way to write a day: newer Pythons read others, and records would differ by them.
+                if date.fromisoformat(self.date).isoformat() != self.date:
+                    raise ValueError
             except ValueError:
                 raise RequestError(f"prompts: date {quote(self.date)}; expected a day such as 2026-01-31") from None
 

@@ -114,6 +114,8 @@ def test_settings_are_read_as_they_were_written(options):
         (["system"], "has no value; expected NAME=VALUE"),
         (["date=2026-01-01", "date=2026-01-02"], "is given twice"),
         (["date=yesterday"], "expected a day such as 2026-01-31"),
+        (["date=20260131"], "expected a day such as 2026-01-31"),
+        (["date=2026-W05-6"], "expected a day such as 2026-01-31"),
         (["tags=Question:"], "in the place of the question"),
         (["tags={}", "system=Be brief."], "exclude"),
         (["chat=perhaps"], "expected true or false"),
