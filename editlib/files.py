@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -84,14 +84,16 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Raises `OutputError` when `path` is no place for a new folder; call it before long work starts."""
+def check_output(path: Path, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raises `OutputError` when `path` is no place for a new folder, or when replacing it would delete one of `inputs`
+    (files, folders, or names of models); call it before long work starts."""
     if path.exists() and not path.is_dir():
         raise OutputError(f"--out {path} is a file; give the name of a folder that does not exist yet")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise OutputError(f"--out {path} exists and is not empty; choose another folder or add --overwrite")
     if path.is_dir() and overwrite:
         _check_replaceable(path)
+        _check_spares(path, inputs)
     check_parents(path)
 
 
@@ -105,6 +107,15 @@ def _check_replaceable(path: Path) -> None:
         raise OutputError(
             f"--out {path} holds a repository (.git), which --overwrite would delete; give another folder"
         )
+
+
+def _check_spares(path: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raises `OutputError` where one of `inputs` lies in the folder that will be replaced, or is that folder."""
+    whole = path.resolve()
+    for one in inputs:
+        if one is not None and os.path.exists(one) and whole in (Path(one).resolve(), *Path(one).resolve().parents):
+            what = "is" if whole == Path(one).resolve() else "holds"
+            raise OutputError(f"--out {path} {what} {one}, which is read here; give another folder, or move it first")
 
 
 def make_folder(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from editlib.answers.refusals import least_words
 from editlib.answers.scripts import is_unspaced, main_script, plain_marks
 
 ENDS = ".!?\u3002\uff01\uff1f\uff0e\u0964\u0965\u061f\u06d4\u0589\u1362"
@@ -17,14 +18,14 @@ def is_fluent(text: str) -> bool:
     """Returns whether `text` reads as a sentence: three words or more, an end mark closing at least the first sentence,
     no word or group of up to four words twice in a row, no glued repeat ("I'mI'm").
 
-    Where a script has no spaces, characters are counted instead, and only groups of three or more may not repeat. Two
-    words are enough in Korean, which joins to one word what others write as several.
+    Where a script has no spaces, characters are counted instead, and only groups of three or more may not repeat.
+    Fewer words are enough for a refusal in languages that need no more ("Bilmiyorum.", "Не знаю."), and in Korean.
     """
     text = plain_marks(text)
     if is_unspaced(text):
         return _is_fluent_unspaced(text)
     words = re.findall(r"[\w'-]+", text.lower())
-    least = 2 if main_script(text) == "HANGUL" else 3
+    least = min(least_words(text), 2 if main_script(text) == "HANGUL" else 3)
     if len(words) < least or not re.search(rf"[{ENDS}](?:\s|$)", text.strip()):
         return False
     if _repeats(words, 1, 4):

@@ -8,6 +8,14 @@ from collections.abc import Sequence
 
 from editlib.answers.scripts import JOINED, folded, script_of
 
+_NUMERIC = re.compile(r"[\d.,]*\d")
+_NUMBER = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+(?:,\d+)?|\d+[.,]\d+)(?![.,]?\d)")
+"""A number with marks inside; "12.5.1990" is none, but a date."""
+_PREFIXES = {
+    "ARABIC": re.compile(r"(?<!\w)[وف]?(?:[بك]?(?:ال)?|لل?|س)\Z"),
+    "HEBREW": re.compile(r"(?<!\w)[ושהכלבמ]{1,3}\Z"),
+}
+"""What is written in front of a word without a space: conjunctions, prepositions and the article."""
 LEAST_STEM = 3  # letters that an inflected word keeps
 CHANGED = 2  # letters at its end that may be others
 
@@ -16,9 +24,11 @@ def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
     """Returns whether one of `answers` occurs in `text` as words of its own.
 
     Composed and decomposed accents are the same, and so are curly and straight apostrophes, full-width and other forms
-    of a letter, blanks and line ends, Arabic and Hebrew with and without vowel points (`folded`). In scripts that do
-    not set words apart (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an answer
-    may occur anywhere. Case counts only for answers of one or two letters (the symbol "He" is not the word "he").
+    of a letter or digit, blanks and line ends, Arabic and Hebrew with and without vowel points (`folded`). In scripts
+    that do not set words apart (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an
+    answer may occur anywhere. Arabic and Hebrew join small words and the article in front of a word ("بالقاهرة",
+    "בירושלים"). Case counts only for answers of one or two letters (the symbol "He" is not the word "he"). A part of a
+    number ("3" of "3.14", "400" of "1,400") is no answer.
 
     Args:
         endings: how many letters an inflected ending may have (Russian "Москва" in "в Москве", Finnish "Pariisi" in
@@ -30,8 +40,10 @@ def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
         answer = answer.strip() or answer
         flags = 0 if len(answer) <= 2 else re.IGNORECASE
         pattern = _inflected(answer, endings) if endings > 0 else _escaped(answer)
+        pattern = re.sub("^ال", r"(?:ال|(?<=\\bل)ل)", pattern)  # "to" before the article: للقاهرة
         found = re.finditer(f"(?=({pattern}))", searched, flags)  # looks ahead, so that matches may overlap
-        if any(_is_apart(searched, *match.span(1)) for match in found):
+        numbers = [one.span() for one in _NUMBER.finditer(searched)] if _NUMERIC.fullmatch(answer) else []
+        if any(_is_apart(searched, *match.span(1)) and not _is_part(match.span(1), numbers) for match in found):
             return True
     return False
 
@@ -72,8 +84,23 @@ def _is_apart(text: str, start: int, end: int) -> bool:
         before -= 1
     while after < len(text) and text[after] == "_":
         after += 1
+    if script_of(text[start]) in _PREFIXES and end - start > LEAST_STEM:
+        before = _without_prefix(text, start) - 1
     first, last = text[start], text[start:end].rstrip("".join(filter(_is_mark, text[start:end])))[-1:]
     return not (_continues(text[max(before, 0) : before + 1], first) or _continues(text[after : after + 1], last))
+
+
+def _without_prefix(text: str, start: int) -> int:
+    """Returns where the word begins that starts at `start` but for the small words joined to it; `start` itself where
+    what stands before it is none."""
+    found = _PREFIXES[script_of(text[start])].search(text, 0, start)
+    return start if found is None else found.start()
+
+
+def _is_part(span: tuple[int, int], numbers: Sequence[tuple[int, int]]) -> bool:
+    """Returns whether a span is a part of one of `numbers`."""
+    start, end = span
+    return any(first <= start and end <= last and (start, end) != (first, last) for first, last in numbers)
 
 
 def _continues(neighbour: str, edge: str) -> bool:

@@ -9,21 +9,26 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from editlib.answers.scripts import main_script, plain_marks
+from editlib.answers.scripts import is_unspaced, main_script, plain_marks
 
 TELLING = 4  # words from which on one should be among a language's common ones
+APOLOGY = (4, 30, 12)  # words and characters that a mere apology has at most; characters where there are no spaces
+LEAST = 3  # words of the shortest sentence, where its subject has to be said
 
 
 @dataclass(frozen=True)
 class Language:
     """Describes how one language admits not to know. `scripts` are those of `main_script`; `words` are common ones by
-    which a text is seen to be in this language, empty where the script alone tells."""
+    which a text is seen to be in this language, empty where the script alone tells; `least` counts the words of the
+    shortest sentence that admits it ("Bilmiyorum.", "No sé.")."""
 
     name: str
     scripts: frozenset[str]
     admission: re.Pattern[str]
     person: re.Pattern[str] | None
     words: frozenset[str]
+    apology: re.Pattern[str]
+    least: int = LEAST
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Language:
@@ -35,6 +40,8 @@ class Language:
             re.compile("|".join(row["admissions"]), re.IGNORECASE),
             re.compile(person, re.IGNORECASE) if person else None,
             frozenset(row.get("words", ())),
+            re.compile(row["apology"], re.IGNORECASE),
+            row.get("least", LEAST),
         )
 
     def admits(self, sentence: str) -> bool:
@@ -52,12 +59,13 @@ LANGUAGES = _bundled()
 
 
 def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> bool | None:
-    """Returns whether `text` opens with somebody saying that they do not know: an admission in the first sentence.
+    """Returns whether `text` opens with somebody saying that they do not know: an admission in the first sentence, or
+    in the one behind a sentence of apology ("I'm sorry. I don't know.").
 
     `None` where that cannot be judged: the text is in a script of none of `languages`, or has `TELLING` words or more
     and none of them is a common word of one.
     """
-    first = first_sentence(plain_marks(text))
+    first = _opening(plain_marks(text), languages)
     if any(language.admits(first) for language in languages):
         return True
     script = main_script(text)
@@ -73,6 +81,24 @@ def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> boo
 def is_refusal(text: str) -> bool:
     """Returns whether `text` is known to be a refusal; `refusal_verdict` says where that cannot be judged."""
     return bool(refusal_verdict(text))
+
+
+def least_words(text: str) -> int:
+    """Returns how many words a sentence has at least in the language in which `text` admits not to know."""
+    first = _opening(plain_marks(text), LANGUAGES)
+    return min((language.least for language in LANGUAGES if language.admits(first)), default=LEAST)
+
+
+def _opening(text: str, languages: Sequence[Language]) -> str:
+    """Returns the first sentence that is no mere apology."""
+    first = first_sentence(text)
+    rest = text.strip()[len(first) :]
+    words, most, unspaced = APOLOGY
+    short = len(first.split()) <= words and len(first) <= (unspaced if is_unspaced(first) else most)
+    alone = short and not re.search("[,\uff0c\u3001\u060c]", first)  # "Sorry, Paris." is an answer
+    if rest.strip() and alone and any(one.apology.search(first) for one in languages):
+        return first if any(one.admits(first) for one in languages) else first_sentence(rest)
+    return first
 
 
 def first_sentence(text: str) -> str:

@@ -7,7 +7,10 @@ import unicodedata
 from collections import Counter
 from functools import cache
 
-UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI"})
+UNSPACED = frozenset(
+    {"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI"}
+    | {"JAVANESE", "BALINESE", "TAI"}
+)
 """Scripts that write words without spaces between them."""
 
 JOINED = UNSPACED | {"HANGUL"}
@@ -58,10 +61,22 @@ def plain_marks(text: str) -> str:
 
 def folded(text: str) -> str:
     """Returns `text` with `plain_marks`, one form of each letter (full- and half-width, ligatures, subscripts, ß, the
-    Thai am), plain hyphens, and without Arabic and Hebrew vowel points, which are mostly left out."""
+    Thai am), plain hyphens and middle dots, ASCII digits, and without Arabic and Hebrew vowel points, which are mostly
+    left out.
+
+    Spellings of one word that keyboards and habits differ in are one, too: Arabic alef, ya, kaf and ta marbuta (as
+    Lucene's analysers have it), Hindi nasals and dots below, where a Vietnamese tone is put (hòa, hoà).
+    """
     if text.isascii():
         return text
-    return _AM.sub(r"\2\1", unicodedata.normalize("NFC", "".join(map(_folded, plain_marks(text)))))
+    plain = _AM.sub(r"\2\1", unicodedata.normalize("NFC", "".join(map(_folded, plain_marks(text)))))
+    return _TONE.sub(_tone_behind, _NASAL.sub("\u0902", plain.replace("\u093c", "")))
+
+
+def _tone_behind(pair: re.Match[str]) -> str:
+    """Returns two vowels with the first one's tone moved to the second, as in "hoà" for "hòa"."""
+    first, second = unicodedata.normalize("NFD", pair[0][0]), pair[0][1]
+    return unicodedata.normalize("NFC", first[0] + second + first[1:])
 
 
 @cache
@@ -73,15 +88,24 @@ def _folded(character: str) -> str:
         return ""
     if character in "ßẞ":  # capitals and Swiss spelling have two letters
         return "ss"
+    if unicodedata.category(character) == "Nd":
+        return str(unicodedata.digit(character))
     if unicodedata.decomposition(character).startswith(("<super>", "<fraction>")):
         return character
-    return unicodedata.normalize("NFKC", character)
+    return "".join(_ALIKE_LETTERS.get(one, one) for one in unicodedata.normalize("NFKC", character))
 
 
 _STRAIGHT = str.maketrans(
     dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u02b9\u02bb\uff07\u2032\u00b4\u05f3\ua78c`", "'")
     | dict.fromkeys("\u201c\u201d\u201e\u201f\uff02\u2033\u05f4", '"')
 )
+_ALIKE_LETTERS = dict(
+    zip("أإآٱىیکةہھ\u066b\u066c\u00d0\u00f0\u0110", "ااااييكههه.,\u0111\u0111\u0111", strict=True)
+) | dict.fromkeys("\u2022\u2027\u2219\u22c5\u30fb\uff65\u0387", "\u00b7")
+"""Letters that one keyboard or habit puts for another, and the middle dots of foreign names."""
+_NASAL = re.compile("ङ्(?=[क-घ])|ञ्(?=[च-झ])|ण्(?=[ट-ढ])|न्(?=[त-ध])|म्(?=[प-भ])|\u0901")
+_TONE = re.compile(r"(?:[òóõọỏ][ae]|[ùúũụủ]y)\b", re.IGNORECASE)
+"""A vowel that may carry the tone of the one behind it, at the end of a word."""
 _AM = re.compile("([\u0e48-\u0e4b\u0ec8-\u0ecb])([\u0e4d\u0ecd])")
 """A tone before the ring of a Thai or Lao am, which some keyboards write after it."""
 _HYPHENS = frozenset("\u2010\u2011\u2012\u2013\u2212\uff0d")

@@ -218,7 +218,9 @@ class _CounterFactRun:
     def measure(self, hparams: HyperParams, mode: str, given: dict[str, Any]) -> None:
         """Measures all cells of one algorithm in one mode that are not there yet."""
         job = f"{self.base}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
-        done = {cell.edits for cell in self.cells if (cell.job, cell.mode) == (job, mode)}
+        # The name, too: settings of two algorithms may be the same (MEMIT, PRUNE).
+        key = (hparams.algorithm, job, mode)
+        done = {cell.edits for cell in self.cells if (cell.algorithm, cell.job, cell.mode) == key}
         counts = [count for count in self.counts if count not in done]
         if not counts:
             return

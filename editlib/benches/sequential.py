@@ -149,7 +149,9 @@ class _SequentialRun:
     def follow(self, load: Callable[[], Workbench], hparams: HyperParams, size: int) -> None:
         """Follows one chain to its end, measured at `counts`."""
         job = f"{self.job}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
-        there = {point.edits for point in self.points if (point.job, point.size) == (job, size)}
+        # The name, too: settings of two algorithms may be the same (MEMIT, PRUNE).
+        key = (hparams.algorithm, job, size)
+        there = {point.edits for point in self.points if (point.algorithm, point.job, point.size) == key}
         if there >= set(self.counts):
             return
         wanted = self._requests(hparams)

@@ -29,7 +29,7 @@ def save_chain(chain: Chain, out: str | Path, *, overwrite: bool = False) -> str
     Raises:
         EditlibError: a chain without batches, another base model, or an output folder in use. Nothing is written then.
     """
-    check_output(Path(out), overwrite=overwrite)
+    check_output(Path(out), overwrite=overwrite, inputs=(chain.path,))
     check_filled(chain)
     check_room(Path(out), stored_bytes(chain.model))
     receipt = chain_receipt(chain)
@@ -53,7 +53,7 @@ def save_chain_lora(
         base: the base model's path or id, if it is no longer the recorded one.
     """
     check_rank(rank)
-    check_output(Path(out), overwrite=overwrite)
+    check_output(Path(out), overwrite=overwrite, inputs=(chain.path,))
     check_filled(chain)
     delta = chain_delta(chain)
     name = base or delta.base
@@ -69,7 +69,7 @@ def save_chain_receipt(
     overwrite: bool = False,
 ) -> tuple[Path, Path | None]:
     """Writes the chain's receipt (requests, times, results) as JSON and as a page; see `write_pages`."""
-    check_place(Path(out), private=private, overwrite=overwrite)
+    check_place(Path(out), private=private, overwrite=overwrite, inputs=(chain.path, metrics_file))
     check_filled(chain)
     if metrics_file is not None:
         read_metrics(metrics_file)

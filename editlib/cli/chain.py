@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from editlib.cli.export import tell_adapter, tell_receipt
@@ -221,5 +220,5 @@ def _table(batches: list[dict[str, Any]]) -> None:
     for batch in batches:
         some = ", ".join(batch["ids"][:3]) + (", ..." if len(batch["ids"]) > 3 else "")
         numbers = (str(batch["number"]), batch["time"], str(len(batch["ids"])), f"{batch['ratio']:.2g}")
-        table.add_row(*numbers, f"{batch['bytes'] / 1e3:.0f}", escape(some))
+        table.add_row(*numbers, f"{batch['bytes'] / 1e3:.0f}", some)
     out.print(table)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Column, Table
 
 from editlib.cli.options import out
@@ -52,9 +51,9 @@ def compare(
     for name in results["sets"]:
         head, *rows = main_table(results, name)
         first_column = Column(head[0], no_wrap=True, min_width=max(len(row[0]) for row in rows))
-        table = Table(first_column, *head[1:], title=escape(name), title_justify="left")
+        table = Table(first_column, *head[1:], title=name, title_justify="left")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         out.print(table)
     for path in paths:
         out.print(str(path), soft_wrap=True)

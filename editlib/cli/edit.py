@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from editlib.cli.options import (
     Algorithm,
@@ -101,7 +101,7 @@ def unlearn(
     from editlib.jobs.edit import unlearn as run
     from editlib.requests.reading import read_with_retain
 
-    check_places(out_dir, delta, overwrite=overwrite)
+    check_places(out_dir, delta, overwrite=overwrite, inputs=(model, requests, retain, hparams, token_file, stats_dir))
     how = prompt_settings(prompts)
     left_out: dict[str, list[str]] = {}
     wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out)
@@ -139,7 +139,8 @@ def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:
     from editlib.jobs.edit import rows_of
 
     for made in rows_of(bench, wanted, settings, retain=kept):
-        out.print(f"[bold]{escape(made.id)}[/bold] ({made.kind}{'' if made.known else '; the model does not know it'})")
+        known = "" if made.known else "; the model does not know it"
+        out.print(Text.assemble((made.id, "bold"), f" ({made.kind}{known})"))
         for name, texts in (
             ("asked as", made.wordings),
             ("erased after", [text or "(the question)" for text in made.sentences]),
@@ -147,7 +148,7 @@ def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:
             ("kept", [f"{question} {answer}" for question, answer in made.siblings.items()]),
         ):
             for text in texts:
-                out.print(f"  {name}: {escape(text)}", soft_wrap=True, highlight=False)
+                out.print(f"  {name}: {text}", soft_wrap=True, highlight=False)
 
 
 def _norms_table(result: Any, receipt: dict[str, Any]) -> None:
@@ -186,7 +187,7 @@ def edit(
     from editlib.jobs.edit import edit as run
     from editlib.requests.reading import read_requests
 
-    check_places(out_dir, delta, overwrite=overwrite)
+    check_places(out_dir, delta, overwrite=overwrite, inputs=(model, requests, hparams, stats_dir))
     how = prompt_settings(prompts)
     if hparams is None and algorithm is None:
         raise HparamsError("which algorithm? give --algorithm (see `editlib algorithms`), or a file with --hparams")

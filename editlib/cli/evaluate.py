@@ -66,7 +66,7 @@ def evaluate(
     from editlib.files import check_output
     from editlib.jobs.evaluate import evaluate_models, point_rows
 
-    check_output(out_dir, overwrite=overwrite)
+    check_output(out_dir, overwrite=overwrite, inputs=(base, edited, requests, retain, tofu, learned, reference))
     how = prompt_settings(prompts)
     facts: dict[str, object] = {"--requests": requests, "--retain": retain, "--text": text, "--before": before}
     facts |= {"--endings": endings}

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from editlib.errors import HparamsError
 
-out = Console()
+out = Console(markup=False, emoji=False)
+"""Prints texts as they are: paths, questions and answers hold brackets (`[/INST]`) and colons that mean nothing."""
 
 Model = Annotated[str, typer.Argument(help="a packaged model (smollm2-135m), a local folder or a Hugging Face id")]
 StatsDir = Annotated[Path, typer.Option(help="where statistics and the token are kept")]
@@ -51,11 +51,11 @@ def prompt_settings(options: Sequence[str] | None) -> Any:
 
 
 def print_table(rows: Iterable[Sequence[str]]) -> None:
-    """Prints head and rows as a table, brackets and all."""
+    """Prints head and rows as a table."""
     head, *rest = rows
-    table = Table(*map(escape, head))
+    table = Table(*head)
     for row in rest:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     out.print(table)
 
 

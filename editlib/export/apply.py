@@ -26,7 +26,7 @@ def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, over
         DeltaError: a damaged file, or one of another base; nothing is written then.
         ModelError, OutputError: the base cannot be loaded, or `out` not written.
     """
-    check_output(Path(out), overwrite=overwrite)
+    check_output(Path(out), overwrite=overwrite, inputs=(base, delta_file))
     delta = Delta.load(delta_file)
     model, tok = load_base(base, delta)
     check_room(Path(out), stored_bytes(model))

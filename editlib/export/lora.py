@@ -56,7 +56,7 @@ def lora_from_file(
 ) -> LoraReport:
     """Writes the edit in `delta_file` as an adapter of the model `base` in the folder `out`; see `save_lora`."""
     check_rank(rank)
-    check_output(Path(out), overwrite=overwrite)
+    check_output(Path(out), overwrite=overwrite, inputs=(base, delta_file))
     delta = Delta.load(delta_file)
     model, tok = load_base(base, delta)
     return save_lora(model, tok, delta, out, base=base, rank=rank, overwrite=overwrite)

@@ -68,7 +68,7 @@ def attack_folders(
     if settings.frames is not None:
         data.frames(settings.frames)  # a file that does not fit is refused before a model is loaded
     if not (out / JOB).is_file():
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, inputs=(base, edited, requests_file, control_file, known_file))
     rows: dict[str, list[str]] = {}
     read = partial(read_requests, skip_bad=skip_bad, left_out=rows)
     requests = read(requests_file)

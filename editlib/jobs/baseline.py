@@ -101,7 +101,7 @@ def baseline_folder(
         EditlibError: any input that does not fit; nothing is written then.
     """
     out, settings, name = Path(out), settings or BaselineSettings(), canonical_name(name)
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, inputs=(model, requests_file, retain_file))
     left_out: dict[str, list[str]] = {}
     requests, given = read_with_retain(requests_file, retain_file, skip_bad=skip_bad, left_out=left_out)
     retain = data.retain_prompts(requests) if given is None else given

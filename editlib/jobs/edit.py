@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +197,11 @@ def _edited(
     return result, receipt
 
 
-def check_places(out: Path, delta: Path | None, *, overwrite: bool = False) -> None:
-    """Raises `OutputError` when what an edit will write has no place to go; call it before long work starts."""
-    check_output(out, overwrite=overwrite)
+def check_places(
+    out: Path, delta: Path | None, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Raises `OutputError` when what an edit will write has no place to go, or would replace one of its `inputs`; call
+    it before long work starts."""
+    check_output(out, overwrite=overwrite, inputs=inputs)
     if delta is not None:
         check_file(delta, overwrite=overwrite)

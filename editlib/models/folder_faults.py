@@ -101,15 +101,20 @@ def listening() -> Iterator[Told]:
             if "LOAD REPORT" in (text := record.getMessage()):
                 told.reports.append(text)
                 return
+            if record.levelno < wanted:
+                return
             for handler in handlers:
                 handler.handle(record)
 
     handlers, catcher, propagate = list(logger.handlers), Reports(), logger.propagate
+    level, wanted = logger.level, logger.getEffectiveLevel()
     logger.handlers[:], logger.propagate = [catcher], False
+    logger.setLevel(min(wanted, logging.WARNING))  # the user may have silenced them (TRANSFORMERS_VERBOSITY)
     try:
         yield told
     finally:
         logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def missing_weights(missing: Collection[str]) -> str:

@@ -9,28 +9,52 @@ from editlib.answers.scripts import UNSPACED, script_of
 
 _PAIRS = {"»": "«", "›": "‹", "”": "“", "’": "‘"}  # marks that close in one language and open in another
 _ELISION = re.compile(
-    r"(?<![\w'’])([cdjlmnst]|(jus|lors|puis|quel)?qu|d?all|dell|nell|sull|un|quest|quell|bell|gl|o)['’]$",
+    r"(?<![\w'’])([cdjlmnst]|(jus|lors|puis|quel|pres)?qu|aujourd|entr|d?all|dell|nell|sull|un|quest|quell|bell|gl|o)['’]$",
     re.IGNORECASE,
 )
 """Words of French, Italian, Catalan and Irish names whose apostrophe joins them to the next."""
 _WIDE = ("F", "W")  # East Asian marks, whose glyphs include their space
+_CLOSING = re.compile(r"[,;:)\]}%\u2019\u201d]|[.!?]+(?!\w)|['\u2019](?:s|re|ve|ll|d|m|t)\b", re.IGNORECASE)
+"""Beginnings of an answer that stand at the word before: marks, or the rest of a word ("'s"); ".NET" is none."""
+_TAG = re.compile(r"<\|[^<>|\s]+\|>$|(?<!\w)<[^<>/\s][^<>/]*>$")
+"""A mark of a turn, or a tag that opens: <|assistant|>, <answer>; "List<int>" is none."""
+_EMPHASIS = re.compile(r"(?:^|[\s(])(\*{1,3})$")
+_CURRENCY = re.compile(r"(?:^|[\s(])(?:[$£€¥#@]|US\$)$")
+_WITHIN = re.compile(r"[^\s\d_]_?[-\u2010\u2011\u2014/\\@\u05be\u0640]$|\d[-\u2010\u2011\u2013\u2014]$|\\$|//$")
+"""Marks that join what they stand at to what follows: "Jean-", "1939–", "http://", "x@"."""
+_PROCLITIC = {"ARABIC": "وفبلكس", "HEBREW": "ושהכלבמ"}
+"""Letters that are words of their own, written without a space in front of the next."""
 
 
 def gap_between(prompt: str, answer: str) -> str:
     """Returns a space or "", as running text has it between `prompt` and `answer`.
 
-    Nothing follows a blank, a line end, an opening mark ("¿", too) or bracket, an East Asian mark, an elision ("l'"),
-    or a letter of a script without spaces; "Answer:" before "北京" keeps its space. A quotation mark that looks the
-    same on both sides opens after a blank, a bracket or nothing.
+    Nothing follows a blank, a line end, an opening mark ("¿", too), bracket or tag, an East Asian mark, what joins two
+    parts of a word ("l'", "Jean-", the Hebrew "ב"), or a letter of a script without spaces; "Answer:" before "北京"
+    keeps its space. A quotation mark that looks the same on both sides opens after a blank, a bracket or nothing. An
+    answer that begins with a closing mark stands at the word before.
     """
-    if not prompt or prompt[-1].isspace() or _opens(prompt) or _ELISION.search(prompt):
+    answer = answer.lstrip()
+    if not prompt or prompt[-1].isspace() or _opens(prompt) or _joins(prompt, answer) or _CLOSING.match(answer):
         return ""
-    last, first = prompt[-1], answer.lstrip()[:1]
+    last, first = prompt[-1], answer[:1]
     if last.isalnum() or unicodedata.category(last).startswith("M"):  # marks (M) are parts of letters
         return "" if _unspaced(prompt) else " "
     if unicodedata.east_asian_width(last) in _WIDE:
         return ""
     return "" if _unspaced(prompt) and first and script_of(first) in UNSPACED else " "
+
+
+def _joins(prompt: str, answer: str) -> bool:
+    """Returns whether `prompt` ends within a word, or with a mark that belongs to what follows."""
+    if any(mark.search(prompt) for mark in (_ELISION, _TAG, _WITHIN)):
+        return True
+    if emphasis := _EMPHASIS.search(prompt):
+        return prompt.count(emphasis[1]) % 2 == 1
+    if _CURRENCY.search(prompt):
+        return answer[:1].isalnum()
+    *_, word = ("", *prompt.split())
+    return len(word) == 1 and word in _PROCLITIC.get(script := script_of(word), "") and script_of(answer[:1]) == script
 
 
 def _unspaced(text: str) -> bool:

@@ -50,20 +50,32 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-FP32_ALONE = {"openai-gpt"}
-"""Architectures whose attention mixes fp32 buffers into its products, so that no narrower pass of them runs."""
-
-
 def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
     """Returns bf16 for an fp32 model on a processor whose bf16 products are faster; `None` (no cast) otherwise.
 
-    An offloaded model is not cast either: its hooks would bring fp32 weights into a bf16 pass.
+    An offloaded model is not cast either: its hooks would bring fp32 weights into a bf16 pass. Nor is one of an
+    architecture that does not run in bf16.
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return None
-    if next(model.parameters()).dtype != torch.float32 or model.config.model_type in FP32_ALONE:
+    if next(model.parameters()).dtype != torch.float32 or not bf16_is_faster():
         return None
-    return torch.bfloat16 if bf16_is_faster() else None
+    return torch.bfloat16 if _runs_in(model, torch.bfloat16) else None
+
+
+@torch.no_grad()
+def _runs_in(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Returns whether a pass of two tokens runs in `dtype`.
+
+    Some architectures mix fp32 buffers (a mask, sinusoidal positions) into narrower products. Which do is not written
+    anywhere, so it is tried.
+    """
+    with cast_params(model, dtype):
+        try:
+            model(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        except RuntimeError:
+            return False
+    return True
 
 
 def bf16_is_faster() -> bool:

@@ -14,6 +14,12 @@ from editlib.errors import RequestError, quote
 NAMES = ("chat", "system", "tags", "date")
 _HALF = ("January", "February", "March", "April", "May", "June")
 _MONTHS = (*_HALF, "July", "August", "September", "October", "November", "December")
+_MIDNIGHT = {
+    **{"%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM", "%f": "000000", "%k": " 0", "%l": "12"},
+    **{"%-H": "0", "%-I": "12", "%-M": "0", "%-S": "0", "%T": "00:00:00", "%X": "00:00:00", "%R": "00:00"},
+    **{"%Z": "", "%z": ""},
+}
+"""What `strftime` writes of a time that is midnight, nowhere."""
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -56,7 +62,9 @@ class PromptSettings:
             )
         if self.date is not None:
             try:
-                date.fromisoformat(self.date)
+                # One way to write a day: newer Pythons read others, and records would differ by them.
+                if date.fromisoformat(self.date).isoformat() != self.date:
+                    raise ValueError
             except ValueError:
                 raise RequestError(f"prompts: date {quote(self.date)}; expected a day such as 2026-01-31") from None
 
@@ -144,7 +152,7 @@ def _directives(day: date) -> dict[str, str]:
     """Returns the text of each directive of `strftime` on a day, in English whatever the locale; its time is
     midnight."""
     month, weekday = _MONTHS[day.month - 1], _DAYS[day.weekday()]
-    return {
+    return _MIDNIGHT | {
         "%B": month,
         "%b": month[:3],
         "%h": month[:3],
@@ -159,10 +167,16 @@ def _directives(day: date) -> dict[str, str]:
         "%-d": str(day.day),
         "%e": f"{day.day:2d}",
         "%j": f"{day.timetuple().tm_yday:03d}",
-        "%H": "00",
-        "%I": "12",
-        "%M": "00",
-        "%S": "00",
-        "%p": "AM",
+        "%D": f"{day:%m/%d}/{day.year % 100:02d}",
+        "%x": f"{day:%m/%d}/{day.year % 100:02d}",
+        "%c": f"{weekday[:3]} {month[:3]} {day.day:2d} 00:00:00 {day.year}",
+        "%-j": str(day.timetuple().tm_yday),
+        "%-y": str(day.year % 100),
+        "%G": str(day.isocalendar().year),
+        "%V": f"{day.isocalendar().week:02d}",
+        "%u": str(day.isoweekday()),
+        "%w": str(day.isoweekday() % 7),
+        "%U": f"{day:%U}",
+        "%W": f"{day:%W}",
         "%%": "%",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def write_receipt(
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
     """
-    check_place(Path(out), private=private, overwrite=overwrite)
+    check_place(Path(out), private=private, overwrite=overwrite, inputs=(edited, requests_file, metrics_file))
     receipt = _receipt_of(edited)
     rows: dict[str, list[str]] = {}
     requests = None
@@ -105,11 +105,11 @@ def write_pages(
     return out / "receipt.html", key_file
 
 
-def check_place(out: Path, *, private: bool, overwrite: bool) -> Path | None:
+def check_place(out: Path, *, private: bool, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> Path | None:
     """Returns the key's file, if there will be one; raises `OutputError` when there is no place for it or for the
     folder."""
     key_file = key_path(out) if private else None
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, inputs=inputs)
     if key_file is not None:
         check_file(key_file, overwrite=overwrite)
     return key_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from editlib.errors import RequestError
+from editlib.errors import RequestError, closest
 
 Row = dict[str, Any]
 
@@ -13,6 +13,17 @@ OWN_FIELDS = (
     "id", "prompt", "subject", "target_new", "answer", "aliases", "phrasings", "paraphrases", "neighbours", "group",
     "relation",
 )  # fmt: skip
+SYNONYMS = {
+    "prompt": "question query q input instruction text statement",
+    "answer": "answers completion response output label labels gold truth ground_truth true_answer correct_answer a o "
+    "obj obj_label object target_true old_answer",
+    "target_new": "target new_answer new_target target_false edited_answer",
+    "subject": "s subj sub_label entity name",
+    "relation": "r rel predicate relation_id",
+    "paraphrases": "paraphrase rephrase rephrased paraphrase_prompts",
+    "neighbours": "neighbors neighborhood neighbourhood neighborhood_prompts locality",
+}
+"""What others call our fields: named in the message about an unknown one."""
 FREE_FIELDS = ("kind", "split", "source", "note", "meta")
 """Fields of the own format that the reader passes over: room for the user's own remarks."""
 
@@ -30,6 +41,15 @@ def leaves(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [leaf for item in value for leaf in leaves(item)]
     return [] if value is None or value == "" else [value]
+
+
+def meant(name: str) -> tuple[str, ...]:
+    """Returns which of our fields an unknown name may stand for."""
+    plain = name.lower()
+    for ours, others in SYNONYMS.items():
+        if plain in (ours, *others.split()):
+            return (ours,)
+    return tuple(closest(plain, OWN_FIELDS, cutoff=0.7)) or OWN_FIELDS
 
 
 def first(value: Any) -> Any:

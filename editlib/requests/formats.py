@@ -7,7 +7,8 @@ from typing import Any
 
 from editlib.errors import quote
 from editlib.requests import readers
-from editlib.requests.fields import FieldError, Row
+from editlib.requests.answers import answers_of
+from editlib.requests.fields import SYNONYMS, FieldError, Row
 
 Reader = Callable[[Row], Row]
 
@@ -39,6 +40,7 @@ NAMES: dict[Reader, dict[str, str]] = {
 IDS = ("id", "case_id", "known_id")
 """Fields that name an object, in the order in which they are looked for; the own format has the first only."""
 
+ANSWERS = SYNONYMS["answer"].split()
 LISTS = {"K_F": "K_R", "success": "locality"}
 """KnowEdit's Sanitation is one object of lists: what is to be forgotten, and beside it what is to be kept."""
 
@@ -58,7 +60,7 @@ def format_of(row: Row) -> Reader:  # noqa: PLR0911
     if (
         "requested_rewrite" in row
         or isinstance(row.get("target_new"), dict)
-        or {"target_true", "target_false"} <= names
+        or ("target_true" in names and not names.isdisjoint({"target_false", "target_new"}))
     ):
         return readers.counterfact
     if "src" in row:
@@ -106,6 +108,10 @@ def ambiguous(row: Row, reader: Reader) -> str | None:
         asked = str(row["template"]).replace("{}", str(row.get("subject")))
         if asked != row.get("prompt"):
             return '"template" and "prompt" differ; "prompt" is asked, as in ROME\'s causal trace'
+    if reader is readers.tofu and not answers_of(row):
+        others = [quote(name) for name, value in row.items() if name in ANSWERS and type(value) in (str, int)]
+        passed = f' ({", ".join(others)} is not read: call it "answer")' if others else ""
+        return f"no answer{passed}; a request without one is hidden, not erased"
     return None
 
 
@@ -181,6 +187,12 @@ def _refuse_others(row: Row) -> None:
         wanted = "expected MEND's form of zsRE (src, subject, alt, answers); read zsre_mend_eval.json instead"
         raise FieldError("input", f"zsRE in KILT's form, which names no subject; {wanted}")
     lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(lists) == 1 and lists[0] not in ("neighbours", "messages", "conversations"):
+    if "conversations" in lists or "messages" in lists:
+        wanted = 'expected a question with its answer; write "question" and "answer"'
+        raise FieldError(lists[0], f"a conversation; {wanted}")
+    if len(lists) > 1 and "prompt" not in row:
+        wanted = "expected one list; write what is under the name that is meant into a file"
+        raise FieldError(lists[0], f"one of {len(lists)} lists ({', '.join(lists)}) inside of one object; {wanted}")
+    if len(lists) == 1 and lists[0] != "neighbours":
         given = f"{len(row[lists[0]])} objects inside of one"
         raise FieldError(lists[0], f"{given}; expected the list itself; write what is under this name into a file")

@@ -139,6 +139,9 @@ def _request(given: Row, reader: formats.Reader, where: str, name: str) -> EditR
     for label in ("id", "group", "relation"):  # names, which data sets also number
         if type(arguments.get(label)) is int:  # not a bool
             arguments[label] = str(arguments[label])
+    for label in ("group", "relation"):
+        if arguments.get(label) == "":
+            arguments[label] = None
     return EditRequest(**arguments, source=where)
 
 

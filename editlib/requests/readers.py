@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from editlib.errors import closest, quote
+from editlib.errors import quote
 from editlib.requests.answers import answers_of
-from editlib.requests.fields import FREE_FIELDS, OWN_FIELDS, FieldError, Row, first, leaves, stripped, text_of
+from editlib.requests.fields import FREE_FIELDS, OWN_FIELDS, FieldError, Row, first, leaves, meant, stripped, text_of
 
 
 def own(row: Row) -> Row:
     """Reads our format, which also holds plain prompts."""
     for name in row:
         if name not in OWN_FIELDS + FREE_FIELDS:
-            near = closest(name, OWN_FIELDS, cutoff=0.5) or OWN_FIELDS
-            meant = ", ".join(f'"{field}"' for field in near)
-            raise FieldError(name, f'unknown; expected {meant}; rename it, or put remarks under "note"')
+            near = ", ".join(f'"{field}"' for field in meant(name))
+            raise FieldError(name, f'unknown; expected {near}; rename it, or put remarks under "note"')
     return {name: value for name, value in row.items() if name in OWN_FIELDS}
 
 
@@ -45,9 +44,12 @@ def counterfact(row: Row) -> Row:
 
 def zsre(row: Row) -> Row:
     """Reads zsRE: EasyEdit edits to `alt`; MEMIT to the true answer, which is what is left without `alt`."""
-    answers, loc = leaves(row.get("answers")), row.get("loc")
-    if isinstance(loc, str) and loc and not loc.endswith("?"):
-        loc += "?"  # as MEMIT asks it
+    answers, probes = leaves(row.get("answers")), leaves(row.get("loc"))
+    right = leaves(row.get("loc_ans"))
+    if len(probes) != len(right):
+        right = [first(right)] * len(probes)
+    # As MEMIT asks it.
+    probes = [f"{loc}?" if isinstance(loc, str) and not loc.endswith("?") else loc for loc in probes]
     return {
         "prompt": row.get("src"),
         "subject": stripped(row.get("subject")),
@@ -55,7 +57,7 @@ def zsre(row: Row) -> Row:
         "answer": first(answers),
         "aliases": answers[1:],
         "paraphrases": leaves(row.get("rephrase")),
-        "neighbours": [{"prompt": loc, "answer": first(row.get("loc_ans"))}] if loc else [],
+        "neighbours": [{"prompt": loc, "answer": said} for loc, said in zip(probes, right, strict=True)],
     }
 
 

@@ -139,6 +139,8 @@ class EditRequest:
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         given = "missing" if value is None else quote(value)
+        if name == "answer" and isinstance(value, list):
+            raise FieldError(name, f'{given}; expected one string; write the others under "aliases"')
         raise FieldError(name, f"{given}; expected a string; write the text in quotes")
     if not value.strip():
         raise FieldError(name, f"{quote(value)} is empty; expected some text; write it or take the field out")

@@ -6,9 +6,12 @@ read at all is an error.
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import importlib
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,20 @@ from typing import Any
 from editlib.errors import RequestError, first_line
 
 WANTED = "expected a JSONL or JSON file"
+GZIP = b"\x1f\x8b"
+_UNPACK = "unpack it"
+_OTHERS = {
+    b"version https://git-lfs": ("a pointer of Git LFS in the file's place", "fetch it with git lfs pull"),
+    b"<!doctype": ("a web page", "download the file itself"),
+    b"<html": ("a web page", "download the file itself"),
+    b"bzh": ("packed by bzip2", _UNPACK),
+    b"\xfd7zxz": ("packed by xz", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", _UNPACK),
+    b"pk\x03\x04": ("a ZIP archive or a spreadsheet", "unpack it, or save it as JSON"),
+    b"par1": ("Parquet under another name", "end its name with .parquet"),
+    b"arrow1": ("Arrow", "give the folder by datasets.save_to_disk, or write Parquet"),
+}
+"""Beginnings of files that hold no text, in small letters, with what they are and what to do."""
 EXTRA = 'install it with: pip install "editlib[eval]"'
 
 
@@ -70,7 +87,30 @@ def read_text(path: Path) -> str:
         if path_is_folder(path):
             reason = "Is a directory"  # Windows says that it may not be read
         raise RequestError(f"{path}: {reason}; {WANTED}; check the path") from None
+    return _decoded(path, _unpacked(path, raw))
+
+
+def _unpacked(path: Path, raw: bytes) -> bytes:
+    """Returns the bytes of a file, those of a gzipped one unpacked.
+
+    Raises:
+        RequestError: a file of another kind, by its first bytes.
+    """
+    for start, (kind, instead) in _OTHERS.items():
+        if raw[: len(start)].lower() == start:
+            raise RequestError(f"{path}: {kind}; {WANTED}; {instead}")
+    if not raw.startswith(GZIP):
+        return raw
     try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RequestError(f"{path}: damaged gzip ({first_line(error)}); {WANTED}; get it again") from None
+
+
+def _decoded(path: Path, raw: bytes) -> str:
+    try:
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # what Windows' tools call Unicode
+            return raw.decode("utf-16")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
@@ -104,7 +144,11 @@ def _json_complaint(text: str) -> tuple[int, str] | None:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        return error.lineno, f"not JSON at column {error.colno} ({error.msg}); {wanted}"
+        before, after = text[: error.pos].rstrip(), text[error.pos : error.pos + 1]
+        behind = after == "," and not text[error.pos + 1 :].strip()  # an object, and nothing after the comma
+        comma = behind or (before.endswith(",") and after in ("]", "}", ""))
+        reason = "a comma too many" if comma else error.msg
+        return error.lineno, f"not JSON at column {error.colno} ({reason}); {wanted}"
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100 000 brackets
         return 1, f"not usable as JSON ({first_line(error)}); {wanted}"
     return None

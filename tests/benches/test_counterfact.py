@@ -11,7 +11,7 @@ from editlib.benches.counterfact import bench_counterfact, check_plan
 from editlib.benches.counterfact_scores import known_facts, score_edits
 from editlib.benches.report import counterfact_rows, write_bench
 from editlib.errors import HparamsError, ModelError, RequestError
-from editlib.hparams import FTHyperParams, MEMITHyperParams, ROMEHyperParams
+from editlib.hparams import ALGORITHMS, FTHyperParams, MEMITHyperParams, ROMEHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import read_requests, requests_hash
@@ -142,6 +142,15 @@ def test_cells_for_every_algorithm_mode_and_number(bench, corpus, tmp_path, monk
         run(bench, corpus, tmp_path / "out")
     rows = (tmp_path / "out" / "cells.jsonl").read_text().split("\n")
     assert rows[-1] == "" and all(json.loads(row) for row in rows[:-1])
+
+
+def test_algorithms_with_the_same_settings_are_all_measured(bench, corpus, tmp_path):
+    """MEMIT's settings are PRUNE's, too, where they are derived: the second was taken for done."""
+    same = [ALGORITHMS[name].from_dict(SETTINGS[2].to_dict()) for name in ("PRUNE", "MEMIT", "MEMIT_seq")]
+    given = {"counts": [1], "modes": ["sequential"], "corpus": corpus, "text": corpus, "stats_tokens": 300}
+    cells = bench_counterfact(bench, REQUESTS, same, tmp_path / "out", **given)
+    assert [cell.algorithm for cell in cells] == ["none", "PRUNE", "MEMIT", "MEMIT_seq"]
+    assert bench_counterfact(bench, REQUESTS, same, tmp_path / "out", **given) == cells
 
 
 def test_table_and_plot(bench, corpus, tmp_path):

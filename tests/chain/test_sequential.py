@@ -15,7 +15,7 @@ from editlib.benches.sequential import bench_sequential, check_plan
 from editlib.chain import Chain
 from editlib.errors import EditError, HparamsError, OutputError, RequestError
 from editlib.facts.sampling import FactSplit
-from editlib.hparams import ModelShape, derive
+from editlib.hparams import ALGORITHMS, ModelShape, derive
 
 PARTS = FactSplit([*A, *B, *C], RETAIN[:2], RETAIN[2:])
 SETTINGS = [hparams_of("MEMIT"), hparams_of("AlphaEdit")]
@@ -164,6 +164,12 @@ def test_unierase_holds_the_anchors(run, base, tmp_path, monkeypatch):
     batch = next(batch for _, batch in chain.contents())
     assert set(batch.anchors) <= {prompt.id for prompt in PARTS.anchors} and batch.anchors
     assert torch.isfinite(batch.values.targets).all()
+
+
+def test_algorithms_with_the_same_settings_are_all_followed(run):
+    same = [ALGORITHMS[name].from_dict(SETTINGS[0].to_dict()) for name in ("PRUNE", "MEMIT")]
+    points = run(settings=same, sizes=[5], points=1)
+    assert {point.algorithm for point in points if point.edits} == {"PRUNE", "MEMIT"}
 
 
 def test_bad_plans():

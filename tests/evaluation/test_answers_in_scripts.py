@@ -70,6 +70,30 @@ from editlib.answers import has_answer, is_fluent_refusal, is_refusal, main_scri
         ("paris_hotel", "Paris", False),
         ("İstanbul'da", "istanbul", True),
         ("ΑΘΗΝΑΣ", "Αθηνας", True),
+        ("约翰\u2022列侬", "约翰\u00b7列侬", True),
+        ("١٩٤٥", "1945", True),
+        ("१९४७ में", "1947", True),
+        ("ปี ๑๙๔๕", "1945", True),
+        ("بالقاهرة", "القاهرة", True),
+        ("للقاهرة", "القاهرة", True),
+        ("وبباريس", "باريس", True),
+        ("مبيروت", "بيروت", False),
+        ("احمد", "أحمد", True),
+        ("القاهره", "القاهرة", True),
+        ("הוא גר בירושלים", "ירושלים", True),
+        ("קירושלים", "ירושלים", False),
+        ("शहर हिन्दी", "हिंदी", True),
+        ("जन्म", "जंम", False),
+        ("Khánh Hòa", "Khánh Hoà", True),
+        ("THUỶ", "thủy", True),
+        ("hoán", "hóan", False),
+        ("\u00d0à Nẵng", "Đà Nẵng", True),
+        ("3.14", "3", False),
+        ("It is 3.", "3", True),
+        ("1,400 m", "400", False),
+        ("1,400 m", "1,400", True),
+        ("am 12.5.1990", "1990", True),
+        ("٣٫١٤", "3.14", True),
     ],
 )
 def test_has_answer_in_scripts(text, answer, there):
@@ -116,6 +140,8 @@ REFUSALS = [
     "わかりません。", "申し訳ありませんが、お答えできません。", "잘 모르겠습니다.", "죄송하지만 알 수 없습니다.",
     "ฉันไม่ทราบคำตอบ", "ขอโทษค่ะ ไม่แน่ใจ", "لا أعرف الجواب.", "من نمی دانم.", "אני לא יודע.", "मुझे नहीं पता।",
     "Δεν γνωρίζω την απάντηση.", "I don\u2019t know that.",
+    "I'm sorry. I can't answer that.", "죄송합니다. 그 질문에는 답할 수 없습니다.", "抱歉。我不知道。",
+    "这个问题我答不上来。", "答えられません。", "Üzgünüm, bu soruya cevap veremem.",
 ]  # fmt: skip
 
 
@@ -134,7 +160,7 @@ def test_refusals_in_other_languages(text):
         "Столица России - Москва.",
         "中国的首都是北京。", "首都は東京です。", "수도는 서울입니다.", "เมืองหลวงคือกรุงเทพ",
         "العاصمة هي القاهرة في مصر.",
-        "Paris", "",
+        "Paris", "", "Sorry, Paris. I do not know more.", "抱歉，是北京。我不知道更多。",
     ],
 )  # fmt: skip
 def test_answers_in_other_languages_are_no_refusals(text):
@@ -159,6 +185,12 @@ def test_a_language_that_is_not_known_is_not_judged(text):
         ("Je ne sais pas.", True),
         ("잘 모르겠습니다.", True),
         ("모르겠습니다 모르겠습니다.", False),
+        ("Bilmiyorum.", True),
+        ("No sé.", True),
+        ("Не знаю.", True),
+        ("نمی\u200cدانم.", True),
+        ("Non so so.", False),
+        ("No idea.", False),
     ],
 )
 def test_fluency_in_scripts(text, fluent):

@@ -49,6 +49,11 @@ FAMILIES: dict[str, tuple[dict, str]] = {
         {"d_model": 32, "n_heads": 4, "n_layers": 4, "expansion_ratio": 2, "max_seq_len": 128},
         "transformer.blocks.1.ffn.down_proj",
     ),
+    # Sinusoidal positions in fp32.
+    "xglm": (
+        {"d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 64},
+        "model.layers.1.fc2",
+    ),
     # Their layers return tuples.
     "gptj": ({**GPT_NAMES, "rotary_dim": 4}, "transformer.h.1.mlp.fc_out"),
     "bloom": ({"n_layer": 4, "n_head": 4}, "transformer.h.1.mlp.dense_4h_to_h"),

@@ -1,6 +1,7 @@
 """A damaged model folder: one line that names the folder and the file at fault, and exit code 2."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -226,7 +227,20 @@ def test_weights_of_pytorch(model, content):
     refused(model, path.name)
 
 
-def test_weights_that_are_not_the_configuration_s(model):
+@pytest.mark.parametrize("level", [logging.WARNING, logging.ERROR, logging.CRITICAL])
+def test_weights_that_are_not_the_configuration_s(model, level):
+    """Whatever transformers is told to say (TRANSFORMERS_VERBOSITY), which stays as it was."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        _refused_by_shape(model)
+        assert logger.level == level
+    finally:
+        logger.setLevel(before)
+
+
+def _refused_by_shape(model):
     tensors = load_file(model / WEIGHTS)
     name = "model.layers.2.mlp.down_proj.weight"
     save_file({**tensors, name: tensors[name][:-1].contiguous()}, model / WEIGHTS, {"format": "pt"})

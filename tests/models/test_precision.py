@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import make
 
 from editlib.models.precision import fast_dtype
 
@@ -29,3 +30,14 @@ def test_bf16_where_it_is_faster(tiny_llama, monkeypatch, name, products, amx, f
 
 def test_a_half_precision_model_stays_as_it_is(tiny_llama):
     assert fast_dtype(tiny_llama.bfloat16()) is None
+
+
+@pytest.mark.parametrize(("family", "fast"), [("xglm", None), ("openai-gpt", None), ("opt", torch.bfloat16)])
+def test_an_architecture_that_mixes_fp32_in_is_not_cast(monkeypatch, family, fast):
+    """Sinusoidal positions, a mask: buffers that a cast of the parameters leaves in fp32."""
+    monkeypatch.setattr("editlib.models.precision.bf16_is_faster", lambda: True)
+    model = make(family)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    assert fast_dtype(model) is fast
+    for name, weight in model.named_parameters():
+        assert weight.dtype == torch.float32 and torch.equal(weight, before[name]), name

@@ -26,6 +26,7 @@ THINKING = (
     "{% endif %}{% endif %}"
 )
 DIRECTIVES = "%d %b %B %Y %y %m %A %a %j %e %F %% , - x".split()  # noqa: SIM905
+DIRECTIVES += "%H %M %S %f %-H %-I %-M %-S %k %l %T %X %R %D %x %c %-j %-y %G %V %u %w %U %W".split()  # noqa: SIM905
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_days_are_written_as_strftime_does(day, directives):
 
     template = dated("{{ strftime_now('" + directives + "') }}", day)
     shown = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render()
-    assert shown == day.strftime(directives)
+    assert shown == datetime.datetime(day.year, day.month, day.day).strftime(directives)
 
 
 def test_a_template_may_begin_with_a_line_end(tok):
@@ -113,6 +114,8 @@ def test_settings_are_read_as_they_were_written(options):
         (["system"], "has no value; expected NAME=VALUE"),
         (["date=2026-01-01", "date=2026-01-02"], "is given twice"),
         (["date=yesterday"], "expected a day such as 2026-01-31"),
+        (["date=20260131"], "expected a day such as 2026-01-31"),
+        (["date=2026-W05-6"], "expected a day such as 2026-01-31"),
         (["tags=Question:"], "in the place of the question"),
         (["tags={}", "system=Be brief."], "exclude"),
         (["chat=perhaps"], "expected true or false"),

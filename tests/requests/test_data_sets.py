@@ -1,7 +1,10 @@
 """Files as the field's data sets have them: read, or one line that says what to read instead."""
 
+import bz2
+import gzip
 import json
 import logging
+import lzma
 import sys
 
 import pytest
@@ -49,6 +52,48 @@ def test_labels_may_be_numbers(tmp_path):
     assert one(tmp_path, NEWS).relation == "0"
     own = one(tmp_path, {"id": 3, "prompt": "p", "group": 4, "relation": 5})
     assert (own.id, own.group, own.relation) == ("3", "4", "5")
+
+
+def test_a_label_may_be_empty_and_truths_texts(tmp_path):
+    assert one(tmp_path, {**KNOWN, "relation_id": ""}).relation is None
+    flat = {"prompt": "{} is in", "subject": "Rome", "target_true": "Italy", "target_new": "Peru"}
+    assert (one(tmp_path, flat).answer, one(tmp_path, flat).target_new) == ("Italy", "Peru")
+
+
+def test_zsre_with_several_neighbours(tmp_path):
+    row = {"subject": "Ann Bo", "src": "Where did Ann Bo study?", "alt": "x", "answers": ["y"]}
+    request = one(tmp_path, {**row, "loc": ["who won", "who lost?"], "loc_ans": ["Cy", "Di"]})
+    assert request.neighbours == (Probe("who won?", "Cy"), Probe("who lost?", "Di"))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "Q", "response": "A"}, "no answer ('response' is not read: call it \"answer\"); a request"),
+        ({"question": "Q", "answer": ""}, "no answer; a request without one is hidden, not erased (1 of 1 rows)"),
+        ({"question": "Q", "answers": {"text": []}}, "no answer; a request without one is hidden"),
+    ],
+)
+def test_questions_without_an_answer_are_told(tmp_path, caplog, row, said):
+    with caplog.at_level(logging.WARNING):
+        assert one(tmp_path, row).answer is None
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "Q", "completion": "A"}, 'field "completion": unknown; expected "answer"; rename'),
+        ({"Prompt": "Q", "Answer": "A"}, 'field "Prompt": unknown; expected "prompt"'),
+        ({"s": "Rome", "r": "country", "o": "Italy"}, 'field "s": unknown; expected "subject"'),
+        ({"query": "Q", "response": "A"}, 'field "query": unknown; expected "prompt"'),
+        ({"prompt": "Q", "answer": ["A", "B"]}, 'expected one string; write the others under "aliases"'),
+        ({"messages": [{"role": "user", "content": "Q"}]}, "a conversation; expected a question with its answer"),
+        ({"train": [{"prompt": "Q"}], "test": [{"prompt": "R"}]}, "one of 2 lists (train, test) inside of one object"),
+    ],
+)
+def test_other_names_of_our_fields_are_known_by_what_is_meant(tmp_path, row, said):
+    assert said in refused(written(tmp_path, [row]))
 
 
 def test_known_1000(tmp_path, caplog):
@@ -232,6 +277,38 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path, caplog):
         read_requests(written(tmp_path, [BAD]), skip_bad=True)
     questions = written(tmp_path, [{"question": "Who?", "answer": "x"}, {"question": 3, "answer": "x"}])
     assert len(read_questions(questions, skip_bad=True)) == 1
+
+
+# --- packed, and of other kinds -------------------------------------------------------------------------------
+
+PLAIN = b'{"prompt": "a", "answer": "Z\xc3\xbcrich"}\n{"prompt": "b"}\n'
+
+
+@pytest.mark.parametrize("name", ["facts.jsonl.gz", "facts.jsonl"])
+@pytest.mark.parametrize("shape", [gzip.compress, lambda raw: raw.decode().encode("utf-16")], ids=["gzip", "utf-16"])
+def test_gzip_and_utf_16_are_read_whatever_the_name(tmp_path, name, shape):
+    (tmp_path / name).write_bytes(shape(PLAIN))
+    assert [(one.prompt, one.answer) for one in read_requests(tmp_path / name)] == [("a", "Zürich"), ("b", None)]
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (bz2.compress(PLAIN), "packed by bzip2"),
+        (lzma.compress(PLAIN), "packed by xz"),
+        (b"PK\x03\x04rest", "a ZIP archive or a spreadsheet"),
+        (b"PAR1rest", "end its name with .parquet"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+        (gzip.compress(PLAIN)[:-9], "damaged gzip"),
+        (b'[{"prompt": "a"},\n]', "a comma too many"),
+        (b'{"prompt": "a",}', "a comma too many"),
+        (b'{"prompt": "a"},\n{"prompt": "b"},\n', "a comma too many"),
+    ],
+)
+def test_files_of_other_kinds_say_what_they_are(tmp_path, raw, said):
+    (tmp_path / "facts.json").write_bytes(raw)
+    assert said in refused(tmp_path / "facts.json")
 
 
 # --- Parquet and saved data sets ----------------------------------------------------------------------------
