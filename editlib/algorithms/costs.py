@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from editlib.algorithms.machine import EIGEN
+from editlib.algorithms.unierase.proportion import FEWEST_READ, share_of
 from editlib.algorithms.work import (
     DECODE_ROWS,
     ITEM,
@@ -142,10 +143,19 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
     )
 
 
-def anchors(size: ModelSize, job: Job) -> Step:
-    """Estimates what the model answers to the retain prompts, token by token."""
+def anchors(size: ModelSize, job: Job, *, named: int = 0) -> Step:
+    """Estimates what the model answers to all anchors, token by token, and lists of the subjects that `named` of them
+    ask about, if any, which the model goes on with."""
     prefix = DECODE_ROWS * (job.prompt_tokens + job.answer_tokens) * size.n_layers * size.kv_width * ITEM
-    return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, "model"), prefix)
+    work = answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, "model")
+    if named:
+        work += answered(size, LISTS, job.prompt_tokens, TEXT_TOKENS, "model")
+    return Step("anchors", work, prefix)
+
+
+def named_subjects(requests: int, others: int) -> int:
+    """Counts the subjects that the model names where `others` are asked of each relation, one a request."""
+    return min(MOST_NAMES, requests * others)
 
 
 def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
@@ -173,11 +183,12 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
         head_pass(size, scored * readings, rate, passes=passes * readings, kind="step"),
     ]
     if job.left_metric:
-        batches = max(1, -(-job.anchors // METRIC_ROWS))
+        read = share_of(job.anchors, job.requests, fewest=FEWEST_READ)
+        batches, tokens = max(1, -(-read // METRIC_ROWS)), read * (job.prompt_tokens + job.answer_tokens)
         work += [
-            forward_pass(size, job.held_keys, last + 1, rate, passes=batches),
-            forward_pass(size, job.held_keys, above, rate, passes=batches, kind="gradient"),
-            head_pass(size, job.anchors * job.answer_tokens, rate, passes=batches, kind="gradient"),
+            forward_pass(size, tokens, last + 1, rate, passes=batches),
+            forward_pass(size, tokens, above, rate, passes=batches, kind="gradient"),
+            head_pass(size, read * job.answer_tokens, rate, passes=batches, kind="gradient"),
         ]
     logits = 3 * ITEM * size.vocab * max(scored / passes, METRIC_ROWS * job.answer_tokens * job.left_metric)
     graph = max(batch_tokens, METRIC_ROWS * 40 * job.left_metric) * above * (12 * size.d_model + 6 * size.d_ff) * ITEM
@@ -246,7 +257,7 @@ def refusal_tokens(
     """
     kept, rate = min(job.anchors, kept), job.v_rate
     siblings = job.requests * job.siblings
-    named = min(MOST_NAMES, job.requests * others)
+    named = named_subjects(job.requests, others)
     ends = job.requests * (1 + wordings + job.wordings) + 3 * (kept + named) + siblings
     answers = kept + named + siblings + general
     answer_tokens = answers * job.answer_tokens
@@ -257,7 +268,6 @@ def refusal_tokens(
         [
             *answered(size, general, job.prompt_tokens, TEXT_TOKENS, rate),
             *answered(size, TEXTS, 1, TEXT_TOKENS, rate),
-            *(_named(size, job, named) if named else []),
             forward_pass(
                 size, (ends + answers) * job.prompt_tokens + answer_tokens, size.n_layers, rate, passes=passes
             ),
@@ -267,14 +277,6 @@ def refusal_tokens(
         ],
         batch * job.prompt_tokens * size.n_layers * size.kv_width * ITEM + 6 * ITEM * trained * size.vocab,
     )
-
-
-def _named(size: ModelSize, job: Job, names: int) -> list[Work]:
-    """Estimates lists of subjects that the model goes on with, and its answers about `names` of them."""
-    return [
-        *answered(size, LISTS, job.prompt_tokens, TEXT_TOKENS, job.v_rate),
-        *answered(size, names, job.prompt_tokens, job.answer_tokens, job.v_rate),
-    ]
 
 
 def token(

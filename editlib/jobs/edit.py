@@ -10,13 +10,14 @@ from typing import Any
 from editlib import data
 from editlib.algorithms.edit import EditResult, Timer
 from editlib.algorithms.registry import apply_function
+from editlib.algorithms.unierase.anchors import bundled_anchors, with_relations
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.subject_rows import RequestRows, by_subject, check_answers, subject_rows
 from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs, room_for
 from editlib.errors import HparamsError
 from editlib.export import asked_as, make_delta, make_receipt, save_edited
 from editlib.files import check_file, check_output, check_room
-from editlib.hparams import HyperParams, UniEraseHyperParams
+from editlib.hparams import HyperParams, UniEraseHyperParams, takes_retain
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import stored_bytes
@@ -53,7 +54,7 @@ def unlearn(
     """
     check_places(Path(out), delta, overwrite=overwrite)
     check_settings(bench, hparams)
-    kept = data.retain_prompts(requests) if retain is None else retain
+    requests, kept = _with_bundled(requests, hparams, seed) if retain is None else (requests, retain)
     form = PromptFormat.of(bench.tok, bench.asking())
     check_requests_fit(bench.model, form, [*requests, *kept], room=room_for(hparams))
     check_room(Path(out), stored_bytes(bench.model))
@@ -66,6 +67,17 @@ def unlearn(
         "seed": seed,
     }
     return _edited(bench, requests, hparams, means, out, timer, given, delta, overwrite=overwrite, left_out=left_out)
+
+
+def _with_bundled(
+    requests: Sequence[EditRequest], hparams: HyperParams, seed: int
+) -> tuple[Sequence[EditRequest], list[EditRequest]]:
+    """Returns the requests, and the retain prompts where the user gives none: all bundled ones, or with values from
+    rows as many as the requests need, whose relations they then have."""
+    if not (takes_retain(hparams) and hparams.values == "rows"):
+        return requests, data.retain_prompts(requests)
+    named = with_relations(requests)
+    return named, bundled_anchors(named, seed=seed)
 
 
 def rows_of(
@@ -88,6 +100,7 @@ def rows_of(
             "--hparams, such as smollm2-135m-erase"
         )
     check_answers(requests)
+    requests = with_relations(requests) if retain is None else requests
     catalogue = Catalogue.bundled()
     reworded = [catalogue.with_wordings(request, hparams.wordings) for request in requests]
     made = subject_rows(

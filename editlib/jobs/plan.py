@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from editlib import data
 from editlib.algorithms import costs
 from editlib.algorithms.machine import Machine, measure
 from editlib.algorithms.unierase.anchors import GENERAL_STEP
+from editlib.algorithms.unierase.proportion import FEWEST_ANCHORS, share_of
 from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.algorithms.work import Rate, Step
 from editlib.errors import ModelError
@@ -19,6 +20,7 @@ from editlib.hparams import (
     ClosedFormHyperParams,
     HyperParams,
     ModelShape,
+    UniEraseHyperParams,
     find_hparams,
     finds_values,
     load_hparams,
@@ -111,12 +113,17 @@ def _steps(settings: HyperParams, size: ModelSize, requests: int, prompt_tokens:
     if not finds_values(settings):
         return steps
     job = settings_job(settings, requests, prompt_tokens, size)
+    if not (takes_retain(settings) and settings.values == "rows"):
+        anchors = [costs.anchors(size, job)] if job.anchors else []
+        return [*steps, *anchors, costs.values(size, job), costs.solve(size, job)]
+    general = len(data.questions("train")) // GENERAL_STEP if settings.say else 0
+    named = costs.named_subjects(requests, settings.other_subjects) if settings.say else 0
+    # What the tool asks by itself is anchored, too.
+    held = replace(job, anchors=job.anchors + general + named) if job.anchors else job
     if job.anchors:
-        steps.append(costs.anchors(size, job))
-    from_rows = takes_retain(settings) and settings.values == "rows"
-    steps += [costs.row_values(size, job) if from_rows else costs.values(size, job), costs.solve(size, job)]
-    if takes_retain(settings) and from_rows and settings.say:
-        general = len(data.questions("train")) // GENERAL_STEP
+        steps.append(costs.anchors(size, held, named=named))
+    steps += [costs.row_values(size, held), costs.solve(size, held)]
+    if settings.say:
         tokens = costs.refusal_tokens(
             size,
             job,
@@ -145,7 +152,7 @@ def _token(size: ModelSize, prompt_tokens: int) -> Step:
 
 def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
     """Collects the numbers that the settings give. A null space by threshold is taken to keep out a quarter of the
-    directions, and anchors to be as many as the bundled retain prompts."""
+    directions, and anchors to be those that are taken where no retain prompts are given."""
     v_rate: Rate = "fast" if settings.v_precision == "fast" else "model"
     if not takes_retain(settings):
         return costs.Job(
@@ -159,7 +166,7 @@ def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: 
             v_rate=v_rate,
         )
     from_rows = settings.values == "rows"
-    anchors = min(len(data.retain_prompts([])), settings.max_anchors or 10**9) if settings.anchors else 0
+    anchors = _anchors(settings, requests) if settings.anchors else 0
     return costs.Job(
         layers=settings.layers,
         requests=requests,
@@ -178,3 +185,10 @@ def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: 
         examples=min(settings.example_wordings, 1 + settings.wordings),
         left_metric=from_rows and settings.left_weight > 0,
     )
+
+
+def _anchors(settings: UniEraseHyperParams, requests: int) -> int:
+    """Counts the anchors where no retain prompts are given."""
+    bundled = len(data.retain_prompts([]))
+    usual = share_of(bundled, requests, fewest=FEWEST_ANCHORS) if settings.values == "rows" else bundled
+    return usual if settings.max_anchors is None else min(usual, settings.max_anchors)

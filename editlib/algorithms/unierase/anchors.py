@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from editlib import data
 from editlib.algorithms.contexts import about
+from editlib.algorithms.unierase.proportion import FEWEST_ANCHORS, share_of
 from editlib.answers import has_answer
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import shared_length
@@ -56,6 +57,28 @@ def choose_anchors(
         key=lambda entry: entry[:2],  # by turn, then by kind
     )
     return [prompt for _, _, prompt in turns[:most]]
+
+
+def with_relations(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Returns `requests`, where those that name no relation have that of the bundled facts which ask in the same
+    words."""
+    relations = {fact.prompt: fact.relation for fact in data.facts()}
+    return [replace(request, relation=request.relation or relations.get(request.prompt)) for request in requests]
+
+
+def bundled_anchors(requests: Sequence[EditRequest], *, seed: int) -> list[EditRequest]:
+    """Chooses the prompts to anchor where the user gives none: of the bundled ones, as many as the requests need.
+
+    Of general prompts there are as many as a third at least, or all: they stand for whatever else is asked.
+    """
+    usual = data.retain_prompts(requests)
+    most = share_of(len(usual), len(requests), fewest=FEWEST_ANCHORS)
+    if most >= len(usual):
+        return usual
+    general = [prompt for prompt in usual if prompt.subject is None]
+    some = choose_anchors(general, requests, most=most // 3, seed=seed)
+    facts = [prompt for prompt in usual if prompt.subject is not None]
+    return choose_anchors(facts, requests, most=most - len(some), seed=seed) + some
 
 
 def general_questions(requests: Sequence[EditRequest]) -> list[EditRequest]:

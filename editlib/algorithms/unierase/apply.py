@@ -254,11 +254,11 @@ def _keep(
     if edit.fits_tokens and answered:
         retain = choose_anchors(retain, requests, most=edit.hparams.max_anchors, seed=edit.seed)
         asked = choose_anchors(retain, requests, most=MOST_KEPT, seed=edit.seed)
-        most, ways = edit.hparams.other_subjects, {"seed": edit.seed, "progress": edit.progress}
-        others = other_subjects(edit.anat, edit.form, edit.requests, asked, most, **ways)
+        most, progress = edit.hparams.other_subjects, edit.progress
+        others = other_subjects(edit.anat, edit.form, edit.requests, asked, most, seed=edit.seed, progress=progress)
         general = general_questions(requests)
         made = [*retain, *others, *(general if anchored is None and edit.hparams.anchors else [])]
-        known_answers = answers_to(edit.anat, edit.form, made, known=known_answers, progress=edit.progress)
+        known_answers = answers_to(edit.anat, edit.form, made, known=known_answers, progress=progress)
     keys = anchored or hold_anchors(
         edit.anat,
         edit.form,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from editlib import data
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import occurrences
 
+T = TypeVar("T")
 ANYTHING = "anything"
 """The kind whose questions fit every subject."""
 
@@ -99,7 +101,7 @@ class Catalogue:
         return [text for text in filled if len(occurrences(text, subject)) == 1][:most]
 
 
-def spread(items: Sequence[str], most: int) -> list[str]:
+def spread(items: Sequence[T], most: int) -> list[T]:
     """Picks at most `most` of `items`, evenly spaced, in their order."""
     if len(items) <= most:
         return list(items)

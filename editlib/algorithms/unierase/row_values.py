@@ -11,6 +11,8 @@ from torch import Tensor
 from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.left_metric import inverse_root, output_moment
 from editlib.algorithms.rows import Goals, RowValues, find_row_values
+from editlib.algorithms.unierase.catalogue import spread
+from editlib.algorithms.unierase.proportion import FEWEST_READ, share_of
 from editlib.algorithms.unierase.subject_rows import SubjectRows
 from editlib.algorithms.values import Values
 from editlib.hparams import UniEraseHyperParams
@@ -52,7 +54,8 @@ def values_from_rows(
         with cast_params(anat.model, fast_dtype(anat.model) if hparams.v_precision == "fast" else None):
             if hparams.left_weight:
                 with plain_attention(anat.device):
-                    metric = inverse_root(output_moment(anat, anchors, layer), hparams.left_weight)
+                    read = spread(anchors, share_of(len(anchors), len(requests), fewest=FEWEST_READ))
+                    metric = inverse_root(output_moment(anat, read, layer), hparams.left_weight)
             found = find_row_values(
                 anat,
                 made.rows,
