@@ -24,6 +24,7 @@ SUBJECTS = (TEXT | st.sampled_from(["São Paulo", "東", "Zürich", "Pari", "�
     str.strip
 )
 CLOSING = ",;:)]}%.!?'\u2019\u201d"  # what an answer may begin with that stands at the word before
+ANSWERS = (TEXT | st.text(max_size=12)).filter(lambda text: text.lstrip()[:1] not in [*CLOSING])
 quick = settings(deadline=None, max_examples=40)
 
 
@@ -115,7 +116,7 @@ def test_the_packaged_tokenizer_too(packaged, chat, before, subject, after):
 @pytest.mark.real
 @pytest.mark.parametrize("chat", [True, False])
 @quick
-@given(answer=TEXT | st.text(max_size=12))
+@given(answer=ANSWERS)
 @example(answer="\n\n Paris")
 @example(answer="1990")
 def test_the_packaged_tokenizers_answers_are_those_of_the_tokenizer_alone(packaged, chat, answer):
@@ -210,7 +211,7 @@ def test_an_answer_behind_its_prompt_is_running_text(form, question, answer):
 
 @each("gpt2", "bos", "chatml", "roberta")
 @quick
-@given(answer=(TEXT | st.text(max_size=12)).filter(lambda text: text.lstrip()[:1] not in [*CLOSING]))
+@given(answer=ANSWERS)
 def test_byte_level_answers_are_those_of_the_tokenizer_alone(form, answer):
     text = answer.lstrip() if form.uses_chat else " " + answer.lstrip()
     assert list(form.answer_ids(answer)) == form.tok(text, add_special_tokens=False)["input_ids"]
