@@ -23,6 +23,8 @@ TEXT = st.lists(FAMILIAR | WORDS | CHARACTERS, max_size=7).map("".join)
 SUBJECTS = (TEXT | st.sampled_from(["São Paulo", "東", "Zürich", "Pari", "🗼", "👩‍🚀", "e\u0301", "Niger"])).map(
     str.strip
 )
+CLOSING = ",;:)]}%.!?'\u2019\u201d"  # what an answer may begin with that stands at the word before
+ANSWERS = (TEXT | st.text(max_size=12)).filter(lambda text: text.lstrip()[:1] not in [*CLOSING])
 quick = settings(deadline=None, max_examples=40)
 
 
@@ -114,7 +116,7 @@ def test_the_packaged_tokenizer_too(packaged, chat, before, subject, after):
 @pytest.mark.real
 @pytest.mark.parametrize("chat", [True, False])
 @quick
-@given(answer=TEXT | st.text(max_size=12))
+@given(answer=ANSWERS)
 @example(answer="\n\n Paris")
 @example(answer="1990")
 def test_the_packaged_tokenizers_answers_are_those_of_the_tokenizer_alone(packaged, chat, answer):
@@ -191,8 +193,9 @@ def test_ids_are_the_tokenizers_own_without_what_it_puts_at_the_end(form, questi
 @given(question=TEXT.filter(str.strip), answer=TEXT.map(str.strip).filter(bool))
 @example(question="The capital of France is", answer="Paris")
 @example(question="Where is 東京?", answer="東 Japan")
-@example(question="Is it?", answer="'s")
+@example(question="Is it?", answer='"s"')
 def test_an_answer_behind_its_prompt_is_running_text(form, question, answer):
+    assume(answer[0] not in CLOSING)
     asked(question + " " + answer, question + " " + answer, form)
     prompt, ids = form.encode(question).ids, form.answer_ids(answer)
     shown = question + " " + answer
@@ -208,7 +211,7 @@ def test_an_answer_behind_its_prompt_is_running_text(form, question, answer):
 
 @each("gpt2", "bos", "chatml", "roberta")
 @quick
-@given(answer=TEXT | st.text(max_size=12))
+@given(answer=ANSWERS)
 def test_byte_level_answers_are_those_of_the_tokenizer_alone(form, answer):
     text = answer.lstrip() if form.uses_chat else " " + answer.lstrip()
     assert list(form.answer_ids(answer)) == form.tok(text, add_special_tokens=False)["input_ids"]
