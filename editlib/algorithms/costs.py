@@ -143,19 +143,10 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
     )
 
 
-def anchors(size: ModelSize, job: Job, *, named: int = 0) -> Step:
-    """Estimates what the model answers to all anchors, token by token, and lists of the subjects that `named` of them
-    ask about, if any, which the model goes on with."""
+def anchors(size: ModelSize, job: Job) -> Step:
+    """Estimates what the model answers to the retain prompts, token by token."""
     prefix = DECODE_ROWS * (job.prompt_tokens + job.answer_tokens) * size.n_layers * size.kv_width * ITEM
-    work = answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, "model")
-    if named:
-        work += answered(size, LISTS, job.prompt_tokens, TEXT_TOKENS, "model")
-    return Step("anchors", work, prefix)
-
-
-def named_subjects(requests: int, others: int) -> int:
-    """Counts the subjects that the model names where `others` are asked of each relation, one a request."""
-    return min(MOST_NAMES, requests * others)
+    return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, "model"), prefix)
 
 
 def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
@@ -257,7 +248,7 @@ def refusal_tokens(
     """
     kept, rate = min(job.anchors, kept), job.v_rate
     siblings = job.requests * job.siblings
-    named = named_subjects(job.requests, others)
+    named = min(MOST_NAMES, job.requests * others)
     ends = job.requests * (1 + wordings + job.wordings) + 3 * (kept + named) + siblings
     answers = kept + named + siblings + general
     answer_tokens = answers * job.answer_tokens
@@ -268,6 +259,7 @@ def refusal_tokens(
         [
             *answered(size, general, job.prompt_tokens, TEXT_TOKENS, rate),
             *answered(size, TEXTS, 1, TEXT_TOKENS, rate),
+            *(_named(size, job, named) if named else []),
             forward_pass(
                 size, (ends + answers) * job.prompt_tokens + answer_tokens, size.n_layers, rate, passes=passes
             ),
@@ -277,6 +269,14 @@ def refusal_tokens(
         ],
         batch * job.prompt_tokens * size.n_layers * size.kv_width * ITEM + 6 * ITEM * trained * size.vocab,
     )
+
+
+def _named(size: ModelSize, job: Job, names: int) -> list[Work]:
+    """Estimates lists of subjects that the model goes on with, and its answers about `names` of them."""
+    return [
+        *answered(size, LISTS, job.prompt_tokens, TEXT_TOKENS, job.v_rate),
+        *answered(size, names, job.prompt_tokens, job.answer_tokens, job.v_rate),
+    ]
 
 
 def token(

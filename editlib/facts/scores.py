@@ -86,7 +86,7 @@ def build_items(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], anchored: Collection[str] = ()
 ) -> list[Item]:
     """Lists what to ask: every request, its paraphrases and neighbours, and the retain prompts sorted by what they
-    share with the requests. Prompts that were `anchored`, by their id or by their question, are left out.
+    share with the requests. Prompts that were anchored are left out.
 
     Other questions about a request's subject are of three kinds, from hard to easy: the relation is to be forgotten of
     other subjects (`crossed`), it was never anchored (`same_subject`), or it was anchored for others
@@ -104,7 +104,7 @@ def build_items(
     anchored_relations = {prompt.relation for prompt in retain if prompt.id in anchored} - {None}
     asked = {item.question for item in items}
     for prompt in retain:
-        if prompt.id in anchored or prompt.question in anchored or prompt.question in asked:
+        if prompt.id in anchored or prompt.question in asked:
             continue
         if prompt.topic in groups:
             anchored_too = prompt.relation in anchored_relations

@@ -241,10 +241,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     )
     siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
     other_subjects: int = knob(
-        0,
-        "rows: other subjects of each relation, named by the model, that are anchored and that no refusal token is "
-        "said to",
-        min=0,
+        0, "rows: other subjects of each relation, named by the model, at which no refusal token is said", min=0
     )
     erase_margin: float = knob(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"

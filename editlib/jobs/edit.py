@@ -54,7 +54,7 @@ def unlearn(
     """
     check_places(Path(out), delta, overwrite=overwrite)
     check_settings(bench, hparams)
-    requests, kept = _with_bundled(requests, hparams, seed) if retain is None else (requests, retain)
+    named, kept = _with_bundled(requests, hparams, seed) if retain is None else (requests, retain)
     form = PromptFormat.of(bench.tok, bench.asking())
     check_requests_fit(bench.model, form, [*requests, *kept], room=room_for(hparams))
     check_room(Path(out), stored_bytes(bench.model))
@@ -66,7 +66,10 @@ def unlearn(
         "chat": bench.asking(),
         "seed": seed,
     }
-    return _edited(bench, requests, hparams, means, out, timer, given, delta, overwrite=overwrite, left_out=left_out)
+    return _edited(
+        bench, named, hparams, means, out, timer, given, delta,
+        recorded=requests, overwrite=overwrite, left_out=left_out,
+    )  # fmt: skip
 
 
 def _with_bundled(
@@ -178,20 +181,25 @@ def _edited(
     *,
     overwrite: bool,
     left_out: Mapping[str, Sequence[str]] | None,
+    recorded: Sequence[EditRequest] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
-    """Edits, and writes the folder with its receipt, and the edit alone to `delta`."""
+    """Edits, and writes the folder with its receipt, and the edit alone to `delta`.
+
+    `recorded`: the requests as they were given, which the receipt is about; default: `requests`.
+    """
+    recorded = requests if recorded is None else recorded
     result = apply(bench, requests, hparams, means, **given)
     result.timings = {**timer.seconds, **result.timings}
     base = {"base": bench.name, "base_sha256": bench.sha256}
     receipt = make_receipt(
         result,
         **base,
-        requests=requests,
+        requests=recorded,
         hparams=hparams,
         stats=means.stats,
         token=result.token,
         seed=given["seed"],
-    ) | asked_as(bench.tok, given["chat"], requests)
+    ) | asked_as(bench.tok, given["chat"], recorded)
     if left_out:
         receipt["left_out"] = {name: list(rows) for name, rows in left_out.items()}
     receipt["result_sha256"] = save_edited(bench.model, bench.tok, Path(out), receipt, overwrite=overwrite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,6 @@ import torch
 from editlib import data
 from editlib.algorithms import costs
 from editlib.algorithms.machine import Machine, measure
-from editlib.algorithms.unierase.anchors import GENERAL_STEP
 from editlib.algorithms.unierase.proportion import FEWEST_ANCHORS, share_of
 from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.algorithms.work import Rate, Step
@@ -31,6 +30,7 @@ from editlib.models.size import ModelSize, config_of, model_size
 from editlib.stats.store import model_slug
 
 STATS_TOKENS, STATS_TOKENS_UNLEARN = 100_000, 20_000
+GENERAL_STEP = 4  # every fourth bundled question is answered before refusal tokens are fitted
 MIB = 1024 * 1024
 
 
@@ -113,17 +113,12 @@ def _steps(settings: HyperParams, size: ModelSize, requests: int, prompt_tokens:
     if not finds_values(settings):
         return steps
     job = settings_job(settings, requests, prompt_tokens, size)
-    if not (takes_retain(settings) and settings.values == "rows"):
-        anchors = [costs.anchors(size, job)] if job.anchors else []
-        return [*steps, *anchors, costs.values(size, job), costs.solve(size, job)]
-    general = len(data.questions("train")) // GENERAL_STEP if settings.say else 0
-    named = costs.named_subjects(requests, settings.other_subjects) if settings.say else 0
-    # What the tool asks by itself is anchored, too.
-    held = replace(job, anchors=job.anchors + general + named) if job.anchors else job
     if job.anchors:
-        steps.append(costs.anchors(size, held, named=named))
-    steps += [costs.row_values(size, held), costs.solve(size, held)]
-    if settings.say:
+        steps.append(costs.anchors(size, job))
+    from_rows = takes_retain(settings) and settings.values == "rows"
+    steps += [costs.row_values(size, job) if from_rows else costs.values(size, job), costs.solve(size, job)]
+    if takes_retain(settings) and from_rows and settings.say:
+        general = len(data.questions("train")) // GENERAL_STEP
         tokens = costs.refusal_tokens(
             size,
             job,

@@ -56,11 +56,6 @@ def test_prompts_are_sorted_by_what_they_share_with_the_requests():
     assert sum(item.kind == "paraphrase" for item in items) == 2
 
 
-def test_an_anchor_may_be_named_by_its_question():
-    items = build_items(FORGET, RETAIN, anchored={"What capital has Chile?"})
-    assert "next" not in [item.id for item in items] and "held" in [item.id for item in items]
-
-
 def test_a_relation_that_another_subject_loses_makes_a_crossed_pair():
     forget = [fact("a", "capital", "France"), fact("b", "language", "Spain")]
     retain = [fact("c", "language", "France"), fact("d", "capital", "Spain"), fact("e", "language", "Chile")]

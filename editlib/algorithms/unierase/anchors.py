@@ -17,7 +17,6 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
 ANSWER_TOKENS = 24  # of an answer, at most, that are held in place
-GENERAL_STEP = 4  # every fourth bundled question about anything is asked
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,6 @@ def bundled_anchors(requests: Sequence[EditRequest], *, seed: int) -> list[EditR
     some = choose_anchors(general, requests, most=most // 3, seed=seed)
     facts = [prompt for prompt in usual if prompt.subject is not None]
     return choose_anchors(facts, requests, most=most - len(some), seed=seed) + some
-
-
-def general_questions(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Makes prompts of bundled questions about anything; none that names a subject of `requests`."""
-    subjects = [request.subject for request in requests if request.subject is not None]
-    questions = data.questions("train")[::GENERAL_STEP]
-    apart = [text for text in questions if not any(subject in text for subject in subjects)]
-    return [EditRequest(id=text, prompt=text) for text in apart]
 
 
 def encode_anchors(

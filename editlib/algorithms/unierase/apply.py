@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editlib import data
 from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.edit import (
     EditResult,
@@ -31,7 +32,7 @@ from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_spaces
 from editlib.algorithms.pipeline import EncodedEdit, check_fit, find_values, value_diagnostics
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors
-from editlib.algorithms.unierase.anchors import answers_to, choose_anchors, general_questions
+from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
 from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, relations_of, remaining_gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
@@ -57,6 +58,7 @@ from editlib.stats.store import find_layers
 log = logging.getLogger(__name__)
 
 MOST_KEPT = 600  # most retain prompts that refusal tokens stay out of
+GENERAL_STEP = 4  # refusal tokens stay out of every fourth bundled question
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,10 @@ class _Edit:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Holds what an edit must leave as it is: retain prompts, what the tool asks by itself (other subjects, general
-    questions), the model's answers as far as they are known, and the anchors' keys."""
+    """Holds what an edit must leave as it is: retain prompts, the model's answers to them as far as they are known, and
+    the anchors' keys."""
 
     retain: Sequence[EditRequest]
-    others: Sequence[EditRequest]
-    general: Sequence[EditRequest]
     answers: Mapping[str, Sequence[int]] | None
     keys: AnchorKeys
 
@@ -245,33 +245,23 @@ def _keep(
 ) -> _Kept:
     """Chooses what must stay and reads its keys, unless they were read before (`anchored`).
 
-    `answered`: where tokens will be fitted, also generate the answers to the retain prompts that are chosen, and to
-    what the tool asks by itself: the same of other subjects, and general questions. Those are anchored too, unless the
-    anchors were read before.
+    `answered`: where tokens will be fitted, also generate the answers to the retain prompts that are chosen.
     """
-    others: list[EditRequest] = []
-    general: list[EditRequest] = []
     if edit.fits_tokens and answered:
         retain = choose_anchors(retain, requests, most=edit.hparams.max_anchors, seed=edit.seed)
-        asked = choose_anchors(retain, requests, most=MOST_KEPT, seed=edit.seed)
-        most, progress = edit.hparams.other_subjects, edit.progress
-        others = other_subjects(edit.anat, edit.form, edit.requests, asked, most, seed=edit.seed, progress=progress)
-        general = general_questions(requests)
-        made = [*retain, *others, *(general if anchored is None and edit.hparams.anchors else [])]
-        known_answers = answers_to(edit.anat, edit.form, made, known=known_answers, progress=progress)
+        known_answers = answers_to(edit.anat, edit.form, retain, known=known_answers, progress=edit.progress)
     keys = anchored or hold_anchors(
         edit.anat,
         edit.form,
         retain,
         requests,
         edit.hparams,
-        also=[*others, *general],
         layers=(),  # each layer's are read when it is solved, after those below were written
         known_answers=known_answers,
         seed=edit.seed,
         progress=edit.progress,
     )
-    return _Kept(retain, others, general, known_answers, keys)
+    return _Kept(retain, known_answers, keys)
 
 
 def _open_gate(
@@ -323,15 +313,19 @@ def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
     questions."""
     siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
     retain = choose_anchors(kept.retain, edit.requests, most=MOST_KEPT, seed=edit.seed)
+    most, progress = edit.hparams.other_subjects, edit.progress
+    others = other_subjects(edit.anat, edit.form, edit.requests, retain, most, seed=edit.seed, progress=progress)
+    known = {**(kept.answers or {}), **made.answers}
+    known |= answers_to(edit.anat, edit.form, others, known=known, progress=progress)
     return refusal_places(
         edit.form,
         edit.requests,
-        [*retain, *kept.others],
+        [*retain, *others],
         list(siblings),
-        {**(kept.answers or {}), **made.answers},
+        known,
         edit.catalogue,
         wordings=edit.hparams.token_wordings,
-        general=[prompt.question for prompt in kept.general],
+        general=data.questions("train")[::GENERAL_STEP],
     )
 
 

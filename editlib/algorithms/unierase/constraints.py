@@ -31,7 +31,6 @@ def hold_anchors(
     requests: Sequence[EditRequest],
     hparams: UniEraseHyperParams,
     *,
-    also: Sequence[EditRequest] = (),
     layers: Sequence[int] | None = None,
     known_answers: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
@@ -40,14 +39,13 @@ def hold_anchors(
     """Chooses the anchors of an edit from `retain`, and reads their keys in the model as it is now.
 
     Args:
-        also: prompts that are anchored besides those that are chosen.
         layers: which layers' keys to read, in addition to those of the gate's layer; `None`: the layers of `hparams`.
         known_answers, seed: see `apply_unierase_to_model`.
     """
     layers = hparams.layers if layers is None else layers
     if not hparams.anchors:
         return anchor_keys(anat, Anchors((), None, (), (), ()), layers, hparams.gate_layer)
-    chosen = [*choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed), *also]
+    chosen = choose_anchors(retain, requests, most=hparams.max_anchors, seed=seed)
     subjects = dict.fromkeys(request.subject for request in requests if request.subject is not None)
     anchors = encode_anchors(
         anat,

@@ -68,11 +68,11 @@ def other_subjects(
 
 
 def _asked_of(name: str, fact: EditRequest) -> EditRequest | None:
-    """Returns what `fact` asks, of another subject, with the question as its id; `None` if its name cannot be one
-    ("{}")."""
+    """Returns what `fact` asks, of another subject; `None` if its name cannot be one ("{}")."""
     try:
-        question = fact.prompt.replace("{}", name)
-        return EditRequest(id=question, prompt=fact.prompt, subject=name, relation=fact.relation)
+        return EditRequest(
+            id=f"{fact.relation or fact.prompt}/{name}", prompt=fact.prompt, subject=name, relation=fact.relation
+        )
     except FieldError:
         return None
 

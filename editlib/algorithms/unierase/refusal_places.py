@@ -17,6 +17,7 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
 OTHER_WORDINGS = 2  # of a retain question, beside its own
+GENERAL = 160  # questions about anything
 MOST_TOKENS = 24  # of an edit; where there are more relations, the rarest share the last one
 
 
@@ -81,7 +82,7 @@ def refusal_places(
         answers: the unedited model's answers, as token ids by question; a wording without one gives only the place at
             its end.
         wordings: how many wordings of a question are used in all.
-        general: questions about anything.
+        general: questions about anything; those that name a subject of `requests` are left out.
     """
     relations = _relations(requests)
     found = RefusalPlaces(relations)
@@ -107,7 +108,9 @@ def refusal_places(
         found.kept.append(Place(row, None, sibling=True))
         if answers.get(text):
             found.answers.append((row, tuple(answers[text][:ANSWER_TOKENS])))
-    found.general.extend(form.encode(text) for text in general)
+    subjects = [request.subject for request in requests if request.subject is not None]
+    apart = [text for text in general if not any(subject in text for subject in subjects)]
+    found.general.extend(form.encode(text) for text in apart[:GENERAL])
     return found
 
 

@@ -12,9 +12,12 @@ from editlib.algorithms.unierase import apply_unierase_to_model, row_values
 from editlib.algorithms.unierase.anchors import bundled_anchors, with_relations
 from editlib.algorithms.unierase.proportion import FEWEST_ANCHORS, WHOLE, share_of
 from editlib.hparams import UniEraseHyperParams
+from editlib.jobs import edit
 from editlib.models.anatomy import anatomy
+from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
+from editlib.workbench import Workbench
 
 FRANCE = EditRequest(id="fr", prompt="What is the capital of {}?", subject="France", answer="Paris")
 
@@ -59,6 +62,27 @@ def test_many_requests_take_all_bundled_prompts():
     asked = [replace(fact, relation=None) for fact in data.facts()[:WHOLE]]
     assert bundled_anchors(asked, seed=0) == data.retain_prompts(asked)
     assert len(bundled_anchors(asked[:12], seed=0)) == -(-len(data.retain_prompts(asked[:12])) // 2)
+
+
+def test_the_receipt_is_about_the_requests_as_they_were_given(tiny_llama, tok, tmp_path, monkeypatch):
+    """A private receipt compares their hash: a relation that was found must not change it."""
+    bench = Workbench.of(tiny_llama, tok, tmp_path / "stats")
+    bench.make_stats([0, 1], corpus="self", tokens=64)
+    some = data.facts()[::40]
+    monkeypatch.setattr(data, "facts", lambda: some)
+    hparams = UniEraseHyperParams(
+        layers=[0, 1], values="rows", say=False, wordings=0, siblings=1, row_steps=1, anchors=False,
+        nullspace_threshold=1.0, nullspace_rule="dimensions", L2=1e-3, v_precision="model",
+    )  # fmt: skip
+    seen = []
+    apply = edit.apply
+    monkeypatch.setattr(
+        edit, "apply", lambda bench, asked, *a, **k: (seen.extend(asked), apply(bench, asked, *a, **k))[1]
+    )
+    asked = [replace(FRANCE, prompt=some[0].prompt)]
+    _, receipt = edit.unlearn(bench, asked, hparams, tmp_path / "out")
+    assert receipt["requests_sha256"] == requests_hash(asked)
+    assert seen == [replace(asked[0], relation=some[0].relation)]
 
 
 @pytest.mark.parametrize(("requests", "read"), [(1, 64), (WHOLE, 80)])
