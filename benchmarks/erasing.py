@@ -187,7 +187,7 @@ def _evaluate(model: str, folder: Path) -> None:
 
 
 def _row(folder: Path, *, attacked: bool) -> dict[str, float | None]:
-    """Puts together what a draw came to: shares, the answers that are merely gone, attacks, seconds."""
+    """Returns the row of a draw: shares of answers gone, refused and kept, perplexity ratio, leaks of each attack."""
     metrics = _read(folder / "eval" / "metrics.json")
     items = metrics["items"]
 

@@ -15,7 +15,7 @@ _PREFIXES = {
     "ARABIC": re.compile(r"(?<!\w)[وف]?(?:[بك]?(?:ال)?|لل?|س)\Z"),
     "HEBREW": re.compile(r"(?<!\w)[ושהכלבמ]{1,3}\Z"),
 }
-"""What is written in front of a word without a space: conjunctions, prepositions and the article."""
+"""Prefixes that are written together with a word: conjunctions, prepositions and the article."""
 LEAST_STEM = 3  # letters that an inflected word keeps
 CHANGED = 2  # letters at its end that may be others
 
@@ -26,7 +26,7 @@ def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
     Composed and decomposed accents are the same, and so are curly and straight apostrophes, full-width and other forms
     of a letter or digit, blanks and line ends, Arabic and Hebrew with and without vowel points (`folded`). In scripts
     that do not set words apart (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an
-    answer may occur anywhere. Arabic and Hebrew join small words and the article in front of a word ("بالقاهرة",
+    answer may occur anywhere. Arabic and Hebrew write small words and the article together with a word ("بالقاهرة",
     "בירושלים"). Case counts only for answers of one or two letters (the symbol "He" is not the word "he"). A part of a
     number ("3" of "3.14", "400" of "1,400") is no answer.
 
@@ -91,8 +91,8 @@ def _is_apart(text: str, start: int, end: int) -> bool:
 
 
 def _without_prefix(text: str, start: int) -> int:
-    """Returns where the word begins that starts at `start` but for the small words joined to it; `start` itself where
-    what stands before it is none."""
+    """Returns where the small words begin that are written together with the word at `start`; `start` itself where
+    there are none."""
     found = _PREFIXES[script_of(text[start])].search(text, 0, start)
     return start if found is None else found.start()
 

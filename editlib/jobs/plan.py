@@ -25,6 +25,7 @@ from editlib.hparams import (
     load_hparams,
     takes_retain,
 )
+from editlib.hparams.derive import DESCENT, ROWS
 from editlib.models.loading import DTYPES, check_device
 from editlib.models.size import ModelSize, config_of, model_size
 from editlib.stats.store import model_slug
@@ -71,7 +72,7 @@ def plan(
 
     Args:
         model: a packaged model, a folder, a Hugging Face id, or a configuration in a JSON file.
-        algorithm, hparams: as for `editlib edit`; default: UniErase with the settings found for the model.
+        algorithm, hparams: as for `editlib edit`; default: as `editlib unlearn` finds them for requests with answers.
         stats_tokens: of the statistics; `None`: those that the algorithm's command takes.
         prompt_tokens: of a question as the model is asked, chat template included.
         dtype: of the weights; `None`: as stored.
@@ -88,7 +89,10 @@ def plan(
     check_device(device)
     config = config_of(model)
     size, shape = model_size(config, model), ModelShape.of(config, model_slug(model))
-    settings = load_hparams(hparams, algorithm) if hparams else find_hparams(algorithm or "UniErase", shape)
+    if hparams:
+        settings = load_hparams(hparams, algorithm)
+    else:  # as `editlib unlearn` finds them for requests with answers, and `editlib edit` by its --algorithm
+        settings = find_hparams(algorithm or "UniErase", shape, values=DESCENT if algorithm else ROWS)
     settings.check_depth(size.n_layers)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     kind = stored if dtype is None else DTYPES[dtype]

@@ -15,7 +15,7 @@ _ELISION = re.compile(
 """Words of French, Italian, Catalan and Irish names whose apostrophe joins them to the next."""
 _WIDE = ("F", "W")  # East Asian marks, whose glyphs include their space
 _CLOSING = re.compile(r"[,;:)\]}%\u2019\u201d]|[.!?]+(?!\w)|['\u2019](?:s|re|ve|ll|d|m|t)\b", re.IGNORECASE)
-"""Beginnings of an answer that stand at the word before: marks, or the rest of a word ("'s"); ".NET" is none."""
+"""Beginnings of an answer that take no space before them: marks, or the rest of a word ("'s"); ".NET" is none."""
 _TAG = re.compile(r"<\|[^<>|\s]+\|>$|(?<!\w)<[^<>/\s][^<>/]*>$")
 """A mark of a turn, or a tag that opens: <|assistant|>, <answer>; "List<int>" is none."""
 _EMPHASIS = re.compile(r"(?:^|[\s(])(\*{1,3})$")
@@ -23,7 +23,7 @@ _CURRENCY = re.compile(r"(?:^|[\s(])(?:[$£€¥#@]|US\$)$")
 _WITHIN = re.compile(r"[^\s\d_]_?[-\u2010\u2011\u2014/\\@\u05be\u0640]$|\d[-\u2010\u2011\u2013\u2014]$|\\$|//$")
 """Marks that join what they stand at to what follows: "Jean-", "1939–", "http://", "x@"."""
 _PROCLITIC = {"ARABIC": "وفبلكس", "HEBREW": "ושהכלבמ"}
-"""Letters that are words of their own, written without a space in front of the next."""
+"""Letters that are words of their own, with no space between them and the next word."""
 
 
 def gap_between(prompt: str, answer: str) -> str:
@@ -32,7 +32,7 @@ def gap_between(prompt: str, answer: str) -> str:
     Nothing follows a blank, a line end, an opening mark ("¿", too), bracket or tag, an East Asian mark, what joins two
     parts of a word ("l'", "Jean-", the Hebrew "ב"), or a letter of a script without spaces; "Answer:" before "北京"
     keeps its space. A quotation mark that looks the same on both sides opens after a blank, a bracket or nothing. An
-    answer that begins with a closing mark stands at the word before.
+    answer that begins with a closing mark follows the word before without a space.
     """
     answer = answer.lstrip()
     if not prompt or prompt[-1].isspace() or _opens(prompt) or _joins(prompt, answer) or _CLOSING.match(answer):

@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 RULES = {
     "given": "the file or the user says it",
     "name": "a name that leads several of the questions nearby (an author's in TOFU) is in this one",
-    "part of the name": "a part, or another model_slug, of the name that the questions nearby are about",
+    "part of the name": "a part, or another spelling, of the name that the questions nearby are about",
     "title": "no name, but the title of a work in quotation marks; of several the one that the answer repeats",
     "description": "no name and no title, but words that pick out one person: the author born in ..., known for ...",
     "shared name": "no name leads the questions nearby: the longest name in both question and answer",

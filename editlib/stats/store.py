@@ -100,7 +100,7 @@ def find_stats(
     dataset: str | None = None,
     samples: int | None = None,
 ) -> LayerStats:
-    """Finds the file of one module, under any model_slug of the model's name.
+    """Finds the file of one module, under any spelling of the model's name.
 
     Args:
         corpus: take files of this corpus only (the folders `<corpus>_stats` and `<corpus>@..._stats`).

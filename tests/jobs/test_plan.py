@@ -176,7 +176,11 @@ def test_a_plan_needs_a_configuration_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("editlib.jobs.plan.measure", lambda *_: ROUND)
     made = plan(str(path), 10, algorithm="AlphaEdit")
     assert [step.name for step in made.steps] == ["statistics", "values", "solve", "save"]
-    assert [step.name for step in plan(str(path), 10).steps][:2] == ["statistics", "token"]
+    hiding = plan(str(path), 10, algorithm="UniErase")
+    assert [step.name for step in hiding.steps][:2] == ["statistics", "token"]
+    # What `editlib unlearn` does with requests that have answers.
+    erasing = plan(str(path), 10)
+    assert [step.name for step in erasing.steps] == ["statistics", "anchors", "values", "solve", "tokens", "save"]
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps({"layers": [0], "values": "rows"}))
     steps = [step.name for step in plan(str(path), 10, hparams=str(rows), algorithm="UniErase").steps]

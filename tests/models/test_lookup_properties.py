@@ -23,7 +23,7 @@ TEXT = st.lists(FAMILIAR | WORDS | CHARACTERS, max_size=7).map("".join)
 SUBJECTS = (TEXT | st.sampled_from(["São Paulo", "東", "Zürich", "Pari", "🗼", "👩‍🚀", "e\u0301", "Niger"])).map(
     str.strip
 )
-CLOSING = ",;:)]}%.!?'\u2019\u201d"  # what an answer may begin with that stands at the word before
+CLOSING = ",;:)]}%.!?'\u2019\u201d"  # beginnings of an answer that take no space before them
 ANSWERS = (TEXT | st.text(max_size=12)).filter(lambda text: text.lstrip()[:1] not in [*CLOSING])
 quick = settings(deadline=None, max_examples=40)
 

@@ -68,7 +68,7 @@ def with_relations(requests: Sequence[EditRequest]) -> list[EditRequest]:
 def bundled_anchors(requests: Sequence[EditRequest], *, seed: int) -> list[EditRequest]:
     """Chooses the prompts to anchor where the user gives none: of the bundled ones, as many as the requests need.
 
-    Of general prompts there are as many as a third at least, or all: they stand for whatever else is asked.
+    At most a third are general prompts; the others are the nearest facts.
     """
     usual = data.retain_prompts(requests)
     most = share_of(len(usual), len(requests), fewest=FEWEST_ANCHORS)

@@ -177,7 +177,7 @@ def _encode(
 
 
 def alike(refusals: Sequence[Sequence[int]], opening: int, most: int) -> list[int]:
-    """Returns the indices of at most `most` refusals, given as token ids: the shortest of those that begin with the
+    """Returns the indices of at most `most` refusals, given as token ids: the shortest that begin with the
     same `opening` tokens.
 
     Where no two of them do, fewer tokens count, down to none. The largest such group is taken. A list of no more than
