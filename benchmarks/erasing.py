@@ -41,7 +41,7 @@ from editlib.requests.request import EditRequest
 WATCHED_EACH, ANCHORED_EACH, WRONG_EACH = 24, 24, 8  # other facts of a relation that is forgotten
 OTHERS_EACH = 16  # anchored facts of each relation of `ANCHORED`, none about a forgotten subject
 GENERAL_ANCHORS, QUESTIONS, INSTRUCTIONS = 24, 30, 20
-ATTACKS = ["banned_token", "prefill_lead", "prefill_own", "few_shot"]
+ATTACKS = ["banned-token", "prefill-lead", "prefill-own", "few-shot"]
 MEASURES = (
     "efficacy",
     "paraphrase_efficacy",
