@@ -26,6 +26,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Names bytes after their argument: compressed ones hold the time, so processes would name a test differently."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c():
     """Ctrl-C works: a shell that runs the tests in the background ignores it, for all processes started from here."""

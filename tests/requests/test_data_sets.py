@@ -300,7 +300,7 @@ def test_gzip_and_utf_16_are_read_whatever_the_name(tmp_path, name, shape):
         (b"PAR1rest", "end its name with .parquet"),
         (b"<!DOCTYPE html><html>404</html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
-        (gzip.compress(PLAIN)[:-9], "damaged gzip"),
+        (gzip.compress(PLAIN, mtime=0)[:-9], "damaged gzip"),
         (b'[{"prompt": "a"},\n]', "a comma too many"),
         (b'{"prompt": "a",}', "a comma too many"),
         (b'{"prompt": "a"},\n{"prompt": "b"},\n', "a comma too many"),
