@@ -249,7 +249,8 @@ def _keep(
     """
     if edit.fits_tokens and answered:
         retain = choose_anchors(retain, requests, most=edit.hparams.max_anchors, seed=edit.seed)
-        known_answers = answers_to(edit.anat, edit.form, retain, known=known_answers, progress=edit.progress)
+        with edit.fast():
+            known_answers = answers_to(edit.anat, edit.form, retain, known=known_answers, progress=edit.progress)
     keys = anchored or hold_anchors(
         edit.anat,
         edit.form,
@@ -314,9 +315,10 @@ def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
     siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
     retain = choose_anchors(kept.retain, edit.requests, most=MOST_KEPT, seed=edit.seed)
     most, progress = edit.hparams.other_subjects, edit.progress
-    others = other_subjects(edit.anat, edit.form, edit.requests, retain, most, seed=edit.seed, progress=progress)
     known = {**(kept.answers or {}), **made.answers}
-    known |= answers_to(edit.anat, edit.form, others, known=known, progress=progress)
+    with edit.fast():
+        others = other_subjects(edit.anat, edit.form, edit.requests, retain, most, seed=edit.seed, progress=progress)
+        known |= answers_to(edit.anat, edit.form, others, known=known, progress=progress)
     return refusal_places(
         edit.form,
         edit.requests,

@@ -42,12 +42,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from editlib.algorithms.unierase.final_states import FinalStates, WrittenStates, read_kept, read_states
 from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import EditError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
-from editlib.models.forward import encode_prefix, forward, shared_prefix
+from editlib.models.forward import encode_prefix, forward
 from editlib.models.freezing import no_param_grad
 from editlib.models.generation import end_tokens, greedy, sample
 from editlib.models.precision import cast_params, fast_dtype, plain_attention
@@ -57,8 +58,6 @@ from editlib.models.vocabulary import add_token, free_tokens, rows_in_place, sil
 
 log = logging.getLogger(__name__)
 
-BATCH_ROWS = 64
-BATCH_LOGITS = 2**25  # numbers in the logits of a batch
 POOL = 384  # places after which the NLL of refusals may be read
 BATCH = 16  # of them in a step
 START_NLL, LEAST_NLL = 3.0, 0.1  # weights of a place in the draw: before its NLL is known, and at least
@@ -85,14 +84,6 @@ class FittedTokens:
 
     token: UnlearningToken
     log_odds: Tensor  # [wanted]
-
-
-@dataclass(frozen=True)
-class _States:
-    """Holds the final states at `m` positions, which the head reads, and the log-sum-exp of all logits there."""
-
-    states: Tensor  # [m, d_model]
-    log_sums: Tensor  # [m]
 
 
 def fit_refusal_tokens(
@@ -215,9 +206,9 @@ class _ReadOut:
         say, quiet: log-odds to reach at wanted places, and allowed at kept ones (nats).
     """
 
-    wanted: _States
-    kept: _States
-    inside: _States
+    wanted: FinalStates
+    kept: FinalStates
+    inside: FinalStates
     group: Tensor
     wanted_weight: Tensor
     kept_weight: Tensor
@@ -230,13 +221,12 @@ class _ReadOut:
     ) -> _ReadOut:
         """Reads the states of all places from the model as it is."""
         device, groups = anat.device, range(len(places.relations))
-        wanted = _read(anat, [place.row for place in places.wanted])
-        kept = _read(anat, [place.row for place in places.kept])
+        wanted = read_states(anat, [place.row for place in places.wanted])
+        kept, inside = read_kept(anat, places)
         label = "general answers" if progress else None
-        said = greedy(anat, places.general, max_new_tokens=TEXT_TOKENS, progress=label)
-        answered = list(zip(places.general, said, strict=True))
-        texts = [*places.answers, *answered, *_ordinary_text(anat, seed, progress)]
-        inside = _read(anat, [row.followed_by(text) for row, text in texts], firsts=[len(row) - 1 for row, _ in texts])
+        written = WrittenStates()  # states are read while the model writes: no text is run twice
+        greedy(anat, places.general, max_new_tokens=TEXT_TOKENS, progress=label, seen=written.add)
+        inside = FinalStates.cat([inside, _ordinary_text(anat, written, seed, progress), *written.states])
         group = torch.tensor([place.group for place in places.wanted], device=device)
         weight = _shares(places.wanted, device)  # [wanted]
         # Every relation counts the same, however many questions ask for it.
@@ -279,8 +269,9 @@ def _shares(places: Sequence[Place], device: torch.device, own: int | None = Non
     return weight / weight.sum() if kinds else weight
 
 
-def _ordinary_text(anat: Anatomy, seed: int, progress: bool) -> list[tuple[TokenRow, tuple[int, ...]]]:
-    """Samples texts from the model, each from one random token, and adds single random tokens without a text.
+def _ordinary_text(anat: Anatomy, written: WrittenStates, seed: int, progress: bool) -> FinalStates:
+    """Samples texts from the model, each from one random token, into `written`; returns the states at single random
+    tokens.
 
     No chat template is used: the state of a text's first token differs from all others.
     """
@@ -288,10 +279,16 @@ def _ordinary_text(anat: Anatomy, seed: int, progress: bool) -> list[tuple[Token
     firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
     rows = [TokenRow((first,), 0) for first in firsts]
     label = "texts" if progress else None
-    written = sample(
-        anat, rows[:TEXTS], max_new_tokens=TEXT_TOKENS, top_k=TEXT_TOP_K, generator=generator, progress=label
+    sample(
+        anat,
+        rows[:TEXTS],
+        max_new_tokens=TEXT_TOKENS,
+        top_k=TEXT_TOP_K,
+        generator=generator,
+        progress=label,
+        seen=written.add,
     )
-    return [*zip(rows, written, strict=False), *[(row, ()) for row in rows[TEXTS:]]]
+    return read_states(anat, rows[TEXTS:])
 
 
 @dataclass(frozen=True)
@@ -340,48 +337,3 @@ class _Refusals:
         weight = torch.where(column == 0, UNL_WEIGHT, 1.0).to(each)  # [m]
         total = torch.zeros(len(rows), device=each.device).index_add(0, row, weight * each)
         return total / torch.zeros_like(total).index_add(0, row, weight)
-
-
-def _read(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None) -> _States:
-    """Reads the final states of `rows`: at each row's last token, or from its column in `firsts` to its end.
-
-    Positions follow one another row by row.
-    """
-    if not rows:
-        return _States(torch.zeros(0, anat.d_model, device=anat.device), torch.zeros(0, device=anat.device))
-    firsts = [len(row) - 1 for row in rows] if firsts is None else firsts
-    states: list[Tensor] = [torch.empty(0)] * len(rows)
-    log_sums: list[Tensor] = [torch.empty(0)] * len(rows)
-    for chunk in _batches(anat, rows, firsts):
-        # The prefix that the rows share runs once, up to the first position that is read.
-        most = min(firsts[i] for i in chunk)
-        with torch.no_grad():
-            prefix, rests = shared_prefix(anat, [rows[i] for i in chunk], most=most)
-            batch = pad(rests, device=anat.device)
-            cut = len(rows[chunk[0]]) - len(rests[0])
-            columns = [range(firsts[i] - cut, len(rests[j])) for j, i in enumerate(chunk)]
-            where = torch.tensor([(j, c) for j, some in enumerate(columns) for c in some], device=anat.device)
-            seen: list[Tensor] = []
-            logits = forward(anat, batch, prefix=prefix, score=(where[:, 0], where[:, 1]), final=seen.append)
-        counts = [len(some) for some in columns]
-        for i, own, total in zip(
-            chunk, torch.split(seen[0].float(), counts), torch.split(logits.float().logsumexp(1), counts), strict=True
-        ):
-            states[i], log_sums[i] = own, total
-    return _States(torch.cat(states), torch.cat(log_sums))
-
-
-def _batches(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int]) -> list[list[int]]:
-    """Groups the indices of rows of like length: at most `BATCH_ROWS` of them, with logits of `BATCH_LOGITS`
-    numbers."""
-    most = max(1, BATCH_LOGITS // anat.embedding.weight.shape[0])  # positions
-    groups: list[list[int]] = []
-    held = 0
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        read = len(rows[i]) - firsts[i]
-        if not groups or len(groups[-1]) == BATCH_ROWS or held + read > most:
-            groups.append([])
-            held = 0
-        groups[-1].append(i)
-        held += read
-    return groups
