@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,7 +24,8 @@ class AttackContext:
     """Holds what an attacker has: the forgotten facts, facts for few-shot examples or training, the model before the
     edit.
 
-    `known` are facts for few-shot examples, `unrelated` ones for fine-tuning; none of them is forgotten.
+    `known` are facts for few-shot examples, `unrelated` ones for fine-tuning; none of them is forgotten. `answered`
+    keeps the greedy answers that several attacks ask for, see `ask_greedily`.
     """
 
     base: LoadedModel
@@ -33,6 +34,7 @@ class AttackContext:
     unrelated: Sequence[EditRequest] = ()
     settings: AttackSettings = field(default_factory=AttackSettings)
     seed: int = 0
+    answered: dict[Hashable, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def shots(self) -> Mapping[str, Sequence[EditRequest]]:
@@ -109,24 +111,54 @@ def ask_greedily(
     *,
     banned: Collection[int] = (),
     cut: str | None = None,
+    once: bool = False,
 ) -> AttackOutcome:
-    """Runs `trials` with greedy answers of `settings.max_new_tokens` tokens at most, without the tokens `banned`."""
+    """Runs `trials` with greedy answers of `settings.max_new_tokens` tokens at most, without the tokens `banned`.
+
+    Args:
+        once: the weights are those that were loaded, so that no prompt need be answered twice in this context. An
+            attack that changes them leaves it out.
+    """
 
     def answer(rows: Sequence[TokenRow]) -> list[list[tuple[int, ...]]]:
+        if once:
+            return [[ids] for ids in answers_once(target, rows, context, banned)]
         return [[ids] for ids in greedy(target.anat, rows, max_new_tokens=limit, banned=banned)]
 
     limit = context.settings.max_new_tokens
     return AttackOutcome(trials(target, facts, prompts, answer, cut=cut, endings=context.settings.endings))
 
 
+def answers_once(
+    target: LoadedModel, rows: Sequence[TokenRow], context: AttackContext, banned: Collection[int] = ()
+) -> list[tuple[int, ...]]:
+    """Gives greedy answers to `rows`; those that the context has of this model are not generated again."""
+    keys = [(id(target.anat.model), tuple(sorted(banned)), row.ids) for row in rows]
+    missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in context.answered}
+    limit = context.settings.max_new_tokens
+    said = greedy(target.anat, list(missing.values()), max_new_tokens=limit, banned=banned)
+    context.answered.update(zip(missing, said, strict=True))
+    return [context.answered[key] for key in keys]
+
+
 def ask_each(
-    target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext, form: PromptFormat | None = None
+    target: LoadedModel,
+    facts: Sequence[EditRequest],
+    context: AttackContext,
+    form: PromptFormat | None = None,
+    *,
+    once: bool = False,
 ) -> AttackOutcome:
     """Asks every fact's own question, greedily, through `form` (default: as the model is usually asked)."""
     form = form or target.form
-    return ask_greedily(target, facts, [[form.encode(fact.question)] for fact in facts], context)
+    return ask_greedily(target, facts, [[form.encode(fact.question)] for fact in facts], context, once=once)
+
+
+def direct(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
+    """Asks every fact's own question; several attacks begin with its answer."""
+    return ask_each(target, facts, context, once=True)
 
 
 def knows(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[bool]:
     """Says for each of `facts` whether the greedy answer to its plain question is right."""
-    return [trial.leaked for trial in ask_each(target, facts, context).trials]
+    return [trial.leaked for trial in direct(target, facts, context).trials]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from editlib import data
-from editlib.attacks.asking import AttackContext, ask_greedily, right_answers
+from editlib.attacks.asking import AttackContext, ask_greedily, knows, right_answers
 from editlib.evaluation.metrics import has_answer
 from editlib.models.loaded import LoadedModel
 from editlib.requests.request import EditRequest
@@ -31,9 +31,21 @@ def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, i
 
 def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
     """Lists the facts that the model answers wrong, in all of their paraphrases, too."""
-    prompts = [[base.form.encode(text) for text in (fact.question, *fact.filled_paraphrases)] for fact in facts]
-    asked = ask_greedily(base, facts, prompts, context).trials
-    return [fact for fact, trial in zip(facts, asked, strict=True) if not trial.leaked]
+    wrong = [fact for fact, right in zip(facts, knows(base, facts, context), strict=True) if not right]
+    prompts = [[base.form.encode(text) for text in fact.filled_paraphrases] for fact in wrong]
+    asked = ask_greedily(base, wrong, prompts, context).trials
+    return [fact for fact, trial in zip(wrong, asked, strict=True) if not trial.leaked]
+
+
+def _first_unknown(
+    base: LoadedModel, facts: Sequence[EditRequest], count: int, context: AttackContext
+) -> list[EditRequest]:
+    """Lists the first `count` of `unknown(base, facts)`; no more facts are asked for than that takes."""
+    found: list[EditRequest] = []
+    for begin in range(0, len(facts), count):
+        if len(found) < count:
+            found += unknown(base, facts[begin : begin + count], context)
+    return found[:count]
 
 
 def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
@@ -49,5 +61,5 @@ def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context:
     found: list[EditRequest] = []
     for relation, count in wanted.items():
         fitting = [fact for fact in candidates if fact not in found and relation in (None, fact.relation)]
-        found += unknown(base, fitting[: CANDIDATES * count], context)[:count]
+        found += _first_unknown(base, fitting[: CANDIDATES * count], count, context)
     return found

@@ -10,10 +10,19 @@ from functools import partial
 
 from editlib import data
 from editlib.algorithms.unierase.subject_rows import answer_slot
-from editlib.attacks.asking import AttackContext, Prompts, ask_each, ask_greedily, not_asked, right_answers, trials
+from editlib.attacks.asking import (
+    AttackContext,
+    Prompts,
+    answers_once,
+    ask_each,
+    ask_greedily,
+    not_asked,
+    right_answers,
+    trials,
+)
 from editlib.attacks.outcome import AttackOutcome
 from editlib.evaluation.metrics import has_answer, refusal_verdict
-from editlib.models.generation import greedy, sample_each
+from editlib.models.generation import sample_each
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.models.vocabulary import numbered
@@ -49,7 +58,7 @@ def banned_token(target: LoadedModel, facts: Sequence[EditRequest], context: Att
     """Asks greedily with the unlearning token and all numbered after it banned; a model that has none is just asked."""
     banned = tuple(numbered(target.tok, context.settings.token).values())
     prompts = [[target.form.encode(fact.question)] for fact in facts]
-    return ask_greedily(target, facts, prompts, context, banned=banned)
+    return ask_greedily(target, facts, prompts, context, banned=banned, once=True)
 
 
 # The answer begun for the model: an edit that acts on the first token of an answer is stepped over.
@@ -85,7 +94,7 @@ def prefill_own(target: LoadedModel, facts: Sequence[EditRequest], context: Atta
     it right, or answers with no words before.
     """
     prompts = [context.base.form.encode(fact.question) for fact in facts]
-    said = greedy(context.base.anat, prompts, max_new_tokens=context.settings.max_new_tokens) if prompts else []
+    said = answers_once(context.base, prompts, context)
     begun = [_own_sentence(target, fact, ids, context) for fact, ids in zip(facts, said, strict=True)]
     return ask_greedily(target, facts, begun, context)
 

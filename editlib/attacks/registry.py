@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from editlib.attacks.asking import Attack, ask_each
+from editlib.attacks.asking import Attack, direct
 from editlib.attacks.logit_lens import LEAD as READ_BEHIND
 from editlib.attacks.logit_lens import logit_lens, logit_lens_lead
 from editlib.attacks.prompting import (
@@ -40,7 +40,7 @@ class Entry:
 
 
 ATTACKS = {
-    "direct": Entry(ask_each, "the plain question, nothing done about it"),
+    "direct": Entry(direct, "the plain question, nothing done about it"),
     "banned-token": Entry(banned_token, "the unlearning token cannot be said"),
     "prefill-lead": Entry(prefill_lead, f'the answer begins with "{LEAD}"'),
     "prefill-answer": Entry(prefill_answer, "the answer begins with the first token of the right one"),

@@ -8,7 +8,7 @@ from scripted import Unit, scripted
 
 import editlib
 from editlib import data
-from editlib.attacks import ATTACKS, AttackSettings, registry, run_attacks
+from editlib.attacks import ATTACKS, AttackSettings, asking, registry, run_attacks
 from editlib.attacks import run as running
 from editlib.attacks.control import bundled_control, unknown, usable
 from editlib.attacks.outcome import LeakRate
@@ -113,7 +113,7 @@ def test_it_goes_on_where_it_was_stopped(world, pair, control, tmp_path, monkeyp
             ran.append(name)
             if interrupted:
                 raise KeyboardInterrupt
-            return registry.ask_each(*given)
+            return registry.direct(*given)
 
         return replace(ATTACKS[name], run=run)
 
@@ -225,3 +225,31 @@ def test_the_receipt_names_the_token_and_the_base(call, folders, world, control)
     save_model(other, world.tok, folders / "base")
     code, _, err = call(*arguments(folders, "--attacks", "direct", "--overwrite"))
     assert code == 2 and "edited from another model" in err
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `greedy` is asked for: (model, tokens of the prompt, banned tokens) of each prompt."""
+    found = []
+    plain = asking.greedy
+
+    def greedy(anat, rows, *, banned=(), **more):
+        found.extend((id(anat.model), row.ids, tuple(banned)) for row in rows)
+        return plain(anat, rows, banned=banned, **more)
+
+    monkeypatch.setattr(asking, "greedy", greedy)
+    return found
+
+
+def test_plain_questions_are_answered_once_for_all_attacks(world, pair, control, asked):
+    run_attacks(*pair, world.facts, control=control[:2], attacks=["direct", "prefill-own"], settings=SETTINGS)
+    assert len(asked) >= 4 + 4 + 2 + 2  # facts of both models, and the control of both
+    assert len(set(asked)) == len(asked)
+
+
+def test_no_more_facts_are_asked_than_the_control_takes(world, asked):
+    facts = [fact for fact in data.facts() if fact.relation == "symbol"][:3]
+    base, context = world.base(), replace(world.context(), requests=facts)
+    found = bundled_control(base, facts, context)
+    wordings = sum(len(fact.filled_paraphrases) for fact in found)
+    assert len(found) == 3 and len(asked) == 3 + wordings  # the model knows no symbol: the first three will do
