@@ -61,7 +61,7 @@ def single(protocol: Protocol, base: NamedModel, edited: Edited, request: str | 
     return {**protocol.measure(base, edited.side(), wanted, others), "request": request}
 
 
-Step = tuple[int, list[EditRequest], NamedModel]
+ChainStep = tuple[int, list[EditRequest], NamedModel]
 """A batch's number, those of the requests that were edited so far, and the model after it."""
 
 Mode = Callable[[Protocol, NamedModel, "Edited", str | None], dict[str, Any]]
@@ -149,7 +149,7 @@ class Edited:
         sha256 = weights_sha256(anat.model)
         return NamedModel(anat, tok, settled(tok, self.prompts), name=self.path, sha256=sha256, receipt=receipt)
 
-    def steps(self, requests: Sequence[EditRequest]) -> Generator[Step, None, None]:
+    def steps(self, requests: Sequence[EditRequest]) -> Generator[ChainStep, None, None]:
         """Yields, after each batch of the chain, its number, those of `requests` that were edited so far, and the
         model.
 

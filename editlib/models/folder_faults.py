@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig
 from editlib.errors import first_line, quote
 
 GENERATION = "generation_config.json"
-Part = Literal["config", "tokenizer", "weights", "adapter"]
+FolderPart = Literal["config", "tokenizer", "weights", "adapter"]
 
-_OBJECTS: dict[Part, tuple[str, ...]] = {
+_OBJECTS: dict[FolderPart, tuple[str, ...]] = {
     "config": ("config.json",),
     "tokenizer": (
         "tokenizer.json",
@@ -50,7 +50,7 @@ def reason_of(error: BaseException) -> str:
     return (f"{type(error).__name__}: {text}" if named and text != type(error).__name__ else text)[:160]
 
 
-def fault_of(folder: Path, part: Part) -> tuple[str, str] | None:
+def fault_of(folder: Path, part: FolderPart) -> tuple[str, str] | None:
     """Finds the first file of `part` that is damaged: its name, and what is wrong; `None` if all look whole."""
     for name in _OBJECTS[part]:
         path = folder / name

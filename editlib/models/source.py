@@ -20,7 +20,7 @@ from editlib.models.adapters import CONFIG as ADAPTER
 from editlib.models.adapters import base_of, is_adapter
 from editlib.models.folder_faults import (
     GENERATION,
-    Part,
+    FolderPart,
     Told,
     config_fault,
     fault_of,
@@ -191,7 +191,7 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
 def one_line_errors(
     name: str,
     path: str | None = None,
-    part: Part | None = None,
+    part: FolderPart | None = None,
     told: Told | None = None,
     config: PreTrainedConfig | None = None,
 ) -> Iterator[None]:

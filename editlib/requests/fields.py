@@ -7,7 +7,7 @@ from typing import Any
 
 from editlib.errors import RequestError, closest
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 OWN_FIELDS = (
     "id", "prompt", "subject", "target_new", "answer", "aliases", "phrasings", "paraphrases", "neighbours", "group",
