@@ -100,6 +100,9 @@ def test_traits_of_an_algorithm_are_asked_of_its_settings():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
                 assert "HyperParams" not in ast.unparse(node.args[1]), f"{path}: {ast.unparse(node)}"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+                named = ast.unparse(node.args[0]) in ("hparams", "hp") and isinstance(node.args[1], ast.Constant)
+                assert not named, f"{path}: {ast.unparse(node)}"
 
 
 def test_no_device_literals():

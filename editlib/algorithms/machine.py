@@ -42,7 +42,7 @@ class Curve:
     seconds: tuple[float, ...]
 
     def at(self, tokens: float) -> float:
-        """Interpolates between the measured numbers, and goes on as between the last two."""
+        """Interpolates between the measured numbers, and extrapolates from the last two."""
         i = min(max(bisect.bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
         share = (tokens - self.tokens[i - 1]) / (self.tokens[i] - self.tokens[i - 1])
         return max(self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1]), 0.0)

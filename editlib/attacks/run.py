@@ -90,7 +90,9 @@ def run_attacks(
         prompts = edited.prompts
     models = {"edited": LoadedModel.given(edited, prompts), "base": LoadedModel.given(base, prompts)}
     form = PromptFormat.of(models["base"].tok, prompts)
-    check_requests_fit(models["base"].anat.model, form, [*asked, *(control or ())], room=settings.max_new_tokens)
+    check_requests_fit(
+        models["base"].anat.model, form, [*asked, *(control or ())], answer_tokens=settings.max_new_tokens
+    )
     job = {
         "base": weights_sha256(models["base"].anat.model),
         "edited": weights_sha256(models["edited"].anat.model),

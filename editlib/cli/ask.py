@@ -46,7 +46,7 @@ def ask(
         outline = outline_of(name, dtype=dtype)
         forms[name] = settled(outline.tok, recorded[name] or usual)
         asked = PromptFormat.of(outline.tok, forms[name])
-        check_prompts(outline.model, asked, zip(questions, questions, strict=True), room=max_new_tokens)
+        check_prompts(outline.model, asked, zip(questions, questions, strict=True), answer_tokens=max_new_tokens)
     columns = {}
     for name in names:
         loaded, tok = load(name, dtype=dtype, device_map=device_map)

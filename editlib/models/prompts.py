@@ -107,9 +107,9 @@ def token_windows(tok: PreTrainedTokenizerBase, text: str, length: int) -> Itera
     """
     front = list(leading_tokens(tok))
     ids = list(tok(text, add_special_tokens=False, verbose=False)["input_ids"])
-    room = max(length - len(front), 1)
-    for start in range(0, len(ids), room):
-        if len(window := front + ids[start : start + room]) > 1:
+    size = max(length - len(front), 1)
+    for start in range(0, len(ids), size):
+        if len(window := front + ids[start : start + size]) > 1:
             yield window
 
 

@@ -1,6 +1,6 @@
 """Read the answers of a row of a set of questions: a text, a list of texts, or an object, under that set's names.
 
-The first answer is the one that a reader would give; the others are accepted beside it.
+The first answer is the one that a reader would give; the others are accepted, too.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ IDS = ("id", "case_id", "known_id")
 
 ANSWERS = SYNONYMS["answer"].split()
 LISTS = {"K_F": "K_R", "success": "locality"}
-"""KnowEdit's Sanitation is one object of lists: what is to be forgotten, and beside it what is to be kept."""
+"""KnowEdit's Sanitation is one object of lists: what is to be forgotten, and what is to be kept."""
 
 PASSAGE = (
     "a text without a question; expected a prompt; read the questions of that set instead: RWKU's forget_level2, "
@@ -98,7 +98,7 @@ def id_of(row: JsonRow, reader: Reader) -> Any:
 
 
 def ambiguous(row: JsonRow, reader: Reader) -> str | None:
-    """Says which of two fields is taken where a format has two for one thing; `None` where it is plain."""
+    """Says which of two fields is used where a format has two for one purpose; `None` where there is only one."""
     if reader is readers.zsre and row.get("alt") and row.get("answers"):
         return (
             'edits go to "alt", as in MEND and EasyEdit, and "answers" is the truth; MEMIT edits to "answers": take '
@@ -136,7 +136,7 @@ def unfold(row: JsonRow) -> list[JsonRow]:
 
 
 def left_out(row: JsonRow) -> str | None:
-    """Says what of an object is not read as requests, and where it belongs; `None` where all is."""
+    """Names the parts of an object that are not read as requests, and where they belong; `None` if there are none."""
     for forget, keep in LISTS.items():
         if isinstance(row.get(forget), list) and isinstance(row.get(keep), list):
             given = f'"{forget}" is read, what is to be forgotten'
@@ -145,7 +145,7 @@ def left_out(row: JsonRow) -> str | None:
 
 
 def _unzip(row: JsonRow) -> list[JsonRow]:
-    """Unzips EasyEdit's one object of parallel lists (`prompts: [...], subject: [...]`) to one row a prompt."""
+    """Unzips EasyEdit's one object of parallel lists (`prompts: [...], subject: [...]`) to one row per prompt."""
     if not isinstance(row.get("prompts"), list):
         return [row]
     count = len(row["prompts"])

@@ -1,4 +1,4 @@
-"""One small trainer for everything here that is trained: fine-tuning, gradient unlearning, relearning."""
+"""Train models: one small trainer for fine-tuning, gradient unlearning and relearning attacks."""
 
 from editlib.training.checkpoint import Checkpoint
 from editlib.training.parts import Example, Part, answer_nll, answered, text_rows

@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-VALUE_ROWS = 16  # questions a relation whose values are averaged
-KEY_ROWS = 96  # prompts a relation whose keys are averaged
+VALUE_ROWS = 16  # questions per relation whose values are averaged
+KEY_ROWS = 96  # prompts per relation whose keys are averaged
 ELSEWHERE = 0.05  # weight of an anchored position against the end of an anchored question
 RIDGE = 0.01  # in squared norms of a relation's key
 
