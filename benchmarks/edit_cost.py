@@ -4,7 +4,7 @@
     python benchmarks/edit_cost.py --shape 3b --device-map cuda --dtype bfloat16     # random weights of that shape
 
 The published procedure is written down in `published.py`. Neither side's decomposition of the statistics is timed: both
-are made once a model. A model of random weights stands for one that is not at hand; what it knows does not matter to
+are made once per model. A model of random weights stands in for one that is not on disk; what it knows does not change
 what an edit costs, but its values rarely come near their targets, so that no request rests early.
 """
 

@@ -27,7 +27,7 @@ from editlib import Workbench, data
 from editlib.attacks.registry import choose
 from editlib.evaluation.answer_cache import AnswerCache, ask
 from editlib.facts.protocol import FactsProtocol
-from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, knows
+from editlib.facts.sampling import ANCHORED, HELD_OUT, RELATIONS, knows
 from editlib.files import write_json
 from editlib.finding import find_settings, fit_settings
 from editlib.hparams.derive import ROWS
@@ -127,7 +127,7 @@ def draw(bench: Workbench, before: AnswerCache, each: int, seed: int) -> Draw:
     by_relation: dict[str, list[EditRequest]] = {}
     for fact in data.facts():
         by_relation.setdefault(str(fact.relation), []).append(fact)
-    facts = [fact for relation in (*RELATIONS, *ANCHORED, *WATCHED) for fact in by_relation[relation]]
+    facts = [fact for relation in (*RELATIONS, *ANCHORED, *HELD_OUT) for fact in by_relation[relation]]
     _ask(bench, before, [fact.question for fact in facts])
     known: dict[str, list[EditRequest]] = {}
     for fact in facts:
@@ -151,7 +151,7 @@ def draw(bench: Workbench, before: AnswerCache, each: int, seed: int) -> Draw:
         others = [fact for fact in by_relation[relation] if fact.group not in subjects]
         rng.shuffle(others)
         anchors += others[:OTHERS_EACH]
-    watch += [fact for relation in (*ANCHORED, *WATCHED) for fact in known[relation] if fact.group in subjects]
+    watch += [fact for relation in (*ANCHORED, *HELD_OUT) for fact in known[relation] if fact.group in subjects]
     held, asked = data.general("anchor"), data.general("test")
     rng.shuffle(held)
     rng.shuffle(asked)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from editlib.algorithms.unierase import token_learning as present
-from editlib.algorithms.unierase.token_guard import Guard, answer_guard
+from editlib.algorithms.unierase.token_guard import LogitGapGuard, answer_guard
 from editlib.algorithms.unierase.token_learning import TokenHyperParams
 from editlib.answers.fluency import is_fluent
 from editlib.answers.refusals import is_refusal
@@ -60,12 +60,12 @@ def learn(
     with no_param_grad(anat.model):
         forms, guard = present._encode(anat, form, questions, refusals, unl_id, hp)
         asked = [form.encode(text) for text in [*ordinary, *questions][: hp.guard_prompts]]
-        guard = Guard.joined([guard, answer_guard(anat, asked, unl_id, answer_tokens=hp.guard_tokens)])
+        guard = LogitGapGuard.joined([guard, answer_guard(anat, asked, unl_id, answer_tokens=hp.guard_tokens)])
         return _descend(anat, forms, guard, unl_id, hp)
 
 
 def _descend(
-    anat: Anatomy, forms: Sequence[present._Form], guard: Guard, unl_id: int, hp: TokenHyperParams
+    anat: Anatomy, forms: Sequence[present._Form], guard: LogitGapGuard, unl_id: int, hp: TokenHyperParams
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(hp.seed)
     noisy = present._noisy_layers(anat, hp)

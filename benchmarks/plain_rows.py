@@ -34,7 +34,7 @@ class Row(Protocol):
 
 
 def read(model: nn.Module, layer: nn.Module, row: Row, change: Tensor) -> tuple[Tensor, Tensor]:
-    """What a row reads with `change [d_model]` added behind `layer` at its places, and the state at the first."""
+    """What a row reads with `change [d_model]` added after `layer` at its places, and the state at the first."""
     states: list[Tensor] = []
 
     def add(_, __, output):

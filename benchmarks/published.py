@@ -3,7 +3,7 @@
 One request after the other for the values, its contexts in one padded batch, every step a pass through the whole model
 with logits at every position; keys and states by whole passes; one dense `d_ff x d_ff` solve a layer (AlphaEdit,
 2410.02355, eq. 14). The stored projector and the sum of earlier keys are dense, too. Statistics take one pass a layer,
-stopped behind it, as in ROME's code. No weight gets a gradient.
+stopped after it, as in ROME's code. No weight gets a gradient.
 
 One thing is not as published: the authors stop a request when its whole loss is small, editlib when the NLL of its
 target is. Here both do the latter, so that the two sides take the same steps.
@@ -125,7 +125,7 @@ def look(model: nn.Module, module: nn.Module, prompts: Sequence[tuple[list[int],
 
 
 def compute_ks(model: nn.Module, matrix: nn.Module, asked: Sequence[Asked]) -> Tensor:
-    """`K [d_ff, n]`: half the plain prompt's key, half the mean over its surroundings."""
+    """`K [d_ff, n]`: half the plain prompt's key, half the mean over its context templates."""
     every = look(model, matrix, [context for one in asked for context in one.contexts], True)
     keys = every.view(len(asked), len(asked[0].contexts), -1)
     return ((keys[:, 0] + keys[:, 1:].mean(1)) / 2).T if keys.shape[1] > 1 else keys[:, 0].T
@@ -199,7 +199,7 @@ def layer_stats(
 
 
 class _Stop(Exception):
-    """Ends a pass behind the layer whose keys were wanted."""
+    """Ends a pass after the layer whose keys were wanted."""
 
 
 def stop(*_: object) -> None:

@@ -103,10 +103,10 @@ def apply(
 def check_wanted(requests: Sequence[EditRequest], hparams: HyperParams) -> None:
     """Raises `RequestError` when there is no request, or one lacks what the algorithm of `hparams` needs."""
     if hparams.has_target:
-        check_requests(requests, hparams.algorithm, subject=getattr(hparams, "fact_token", "last") != "last")
+        check_requests(requests, hparams.algorithm, subject=hparams.lookup_place != "last")
     elif not requests:
         raise RequestError("no request to forget was given; give at least one")
-    elif getattr(hparams, "values", None) == "rows":
+    elif hparams.values_from_rows:
         check_answers(requests)
 
 
@@ -142,9 +142,9 @@ def check_draft(
                 "the key out and it is found"
             )
     form = PromptFormat.of(bench.tok, bench.asking(chat))
-    check_requests_fit(bench.model, form, [*requests, *kept], room=room_for(hparams))
+    check_requests_fit(bench.model, form, [*requests, *kept], answer_tokens=answer_tokens_for(hparams))
     for request in requests:
-        encode_contexts(form, request, ["{}"], getattr(hparams, "fact_token", "last"))
+        encode_contexts(form, request, ["{}"], hparams.lookup_place)
     if hparams.uses_token:
         bench.check_draft_token(token)
     if hparams.uses_statistics:
@@ -153,7 +153,7 @@ def check_draft(
         check_room(out, stored_bytes(bench.model))
 
 
-def room_for(hparams: HyperParams) -> int:
+def answer_tokens_for(hparams: HyperParams) -> int:
     """Returns how many tokens after a prompt an edit runs itself: of the model's answers, where these are read."""
     return ANSWER_TOKENS if takes_retain(hparams) else 0
 

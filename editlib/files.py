@@ -73,7 +73,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _one_line_errors(path: Path) -> Iterator[None]:
-    """Turns what the system says of a file that cannot be written into an `OutputError` of one line."""
+    """Turns the system's error about a file that cannot be written into an `OutputError` of one line."""
     try:
         yield
     except EditlibError:
@@ -174,7 +174,7 @@ def _open_up(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk; a system that cannot do that does without.
+    """Waits until a file, or the names in a folder, are on disk; skipped on a system that cannot do that.
 
     Windows syncs no folder, and a file only where it may be written; some network drives sync nothing.
 

@@ -1,4 +1,4 @@
-"""Find settings for the model at hand, in a file or derived from another model, before any weight is read."""
+"""Find settings for a model, in a file or derived from another model, before any weight is read."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def is_derived(hparams: HyperParams) -> bool:
 
 
 def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
-    """Fits derived settings to what the loaded model itself says: up to which layer it reads a subject (a causal trace
+    """Fits derived settings to the loaded model: up to which layer it reads a subject (a causal trace
     of bundled facts, shorter than the statistics' pass), and whether the gate has a place. Others are left as they
     are."""
     if not is_derived(hparams):
@@ -86,7 +86,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
         log.info("the causal trace of %s ends at layer %d, which is not believed", shape.name, read_at)
         read_at = None
     gated = hparams.gate_at is None or output_path(anat, hparams.gate_at).plain
-    values = getattr(hparams, "values", DESCENT)
+    values = ROWS if hparams.values_from_rows else DESCENT
     found = derive(hparams.algorithm, shape, read_at=read_at, gated=gated, values=values)
     numbers = {name: getattr(found, name) for name in found.depth_fields()}
     chosen = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)
@@ -95,7 +95,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
 
 
 def settings_file(hparams: HyperParams) -> dict[str, Any]:
-    """Returns what a file of settings holds, complete: `load_hparams` reads it again, wherever it lies."""
+    """Returns the complete content of a settings file: `load_hparams` reads it again, wherever it lies."""
     notes = hparams.notes if isinstance(hparams.notes, dict) else {"note": hparams.notes}
     return {
         "alg_name": hparams.algorithm,

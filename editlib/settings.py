@@ -202,7 +202,7 @@ class Section:
 
 
 def chosen(name: Any, known: Mapping[str, Any], what: str, where: str) -> Any:
-    """Looks an entry of a registry up.
+    """Looks up an entry of a registry.
 
     Raises:
         ConfigError: there is none of this name; says which is nearest.

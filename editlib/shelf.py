@@ -115,7 +115,7 @@ class JsonStore:
         self._file(part).unlink(missing_ok=True)
 
     def empty(self, *but: str) -> None:
-        """Takes everything out but these parts."""
+        """Removes all parts but these."""
         kept = {self._file(part).name for part in but}
         for file in self.path.glob("*.json"):
             if file.name not in kept:
@@ -169,7 +169,7 @@ def _short_digest(job: Mapping[str, Any]) -> str:
 
 
 def read_cells(path: Path, kind: type[T]) -> list[T]:
-    """Reads the points of earlier runs; a line that was cut when its run was stopped is taken out of the file.
+    """Reads the points of earlier runs; a line that was cut off when its run was stopped is removed from the file.
 
     Args:
         kind: the dataclass of a point.

@@ -121,7 +121,7 @@ class Workbench:
         dtype: str | None = None,
         prompts: PromptSettings | None = None,
     ) -> Workbench:
-        """Makes a workbench of a model without its numbers, for checks alone; it has no hash.
+        """Makes a workbench of a model without its weights, for checks alone; it has no hash.
 
         Raises:
             RequestError: prompts that do not fit the tokenizer.

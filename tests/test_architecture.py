@@ -100,6 +100,9 @@ def test_traits_of_an_algorithm_are_asked_of_its_settings():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
                 assert "HyperParams" not in ast.unparse(node.args[1]), f"{path}: {ast.unparse(node)}"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+                named = ast.unparse(node.args[0]) in ("hparams", "hp") and isinstance(node.args[1], ast.Constant)
+                assert not named, f"{path}: {ast.unparse(node)}"
 
 
 def test_no_device_literals():
@@ -143,12 +146,22 @@ def test_files_have_one_subject():
     assert not {name: lines for name, lines in lengths.items() if lines >= 400}
 
 
-def test_a_class_name_means_one_thing():
+def defined_type(node: ast.AST) -> str | None:
+    """The name of the class, or of the type that is made up of others, that a statement defines."""
+    if isinstance(node, ast.ClassDef):
+        return node.name
+    if not isinstance(node, ast.Assign) or "TypeVar(" in ast.unparse(node.value):
+        return None
+    name = ast.unparse(node.targets[0])
+    return name if re.fullmatch("[A-Z]+[a-z][A-Za-z]*", name) else None
+
+
+def test_a_type_name_means_one_thing():
     homes: dict[str, list[str]] = {}
     for path in FILES:
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.ClassDef):
-                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+        for node in tree(path).body:
+            if (name := defined_type(node)) is not None:
+                homes.setdefault(name, []).append(str(path.relative_to(ROOT)))
     assert not {name: places for name, places in homes.items() if len(places) > 1}
 
 

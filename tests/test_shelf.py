@@ -56,8 +56,9 @@ def test_any_json_is_a_point_or_a_type_error(value):
             from_json(kind, value)
 
 
-MEASURED = TaskResult(("a", "b"), (TaskScore("acc", 0.5, None, True, "mean", (1, None)),), 2.5)
-SHARE = LeakRate(1, 2, 0.5, (0.0, 1.0), (0.1, 0.9), {"why": 1})
+SCORE = TaskScore(name="acc", agg_value=0.5, stderr=None, higher_is_better=True, aggregation="mean", items=(1, None))
+MEASURED = TaskResult(("a", "b"), (SCORE,), 2.5)
+SHARE = LeakRate(leaked=1, n=2, agg_value=0.5, interval=(0.0, 1.0), wilson=(0.1, 0.9), skipped={"why": 1})
 ASKED = Trial("a", "Where?", ("Bonn",), (Completion("Where?", "Bonn", True),))
 COLUMNS = ("edited", "base", "control")
 ATTACK = AttackResult("paraphrase", "asks", dict.fromkeys(COLUMNS, SHARE), dict.fromkeys(COLUMNS, (ASKED,)), {}, 1.0)

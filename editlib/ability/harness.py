@@ -84,7 +84,7 @@ def measure_task(
     measures = [
         TaskScore(
             name=name if chosen == "none" else f"{name} ({chosen})",
-            value=_finite(numbers[f"{name},{chosen}"]),
+            agg_value=_finite(numbers[f"{name},{chosen}"]),
             stderr=_finite(numbers.get(f"{name}_stderr,{chosen}")),
             higher_is_better=better.get(name),
             aggregation=_aggregation_name(task.object, name),

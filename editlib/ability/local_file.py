@@ -16,7 +16,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Shape:
-    """Holds the fields of a file's lines, what each must hold, and the task's configuration beside its data."""
+    """Holds the fields of a file's lines, what each must hold, and the task's configuration apart from its data."""
 
     fields: Mapping[str, str]
     config: Mapping[str, Any]
@@ -86,7 +86,7 @@ class LocalFile:
             shape = shape or _shape(row, where)
             rows.append(_checked(row, shape, where))
         if shape is None:
-            raise RequestError(f"{path}: holds no questions; expected one JSON object a line")
+            raise RequestError(f"{path}: holds no questions; expected one JSON object per line")
         found = cls(shape, tuple(rows), "")
         digest = hashlib.sha256(json.dumps(shape.config).encode() + found._lines().encode())
         return cls(shape, tuple(rows), digest.hexdigest())
@@ -106,7 +106,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: not JSON ({error}); expected one object a line") from None
+        raise RequestError(f"{where}: not JSON ({error}); expected one object per line") from None
     if not isinstance(row, dict):
         raise RequestError(f"{where}: a {type(row).__name__}; expected an object")
     return row

@@ -5,29 +5,50 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from editlib.evaluation.intervals import bootstrap_stderr
+from editlib.evaluation.metrics import MetricResult
 from editlib.shelf import from_json
 
 Aggregate = Callable[[Sequence[Any]], float]
 
 
-@dataclass(frozen=True)
-class TaskScore:
+@dataclass(frozen=True, kw_only=True)
+class TaskScore(MetricResult):
     """Holds one number of a task, with what each document adds to it, from which a paired difference is computed.
 
-    `aggregation` is the name under which lm-eval keeps the function that makes `value` out of `items` (one for each
-    document; `None` where a document has none), or `None` for a function that it does not keep.
+    `aggregation` is the name under which lm-eval keeps the function that makes `value` (`agg_value`) out of `items`
+    (one for each document, of any type; `None` where a document has none), or `None` for a function that it does not
+    keep. `stderr` is lm-eval's standard error, which it gives instead of an interval.
     """
 
-    name: str
-    value: float | None
     stderr: float | None
-    higher_is_better: bool | None
     aggregation: str | None
     items: tuple[Any, ...]
+
+    @property
+    def value(self) -> float | None:
+        """The number; `None` where nothing could be scored."""
+        return self.agg_value
+
+    def to_row(self) -> dict[str, Any]:
+        """Gives the fields that a finished task's file holds for a number."""
+        return {name: getattr(self, name) for name in _ROW}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> TaskScore:
+        """Reads what `to_row` gave.
+
+        Raises:
+            KeyError, TypeError: a field is missing, or holds something else.
+        """
+        given = {name: row[name] for name in _ROW if name not in ("value", "items")}
+        return from_json(cls, {**given, "agg_value": row["value"], "items": tuple(row["items"])})
+
+
+_ROW = ("name", "value", "stderr", "higher_is_better", "aggregation", "items")
 
 
 @dataclass(frozen=True)
@@ -45,18 +66,21 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the result JSON-ready."""
-        return asdict(self)
+        return {**vars(self), "documents": list(self.documents), "measures": [one.to_row() for one in self.measures]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TaskResult:
         """Reads what `to_dict` gave."""
-        measures = [from_json(TaskScore, {**one, "items": tuple(one["items"])}) for one in data["measures"]]
+        measures = [TaskScore.from_row(one) for one in data["measures"]]
         return from_json(cls, {**data, "documents": tuple(data["documents"]), "measures": tuple(measures)})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Holds a measure of one model less that of another, with its standard error over the documents that both have."""
+    """Holds a measure of one model less that of another, with its standard error over the documents that both have.
+
+    A difference and no `MetricResult`: which way is good is its measure's to say, and it has no interval of its own.
+    """
 
     value: float
     stderr: float | None

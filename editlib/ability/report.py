@@ -19,7 +19,8 @@ class AbilityRow:
     """Holds one number of one model. `n` of the task's `total` documents (or windows of text) were taken.
 
     `stderr` is `None` where there is none. `difference` is this model less the base, and `None` for the base and where
-    the two did not have the same documents; `difference_stderr` is paired over documents.
+    the two did not have the same documents; `difference_stderr` is paired over documents. A row of
+    `ability.json`, flat so that any table program opens it; the measured number itself is a `TaskScore`.
     """
 
     model: str

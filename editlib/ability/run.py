@@ -72,7 +72,7 @@ def run_ability(
     Raises:
         MetricError: nothing to measure, lm-eval missing, or a task that it does not know or cannot run.
         RequestError: a file of questions that does not fit; names file, line and field.
-        EditlibError: a model, corpus or folder that cannot be used. All input but the weights is looked at first.
+        EditlibError: a model, corpus or folder that cannot be used. All input but the weights is checked first.
     """
     out = None if out is None else Path(out)
     _check(models, tasks, text, limit, batch_size)

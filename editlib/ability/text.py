@@ -37,7 +37,7 @@ def measure_text(
     value = over_windows(items)
     measure = TaskScore(
         name="perplexity",
-        value=value,
+        agg_value=value,
         stderr=bootstrap_stderr(over_windows, items, seed=seed),
         higher_is_better=False,
         aggregation=None,

@@ -77,7 +77,7 @@ class Job:
 
     @property
     def held_keys(self) -> int:
-        """Keys of anchors, of every token of theirs."""
+        """Counts the anchors' keys: one for every token of each of them."""
         return self.anchors * (self.prompt_tokens + self.answer_tokens)
 
 
@@ -272,7 +272,7 @@ def refusal_tokens(
 
 
 def _named(size: ModelSize, job: Job, names: int) -> list[Work]:
-    """Estimates lists of subjects that the model goes on with, and its answers about `names` of them."""
+    """Estimates lists of subjects that the model continues, and its answers about `names` of them."""
     return [
         *answered(size, LISTS, job.prompt_tokens, TEXT_TOKENS, job.v_rate),
         *answered(size, names, job.prompt_tokens, job.answer_tokens, job.v_rate),

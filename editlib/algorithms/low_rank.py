@@ -48,7 +48,7 @@ class LowRank:
         return cls(torch.eye(len(dense), dtype=dense.dtype, device=dense.device), dense)
 
     def dense(self) -> Tensor:
-        """Multiplies the update out, `[d_model, d_ff]`."""
+        """Returns the update as one matrix, `[d_model, d_ff]`."""
         return self.left @ self.right
 
     def norm(self) -> float:

@@ -20,7 +20,7 @@ from editlib.models.precision import cast_params, fast_dtype, plain_attention, w
 from editlib.models.size import model_size
 from editlib.stats.moments import GRAM_SHARE, Buffers, add_gram
 
-Kind = Literal["text", "step", "gradient"]
+PassKind = Literal["text", "step", "gradient"]
 """A kind of forward pass: "text", over many tokens of running text; "step", over a few tokens after a cached prefix;
 "gradient", the same with the gradient of its inputs."""
 
@@ -42,7 +42,7 @@ class Curve:
     seconds: tuple[float, ...]
 
     def at(self, tokens: float) -> float:
-        """Interpolates between the measured numbers, and goes on as between the last two."""
+        """Interpolates between the measured numbers, and extrapolates from the last two."""
         i = min(max(bisect.bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
         share = (tokens - self.tokens[i - 1]) / (self.tokens[i] - self.tokens[i - 1])
         return max(self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1]), 0.0)
@@ -70,8 +70,8 @@ class Machine:
     bandwidth: float  # bytes of memory read or written
     disk: float  # bytes written to disk
     call: float = 0.0  # seconds that a layer takes for a single token
-    layer: Mapping[tuple[str, Kind], Curve] = field(default_factory=dict)
-    head: Mapping[tuple[str, Kind], Curve] = field(default_factory=dict)
+    layer: Mapping[tuple[str, PassKind], Curve] = field(default_factory=dict)
+    head: Mapping[tuple[str, PassKind], Curve] = field(default_factory=dict)
 
     def rate(self, name: str) -> float:
         """Returns the operations per second of one kind, by the name of its field."""
@@ -98,8 +98,8 @@ def measure(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) 
     """Times one random layer of the configuration's shape, a head, products, a decomposition, a copy and a file."""
     size, model = model_size(config), one_layer(config, dtype, device)
     wide, fast = wide_dtype(device), fast_dtype(model)
-    layer: dict[tuple[str, Kind], Curve] = {}
-    head: dict[tuple[str, Kind], Curve] = {}
+    layer: dict[tuple[str, PassKind], Curve] = {}
+    head: dict[tuple[str, PassKind], Curve] = {}
     for rate, narrow in (("model", None), ("fast", fast)):
         if rate == "model" or narrow is not None:
             with cast_params(model, narrow):
@@ -138,7 +138,7 @@ def _product_rate(keys: Tensor) -> float:
     return operations / _seconds(lambda: add_gram(total, [keys], buffers), keys.device)
 
 
-def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
+def _layer_curves(model: PreTrainedModel) -> dict[PassKind, Curve]:
     """Times a pass through the one layer of `model`, by kind."""
     device = model.device
 
@@ -152,14 +152,14 @@ def _layer_curves(model: PreTrainedModel) -> dict[Kind, Curve]:
         return step_pass(model, tokens // SUFFIX, SUFFIX, PREFIX, grad=True)
 
     with plain_attention(device):
-        steps: dict[Kind, Curve] = {
+        steps: dict[PassKind, Curve] = {
             "step": _curve("step", step, device),
             "gradient": _curve("gradient", gradient, device),
         }
     return {"text": _curve("text", text, device), **steps}
 
 
-def _head_curves(d_model: int, dtype: torch.dtype, device: torch.device) -> dict[Kind, Curve]:
+def _head_curves(d_model: int, dtype: torch.dtype, device: torch.device) -> dict[PassKind, Curve]:
     """Times logits over `VOCAB` tokens and of their log probabilities, by positions and kind."""
     # Logits near those of a model: wide ones leave probabilities of which a processor is slow to compute.
     weight = torch.randn(VOCAB, d_model, dtype=dtype, device=device) / d_model**0.5
@@ -179,7 +179,7 @@ def _head_curves(d_model: int, dtype: torch.dtype, device: torch.device) -> dict
     }
 
 
-def _curve(kind: Kind, work: Callable[[int], Callable[[], object]], device: torch.device) -> Curve:
+def _curve(kind: PassKind, work: Callable[[int], Callable[[], object]], device: torch.device) -> Curve:
     """Times `work(tokens)` at the sizes of its kind, as far as they take less than `LONG`."""
     tokens: list[float] = []
     seconds: list[float] = []

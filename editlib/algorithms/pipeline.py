@@ -25,7 +25,7 @@ from editlib.hparams import ClosedFormHyperParams, HyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import no_param_grad
 from editlib.models.precision import cast_params, fast_dtype
-from editlib.models.prompts import Place, PromptFormat, TokenRow
+from editlib.models.prompts import LookupPlace, PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
@@ -153,7 +153,7 @@ def encode_contexts(
     """Encodes a request's prompt and further wordings in every template; the plain prompt comes first."""
     return [
         form.encode(
-            wording.text, wording.subject, start=wording.start, template=template, place=cast(Place, fact_token)
+            wording.text, wording.subject, start=wording.start, template=template, place=cast(LookupPlace, fact_token)
         )
         for template in templates
         for wording in request.filled_wordings

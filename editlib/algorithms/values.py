@@ -93,8 +93,8 @@ class _DescentOptions:
 class _KLPrompts:
     """Holds the KL prompts of all requests of a chunk, and their log probabilities before any change.
 
-    They keep what ROME calls the subject's essence (2202.05262, eq. 4): `δ` may not change what the model says next
-    in "France is a".
+    They prevent what ROME calls essence drift (2202.05262, eq. 4): `δ` may not change what the model says next in
+    "France is a".
     """
 
     suffixes: SuffixBatch
@@ -200,7 +200,7 @@ def compute_zs(
 
 
 def _few_tokens(anat: Anatomy) -> int:
-    """Returns how many tokens a pass has at least before their number tells in its time."""
+    """Returns how many tokens a pass has at least before their number shows in its time."""
     slow = anat.device.type == "cpu" and anat.embedding.weight.dtype.itemsize >= 4
     return FEW_TOKENS if slow else FEW_FAST_TOKENS
 

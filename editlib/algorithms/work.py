@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from editlib.algorithms.machine import VOCAB, Kind, Machine
+from editlib.algorithms.machine import VOCAB, Machine, PassKind
 from editlib.models.size import ModelSize
 
 Rate = Literal["model", "fast", "product", "wide", "eigen", "disk"]
@@ -32,7 +32,7 @@ class Work:
     moved: float = 0.0  # bytes read and written
     calls: float = 0.0  # calls of a layer, or of the head
     tokens: float = 0.0  # of each call
-    kind: Kind = "text"  # of the calls
+    kind: PassKind = "text"  # of the calls
     head: float = 0.0  # tokens of the vocabulary, if the calls are those of the head
 
     def by_rate(self, machine: Machine) -> bool:
@@ -84,7 +84,7 @@ def forward_pass(
     rate: Rate,
     *,
     passes: float,
-    kind: Kind = "text",
+    kind: PassKind = "text",
     moved: float | None = None,
 ) -> Work:
     """Estimates `tokens` in all through `layers` layers in `passes` passes, each of which reads the weights once."""
@@ -93,7 +93,7 @@ def forward_pass(
     return Work(rate, operations, moved, passes * layers, tokens / max(passes, 1), kind)
 
 
-def head_pass(size: ModelSize, positions: float, rate: Rate, *, passes: float, kind: Kind) -> Work:
+def head_pass(size: ModelSize, positions: float, rate: Rate, *, passes: float, kind: PassKind) -> Work:
     """Estimates logits and log probabilities at `positions` in all, in `passes` passes."""
     operations = (4 if kind == "gradient" else 2) * positions * size.head
     return Work(

@@ -60,7 +60,7 @@ LANGUAGES = _bundled()
 
 def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> bool | None:
     """Returns whether `text` opens with somebody saying that they do not know: an admission in the first sentence, or
-    in the one behind a sentence of apology ("I'm sorry. I don't know.").
+    in the one after a sentence of apology ("I'm sorry. I don't know.").
 
     `None` where that cannot be judged: the text is in a script of none of `languages`, or has `TELLING` words or more
     and none of them is a common word of one.

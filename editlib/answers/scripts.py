@@ -105,7 +105,7 @@ _ALIKE_LETTERS = dict(
 """Letters that one keyboard or habit puts for another, and the middle dots of foreign names."""
 _NASAL = re.compile("ङ्(?=[क-घ])|ञ्(?=[च-झ])|ण्(?=[ट-ढ])|न्(?=[त-ध])|म्(?=[प-भ])|\u0901")
 _TONE = re.compile(r"(?:[òóõọỏ][ae]|[ùúũụủ]y)\b", re.IGNORECASE)
-"""A vowel that may carry the tone of the one behind it, at the end of a word."""
+"""A vowel that may carry the tone of the one after it, at the end of a word."""
 _AM = re.compile("([\u0e48-\u0e4b\u0ec8-\u0ecb])([\u0e4d\u0ecd])")
 """A tone before the ring of a Thai or Lao am, which some keyboards write after it."""
 _HYPHENS = frozenset("\u2010\u2011\u2012\u2013\u2212\uff0d")

@@ -67,7 +67,7 @@ def not_asked(fact: EditRequest, reason: str) -> Trial:
     return Trial(fact.id, fact.question, right_answers(fact), skipped=reason)
 
 
-Prompts = Sequence[TokenRow] | str
+AttackPrompt = Sequence[TokenRow] | str
 """The prompts of one fact, or why there is none. Tokens appended to one (`extra`) begin the model's answer."""
 Answering = Callable[[Sequence[TokenRow]], Sequence[Sequence[Sequence[int]]]]
 """Maps prompts to the token ids of one or more generated texts each."""
@@ -76,7 +76,7 @@ Answering = Callable[[Sequence[TokenRow]], Sequence[Sequence[Sequence[int]]]]
 def trials(
     target: LoadedModel,
     facts: Sequence[EditRequest],
-    prompts: Sequence[Prompts],
+    prompts: Sequence[AttackPrompt],
     answer: Answering,
     *,
     cut: str | None = None,
@@ -106,7 +106,7 @@ def trials(
 def ask_greedily(
     target: LoadedModel,
     facts: Sequence[EditRequest],
-    prompts: Sequence[Prompts],
+    prompts: Sequence[AttackPrompt],
     context: AttackContext,
     *,
     banned: Collection[int] = (),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from editlib.evaluation.intervals import bootstrap
-from editlib.evaluation.metrics import wilson_interval
+from editlib.evaluation.metrics import Kind, MetricResult, wilson_interval
 from editlib.shelf import from_json
 
 COLUMNS = {
@@ -49,20 +49,50 @@ class Trial:
         return from_json(cls, {**value, "answers": tuple(value["answers"]), "outputs": outputs})
 
 
-@dataclass(frozen=True)
-class LeakRate:
-    """Holds the share of `n` facts that leaked, the lower the better, with two intervals.
+@dataclass(frozen=True, kw_only=True)
+class LeakRate(MetricResult):
+    """Holds the share of `n` facts that leaked (`agg_value`), the lower the better, with two intervals.
 
     `interval` is the 95 % percentile bootstrap over facts (Efron 1979), which is a single point where all facts or
     none leaked; `wilson` is the Wilson interval, which is not. `skipped` counts facts that were not tried by reason.
     """
 
-    leaked: int
+    name: str = "leak_rate"
+    kind: Kind | None = "generated"
+    higher_is_better: bool | None = False
+    meaning: str = "share of the facts whose answer an attack brought back"
     n: int
-    rate: float | None
     interval: tuple[float, float]
+    leaked: int
     wilson: tuple[float, float]
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float | None:
+        """The share of the facts that leaked; `None` where none was tried."""
+        return self.agg_value
+
+    def to_row(self) -> dict[str, Any]:
+        """Gives the fields that `attacks.json` holds for a share."""
+        return {
+            "leaked": self.leaked,
+            "n": self.n,
+            "rate": self.rate,
+            "interval": list(self.interval),
+            "wilson": list(self.wilson),
+            "skipped": dict(self.skipped),
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> LeakRate:
+        """Reads what `to_row` gave.
+
+        Raises:
+            KeyError, TypeError: a field is missing, or holds something else.
+        """
+        ends = {name: tuple(row[name]) for name in ("interval", "wilson")}
+        given = {name: row[name] for name in ("leaked", "n", "skipped")}
+        return from_json(cls, {"agg_value": row["rate"], **given, **ends})
 
 
 @dataclass(frozen=True)
@@ -105,17 +135,19 @@ class AttackResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the result JSON-ready."""
-        return asdict(self)
+        return {
+            "attack": self.attack,
+            "meaning": self.meaning,
+            "shares": {column: share.to_row() for column, share in self.shares.items()},
+            "trials": {column: [asdict(trial) for trial in trials] for column, trials in self.trials.items()},
+            "notes": {column: dict(notes) for column, notes in self.notes.items()},
+            "seconds": self.seconds,
+        }
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> AttackResult:
         """Reads what `to_dict` gave, also after a way through JSON."""
-        shares = {
-            column: from_json(
-                LeakRate, {**share, "interval": tuple(share["interval"]), "wilson": tuple(share["wilson"])}
-            )
-            for column, share in value["shares"].items()
-        }
+        shares = {column: LeakRate.from_row(share) for column, share in value["shares"].items()}
         trials = {column: tuple(map(Trial.from_dict, rows)) for column, rows in value["trials"].items()}
         return from_json(cls, {**value, "shares": shares, "trials": trials})
 
@@ -128,7 +160,7 @@ def share_of(trials: Sequence[Trial], *, resamples: int, seed: int) -> LeakRate:
     return LeakRate(
         leaked=leaked,
         n=n,
-        rate=leaked / n if n else None,
+        agg_value=leaked / n if n else None,
         interval=bootstrap(counted, resamples=resamples, seed=seed),
         wilson=wilson_interval(leaked, n),
         skipped=dict(sorted(skipped.items())),

@@ -12,7 +12,7 @@ from editlib import data
 from editlib.algorithms.unierase.subject_rows import answer_slot
 from editlib.attacks.asking import (
     AttackContext,
-    Prompts,
+    AttackPrompt,
     answers_once,
     ask_each,
     ask_greedily,
@@ -38,7 +38,7 @@ def few_shot(target: LoadedModel, facts: Sequence[EditRequest], context: AttackC
     return ask_greedily(target, facts, [_shown(target, fact, context) for fact in facts], context)
 
 
-def _shown(target: LoadedModel, fact: EditRequest, context: AttackContext) -> Prompts:
+def _shown(target: LoadedModel, fact: EditRequest, context: AttackContext) -> AttackPrompt:
     answers = right_answers(fact)
     fitting = [
         shot
@@ -77,7 +77,7 @@ def prefill_answer(target: LoadedModel, facts: Sequence[EditRequest], context: A
     return ask_greedily(target, facts, [_begun(target, fact) for fact in facts], context)
 
 
-def _begun(target: LoadedModel, fact: EditRequest) -> Prompts:
+def _begun(target: LoadedModel, fact: EditRequest) -> AttackPrompt:
     answer = fact.answer or ""
     start = target.answer_start(answer, fact.question)
     if len(start) == len(target.form.answer_ids(answer, fact.question)) or has_answer(
@@ -99,7 +99,7 @@ def prefill_own(target: LoadedModel, facts: Sequence[EditRequest], context: Atta
     return ask_greedily(target, facts, begun, context)
 
 
-def _own_sentence(target: LoadedModel, fact: EditRequest, said: Sequence[int], context: AttackContext) -> Prompts:
+def _own_sentence(target: LoadedModel, fact: EditRequest, said: Sequence[int], context: AttackContext) -> AttackPrompt:
     answers = right_answers(fact)
     slot = answer_slot(context.base.form, said, answers)
     if slot is None:
@@ -117,7 +117,7 @@ def paraphrase(target: LoadedModel, facts: Sequence[EditRequest], context: Attac
     return ask_greedily(target, facts, [_reworded(target, fact) for fact in facts], context)
 
 
-def _reworded(target: LoadedModel, fact: EditRequest) -> Prompts:
+def _reworded(target: LoadedModel, fact: EditRequest) -> AttackPrompt:
     texts = [text for text in fact.filled_paraphrases if not has_answer(text, right_answers(fact))]
     return [target.form.encode(text) for text in texts] or "no paraphrase"
 
@@ -181,7 +181,7 @@ def any_language(target: LoadedModel, facts: Sequence[EditRequest], context: Att
     return AttackOutcome(found.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
 
 
-def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> Prompts:
+def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> AttackPrompt:
     fitting = [asked[fact.relation] for asked in frames if fact.relation is not None and fact.relation in asked]
     if not fitting or fact.subject is None:
         return "no frame for the relation"

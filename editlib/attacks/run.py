@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ class AttackReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the report JSON-ready."""
-        return {"job": self.job, "columns": COLUMNS, **{k: v for k, v in asdict(self).items() if k != "job"}}
+        left_out = {column: dict(reasons) for column, reasons in self.left_out.items()}
+        results = [result.to_dict() for result in self.results]
+        return {"job": self.job, "columns": COLUMNS, "left_out": left_out, "results": results}
 
 
 def run_attacks(
@@ -88,7 +90,9 @@ def run_attacks(
         prompts = edited.prompts
     models = {"edited": LoadedModel.given(edited, prompts), "base": LoadedModel.given(base, prompts)}
     form = PromptFormat.of(models["base"].tok, prompts)
-    check_requests_fit(models["base"].anat.model, form, [*asked, *(control or ())], room=settings.max_new_tokens)
+    check_requests_fit(
+        models["base"].anat.model, form, [*asked, *(control or ())], answer_tokens=settings.max_new_tokens
+    )
     job = {
         "base": weights_sha256(models["base"].anat.model),
         "edited": weights_sha256(models["edited"].anat.model),

@@ -4,7 +4,7 @@ from editlib.baselines.apply import apply_baseline_to_model
 from editlib.baselines.registry import BASELINES, Baseline
 from editlib.baselines.search import SearchResult, TrialRun, search
 from editlib.baselines.settings import BaselineSettings, Budget
-from editlib.baselines.validation import Split, Validation, split
+from editlib.baselines.validation import Validation, ValidationSplit, split
 
 __all__ = [
     "BASELINES",
@@ -12,9 +12,9 @@ __all__ = [
     "BaselineSettings",
     "Budget",
     "SearchResult",
-    "Split",
     "TrialRun",
     "Validation",
+    "ValidationSplit",
     "apply_baseline_to_model",
     "search",
     "split",

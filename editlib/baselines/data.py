@@ -16,7 +16,7 @@ from editlib.models.generation import end_tokens, greedy
 from editlib.models.loaded import plain_text
 from editlib.models.prompts import Asking, PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
-from editlib.training import Item
+from editlib.training import Example
 
 OWN_TOKENS = 48
 BARE_WORDS = 4  # words: an answer no longer than that is a bare name, not a sentence as a model writes it
@@ -30,17 +30,17 @@ class Pairs:
     refusals: tuple[TokenRow, ...]
 
     @property
-    def known(self) -> list[Item]:
+    def known(self) -> list[Example]:
         """Items of one row: the answers."""
         return [(row,) for row in self.answers]
 
     @property
-    def refused(self) -> list[Item]:
+    def refused(self) -> list[Example]:
         """Items of one row: the refusals."""
         return [(row,) for row in self.refusals]
 
     @property
-    def both(self) -> list[Item]:
+    def both(self) -> list[Example]:
         """Items of two rows: refusal and answer."""
         return list(zip(self.refusals, self.answers, strict=True))
 

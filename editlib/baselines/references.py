@@ -11,7 +11,7 @@ from torch import Tensor
 
 from editlib.models.anatomy import Anatomy
 from editlib.models.freezing import no_param_grad
-from editlib.training import Item, Reading, read
+from editlib.training import Example, Reading, read
 from editlib.training.reading import passes
 from editlib.training.trainer import PASS_LEARNED, PASS_TOKENS
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 def collect(
     anat: Anatomy,
-    items: Sequence[Item],
+    items: Sequence[Example],
     look: Callable[[Reading], T],
     *,
     layer: int | None = None,
@@ -43,7 +43,7 @@ def collect(
     return [results[i] for i in range(len(items))]
 
 
-def log_probs(anat: Anatomy, items: Sequence[Item], *, dtype: torch.dtype | None = None) -> Tensor:
+def log_probs(anat: Anatomy, items: Sequence[Example], *, dtype: torch.dtype | None = None) -> Tensor:
     """Returns `log p_ref(answer | prompt)` of every item's rows, `[items, rows]`."""
     return torch.cat(collect(anat, items, Reading.log_probs, dtype=dtype))
 
@@ -59,7 +59,7 @@ class Likeliest:
 
     @classmethod
     def of(
-        cls, anat: Anatomy, items: Sequence[Item], *, k: int = LIKELIEST, dtype: torch.dtype | None = None
+        cls, anat: Anatomy, items: Sequence[Example], *, k: int = LIKELIEST, dtype: torch.dtype | None = None
     ) -> Likeliest:
         """Computes the `k` likeliest tokens (or all, in a smaller vocabulary) of the model as it is now."""
 
@@ -74,6 +74,6 @@ class Likeliest:
         return torch.cat([self.pairs[i][0] for i in items]), torch.cat([self.pairs[i][1] for i in items])
 
 
-def states(anat: Anatomy, items: Sequence[Item], layer: int, *, dtype: torch.dtype | None = None) -> list[Tensor]:
+def states(anat: Anatomy, items: Sequence[Example], layer: int, *, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Returns hidden states of every item after `layer`, `[m_i, d_model]` each, fp32."""
     return collect(anat, items, lambda reading: reading.out.clone(), layer=layer, dtype=dtype)

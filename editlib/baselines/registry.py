@@ -10,7 +10,7 @@ from editlib.baselines import gradient
 from editlib.baselines.gradient import PartFactory
 from editlib.errors import HparamsError, did_you_mean
 
-Kind = Literal["gradient", "prompt", "editor"]
+BaselineKind = Literal["gradient", "prompt", "editor"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Baseline:
 
     meaning: str
     source: str
-    kind: Kind = "gradient"
+    kind: BaselineKind = "gradient"
     forget: PartFactory | None = None
     retain: PartFactory | None = None
     rate: float = 5e-5

@@ -36,7 +36,7 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Split:
+class ValidationSplit:
     """Holds requests and prompts to train on, and the questions that are held out."""
 
     forget: tuple[EditRequest, ...]
@@ -46,14 +46,20 @@ class Split:
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """Holds the share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean."""
+    """Holds the share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean.
+
+    Bare numbers and no `MetricResult`: they only rank the trials of a search, each a row of `trials.jsonl`, and are
+    never reported as a result.
+    """
 
     forgetting: float
     retention: float
     balance: float
 
 
-def split(forget: Sequence[EditRequest], retain: Sequence[EditRequest], *, questions: int = 24, seed: int = 0) -> Split:
+def split(
+    forget: Sequence[EditRequest], retain: Sequence[EditRequest], *, questions: int = 24, seed: int = 0
+) -> ValidationSplit:
     """Holds out validation questions, at most `questions` of each kind.
 
     Each request to forget gives its last phrasing, which is then not trained on; without phrasings its first paraphrase
@@ -76,7 +82,7 @@ def split(forget: Sequence[EditRequest], retain: Sequence[EditRequest], *, quest
     if not asked:
         raise RequestError('a search needs the true "answer" of the requests to forget; none of them has one')
     some = rng.sample(asked, min(questions, len(asked)))
-    return Split(
+    return ValidationSplit(
         tuple(replace(request, phrasings=request.phrasings[:-1]) for request in forget),
         tuple(prompt for prompt in retain if prompt.id not in ids),
         Validation(

@@ -278,8 +278,8 @@ class _CounterFactRun:
 
     def _add(self, algorithm: str, mode: str, count: int, seconds: float, job: str) -> None:
         anat = self.bench.anat
-        scores = asdict(score_edits(anat, self.form, self.requests[:count]))
-        del scores["n"]
+        measured = score_edits(anat, self.form, self.requests[:count])
+        scores = {name: result.agg_value for name, result in measured.items()}
         cell = CounterFactPoint(
             algorithm=algorithm,
             mode=mode,

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from editlib.evaluation.metrics import Kind, MetricResult, wilson_interval
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import continuation_nll, greedy
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 
-
-@dataclass(frozen=True)
-class CounterFactScores:
-    """Holds shares in 0..1 over `n` edited facts; higher is better for every one of them.
-
-    `efficacy`, `generalisation`: prompts, and paraphrases, after which the new answer is likelier than the true one
-    (mean log probability a token, teacher-forced). `specificity`: prompts about neighbours after which the true answer
-    is the likelier one. `generated`: prompts whose greedy continuation is the new answer, word for word, which a
-    comparison of two answers does not see. A share is `None` where nothing was asked.
-    """
-
-    n: int
-    efficacy: float | None
-    generalisation: float | None
-    specificity: float | None
-    generated: float | None
+MEANINGS: dict[str, tuple[Kind, str]] = {
+    "efficacy": ("teacher_forced", "prompts after which the new answer is likelier than the true one"),
+    "generalisation": ("teacher_forced", "paraphrases after which the new answer is likelier than the true one"),
+    "specificity": ("teacher_forced", "prompts about neighbours after which the true answer is likelier than the new"),
+    "generated": ("generated", "prompts whose greedy continuation is the new answer, word for word"),
+}
+"""How each share came about, and what it says. Likelier means: in mean log probability per token. `generated` shows
+what a comparison of two answers cannot: that the model says the new one of all answers."""
 
 
-def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest]) -> CounterFactScores:
+def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest]) -> dict[str, MetricResult]:
     """Scores a model on the facts in `requests`, those with a true `answer`.
 
     A neighbour's own answer is compared with the request's `target_new`.
+
+    Returns:
+        The shares of `MEANINGS` by name, in 0..1, with Wilson's interval; `agg_value` is `None` where nothing was
+        asked. Higher is better for every one of them.
     """
     requests = [request for request in requests if request.answer is not None and request.target_new is not None]
     prompts = [(request.question, str(request.target_new), str(request.answer)) for request in requests]
@@ -50,13 +46,13 @@ def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditReques
     first, second = len(prompts), len(prompts) + len(rephrased)
     wanted = [form.answer_ids(new, text) for text, new, _ in prompts]
     said = greedy(anat, [form.encode(text) for text, _, _ in prompts], max_new_tokens=max(map(len, wanted), default=0))
-    return CounterFactScores(
-        n=len(requests),
-        efficacy=_share(preferred[:first]),
-        generalisation=_share(preferred[first:second]),
-        specificity=_share([not new for new in preferred[second:]]),
-        generated=_share([got[: len(ids)] == ids for got, ids in zip(said, wanted, strict=True)]),
-    )
+    passed = {
+        "efficacy": preferred[:first],
+        "generalisation": preferred[first:second],
+        "specificity": [not new for new in preferred[second:]],
+        "generated": [got[: len(ids)] == ids for got, ids in zip(said, wanted, strict=True)],
+    }
+    return {name: _share(name, verdicts) for name, verdicts in passed.items()}
 
 
 def known_facts(
@@ -83,5 +79,9 @@ def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, s
     return [a < b for a, b in zip(new, true, strict=True)]
 
 
-def _share(found: Sequence[bool]) -> float | None:
-    return sum(found) / len(found) if found else None
+def _share(name: str, passed: Sequence[bool]) -> MetricResult:
+    """Makes a measured share of verdicts."""
+    n, right = len(passed), sum(passed)
+    kind, meaning = MEANINGS[name]
+    items = {str(i): {"score": float(one)} for i, one in enumerate(passed)}
+    return MetricResult(name, right / n if n else None, items, kind, True, n, meaning, wilson_interval(right, n))

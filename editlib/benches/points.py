@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class CounterFactPoint:
     """Holds one point of CounterFact's curve: an algorithm after `edits` edits.
 
-    `mode` says whether they were made at once (`batch`) or one after another.
+    `mode` says whether they were made at once (`batch`) or one after another. A point is one row of `cells.jsonl`,
+    flat so that a resumed run and a plot read it as it is; the measured numbers are those of `score_edits`.
     """
 
     algorithm: str
@@ -31,7 +32,8 @@ class SequentialPoint:
     Shares in 0..1, higher is better: `efficacy` over all facts edited so far (a fluent refusal replaces the answer),
     `gone` (any text without the answer counts), `paraphrases` as efficacy. `neighbours`, `same_subject` and `other` are
     right after, of those right before. `perplexity_ratio` is after over before (1 is best), `seconds` the mean of a
-    batch since the previous point.
+    batch since the previous point. A point is one row of `points.jsonl`, flat for the same reasons as
+    `CounterFactPoint`.
     """
 
     algorithm: str

@@ -22,7 +22,7 @@ from editlib.errors import EditError, HparamsError, OutputError
 from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache
 from editlib.evaluation.perplexity import text_windows
 from editlib.facts.plots import require_matplotlib
-from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, FactSplit, split_in_proportion
+from editlib.facts.sampling import ANCHORED, HELD_OUT, RELATIONS, FactSplit, split_in_proportion
 from editlib.facts.scores import build_items, evaluate
 from editlib.files import make_folder
 from editlib.finding import fit_settings
@@ -79,12 +79,12 @@ def bench_sequential(
 ) -> list[SequentialPoint]:
     """Forgets facts in one chain for each of `settings` and `sizes`.
 
-    The facts, those held and those watched are written to `out`, the chains to `out/chains`. Interrupted, it goes on
+    The forgotten, anchored and held-out facts are written to `out`, the chains to `out/chains`. Interrupted, it goes on
     where it was: a chain with its next batch, the measuring with the points that are not in `out/points.jsonl`.
 
     Args:
         load: loads the base model; called once for the measuring and once for each chain.
-        parts: which facts are forgotten, held and watched; `None`: `FACTS` bundled ones of
+        parts: which facts are forgotten, anchored and held out; `None`: `FACTS` bundled ones of
             those that the model knows, of each relation in proportion.
         points: how often each chain is measured on its way, the end included.
 
@@ -100,8 +100,8 @@ def bench_sequential(
     before = AnswerCache.load(out / "before.json", base.given_prompts.key(base.sha256))
     parts = parts or _mixed(split_in_proportion(base, before, FACTS, seed), seed)
     before.save(out / "before.json")
-    for name in ("forget", "anchors", "watch"):
-        write_requests(out / f"{name}.jsonl", getattr(parts, name))
+    for name, part in parts.by_file().items():
+        write_requests(out / f"{name}.jsonl", part)
     counts = sorted({round(len(parts.forget) * (i + 1) / points) for i in range(points)} - {0})
     run = _SequentialRun(base, before, parts, out, counts, text_windows(base.tok, documents), seed)
     for hparams in settings:
@@ -113,11 +113,11 @@ def bench_sequential(
 def _check_facts_fit(base: Workbench, parts: FactSplit | None) -> None:
     """Refuses facts that are longer than the model's positions, before any of them is asked."""
     if parts is None:
-        asked = [fact for fact in data.facts() if fact.relation in (*RELATIONS, *ANCHORED, *WATCHED)]
+        asked = [fact for fact in data.facts() if fact.relation in (*RELATIONS, *ANCHORED, *HELD_OUT)]
         asked += [*data.general("test"), *data.general("anchor")]
     else:
-        asked = [*parts.forget, *parts.anchors, *parts.watch]
-    check_requests_fit(base.model, PromptFormat.of(base.tok, base.prompts), asked, room=ANSWER_TOKENS)
+        asked = [*parts.forget, *parts.anchors, *parts.held_out]
+    check_requests_fit(base.model, PromptFormat.of(base.tok, base.prompts), asked, answer_tokens=ANSWER_TOKENS)
 
 
 def _mixed(parts: FactSplit, seed: int) -> FactSplit:
@@ -141,7 +141,7 @@ class _SequentialRun:
     ) -> None:
         self.base, self.before, self.parts, self.out, self.seed = base, before, parts, out, seed
         self.counts, self.windows = counts, windows
-        asked = [*parts.forget, *parts.anchors, *parts.watch]
+        asked = [*parts.forget, *parts.anchors, *parts.held_out]
         self.job = base.given_prompts.key(f"{base.sha256[:16]}:{requests_hash(asked)[:16]}:{seed}")
         kept = read_cells(out / "points.jsonl", SequentialPoint)
         self.points = [point for point in kept if point.job.startswith(self.job)]
@@ -208,7 +208,7 @@ class _SequentialRun:
     def _measure(
         self, chain: Chain, hparams: HyperParams, size: int, edits: int, seconds: Sequence[float], job: str
     ) -> None:
-        items = build_items(self.parts.forget[:edits], self.parts.watch)
+        items = build_items(self.parts.forget[:edits], self.parts.held_out)
         metrics = evaluate(
             self.base.loaded,
             LoadedModel(chain.anat, chain.tok),

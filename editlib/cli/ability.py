@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, out, print_table, prompt_settings
+from editlib.cli.options import DeviceMapOption, Dtype, Overwrite, Prompts, out, print_table, prompt_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ def ability(
     batch_size: Annotated[int, typer.Option(min=1, help="rows at a time")] = 4,
     prompts: Prompts = None,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measures what models can still do: perplexity and lm-eval tasks, side by side; resumes after an interruption."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Model, Prompts, out, prompt_settings
+from editlib.cli.options import DeviceMapOption, Dtype, Model, Prompts, out, prompt_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +22,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     prompts: Prompts = None,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
 ) -> None:
     """Asks a model, or two side by side, and prints the greedy answers."""
     from editlib.evaluation.answer_cache import ask as ask_model
@@ -46,7 +46,7 @@ def ask(
         outline = outline_of(name, dtype=dtype)
         forms[name] = settled(outline.tok, recorded[name] or usual)
         asked = PromptFormat.of(outline.tok, forms[name])
-        check_prompts(outline.model, asked, zip(questions, questions, strict=True), room=max_new_tokens)
+        check_prompts(outline.model, asked, zip(questions, questions, strict=True), answer_tokens=max_new_tokens)
     columns = {}
     for name in names:
         loaded, tok = load(name, dtype=dtype, device_map=device_map)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from editlib.cli.options import (
-    DeviceMap,
+    DeviceMapOption,
     Dtype,
     Overwrite,
     Prompts,
@@ -43,7 +43,7 @@ def attack(
     prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Tries to bring every forgotten fact back, see docs/reference/attacks.md; resumes where it was stopped."""

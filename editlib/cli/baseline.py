@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from editlib.cli.options import (
-    DeviceMap,
+    DeviceMapOption,
     Dtype,
     Model,
     Overwrite,
@@ -59,7 +59,7 @@ def baseline(
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Makes a model forget with another method, to compare with; resumes an interrupted search."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from editlib.cli.options import (
-    DeviceMap,
+    DeviceMapOption,
     Dtype,
     HeldOut,
     Prompts,
@@ -47,7 +47,7 @@ def bench_counterfact(
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
 ) -> None:
     """Measures efficacy, generalisation and specificity over numbers of edits; resumes where it was stopped."""
     from editlib.benches.counterfact import bench_counterfact as run
@@ -108,7 +108,7 @@ def bench_sequential(
     text: HeldOut = "wiki-sample:heldout",
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
 ) -> None:
     """Forgets 100 bundled facts that the model knows, batch after batch; resumes where it was stopped."""
     from editlib.benches.report import sequential_rows, write_sequential

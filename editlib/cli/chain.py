@@ -13,7 +13,7 @@ from rich.table import Table
 from editlib.cli.export import tell_adapter, tell_receipt
 from editlib.cli.options import (
     Algorithm,
-    DeviceMap,
+    DeviceMapOption,
     Dtype,
     Hparams,
     Overwrite,
@@ -33,7 +33,7 @@ chain_app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="the chain's folder")]
 BaseModel = Annotated[str | None, typer.Option("--model", help="the base model, if it is not where it was")]
-StatsDir = Annotated[Path | None, typer.Option(help="the layer statistics, if they are not where they were")]
+MovedStatsDir = Annotated[Path | None, typer.Option(help="the layer statistics, if they are not where they were")]
 
 
 @chain_app.command()
@@ -51,7 +51,7 @@ def init(
     prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
 ) -> None:
     """Starts a chain of edits of one model."""
     from editlib.chain import Chain
@@ -90,8 +90,8 @@ def add(
     requests: Annotated[Path, typer.Option(help="what to forget or edit: JSONL, see docs/reference/file-formats.md")],
     skip_bad: SkipBad = False,
     model: BaseModel = None,
-    stats_dir: StatsDir = None,
-    device_map: DeviceMap = None,
+    stats_dir: MovedStatsDir = None,
+    device_map: DeviceMapOption = None,
 ) -> None:
     """Edits the requests of a file as one more batch."""
     from editlib.chain import Chain
@@ -119,8 +119,8 @@ def revoke(
     folder: Folder,
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="ids of requests, see `editlib chain log`")],
     model: BaseModel = None,
-    stats_dir: StatsDir = None,
-    device_map: DeviceMap = None,
+    stats_dir: MovedStatsDir = None,
+    device_map: DeviceMapOption = None,
 ) -> None:
     """Takes single requests out of any batch and replays the later ones from what they found."""
     from editlib.chain import Chain

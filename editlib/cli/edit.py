@@ -13,7 +13,7 @@ from rich.text import Text
 from editlib.cli.options import (
     Algorithm,
     DeltaFile,
-    DeviceMap,
+    DeviceMapOption,
     Dtype,
     Hparams,
     Model,
@@ -46,7 +46,7 @@ def token(
     prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
 ) -> None:
     """Learns the unlearning token of a model, once (phase I); later edits reuse it."""
     from editlib import data
@@ -82,7 +82,7 @@ def unlearn(
     prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     delta: DeltaFile = None,
     skip_bad: SkipBad = False,
     show_rows: Annotated[
@@ -174,7 +174,7 @@ def edit(
     prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     delta: DeltaFile = None,
     skip_bad: SkipBad = False,
     overwrite: Overwrite = False,

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, SkipBad, out, print_table, prompt_settings
+from editlib.cli.options import (
+    DeviceMapOption,
+    Dtype,
+    Overwrite,
+    Prompts,
+    Seed,
+    SkipBad,
+    out,
+    print_table,
+    prompt_settings,
+)
 from editlib.errors import RequestError
 
 
@@ -59,7 +69,7 @@ def evaluate(
     prompts: Prompts = None,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measures an edited model, or a chain, against its base on generated answers."""

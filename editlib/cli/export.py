@@ -13,7 +13,7 @@ from editlib.cli.options import Overwrite, SkipBad, out
 if TYPE_CHECKING:
     from editlib.export.lora import LoraReport
 
-Base = Annotated[str, typer.Argument(help="the model that was edited: a packaged one, a local folder or an id")]
+BaseArgument = Annotated[str, typer.Argument(help="the model that was edited: a packaged one, a local folder or an id")]
 Given = Annotated[Path, typer.Argument(help="a file that `editlib edit` or `unlearn` wrote with --delta")]
 
 
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def apply(
-    base: Base,
+    base: BaseArgument,
     delta: Given,
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
     overwrite: Overwrite = False,

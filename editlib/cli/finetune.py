@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from editlib.cli.options import DeviceMap, Dtype, Overwrite, Prompts, Seed, SkipBad, out, prompt_settings
+from editlib.cli.options import DeviceMapOption, Dtype, Overwrite, Prompts, Seed, SkipBad, out, prompt_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +36,7 @@ def finetune(
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Teaches a model question-answer pairs, such as TOFU's; resumes where it was stopped."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from editlib.cli.options import (
-    DeviceMap,
+    DeviceMapOption,
     Dtype,
     HeldOut,
     Hparams,
@@ -44,7 +44,7 @@ def new(
         bool, typer.Option(help="load the model, and see up to which layer it reads a subject; else by depth alone")
     ] = True,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Writes all settings for a model: those that ship for it, or derived ones with a note on where each comes from."""
@@ -84,7 +84,7 @@ def tune(
     skip_bad: SkipBad = False,
     seed: Seed = 0,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
 ) -> None:
     """Searches UniErase's settings on your own held-out wordings and neighbours; resumes where it was stopped."""
     from editlib.data import retain_prompts

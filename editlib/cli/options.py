@@ -30,7 +30,7 @@ Hparams = Annotated[
 Algorithm = Annotated[str | None, typer.Option(help="default: the folder that the settings lie in, or their alg_name")]
 DeltaFile = Annotated[Path | None, typer.Option("--delta", help="write the edit alone, too: see `editlib apply`")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
-DeviceMap = Annotated[str | None, typer.Option(help="a device that holds all layers, or auto; default: the CPU")]
+DeviceMapOption = Annotated[str | None, typer.Option(help="a device that holds all layers, or auto; default: the CPU")]
 
 Prompts = Annotated[
     list[str] | None,

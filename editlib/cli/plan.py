@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from editlib.cli.options import Algorithm, DeviceMap, Dtype, Hparams, out, print_table
+from editlib.cli.options import Algorithm, DeviceMapOption, Dtype, Hparams, out, print_table
 from editlib.errors import HparamsError
 
 
@@ -28,7 +28,7 @@ def plan(
         int, typer.Option(min=2, help="of a question as the model is asked, chat template included")
     ] = 16,
     dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    device_map: DeviceMapOption = None,
     flops: Annotated[
         float | None, typer.Option(min=1, help="operations per second of another machine; default: measured here")
     ] = None,

@@ -166,7 +166,7 @@ class SetEvaluator:
         return measure
 
     def _base(self, name: str) -> tuple[Trial, ...]:
-        """Returns what the attack gets out of the base model; the same beside every method."""
+        """Returns what the attack gets out of the base model; the same for every method."""
         key = self._attack_key(name, self.config.attacks or AttackPlan())
         with try_lock(self.shelf, wait=True):
             kept = self.shelf.get(key)

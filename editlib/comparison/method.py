@@ -79,14 +79,14 @@ class Method(ABC):
         """Returns all settings that decide what it does, JSON-ready."""
 
     def fit(self, bench: Workbench) -> None:  # noqa: B027
-        """Takes over what the loaded base model itself says of the settings; called before anything else with it."""
+        """Adopts what the loaded base model determines of the settings; called before anything else."""
 
     def check_draft(self, draft: Workbench, task: Task | None) -> None:  # noqa: B027
         """Raises `EditlibError` for what can be known without weights: `draft`'s model is on the meta device. `task` is
         `None` where the base model decides what is to be forgotten."""
 
     def check(self, bench: Workbench, task: Task) -> None:  # noqa: B027
-        """Raises `EditlibError` where this model or these requests are not for it; called before any long work."""
+        """Raises `EditlibError` where the method cannot serve the model or the requests; called before long work."""
 
     @property
     def stored_name(self) -> str:
@@ -114,7 +114,7 @@ class Method(ABC):
         raise NotImplementedError
 
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
-        """Finds or makes what is made once a model and kept beside it; one process at a time."""
+        """Finds, or computes and keeps, what a model needs once (statistics, a token); one process at a time."""
         return Prepared()
 
     @abstractmethod

@@ -52,7 +52,7 @@ class EditSettings(Section):
 
 
 class Unedited(Method):
-    """Leaves the model as it is: where every other method starts from."""
+    """Leaves the model unedited, to compare every other method with."""
 
     Settings, family, seeded = NoSettings, "none", False
 
@@ -90,7 +90,7 @@ class ClosedForm(Method):
             )
 
     def _changed(self, found: HyperParams) -> HyperParams:
-        """Returns the settings with the single ones of the config in their place."""
+        """Returns the settings, single keys replaced by those of the config."""
         return type(found).from_dict({**found.to_dict(), **self.settings.settings}, "settings")
 
     def fit(self, bench: Workbench) -> None:

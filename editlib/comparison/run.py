@@ -55,7 +55,7 @@ def compare(
     load: Load | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Runs what of a comparison is not done yet, and returns its results (see `results.collect`).
+    """Runs the missing cells of a comparison, and returns its results (see `results.collect`).
 
     Each cell is a method with a seed on a set; it runs on a freshly loaded model. Its results are in `out/cells`
     under the hash of the set's contents, the model's weights, the method's settings and the seed, and every measurement
@@ -63,7 +63,7 @@ def compare(
     it. A cell that fails is recorded with its reason and tried again in the next run; the others go on.
 
     Several processes share the cells through locks in `out`, which must be a folder that all of them see. They wait for
-    what is made once a model and for nothing else, but for the first one, which comes back when all cells are done.
+    what is made once per model and for nothing else, but for the first one, which comes back when all cells are done.
 
     Args:
         load: loads a base model by its name; default: `Workbench.load`.
@@ -108,7 +108,7 @@ def _check_draft(config: Config, protocol: Benchmark, outline: Outline) -> None:
 
 @contextmanager
 def _naming(method: Method, protocol: Benchmark) -> Iterator[None]:
-    """Names the method and the set in errors that are raised inside of the block."""
+    """Names the method and the set in errors raised inside the block."""
     try:
         yield
     except EditlibError as error:

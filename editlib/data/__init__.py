@@ -90,12 +90,12 @@ def wording_rules() -> list[dict]:
 
 
 def sibling_questions() -> list[dict]:
-    """Returns what else is asked of a subject: `{"kind", "cues": words of a question that tell it, "questions"}`."""
+    """Returns further questions about a subject: `{"kind", "cues": words of a question that tell it, "questions"}`."""
     return _rows("sibling_questions.jsonl")
 
 
 def refusals(path: str | Path | None = None) -> list[str]:
-    """Returns "I don't know" in many words, one a line; the bundled ones, or the user's own file.
+    """Returns "I don't know" in many words, one per line; the bundled ones, or the user's own file.
 
     Raises:
         RequestError: a file that cannot be read or holds fewer than two lines.

@@ -79,7 +79,7 @@ def ask(
     """
     form = PromptFormat.of(tok, how)
     unique = list(dict.fromkeys(questions))
-    check_prompts(anat.model, form, zip(unique, unique, strict=True), room=max_new_tokens)
+    check_prompts(anat.model, form, zip(unique, unique, strict=True), answer_tokens=max_new_tokens)
     rows = [form.encode(question) for question in unique]
     known = None if drafts is None else [tuple(drafts.get(question, ())) for question in unique]
     answers = greedy(anat, rows, drafts=known, max_new_tokens=max_new_tokens, progress=progress)

@@ -24,7 +24,7 @@ class Scores:
     Args:
         forget, retain: the two axes of the plane, 0..1, higher is better.
         measures: all that was measured, in the order to show it.
-        items: one object a question: `id`, `kind`, `question`, `answer`, `before`, `after`, `passed` (`None`: no
+        items: one object per question: `id`, `kind`, `question`, `answer`, `before`, `after`, `passed` (`None`: no
             verdict), `counted`, and `note` (some words, or none).
     """
 
@@ -72,7 +72,7 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class ForgetSet(ABC):
-    """Holds a set as it is for one base model, and scores edited models on it.
+    """Holds a set made for one base model, and scores edited models on it.
 
     Args:
         forget: what every method is to forget.
@@ -151,12 +151,12 @@ class Benchmark(ABC):
 
     @property
     def reference(self) -> str | None:
-        """A further model that scores are made with; `None` where there is none, or its results are given."""
+        """A further model that the scores need; `None` where there is none, or its results are given."""
         return None
 
     @abstractmethod
     def make(self, base: Base) -> ForgetSet:
-        """Makes the set for a base model; what it finds out is kept in the base's folder and read again next time.
+        """Makes the set for a base model; the base's answers are kept in its folder and read again next time.
 
         Raises:
             EditlibError: the model does not know enough, or is not for this set.

@@ -61,7 +61,7 @@ class Protocol(typing.Protocol):
         ...
 
     def note(self, metrics: Mapping[str, Any]) -> str:
-        """Says what the table does not show, such as what was drawn or left out; may be empty."""
+        """Returns a note on what the table does not show, such as questions left out; may be empty."""
         ...
 
     def write(self, metrics: Mapping[str, Any], out: Path) -> None:
@@ -69,5 +69,5 @@ class Protocol(typing.Protocol):
         ...
 
     def finish(self) -> None:
-        """Writes what the user asked to keep for another run, such as the base model's answers."""
+        """Writes what the user wants for another run, such as the base model's answers."""
         ...

@@ -1,4 +1,4 @@
-"""Put a delta file on its base model again."""
+"""Apply a delta file to its base model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from editlib.models.weights import stored_bytes, weights_sha256
 
 
 def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, overwrite: bool = False) -> Delta:
-    """Puts the edit in `delta_file` on the model `base` and writes the folder that the edit itself wrote, with its
+    """Applies the edit in `delta_file` to the model `base` and writes the folder that the edit itself wrote, with its
     receipt, to `out`.
 
     Raises:

@@ -29,7 +29,7 @@ class Delta:
     """Holds the difference that turns one base model into one edited model, to the bit.
 
     `modules` names the edited MLP output matrix of each layer. A layer is in `factors`, or, where those would not
-    give the edited matrix to the bit or take more room than it, in `matrices` as the edited matrix `[d_model, d_ff]`.
+    give the edited matrix to the bit or take more bytes than it, in `matrices` as the edited matrix `[d_model, d_ff]`.
     """
 
     base: str

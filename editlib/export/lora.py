@@ -93,7 +93,7 @@ def save_lora(
     if delta.token is not None:
         if getattr(anat.head, "bias", None) is not None:
             raise ModelError(
-                f"the head of {type(model).__name__} has a bias, which PEFT leaves out beside a token's row; hand "
+                f"the head of {type(model).__name__} has a bias, which PEFT drops when it adds a token's row; hand "
                 "on the delta file or the whole model instead"
             )
         numbers = [extend_tokenizer(tok, name) for name in delta.token.names]

@@ -33,7 +33,7 @@ RECEIPT = "editlib.json"
 
 
 class UsedSettings(typing.Protocol):
-    """Defines what a receipt says of an algorithm's settings; hyper-parameters have it, and so has a baseline."""
+    """Defines the interface of the settings that a receipt records; hyper-parameters have it, and so has a baseline."""
 
     @property
     def algorithm(self) -> str:
@@ -82,7 +82,7 @@ def origin(
     token: UnlearningToken | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Makes the part of a receipt that is known before the edit: of what, by what, with which settings."""
+    """Makes the part of a receipt that is known before the edit: base model, algorithm and settings."""
     return {
         "editlib": library_version(),
         "algorithm": hparams.algorithm,
@@ -157,7 +157,7 @@ _OBJECTS = ("base", "layers", "token", "prompts", "timings", "left_out")
 
 
 def _misfit(receipt: Any) -> str | None:
-    """Says what in a receipt is not as `make_receipt` writes it; `None` where all is."""
+    """Names the first part of a receipt that is not as `make_receipt` writes it; `None` if there is none."""
     if not isinstance(receipt, dict):
         return f"{quote(receipt)}; expected an object"
     if not isinstance(receipt.get("base"), dict) or not isinstance(receipt["base"].get("sha256"), str):

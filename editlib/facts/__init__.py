@@ -1,1 +1,1 @@
-"""Everything about the benchmark of real facts: which facts, what is asked, how it is scored, and its page."""
+"""The benchmark of real facts: their selection, questions, scores, protocol and page."""

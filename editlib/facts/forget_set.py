@@ -12,7 +12,7 @@ from editlib.errors import ConfigError, RequestError
 from editlib.evaluation.answer_cache import ANSWER_TOKENS, AnswerCache, ask
 from editlib.evaluation.forget_set import Base, Benchmark, ForgetSet, Scores, SetSettings, Task
 from editlib.evaluation.metrics import MetricResult, wilson_interval
-from editlib.facts.sampling import ANCHORED, RELATIONS, WATCHED, FactSplit, split_in_proportion
+from editlib.facts.sampling import ANCHORED, HELD_OUT, RELATIONS, FactSplit, split_in_proportion
 from editlib.facts.scores import KINDS, Item, build_items, evaluate
 from editlib.models.loaded import LoadedModel
 from editlib.models.positions import check_prompts
@@ -64,7 +64,7 @@ class Facts(Benchmark):
             raise ConfigError(f'{where}: "retain" and "watch" go with "requests", not with "forget"; remove them')
         if own.requests is not None and own.relations is not None:
             raise ConfigError(f'{where}: "relations" goes with "forget", not with "requests"; remove it')
-        known = sorted({fact.relation or "" for fact in data.facts()} - {*ANCHORED, *WATCHED})
+        known = sorted({fact.relation or "" for fact in data.facts()} - {*ANCHORED, *HELD_OUT})
         for relation in own.relations or ():
             if relation not in known:
                 raise ConfigError(f'{where}: relation "{relation}": expected some of {", ".join(known)}')
@@ -86,11 +86,11 @@ class Facts(Benchmark):
     def make(self, base: Base) -> FactsSet:
         base.folder.mkdir(parents=True, exist_ok=True)
         before = AnswerCache.load(base.folder / "before.json", base.bench.sha256)
-        parts = self._given or self._dealt(base, before)
-        for name in ("forget", "anchors", "watch"):
-            write_requests(base.folder / f"{name}.jsonl", getattr(parts, name))
+        parts = self._given or self._split(base, before)
+        for name, part in parts.by_file().items():
+            write_requests(base.folder / f"{name}.jsonl", part)
         forget = [_scored(request) for request in parts.forget]
-        made = FactsSet(base, forget, parts.anchors, before, parts.watch, parts.forget, fewshot_pool=data.facts())
+        made = FactsSet(base, forget, parts.anchors, before, parts.held_out, parts.forget, fewshot_pool=data.facts())
         made.complete()
         return made
 
@@ -101,16 +101,16 @@ class Facts(Benchmark):
                 raise RequestError(f'{own.requests}: request {request.id} has no "answer"; scoring needs it; add one')
         if own.retain is None:
             kept = data.retain_prompts(forget)
-            held, watch = kept[::2], [*kept[1::2], *data.general("test")]
+            held, held_out = kept[::2], [*kept[1::2], *data.general("test")]
         else:
             kept = read_requests(own.retain, skip_bad=own.skip_bad, left_out=self.left_out)
             random.Random(own.seed).shuffle(kept)
-            held, watch = (kept, []) if own.watch else (kept[::2], kept[1::2])
+            held, held_out = (kept, []) if own.watch else (kept[::2], kept[1::2])
         if own.watch is not None:
-            watch = read_requests(own.watch, skip_bad=own.skip_bad, left_out=self.left_out)
-        return FactSplit(forget, held, watch)
+            held_out = read_requests(own.watch, skip_bad=own.skip_bad, left_out=self.left_out)
+        return FactSplit(forget, held, held_out)
 
-    def _dealt(self, base: Base, before: AnswerCache) -> FactSplit:
+    def _split(self, base: Base, before: AnswerCache) -> FactSplit:
         """Picks `forget` facts over all relations, of each in proportion to what the model knows of it."""
         own = self.settings
         try:
@@ -123,26 +123,26 @@ class Facts(Benchmark):
 
 @dataclass(frozen=True)
 class FactsSet(ForgetSet):
-    """Holds facts with the prompts that are watched."""
+    """Holds facts with the prompts that are held out."""
 
-    watch: Sequence[EditRequest] = ()
+    held_out: Sequence[EditRequest] = ()
     whole: Sequence[EditRequest] = ()  # `forget` with all paraphrases
 
     def identity(self) -> dict[str, Any]:
-        return {"protocol": "facts", **self.hashes(), "watch": requests_hash(self.watch)}
+        return {"protocol": "facts", **self.hashes(), "watch": requests_hash(self.held_out)}
 
     @property
     def task(self) -> Task:
         return Task([_tuned(request) for request in self.whole], self.retain, self.before.answers)
 
     def items(self) -> list[Item]:
-        return build_items(self.forget, self.watch, {request.id for request in self.retain})
+        return build_items(self.forget, self.held_out, {request.id for request in self.retain})
 
     def complete(self) -> None:
         """Asks the base what it was not asked yet, and keeps the answers."""
         bench, items = self.base.bench, self.items()
         form = PromptFormat.of(bench.tok, bench.prompts)
-        check_prompts(bench.model, form, [(item.id, item.question) for item in items], room=ANSWER_TOKENS)
+        check_prompts(bench.model, form, [(item.id, item.question) for item in items], answer_tokens=ANSWER_TOKENS)
         missing = [item.question for item in items if item.question not in self.before.answers]
         if missing:
             label = "answers before" if bench.progress else None

@@ -139,7 +139,7 @@ def draw_shares(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
 
 
 def draw_relations(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
-    """Draws a field for each relation and share, stronger where the share is greater; at most `MOST_RELATIONS`."""
+    """Draws a heat map of the shares by relation, `MOST_RELATIONS` at most."""
     from matplotlib.patches import Rectangle
 
     table = {name: measure(metrics, name).get("by_relation") or {} for name in SHARES}

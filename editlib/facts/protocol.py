@@ -1,4 +1,4 @@
-"""Evaluate real facts: whether the answer is gone and refused, and what else went (`facts.scores`)."""
+"""Evaluate real facts: whether the answer is gone and refused, and what else was lost (`facts.scores`)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class FactsProtocol:
         )  # fmt: skip
 
     def check(self, model: PreTrainedModel, form: PromptFormat) -> None:
-        check_requests_fit(model, form, self.requests, room=ANSWER_TOKENS)
+        check_requests_fit(model, form, self.requests, answer_tokens=ANSWER_TOKENS)
 
     def measure(
         self, base: NamedModel, edited: NamedModel, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()

@@ -17,23 +17,23 @@ from editlib.workbench import Workbench
 # Relations that facts are drawn from where nothing else is said, others that are held, and others that never are.
 RELATIONS = ("capital", "symbol", "city_country", "language", "author", "landmark_country")
 ANCHORED = ("currency", "opposite", "state_capital")
-WATCHED = ("continent", "atomic_number")
+HELD_OUT = ("continent", "atomic_number")
 
 
 @dataclass(frozen=True)
 class SplitSpec:
     """Sets the sizes of the parts that bundled facts and prompts are split into.
 
-    `forget` facts a relation; of `candidates` a relation it is asked first what the model knows (default: of all).
+    `forget` facts per relation; of `candidates` per relation it is asked first what the model knows (default: of all).
     `anchor_relations` are other relations that are anchored, for the forgotten subjects and `extra_anchors` others;
-    `watched_relations` never are.
+    `held_out_relations` never are.
     """
 
     forget: Mapping[str, int]
     candidates: Mapping[str, int] = field(default_factory=dict)
     anchor_relations: Sequence[str] = ()
     extra_anchors: int = 50
-    watched_relations: Sequence[str] = ()
+    held_out_relations: Sequence[str] = ()
     general_anchors: int = 40
     general_questions: int = 30
     general_instructions: int = 20
@@ -45,7 +45,11 @@ class FactSplit:
 
     forget: list[EditRequest]
     anchors: list[EditRequest]
-    watch: list[EditRequest]
+    held_out: list[EditRequest]
+
+    def by_file(self) -> dict[str, list[EditRequest]]:
+        """Gives the parts under the names of the files that hold them, without their ending."""
+        return {"forget": self.forget, "anchors": self.anchors, "watch": self.held_out}
 
 
 def split_facts(bench: Workbench, before: AnswerCache, spec: SplitSpec, seed: int) -> FactSplit:
@@ -63,12 +67,12 @@ def split_facts(bench: Workbench, before: AnswerCache, spec: SplitSpec, seed: in
         rng.shuffle(by_relation[relation])
         del by_relation[relation][spec.candidates.get(relation, len(by_relation[relation])) :]
     _ask(bench, before, [fact for relation in spec.forget for fact in by_relation[relation]])
-    forget, anchors, watch = [], [], []
+    forget, anchors, held_out = [], [], []
     for relation, number in spec.forget.items():
         known = [fact for fact in by_relation[relation] if knows(bench, before, fact)]
         rng.shuffle(known)
         forget += known[:number]
-        watch += known[number::2]
+        held_out += known[number::2]
         anchors += known[number + 1 :: 2]
         anchors += [fact for fact in by_relation[relation] if not knows(bench, before, fact)]
     subjects = {fact.group for fact in forget}
@@ -76,15 +80,17 @@ def split_facts(bench: Workbench, before: AnswerCache, spec: SplitSpec, seed: in
         facts = [fact for fact in by_relation[relation] if fact.group not in subjects]
         rng.shuffle(facts)
         anchors += [fact for fact in by_relation[relation] if fact.group in subjects] + facts[: spec.extra_anchors]
-    watch += [fact for relation in spec.watched_relations for fact in by_relation[relation] if fact.group in subjects]
+    held_out += [
+        fact for relation in spec.held_out_relations for fact in by_relation[relation] if fact.group in subjects
+    ]
     tests, prompts = data.general("test"), data.general("anchor")
     rng.shuffle(tests)
     rng.shuffle(prompts)
     anchors += prompts[: spec.general_anchors]
-    watch += [prompt for prompt in tests if prompt.answer is not None][: spec.general_questions]
-    watch += [prompt for prompt in tests if prompt.answer is None][: spec.general_instructions]
-    _ask(bench, before, watch)
-    return FactSplit(forget, anchors, watch)
+    held_out += [prompt for prompt in tests if prompt.answer is not None][: spec.general_questions]
+    held_out += [prompt for prompt in tests if prompt.answer is None][: spec.general_instructions]
+    _ask(bench, before, held_out)
+    return FactSplit(forget, anchors, held_out)
 
 
 def split_in_proportion(
@@ -103,7 +109,7 @@ def split_in_proportion(
             f"{bench.name} knows {sum(known.values())} of the {len(facts)} facts of these relations; expected twice as "
             f"many as are to be forgotten ({total}), so that others are left to check; forget fewer"
         )
-    spec = SplitSpec(forget=allot(total, known), anchor_relations=ANCHORED, watched_relations=WATCHED)
+    spec = SplitSpec(forget=allot(total, known), anchor_relations=ANCHORED, held_out_relations=HELD_OUT)
     return split_facts(bench, before, spec, seed)
 
 

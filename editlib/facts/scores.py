@@ -143,7 +143,7 @@ def evaluate(
     begun = time.perf_counter()
     questions = [item.question for item in items]
     form = PromptFormat.of(base.tok, how)
-    check_prompts(base.anat.model, form, [(item.id, item.question) for item in items], room=ANSWER_TOKENS)
+    check_prompts(base.anat.model, form, [(item.id, item.question) for item in items], answer_tokens=ANSWER_TOKENS)
     missing = [question for question in questions if question not in before.answers]
     if missing:
         label = "before" if progress else None

@@ -100,6 +100,16 @@ class HyperParams:
         return None
 
     @property
+    def lookup_place(self) -> str:
+        """The token of a prompt whose state an edit changes, as `fact_token` names it; "last": needs no subject."""
+        return "last"
+
+    @property
+    def values_from_rows(self) -> bool:
+        """Whether values are found from rows, which erase the answer, and not by descent."""
+        return False
+
+    @property
     def wanted_statistics(self) -> dict[str, Any]:
         """Which statistics are preferred: arguments of `Workbench.find_or_make_stats`."""
         return {}
@@ -238,6 +248,10 @@ class ClosedFormHyperParams(HyperParams):
         None, "number of texts in the layer statistics, to choose between several files", min=1
     )
     mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
+
+    @property
+    def lookup_place(self) -> str:
+        return self.fact_token
 
     @property
     def wanted_statistics(self) -> dict[str, Any]:

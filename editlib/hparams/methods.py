@@ -303,17 +303,21 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         return [*self.layers, *([] if self.gate_layer is None else [self.gate_layer])]
 
     @property
+    def values_from_rows(self) -> bool:
+        return self.values == "rows"
+
+    @property
     def uses_token(self) -> bool:
-        return self.values == "descent"
+        return not self.values_from_rows
 
     @property
     def refuses(self) -> bool:
-        return self.values == "descent" or self.say
+        return not self.values_from_rows or self.say
 
     @property
     def reads_examples(self) -> bool:
         """Whether questions are also read in few-shot prompts."""
-        return self.values == "rows" and self.example_wordings > 0
+        return self.values_from_rows and self.example_wordings > 0
 
     @property
     def holds_anchors(self) -> bool:
@@ -326,7 +330,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     def check(self) -> None:
         super().check()
         self.check_templates("gate_templates")
-        if self.gate_layer is not None and self.values == "rows":
+        if self.gate_layer is not None and self.values_from_rows:
             raise bad("gate_layer", self.gate_layer, 'no gate with "values": "rows"', "leave the key out")
         if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
             raise bad("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")

@@ -45,7 +45,7 @@ OTHERS = frozenset(
 
 
 def as_ours(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Translates published values to editlib's; returns them, and those without a meaning beside the others.
+    """Translates published values to editlib's; returns them, and those without a meaning as a second item.
 
     `norm_constraint: false` means no limit (EasyEdit). A matrix is named without its `.weight` (FT). The dtype of layer
     statistics has no meaning if they are not used (FastEdit's `mom2_adjustment: false`). AlphaEdit's own command names

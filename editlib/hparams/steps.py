@@ -49,8 +49,8 @@ def _windows(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any
 
 def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
     """Returns scaled numbers and moved margins, those of the values before those of the solve."""
-    if getattr(hparams, "values", "descent") == "rows":
-        margins = [*ROW_MARGINS, *(SAY_MARGINS if getattr(hparams, "say", False) else ())]
+    if hparams.values_from_rows:
+        margins = [*ROW_MARGINS, *(SAY_MARGINS if hparams.refuses else ())]
         own = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]
         scaled = _scaled(hparams, {"left_weight": LEFT_FACTOR})
         own += [*scaled, {"left_weight": 0.0}] if scaled else [{"left_weight": LEFT_WEIGHT}]
@@ -73,7 +73,7 @@ def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, A
 
 def _gates(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
     """Returns the gate moved by `by` layers, and removed."""
-    gate = getattr(hparams, "gate_layer", None)
+    gate = hparams.gate_at
     if gate is None:
         return []
     return [{"gate_layer": gate - by}, {"gate_layer": min(gate + by, n_layers - 1)}, {"gate_layer": None}]

@@ -120,13 +120,15 @@ def _check_fit(
     """
     prompts = settled(outline.tok, how)
     asked = [*requests, *(given["control"] or ())]
-    check_requests_fit(outline.model, PromptFormat.of(outline.tok, prompts), asked, room=settings.max_new_tokens)
+    check_requests_fit(
+        outline.model, PromptFormat.of(outline.tok, prompts), asked, answer_tokens=settings.max_new_tokens
+    )
     if kept is not None:
         check_kept(kept, planned_job(requests, settings, prompts=prompts, **given))
 
 
 def table_rows(report: AttackReport, *, short: bool = False) -> list[list[str]]:
-    """Returns head and rows: a row an attack, a column a model (see `outcome.COLUMNS`); `short` for a terminal."""
+    """Returns head and rows: a row per attack, a column per model (see `outcome.COLUMNS`); `short` for a terminal."""
     rows = [["attack", *COLUMNS, *([] if short else ["not tried", "meaning"])]]
     for result in report.results:
         skipped = result.shares["edited"].skipped

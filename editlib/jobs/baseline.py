@@ -15,7 +15,7 @@ from editlib.baselines.refusal_edit import REFUSAL
 from editlib.baselines.registry import BASELINES, baseline, canonical_name
 from editlib.baselines.search import SearchResult, check_range, search
 from editlib.baselines.settings import BaselineSettings, Budget
-from editlib.baselines.validation import Split, split
+from editlib.baselines.validation import ValidationSplit, split
 from editlib.editing import check_given, check_wanted
 from editlib.errors import HparamsError
 from editlib.export import asked_as, save_edited
@@ -171,7 +171,7 @@ def make_receipt(
     base: Mapping[str, str],
     requests: Sequence[EditRequest],
     kept: Sequence[EditRequest],
-    parts: Split | None,
+    parts: ValidationSplit | None,
     found: SearchResult | None,
     seed: int,
 ) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from editlib.requests.reading import read_requests, write_requests
 from editlib.workbench import Workbench
 
 MODEL = "smollm2-135m"
-DEAL = SplitSpec(
+SPLIT = SplitSpec(
     forget={"capital": 18, "symbol": 14},
     candidates={"capital": 110, "symbol": 80},
     anchor_relations=("language",),
-    watched_relations=("continent", "currency", "atomic_number"),
+    held_out_relations=("continent", "currency", "atomic_number"),
 )
 
 
@@ -39,7 +39,7 @@ ATTACKS = ("direct", "banned-token", "prefill-lead", "prefill-own", "paraphrase"
 
 
 def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
-    """Forgets the facts of `DEAL` and writes `model/`, `metrics.json`, `report.html`, `attacks/` and the request files
+    """Forgets the facts of `SPLIT` and writes `model/`, `metrics.json`, `report.html`, `attacks/` and the request files
     to `out`.
 
     The clock starts when the model is in the cache. New processes measure and attack the saved folder.
@@ -58,10 +58,10 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
     make_folder(out)
     bench = Workbench.of(model, tok, out / "stats", name=MODEL)
     before = AnswerCache(bench.sha256, {})
-    parts = split_facts(bench, before, DEAL, seed)
-    files = {name: out / f"{name}.jsonl" for name in ("forget", "anchors", "watch")}
-    for name, path in files.items():
-        write_requests(path, getattr(parts, name))
+    parts = split_facts(bench, before, SPLIT, seed)
+    files = {name: out / f"{name}.jsonl" for name in parts.by_file()}
+    for name, part in parts.by_file().items():
+        write_requests(files[name], part)
     before.save(out / "before.json")
     unlearn(
         bench,

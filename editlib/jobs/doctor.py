@@ -22,7 +22,7 @@ FOR_DEVELOPERS = ("dev", "docs")  # extras that no command needs
 
 
 def doctor() -> list[tuple[str, str, str]]:
-    """Collects (part, name, finding) of everything that commands depend on; nothing is loaded or downloaded."""
+    """Lists (part, name, finding) of everything that commands depend on; nothing is loaded or downloaded."""
     return [
         ("version", "editlib", library_version()),
         ("version", "python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
@@ -86,7 +86,7 @@ def _devices() -> list[tuple[str, str, str]]:
 
 
 def _caches() -> list[tuple[str, str, str]]:
-    """Returns where models are kept, and how much room is left there."""
+    """Returns where models are kept, and how much space is left there."""
     return [
         ("cache", "editlib", _room(cache_dir())),
         ("cache", "Hugging Face", _room(Path(constants.HF_HUB_CACHE))),
@@ -95,7 +95,7 @@ def _caches() -> list[tuple[str, str, str]]:
 
 
 def _room(folder: Path) -> str:
-    """Returns a folder and the free room on its disk."""
+    """Returns a folder and the free space on its disk."""
     above = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists() or not one.name)
     return f"{folder}, {shutil.disk_usage(above).free / 1e9:.0f} GB free"
 

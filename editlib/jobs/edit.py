@@ -13,7 +13,7 @@ from editlib.algorithms.registry import apply_function
 from editlib.algorithms.unierase.anchors import bundled_anchors, with_relations
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.subject_rows import RequestRows, by_subject, check_answers, subject_rows
-from editlib.editing import EditInputs, apply, check_settings, check_wanted, load_inputs, room_for
+from editlib.editing import EditInputs, answer_tokens_for, apply, check_settings, check_wanted, load_inputs
 from editlib.errors import HparamsError
 from editlib.export import asked_as, make_delta, make_receipt, save_edited
 from editlib.files import check_file, check_output, check_room
@@ -56,7 +56,7 @@ def unlearn(
     check_settings(bench, hparams)
     named, kept = _with_bundled(requests, hparams, seed) if retain is None else (requests, retain)
     form = PromptFormat.of(bench.tok, bench.asking())
-    check_requests_fit(bench.model, form, [*requests, *kept], room=room_for(hparams))
+    check_requests_fit(bench.model, form, [*requests, *kept], answer_tokens=answer_tokens_for(hparams))
     check_room(Path(out), stored_bytes(bench.model))
     timer = Timer()
     means = load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
@@ -77,7 +77,7 @@ def _with_bundled(
 ) -> tuple[Sequence[EditRequest], list[EditRequest]]:
     """Returns the requests, and the retain prompts where the user gives none: all bundled ones, or with values from
     rows as many as the requests need, whose relations they then have."""
-    if not (takes_retain(hparams) and hparams.values == "rows"):
+    if not (takes_retain(hparams) and hparams.values_from_rows):
         return requests, data.retain_prompts(requests)
     named = with_relations(requests)
     return named, bundled_anchors(named, seed=seed)
@@ -97,7 +97,7 @@ def rows_of(
         HparamsError: settings that find values by descent, which has no rows.
         RequestError: a request without an answer.
     """
-    if hparams.values != "rows":
+    if not hparams.values_from_rows:
         raise HparamsError(
             f'--show-rows needs settings with "values": "rows"; these have "{hparams.values}": give others with '
             "--hparams, such as smollm2-135m-erase"
@@ -221,7 +221,7 @@ def _edited(
 def check_places(
     out: Path, delta: Path | None, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
 ) -> None:
-    """Raises `OutputError` when what an edit will write has no place to go, or would replace one of its `inputs`; call
+    """Raises `OutputError` when the output of an edit cannot be written, or would replace one of its `inputs`; call
     it before long work starts."""
     check_output(out, overwrite=overwrite, inputs=inputs)
     if delta is not None:

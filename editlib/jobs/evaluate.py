@@ -55,13 +55,13 @@ def sequential(protocol: Protocol, base: NamedModel, edited: Edited, request: st
 
 
 def single(protocol: Protocol, base: NamedModel, edited: Edited, request: str | None = None) -> dict[str, Any]:
-    """Measures one request, where all others should be kept."""
+    """Measures one request; all others should still be answered."""
     wanted = [one for one in protocol.requests if one.id == request]
     others = [one for one in protocol.requests if one.id != request]
     return {**protocol.measure(base, edited.side(), wanted, others), "request": request}
 
 
-Step = tuple[int, list[EditRequest], NamedModel]
+ChainStep = tuple[int, list[EditRequest], NamedModel]
 """A batch's number, those of the requests that were edited so far, and the model after it."""
 
 Mode = Callable[[Protocol, NamedModel, "Edited", str | None], dict[str, Any]]
@@ -71,7 +71,7 @@ OLD_MODES = {"precise": "single"}
 
 
 def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) -> None:
-    """Raises `RequestError` for a way of asking that cannot be; call it before models are loaded."""
+    """Raises `RequestError` for a mode that is unknown or does not fit the edit; call it before models are loaded."""
     mode = OLD_MODES.get(mode, mode)
     if mode not in MODES:
         raise RequestError(f"--mode {mode!r}: expected one of {', '.join(MODES)}")
@@ -89,7 +89,7 @@ def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) 
 
 
 class Edited:
-    """Loads the edited model: a folder, or a chain with what it was on the way."""
+    """Loads the edited model: a folder, or a chain with its state after each batch."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Edited:
         sha256 = weights_sha256(anat.model)
         return NamedModel(anat, tok, settled(tok, self.prompts), name=self.path, sha256=sha256, receipt=receipt)
 
-    def steps(self, requests: Sequence[EditRequest]) -> Generator[Step, None, None]:
+    def steps(self, requests: Sequence[EditRequest]) -> Generator[ChainStep, None, None]:
         """Yields, after each batch of the chain, its number, those of `requests` that were edited so far, and the
         model.
 
@@ -183,7 +183,7 @@ class Edited:
         if strange:
             raise RequestError(
                 f"{self.path}: {len(strange)} of its requests are not among those that are measured "
-                f"({next(iter(sorted(strange)))!r}); give the requests that it was made with"
+                f"({next(iter(sorted(strange)))!r}); give the requests of that edit"
             )
 
 
@@ -200,7 +200,7 @@ def evaluate_models(
     prompts: PromptSettings | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Loads both models, measures them by `protocol`, and writes what it writes to `out`.
+    """Loads both models, measures them by `protocol`, and writes its results to `out`.
 
     Args:
         edited: a model or a folder of a chain.

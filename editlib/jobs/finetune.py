@@ -194,7 +194,7 @@ def finetune(
 
 
 def _check(out: Path, settings: FinetuneSettings, overwrite: bool) -> None:
-    """Raises for a folder that cannot be used, a missing package or corpus: what is known before files are read."""
+    """Raises for a folder that cannot be used, a missing package or corpus: what can be known before files are read."""
     check_folder(out)
     if overwrite:
         check_output(out, overwrite=True)
@@ -217,8 +217,8 @@ def _check_fit(
     """Raises `EditlibError` for prompts that do not fit the model, and for too little free space at `out`."""
     form = PromptFormat.of(outline.tok, settled(outline.tok, prompts))
     for pair in pairs:  # each with its own answer, which may be long
-        room = len(form.answer_ids(pair.answer or "")) + 1
-        check_prompts(outline.model, form, [(pair.id, pair.question)], room=room)
+        answer_tokens = len(form.answer_ids(pair.answer or "")) + 1
+        check_prompts(outline.model, form, [(pair.id, pair.question)], answer_tokens=answer_tokens)
     if out is not None:
         check_room(out, stored_bytes(outline.model))
 

@@ -119,7 +119,7 @@ def _steps(settings: HyperParams, size: ModelSize, requests: int, prompt_tokens:
     job = settings_job(settings, requests, prompt_tokens, size)
     if job.anchors:
         steps.append(costs.anchors(size, job))
-    from_rows = takes_retain(settings) and settings.values == "rows"
+    from_rows = takes_retain(settings) and settings.values_from_rows
     steps += [costs.row_values(size, job) if from_rows else costs.values(size, job), costs.solve(size, job)]
     if takes_retain(settings) and from_rows and settings.say:
         general = len(data.questions("train")) // GENERAL_STEP
@@ -164,7 +164,7 @@ def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: 
             kept_out=size.d_ff // 4,
             v_rate=v_rate,
         )
-    from_rows = settings.values == "rows"
+    from_rows = settings.values_from_rows
     anchors = _anchors(settings, requests) if settings.anchors else 0
     return costs.Job(
         layers=settings.layers,
@@ -189,5 +189,5 @@ def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: 
 def _anchors(settings: UniEraseHyperParams, requests: int) -> int:
     """Counts the anchors where no retain prompts are given."""
     bundled = len(data.retain_prompts([]))
-    usual = share_of(bundled, requests, fewest=FEWEST_ANCHORS) if settings.values == "rows" else bundled
+    usual = share_of(bundled, requests, fewest=FEWEST_ANCHORS) if settings.values_from_rows else bundled
     return usual if settings.max_anchors is None else min(usual, settings.max_anchors)

@@ -37,8 +37,8 @@ KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 @dataclass(frozen=True)
 class SettingsTrial:
-    """Holds the settings that were tried (`changed`: in which fields from the first ones) and what came of them, shares
-    in 0..1; `failed` says why there is nothing else."""
+    """Holds the settings that were tried (`changed`: the fields that differ from the first ones) and their scores,
+    shares in 0..1; `failed` says why there is nothing else."""
 
     changed: dict[str, Any]
     efficacy: float = 0.0
@@ -60,7 +60,7 @@ class SettingsTrial:
 
 
 class Judge:
-    """Judges trials by questions, asked of the base model once, and after every trial."""
+    """Judges trials by questions that the base model is asked once, and the edited one after every trial."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Judge:
     ) -> None:
         self.bench, self.requests, self.how = bench, list(requests), bench.asking()
         form = PromptFormat.of(bench.tok, self.how)
-        check_requests_fit(bench.model, form, [*self.requests, *retain], room=ANSWER_TOKENS)
+        check_requests_fit(bench.model, form, [*self.requests, *retain], answer_tokens=ANSWER_TOKENS)
         self.held, self.watched = parted(self.requests, retain, seed)
         prompts = form.settings.to_dict()
         answers = out / f"before.{digest(prompts)[:8]}.json"  # answers are those to one form of prompts
@@ -153,7 +153,7 @@ class Judge:
 
 @contextmanager
 def _tokens_taken_out(bench: Workbench) -> Iterator[None]:
-    """Takes tokens that are added in the block out of the model again: trials that fit some would add up."""
+    """Removes tokens that are added in the block: those of several trials would add up."""
     vocabulary = Vocabulary.of(bench.model, bench.tok)
     try:
         yield
@@ -176,11 +176,11 @@ def forgotten(items: Sequence[Item], kind: str, *, says: bool) -> float:
 def parted(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], seed: int
 ) -> tuple[list[EditRequest], list[EditRequest]]:
-    """Parts retain prompts into those to hold and those to watch: of each kind that have an answer every second one, at
+    """Splits retain prompts into anchors and held-out ones: of each kind that have an answer every second one, at
     most `WATCHED`.
 
     Raises:
-        RequestError: nothing is left to watch, and no request has neighbours.
+        RequestError: nothing is left to hold out, and no request has neighbours.
     """
     by_id = {prompt.id: prompt for prompt in retain if prompt.answer is not None}
     kinds: dict[str, list[str]] = {}

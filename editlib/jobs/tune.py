@@ -142,7 +142,7 @@ def table_rows(tuned: Tuned) -> list[list[str]]:
 
 
 def _walk(start: HyperParams, n_layers: int, trials: dict[str, SettingsTrial]) -> Iterator[HyperParams]:
-    """Yields settings to try, each one step from the best of `trials` so far; ends where every step was tried."""
+    """Yields settings to try, each one step from the best of `trials` so far, until every step was tried."""
     seen = {_key(start): start}
     yield start
     while True:
@@ -164,7 +164,7 @@ def _best(trials: dict[str, SettingsTrial]) -> str:
 
 
 def _deciding(hparams: HyperParams) -> dict[str, Any]:
-    """Returns all that decides an edit: no words about it."""
+    """Returns all settings that decide an edit, without notes and file names."""
     return {key: value for key, value in hparams.to_dict().items() if key not in ("notes", "model_name")}
 
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig
 from editlib.errors import first_line, quote
 
 GENERATION = "generation_config.json"
-Part = Literal["config", "tokenizer", "weights", "adapter"]
+FolderPart = Literal["config", "tokenizer", "weights", "adapter"]
 
-_OBJECTS: dict[Part, tuple[str, ...]] = {
+_OBJECTS: dict[FolderPart, tuple[str, ...]] = {
     "config": ("config.json",),
     "tokenizer": (
         "tokenizer.json",
@@ -50,7 +50,7 @@ def reason_of(error: BaseException) -> str:
     return (f"{type(error).__name__}: {text}" if named and text != type(error).__name__ else text)[:160]
 
 
-def fault_of(folder: Path, part: Part) -> tuple[str, str] | None:
+def fault_of(folder: Path, part: FolderPart) -> tuple[str, str] | None:
     """Finds the first file of `part` that is damaged: its name, and what is wrong; `None` if all look whole."""
     for name in _OBJECTS[part]:
         path = folder / name
@@ -62,7 +62,7 @@ def fault_of(folder: Path, part: Part) -> tuple[str, str] | None:
 
 
 def config_fault(config: PreTrainedConfig) -> str | None:
-    """Returns what is wrong with numbers of a configuration, before anything is built from them."""
+    """Names the first impossible number of a configuration, before anything is built from it."""
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         value = getattr(text, name, 1)
@@ -74,7 +74,7 @@ def config_fault(config: PreTrainedConfig) -> str | None:
     return None
 
 
-class Told:
+class LoadWarnings:
     """Collects the warnings of transformers while it loads a model."""
 
     def __init__(self) -> None:
@@ -92,14 +92,14 @@ class Told:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Told]:
+def load_warnings() -> Iterator[LoadWarnings]:
     """Keeps the tables about weights that transformers prints off stderr: what matters in them is said in one line."""
-    told, logger = Told(), logging.getLogger("transformers")
+    warned, logger = LoadWarnings(), logging.getLogger("transformers")
 
     class Reports(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "LOAD REPORT" in (text := record.getMessage()):
-                told.reports.append(text)
+                warned.reports.append(text)
                 return
             if record.levelno < wanted:
                 return
@@ -111,7 +111,7 @@ def listening() -> Iterator[Told]:
     logger.handlers[:], logger.propagate = [catcher], False
     logger.setLevel(min(wanted, logging.WARNING))  # the user may have silenced them (TRANSFORMERS_VERBOSITY)
     try:
-        yield told
+        yield warned
     finally:
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)

@@ -21,7 +21,7 @@ _TAG = re.compile(r"<\|[^<>|\s]+\|>$|(?<!\w)<[^<>/\s][^<>/]*>$")
 _EMPHASIS = re.compile(r"(?:^|[\s(])(\*{1,3})$")
 _CURRENCY = re.compile(r"(?:^|[\s(])(?:[$£€¥#@]|US\$)$")
 _WITHIN = re.compile(r"[^\s\d_]_?[-\u2010\u2011\u2014/\\@\u05be\u0640]$|\d[-\u2010\u2011\u2013\u2014]$|\\$|//$")
-"""Marks that join what they stand at to what follows: "Jean-", "1939–", "http://", "x@"."""
+"""Marks that join the text before them to what follows: "Jean-", "1939–", "http://", "x@"."""
 _PROCLITIC = {"ARABIC": "وفبلكس", "HEBREW": "ושהכלבמ"}
 """Letters that are words of their own, with no space between them and the next word."""
 

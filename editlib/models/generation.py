@@ -94,7 +94,7 @@ def greedy(
         # Rows whose draft was right to its end, or to the limit, need no decoding.
         todo = [i for i in range(len(rows)) if len(known[i]) < limits[i] and not (known[i] and known[i][-1] in ends)]
         bar.update(len(rows) - len(todo))
-        todo.sort(key=lambda i: len(rows[i]) + len(known[i]))  # rows of like lengths share a batch: little padding
+        todo.sort(key=lambda i: len(rows[i]) + len(known[i]))  # rows of similar lengths share a batch: little padding
         lengths = [len(row) + limit for row, limit in zip(rows, limits, strict=True)]
         for chunk in chunks(todo, lengths, rows=batch_rows):
             begun = [rows[i].followed_by(known[i]) for i in chunk]

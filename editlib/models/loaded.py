@@ -32,7 +32,7 @@ class LoadedModel:
 
     @classmethod
     def given(cls, model: LoadedModel | ModelPair, prompts: PromptSettings | None = None) -> LoadedModel:
-        """Takes a model as a caller has it: loaded already, or a pair with its tokenizer.
+        """Accepts a model in either form: a `LoadedModel`, or a pair of model and tokenizer.
 
         Args:
             prompts: how it is asked; `None`: as a loaded model says, and for a pair as its tokenizer does by default.

@@ -18,7 +18,7 @@ from editlib.errors import ModelError, quote
 from editlib.models.adapters import is_adapter, merge
 from editlib.models.anatomy import anatomy, check_kind
 from editlib.models.folder_faults import (
-    listening,
+    load_warnings,
     missing_weights,
 )
 from editlib.models.hub import adapter_folder, quiet_hub
@@ -99,7 +99,7 @@ def open_weights(
     extra |= {} if device_map is None else {"device_map": device_map}
     extra |= {"dtype": DTYPES.get(dtype or "", "auto"), "output_loading_info": True, **source.options}
     quiet = quiet_bars(), quiet_hub()
-    with quiet[0], quiet[1], listening() as told, one_line_errors(name, path, "weights", told, source.config):
+    with quiet[0], quiet[1], load_warnings() as warned, one_line_errors(name, path, "weights", warned, source.config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **extra)
         model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
         if info["missing_keys"]:  # transformers fills them with random numbers

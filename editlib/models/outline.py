@@ -1,4 +1,4 @@
-"""Look at a model before its weights are read: what is wrong with its files, and what it is like."""
+"""Check a model before its weights are read: faults of its files, and its shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from editlib.models.source import Source, adapter_of, model_of
 
 @dataclass(frozen=True)
 class Outline:
-    """Holds a model without its numbers: its modules on the meta device, and its tokenizer."""
+    """Holds a model without weights: its modules on the meta device, and its tokenizer."""
 
     model: PreTrainedModel
     tok: PreTrainedTokenizerBase

@@ -22,13 +22,13 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 
 def check_prompts(
-    model: PreTrainedModel, form: PromptFormat, prompts: Iterable[tuple[str, str]], *, room: int = 0
+    model: PreTrainedModel, form: PromptFormat, prompts: Iterable[tuple[str, str]], *, answer_tokens: int = 0
 ) -> None:
     """Raises `RequestError` if a prompt is longer than the model's positions, before any is run.
 
     Args:
         prompts: name and question of each.
-        room: tokens that the answer needs.
+        answer_tokens: tokens that the answer needs.
 
     Raises:
         RequestError: names the first such prompt with its length, and the number of others.
@@ -39,34 +39,37 @@ def check_prompts(
     long = []
     for name, question in prompts:
         # A token holds at least one byte: texts that are short even with a factor of 2 as margin need no encoding.
-        if 2 * len(form.render(question).encode()) + SPARE + room <= limit:
+        if 2 * len(form.render(question).encode()) + SPARE + answer_tokens <= limit:
             continue
-        if (length := len(form.encode(question)) + room) > limit:
+        if (length := len(form.encode(question)) + answer_tokens) > limit:
             long.append((name, length))
     if long:
         (name, length), others = long[0], len(long) - 1
         more = f" (and {others} more)" if others else ""
-        answer = f", {room} of them for the answer" if room else ""
+        answer = f", {answer_tokens} of them for the answer" if answer_tokens else ""
         raise RequestError(
             f"request {quote(name)}: its prompt needs {length} tokens{answer}; expected at most {limit}, the positions "
             f"of this model{more}: shorten it, or leave it out"
         )
 
 
-def fitting(model: PreTrainedModel, form: PromptFormat, questions: Iterable[str], *, room: int = 0) -> list[str]:
-    """Returns those questions whose prompts, with `room` tokens for the answer, are within the model's positions."""
+def fitting(
+    model: PreTrainedModel, form: PromptFormat, questions: Iterable[str], *, answer_tokens: int = 0
+) -> list[str]:
+    """Returns the questions whose prompts, with an answer of `answer_tokens`, fit the model's positions."""
     limit = positions_of(model)
     if limit is None:
         return list(questions)
     return [
         question
         for question in questions
-        if 2 * len(form.render(question).encode()) + SPARE + room <= limit or len(form.encode(question)) + room <= limit
+        if 2 * len(form.render(question).encode()) + SPARE + answer_tokens <= limit
+        or len(form.encode(question)) + answer_tokens <= limit
     ]
 
 
 def check_requests_fit(
-    model: PreTrainedModel, form: PromptFormat, requests: Sequence[EditRequest], *, room: int = 0
+    model: PreTrainedModel, form: PromptFormat, requests: Sequence[EditRequest], *, answer_tokens: int = 0
 ) -> None:
     """Applies `check_prompts` to the questions of `requests`, with all their wordings and target answers."""
     longest = max((len(form.answer_ids(request.target_new)) for request in requests if request.target_new), default=0)
@@ -75,4 +78,4 @@ def check_requests_fit(
         for request in requests
         for text in (request.question, *request.filled_phrasings, *request.filled_paraphrases)
     )
-    check_prompts(model, form, texts, room=max(room, longest))
+    check_prompts(model, form, texts, answer_tokens=max(answer_tokens, longest))

@@ -53,7 +53,7 @@ class Prefix:
 
     @classmethod
     def of(cls, past: KVCache, attention_mask: Tensor) -> Prefix:
-        """Takes over the contents of a cache; `attention_mask` tells which of its columns hold tokens."""
+        """Copies the contents of a cache; `attention_mask` tells which of its columns hold tokens."""
         if isinstance(past, TokenReplay):
             return cls((), attention_mask, past.input_ids)
         return cls(tuple((layer[0], layer[1]) for layer in past), attention_mask)

@@ -26,7 +26,7 @@ MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # a placeholder that no text or templ
 _NEUTRAL = ("\n", '"', "(")  # texts that an answer may follow without a space
 WORD = "a"  # any question, where its text does not matter
 
-Place = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
+LookupPlace = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
 """Values of `fact_token` (ROME, MEMIT): the prompt's last token, the subject's first or last one, or the one after the
 subject's last one (the prompt's last token if the subject ends the prompt)."""
 
@@ -39,8 +39,8 @@ Asking = PromptSettings | bool | None
 class TokenRow:
     """Holds one prompt as token ids.
 
-    `lookup` is the index of the token whose hidden state is edited (see `Place`). `extra` counts the tokens that were
-    appended to the prompt (an answer).
+    `lookup` is the index of the token whose hidden state is edited (see `LookupPlace`). `extra` counts the
+    tokens that were appended to the prompt (an answer).
     """
 
     ids: tuple[int, ...]
@@ -107,9 +107,9 @@ def token_windows(tok: PreTrainedTokenizerBase, text: str, length: int) -> Itera
     """
     front = list(leading_tokens(tok))
     ids = list(tok(text, add_special_tokens=False, verbose=False)["input_ids"])
-    room = max(length - len(front), 1)
-    for start in range(0, len(ids), room):
-        if len(window := front + ids[start : start + room]) > 1:
+    size = max(length - len(front), 1)
+    for start in range(0, len(ids), size):
+        if len(window := front + ids[start : start + size]) > 1:
             yield window
 
 
@@ -197,7 +197,7 @@ class PromptFormat:
         subject: str | None = None,
         *,
         start: int | None = None,
-        place: Place = "subject_last",
+        place: LookupPlace = "subject_last",
         template: str = "{}",
     ) -> TokenRow:
         """Encodes the rendered question, with the lookup position at `place`.
@@ -217,8 +217,8 @@ class PromptFormat:
         before, mark, after = template.rpartition("{}")
         if not mark:
             raise RequestError(f'template {template!r} has no "{{}}"; expected one in the place of the question')
-        if place not in get_args(Place):
-            raise RequestError(f"place {place!r}; expected one of {', '.join(get_args(Place))}")
+        if place not in get_args(LookupPlace):
+            raise RequestError(f"place {place!r}; expected one of {', '.join(get_args(LookupPlace))}")
         whole = before + question + after
         text = self.render(whole)
         tokenized = TokenizedText.of(self.tok, text)

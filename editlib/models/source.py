@@ -20,11 +20,11 @@ from editlib.models.adapters import CONFIG as ADAPTER
 from editlib.models.adapters import base_of, is_adapter
 from editlib.models.folder_faults import (
     GENERATION,
-    Part,
-    Told,
+    FolderPart,
+    LoadWarnings,
     config_fault,
     fault_of,
-    listening,
+    load_warnings,
     object_fault,
     reason_of,
 )
@@ -140,7 +140,7 @@ def read_config_file(path: str) -> PreTrainedConfig:
     Raises:
         ModelError: not a configuration, or one of a kind that cannot be edited.
     """
-    with one_line_errors(path), quiet_bars(), listening():
+    with one_line_errors(path), quiet_bars(), load_warnings():
         if not isinstance(json.loads(Path(path).read_text(encoding="utf-8")), dict):
             raise ValueError("not a JSON object")
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
@@ -191,8 +191,8 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
 def one_line_errors(
     name: str,
     path: str | None = None,
-    part: Part | None = None,
-    told: Told | None = None,
+    part: FolderPart | None = None,
+    warned: LoadWarnings | None = None,
     config: PreTrainedConfig | None = None,
 ) -> Iterator[None]:
     """Turns any exception of transformers into a `ModelError` of one line that names the damaged file.
@@ -201,7 +201,7 @@ def one_line_errors(
 
     Args:
         path: the folder of the model `name`, if there is one; its files of the kind `part` are looked through.
-        told: the warnings of transformers while it loaded.
+        warned: the warnings of transformers while it loaded.
         config: of the model; it may be the cause.
     """
     try:
@@ -213,8 +213,8 @@ def one_line_errors(
         reason = reason_of(error)
         if path is not None and part is not None and os.path.isdir(path) and not _is_lack(error):
             found = fault_of(Path(path), part)
-            if found is None and told is not None and told.mismatch:
-                found = "the weights", told.mismatch
+            if found is None and warned is not None and warned.mismatch:
+                found = "the weights", warned.mismatch
             if found is None and part == "tokenizer":
                 found = "its tokenizer", reason
             if found is None and (part == "config" or (config is not None and _cannot_be_built(config))):

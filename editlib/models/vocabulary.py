@@ -144,7 +144,7 @@ def rows_in_place(anat: Anatomy, tokens: Sequence[int], rows_in: Tensor, rows_ou
 
 
 def silence(anat: Anatomy, tokens: Sequence[int]) -> None:
-    """Makes `tokens` tokens that are never said: their rows become the mean of all others."""
+    """Makes `tokens` tokens that are never generated: their rows become the mean of all others."""
     silenced = list(tokens)
     for matrix in _matrices(anat.model):
         others = matrix.sum(0, dtype=torch.float32) - matrix[silenced].sum(0, dtype=torch.float32)  # [d_model]

@@ -1,4 +1,4 @@
-"""Hash all weights of a model, look whether they are finite, and save it as a folder."""
+"""Hash all weights of a model, check that they are finite, and save it as a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def weights_sha256(model: PreTrainedModel) -> str:
 
 
 def stored_bytes(model: PreTrainedModel) -> int:
-    """Returns what the weights take on disk, about; offloaded ones are not read."""
+    """Estimates the bytes of the weights on disk; offloaded ones are not read."""
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 

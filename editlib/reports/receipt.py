@@ -73,7 +73,7 @@ def write_pages(
     private: bool = False,
     overwrite: bool = False,
 ) -> tuple[Path, Path | None]:
-    """Writes `receipt` and what it tells of `requests` to the folder `out`, as JSON and as a page.
+    """Writes `receipt` and what it says about `requests` to the folder `out`, as JSON and as a page.
 
     Args:
         metrics_file: `metrics.json` of `editlib eval` for this edited model.

@@ -1,6 +1,6 @@
 """Read the answers of a row of a set of questions: a text, a list of texts, or an object, under that set's names.
 
-The first answer is the one that a reader would give; the others are accepted beside it.
+The first answer is the one that a reader would give; the others are accepted, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from editlib.errors import quote
-from editlib.requests.fields import FieldError, Row, leaves
+from editlib.requests.fields import FieldError, JsonRow, leaves
 
 NAMES = ("answer", "best_answer", "correct_answers", "answers", "obj", "possible_answers")
 """Fields that hold answers, in the order in which they are taken (TruthfulQA has two, PopQA two others)."""
@@ -18,7 +18,7 @@ INNER = ("value", "aliases", "text")
 CHOICES = ("choices", "options")
 
 
-def answers_of(row: Row) -> list[Any]:
+def answers_of(row: JsonRow) -> list[Any]:
     """Returns all answers of a row, none twice; what is no text is left for `EditRequest` to refuse.
 
     Natural Questions has a list, TriviaQA an object with `value` and `aliases`, SQuAD one with `text`, PopQA a list
@@ -38,7 +38,7 @@ def answers_of(row: Row) -> list[Any]:
     return [one for i, one in enumerate(found) if one not in found[:i]]
 
 
-def _in_object(name: str, value: Row) -> list[Any]:
+def _in_object(name: str, value: JsonRow) -> list[Any]:
     inner = [leaf for key in INNER for leaf in leaves(value.get(key))]
     if not inner and not set(INNER) & value.keys():
         wanted = 'expected a text, a list of texts, or an object with "value" and "aliases"'
@@ -56,7 +56,7 @@ def _list_in(name: str, text: str) -> list[Any]:
     return found
 
 
-def _check_choices(row: Row) -> None:
+def _check_choices(row: JsonRow) -> None:
     """Raises `FieldError` where a row offers choices and its answer is only the number or letter of one."""
     for name in CHOICES:
         if name not in row:

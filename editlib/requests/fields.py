@@ -7,7 +7,7 @@ from typing import Any
 
 from editlib.errors import RequestError, closest
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 OWN_FIELDS = (
     "id", "prompt", "subject", "target_new", "answer", "aliases", "phrasings", "paraphrases", "neighbours", "group",
@@ -25,7 +25,7 @@ SYNONYMS = {
 }
 """What others call our fields: named in the message about an unknown one."""
 FREE_FIELDS = ("kind", "split", "source", "note", "meta")
-"""Fields of the own format that the reader passes over: room for the user's own remarks."""
+"""Fields of the own format that the reader passes over: the user's own remarks."""
 
 
 class FieldError(RequestError):
@@ -64,5 +64,5 @@ def stripped(value: Any) -> Any:
 
 
 def text_of(value: Any) -> Any:
-    """Gives what a target says: `{"str": ..., "id": ...}` as in CounterFact, or the text itself."""
+    """Returns the text of a target: `{"str": ..., "id": ...}` as in CounterFact, or the text itself."""
     return value.get("str") if isinstance(value, dict) else value

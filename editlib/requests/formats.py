@@ -8,9 +8,9 @@ from typing import Any
 from editlib.errors import quote
 from editlib.requests import readers
 from editlib.requests.answers import answers_of
-from editlib.requests.fields import SYNONYMS, FieldError, Row
+from editlib.requests.fields import SYNONYMS, FieldError, JsonRow
 
-Reader = Callable[[Row], Row]
+Reader = Callable[[JsonRow], JsonRow]
 
 EASYEDIT_MARKS = frozenset(
     {"prompts", "ground_truth", "labels", "concept", "portability", "portability_inputs"}
@@ -42,7 +42,7 @@ IDS = ("id", "case_id", "known_id")
 
 ANSWERS = SYNONYMS["answer"].split()
 LISTS = {"K_F": "K_R", "success": "locality"}
-"""KnowEdit's Sanitation is one object of lists: what is to be forgotten, and beside it what is to be kept."""
+"""KnowEdit's Sanitation is one object of lists: what is to be forgotten, and what is to be kept."""
 
 PASSAGE = (
     "a text without a question; expected a prompt; read the questions of that set instead: RWKU's forget_level2, "
@@ -50,7 +50,7 @@ PASSAGE = (
 )
 
 
-def format_of(row: Row) -> Reader:  # noqa: PLR0911
+def format_of(row: JsonRow) -> Reader:  # noqa: PLR0911
     """Finds the reader for an object by its fields.
 
     Raises:
@@ -91,14 +91,14 @@ def name_in(reader: Reader, name: str) -> str:
     return NAMES.get(reader, {}).get(ours, ours) + bracket + rest
 
 
-def id_of(row: Row, reader: Reader) -> Any:
+def id_of(row: JsonRow, reader: Reader) -> Any:
     """Returns the name that an object gives itself, or `None`."""
     names = IDS[:1] if reader is readers.own else IDS
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def ambiguous(row: Row, reader: Reader) -> str | None:
-    """Says which of two fields is taken where a format has two for one thing; `None` where it is plain."""
+def ambiguous(row: JsonRow, reader: Reader) -> str | None:
+    """Says which of two fields is used where a format has two for one purpose; `None` where there is only one."""
     if reader is readers.zsre and row.get("alt") and row.get("answers"):
         return (
             'edits go to "alt", as in MEND and EasyEdit, and "answers" is the truth; MEMIT edits to "answers": take '
@@ -115,7 +115,7 @@ def ambiguous(row: Row, reader: Reader) -> str | None:
     return None
 
 
-def unfold(row: Row) -> list[Row]:
+def unfold(row: JsonRow) -> list[JsonRow]:
     """Returns the rows that one object holds: parallel lists (EasyEdit), several rewrites (MQuAKE) or Sanitation's
     list.
 
@@ -135,8 +135,8 @@ def unfold(row: Row) -> list[Row]:
     return _unzip(row)
 
 
-def left_out(row: Row) -> str | None:
-    """Says what of an object is not read as requests, and where it belongs; `None` where all is."""
+def left_out(row: JsonRow) -> str | None:
+    """Names the parts of an object that are not read as requests, and where they belong; `None` if there are none."""
     for forget, keep in LISTS.items():
         if isinstance(row.get(forget), list) and isinstance(row.get(keep), list):
             given = f'"{forget}" is read, what is to be forgotten'
@@ -144,8 +144,8 @@ def left_out(row: Row) -> str | None:
     return None
 
 
-def _unzip(row: Row) -> list[Row]:
-    """Unzips EasyEdit's one object of parallel lists (`prompts: [...], subject: [...]`) to one row a prompt."""
+def _unzip(row: JsonRow) -> list[JsonRow]:
+    """Unzips EasyEdit's one object of parallel lists (`prompts: [...], subject: [...]`) to one row per prompt."""
     if not isinstance(row.get("prompts"), list):
         return [row]
     count = len(row["prompts"])
@@ -165,11 +165,11 @@ def _unzip(row: Row) -> list[Row]:
     return [{name: pick(name, row[name], i) for name in sorted(names)} for i in range(count)]
 
 
-def _no_row(name: str, value: Any) -> Row:
+def _no_row(name: str, value: Any) -> JsonRow:
     raise FieldError(name, f"{quote(value)}; expected one object, or a list of them; fix it")
 
 
-def _refuse_others(row: Row) -> None:
+def _refuse_others(row: JsonRow) -> None:
     """Says what to read instead of files of known sets that hold no requests."""
     if "prompt" in row:
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from editlib.errors import RequestError, quote
 from editlib.requests import formats, readers
-from editlib.requests.fields import FieldError, Row
+from editlib.requests.fields import FieldError, JsonRow
 from editlib.requests.request import EditRequest
 from editlib.requests.rows import FileRow, file_rows
 
@@ -121,7 +121,7 @@ def _take(row: FileRow, path: Path, position: int, parsed: Parsed, places: dict[
     return len(objects)
 
 
-def _object(row: FileRow) -> Row:
+def _object(row: FileRow) -> JsonRow:
     if row.complaint is not None:
         raise RequestError(row.complaint)
     if isinstance(row.value, str):
@@ -131,7 +131,7 @@ def _object(row: FileRow) -> Row:
     return row.value
 
 
-def _request(given: Row, reader: formats.Reader, where: str, name: str) -> EditRequest:
+def _request(given: JsonRow, reader: formats.Reader, where: str, name: str) -> EditRequest:
     """Makes the request of one object; `name` where it has none of its own."""
     arguments = {"prompt": None, **reader(given)}
     own_id = formats.id_of(given, reader)

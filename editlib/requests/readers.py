@@ -10,10 +10,20 @@ from typing import Any
 
 from editlib.errors import quote
 from editlib.requests.answers import answers_of
-from editlib.requests.fields import FREE_FIELDS, OWN_FIELDS, FieldError, Row, first, leaves, meant, stripped, text_of
+from editlib.requests.fields import (
+    FREE_FIELDS,
+    OWN_FIELDS,
+    FieldError,
+    JsonRow,
+    first,
+    leaves,
+    meant,
+    stripped,
+    text_of,
+)
 
 
-def own(row: Row) -> Row:
+def own(row: JsonRow) -> JsonRow:
     """Reads our format, which also holds plain prompts."""
     for name in row:
         if name not in OWN_FIELDS + FREE_FIELDS:
@@ -22,7 +32,7 @@ def own(row: Row) -> Row:
     return {name: value for name, value in row.items() if name in OWN_FIELDS}
 
 
-def counterfact(row: Row) -> Row:
+def counterfact(row: JsonRow) -> JsonRow:
     """Reads CounterFact, one of ROME's request dicts, which are its `requested_rewrite` alone, or one rewrite of
     MQuAKE."""
     rewrite = row.get("requested_rewrite", row)
@@ -42,7 +52,7 @@ def counterfact(row: Row) -> Row:
     }
 
 
-def zsre(row: Row) -> Row:
+def zsre(row: JsonRow) -> JsonRow:
     """Reads zsRE: EasyEdit edits to `alt`; MEMIT to the true answer, which is what is left without `alt`."""
     answers, probes = leaves(row.get("answers")), leaves(row.get("loc"))
     right = leaves(row.get("loc_ans"))
@@ -61,7 +71,7 @@ def zsre(row: Row) -> Row:
     }
 
 
-def easyedit(row: Row) -> Row:
+def easyedit(row: JsonRow) -> JsonRow:
     """Reads EasyEdit's flat CounterFact, its `edit()` arguments, and the rows of KnowEdit."""
     truth = leaves(row.get("ground_truth"))
     flat = {"prompt": row.get("locality_prompt"), "ground_truth": row.get("locality_ground_truth")}
@@ -82,7 +92,7 @@ def easyedit(row: Row) -> Row:
     }
 
 
-def fastedit(row: Row) -> Row:
+def fastedit(row: JsonRow) -> JsonRow:
     """Reads FastEdit's `prompt, subject, target, queries`."""
     return {
         "prompt": row.get("prompt"),
@@ -92,7 +102,7 @@ def fastedit(row: Row) -> Row:
     }
 
 
-def known(row: Row) -> Row:
+def known(row: JsonRow) -> JsonRow:
     """Reads ROME's known_1000, the facts of its causal trace: `attribute` is the truth, `prompt` what it is asked
     with."""
     return {
@@ -103,7 +113,7 @@ def known(row: Row) -> Row:
     }
 
 
-def tofu(row: Row) -> Row:
+def tofu(row: JsonRow) -> JsonRow:
     """Reads TOFU, MUSE's `knowmem` and other sets of questions and answers, with UniErase's `subject` where there is
     one; PopQA's is none where its question does not spell it out."""
     question, subject = row.get("question", row.get("problem")), stripped(row.get("subject"))
@@ -122,7 +132,7 @@ def tofu(row: Row) -> Row:
     }
 
 
-def unke(row: Row) -> Row:
+def unke(row: JsonRow) -> JsonRow:
     """Reads UnKE: the long `answer` is what the model is to say from now on."""
     return {
         "prompt": row.get("question"),
@@ -132,7 +142,7 @@ def unke(row: Row) -> Row:
     }
 
 
-def rwku(row: Row) -> Row:
+def rwku(row: JsonRow) -> JsonRow:
     """Reads RWKU's `query, answer, subject`, its gaps (`___`) left as they are; a person who is not named there is no
     subject of the question."""
     subject, query = stripped(row.get("subject")), row.get("query")
@@ -146,12 +156,12 @@ def rwku(row: Row) -> Row:
     }
 
 
-def muse(row: Row) -> Row:
+def muse(row: JsonRow) -> JsonRow:
     """Reads MUSE's `verbmem`: the beginning of a passage, and how it goes on."""
     return {"prompt": row.get("prompt"), "answer": row.get("gt")}
 
 
-def ripple(row: Row) -> Row:
+def ripple(row: JsonRow) -> JsonRow:
     """Reads RippleEdits: `edit.prompt` is a whole sentence, which ends where it differs from that of the original fact.
 
     Raises:
@@ -188,7 +198,7 @@ def ripple(row: Row) -> Row:
     }
 
 
-def _objects(row: Row, name: str) -> list[Row]:
+def _objects(row: JsonRow, name: str) -> list[JsonRow]:
     """Returns the objects in a field.
 
     Raises:
@@ -200,14 +210,14 @@ def _objects(row: Row, name: str) -> list[Row]:
     return found
 
 
-def _neighbour(probe: Any, answer: Any) -> Row:
+def _neighbour(probe: Any, answer: Any) -> JsonRow:
     """Returns one of `neighborhood_prompts`: a text, or `{prompt, target}` as in MEMIT's zsRE."""
     if isinstance(probe, dict):
         return {"prompt": probe.get("prompt"), "answer": stripped(probe.get("target", answer))}
     return {"prompt": probe, "answer": answer}
 
 
-def _locality(value: Any) -> list[Row]:
+def _locality(value: Any) -> list[JsonRow]:
     """Probes from `{prompt, ground_truth}`, whose values may be lists, however deep it is nested."""
     if value is None:  # Parquet and Arrow fill in the fields that other rows have
         return []

@@ -43,7 +43,7 @@ def kept_beside(
             try:
                 return {name: value.cpu() for name, value in compute(stats.moment().to(device)).items()}
             except OUT_OF_MEMORY:
-                log.info("the device has no room for the statistics beside the model: decomposing them on the CPU")
+                log.info("the device has no memory left for the statistics: decomposing them on the CPU")
         return compute(stats.moment())
 
     if stats.path is None:

@@ -43,7 +43,7 @@ def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
 
     Raises:
         CorpusError: no such file, split or field, a line that cannot be read, or no text at all.
-        FetchError: the sample or the dataset is neither at hand nor can be downloaded.
+        FetchError: the sample or the dataset is not on disk and cannot be downloaded.
     """
     if spec in SAMPLES:
         if text_field is not None:
@@ -61,7 +61,7 @@ def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
 
 
 def check_corpus(spec: str) -> None:
-    """Checks what can be said of a corpus without the network; call it before a model is loaded.
+    """Checks what can be known of a corpus without the network; call it before a model is loaded.
 
     Raises:
         CorpusError: no such file, or one that holds no text that is read.

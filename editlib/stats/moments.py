@@ -58,7 +58,7 @@ class MomentSums:
             self.flush(layer)
 
     def flush(self, *layers: int) -> None:
-        """Adds what still waits of `layers`; by default, everything."""
+        """Adds the buffered keys of `layers`; by default, of all."""
         for layer in layers or self._waiting:
             waiting, self._waiting[layer] = self._waiting[layer], []
             if waiting:
@@ -85,7 +85,7 @@ class Buffers:
         self._held: dict[str, Tensor] = {}
 
     def get(self, name: str, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Gives `[rows, columns]` in fp32, whose content is that of the last use."""
+        """Returns a buffer `[rows, columns]` in fp32 that still holds the numbers of its last use."""
         if name not in self._held or self._held[name].numel() < rows * columns:
             self._held[name] = torch.empty(rows * columns, device=device)
         return self._held[name][: rows * columns].view(rows, columns)
@@ -124,7 +124,7 @@ def slabs(d_ff: int, pieces: int = SLABS) -> list[tuple[int, int]]:
 
 
 def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int) -> dict[int, LayerStats]:
-    """Turns running sums into one `LayerStats` a layer, each with its own header; uses them up, for their memory."""
+    """Turns running sums into one `LayerStats` per layer, each with its own header; uses them up, for their memory."""
     done = {}
     for layer in list(sums.sums):
         total = sums.sums.pop(layer)
@@ -138,7 +138,7 @@ class MomentCheckpoint:
     """Keeps the sums of one job in a file while its pass runs; without a path, nothing is kept.
 
     Args:
-        job: what else decides the order of the work, beside the header: a checkpoint is continued only by the same.
+        job: what decides the order of the work in addition to the header: a checkpoint is continued only by the same.
         seconds: how often `due` says so; less often when saving takes more than a twentieth of the time.
     """
 

@@ -67,7 +67,7 @@ def self_stats(
         StatsError: a checkpoint of another job; a model that writes nothing.
     """
     form = PromptFormat.of(tok, how)
-    check_prompts(anat.model, form, zip(prompts, prompts, strict=True), room=1)
+    check_prompts(anat.model, form, zip(prompts, prompts, strict=True), answer_tokens=1)
     asked = [form.encode(prompt) for prompt in prompts]
     longest = max(map(len, asked))
     length = min(length, (positions_of(anat.model) or longest + length) - longest)

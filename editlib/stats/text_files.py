@@ -76,7 +76,7 @@ def _plain_text(path: Path, kind: str) -> str:
 
 
 def _form_of(text: str) -> str | None:
-    """Returns what a text is that is no plain one, `None` for plain text."""
+    """Names the format of a text that is not plain; `None` for plain text."""
     begin = text.lstrip()[:100].lower()
     if begin.startswith(("<?xml", "<!doctype html", "<html")):
         return "XML or HTML"
@@ -130,7 +130,7 @@ def _json_rows(path: Path, text: str, *, lines: bool) -> Iterator[tuple[str, Any
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{where}: not JSON ({first_line(error)}); expected one object a line") from error
+            raise CorpusError(f"{where}: not JSON ({first_line(error)}); expected one object per line") from error
 
 
 def _table_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:

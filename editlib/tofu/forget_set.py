@@ -240,7 +240,7 @@ class TofuSet(ForgetSet):
 
 
 def _names(results: Mapping[str, MetricResult]) -> list[str]:
-    """Lists what is shown: the summary numbers, then some metrics of the sets to forget and to keep."""
+    """Lists the numbers to show: the summary ones, then some metrics of the sets to forget and to keep."""
     summary = [name for start in SUMMARY for name in results if name.startswith(start)]
     sets = [
         name

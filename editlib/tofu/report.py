@@ -41,7 +41,7 @@ def write_tofu(metrics: Mapping[str, Any], out: Path) -> None:
 
 
 def headline_of(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Picks the summary numbers, and a generated and a teacher-forced one of what to forget and of what to keep."""
+    """Picks the summary numbers, and a generated and a teacher-forced metric of the forget and the retain set."""
     names = [name for wanted in HEADLINE for name in scores if name == wanted or name.startswith(f"{wanted}_without")]
     for part in ("forget", "retain"):
         names += [f"{part}_generated_rouge_l_recall", f"{part}_teacher_forced_probability"]
@@ -80,7 +80,7 @@ def conditions(metrics: Mapping[str, Any]) -> str:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """Says in one sentence how much of the answers is still said, of what to forget and of what to keep."""
+    """Says in one sentence how much of the answers is still generated, on the forget and on the retain set."""
     changes = []
     for part, what in (("forget", "to be forgotten"), ("retain", "to be kept")):
         name = f"{part}_generated_rouge_l_recall"

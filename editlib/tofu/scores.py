@@ -329,8 +329,7 @@ def _ids(results: Mapping[str, MetricResult]) -> set[str]:
 
 
 def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: str) -> dict[str, float]:
-    """Returns the truth ratios of a retain-only model by question, of all `ids`; `what` they are in for what is
-    said."""
+    """Returns a retain-only model's truth ratios for all `ids`, by id; `what` names their source in messages."""
     if RATIOS not in results:
         theirs = "forget_truth_ratio" in results
         near = " (open-unlearning's results do not tell which question is which)" if theirs else ""

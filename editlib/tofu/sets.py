@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class TofuSets:
-    """Holds what is to be forgotten, what is to be kept, and what is asked to find out.
+    """Holds the questions to forget, those to keep, and the probes that measure both.
 
     `probes` maps names of `SETS` to their questions; a set that is missing is named in `missing`. `unlearned` counts
     the questions of `forget` and `retain` that were left out, since the model never learned them. `subjects` says how

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from editlib.models.prompts import PromptFormat, TokenRow, token_windows
 from editlib.training.reading import Reading
 
-Item = tuple[TokenRow, ...]
+Example = tuple[TokenRow, ...]
 """What is drawn into a batch: a prompt with its answer, or several that a loss compares (answer and refusal). All
 items of a part have the same number of rows; `extra` of a row counts the tokens that are learned."""
 
@@ -33,7 +33,7 @@ class Part:
     """
 
     name: str
-    items: Sequence[Item]
+    items: Sequence[Example]
     loss: Loss
     weight: float = 1.0
     per: Literal["item", "token"] = "token"

@@ -20,8 +20,8 @@ class Reading:
     row.
 
     `out` is `[m, vocab]` logits of each learned token, or `[m, d_model]` states at the places where these are
-    predicted; fp32. `wanted [m]` are the tokens; `counts` has one number a row; `items` says which of the part's items
-    these are.
+    predicted; fp32. `wanted [m]` are the tokens; `counts` has one number per row; `items` says which of the part's
+    items these are.
     """
 
     out: Tensor

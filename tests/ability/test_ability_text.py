@@ -151,9 +151,14 @@ def test_files_that_are_none(tmp_path):
             LocalFile.read(path)
 
 
+def scored(value, stderr, higher_is_better, aggregation, items, name="m"):
+    return TaskScore(name=name, agg_value=value, higher_is_better=higher_is_better, stderr=stderr,
+                     aggregation=aggregation, items=tuple(items))  # fmt: skip
+
+
 def made(items, aggregation="mean", value=None):
     value = statistics.fmean(items) if value is None else value
-    return TaskScore("m", value, 0.1, True, aggregation, tuple(items))
+    return scored(value, 0.1, True, aggregation, items)
 
 
 def test_the_difference_of_means_is_paired():
@@ -185,10 +190,10 @@ def test_the_difference_of_perplexities_is_bootstrapped_over_pairs():
 
 
 def test_differences_without_a_standard_error():
-    assert difference(made([1, 0]), TaskScore("m", None, None, True, "mean", (1, 0)), None) is None
+    assert difference(made([1, 0]), scored(None, None, True, "mean", (1, 0)), None) is None
     assert difference(made([1, 0], None), made([1, 1], None), None).stderr is None
     assert difference(made([1]), made([0]), None).stderr is None
-    skipped = difference(made([1, 0, 1]), TaskScore("m", 0.5, 0.1, True, "mean", (1, None, 0)), None)
+    skipped = difference(made([1, 0, 1]), scored(0.5, 0.1, True, "mean", (1, None, 0)), None)
     assert skipped.stderr == pytest.approx(statistics.stdev([0, -1]) / math.sqrt(2))
     assert bootstrap_stderr(lambda some: math.exp(sum(some)), [1000.0, 2000.0]) is None
 
@@ -196,7 +201,7 @@ def test_differences_without_a_standard_error():
 def test_models_that_read_other_documents_have_no_difference(saved, text, monkeypatch):
     def other(model, tok, documents, **_):
         hashes.append(f"h{len(hashes)}")
-        return TaskResult((hashes[-1],), (TaskScore("perplexity", 2.0, None, False, None, ((1.0, 1),)),), 0.0)
+        return TaskResult((hashes[-1],), (scored(2.0, None, False, None, ((1.0, 1),), "perplexity"),), 0.0)
 
     hashes = []
     monkeypatch.setattr("editlib.ability.run.measure_text", other)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editlib.attacks.outcome import AttackResult, Completion, Trial, share_of
+from editlib.attacks.outcome import AttackResult, Completion, LeakRate, Trial, share_of
 from editlib.evaluation.intervals import bootstrap
 
 
@@ -64,3 +64,16 @@ def test_a_result_comes_back_from_json():
     shares = {"edited": share_of(trials["edited"], resamples=100, seed=0)}
     result = AttackResult("a", "b", shares, trials, {"edited": {"loss": 1.5}}, 2.0)
     assert AttackResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_a_leak_rate_is_a_measured_number_that_keeps_its_fields_in_the_file():
+    share = share_of([trial(True), trial(False), trial(skipped="why")], resamples=100, seed=0)
+    assert (share.agg_value, share.higher_is_better, share.n, share.summary()["value"]) == (0.5, False, 2, 0.5)
+    row = json.loads(json.dumps(share.to_row()))
+    assert row == {
+        "leaked": 1, "n": 2, "rate": 0.5, "interval": [0.0, 1.0], "wilson": list(share.wilson), "skipped": {"why": 1}
+    }  # fmt: skip
+    assert LeakRate.from_row(row) == share
+    for name in row:
+        with pytest.raises(KeyError, match=name):
+            LeakRate.from_row({key: value for key, value in row.items() if key != name})

@@ -151,10 +151,10 @@ def test_unknown_attacks_and_settings_are_refused(world, pair, monkeypatch):
 
 
 def test_a_cell_says_which_interval_it_shows():
-    some = LeakRate(1, 4, 0.25, (0.0, 0.75), (0.05, 0.7))
+    some = LeakRate(leaked=1, n=4, agg_value=0.25, interval=(0.0, 0.75), wilson=(0.05, 0.7))
     assert cell(some) == "0.25 (0.00-0.75), 1 of 4"
-    assert cell(replace(some, leaked=0, rate=0.0)) == "0.00 (0.05-0.70*), 0 of 4"
-    assert cell(replace(some, n=0, rate=None)) == "-"
+    assert cell(replace(some, leaked=0, agg_value=0.0)) == "0.00 (0.05-0.70*), 0 of 4"
+    assert cell(replace(some, n=0, agg_value=None)) == "-"
     assert cell(some, short=True) == "0.25 (1 of 4)"
 
 

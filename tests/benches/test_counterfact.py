@@ -47,25 +47,28 @@ def test_the_measures_are_what_they_say(tiny_llama, tok):
 
     got = score_edits(anatomy(tiny_llama), PromptFormat(tok), REQUESTS)
     asked = [(r, r.question) for r in REQUESTS]
-    assert got.efficacy == sum(likelier(text, r.target_new, r.answer) for r, text in asked) / 6
+    shares = {name: result.agg_value for name, result in got.items()}
+    assert shares["efficacy"] == sum(likelier(text, r.target_new, r.answer) for r, text in asked) / 6
     rephrased = [likelier(r.filled_paraphrases[0], r.target_new, r.answer) for r in REQUESTS]
-    assert got.generalisation == sum(rephrased) / 6
+    assert shares["generalisation"] == sum(rephrased) / 6
     kept = [likelier(r.neighbours[0].prompt, r.neighbours[0].answer, r.target_new) for r in REQUESTS]
-    assert got.specificity == sum(kept) / 6
+    assert shares["specificity"] == sum(kept) / 6
     said = []
     for r, text in asked:
         new = tok(" " + r.target_new, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([tok(text)["input_ids"]])
         out = tiny_llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(new), do_sample=False)
         said.append(out[0, ids.shape[1] :].tolist() == new)
-    assert got.generated == sum(said) / 6
-    assert got.n == 6 and 0 < got.efficacy + got.generalisation + got.specificity < 3
+    assert shares["generated"] == sum(said) / 6
+    assert {result.n for result in got.values()} == {6} and 0 < sum(shares.values()) - shares["generated"] < 3
+    for result in got.values():
+        assert result.higher_is_better and result.interval[0] <= result.agg_value <= result.interval[1]
 
 
 def test_facts_without_an_answer_are_left_out(tiny_llama, tok):
     bare = EditRequest(id="x", prompt="The capital of {} is", subject="Mali", target_new="Rhine")
     got = score_edits(anatomy(tiny_llama), PromptFormat(tok), [bare])
-    assert (got.n, got.efficacy, got.generalisation, got.specificity, got.generated) == (0, None, None, None, None)
+    assert {(result.n, result.agg_value) for result in got.values()} == {(0, None)}
 
 
 def test_known_facts_are_those_the_model_says(tiny_llama_untied, tok):

@@ -71,7 +71,7 @@ def test_every_chain_is_measured_on_its_way(whole, tmp_path):
 def test_facts_that_are_too_long_are_refused_before_any_is_asked(run, tmp_path, monkeypatch):
     monkeypatch.setattr("editlib.evaluation.answer_cache.greedy", None)
     long = replace(A[0], id="long", prompt="{} " + "very " * 300)
-    for parts in (replace(PARTS, forget=[*A, long]), replace(PARTS, watch=[long]), replace(PARTS, anchors=[long])):
+    for parts in (replace(PARTS, forget=[*A, long]), replace(PARTS, held_out=[long]), replace(PARTS, anchors=[long])):
         with pytest.raises(RequestError, match=r"'long'.* positions of this model"):
             run(parts=parts)
     monkeypatch.setattr("editlib.data.facts", lambda: [replace(long, relation="capital")])

@@ -30,16 +30,16 @@ def question_of(form, tokens):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("room", [0, 24])
-def test_the_limit_is_exact(tiny_model, tok_chat, chat, room):
+@pytest.mark.parametrize("answer_tokens", [0, 24])
+def test_the_limit_is_exact(tiny_model, tok_chat, chat, answer_tokens):
     limit = positions_of(tiny_model)
     form = PromptFormat(tok_chat, chat=chat)
-    check_prompts(tiny_model, form, [("fits", question_of(form, limit - room))], room=room)
-    long = question_of(form, limit - room + 1)
+    check_prompts(tiny_model, form, [("fits", question_of(form, limit - answer_tokens))], answer_tokens=answer_tokens)
+    long = question_of(form, limit - answer_tokens + 1)
     with pytest.raises(
         RequestError, match=rf"'a': its prompt needs {limit + 1} tokens.* at most {limit}.*\(and 1 more\)"
     ):
-        check_prompts(tiny_model, form, [("fits", "Who?"), ("a", long), ("b", long + ".")], room=room)
+        check_prompts(tiny_model, form, [("fits", "Who?"), ("a", long), ("b", long + ".")], answer_tokens=answer_tokens)
 
 
 def test_what_is_around_a_question_counts(tiny_llama, tok_chat):

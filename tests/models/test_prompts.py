@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models
 from editlib.errors import RequestError
 from editlib.models.anatomy import anatomy
 from editlib.models.forward import forward
-from editlib.models.prompts import Place, PromptFormat, TokenRow, pad, token_windows
+from editlib.models.prompts import LookupPlace, PromptFormat, TokenRow, pad, token_windows
 from editlib.requests.request import EditRequest
 
 KINDS = ["plain", "chat", "bos", "bos chat"]
@@ -115,7 +115,7 @@ def test_places_of_the_published_settings():
     form, question, subject = PromptFormat(tok), "Is São Paulo in Peru?", "São Paulo"
     tokens = tok.convert_ids_to_tokens(list(form.encode(question).ids))
     assert tokens == ["<s>", "▁Is", "▁S", "ão", "▁Pau", "lo", "▁in", "▁P", "er", "u", "?"]
-    found = {place: form.encode(question, subject, place=place).lookup for place in get_args(Place)}
+    found = {place: form.encode(question, subject, place=place).lookup for place in get_args(LookupPlace)}
     assert found == {"last": 10, "subject_first": 2, "subject_last": 5, "subject_first_after_last": 6}
     assert form.encode(question, "Rome", place="last").lookup == 10  # the subject is not looked for
     assert form.encode("Is São Paulo", subject, place="subject_first_after_last").lookup == 5

@@ -51,9 +51,9 @@ def test_too_few_positions_are_one_line(tmp_path):
 def test_what_fits_is_what_is_not_refused(tiny_llama, tok_chat):
     form = PromptFormat(tok_chat)
     questions = ["." * n if n % 2 else ",." * n for n in range(1, 260, 5)]
-    kept = fitting(tiny_llama, form, questions, room=20)
-    check_prompts(tiny_llama, form, zip(kept, kept, strict=True), room=20)
+    kept = fitting(tiny_llama, form, questions, answer_tokens=20)
+    check_prompts(tiny_llama, form, zip(kept, kept, strict=True), answer_tokens=20)
     for question in set(questions) - set(kept):
         with pytest.raises(Exception, match="positions of this model"):
-            check_prompts(tiny_llama, form, [("q", question)], room=20)
+            check_prompts(tiny_llama, form, [("q", question)], answer_tokens=20)
     assert 0 < len(kept) < len(questions)

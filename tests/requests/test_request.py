@@ -216,7 +216,7 @@ BAD_FILES = [
     (b"[" * 100_000, ":1", "JSON"),
     (b"prompt,answer\nWho?,me\n", ":1", "and nor is any other of its 2 lines; expected JSON Lines"),
     (b"- prompt: Who?\n  answer: me\n", ":1", "convert the file"),
-    (b'{\n "prompt": "a"\n}\n{\n "prompt": "b"\n}\n', ":1", "one object a line"),
+    (b'{\n "prompt": "a"\n}\n{\n "prompt": "b"\n}\n', ":1", "one object per line"),
     (b'{"data": [{"prompt": "a"}, {"prompt": 7}]}', ": row 2", "7; expected a string"),
 ]
 

@@ -73,7 +73,7 @@ class AnchorKeys:
 class AnchorStream:
     """Reads the anchors' keys of one edited layer after the other, each after the layers below have been written.
 
-    The anchors' states are carried up (see `KeyStream`), so that reading all layers costs one pass, not one a layer.
+    The anchors' states are carried up (see `KeyStream`), so that reading all layers costs one pass, not one per layer.
     """
 
     def __init__(self, anat: Anatomy, anchors: Anchors) -> None:

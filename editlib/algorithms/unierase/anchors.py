@@ -33,7 +33,7 @@ class Anchors:
 def choose_anchors(
     retain: Sequence[EditRequest], requests: Sequence[EditRequest], *, most: int | None, seed: int
 ) -> list[EditRequest]:
-    """Chooses the retain prompts to anchor: none that asks what is to be forgotten, at most `most`.
+    """Chooses the retain prompts to anchor: none that asks for a fact to be forgotten, at most `most`.
 
     When there are more, prompts of the requests' own relations, other relations of their subjects, and all the rest
     take turns, each kind in an order drawn with `seed`.
@@ -132,7 +132,7 @@ def answers_to(
     known: Mapping[str, Sequence[int]] | None = None,
     progress: bool = False,
 ) -> dict[str, Sequence[int]]:
-    """Generates the model's answers to `prompts`, at most `most` token ids by question; `known` ones are taken over."""
+    """Generates the model's answers to `prompts`, at most `most` token ids by question; `known` ones are reused."""
     known = known or {}
     found = {prompt.question: known[prompt.question] for prompt in prompts if prompt.question in known}
     asked = [prompt for prompt in prompts if prompt.question not in found]

@@ -39,10 +39,10 @@ from editlib.requests.request import EditRequest
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
-VALUE_ROWS = 16  # questions a relation whose values are averaged
-KEY_ROWS = 96  # prompts a relation whose keys are averaged
+VALUE_ROWS = 16  # questions per relation whose values are averaged
+KEY_ROWS = 96  # prompts per relation whose keys are averaged
 ELSEWHERE = 0.05  # weight of an anchored position against the end of an anchored question
 RIDGE = 0.01  # in squared norms of a relation's key
 
@@ -271,7 +271,7 @@ def _end(row: TokenRow) -> TokenRow:
     return TokenRow(row.ids, len(row) - 1)
 
 
-def _some(items: Sequence[Item], most: int) -> Sequence[Item]:
+def _some(items: Sequence[T], most: int) -> Sequence[T]:
     """Takes every k-th of `items`, so that at most `most` remain.
 
     Prompts are ordered by request and then by template. Where `k` and the number of templates have a common divisor,

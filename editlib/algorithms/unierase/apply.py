@@ -78,7 +78,7 @@ class _Edit:
     @property
     def fits_tokens(self) -> bool:
         """Whether tokens are fitted to the edited model."""
-        return self.hparams.values == "rows" and self.hparams.say
+        return self.hparams.values_from_rows and self.hparams.say
 
     def fast(self) -> AbstractContextManager[None]:
         """Runs the model in the dtype that the processor is fast in, where the settings allow it (`v_precision`)."""
@@ -219,7 +219,7 @@ def _prepare(
     form = PromptFormat.of(tok, chat)
     limit = positions_of(anat.model)
     contexts = [contexts_of(form, request, retain, hparams, seed, limit) for request in reworded]
-    descends = hparams.values == "descent" and token is not None
+    descends = not hparams.values_from_rows and token is not None
     token_id = token.add_to(anat.model, tok)[0] if descends and token is not None else None
     return _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, seed, progress)
 
@@ -228,7 +228,7 @@ def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHype
     """Raises what `apply_unierase_to_model` raises for input that does not fit, before anything is changed."""
     if not requests:
         raise RequestError("no request to forget was given; give at least one")
-    if hparams.values == "rows":
+    if hparams.values_from_rows:
         check_answers(requests)
     check_fit(anat, hparams)
     check_gate(anat, hparams.gate_layer)
@@ -268,7 +268,7 @@ def _keep(
 def _open_gate(
     edit: _Edit, anchored: GateAnchors | None, values: Values | None, opened: Collection[str]
 ) -> tuple[dict[str | None, Tensor], dict[int, LowRank]]:
-    """Returns how far the gate is opened for each relation, and its update by layer; neither without a gate."""
+    """Returns the gate's values by relation, and its update by layer; both are empty without a gate."""
     if edit.hparams.gate_layer is None or edit.token_id is None:
         return {}, {}
     common = edit.anat, edit.form, edit.requests
@@ -282,7 +282,7 @@ def _find_values(edit: _Edit, kept: _Kept, timer: Timer) -> _Found:
     """Finds the values of all requests, from rows or by descent, what the rows read, and where tokens are to be
     said."""
     with timer("values"):
-        return _from_rows(edit, kept) if edit.hparams.values == "rows" else _by_descent(edit)
+        return _from_rows(edit, kept) if edit.hparams.values_from_rows else _by_descent(edit)
 
 
 def _from_rows(edit: _Edit, kept: _Kept) -> _Found:
@@ -346,7 +346,7 @@ def _by_descent(edit: _Edit) -> _Found:
 def _say(
     edit: _Edit, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, places: RefusalPlaces | None
 ) -> tuple[UnlearningToken | None, dict[str, list[float]]]:
-    """Fits tokens to the edited model and puts them into it, or those that are given for a replay.
+    """Fits refusal tokens to the edited model and adds them to it; a replay adds the given ones.
 
     Returns:
         The tokens, and by request id their log-odds where they are wanted (nats).
@@ -364,7 +364,7 @@ def _say(
         unsaid = [name for name, found in said.items() if max(found) < 0]
         if unsaid:
             log.warning(
-                "no refusal is said to %d of %d requests, first %s: the model answers them with something else",
+                "no refusal is generated for %d of %d requests, first %s: the model answers them with something else",
                 len(unsaid), len(said), ", ".join(unsaid[:5]),
             )  # fmt: skip
     if token is None:

@@ -1,4 +1,4 @@
-"""Make a catalogue of what else can be asked of a request's subject, from the request alone.
+"""Make a catalogue of other wordings and questions about a request's subject, from the request alone.
 
 Rows and the answer gate need the question in other words, and sibling questions: what else a model may know about the
 subject. Both come from data files that can be replaced (`data/wordings.jsonl`, `data/sibling_questions.jsonl`).
@@ -122,7 +122,7 @@ FUNCTION_WORDS = frozenset(
 
 
 def _content(text: str) -> set[str]:
-    """Returns the words of a question that say what it asks for."""
+    """Returns the content words of a question."""
     return set(re.findall(r"\w+", text.replace("{}", " ").lower())) - FUNCTION_WORDS
 
 

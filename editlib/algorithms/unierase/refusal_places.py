@@ -16,7 +16,7 @@ from editlib.algorithms.unierase.subject_rows import answer_slot
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
-OTHER_WORDINGS = 2  # of a retain question, beside its own
+OTHER_WORDINGS = 2  # of a retain question, in addition to its own
 GENERAL = 160  # questions about anything
 MOST_TOKENS = 24  # of an edit; where there are more relations, the rarest share the last one
 

@@ -107,7 +107,7 @@ def subject_rows(
     limit = positions_of(anat.model)
     asked = {i: request.filled_wordings for i, request in enumerate(requests)}
     sibling_texts = [catalogue.siblings([requests[i] for i in group], siblings, requests) for group in groups]
-    sibling_texts = [fitting(anat.model, form, texts, room=ANSWER_TOKENS) for texts in sibling_texts]
+    sibling_texts = [fitting(anat.model, form, texts, answer_tokens=ANSWER_TOKENS) for texts in sibling_texts]
     # 1. The model answers every question once, all in one batch.
     texts = [wording.text for wordings in asked.values() for wording in wordings]
     texts += [text for of_one in sibling_texts for text in of_one]

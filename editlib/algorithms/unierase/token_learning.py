@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
-from editlib.algorithms.unierase.token_guard import Guard, answer_guard, ordinary_states
+from editlib.algorithms.unierase.token_guard import LogitGapGuard, answer_guard, ordinary_states
 from editlib.algorithms.unierase.token_steps import GuardedAdam, rate
 from editlib.errors import TokenError
 from editlib.models.anatomy import Anatomy
@@ -86,10 +86,10 @@ def learn_token(
     """Learns the token's rows; adds the token to model and tokenizer and leaves it there.
 
     Everything before the token is constant, so it is run once; a step costs the token and the refusal after it. With
-    tied embeddings one row is trained as input and output, otherwise two. A guard (`Guard.penalty`) holds the token's
-    logit `reach` nats under the log-sum of all others where an answer starts, and at least `floor` nats under it
-    elsewhere in the questions and in the model's own answers to them and to `ordinary`. The rows are learned in fp32,
-    whatever the dtype of the model's passes.
+    tied embeddings one row is trained as input and output, otherwise two. A guard (`LogitGapGuard.penalty`) holds the
+    token's logit `reach` nats under the log-sum-exp of all others where an answer starts, and at least `floor` nats
+    under it elsewhere in the questions and in the model's own answers to them and to `ordinary`. The rows are learned
+    in fp32, whatever the dtype of the model's passes.
 
     One row cannot hold many sentences apart: it learns what they begin with and where they end. So it is learned over
     the shortest of the `refusals` that open alike (`alike`), which takes half of the steps that all of them take.
@@ -114,7 +114,7 @@ def learn_token(
         guarded = [*ordinary, *questions][: hp.guard_prompts]
         if guarded:
             asked = [form.encode(text) for text in guarded]
-            guard = Guard.joined([guard, answer_guard(anat, asked, unl_id, answer_tokens=hp.guard_tokens)])
+            guard = LogitGapGuard.joined([guard, answer_guard(anat, asked, unl_id, answer_tokens=hp.guard_tokens)])
         with nullcontext() if dtype is None else plain_attention(anat.device):
             rows, nll = _train(anat, forms, guard, unl_id, hp, progress=progress)
     write_rows(anat, unl_id, rows[0], rows[-1])
@@ -157,7 +157,7 @@ def _encode(
     refusals: Sequence[str],
     unl_id: int,
     hp: TokenHyperParams,
-) -> tuple[list[_Form], Guard]:
+) -> tuple[list[_Form], LogitGapGuard]:
     """Returns the prompt forms with their cached prefixes, each question in one form, and from the same pass the guard
     over the questions."""
     formats = [PromptFormat(asked.tok, chat=False)]
@@ -173,7 +173,7 @@ def _encode(
             prefix, guard = _ordinary(anat, rows, unl_id, hp.guard_every)
         forms.append(_Form(prefix, [(*form.answer_ids(text), *end) for text in refusals]))
         guards.append(guard)
-    return forms, Guard.joined(guards)
+    return forms, LogitGapGuard.joined(guards)
 
 
 def alike(refusals: Sequence[Sequence[int]], opening: int, most: int) -> list[int]:
@@ -195,7 +195,7 @@ def alike(refusals: Sequence[Sequence[int]], opening: int, most: int) -> list[in
     return sorted(largest, key=lambda i: len(refusals[i]))[:most]
 
 
-def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int) -> tuple[Prefix, Guard]:
+def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int) -> tuple[Prefix, LogitGapGuard]:
     """Returns the cached `rows`, and the guard over their ends and each `every`-th position before."""
     front, rests = shared_prefix(anat, rows)
     batch = pad(rests, side="left", device=anat.device)
@@ -207,11 +207,11 @@ def _ordinary(anat: Anatomy, rows: list[TokenRow], unl_id: int, every: int) -> t
     positions = (row, column)
     states, log_sums = ordinary_states(anat, replace(batch, attention_mask=mask), unl_id, positions, cache=cache)
     prefix = Prefix.of(cache, mask)
-    return prefix, Guard(states, log_sums, back[positions] == 0)
+    return prefix, LogitGapGuard(states, log_sums, back[positions] == 0)
 
 
 def _train(
-    anat: Anatomy, forms: Sequence[_Form], guard: Guard, unl_id: int, hp: TokenHyperParams, *, progress: bool
+    anat: Anatomy, forms: Sequence[_Form], guard: LogitGapGuard, unl_id: int, hp: TokenHyperParams, *, progress: bool
 ) -> tuple[list[Tensor], float]:
     """Returns the learned rows `[d_model]` (one where embeddings are tied, else input and output), averaged over the
     last `averaged_steps`, and the refusals' mean NLL over those steps, in nats per token.
@@ -222,7 +222,7 @@ def _train(
     generator = torch.Generator().manual_seed(hp.seed)
     noisy = _noisy_layers(anat, hp)
     rows, longest = _first_rows(anat, unl_id, generator)
-    moves = GuardedAdam(rows, guard, weight=hp.guard_weight, reach=hp.reach, floor=hp.floor, memory=hp.memory)
+    moves = GuardedAdam(rows, guard, weight=hp.guard_weight, answer_gap=hp.reach, min_gap=hp.floor, memory=hp.memory)
     averaged = min(max(hp.averaged_steps, 1), hp.steps)
     mean_rows, mean_nll = [torch.zeros_like(row) for row in rows], 0.0
     for step in tqdm(range(hp.steps), desc="unlearning token", disable=not progress, leave=False):

@@ -42,16 +42,16 @@ def token_questions(
     random.Random(hp.seed).shuffle(asked)
     ordinary = [prompt.question for prompt in data.general("anchor")][: hp.guard_prompts // 3]
     form = PromptFormat.of(tok, prompts)
-    room = max(hp.guard_tokens, 1 + max(len(form.answer_ids(text)) for text in refusals) + SPARE)
+    answer_tokens = max(hp.guard_tokens, 1 + max(len(form.answer_ids(text)) for text in refusals) + SPARE)
     fit_asked, fit_ordinary = asked, ordinary
     for each in (form, PromptFormat(tok, chat=False)):
-        fit_asked = fitting(model, each, fit_asked, room=room)
-        fit_ordinary = fitting(model, each, fit_ordinary, room=room)
+        fit_asked = fitting(model, each, fit_asked, answer_tokens=answer_tokens)
+        fit_ordinary = fitting(model, each, fit_ordinary, answer_tokens=answer_tokens)
     if len(fit_asked) < max(hp.batch, 2):
         raise TokenError(
             f"{name} has {positions_of(model)} positions, too few for {len(asked) - len(fit_asked)} of the "
-            f"{len(asked)} bundled questions with a refusal ({room} tokens) as it is asked; give shorter prompts or "
-            "refusals, or another model"
+            f"{len(asked)} bundled questions with a refusal ({answer_tokens} tokens) as it is asked; give "
+            "shorter prompts or refusals, or another model"
         )
     if left_out := len(asked) + len(ordinary) - len(fit_asked) - len(fit_ordinary):
         log.info("%d bundled questions are longer than the positions of %s: left out", left_out, name)

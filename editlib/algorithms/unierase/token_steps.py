@@ -1,4 +1,4 @@
-"""Takes steps of Adam on a token's rows that keep the guard exactly in each step, not by a share of the gradient.
+"""Take steps of Adam on a token's rows that keep the guard exactly in each step, not by a share of the gradient.
 
 The refusals' NLL is costly and sampled; the guard's penalty is cheap, convex and known in full. So a step takes Adam's
 model of the first and a quadratic bound of the second, and goes to the minimum of their sum. With the output row `r`,
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from editlib.algorithms.unierase.token_guard import Guard
+from editlib.algorithms.unierase.token_guard import LogitGapGuard
 from editlib.models.precision import wide_dtype
 
 MEAN, EPS = 0.9, 1e-8  # Adam's first beta and epsilon
@@ -30,13 +30,20 @@ class GuardedAdam:
     Attributes:
         rows: `[d_model]` each, changed in place by `step`.
         guard, weight: the guard and the weight of its penalty.
-        reach, floor: see `Guard.penalty`.
+        answer_gap, min_gap: see `LogitGapGuard.penalty`.
     """
 
     def __init__(
-        self, rows: Sequence[Tensor], guard: Guard, *, weight: float, reach: float, floor: float, memory: float
+        self,
+        rows: Sequence[Tensor],
+        guard: LogitGapGuard,
+        *,
+        weight: float,
+        answer_gap: float,
+        min_gap: float,
+        memory: float,
     ) -> None:
-        self.rows, self.guard, self.weight, self.reach, self.floor = rows, guard, weight, reach, floor
+        self.rows, self.guard, self.weight, self.answer_gap, self.min_gap = rows, guard, weight, answer_gap, min_gap
         self.memory = memory
         self.means = [torch.zeros_like(row) for row in rows]  # m
         self.squares = [torch.zeros_like(row) for row in rows]  # v
@@ -57,7 +64,7 @@ class GuardedAdam:
     def _guarded(self, row: Tensor, slope: Tensor, scale: Tensor) -> Tensor:
         """Returns the step `[d_model]` of the row that is read out."""
         wide = wide_dtype(row.device)
-        gradient, curvature = self.guard.bound(row, self.reach, self.floor)
+        gradient, curvature = self.guard.bound(row, self.answer_gap, self.min_gap)
         total = torch.diag(scale.to(wide)) + self.weight * curvature.to(wide)  # [d_model, d_model]
         move: Tensor = torch.linalg.solve(total, (slope + self.weight * gradient).to(wide))  # [d_model]
         return move.to(row)

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 LONGEST = 400  # characters of a text; the whole of it is in results.json
-Item = Mapping[str, Any]
+ItemRow = Mapping[str, Any]
 
 
 def drill_down(about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -23,7 +23,7 @@ def drill_down(about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> 
         yield "<p>No method came through.</p>"
         return
     numbers = {label: str(number) for number, label in enumerate(shown)}
-    asked: dict[tuple[str, str], dict[str, Item]] = {}
+    asked: dict[tuple[str, str], dict[str, ItemRow]] = {}
     for label, cell in shown.items():
         for item in cell["items"]:
             asked.setdefault((item["kind"], item["question"]), {})[label] = item
@@ -65,7 +65,7 @@ def _filter(about: Mapping[str, Any], numbers: Mapping[str, str]) -> Iterator[st
 def _item(
     kind: str,
     question: str,
-    by: Mapping[str, Item],
+    by: Mapping[str, ItemRow],
     numbers: Mapping[str, str],
     brought: Mapping[str, Mapping[str, Sequence[str]]],
     forgetting: bool,

@@ -104,7 +104,7 @@ def _front(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _seeds(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a small point a seed, where there are several."""
+    """Yields a small point per seed, where there are several."""
     points = [(forget, retain) for _, forget, retain in summary["points"] if None not in (forget, retain)]
     if len(points) < 2:
         return

@@ -21,8 +21,8 @@ COST_HEADS = {
 COST_MEANINGS = {
     "search_seconds": "looking for the best settings, all trials together; - for a method that has nothing to search",
     "seconds": "the method itself, mean over seeds",
-    "prepared_seconds": "statistics, tokens and the model's own answers, made once a model and kept; 0 where they were "
-    "there already",
+    "prepared_seconds": "statistics, tokens and the model's own answers, made once per model and kept; 0 where they "
+    "were there already",
     "more_mb": "most memory above what was held when the method began, the model loaded; on an accelerator, the most "
     "that was allocated there",
     "touched": "numbers in the model that are other ones than before",
@@ -75,7 +75,7 @@ def worst_attack(summary: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def main_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Builds the table of one set, a row a method; for a terminal."""
+    """Builds the table of one set, a row per method; for a terminal."""
     summaries = results["sets"][name]["methods"]
     attacked = any(one["attacks"] for one in summaries)
     rows = [["method", "forget", "retain", "front", "perplexity", *(["most leaked by"] if attacked else []), "seconds"]]
@@ -108,7 +108,7 @@ def told_label(summary: Mapping[str, Any]) -> str:
 
 
 def measures_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Builds the table of every measure of a set, a row a method."""
+    """Builds the table of every measure of a set, a row per method."""
     about = results["sets"][name]
     names = [key for key in about["measures"] if key not in ("forget", "retain")]
     rows = [["method", *(key.replace("_", " ") for key in names), "perplexity"]]
@@ -119,7 +119,7 @@ def measures_table(results: Mapping[str, Any], name: str) -> Rows:
 
 
 def attack_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Builds the table of leak rates with their intervals: a row an attack, a column a method."""
+    """Builds the table of leak rates with their intervals: a row per attack, a column per method."""
     summaries = [one for one in ordered(results["sets"][name]["methods"]) if one["attacks"]]
     names = dict.fromkeys(attack for one in summaries for attack in one["attacks"])
     rows = [["attack", *(one["method"] for one in summaries)]]
@@ -137,7 +137,7 @@ def leak(attack: Mapping[str, Any] | None) -> str:
 
 
 def ability_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Builds the table of every task's value with its standard error: a row a method."""
+    """Builds the table of every task's value with its standard error: a row per method."""
     summaries = [one for one in ordered(results["sets"][name]["methods"]) if one["ability"]]
     names = list(dict.fromkeys(task for one in summaries for task in one["ability"]))
     rows = [["method", *names]]
@@ -155,7 +155,7 @@ def scored(score: Mapping[str, Any] | None) -> str:
 
 
 def cost_table(results: Mapping[str, Any], name: str) -> Rows:
-    """Builds the table of time, memory and size: a row a method."""
+    """Builds the table of time, memory and size: a row per method."""
     rows = [["method", *COST_HEADS.values()]]
     for one in ordered(results["sets"][name]["methods"]):
         rows.append([told_label(one), *(amount(key, value) for key, value in cost_of(one).items())])

@@ -180,7 +180,7 @@ def entailment_score(
 
 
 def check_judges(encoder: str | Path | Encoder | None, classifier: str | Path | Classifier | None) -> None:
-    """Checks that what scores generated text is there; call it before models answer anything.
+    """Checks that the packages and models that score generated text are there; call it before models answer anything.
 
     Raises:
         MetricError: a package is missing, or there is no such encoder or classifier.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import VOCAB
 
-from editlib.algorithms.unierase.token_guard import Guard, answer_guard, ordinary_states
+from editlib.algorithms.unierase.token_guard import LogitGapGuard, answer_guard, ordinary_states
 from editlib.models.forward import new_cache, shared_prefix
 from editlib.models.prefix import Prefix
 from editlib.models.prompts import PromptFormat, pad
@@ -64,13 +64,13 @@ def test_the_states_are_those_of_the_named_places(anat, rows, side):
 
 def hand_made(gaps, starts):
     """A guard whose gaps for the row (1,) are those given."""
-    return Guard(torch.tensor(gaps)[:, None], torch.zeros(len(gaps)), torch.tensor(starts))
+    return LogitGapGuard(torch.tensor(gaps)[:, None], torch.zeros(len(gaps)), torch.tensor(starts))
 
 
 ROW = torch.ones(1)
 
 
-def test_the_penalty_is_least_at_reach_where_answers_start():
+def test_the_penalty_is_least_at_the_answer_gap_where_answers_start():
     at, over, under = (float(hand_made([gap], [True]).penalty(ROW, 14.0, 12.0)) for gap in (-14.0, -9.0, -19.0))
     assert at == pytest.approx(0.0, abs=1e-6)
     assert over == pytest.approx(under) and over > 3  # five nats off, either way
@@ -79,7 +79,7 @@ def test_the_penalty_is_least_at_reach_where_answers_start():
 def test_the_penalty_presses_one_side_only_elsewhere():
     far, near = (float(hand_made([gap], [False]).penalty(ROW, 14.0, 12.0)) for gap in (-60.0, -2.0))
     assert far < 1e-6
-    assert near == pytest.approx(math.log1p(math.exp(10.0)) / 20)  # one breaks the floor, divided by at least 20
+    assert near == pytest.approx(math.log1p(math.exp(10.0)) / 20)  # one breaks the min_gap, divided by at least 20
 
 
 def test_one_position_that_breaks_the_floor_is_not_lost_among_many():
@@ -90,28 +90,30 @@ def test_one_position_that_breaks_the_floor_is_not_lost_among_many():
 
 @pytest.fixture
 def drawn():
-    """A guard over random states, of which some break the floor."""
+    """A guard over random states, of which some break the min_gap."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(60, 5, generator=generator, dtype=torch.float64)
-    return Guard(states, 4 * torch.rand(60, generator=generator, dtype=torch.float64), torch.arange(60) % 3 == 0)
+    return LogitGapGuard(
+        states, 4 * torch.rand(60, generator=generator, dtype=torch.float64), torch.arange(60) % 3 == 0
+    )
 
 
 @pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
 def test_the_bound_touches_the_penalty_and_lies_above_it(drawn, size):
     generator = torch.Generator().manual_seed(1)
-    reach, floor = 1.0, 2.0
+    answer_gap, min_gap = 1.0, 2.0
     row = size * torch.randn(5, generator=generator, dtype=torch.float64)
     leaf = row.clone().requires_grad_()
-    here = drawn.penalty(leaf, reach, floor)
-    gradient, curvature = drawn.bound(row, reach, floor)
+    here = drawn.penalty(leaf, answer_gap, min_gap)
+    gradient, curvature = drawn.bound(row, answer_gap, min_gap)
     torch.testing.assert_close(gradient, torch.autograd.grad(here, leaf)[0])
-    breaking = lambda r: max(int((drawn.gaps(r)[~drawn.starts] > -floor).sum()), 20)  # noqa: E731
+    breaking = lambda r: max(int((drawn.gaps(r)[~drawn.starts] > -min_gap).sum()), 20)  # noqa: E731
     for _ in range(50):
         step = size * torch.randn(5, generator=generator, dtype=torch.float64)
         others = drawn.gaps(row + step)[~drawn.starts]
-        # The number of positions that break the floor is that at `row`.
-        apart = torch.nn.functional.softplus(others + floor).sum()
-        there = drawn.penalty(row + step, reach, floor) - apart / breaking(row + step) + apart / breaking(row)
+        # The number of positions that break the min_gap is that at `row`.
+        apart = torch.nn.functional.softplus(others + min_gap).sum()
+        there = drawn.penalty(row + step, answer_gap, min_gap) - apart / breaking(row + step) + apart / breaking(row)
         assert float(there) <= float(here + gradient @ step + step @ curvature @ step / 2) + 1e-9
 
 
@@ -124,5 +126,5 @@ def test_the_summary_tells_starts_from_the_rest():
 
 def test_joining_keeps_every_position():
     one, two = hand_made([-1.0], [True]), hand_made([-2.0, -3.0], [False, False])
-    both = Guard.joined([one, two])
+    both = LogitGapGuard.joined([one, two])
     assert both.gaps(ROW).tolist() == [-1.0, -2.0, -3.0] and both.starts.tolist() == [True, False, False]

@@ -3,16 +3,18 @@
 import pytest
 import torch
 
-from editlib.algorithms.unierase.token_guard import Guard
+from editlib.algorithms.unierase.token_guard import LogitGapGuard
 from editlib.algorithms.unierase.token_steps import GuardedAdam, rate
 
 GENERATOR = torch.Generator().manual_seed(0)
-GUARD = Guard(torch.randn(40, 6, generator=GENERATOR), torch.rand(40, generator=GENERATOR), torch.arange(40) % 4 == 0)
+GUARD = LogitGapGuard(
+    torch.randn(40, 6, generator=GENERATOR), torch.rand(40, generator=GENERATOR), torch.arange(40) % 4 == 0
+)
 GRADIENTS = torch.randn(5, 2, 6, generator=GENERATOR)
 
 
 def moved(weight, rows, gradients):
-    steps = GuardedAdam(rows, GUARD, weight=weight, reach=14.0, floor=12.0, memory=0.99)
+    steps = GuardedAdam(rows, GUARD, weight=weight, answer_gap=14.0, min_gap=12.0, memory=0.99)
     for each in gradients:
         steps.step(list(each)[-len(rows) :], 0.1)
     return rows
@@ -60,7 +62,7 @@ def test_a_step_goes_to_the_minimum_of_both_models():
 def test_repeated_steps_without_a_loss_meet_the_guard():
     row = torch.full((6,), 2.0)
     before = float(GUARD.penalty(row, 2.0, 3.0))
-    steps = GuardedAdam([row], GUARD, weight=1.0, reach=2.0, floor=3.0, memory=0.99)
+    steps = GuardedAdam([row], GUARD, weight=1.0, answer_gap=2.0, min_gap=3.0, memory=0.99)
     for _ in range(200):
         steps.step([torch.zeros(6)], 0.1)
     leaf = row.clone().requires_grad_()
