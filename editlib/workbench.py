@@ -27,7 +27,8 @@ from editlib.models.outline import Outline, load_checked
 from editlib.models.positions import positions_of
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompt_settings import PromptSettings, differing
-from editlib.models.prompts import settled
+from editlib.models.prompts import PromptFormat, settled
+from editlib.models.thinking import warn_of_block
 from editlib.models.weights import weights_sha256
 from editlib.stats.corpus import Corpus, load_corpus
 from editlib.stats.file import LayerStats, StatsHeader
@@ -105,6 +106,7 @@ class Workbench:
 
         def look(outline: Outline) -> None:
             draft = cls.draft(outline, stats_dir, name, dtype=dtype, prompts=options.get("prompts"))
+            warn_of_block(PromptFormat.of(draft.tok, draft.prompts))
             if first is not None:
                 first(draft)
 

@@ -13,8 +13,8 @@ from editlib.errors import RequestError
 from editlib.evaluation.metrics import has_answer
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import end_tokens, greedy
-from editlib.models.loaded import plain_text
 from editlib.models.prompts import Asking, PromptFormat, TokenRow
+from editlib.models.thinking import answer_texts
 from editlib.requests.request import EditRequest
 from editlib.training import Example
 
@@ -83,7 +83,7 @@ def make_pairs(
     answers, refused = [], []
     for row, (question, request) in zip(rows, asked, strict=True):
         ids = tuple(own_answers[question]) if _is_bare(request) else ()
-        text = plain_text(tok, ids)
+        text = answer_texts(form, [ids], warn=False)[0]
         right = request.answer is None or has_answer(text, (request.answer, *request.aliases))
         cut = len(ids) == OWN_TOKENS
         if request.answer is not None and not (ids and (own or right)):

@@ -12,8 +12,8 @@ from editlib.errors import RequestError
 from editlib.evaluation.metrics import balance, rouge_l_recall
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import greedy
-from editlib.models.loaded import plain_text
 from editlib.models.prompts import Asking, PromptFormat
+from editlib.models.thinking import answer_texts
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import literal
@@ -119,7 +119,7 @@ def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation,
     form = PromptFormat.of(tok, how)
     pairs = (*validation.forget, *validation.retain)
     said = greedy(anat, [form.encode(question) for question, _ in pairs], max_new_tokens=ANSWER_TOKENS)
-    texts = [plain_text(tok, ids) for ids in said]
+    texts = answer_texts(form, said)
     found = rouge_l_recall(texts, [answer for _, answer in pairs], on="retain")
     scores = tuple(float(item["rougeL_recall"] or 0.0) for item in found.value_by_index.values())
     cut = len(validation.forget)

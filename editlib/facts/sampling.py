@@ -10,7 +10,8 @@ from editlib import data
 from editlib.errors import RequestError
 from editlib.evaluation.answer_cache import AnswerCache, ask
 from editlib.evaluation.metrics import has_answer
-from editlib.models.loaded import plain_text
+from editlib.models.prompts import PromptFormat
+from editlib.models.thinking import answer_texts
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -126,7 +127,8 @@ def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
 
 def knows(bench: Workbench, before: AnswerCache, fact: EditRequest) -> bool:
     """Says whether the model's answer in `before` holds the right one."""
-    text = plain_text(bench.tok, before.answers[fact.question])
+    form = PromptFormat.of(bench.tok, bench.prompts)
+    text = answer_texts(form, [before.answers[fact.question]], warn=False)[0]
     return has_answer(text, (fact.answer or "", *fact.aliases))
 
 

@@ -24,6 +24,7 @@ from editlib.models.generation import continuation_nll, perplexity
 from editlib.models.loaded import LoadedModel
 from editlib.models.positions import check_prompts
 from editlib.models.prompts import Asking, PromptFormat
+from editlib.models.thinking import answer_texts
 from editlib.requests.request import EditRequest
 
 log = logging.getLogger(__name__)
@@ -153,9 +154,10 @@ def evaluate(
     }
     label = "after" if progress else None
     after = ask(edited.anat, edited.tok, questions, drafts=kept, how=how, progress=label)
-    for item in items:
-        item.before = base.text(before.answers[item.question])
-        item.after = edited.text(after[item.question])
+    texts_before = answer_texts(form, [before.answers[question] for question in questions])
+    texts_after = answer_texts(PromptFormat.of(edited.tok, how), [after[question] for question in questions])
+    for item, old, new in zip(items, texts_before, texts_after, strict=True):
+        item.before, item.after = old, new
     _nats(base, edited, items, before, how)
     for item in items:
         judge(item, endings)

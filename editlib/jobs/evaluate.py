@@ -24,6 +24,7 @@ from editlib.models.outline import Outline, load_checked, outline_of
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, settled
 from editlib.models.source import check_model
+from editlib.models.thinking import warn_of_block
 from editlib.models.weights import weights_sha256
 from editlib.reports.tables import write_table
 from editlib.requests.request import EditRequest
@@ -219,7 +220,9 @@ def evaluate_models(
     after.check(protocol, follow=mode == "sequential")
 
     def look(outline: Outline) -> None:
-        protocol.check(outline.model, PromptFormat.of(outline.tok, settled(outline.tok, after.prompts)))
+        form = PromptFormat.of(outline.tok, settled(outline.tok, after.prompts))
+        warn_of_block(form)
+        protocol.check(outline.model, form)
 
     model, tok = load_checked(base, look, dtype=dtype, device_map=device_map)
     before = NamedModel(anatomy(model), tok, name=base, sha256=weights_sha256(model))

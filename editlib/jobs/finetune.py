@@ -24,13 +24,13 @@ from editlib.export import asked_as
 from editlib.files import atomic_folder, check_folder, check_output, check_room, write_json
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.generation import end_tokens, greedy, perplexity
-from editlib.models.loaded import plain_text
 from editlib.models.loading import DeviceMap
 from editlib.models.outline import Outline, load_checked
 from editlib.models.packaged.terms import terms_of
 from editlib.models.positions import check_prompts
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, TokenRow, settled
+from editlib.models.thinking import answer_texts
 from editlib.models.weights import save_model, stored_bytes, weights_sha256
 from editlib.requests.reading import read_requests, requests_hash, write_requests
 from editlib.requests.request import EditRequest
@@ -281,7 +281,7 @@ def measure(
     some = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
     read = read_answers(anat, form, [pair.question for pair in some], [pair.answer or "" for pair in some])
     said = greedy(anat, [form.encode(pair.question) for pair in some], max_new_tokens=CHECKED_TOKENS)
-    texts = [plain_text(tok, ids) for ids in said]
+    texts = answer_texts(form, said)
     windows = text_windows(tok, load_corpus("wiki-sample:heldout").documents) if text == "wiki-sample" else []
     return {
         "probability": probability([one.mean for one in read], on="retain").agg_value,

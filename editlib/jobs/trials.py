@@ -19,9 +19,9 @@ from editlib.evaluation.perplexity import text_windows
 from editlib.facts.scores import Item, build_items, evaluate
 from editlib.hparams import HyperParams
 from editlib.models.generation import perplexity
-from editlib.models.loaded import plain_text
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
+from editlib.models.thinking import answer_texts
 from editlib.models.vocabulary import Vocabulary
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
@@ -103,8 +103,9 @@ class Judge:
             RequestError: it answers none of them, so that every trial would score 0.
         """
         unknown = []
-        for request in self.requests:
-            said = plain_text(self.bench.tok, self.before.answers[request.question])
+        form = PromptFormat.of(self.bench.tok, self.bench.prompts)
+        answers = [self.before.answers[request.question] for request in self.requests]
+        for request, said in zip(self.requests, answer_texts(form, answers), strict=True):
             if not has_answer(said, (request.answer or "", *request.aliases)):
                 unknown.append(request.id)
         if len(unknown) == len(self.requests):

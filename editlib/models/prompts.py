@@ -24,6 +24,7 @@ from editlib.requests.templates import occurrences
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # a placeholder that no text or template contains
 _NEUTRAL = ("\n", '"', "(")  # texts that an answer may follow without a space
+THINKING = "enable_thinking"  # the argument of chat templates by which a model thinks before it answers (Qwen3)
 WORD = "a"  # any question, where its text does not matter
 
 LookupPlace = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
@@ -173,6 +174,14 @@ class PromptFormat:
         # Two days that differ in every part of a date.
         days = ("2001-02-03", "2012-11-22")
         return self.uses_chat and len({replace(self, date=day).render(WORD) for day in days}) > 1
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the chat template lets the model think before it answers, unless `enable_thinking` says otherwise."""
+        named = re.search(rf"\b{THINKING}\b", str(getattr(self.tok, "chat_template", "")))
+        if not self.uses_chat or not named or THINKING in self.arguments:
+            return False
+        return replace(self, arguments={**self.arguments, THINKING: False}).render(WORD) != self.render(WORD)
 
     def render(self, question: str) -> str:
         """Returns the prompt of a question: the text up to the point where the model answers."""
@@ -344,8 +353,12 @@ class PromptFormat:
 
 
 def settled(tok: PreTrainedTokenizerBase, how: PromptSettings | None = None) -> PromptSettings:
-    """Sets today as the date of settings that name none, if the chat template prints one."""
+    """Sets what settings leave open: today as the date, if the chat template prints one, and no thinking before the
+    answer, if the template leaves the choice (`enable_thinking`)."""
     settings = how or PromptSettings()
-    if settings.date is None and PromptFormat.of(tok, settings).prints_date:
-        return replace(settings, date=Day.today().isoformat())
+    form = PromptFormat.of(tok, settings)
+    if settings.date is None and form.prints_date:
+        settings = replace(settings, date=Day.today().isoformat())
+    if form.may_think:
+        settings = replace(settings, arguments={**settings.arguments, THINKING: False})
     return settings

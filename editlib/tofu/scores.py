@@ -22,6 +22,7 @@ from editlib.models.generation import Forced
 from editlib.models.loaded import LoadedModel, ModelPair
 from editlib.models.prompts import Asking, PromptFormat
 from editlib.models.source import check_model
+from editlib.models.thinking import answer_texts
 from editlib.tofu.sets import SIDE, Asked, TofuSets
 
 ANSWER_TOKENS = 128  # the longest answers of TOFU have about 100
@@ -198,10 +199,10 @@ def read(
     form = PromptFormat.of(tok, how)
     label = None if progress is None else f"{progress}, reading"
     forced = iter(metrics.read_answers(anat, form, [q for q, _ in given], [text for _, text in given], progress=label))
-    for one in asked:
+    texts = answer_texts(form, [said[question] for question in questions])
+    for one, text in zip(asked, texts, strict=True):
         answer, *others = [next(forced) for _ in _given(one)]
         paraphrase = answer if one.paraphrase is None else others.pop(0)
-        text = model.text(said[one.question])
         known[one] = TofuReading(
             said[one.question], text, answer, paraphrase.mean, tuple(other.mean for other in others)
         )

@@ -14,6 +14,7 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.forward import shared_length
 from editlib.models.generation import greedy
 from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.thinking import answer_texts
 from editlib.requests.request import EditRequest
 
 ANSWER_TOKENS = 24  # of an answer, at most, that are held in place
@@ -119,7 +120,7 @@ def encode_anchors(
 
 def _is_right(form: PromptFormat, prompt: EditRequest, answer: Sequence[int]) -> bool:
     """Returns whether the token ids `answer` hold the prompt's answer or one of its aliases."""
-    said = str(form.tok.decode(list(answer), skip_special_tokens=True))
+    said = answer_texts(form, [answer], warn=False)[0]
     return prompt.answer is not None and has_answer(said, (prompt.answer, *prompt.aliases))
 
 

@@ -1,0 +1,133 @@
+"""Models that think before they answer: how they are asked, and answers that are judged without their think block."""
+
+import json
+
+import pytest
+from test_cli_edit import facts, settings  # noqa: F401
+
+from editlib.evaluation.answer_cache import AnswerCache
+from editlib.facts import scores
+from editlib.facts.scores import Item, evaluate
+from editlib.models.loaded import LoadedModel
+from editlib.models.prompt_settings import PromptSettings
+from editlib.models.prompts import PromptFormat, settled
+from editlib.models.thinking import answer_texts, opens_block, without_thoughts
+
+CHOICE = (  # as Qwen3's
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and loop.last %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{{- m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+ALWAYS = (  # as DeepSeek-R1's and Qwen3-Thinking's
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+)
+OFF = "{% set enable_thinking = enable_thinking | default(false) %}" + CHOICE  # thinks only if it is told to
+CLOSED = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@pytest.fixture(params=[False, True], ids=["added", "special"])
+def thinker(request, tok_chat):
+    """A tokenizer whose marks are tokens of their own, special ones in some families."""
+    tok_chat.add_tokens(["<think>", "</think>"], special_tokens=request.param)
+    tok_chat.chat_template = CHOICE
+    return tok_chat
+
+
+def test_a_template_that_leaves_the_choice_is_asked_without_thinking(thinker):
+    how = settled(thinker)
+    assert how.to_dict() == {"arguments": {"enable_thinking": False}}
+    assert settled(thinker, how) == how
+    form = PromptFormat.of(thinker, how)
+    assert form.render("Who?").endswith(CLOSED)
+    row = form.encode("Who?").followed_by((*form.answer_ids("Ann"), *form.end_ids()))
+    assert thinker.decode(row.ids).endswith(CLOSED + "Ann<|im_end|>")
+
+
+@pytest.mark.parametrize("own", [{"enable_thinking": True}, {"enable_thinking": False}])
+def test_what_the_user_says_of_thinking_stays(thinker, own):
+    assert settled(thinker, PromptSettings(arguments=own)).arguments == own
+
+
+@pytest.mark.parametrize(
+    ("template", "how"),
+    [(ALWAYS, None), (OFF, None), (CHOICE, PromptSettings(chat=False)), (CHOICE, PromptSettings(tags="Q: {}\nA:"))],
+)
+def test_other_prompts_are_given_no_argument(thinker, template, how):
+    thinker.chat_template = template
+    assert settled(thinker, how) == (how or PromptSettings())
+
+
+def test_prompts_that_end_inside_a_block_are_seen(thinker):
+    assert not opens_block(PromptFormat.of(thinker))
+    assert not opens_block(PromptFormat.of(thinker, settled(thinker)))
+    thinker.chat_template = ALWAYS
+    assert opens_block(PromptFormat.of(thinker))
+    assert not opens_block(PromptFormat.of(thinker, False))
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "answer", "inside"),
+    [
+        ("Paris.", False, "Paris.", False),
+        ("<think>\nIs it Rome?\n</think>\n\nParis.", False, "Paris.", False),
+        ("Well. <think>Rome?</think><think>Bonn?</think> Paris.", False, "Well. Paris.", False),
+        ("Rome, or\n</think>\n\nParis.", True, "Paris.", False),
+        ("[THINK]Rome?[/THINK]Paris.", False, "Paris.", False),
+        ("<|START_THINKING|>Rome?<|END_THINKING|>Paris.", False, "Paris.", False),
+        ("<think>\nIs it Rome", False, "", True),
+        ("Is it Rome", True, "", True),
+        ("I think 3 < 4", False, "I think 3 < 4", False),
+    ],
+)
+def test_blocks_are_taken_out(text, opened, answer, inside):
+    found, ends_inside = without_thoughts(text, opened=opened)
+    assert (" ".join(found.split()), ends_inside) == (answer, inside)
+
+
+@pytest.mark.parametrize("template", [CHOICE, ALWAYS])
+def test_answers_are_decoded_without_their_thoughts(thinker, template, caplog):
+    thinker.chat_template = template
+    form = PromptFormat.of(thinker)
+    opening = "" if template == ALWAYS else "<think>\n"
+    texts = [f"{opening}Is it Rome?\n</think>\n\nIn Peru.<|im_end|>", f"{opening}Is it Rome, or"]
+    said = [thinker(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert answer_texts(form, said) == ["In Peru.", ""]
+    assert "1 of 2 answers end inside a think block" in caplog.text
+
+
+def test_facts_are_judged_by_the_answer_alone(thinker, tiny_llama, monkeypatch):
+    """A thought that names the right answer is no right answer."""
+    said = thinker("<think>\nIs it Paris?\n</think>\n\nIt is Rome.", add_special_tokens=False)["input_ids"]
+    question = "What is the capital of France?"
+    monkeypatch.setattr(scores, "ask", lambda anat, tok, questions, **_: dict.fromkeys(questions, tuple(said)))
+    thinker.chat_template = CHOICE
+    model = LoadedModel.of(tiny_llama, thinker, PromptSettings(arguments={"enable_thinking": True}))
+    item = Item("1", "request", None, None, question, "Paris")
+    evaluate(model, model, [item], before=AnswerCache("", {}), how=model.prompts)
+    assert (item.after, item.right_after) == ("It is Rome.", False)
+
+
+def test_the_receipt_records_it_and_other_commands_follow(call, folder, facts, tmp_path):  # noqa: F811
+    (folder / "chat_template.jinja").write_text(CHOICE, encoding="utf-8")
+    path = settings(tmp_path, "FT", layers=[2], lr=0.02, norm_constraint=0.2, num_steps=2)
+    args = ["--requests", facts, "--hparams", path, "--chat", "--overwrite", "--out", tmp_path / "out"]
+    for options, thinks in (([], False), (["--prompt", "enable_thinking=true"], True)):
+        code, _, err = call("edit", folder, *args, *options)
+        assert code == 0, err
+        receipt = json.loads((tmp_path / "out" / "editlib.json").read_text(encoding="utf-8"))
+        assert receipt["prompts"]["arguments"] == {"enable_thinking": thinks}
+        assert receipt["first_prompt"].endswith(CLOSED) is not thinks
+        asked = call("ask", tmp_path / "out", "Who?", "--vs", folder)
+        assert asked[0] == 0 and "different forms" not in asked[1]
+
+
+def test_a_template_that_always_thinks_is_said_early(call, folder, facts, tmp_path, caplog):  # noqa: F811
+    (folder / "chat_template.jinja").write_text(ALWAYS, encoding="utf-8")
+    path = settings(tmp_path, "FT", layers=[2], lr=0.02, norm_constraint=0.2, num_steps=2)
+    args = ["--requests", facts, "--hparams", path, "--out", tmp_path / "out"]
+    assert call("edit", folder, *args, "--chat")[0] == 0
+    assert caplog.text.count("opens a think block") == 1
