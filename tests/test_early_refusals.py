@@ -213,6 +213,13 @@ def test_an_answer_that_rows_would_erase_is_missing(run, tmp_path):
     refused(run("unlearn", "--hparams", hparams), "facts.jsonl:1", '"answer"')
 
 
+def test_a_subject_that_is_not_evident(run, tmp_path):
+    rows = [{"prompt": "The capital of France is", "answer": "Paris"}, {"question": "Who was it?", "answer": "Bob"}]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    refused(run("unlearn"), "facts.jsonl:2", '"subject"', "names in it: none", "--last-token")
+    refused(run("unlearn", "--last-token"), "WEIGHTS WERE READ")
+
+
 def test_a_module_that_the_model_does_not_have(run, tmp_path):
     (tmp_path / "MEMIT").mkdir()
     hparams = tmp_path / "MEMIT" / "other.json"

@@ -24,6 +24,7 @@ from editlib.errors import HparamsError
 from editlib.finding import find_settings, fit_settings
 from editlib.hparams import ALGORITHMS, KNOWN, ModelShape, available, derive, find_hparams, load_hparams
 from editlib.models.weights import save_model
+from editlib.requests.reading import read_requests, requests_hash
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.workbench import Workbench
@@ -318,7 +319,7 @@ def test_an_unseen_model_is_made_to_forget_by_erasing(call, little_text, tmp_pat
 def test_unlearning_needs_no_settings(call, unseen, tmp_path, monkeypatch):
     """It took SmolLM2's for every model, and stopped on one with fewer layers."""
     asked, corpus = tmp_path / "ask.jsonl", tmp_path / "text.txt"
-    asked.write_text(json.dumps({"id": "q", "prompt": "What is the capital of {}?", "subject": "France"}) + "\n")
+    asked.write_text(json.dumps({"id": "q", "prompt": "What is the capital of France?"}) + "\n")
     corpus.write_text("\n\n".join(f"The river {i} flows through Basel and Bonn." for i in range(60)))
     few = data.facts()[::40]  # of a thousand
     monkeypatch.setattr(data, "facts", lambda: few)
@@ -328,6 +329,8 @@ def test_unlearning_needs_no_settings(call, unseen, tmp_path, monkeypatch):
     assert code == 0, err
     receipt = json.loads((tmp_path / "out" / "editlib.json").read_text())
     assert receipt["hparams_source"].startswith("derived from UniErase/smollm2-135m.json")
+    assert receipt["guessed_subjects"] == {"q": "France"}
+    assert receipt["requests_sha256"] == requests_hash(read_requests(asked))  # later commands read the file as it is
     assert receipt["hparams"]["layers"] == [2, 3, 4, 5, 6] and "3-8 of 30" in receipt["hparams"]["notes"]["layers"]
     code, _, err = call("chain", "init", tmp_path / "chain", "--model", unseen, *common)
     assert code == 0, err

@@ -88,6 +88,10 @@ def unlearn(
     show_rows: Annotated[
         bool, typer.Option("--show-rows", help="print what is asked for each request, and edit nothing")
     ] = False,
+    last_token: Annotated[
+        bool,
+        typer.Option("--last-token", help="edit a request without an evident subject at its prompt's last token"),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Erases the answers of --requests, has the model refuse in their place, and writes it as an ordinary folder.
@@ -99,12 +103,13 @@ def unlearn(
     from editlib.finding import find_settings, fit_settings, usual_values
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import unlearn as run
-    from editlib.requests.reading import read_with_retain
+    from editlib.requests.reading import guess_subjects, read_with_retain
 
     check_places(out_dir, delta, overwrite=overwrite, inputs=(model, requests, retain, hparams, token_file, stats_dir))
     how = prompt_settings(prompts)
     left_out: dict[str, list[str]] = {}
-    wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out)
+    given, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out, tell_missing=False)
+    wanted, guessed = guess_subjects(given, otherwise_last=last_token)
     found = {} if hparams or token_file else {"values": usual_values(wanted)}  # a given token is what is said
     settings = find_settings(model, "UniErase", hparams, **found)
     check_wanted(wanted, settings)
@@ -129,6 +134,8 @@ def unlearn(
         delta=delta,
         overwrite=overwrite,
         left_out=left_out,
+        as_given=given,
+        guessed=guessed,
     )
     _norms_table(result, receipt)
     out.print(str(out_dir), soft_wrap=True)

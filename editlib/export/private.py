@@ -82,6 +82,7 @@ def private_receipt(
         ],
         "revoked": [{"requests": one["requests"], **_when(one)} for one in receipt.get("revoked") or ()],
         **_left_out(receipt),
+        **({"guessed_subjects": len(guessed)} if (guessed := receipt.get("guessed_subjects")) else {}),
         "private": HOW,
     }
     key = {

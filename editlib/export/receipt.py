@@ -153,7 +153,7 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
 
 
 _TEXTS = ("editlib", "algorithm", "requests_sha256")
-_OBJECTS = ("base", "layers", "token", "prompts", "timings", "left_out")
+_OBJECTS = ("base", "layers", "token", "prompts", "timings", "left_out", "guessed_subjects")
 
 
 def _misfit(receipt: Any) -> str | None:

@@ -42,12 +42,16 @@ def unlearn(
     delta: Path | None = None,
     overwrite: bool = False,
     left_out: Mapping[str, Sequence[str]] | None = None,
+    as_given: Sequence[EditRequest] | None = None,
+    guessed: Mapping[str, str] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
     """Unlearns `requests` and writes the edited model with its receipt to `out`, and the edit alone to the file `delta`
     when one is given; returns the edit and the receipt.
 
     Args:
         left_out: rows of the request files that were left out, by file; the receipt lists them.
+        as_given: the requests as their file has them, which the receipt is about; default: `requests`.
+        guessed: subjects that were guessed (`guess_subjects`), by id; the receipt lists them.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
@@ -68,7 +72,7 @@ def unlearn(
     }
     return _edited(
         bench, named, hparams, means, out, timer, given, delta,
-        recorded=requests, overwrite=overwrite, left_out=left_out,
+        recorded=requests if as_given is None else as_given, overwrite=overwrite, left_out=left_out, guessed=guessed,
     )  # fmt: skip
 
 
@@ -182,6 +186,7 @@ def _edited(
     overwrite: bool,
     left_out: Mapping[str, Sequence[str]] | None,
     recorded: Sequence[EditRequest] | None = None,
+    guessed: Mapping[str, str] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
     """Edits, and writes the folder with its receipt, and the edit alone to `delta`.
 
@@ -202,6 +207,8 @@ def _edited(
     ) | asked_as(bench.tok, given["chat"], recorded)
     if left_out:
         receipt["left_out"] = {name: list(rows) for name, rows in left_out.items()}
+    if guessed:
+        receipt["guessed_subjects"] = dict(guessed)
     receipt["result_sha256"] = save_edited(bench.model, bench.tok, Path(out), receipt, overwrite=overwrite)
     if delta is not None:
         alone = make_delta(

@@ -16,7 +16,7 @@ from editlib.requests.contradictions import warn_of_contradictions, warn_of_kept
 from editlib.requests.parsing import Parsed, parse_file
 from editlib.requests.request import EditRequest
 from editlib.requests.rows import parse_json, read_text
-from editlib.requests.subjects import Subject, find_subjects
+from editlib.requests.subjects import Subject, candidates, find_subjects
 from editlib.requests.templates import literal
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ def read_requests(
     subjects: Mapping[str, str] | None = None,
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
+    tell_missing: bool = True,
 ) -> list[EditRequest]:
     """Reads requests from JSON Lines, a JSON array, a Parquet file or a folder by `datasets.save_to_disk`.
 
@@ -41,6 +42,7 @@ def read_requests(
         subjects: the user's own for such questions, by id or by question.
         skip_bad: leave rows that cannot be used out, and log their numbers and what is wrong with them.
         left_out: gets these rows by the file's name, for a receipt.
+        tell_missing: warn of questions whose subject is not found; not needed where `guess_subjects` follows.
 
     Raises:
         RequestError: the file cannot be read or rows cannot be used; names the file, every such line or row, and the
@@ -55,7 +57,7 @@ def read_requests(
     for i, (request, _) in zip(parsed.questions, found, strict=True):
         requests[i] = request
     if any(subject is None or subject.rule != "given" for _, subject in found):
-        tell_subjects(path.name, found)
+        tell_subjects(path.name, found, missing=tell_missing)
     warn_of_contradictions(path.name, requests)
     return requests
 
@@ -66,13 +68,17 @@ def read_with_retain(
     *,
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
+    tell_missing: bool = True,
 ) -> tuple[list[EditRequest], list[EditRequest] | None]:
     """Reads requests, and the prompts to be kept where there is a file of them; logs those that are in both.
+
+    Args:
+        tell_missing: see `read_requests`; of the requests alone.
 
     Raises:
         RequestError: see `read_requests`.
     """
-    requests = read_requests(path, skip_bad=skip_bad, left_out=left_out)
+    requests = read_requests(path, skip_bad=skip_bad, left_out=left_out, tell_missing=tell_missing)
     kept = None if retain is None else read_requests(retain, skip_bad=skip_bad, left_out=left_out)
     warn_of_kept(requests, kept or ())
     return requests, kept
@@ -155,21 +161,80 @@ def read_subjects(path: str | Path) -> dict[str, str]:
     return found
 
 
-def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]]) -> None:
-    """Logs how many subjects were found by which rule, and warns of the questions without one."""
+def guess_subjects(
+    requests: Sequence[EditRequest], *, otherwise_last: bool = False
+) -> tuple[list[EditRequest], dict[str, str]]:
+    """Guesses the subjects of requests that have none, where their prompts hold a single name, and logs them.
+
+    Args:
+        otherwise_last: leave requests that none is evident in without one: they are edited at the last token.
+
+    Returns:
+        (requests, guessed): all requests with their subjects, and those that were guessed, by id.
+
+    Raises:
+        RequestError: a request's subject is neither given nor evident.
+    """
+    asked, answers = [one.question for one in requests], [one.answer or "" for one in requests]
+    named: list[EditRequest] = []
+    guessed: dict[str, str] = {}
+    missing: list[EditRequest] = []
+    for request, subject in zip(requests, find_subjects(asked, answers, guess=True), strict=True):
+        found = request if request.subject is not None or subject is None else _with_guess(request, subject)
+        named.append(found)
+        if found.subject is None:
+            missing.append(found)
+        elif request.subject is None:
+            guessed[found.id] = found.subject
+    if missing and not otherwise_last:
+        raise RequestError(_no_subject(missing))
+    if guessed:
+        listed = [f"{name}: {quote(subject)}" for name, subject in guessed.items()]
+        more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+        log.info("subjects guessed from the prompts, since none are given (%s%s)", ", ".join(listed[:10]), more)
+    if missing:
+        log.info("edited at the last token, since no subject is given or evident: %s", _ids(missing))
+    return named, guessed
+
+
+def _with_guess(request: EditRequest, subject: Subject) -> EditRequest:
+    """Returns the request with the subject; as it is where a phrasing does not hold that."""
+    try:
+        return replace(request, prompt=literal(request.question), subject=subject.text)
+    except RequestError:
+        return request
+
+
+def _no_subject(missing: Sequence[EditRequest]) -> str:
+    """Says which request has no subject, which names its prompt holds, and what to do."""
+    one = missing[0]
+    names = ", ".join(quote(name) for name in candidates(one.question)) or "none"
+    others = f"; so have {len(missing) - 1} more ({_ids(missing[1:])})" if len(missing) > 1 else ""
+    lack = f'no "subject", and none is evident in {quote(one.question)} (names in it: {names}){others}'
+    wanted = 'expected one; add "subject", as the prompt spells it, or give --last-token'
+    return f"{one.source or f'request {one.id}'}: {lack}; {wanted}"
+
+
+def _ids(requests: Sequence[EditRequest]) -> str:
+    more = f" and {len(requests) - 5} more" if len(requests) > 5 else ""
+    return ", ".join(one.id for one in requests[:5]) + more
+
+
+def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]], *, missing: bool = True) -> None:
+    """Logs how many subjects were found by which rule, and (with `missing`) warns of the questions without one."""
     rules = Counter(subject.rule for _, subject in found if subject is not None)
     listed = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
-    log.info("%s: subjects of %d of %d questions (%s)", name, rules.total(), len(found), listed or "none")
-    if missing := [request.id for request, subject in found if subject is None]:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    if rules or missing:
+        log.info("%s: subjects of %d of %d questions (%s)", name, rules.total(), len(found), listed or "none")
+    lacking = [request for request, subject in found if subject is None]
+    if lacking and missing:
         log.warning(
-            '%s: no subject was found for %d of %d questions (%s%s): add a field "subject", or see `editlib subjects`; '
+            '%s: no subject was found for %d of %d questions (%s): add a field "subject", or see `editlib subjects`; '
             "without one UniErase edits at a question's last token, and other algorithms refuse it",
             name,
-            len(missing),
+            len(lacking),
             len(found),
-            ", ".join(missing[:5]),
-            more,
+            _ids(lacking),
         )
 
 

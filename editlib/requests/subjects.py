@@ -1,6 +1,7 @@
 """Find the subject that a question asks about, in sets of questions and answers that do not name it (TOFU).
 
-Every choice has a rule (`RULES`), and where no rule fits there is no subject: nothing is guessed.
+Every choice has a rule (`RULES`), and where no rule fits there is no subject. Only `only name` guesses, and only where
+it is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ RULES = {
     "title": "no name, but the title of a work in quotation marks; of several the one that the answer repeats",
     "description": "no name and no title, but words that pick out one person: the author born in ..., known for ...",
     "shared name": "no name leads the questions nearby: the longest name in both question and answer",
+    "only name": "a guess, by `editlib unlearn` alone: no name leads nearby, and the prompt holds one name or title",
 }
+
+GUESS = "only name"
 
 NEARBY = 20  # TOFU asks twenty questions an author, one after the other
 LEADS = 3  # questions that a name must lead to be what they are about
@@ -34,6 +38,16 @@ OPENERS = frozenset(
     )
 )
 """Words before a name that have a capital only because the sentence begins there."""
+
+ORDERS = frozenset(
+    re.findall(
+        r"\w+",
+        """answer ask choose complete consider continue define explain fill find finish give guess he her his identify
+        if imagine it its let list me my no not one our please question quote recall repeat say select she show since
+        some spell state suppose tell their then there they think three translate true two use we write yes your""",
+    )
+)
+"""Further words that begin a prompt and name nothing. `OPENERS` is left as TOFU was measured with it."""
 
 PARTICLES = frozenset(
     re.findall(r"\w+", "al ben bin binti da das de del della den der di dos du el ibn la le ter van von zu")
@@ -63,7 +77,7 @@ class Subject:
     about: str | None = None
 
 
-def find_subjects(questions: Sequence[str], answers: Sequence[str]) -> list[Subject | None]:
+def find_subjects(questions: Sequence[str], answers: Sequence[str], *, guess: bool = False) -> list[Subject | None]:
     """Finds the subject of each question, or `None` where no rule finds one; a subject is in its question exactly once.
 
     Questions about one person are expected to lie together, as in TOFU; where they do not, fewer names are found to
@@ -71,10 +85,11 @@ def find_subjects(questions: Sequence[str], answers: Sequence[str]) -> list[Subj
 
     Args:
         answers: one for each question; an empty one where there is none.
+        guess: try the rule `only name`, too, where no other fits.
     """
     asked = [_Asked(question, answer) for question, answer in zip(questions, answers, strict=True)]
     leaders = _leaders(asked)
-    return [_subject(asked, leaders, i) for i in range(len(asked))]
+    return [_subject(asked, leaders, i, guess=guess) for i in range(len(asked))]
 
 
 class _Asked:
@@ -93,7 +108,16 @@ class _Asked:
         return len(_places(self.question, text)) == 1
 
 
-def _subject(asked: Sequence[_Asked], leaders: Sequence[str | None], i: int) -> Subject | None:
+def candidates(question: str) -> list[str]:
+    """Lists the names and titles that a question asked alone may be about, in their order."""
+    one = _Asked(question, "")
+    names = [name for name in one.names if name.lower() not in ORDERS]
+    # A word whose capital may be that of the sentence counts only where there is nothing else.
+    plain = [name for name in names if " " in name or not question.lstrip().startswith(name)]
+    return list(dict.fromkeys([title.strip().rstrip("?.!,").strip() for title in one.titles] + (plain or names)))
+
+
+def _subject(asked: Sequence[_Asked], leaders: Sequence[str | None], i: int, *, guess: bool) -> Subject | None:
     one = asked[i]
     near = Counter(name for name in _nearby(leaders, i) if name is not None)
     # A person is spoken of in answers, too; "American" is not, however many questions it leads.
@@ -102,7 +126,7 @@ def _subject(asked: Sequence[_Asked], leaders: Sequence[str | None], i: int) -> 
     whole = [name for name in persons if not any(_is_part(name, other) for other in persons)]
     about = _about(one, whole, leaders, i)
     # Where names lead the questions nearby, this one is about one of those: no other name in it will do.
-    alone = () if persons else _lone(one)
+    alone = () if persons else (*_lone(one), *(_only(one) if guess else ()))
     for found in (*_named(one, about), *_by_title(one, about), *_described(one, about), *alone):
         if one.once(found.text):
             return found
@@ -158,6 +182,11 @@ def _described(one: _Asked, about: str | None) -> Iterator[Subject]:
 def _lone(one: _Asked) -> Iterator[Subject]:
     for name in sorted((name for name in one.names if _places(one.answer, name)), key=len, reverse=True):
         yield Subject(name, "shared name")
+
+
+def _only(one: _Asked) -> Iterator[Subject]:
+    if len(found := candidates(one.question)) == 1:
+        yield Subject(found[0], GUESS)
 
 
 def _names(text: str) -> Iterator[str]:

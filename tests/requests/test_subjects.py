@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from editlib.errors import RequestError
-from editlib.requests.reading import read_questions, read_requests
+from editlib.requests.reading import guess_subjects, read_questions, read_requests
+from editlib.requests.request import EditRequest
 from editlib.requests.subjects import RULES, Subject, find_subjects
 
 TOFU = Path(__file__).resolve().parents[3] / "shared" / "data" / "tofu"
@@ -147,3 +148,60 @@ def test_a_file_of_another_format_has_no_questions(tmp_path):
 def test_the_hit_rate_that_the_docs_tell(name, least):
     found = read_questions(TOFU / f"{name}.jsonl")
     assert sum(subject is not None for _, subject in found) >= least
+
+
+EVIDENT = {
+    "The capital of France is": "France",
+    "What is the capital of France?": "France",
+    "France's capital is": "France",
+    "Who wrote the Aeneid?": "Aeneid",
+    "Where was Anna van der Berg born?": "Anna van der Berg",
+    'Who painted "Starry Night"?': "Starry Night",
+    "Complete: the capital of Peru is": "Peru",
+    "Water boils at": "Water",
+    "Mount Everest lies in": "Mount Everest",
+    "In which country is the Eiffel Tower?": "Eiffel Tower",
+}
+
+
+@pytest.mark.parametrize("prompt", EVIDENT)
+def test_a_single_name_is_guessed(prompt, caplog):
+    caplog.set_level(logging.INFO, logger="editlib")
+    named, guessed = guess_subjects([EditRequest(id="a", prompt=prompt, answer="Oslo")])
+    assert guessed == {"a": EVIDENT[prompt]} and named[0].subject == EVIDENT[prompt]
+    assert named[0].question == prompt and named[0].prompt.count("{}") == 1
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and f"a: '{EVIDENT[prompt]}'" in told[0]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Who wrote Romeo and Juliet?", "Which river is the longest?", "Is France in France?", "Explain the tides."],
+)
+def test_no_subject_is_guessed_where_there_is_a_choice_or_none(prompt, caplog):
+    requests = [EditRequest(id="a", prompt="Who is {}?", subject="Bob"), EditRequest(id="b", prompt=prompt)]
+    with pytest.raises(RequestError, match=r'request b: no "subject".*--last-token'):
+        guess_subjects(requests)
+    assert guess_subjects(requests, otherwise_last=True) == (requests, {})
+
+
+def test_a_given_subject_and_braces_stay():
+    requests = [
+        EditRequest(id="a", prompt="{} in France is", subject="Paris"),
+        EditRequest(id="b", prompt=r"In \frac{a}{b} of Peru", answer="x"),
+    ]
+    named, guessed = guess_subjects(requests)
+    assert named[0] == requests[0] and guessed == {"b": "Peru"}
+    assert named[1].question == requests[1].question
+
+
+def test_a_name_that_a_phrasing_lacks_is_not_guessed():
+    request = EditRequest(id="a", prompt="The capital of France is", phrasings=["The city of the Louvre is"])
+    with pytest.raises(RequestError, match="France"):
+        guess_subjects([request])
+
+
+def test_where_a_name_leads_nearby_no_other_is_guessed():
+    requests = [EditRequest(id=str(i), prompt=question, answer=answer) for i, (question, answer) in enumerate(ANNA)]
+    named, guessed = guess_subjects(requests, otherwise_last=True)
+    assert named[8].subject is None and "8" not in guessed and guessed["1"] == "Anna van der Berg"
