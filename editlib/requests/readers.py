@@ -116,7 +116,8 @@ def tofu(row: Row) -> Row:
         "subject": subject,
         "answer": next(iter(answers), None),
         "aliases": answers[1:],
-        "paraphrases": leaves(row.get("paraphrased_question")),
+        "target_new": row.get("target_new"),
+        "paraphrases": leaves(row.get("paraphrased_question", row.get("paraphrases"))),
         "group": whose,
         "relation": row.get("prop"),
     }
