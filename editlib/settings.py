@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -36,7 +36,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     wanted = f"expected a file with one flat {kind} object"
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        values = _yaml(text) if yaml else json.loads(text)
+        values = _yaml(text) if yaml else json.loads(text, object_pairs_hook=_each_once)
     except OSError as error:
         raise HparamsError(f"{path}: {error.strerror}; {wanted}; check the path") from None
     except UnicodeDecodeError:
@@ -51,6 +51,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its keys and values; raises `ValueError` where a key is there twice."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"key {quote(twice)} is there twice in one object")
+    return dict(pairs)
+
+
 def _yaml(text: str) -> Any:
     """Reads a YAML text, in which `5e-1` is a number, as EasyEdit means it; YAML 1.1 asks for `5.0e-1`.
 
@@ -60,7 +68,11 @@ def _yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads numbers without a point, too."""
+        """Reads numbers without a point, too, and each key once."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _each_once([(key.value, None) for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"])
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.yaml_implicit_resolvers = {

@@ -19,6 +19,7 @@ from editlib.errors import AttackError, ConfigError, RequestError, nearest, quot
 from editlib.evaluation.forget_set import Benchmark
 from editlib.facts.forget_set import Facts
 from editlib.models.prompt_settings import PromptSettings
+from editlib.requests.json_text import loads_checked
 from editlib.settings import Section, chosen, knob
 from editlib.stats.corpus import load_corpus
 from editlib.tofu.forget_set import Tofu
@@ -121,7 +122,7 @@ def _values(path: Path) -> Mapping[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8; {wanted}; save it as UTF-8") from None
     try:
-        values = _toml(path, text) if path.suffix.lower() == ".toml" else json.loads(text)
+        values = _toml(path, text) if path.suffix.lower() == ".toml" else loads_checked(text)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno} column {error.colno}"
         raise ConfigError(f"{path}: not JSON at {at} ({error.msg}); {wanted}; fix it, or call it .toml") from None

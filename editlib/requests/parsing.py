@@ -54,7 +54,7 @@ def parse_file(path: Path, *, skip_bad: bool = False) -> Parsed:
         parsed.rows += 1
         position += _take(row, path, position, parsed, places)
     if not parsed.requests and not parsed.bad:
-        raise RequestError(f"{path}: holds no request; expected at least one JSON object; add a line")
+        raise RequestError(f"{path}: holds no request; expected at least one JSON object, or a table's row; add one")
     report_bad_rows(path, parsed.bad, parsed.rows, any_left=bool(parsed.requests), skip_bad=skip_bad)
     for note, count in parsed.notes.items():
         log.warning("%s: %s (%d of %d rows)", path.name, note, count, parsed.rows)

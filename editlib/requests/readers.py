@@ -126,7 +126,8 @@ def tofu(row: JsonRow) -> JsonRow:
         "subject": subject,
         "answer": next(iter(answers), None),
         "aliases": answers[1:],
-        "paraphrases": leaves(row.get("paraphrased_question")),
+        "target_new": row.get("target_new"),
+        "paraphrases": leaves(row.get("paraphrased_question", row.get("paraphrases"))),
         "group": whose,
         "relation": row.get("prop"),
     }

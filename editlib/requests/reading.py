@@ -13,6 +13,7 @@ from pathlib import Path
 
 from editlib.errors import OutputError, RequestError, quote
 from editlib.requests.contradictions import warn_of_contradictions, warn_of_kept
+from editlib.requests.json_text import MENDED, doubled_key
 from editlib.requests.parsing import Parsed, parse_file
 from editlib.requests.request import EditRequest
 from editlib.requests.rows import parse_json, read_text
@@ -30,7 +31,7 @@ def read_requests(
     left_out: dict[str, list[str]] | None = None,
     tell_missing: bool = True,
 ) -> list[EditRequest]:
-    """Reads requests from JSON Lines, a JSON array, a Parquet file or a folder by `datasets.save_to_disk`.
+    """Reads requests from JSON Lines, a JSON array, CSV, TSV, Parquet or a folder by `datasets.save_to_disk`.
 
     The format is recognised by the fields of each object: the own one (see `EditRequest`) or one of those that
     `docs/reference/file-formats.md` lists. A request without an id is called `<file stem>:<position in the file>`.
@@ -156,6 +157,8 @@ def read_subjects(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     found = parse_json(path, read_text(path), 1)
+    if (key := doubled_key(found)) is not None:
+        raise RequestError(f"{path}: {quote(key)} is there twice; {MENDED}")
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise RequestError(f"{path}: {quote(found)}; expected one JSON object, from id or question to subject")
     return found

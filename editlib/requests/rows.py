@@ -1,4 +1,4 @@
-"""Read objects from a file: JSON Lines, a JSON array, Parquet, or a folder that `datasets` saved.
+"""Read objects from a file: JSON Lines, a JSON array, a table, Parquet, or a folder that `datasets` saved.
 
 A row that cannot be had is a row with a complaint, so that a reader can name all of them at once; a file that cannot be
 read at all is an error.
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editlib.errors import RequestError, first_line
+from editlib.errors import RequestError, first_line, quote
+from editlib.requests import json_text
+from editlib.requests.table import is_table, table_rows
 
-WANTED = "expected a JSONL or JSON file"
+WANTED = "expected a JSONL, JSON, CSV or TSV file"
 GZIP = b"\x1f\x8b"
 _UNPACK = "unpack it"
 _OTHERS = {
@@ -29,7 +31,7 @@ _OTHERS = {
     b"bzh": ("packed by bzip2", _UNPACK),
     b"\xfd7zxz": ("packed by xz", _UNPACK),
     b"\x28\xb5\x2f\xfd": ("packed by zstd", _UNPACK),
-    b"pk\x03\x04": ("a ZIP archive or a spreadsheet", "unpack it, or save it as JSON"),
+    b"pk\x03\x04": ("a ZIP archive or a spreadsheet", "unpack it, or save it as CSV or JSON"),
     b"par1": ("Parquet under another name", "end its name with .parquet"),
     b"arrow1": ("Arrow", "give the folder by datasets.save_to_disk, or write Parquet"),
 }
@@ -62,16 +64,28 @@ def file_rows(path: Path) -> Iterator[FileRow]:
     if path.suffix.lower() == ".parquet":
         return _numbered(_parquet(path))
     text = read_text(path)
+    if is_table(path) and text.strip() and not text.lstrip().startswith(("[", "{")):
+        table = table_rows(path, text)
+        return (FileRow(f"line {line}", value, complaint or _doubled(value)) for line, value, complaint in table)
+    return _json_rows(path, text)
+
+
+def _json_rows(path: Path, text: str) -> Iterator[FileRow]:
+    """Reads the objects of a JSON array, of JSON Lines, or one object alone.
+
+    Raises:
+        RequestError: it is an array and not JSON, or no line is.
+    """
     if text.lstrip().startswith("["):
         return _numbered(parse_json(path, text, 1))
     try:
-        whole = json.loads(text)  # one object, printed over several lines
+        whole = json_text.loads(text)  # one object, printed over several lines
     except (ValueError, RecursionError):
         return iter(_some_json(path, list(_lines(text))))
     if rows := _wrapped(whole):
         return _numbered(rows)
     line = 1 + text[: text.index(text.lstrip()[0])].count("\n")
-    return iter([FileRow(f"line {line}", whole)])
+    return iter([FileRow(f"line {line}", whole, _doubled(whole))])
 
 
 def read_text(path: Path) -> str:
@@ -127,7 +141,7 @@ def parse_json(path: Path, text: str, line: int) -> Any:
     if isinstance(complaint, tuple):
         at, said = complaint
         raise RequestError(f"{path}:{line + at - 1}: {said}")
-    return json.loads(text)
+    return json_text.loads(text)
 
 
 def path_is_folder(path: Path) -> bool:
@@ -167,7 +181,7 @@ def _some_json(path: Path, rows: list[FileRow]) -> list[FileRow]:
         said = str(rows[0].complaint).partition(";")[0]
         raise RequestError(
             f"{rows[0].where(path)}: {said}, and nor is any other of its {len(rows)} lines; expected JSON Lines (one "
-            "object a line), a JSON array, or Parquet; convert the file"
+            "object a line), a JSON array, a table called .csv or .tsv, or Parquet; rename or convert the file"
         )
     return rows
 
@@ -176,12 +190,18 @@ def _lines(text: str) -> Iterator[FileRow]:
     for number, line in enumerate(re.split(r"\r?\n|\r", text), 1):  # str.splitlines would cut a string at U+2028
         if line.strip():
             complaint = _json_complaint(line)
-            value = None if complaint else json.loads(line)
-            yield FileRow(f"line {number}", value, complaint[1] if complaint else None)
+            value = None if complaint else json_text.loads(line)
+            yield FileRow(f"line {number}", value, complaint[1] if complaint else _doubled(value))
 
 
 def _numbered(values: list[Any]) -> Iterator[FileRow]:
-    return (FileRow(f"row {number}", value) for number, value in enumerate(values, 1))
+    return (FileRow(f"row {number}", value, _doubled(value)) for number, value in enumerate(values, 1))
+
+
+def _doubled(value: Any) -> str | None:
+    """Returns the complaint about an object with a key twice; `None` where there is none in `value`."""
+    key = json_text.doubled_key(value)
+    return None if key is None else f"key {quote(key)} is there twice in one object; {json_text.MENDED}"
 
 
 def is_saved(path: Path) -> bool:
