@@ -117,19 +117,18 @@ def _steps(settings: HyperParams, size: ModelSize, requests: int, prompt_tokens:
     if not finds_values(settings):
         return steps
     job = settings_job(settings, requests, prompt_tokens, size)
-    if job.anchors:
-        steps.append(costs.anchors(size, job))
-    from_rows = takes_retain(settings) and settings.values == "rows"
-    steps += [costs.row_values(size, job) if from_rows else costs.values(size, job), costs.solve(size, job)]
-    if takes_retain(settings) and from_rows and settings.say:
+    if not takes_retain(settings) or settings.values != "rows":
+        if job.anchors:
+            steps.append(costs.anchors(size, job))
+        return [*steps, costs.values(size, job), costs.solve(size, job)]
+    others = settings.other_subjects if settings.say else 0
+    if job.anchors:  # where tokens are fitted, they are answered in the rows' dtype
+        steps.append(costs.anchors(size, job, job.v_rate if settings.say else "model"))
+    steps += [costs.row_values(size, job, others=others), costs.solve(size, job)]
+    if settings.say:
         general = len(data.questions("train")) // GENERAL_STEP
         tokens = costs.refusal_tokens(
-            size,
-            job,
-            steps=settings.token_steps,
-            wordings=settings.token_wordings,
-            general=general,
-            others=settings.other_subjects,
+            size, job, steps=settings.token_steps, wordings=settings.token_wordings, general=general, others=others
         )
         steps.append(tokens)
     return steps
