@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from editlib.algorithms.dense_system import BLOCK
+from editlib.algorithms.low_rank import SLAB
 from editlib.algorithms.machine import EIGEN
 from editlib.algorithms.unierase.proportion import FEWEST_READ, share_of
 from editlib.algorithms.work import (
@@ -192,8 +194,9 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: in
     return Step("values", work, logits + graph + fronts * size.n_layers * size.kv_width * ITEM)
 
 
-def solve(size: ModelSize, job: Job) -> Step:
-    """Estimates keys, residuals, the closed form and the update of each layer."""
+def solve(size: ModelSize, job: Job, *, itemsize: int = ITEM) -> Step:
+    """Estimates keys, residuals, the closed form and the update of each layer, whose weights of `itemsize` bytes a
+    number are kept to go back to."""
     first, last, n, layers = min(job.layers), max(job.layers), job.requests, len(job.layers)
     tokens = n * (job.contexts * job.prompt_tokens + job.shot_tokens)  # one more context has examples
     held = min(job.held_keys, size.d_ff)  # from d_ff keys on, their second moment is held instead
@@ -215,8 +218,11 @@ def solve(size: ModelSize, job: Job) -> Step:
     if job.anchors:  # their keys are read again at each layer, from the model's beginning
         passes = max(1, round(job.held_keys / KEY_TOKENS))
         work.append(forward_pass(size, job.held_keys, sum(layer + 1 for layer in job.layers), "model", passes=passes))
-    system_bytes = (3 * m + job.kept_out + held) * size.d_ff * WIDE + (3 * size.d_ff**2 * WIDE if dense else 0)
-    return Step("solve", work, 2 * square * WIDE + system_bytes + layers * square * ITEM)
+    # A dense system is built and factored in one matrix; beside it one block of columns is held, twice.
+    square_bytes = (size.d_ff + 2 * min(BLOCK, size.d_ff)) * size.d_ff * WIDE if dense else 0
+    system_bytes = (3 * m + job.kept_out + held) * size.d_ff * WIDE + square_bytes
+    added = 2 * min(square, SLAB) * WIDE  # of the update, and of its sum with the weights
+    return Step("solve", work, added + system_bytes + layers * square * itemsize)
 
 
 def descent(size: ModelSize, requests: int, prompt_tokens: int, steps: int) -> Step:
@@ -325,6 +331,11 @@ def with_copy(step: Step, size: ModelSize) -> Step:
     """Adds the bf16 copy of fp32 weights that a step holds if some of its passes run in bf16."""
     fast = any(work.rate == "fast" for work in step.work)
     return replace(step, held=step.held + 2 * size.total) if fast else step
+
+
+def with_statistics(step: Step, size: ModelSize, layers: int) -> Step:
+    """Adds the second moments of `layers` in fp32, which an edit holds from its beginning to its end."""
+    return replace(step, held=step.held + layers * size.d_ff**2 * ITEM)
 
 
 def save(size: ModelSize, itemsize: int) -> Step:

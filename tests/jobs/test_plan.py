@@ -189,6 +189,19 @@ def test_the_solve_by_hand():
     assert system.flops == pytest.approx(gram + factor + right + 4 * 44 * 6 * 7 + 2 * 16 * 44 * 5)
 
 
+def test_a_dense_system_is_held_once():
+    job = costs.Job(layers=[0, 1], requests=5, kept_out=0, dense=True)
+    plain = costs.solve(SIZE, replace(job, dense=False)).held
+    # The matrix in fp64, and one block of its columns twice: of so small a matrix, all of them.
+    assert costs.solve(SIZE, job).held - plain == 3 * 44 * 44 * 8
+    large = ModelSize(n_layers=1, d_model=4096, d_ff=14336, vocab=9, kv_width=9, layer=9, head=9, total=9)
+    more = [costs.solve(large, replace(job, layers=[0], dense=dense)).held for dense in (True, False)]
+    assert more[0] - more[1] == (14336 + 2 * 1024) * 14336 * 8
+    half = costs.solve(SIZE, job, itemsize=2).held  # weights to go back to, of two layers
+    assert costs.solve(SIZE, job).held - half == 2 * 16 * 44 * 2
+    assert costs.with_statistics(costs.solve(SIZE, job), SIZE, 2).held - costs.solve(SIZE, job).held == 2 * 44 * 44 * 4
+
+
 def test_what_is_saved_is_the_weights():
     assert costs.save(SIZE, 2).seconds(ROUND) == pytest.approx(2 * SIZE.total / 1e8)
     assert costs.save(SIZE, 2).bound(ROUND) == "disk"
