@@ -147,12 +147,19 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
     result.revert(model)
     length = mean_tokens(tok, [prompt.question for prompt in retain])
     job = replace(settings_job(hparams, args.facts, length, size), anchors=len(retain))
-    general = len(data.questions("train")) // GENERAL_STEP
+    general, others = len(data.questions("train")) // GENERAL_STEP, hparams.other_subjects
     planned = [
-        costs.anchors(size, job),
-        costs.row_values(size, job),
+        costs.anchors(size, job, job.v_rate),
+        costs.row_values(size, job, others=others),
         costs.solve(size, job),
-        costs.refusal_tokens(size, job, steps=hparams.token_steps, wordings=hparams.token_wordings, general=general),
+        costs.refusal_tokens(
+            size,
+            job,
+            steps=hparams.token_steps,
+            wordings=hparams.token_wordings,
+            general=general,
+            others=others,
+        ),
     ]
     planned = copied(model, planned)
     held = {"memory of the edit": (max(step.held for step in planned), whole.memory_mb)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from editlib.algorithms.covariance import Covariance
+from editlib.algorithms.dense_system import factor_in_place, solve_factored
 from editlib.algorithms.left_metric import LeftMetric
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import NullSpace
@@ -142,7 +143,8 @@ def alphaedit(
         constraints: key blocks `[d_ff, m_i]` whose output must not move (past edits, anchors times their weight's
             square root).
         moment: `M [d_ff, d_ff]`, a second moment times its weight: keys whose output costs what it moves (MEMIT's
-            `λ C`), which is what the null space forbids altogether.
+            `λ C`), which is what the null space forbids altogether. The system is built and factored in its memory:
+            it means nothing afterwards.
         metric: `M_l [d_model, d_model]` (ours): all costs but that of the residual are measured in it, so that they are
             `tr(M_l Δ (L2 I + P (K_c K_c^T + M) P) Δ^T)`. `None`: Euclidean, as published.
 
@@ -154,7 +156,7 @@ def alphaedit(
     blocks = [null_space.project(block) for block in constraints if block.shape[1]]
     held = torch.cat(blocks, dim=1) if blocks else new[:, :0]  # P K_c [d_ff, m_c]
     if moment is not None:
-        moment = null_space.project(null_space.project(moment).T)  # P M P
+        moment = null_space.project_both(moment)  # P M P
     if metric is not None:
         whitened = _cost_inverse(new, held, l2, moment)
         return _checked(metric.solve(residual, new.T @ whitened, whitened.T))
@@ -166,11 +168,8 @@ def alphaedit(
         right = both @ torch.cholesky_solve(_last_columns(both.shape[1], new), _cholesky(gram))
     else:
         # From d_ff keys on, their sum of outer products is the smaller system.
-        gram = new @ new.T + held @ held.T
-        if moment is not None:
-            gram += moment
-        gram.diagonal().add_(l2)
-        right = torch.cholesky_solve(new, _cholesky(gram))
+        gram = _cost(held, l2, moment).addmm_(new, new.T)
+        right = solve_factored(_factored(gram), new)
     if l2 == 0 and bool((new.norm(dim=0) < 1e-7 * keys.norm(dim=0)).any()):
         raise EditError(
             "a key has no part in the null space; the model is unchanged: raise `nullspace_threshold`, or `L2`"
@@ -190,11 +189,14 @@ def _cost_inverse(new: Tensor, held: Tensor, l2: float, moment: Tensor | None) -
         # Woodbury: (L2 I + K_c K_c^T)^-1 = (I - K_c (L2 I + K_c^T K_c)^-1 K_c^T) / L2
         inner = torch.cholesky_solve(held.T @ new, _cholesky(gram)) if held.shape[1] else held.T @ new
         return (new - held @ inner) / l2
-    gram = held @ held.T  # [d_ff, d_ff]
-    if moment is not None:
-        gram += moment
+    return solve_factored(_factored(_cost(held, l2, moment)), new)
+
+
+def _cost(held: Tensor, l2: float, moment: Tensor | None) -> Tensor:
+    """Returns `G = L2 I + K_c K_c^T + M [d_ff, d_ff]` for `held`, `K_c [d_ff, m]`, in the memory of `moment`, `M`."""
+    gram = held @ held.T if moment is None else moment.addmm_(held, held.T)
     gram.diagonal().add_(l2)
-    return torch.cholesky_solve(new, _cholesky(gram))
+    return gram
 
 
 def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
@@ -253,18 +255,28 @@ def _checked(delta: LowRank) -> LowRank:
 
 def _cholesky(gram: Tensor) -> Tensor:
     """Factors `gram [m, m]`; raises `EditError` unless it is positive definite beyond rounding."""
-    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram)
+    return _checked_factor(factor, not int(info))
+
+
+def _factored(gram: Tensor) -> Tensor:
+    """Factors `gram [m, m]` in its own memory: the factor is the lower triangle of what is returned. Raises as
+    `_cholesky` does."""
+    return _checked_factor(gram, factor_in_place(gram))
+
+
+def _checked_factor(factor: Tensor, definite: bool) -> Tensor:
+    """Returns `factor [m, m]`, or raises `EditError` unless its system is positive definite beyond rounding."""
     pivots = factor.diagonal()
-    resolution = len(gram) * torch.finfo(gram.dtype).eps
+    resolution = len(factor) * torch.finfo(factor.dtype).eps
     # A pivot at the level of rounding is none: what is solved with it is noise.
     if (
-        int(info)
-        or not torch.isfinite(factor).all()
+        not definite
+        or not torch.isfinite(pivots).all()
         or float(pivots.min()) ** 2 <= resolution * float(pivots.max()) ** 2
     ):
         raise EditError(
-            f"the {len(gram)} x {len(gram)} system of the closed form is not positive definite; the model is "
+            f"the {len(factor)} x {len(factor)} system of the closed form is not positive definite; the model is "
             "unchanged: raise `L2` (`emmet_lambda`), or remove repeated requests"
         )
     return factor

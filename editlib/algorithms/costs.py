@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from editlib.algorithms.dense_system import BLOCK
+from editlib.algorithms.low_rank import SLAB
 from editlib.algorithms.machine import EIGEN
 from editlib.algorithms.unierase.proportion import FEWEST_READ, share_of
 from editlib.algorithms.work import (
@@ -32,7 +34,11 @@ KEPT_TOKENS = 20  # tokens of an answer that a row keeps
 EXAMPLES, EXAMPLE_ANSWER = 3, 4  # examples of a few-shot prompt, and tokens of an example's answer
 REFUSAL_TOKENS = 10  # tokens of a refusal
 TEXTS, TEXT_TOKENS = 320, 48  # texts that the edited model writes, which refusal tokens stay out of; tokens of each
-LISTS, MOST_NAMES = 192, 600  # lists of subjects that the model goes on with; other subjects that it names, at most
+BEGINNINGS = 400  # single tokens that are read as texts' beginnings
+PLACE_STEPS = 100  # steps of refusal tokens without a pass
+TOKEN_BATCH, RELATION_BATCH = 16, 8  # refusals in a step, and of each relation
+LISTS, RELATION_LISTS = 192, 32  # lists of subjects that the model goes on with, at most, and for each relation
+MOST_NAMES = 600  # other subjects that it names, at most
 
 
 @dataclass(frozen=True)
@@ -143,16 +149,17 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
     )
 
 
-def anchors(size: ModelSize, job: Job) -> Step:
+def anchors(size: ModelSize, job: Job, rate: Rate = "model") -> Step:
     """Estimates what the model answers to the retain prompts, token by token."""
     prefix = DECODE_ROWS * (job.prompt_tokens + job.answer_tokens) * size.n_layers * size.kv_width * ITEM
-    return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, "model"), prefix)
+    return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, rate), prefix)
 
 
-def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
+def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: int = 0) -> Step:
     """Estimates values from rows: the model's answers, the metric of the anchors' answers, and readings of the rows.
 
-    Of `steps` Gauss-Newton steps three read a Jacobian, the others and the last reading the rows alone.
+    Of `steps` Gauss-Newton steps three read a Jacobian, the others and the last reading the rows alone. Where refusal
+    tokens follow, the model names `others` subjects for each relation, and answers about them.
     """
     last, above = max(job.layers), size.n_layers - max(job.layers) - 1
     asked, keep = job.requests * (1 + job.wordings), job.requests * job.siblings
@@ -181,13 +188,15 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512) -> Step:
             forward_pass(size, tokens, above, rate, passes=batches, kind="gradient"),
             head_pass(size, read * job.answer_tokens, rate, passes=batches, kind="gradient"),
         ]
+    work += _named(size, job, min(MOST_NAMES, job.requests * others)) if others else []
     logits = 3 * ITEM * size.vocab * max(scored / passes, METRIC_ROWS * job.answer_tokens * job.left_metric)
     graph = max(batch_tokens, METRIC_ROWS * 40 * job.left_metric) * above * (12 * size.d_model + 6 * size.d_ff) * ITEM
     return Step("values", work, logits + graph + fronts * size.n_layers * size.kv_width * ITEM)
 
 
-def solve(size: ModelSize, job: Job) -> Step:
-    """Estimates keys, residuals, the closed form and the update of each layer."""
+def solve(size: ModelSize, job: Job, *, itemsize: int = ITEM) -> Step:
+    """Estimates keys, residuals, the closed form and the update of each layer, whose weights of `itemsize` bytes a
+    number are kept to go back to."""
     first, last, n, layers = min(job.layers), max(job.layers), job.requests, len(job.layers)
     tokens = n * (job.contexts * job.prompt_tokens + job.shot_tokens)  # one more context has examples
     held = min(job.held_keys, size.d_ff)  # from d_ff keys on, their second moment is held instead
@@ -209,8 +218,11 @@ def solve(size: ModelSize, job: Job) -> Step:
     if job.anchors:  # their keys are read again at each layer, from the model's beginning
         passes = max(1, round(job.held_keys / KEY_TOKENS))
         work.append(forward_pass(size, job.held_keys, sum(layer + 1 for layer in job.layers), "model", passes=passes))
-    system_bytes = (3 * m + job.kept_out + held) * size.d_ff * WIDE + (3 * size.d_ff**2 * WIDE if dense else 0)
-    return Step("solve", work, 2 * square * WIDE + system_bytes + layers * square * ITEM)
+    # A dense system is built and factored in one matrix; beside it one block of columns is held, twice.
+    square_bytes = (size.d_ff + 2 * min(BLOCK, size.d_ff)) * size.d_ff * WIDE if dense else 0
+    system_bytes = (3 * m + job.kept_out + held) * size.d_ff * WIDE + square_bytes
+    added = 2 * min(square, SLAB) * WIDE  # of the update, and of its sum with the weights
+    return Step("solve", work, added + system_bytes + layers * square * itemsize)
 
 
 def descent(size: ModelSize, requests: int, prompt_tokens: int, steps: int) -> Step:
@@ -236,45 +248,52 @@ def refusal_tokens(
     general: int,
     others: int = 0,
     kept: int = 600,
-    batch: int = 16,
 ) -> Step:
     """Estimates tokens that refuse, fitted to the edited model: the states of all places, and `steps` passes and back.
+
+    Each request is taken to ask for its own relation. Texts are read while the model writes them. Answers are run
+    again, with the ends of their questions in them.
 
     Args:
         wordings: of each question that the tokens are to be said at.
         general: questions about anything, which the edited model answers first.
-        others: other subjects for each relation, which the model names. Each request is taken to ask for its own.
-        kept: retain prompts that the tokens stay out of; each is asked in three ways.
+        others: other subjects for each relation, which `row_values` has named.
+        kept: retain prompts that the tokens stay out of; each is asked in two further ways.
     """
     kept, rate = min(job.anchors, kept), job.v_rate
     siblings = job.requests * job.siblings
     named = min(MOST_NAMES, job.requests * others)
-    ends = job.requests * (1 + wordings + job.wordings) + 3 * (kept + named) + siblings
-    answers = kept + named + siblings + general
+    ends = job.requests * (1 + wordings + job.wordings) + 2 * (kept + named)
+    answers = kept + named + siblings
     answer_tokens = answers * job.answer_tokens
+    run = (ends + answers) * job.prompt_tokens + answer_tokens + BEGINNINGS
+    positions = ends + answer_tokens + (general + TEXTS) * TEXT_TOKENS + BEGINNINGS
     passes = max(1, -(-(ends + answers) // DECODE_ROWS))
+    batch = min(TOKEN_BATCH, RELATION_BATCH * job.requests)
     trained = batch * (REFUSAL_TOKENS + 2)  # the relation's token, [UNL] and the refusal
+    read_out = (PLACE_STEPS + steps) * positions * size.d_model
     return Step(
         "tokens",
         [
             *answered(size, general, job.prompt_tokens, TEXT_TOKENS, rate),
             *answered(size, TEXTS, 1, TEXT_TOKENS, rate),
-            *(_named(size, job, named) if named else []),
-            forward_pass(
-                size, (ends + answers) * job.prompt_tokens + answer_tokens, size.n_layers, rate, passes=passes
-            ),
-            head_pass(size, ends + answer_tokens, rate, passes=passes, kind="step"),
+            forward_pass(size, run, size.n_layers, rate, passes=passes),
+            head_pass(size, ends + answer_tokens + BEGINNINGS, rate, passes=passes, kind="step"),
             forward_pass(size, steps * trained, size.n_layers, rate, passes=steps, kind="gradient"),
             head_pass(size, steps * trained, rate, passes=steps, kind="gradient"),
+            # Log-odds of all tokens at all positions, and their gradient, from states in fp32.
+            Work("model", 4 * (1 + job.requests) * read_out, 2 * ITEM * read_out),
         ],
-        batch * job.prompt_tokens * size.n_layers * size.kv_width * ITEM + 6 * ITEM * trained * size.vocab,
+        batch * job.prompt_tokens * size.n_layers * size.kv_width * ITEM
+        + 6 * ITEM * trained * size.vocab
+        + positions * size.d_model * ITEM,
     )
 
 
 def _named(size: ModelSize, job: Job, names: int) -> list[Work]:
     """Estimates lists of subjects that the model continues, and its answers about `names` of them."""
     return [
-        *answered(size, LISTS, job.prompt_tokens, TEXT_TOKENS, job.v_rate),
+        *answered(size, min(LISTS, RELATION_LISTS * job.requests), job.prompt_tokens, TEXT_TOKENS, job.v_rate),
         *answered(size, names, job.prompt_tokens, job.answer_tokens, job.v_rate),
     ]
 
@@ -312,6 +331,11 @@ def with_copy(step: Step, size: ModelSize) -> Step:
     """Adds the bf16 copy of fp32 weights that a step holds if some of its passes run in bf16."""
     fast = any(work.rate == "fast" for work in step.work)
     return replace(step, held=step.held + 2 * size.total) if fast else step
+
+
+def with_statistics(step: Step, size: ModelSize, layers: int) -> Step:
+    """Adds the second moments of `layers` in fp32, which an edit holds from its beginning to its end."""
+    return replace(step, held=step.held + layers * size.d_ff**2 * ITEM)
 
 
 def save(size: ModelSize, itemsize: int) -> Step:

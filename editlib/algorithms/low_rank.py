@@ -9,6 +9,8 @@ from torch import Tensor
 
 from editlib.errors import EditError
 
+SLAB = 2**23  # numbers of an update that are multiplied out at once, when it is added
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -91,4 +93,9 @@ class LowRank:
 
     def add_to(self, weight: Tensor) -> None:
         """Adds the update to `weight [d_model, d_ff]` in place: summed in the factors' dtype, rounded once."""
-        weight.copy_(weight.to(self.left.dtype) + self.dense().to(weight.device))
+        # In slabs of rows: beside a large weight, its update in a wider dtype would be the most that is held.
+        height = max(1, SLAB // self.right.shape[1])
+        for top in range(0, len(self.left), height):
+            some = weight[top : top + height]
+            update = self.left[top : top + height] @ self.right
+            some.copy_(some.to(update.dtype) + update.to(weight.device))

@@ -36,6 +36,20 @@ class NullSpace:
         inside = self.basis @ (self.basis.T @ keys)  # [d_ff, n]
         return inside if self.spans_kept else keys - inside
 
+    def project_both(self, moment: Tensor) -> Tensor:
+        """Replaces a symmetric `moment [d_ff, d_ff]` by `P moment P`; beside it, only products with the basis are held.
+
+        Returns:
+            `moment`, whose content has changed.
+        """
+        q = self.basis  # [d_ff, r]
+        inside = q.T @ moment  # [r, d_ff]
+        if self.spans_kept:
+            return torch.mm(q @ (inside @ q), q.T, out=moment)
+        # (I - Q Q^T) M (I - Q Q^T), one side after the other
+        moment.addmm_(q, inside, alpha=-1)
+        return moment.addmm_(moment @ q, q.T, alpha=-1)
+
 
 def everything(keys: Tensor) -> NullSpace:
     """Returns the whole space of `keys [d_ff, n]`: every direction may be used."""

@@ -98,14 +98,16 @@ def plan(
     kind = stored if dtype is None else DTYPES[dtype]
     machine = measure(config, kind, torch.device(device)).scaled(flops, bandwidth)
     tokens = stats_tokens or (STATS_TOKENS if settings.has_target else STATS_TOKENS_UNLEARN)
-    steps = _steps(settings, size, requests, prompt_tokens, tokens)
+    steps = _steps(settings, size, requests, prompt_tokens, tokens, kind.itemsize)
     if kind == torch.float32:
         steps = [costs.with_copy(step, size) for step in steps]
     steps.append(costs.save(size, kind.itemsize))
     return Plan(settings, size, machine, size.bytes(kind.itemsize), steps)
 
 
-def _steps(settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int) -> list[Step]:
+def _steps(
+    settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int, itemsize: int
+) -> list[Step]:
     """Lists the steps that an edit with these settings has, but for the model that is saved."""
     steps = []
     if settings.uses_statistics:
@@ -117,19 +119,26 @@ def _steps(settings: HyperParams, size: ModelSize, requests: int, prompt_tokens:
     if not finds_values(settings):
         return steps
     job = settings_job(settings, requests, prompt_tokens, size)
-    if job.anchors:
-        steps.append(costs.anchors(size, job))
-    from_rows = takes_retain(settings) and settings.values_from_rows
-    steps += [costs.row_values(size, job) if from_rows else costs.values(size, job), costs.solve(size, job)]
-    if takes_retain(settings) and from_rows and settings.say:
+    edited = _edit_steps(settings, size, job, itemsize)
+    if settings.uses_statistics:
+        edited = [costs.with_statistics(step, size, len(settings.layers)) for step in edited]
+    return [*steps, *edited]
+
+
+def _edit_steps(settings: ClosedFormHyperParams, size: ModelSize, job: costs.Job, itemsize: int) -> list[Step]:
+    """Lists the steps from the retain prompts' answers to the refusal tokens."""
+    solve = costs.solve(size, job, itemsize=itemsize)
+    if not takes_retain(settings) or not settings.values_from_rows:
+        held = [costs.anchors(size, job)] if job.anchors else []
+        return [*held, costs.values(size, job), solve]
+    others = settings.other_subjects if settings.say else 0
+    # Where tokens are fitted, retain prompts are answered in the rows' dtype.
+    held = [costs.anchors(size, job, job.v_rate if settings.say else "model")] if job.anchors else []
+    steps = [*held, costs.row_values(size, job, others=others), solve]
+    if settings.say:
         general = len(data.questions("train")) // GENERAL_STEP
         tokens = costs.refusal_tokens(
-            size,
-            job,
-            steps=settings.token_steps,
-            wordings=settings.token_wordings,
-            general=general,
-            others=settings.other_subjects,
+            size, job, steps=settings.token_steps, wordings=settings.token_wordings, general=general, others=others
         )
         steps.append(tokens)
     return steps

@@ -61,7 +61,8 @@ class LayerStats:
 
     def moment(self) -> Tensor:
         """Returns `C = E[k k^T]`, uncentred, fp64 `[d_ff, d_ff]`."""
-        return self.mom2.to(torch.float64) / self.count
+        # Divided in place: of a wide layer two such matrices are gigabytes.
+        return self.mom2.to(torch.float64, copy=True).div_(self.count)
 
     def sha256(self) -> str:
         """Hashes the sum and the count, for receipts."""

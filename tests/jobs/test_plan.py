@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from editlib.algorithms import costs
 from editlib.algorithms.machine import Curve, Machine, measure
+from editlib.algorithms.unierase import other_subjects, refusal_tokens
 from editlib.algorithms.work import PROBE_TOKENS, Step, Work, forward_pass
 from editlib.cli import app
 from editlib.errors import EditlibError
@@ -116,6 +117,46 @@ def test_rows_behind_examples_are_counted_by_hand():
     assert keys[1] / keys[0] == pytest.approx((10 + shown.shot_tokens) / 10)  # one more context of each request
 
 
+def test_refusal_tokens_by_hand():
+    """One request in three wordings, with four siblings: every prompt and text that is run, counted once."""
+    job = costs.Job(layers=[1], requests=1, prompt_tokens=10, answer_tokens=6, wordings=1, siblings=4, anchors=7)
+    step = costs.refusal_tokens(SIZE, job, steps=20, wordings=3, general=11, others=9)
+    asked, said, _, began, written, _, read, read_head, trained, trained_head, read_out = step.work
+    layers = 2 * SIZE.n_layers * LAYER
+    assert (asked.flops, said.flops) == (11 * 10 * layers, 11 * 48 * layers)  # general questions and their answers
+    assert (began.flops, written.flops) == (320 * layers, 320 * 48 * layers)  # texts, from one token each
+    ends = 1 + 3 + 1 + 2 * (7 + 9)  # wordings of the request; two further ones of each retain prompt and other subject
+    answers = 7 + 9 + 4
+    # Answers run with their questions. Texts do not run again: their states are read as they are written.
+    assert read.flops == ((ends + answers) * 10 + answers * 6 + 400) * layers
+    assert read_head.flops == 2 * 1600 * (ends + answers * 6 + 400)
+    # A step has eight refusals of the only relation: its token, [UNL], ten tokens.
+    assert trained.flops == 2 * layers * 20 * 8 * 12
+    assert trained_head.flops == 4 * 1600 * 20 * 8 * 12
+    positions = ends + answers * 6 + (11 + 320) * 48 + 400
+    assert read_out.flops == 120 * 4 * positions * 16 * 2  # two tokens, forwards and back, in each step
+    assert read_out.moved == 120 * 2 * positions * 16 * 4
+    more = costs.refusal_tokens(SIZE, replace(job, requests=3), steps=20, wordings=3, general=11, others=9)
+    assert more.work[8].flops == 2 * trained.flops  # at most sixteen
+
+
+def test_the_counts_of_refusal_tokens_are_those_of_the_code():
+    assert (costs.TEXTS, costs.TEXT_TOKENS) == (refusal_tokens.TEXTS, refusal_tokens.TEXT_TOKENS)
+    assert (costs.BEGINNINGS, costs.PLACE_STEPS) == (refusal_tokens.BEGINNINGS, refusal_tokens.PLACE_STEPS)
+    assert (costs.TOKEN_BATCH, costs.RELATION_BATCH) == (refusal_tokens.BATCH, refusal_tokens.RELATION_BATCH)
+    lists = costs.RELATION_LISTS, costs.LISTS, costs.MOST_NAMES
+    assert lists == (other_subjects.LISTS, other_subjects.MOST_LISTS, other_subjects.MOST_NAMES)
+
+
+def test_other_subjects_are_named_and_asked_about_while_values_are_found():
+    job = costs.Job(layers=[1], requests=2, prompt_tokens=10, answer_tokens=6)
+    plain, naming = costs.row_values(SIZE, job).work, costs.row_values(SIZE, job, others=9).work
+    listed, went_on, _, asked, answered, _ = naming[len(plain) :]
+    layers = 2 * SIZE.n_layers * LAYER
+    assert (listed.flops, went_on.flops) == (2 * 32 * 10 * layers, 2 * 32 * 48 * layers)
+    assert (asked.flops, answered.flops) == (2 * 9 * 10 * layers, 2 * 9 * 6 * layers)
+
+
 def test_a_plan_counts_the_examples_of_its_settings():
     settings = load_hparams("UniErase/smollm2-135m-erase")
     assert settings.example_wordings == 2
@@ -146,6 +187,19 @@ def test_the_solve_by_hand():
     assert keys.flops == 2 * 5 * job.prompt_tokens * (1 + 3) * LAYER
     gram, factor, right = 2 * 44 * 7**2, 7**3 / 3 + 2 * 7**2 * 5, 2 * 44 * 7 * 5
     assert system.flops == pytest.approx(gram + factor + right + 4 * 44 * 6 * 7 + 2 * 16 * 44 * 5)
+
+
+def test_a_dense_system_is_held_once():
+    job = costs.Job(layers=[0, 1], requests=5, kept_out=0, dense=True)
+    plain = costs.solve(SIZE, replace(job, dense=False)).held
+    # The matrix in fp64, and one block of its columns twice: of so small a matrix, all of them.
+    assert costs.solve(SIZE, job).held - plain == 3 * 44 * 44 * 8
+    large = ModelSize(n_layers=1, d_model=4096, d_ff=14336, vocab=9, kv_width=9, layer=9, head=9, total=9)
+    more = [costs.solve(large, replace(job, layers=[0], dense=dense)).held for dense in (True, False)]
+    assert more[0] - more[1] == (14336 + 2 * 1024) * 14336 * 8
+    half = costs.solve(SIZE, job, itemsize=2).held  # weights to go back to, of two layers
+    assert costs.solve(SIZE, job).held - half == 2 * 16 * 44 * 2
+    assert costs.with_statistics(costs.solve(SIZE, job), SIZE, 2).held - costs.solve(SIZE, job).held == 2 * 44 * 44 * 4
 
 
 def test_what_is_saved_is_the_weights():

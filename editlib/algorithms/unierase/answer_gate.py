@@ -99,7 +99,8 @@ def answer_gate(
     # Relative to the keys, since their size differs between models.
     ridge = RIDGE * float(mean.norm(dim=0).square().mean())
     targets = torch.stack([values[relation] for relation in groups], dim=1).to(device, dtype)  # [d_model, relations]
-    moment = None if moment is None else moment.to(device, dtype)  # [d_ff, d_ff]
+    # A copy, since the solve takes its memory.
+    moment = None if moment is None else moment.to(device, dtype, copy=True)  # [d_ff, d_ff]
     # The least-squares solution falls short of its targets; `exact` scales it up until it meets them.
     update = alphaedit(mean, targets, everything(mean), l2=ridge, constraints=held, moment=moment)
     return exact(update, mean)

@@ -80,12 +80,14 @@ def layer_solve(
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
         # Writing lower layers has moved the anchors' keys a little; keys from before the edit would leave that out.
         anchored = stream.read(layer) if reread else before
-        blocks, moment = _weighted(anchored, layer, hparams, keys.mean)
+        blocks, seen = _weighted(anchored, layer, hparams, keys.mean)
         # A key times the root of its weight has that weight in the squared error.
         blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))  # [d_ff, past]
-        if hparams.text_weight:
-            text = stats[layer].moment().to(keys.mean) * hparams.text_weight  # [d_ff, d_ff]
-            moment = text if moment is None else moment + text
+        # One matrix [d_ff, d_ff] of its own, in whose memory the system is then solved.
+        moment = stats[layer].moment().to(keys.mean).mul_(hparams.text_weight) if hparams.text_weight else None
+        if seen is not None:
+            weight = hparams.anchor_weight
+            moment = seen.to(keys.mean) * weight if moment is None else moment.add_(seen.to(moment), alpha=weight)
         delta = alphaedit(keys.mean, residual, spaces[layer], l2=hparams.L2, constraints=blocks, moment=moment)
         if hparams.solve == "ridge":
             return delta
@@ -99,7 +101,7 @@ def _weighted(
     anchored: AnchorKeys, layer: int, hparams: UniEraseHyperParams, like: Tensor
 ) -> tuple[list[Tensor], Tensor | None]:
     """Returns the anchors' weighted keys at `layer`, in the dtype of `like`: blocks `[d_ff, m]`, and a moment `[d_ff,
-    d_ff]` or `None`."""
+    d_ff]` without its weight, or `None`."""
     keys = anchored.layers[layer]
     known = torch.tensor(anchored.anchors.known, device=like.device)  # [anchors], booleans
     # At lookup positions other subjects differ from those to be forgotten: these keys may weigh more than the rest.
@@ -110,5 +112,4 @@ def _weighted(
     ]
     if hparams.anchor_prefix_weight:
         blocks.append(keys.prefix.to(like) * math.sqrt(hparams.anchor_prefix_weight))
-    moment = keys.every.moment  # of every position, once there are more than d_ff of them
-    return blocks, None if moment is None else moment.to(like) * hparams.anchor_weight
+    return blocks, keys.every.moment  # of every position, once there are more than d_ff of them
