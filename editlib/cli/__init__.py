@@ -1,4 +1,4 @@
-"""The `editlib` command: parse, call, print."""
+"""The `editlib` command: read options, call the library, print."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    log: Annotated[Level, typer.Option(help="what is said on stderr")] = Level.info,
+    log: Annotated[Level, typer.Option(help="which messages go to stderr")] = Level.info,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")
     ] = False,
