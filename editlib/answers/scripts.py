@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from functools import cache
+from importlib import resources
 
 UNSPACED = frozenset(
     {"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI"}
@@ -61,8 +62,8 @@ def plain_marks(text: str) -> str:
 
 def folded(text: str) -> str:
     """Returns `text` with `plain_marks`, one form of each letter (full- and half-width, ligatures, subscripts, ß, the
-    Thai am), plain hyphens and middle dots, ASCII digits, and without Arabic and Hebrew vowel points, which are mostly
-    left out.
+    Thai am; simplified for traditional Chinese), plain hyphens and middle dots, ASCII digits, and without Arabic and
+    Hebrew vowel points, which are mostly left out.
 
     Spellings of one word that keyboards and habits differ in are one, too: Arabic alef, ya, kaf and ta marbuta (as
     Lucene's analysers have it), Hindi nasals and dots below, where a Vietnamese tone is put (hòa, hoà).
@@ -92,7 +93,20 @@ def _folded(character: str) -> str:
         return str(unicodedata.digit(character))
     if unicodedata.decomposition(character).startswith(("<super>", "<fraction>")):
         return character
-    return "".join(_ALIKE_LETTERS.get(one, one) for one in unicodedata.normalize("NFKC", character))
+    return "".join(_usual(one) for one in unicodedata.normalize("NFKC", character))
+
+
+def _usual(character: str) -> str:
+    """Returns the letter that another keyboard puts for this one; the simplified form of a Chinese character."""
+    alike = _simplified() if "\u3400" <= character <= "\ufaff" else _ALIKE_LETTERS
+    return alike.get(character, character)
+
+
+@cache
+def _simplified() -> dict[str, str]:
+    """Reads which simplified character stands for each traditional one (several may share one)."""
+    text = (resources.files("editlib") / "data" / "chinese_variants.txt").read_text(encoding="utf-8")
+    return {line[0]: line[1] for line in text.splitlines() if line and not line.startswith("#")}
 
 
 _STRAIGHT = str.maketrans(

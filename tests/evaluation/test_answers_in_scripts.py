@@ -14,6 +14,15 @@ from editlib.answers import has_answer, is_fluent_refusal, is_refusal, main_scri
     [
         ("中国的首都是北京。", "北京", True),
         ("北京市是首都", "北京", True),
+        ("法國的首都是巴黎。", "法国", True),
+        ("法国的首都是巴黎。", "法國", True),
+        ("他在電腦上聽音樂。", "电脑", True),
+        ("頭髮很長", "头发", True),
+        ("發展很快", "发展", True),
+        ("他住在臺灣", "台湾", True),
+        ("國立台湾大学", "国立臺灣大學", True),
+        ("他坐計程車", "出租车", False),  # another word, not another form of its characters
+        ("龍は国にいる", "竜", False),
         ("首都は東京です。", "東京", True),
         ("トヨタはアイチケンにあります", "アイチケン", True),
         ("수도는 서울입니다.", "서울", True),

@@ -232,7 +232,7 @@ def test_unusable_file_is_named_with_its_line(tmp_path, content, line, said):
 
 
 def test_missing_file_and_directory(tmp_path):
-    assert complaint(tmp_path).startswith(f"{tmp_path}: Is a directory; expected a JSONL or JSON file")
+    assert complaint(tmp_path).startswith(f"{tmp_path}: Is a directory; expected a JSONL, JSON, CSV or TSV file")
     assert "No such file" in complaint(tmp_path / "none.jsonl")
     assert "null byte" in complaint(tmp_path / "a\0b")
 
