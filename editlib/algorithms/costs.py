@@ -333,9 +333,10 @@ def with_copy(step: Step, size: ModelSize) -> Step:
     return replace(step, held=step.held + 2 * size.total) if fast else step
 
 
-def with_statistics(step: Step, size: ModelSize, layers: int) -> Step:
-    """Adds the second moments of `layers` in fp32, which an edit holds from its beginning to its end."""
-    return replace(step, held=step.held + layers * size.d_ff**2 * ITEM)
+def with_statistics(step: Step, size: ModelSize) -> Step:
+    """Adds the second moment of one layer in fp32: large ones are mapped from their files, and one is read at a
+    time."""
+    return replace(step, held=step.held + size.d_ff**2 * ITEM)
 
 
 def save(size: ModelSize, itemsize: int) -> Step:

@@ -121,7 +121,7 @@ def _steps(
     job = settings_job(settings, requests, prompt_tokens, size)
     edited = _edit_steps(settings, size, job, itemsize)
     if settings.uses_statistics:
-        edited = [costs.with_statistics(step, size, len(settings.layers)) for step in edited]
+        edited = [costs.with_statistics(step, size) for step in edited]
     return [*steps, *edited]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ DAMAGE = (
     *(SyntaxError, struct.error, zlib.error, zipfile.BadZipFile),
 )
 """Errors of numpy and zipfile for bytes that are not an `.npz` file, or a damaged one."""
+LARGE = 2**28  # bytes of a matrix that is mapped and not read
+CHUNK, ZIP_HEADER = 2**24, 30  # bytes read at once; bytes of the fixed part of a zip member's header
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """Readers of an array's header, by the version of its format."""
 
@@ -66,7 +69,7 @@ class LayerStats:
 
     def sha256(self) -> str:
         """Hashes the sum and the count, for receipts."""
-        digest = hashlib.sha256(self.mom2.to(torch.float32).contiguous().numpy().tobytes())
+        digest = hashlib.sha256(self.mom2.to(torch.float32).contiguous().numpy().data)
         digest.update(str(self.count).encode())
         return digest.hexdigest()
 
@@ -94,9 +97,10 @@ def read_stats(path: Path) -> LayerStats:
         StatsError: not an `.npz`, truncated, without the family's arrays, or holding what is no second moment: not
             square, not finite, all zero, not symmetric, no token counted.
     """
-    arrays = _arrays(path, ("mom2.mom2", "mom2.count", "editlib.header"))
-    header = _header(path, arrays)
-    mom2, count = arrays["mom2.mom2"], _count(path, arrays["mom2.count"])
+    arrays = _arrays(path, ("mom2.count", "editlib.header"))
+    header, count = _header(path, arrays), _count(path, arrays["mom2.count"])
+    mapped = _mapped(path)
+    mom2 = _arrays(path, ("mom2.mom2",))["mom2.mom2"] if mapped is None else mapped
     flaw = _flaw(mom2)
     if flaw:
         raise StatsError(f"{path}: {flaw}; expected a sum of k k^T; {AGAIN}")
@@ -145,6 +149,33 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     if lacking:
         raise StatsError(f"{path}: lacks {lacking[0]!r}; expected a second-moment file of the ROME family")
     return arrays
+
+
+def _mapped(path: Path) -> np.ndarray | None:
+    """Maps a large matrix from its file; `None` for one that is small or compressed.
+
+    An edit holds the statistics of all its layers, gigabytes of a wide model. Mapped pages are the file's own, which
+    the system drops where memory is short. The checksum is that of the archive, read once.
+    """
+    if sys.platform == "win32":  # a file that is mapped cannot be replaced there
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo("mom2.mom2.npy")
+            if member.file_size < LARGE or member.compress_type != zipfile.ZIP_STORED:
+                return None
+            with archive.open(member) as array:
+                shape, fortran, dtype = HEADERS[np.lib.format.read_magic(array)](array)
+                begin = array.tell()
+                while array.read(CHUNK):  # at its end the checksum is compared
+                    pass
+        with Path(path).open("rb") as file:
+            file.seek(member.header_offset + ZIP_HEADER - 4)
+            # The header of a member has a fixed part, which ends with the lengths of a name and of what else follows.
+            begin += member.header_offset + ZIP_HEADER + sum(struct.unpack("<HH", file.read(4)))
+        return np.memmap(path, dtype, "c", begin, shape, order="F" if fortran else "C")
+    except DAMAGE as error:
+        raise StatsError(f"{path}: not a readable .npz file ({first_line(error)}); {AGAIN}") from None
 
 
 def _count(path: Path, array: np.ndarray) -> int:

@@ -199,7 +199,7 @@ def test_a_dense_system_is_held_once():
     assert more[0] - more[1] == (14336 + 2 * 1024) * 14336 * 8
     half = costs.solve(SIZE, job, itemsize=2).held  # weights to go back to, of two layers
     assert costs.solve(SIZE, job).held - half == 2 * 16 * 44 * 2
-    assert costs.with_statistics(costs.solve(SIZE, job), SIZE, 2).held - costs.solve(SIZE, job).held == 2 * 44 * 44 * 4
+    assert costs.with_statistics(costs.solve(SIZE, job), SIZE).held - costs.solve(SIZE, job).held == 44 * 44 * 4
 
 
 def test_what_is_saved_is_the_weights():

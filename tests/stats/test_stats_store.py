@@ -17,6 +17,7 @@ from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.weights import weights_sha256
 from editlib.requests.request import EditRequest
+from editlib.stats import file
 from editlib.stats.file import LayerStats, StatsHeader, read_stats
 from editlib.stats.store import (
     StatsNotFound,
@@ -446,3 +447,34 @@ def test_wide_matrices_are_looked_at_to_the_last_corner(tmp_path, at):
     mom2[at] += 60
     with pytest.raises(StatsError, match="not symmetric"):
         read_stats(family_file(tmp_path, mom2))
+
+
+@pytest.mark.parametrize(("dtype", "order"), [("f4", "C"), ("f8", "C"), ("f4", "F"), ("f2", "C")])
+def test_a_large_matrix_is_mapped_from_its_file(tmp_path, monkeypatch, dtype, order):
+    mom2 = np.asarray(moment(24), dtype=dtype, order=order)
+    path = family_file(tmp_path, mom2)
+    read = read_stats(path)
+    monkeypatch.setattr(file, "LARGE", mom2.nbytes)
+    mapped = read_stats(path)
+    assert torch.equal(mapped.mom2, read.mom2) and torch.equal(mapped.moment(), read.moment())
+    assert mapped.sha256() == read.sha256()
+    assert isinstance(file._mapped(path), np.memmap)
+    np.savez_compressed(path, **dict(np.load(path)))
+    assert file._mapped(path) is None and torch.equal(read_stats(path).mom2, read.mom2)
+
+
+def test_a_mapped_file_is_checked_as_one_that_is_read(good, monkeypatch):
+    """At every seventh byte: it ends there, or another is in its place."""
+    raw, path = good
+    path.write_bytes(raw)
+    whole = read_stats(path).mom2.clone()
+    monkeypatch.setattr(file, "LARGE", 0)
+    for at in range(0, len(raw), 7):
+        path.write_bytes(raw[:at])
+        with pytest.raises(StatsError):
+            read_stats(path)
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 64]) + raw[at + 1 :])
+        try:
+            assert torch.equal(read_stats(path).mom2, whole)
+        except StatsError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
