@@ -1,4 +1,11 @@
-"""Write updates layer by layer, and keep what is needed to undo them; shared by all algorithms of the ROME family."""
+"""Write updates layer by layer, and keep what is needed to undo them; shared by all algorithms of the ROME family.
+
+An edit changes the MLP output matrices `W [d_model, d_ff]` of a few layers. `write_layers` is the loop of MEMIT
+(2210.07229, alg. 1): at each layer it reads the keys of the requests, takes a share of the residual (the values less
+the present states), lets the algorithm solve for the update `Δ`, and adds it to `W`. The caller gets an `EditResult`
+with the updates as factors and the weights as they were, so that `revert` restores every bit. What the next edit of the
+same model must know of this one, such as keys to be preserved, is an `EditState`.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +69,7 @@ class EditResult:
     state: EditState = field(default_factory=EditState)  # the argument of the next edit
     values: Values | None = None  # to replay the edit without finding them again
     keys: dict[int, Tensor] = field(default_factory=dict)  # of the requests, `[d_ff, n]` by layer
-    token: UnlearningToken | None = None  # what is said in the answers' place
+    token: UnlearningToken | None = None  # the unlearning token, generated in the answers' place
     token_ids: list[int] = field(default_factory=list)  # of tokens that were fitted to the edited model
 
     def revert(self, model: PreTrainedModel) -> None:

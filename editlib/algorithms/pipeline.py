@@ -1,6 +1,10 @@
 """Run the pipeline that ROME, MEMIT and its variants, AlphaEdit and UniErase share.
 
-Check and encode the requests, find the values, then solve and write layer by layer.
+1. `prepare` checks the requests and encodes them: each prompt in every context template, with its target.
+2. `find_values` finds the value of each request: the hidden state `z = h + δ` after the last edited layer from which
+   the target follows.
+3. `edit_at_once` spreads the values over the layers (`edit.write_layers`); the algorithm's `solve` gives each layer's
+   update from keys and residuals.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """Find the parts of a decoder-only model that an edit needs, in its module tree.
 
-No list of model names: the decoder layers are the one long `ModuleList`. The MLP output matrix is the linear map of a
-layer that writes into the residual stream and is not part of what mixes tokens (attention, convolution).
+`anatomy(model)` returns an `Anatomy`: the decoder layers, the MLP output matrix of each (`W [d_model, d_ff]`, whose
+input is a key and whose output goes into the residual stream), the embedding, and the head that turns final states into
+logits. The rest of the package reaches a model through it, and so needs no case for each architecture.
+
+There is no list of model names: the decoder layers are the one long `ModuleList`. The MLP output matrix is the linear
+map of a layer that writes into the residual stream and is not part of what mixes tokens (attention, convolution).
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
 """Generate answers for many prompts at once, and score given answers by their likelihood.
 
-A prefix that all prompts share is run once, rows that have ended are dropped, and drafts are verified in one pass.
+`greedy`, `sample` and `sample_each` continue prompts; all return token ids without the end token. `teacher_forced` and
+`continuation_nll` score answers that are given, in nats per token. `perplexity` scores running text.
+
+Three things save time and change no result. A prefix that all prompts share is run once. Rows that have ended leave the
+batch. A draft, an answer that is likely to come again (say, the base model's), is checked in one pass instead of being
+generated token by token.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ def end_tokens(anat: Anatomy) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class _Front:
-    """Holds the first `length` tokens that all rows of a call share, run once for all its batches."""
+    """Holds the `length` tokens that all rows of a call begin with, run once for all its batches."""
 
     prefix: Prefix | None
     length: int

@@ -1,6 +1,12 @@
 """Encode questions as token rows with lookup positions, and pad them to batches.
 
-The rendered text is always encoded as a whole. Padding is done here, so the caller's tokenizer is never changed.
+A question goes to the model in three steps. `PromptFormat.render` turns it into the text that the model reads: through
+the tokenizer's chat template, between tags, or as it is. `PromptFormat.encode` turns that text into a `TokenRow`: token
+ids, and the lookup position, which is the index of the token whose hidden state an edit changes (as a rule the last
+token of the subject; the last token of the prompt without one). `pad` joins rows to a `TokenBatch` of tensors `[n, T]`.
+
+The rendered text is always encoded as a whole, since tokens may cross the ends of the subject. Padding is done here, so
+the caller's tokenizer is never changed.
 """
 
 from __future__ import annotations
@@ -116,7 +122,7 @@ def token_windows(tok: PreTrainedTokenizerBase, text: str, length: int) -> Itera
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """Turns a question into the text that the model reads.
+    """Turns a question into the text that the model reads, and this text and its answer into token ids.
 
     `chat=None` uses the tokenizer's chat template if it has one; `False` asks with the bare text. `shots` are
     few-shot examples, questions with answers: turns of the chat, or lines of the text. `system` and `arguments` are for
@@ -248,8 +254,8 @@ class PromptFormat:
     def answer_ids(self, answer: str, question: str = WORD) -> tuple[int, ...]:
         """Encodes an answer as it follows the prompt, with what is written between the two (`gap`).
 
-        Encoded alone, the answer would begin a text, and many tokenizers put a space there. That is done only if the
-        last token of every prompt tried merges with the answer.
+        Encoded alone, the answer would begin a text, and many tokenizers put a space there. So it is encoded after a
+        prompt, whose tokens are then cut off; alone only if the last token of every prompt tried merges with it.
 
         Args:
             question: the question that is answered; without it, a word of the Latin script.
