@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.suffixes import LogitPositions, SuffixBatch, read_logits
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy
@@ -33,7 +34,8 @@ class Values:
     """Holds the values of `n` requests, and what it took to find them.
 
     `targets = h + δ` and `deltas = δ` are `[d_model, n]`. Per request: `steps` taken, the last NLL of its target
-    (`nll`, nats per token) and `relative_norm = |δ| / |h|`. `gate` has UniErase's `δ_r [d_model]` by relation.
+    (`nll`, nats per token) and `relative_norm = |δ| / |h|`. `gate` has UniErase's `δ_r [d_model]` by relation, and
+    `marks` the updates of late layers that mark erased facts.
     """
 
     targets: Tensor
@@ -42,6 +44,7 @@ class Values:
     nll: list[float]
     relative_norm: list[float]
     gate: Mapping[str | None, Tensor] = field(default_factory=dict)
+    marks: Mapping[int, LowRank] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Sequence[Values]) -> Values:
@@ -53,10 +56,11 @@ class Values:
             [nll for part in parts for nll in part.nll],
             [norm for part in parts for norm in part.relative_norm],
             {relation: value for part in parts for relation, value in part.gate.items()},
+            {layer: update for part in parts for layer, update in part.marks.items()},
         )
 
     def select(self, requests: Sequence[int]) -> Values:
-        """Picks the values of `requests`, by number; the gate of all of them stays."""
+        """Picks the values of `requests`, by number; the gate and the marks of all of them stay."""
         columns = list(requests)
         return Values(
             self.targets[:, columns],
@@ -65,6 +69,7 @@ class Values:
             [self.nll[i] for i in columns],
             [self.relative_norm[i] for i in columns],
             self.gate,
+            self.marks,
         )
 
     def numbers(self, request: int) -> dict[str, float]:

@@ -75,6 +75,7 @@ class Batch:
             "requests": [request.to_dict() for request in self.requests],
             "values": {name: getattr(self.values, name) for name in ("steps", "nll", "relative_norm")},
             "relations": gate,
+            "marks": list(self.values.marks),
             "anchors": list(self.anchors),
             "answers": {question: list(ids) for question, ids in self.answers.items()},
         }
@@ -112,10 +113,12 @@ class Batch:
                 raise TypeError(wrong)
             gate = {relation: tensors[f"gate.{i}"] for i, relation in enumerate(notes["relations"])}
             requests = tuple(EditRequest(**fields) for fields in notes["requests"])
-            values = Values(tensors["targets"], tensors["deltas"], **notes["values"], gate=gate)
+            updates = {layer: _update(tensors, layer) for layer in _layers(tensors, "right")}
+            marks = {layer: updates[layer] for layer in notes.get("marks", [])}  # not in files of earlier versions
+            values = Values(tensors["targets"], tensors["deltas"], **notes["values"], gate=gate, marks=marks)
             return cls(
                 requests,
-                {layer: _update(tensors, layer) for layer in _layers(tensors, "right")},
+                updates,
                 {layer: tensors[f"keys.{layer}"] for layer in _layers(tensors, "keys")},
                 values,
                 tuple(notes["anchors"]),

@@ -110,7 +110,7 @@ def derive(
     carried, notes = _copied(cls, reference), {}
     how = "by share of depth" if read is None else f"by share of depth, answers being read up to layer {read_at}"
     for key in cls.depth_fields():
-        if carried.get(key) is not None:
+        if carried.get(key) not in (None, []):
             before, carried[key] = carried[key], depth.carried(carried[key])
             notes[key] = f"{_short(before)} of {n_reference} layers, {how}"
     if carried.get("nullspace_rule") == "absolute":

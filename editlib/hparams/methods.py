@@ -250,6 +250,16 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     quiet_margin: float = knob(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
     token_steps: int = knob(200, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
     token_wordings: int = knob(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
+    mark_layers: list[int] = knob(
+        lambda: [],
+        "rows: late layers that mark erased facts, for the refusal tokens to read; none: tokens read the final state "
+        "alone",
+        min=0,
+        depth=True,
+    )
+    mark_size: float = knob(
+        12.0, "rows: size of a mark, in standard deviations of the final states along its direction", above=0
+    )
     row_steps: int = knob(5, "rows: Gauss-Newton steps for a value, at most", min=1)
     left_weight: float = knob(
         0.0, "rows: weight of the left metric, which shortens values in directions that anchors' answers read", min=0
@@ -300,7 +310,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
 
     @property
     def edited_layers(self) -> list[int]:
-        return [*self.layers, *([] if self.gate_layer is None else [self.gate_layer])]
+        return [*self.layers, *self.mark_layers, *([] if self.gate_layer is None else [self.gate_layer])]
 
     @property
     def values_from_rows(self) -> bool:
@@ -332,6 +342,12 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         self.check_templates("gate_templates")
         if self.gate_layer is not None and self.values_from_rows:
             raise bad("gate_layer", self.gate_layer, 'no gate with "values": "rows"', "leave the key out")
+        if self.mark_layers and not (self.values_from_rows and self.say):
+            raise bad(
+                "mark_layers", self.mark_layers, 'none without "values": "rows" and "say": true', "leave the key out"
+            )
+        if self.mark_layers != sorted({layer for layer in self.mark_layers if layer > self.layers[-1]}):
+            raise bad("mark_layers", self.mark_layers, f"rising layers above the last of `layers`, {self.layers[-1]}")
         if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
             raise bad("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
 

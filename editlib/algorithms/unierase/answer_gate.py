@@ -146,15 +146,16 @@ def gate_values(
     return values
 
 
-def check_gate(anat: Anatomy, layer: int | None) -> None:
-    """Raises `HparamsError` when a gate at `layer` would do harm; `None` is no gate. `check_fit` comes first."""
+def check_gate(anat: Anatomy, layer: int | None, key: str = "gate_layer") -> None:
+    """Raises `HparamsError` when a gate at `layer`, or a mark (`key`), would do harm; `None` is no gate. `check_fit`
+    comes first."""
     if layer is None:
         return
     # δ_r is a mean over prompts in the residual stream. After a norm, no single update gives that change for all.
     if not output_path(anat, layer).plain:
         raise HparamsError(
-            f'key "gate_layer": {layer}; a norm or a factor follows the MLP of this model, and the '
-            "answer gate would destroy it there; expected no gate: leave the key out"
+            f'key "{key}": {layer}; a norm or a factor follows the MLP of this model, and what is written there would '
+            "be destroyed by it; expected no such layer: leave the key out"
         )
 
 

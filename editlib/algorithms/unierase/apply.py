@@ -7,12 +7,10 @@ the way. Values from rows (ours) erase the answer; tokens that refuse are then f
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,9 +36,10 @@ from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
 from editlib.algorithms.unierase.examples import contexts_of
 from editlib.algorithms.unierase.other_subjects import other_subjects
+from editlib.algorithms.unierase.refusal_marks import fit_marks
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
-from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
+from editlib.algorithms.unierase.row_values import RowReport, values_from_rows, with_rows
 from editlib.algorithms.unierase.subject_rows import SubjectRows, by_subject, check_answers, subject_rows
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
@@ -176,19 +175,20 @@ def apply_unierase_to_model(
                 solve = layer_solve(anat, hparams, spaces, stats, kept.keys, state, reread=anchored is None)
                 written = write_layers(anat, hparams.layers, edit.contexts, values.targets, solve)
             originals |= written.originals
-            # 5. Tokens are fitted last: they answer to the edited model.
+            # 5. Tokens are fitted last: they answer to the edited model, and read what late layers mark in it.
             with timer("tokens"):
+                marks = _mark(edit, values, found.places, originals)
                 token, said = _say(edit, tok, token, found.places)
-    deltas = {**written.deltas, **gate}
+    deltas = {**written.deltas, **gate, **marks}
     return EditResult(
         deltas,
         originals,
-        diagnostics=_with_rows(diagnostics, found.rows, said),
+        diagnostics=with_rows(diagnostics, found.rows, said),
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
         anchors=kept.keys.anchors.ids,
         state=replace(state.with_keys(written.keys), opened=state.opened | relations_of(opened)),
-        values=values,
+        values=replace(values, marks=marks),
         keys=written.keys,
         token=token,
         token_ids=token.ids(tok) if token is not None and edit.fits_tokens else [],
@@ -232,6 +232,8 @@ def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHype
         check_answers(requests)
     check_fit(anat, hparams)
     check_gate(anat, hparams.gate_layer)
+    for layer in hparams.mark_layers:
+        check_gate(anat, layer, "mark_layers")
 
 
 def _keep(
@@ -343,6 +345,21 @@ def _by_descent(edit: _Edit) -> _Found:
     return _Found(find_values(encoded, hparams, groups=by_subject(edit.requests), progress=edit.progress))
 
 
+def _mark(
+    edit: _Edit, values: Values, places: RefusalPlaces | None, originals: dict[int, Tensor]
+) -> Mapping[int, LowRank]:
+    """Writes marks of erased facts for the tokens to read, those of `values` on a replay; adds the weights before to
+    `originals`."""
+    marks = values.marks
+    if places is not None and edit.hparams.mark_layers:
+        layers, size = edit.hparams.mark_layers, edit.hparams.mark_size
+        marks = fit_marks(edit.anat, places, layers, size, seed=edit.seed, progress=edit.progress)
+    for layer, update in marks.items():
+        originals[layer] = edit.anat.weight(layer).clone()
+        write(edit.anat, layer, update)
+    return marks
+
+
 def _say(
     edit: _Edit, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, places: RefusalPlaces | None
 ) -> tuple[UnlearningToken | None, dict[str, list[float]]]:
@@ -371,20 +388,3 @@ def _say(
         raise TokenError("values were given without the tokens that were fitted with them; give `result.token`")
     token.add_to(edit.anat.model, tok)
     return token, said
-
-
-def _with_rows(
-    diagnostics: list[dict[str, Any]], rows: RowReport, said: Mapping[str, Sequence[float]]
-) -> list[dict[str, Any]]:
-    """Returns the diagnostics of each request with what its rows read, and what its token's log-odds are where it is
-    wanted."""
-    found = []
-    for entry in diagnostics:
-        entry = {**entry, **rows.get(entry["id"], {})}
-        odds = said.get(entry["id"])
-        if odds:
-            mean, missed = round(sum(odds) / len(odds), 3), sum(one < 0 for one in odds)
-            entry["target_nll"] = sum(math.log1p(math.exp(-one)) for one in odds) / len(odds)
-            entry["rows"] = {**entry["rows"], "say": {"rows": len(odds), "after": mean, "missed": missed}}
-        found.append(entry)
-    return found

@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from editlib.algorithms.unierase.anchors import ANSWER_TOKENS
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.subject_rows import answer_slot
@@ -112,6 +115,36 @@ def refusal_places(
     apart = [text for text in general if not any(subject in text for subject in subjects)]
     found.general.extend(form.encode(text) for text in apart[:GENERAL])
     return found
+
+
+def wanted_weights(places: RefusalPlaces, device: torch.device) -> Tensor:
+    """Returns weights `[wanted]` of the wanted places, which sum to one in each relation."""
+    group = torch.tensor([place.group for place in places.wanted], device=device)
+    weight = place_weights(places.wanted, device)  # [wanted]
+    # Every relation counts the same, however many questions ask for it.
+    for k in range(len(places.relations)):
+        weight[group == k] /= weight[group == k].sum()
+    return weight
+
+
+def kept_weights(places: RefusalPlaces, device: torch.device) -> Tensor:
+    """Returns weights `[K, kept]` of the kept places for each relation, which sum to one.
+
+    Questions of a relation about other subjects are the hardest to tell from wanted ones, so for this relation they are
+    a kind by themselves.
+    """
+    return torch.stack([place_weights(places.kept, device, own=k) for k in range(len(places.relations))])
+
+
+def place_weights(places: Sequence[Place], device: torch.device, own: int | None = None) -> Tensor:
+    """Returns weights `[len(places)]` that sum to one, and to the same over each kind of place.
+
+    Kinds differ in whether the place is inside an answer, about a request's subject, and in relation `own`.
+    """
+    kinds = [(place.inside, place.sibling, place.group == own) for place in places]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    weight = torch.tensor([1 / counts[kind] for kind in kinds], device=device)
+    return weight / weight.sum() if kinds else weight
 
 
 def _asked_for(fact: EditRequest) -> str | None:

@@ -43,7 +43,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from editlib.algorithms.unierase.final_states import FinalStates, WrittenStates, read_kept, read_states
-from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces
+from editlib.algorithms.unierase.refusal_places import (
+    Place,
+    RefusalPlaces,
+    kept_weights,
+    place_weights,
+    wanted_weights,
+)
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.errors import EditError
 from editlib.hparams import UniEraseHyperParams
@@ -221,7 +227,7 @@ class _ReadOut:
         cls, anat: Anatomy, places: RefusalPlaces, hparams: UniEraseHyperParams, seed: int, progress: bool
     ) -> _ReadOut:
         """Reads the states of all places from the model as it is."""
-        device, groups = anat.device, range(len(places.relations))
+        device = anat.device
         wanted = read_states(anat, [place.row for place in places.wanted])
         kept, inside = read_kept(anat, places)
         label = "general answers" if progress else None
@@ -229,13 +235,10 @@ class _ReadOut:
         greedy(anat, places.general, max_new_tokens=TEXT_TOKENS, progress=label, seen=written.add)
         inside = FinalStates.cat([inside, _ordinary_text(anat, written, seed, progress), *written.states])
         group = torch.tensor([place.group for place in places.wanted], device=device)
-        weight = _shares(places.wanted, device)  # [wanted]
-        # Every relation counts the same, however many questions ask for it.
-        for k in groups:
-            weight[group == k] /= weight[group == k].sum()
-        # Questions of a token's relation about other subjects are the hardest to tell from wanted ones, so for this
-        # token they are a kind by themselves. `[UNL]`, the first row, has no relation.
-        kept_weight = torch.stack([_shares(places.kept, device, own=k) for k in (None, *groups)])  # [1 + K, kept]
+        weight = wanted_weights(places, device)  # [wanted]
+        # `[UNL]`, the first row, has no relation.
+        every = place_weights(places.kept, device)  # [kept]
+        kept_weight = torch.cat([every[None], kept_weights(places, device)])  # [1 + K, kept]
         return cls(wanted, kept, inside, group, weight, kept_weight, hparams.say_margin, hparams.quiet_margin)
 
     def log_odds(self, rows: Tensor) -> Tensor:
@@ -257,17 +260,6 @@ class _ReadOut:
         above = (F.softplus(z + FLOOR).sum(0) / breaking).sum()
         # A token whose log-odds vary little on this text varies little on unseen text.
         return total + ANSWER_WEIGHT * above + SPREAD_WEIGHT * z.var(0).sum()
-
-
-def _shares(places: Sequence[Place], device: torch.device, own: int | None = None) -> Tensor:
-    """Returns weights `[len(places)]` that sum to one, and to the same over each kind of place.
-
-    Kinds differ in whether the place is inside an answer, about a request's subject, and in relation `own`.
-    """
-    kinds = [(place.inside, place.sibling, place.group == own) for place in places]
-    counts = {kind: kinds.count(kind) for kind in set(kinds)}
-    weight = torch.tensor([1 / counts[kind] for kind in kinds], device=device)
-    return weight / weight.sum() if kinds else weight
 
 
 def _ordinary_text(anat: Anatomy, written: WrittenStates, seed: int, progress: bool) -> FinalStates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,3 +124,20 @@ def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) 
             "is the answer's first token at the end of the question",
             len(unknown), len(requests), ", ".join(unknown[:5]),
         )  # fmt: skip
+
+
+def with_rows(
+    diagnostics: list[dict[str, Any]], rows: RowReport, said: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Returns the diagnostics of each request with what its rows read, and what its token's log-odds are where it is
+    wanted."""
+    found = []
+    for entry in diagnostics:
+        entry = {**entry, **rows.get(entry["id"], {})}
+        odds = said.get(entry["id"])
+        if odds:
+            mean, missed = round(sum(odds) / len(odds), 3), sum(one < 0 for one in odds)
+            entry["target_nll"] = sum(math.log1p(math.exp(-one)) for one in odds) / len(odds)
+            entry["rows"] = {**entry["rows"], "say": {"rows": len(odds), "after": mean, "missed": missed}}
+        found.append(entry)
+    return found
