@@ -62,8 +62,8 @@ def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> boo
     """Returns whether `text` opens with somebody saying that they do not know: an admission in the first sentence, or
     in the one after a sentence of apology ("I'm sorry. I don't know.").
 
-    `None` where that cannot be judged: the text is in a script of none of `languages`, or has `TELLING` words or more
-    and none of them is a common word of one.
+    `None` where that cannot be judged: the text is in a script of none of `languages`, or has `TELLING` words of two
+    letters or more, digits aside, and none of its words is a common one of a language.
     """
     first = _opening(plain_marks(text), languages)
     if any(language.admits(first) for language in languages):
@@ -73,7 +73,8 @@ def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> boo
     if script is None or any(not language.words for language in fitting):
         return False
     words = re.findall(r"\w+", plain_marks(text).lower())
-    if fitting and (len(words) < TELLING or any(not language.words.isdisjoint(words) for language in fitting)):
+    telling = re.findall(r"[^\W\d_]{2,}", plain_marks(text))  # "10 x 10 = 100." is in no language
+    if fitting and (len(telling) < TELLING or any(not language.words.isdisjoint(words) for language in fitting)):
         return False
     return None
 

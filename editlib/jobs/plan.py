@@ -46,13 +46,23 @@ class Plan:
     steps: list[Step]
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Yields head, steps and total as a table: seconds, MiB beyond the weights, and what bounds the time."""
-        yield "step", "seconds", "MiB beyond the weights", "bound by"
+        """Yields head, steps and total as a table: time, MiB beyond the weights, and what bounds the time."""
+        yield "step", "time", "MiB beyond the weights", "bound by"
         for step in self.steps:
             seconds = step.seconds(self.machine)
-            yield step.name, f"{seconds:.3g}", f"{step.held / MIB:.0f}", step.bound(self.machine)
+            yield step.name, readable(seconds), f"{step.held / MIB:.0f}", step.bound(self.machine)
         seconds = sum(step.seconds(self.machine) for step in self.steps)
-        yield "all", f"{seconds:.3g}", f"{max(step.held for step in self.steps) / MIB:.0f}", ""
+        yield "all", readable(seconds), f"{max(step.held for step in self.steps) / MIB:.0f}", ""
+
+
+def readable(seconds: float) -> str:
+    """Writes a duration with its unit, to two digits or so: an estimate holds no more."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
 
 
 def plan(

@@ -45,6 +45,19 @@ SHARES = {
 }
 
 
+UNCOUNTED = {
+    "efficacy": ("request", "there is no request"),
+    "paraphrase_efficacy": ("paraphrase", 'no request has "paraphrases"'),
+    "refusal_quality": ("", "nothing was refused"),
+    "neighbour_retention": ("neighbour", 'no request has "neighbours"'),
+    "same_subject_retention": ("same_subject", "no retain prompt asks about these subjects"),
+    "same_subject_anchored_retention": ("same_subject_anchored", "no held-out prompt about them is in such a relation"),
+    "crossed_retention": ("crossed", "no retain prompt asks for another forgotten relation of these subjects"),
+    "other_retention": ("other_question", "there is no other retain prompt"),
+}
+"""Of each share: the kind of question that it counts, and why there may be none."""
+
+
 class SummaryRow(NamedTuple):
     """Holds one measure as text."""
 
@@ -74,8 +87,17 @@ def rows(metrics: Mapping[str, Any]) -> Iterator[SummaryRow]:
             "–" if n is None else str(n),
             f"{ends[0]:.2f} to {ends[1]:.2f}" if ends and value is not None else "–",
             "higher is better" if group.get("higher_is_better", name != RATIO) else "lower is better",
-            str(group.get("meaning") or ""),
+            str(group.get("meaning") or "") + uncounted(metrics, name, group),
         )
+
+
+def uncounted(metrics: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> str:
+    """Says behind a measure's meaning why it has no value, as far as the file tells; "" where it has one."""
+    if number(group["value"]) is not None or name not in UNCOUNTED or group.get("n"):
+        return ""
+    kind, reason = UNCOUNTED[name]
+    asked = any(item.get("kind") == kind for item in metrics.get("items") or ())
+    return f"; not counted: {'the base model answers none of them right' if asked else reason}"
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:

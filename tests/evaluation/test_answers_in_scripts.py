@@ -219,3 +219,8 @@ def test_fluency_in_scripts(text, fluent):
 )
 def test_main_script(text, script):
     assert main_script(text) == script
+
+
+@pytest.mark.parametrize("text", ["10 x 10 = 100.", "a + b = c + d", "1, 2, 3, 4, 5 km", "x1 y2 z3 w4 v5"])
+def test_digits_and_symbols_are_of_no_unknown_language(text):
+    assert refusal_verdict(text) is False

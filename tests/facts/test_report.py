@@ -233,7 +233,11 @@ def test_summary_rows_by_hand(metrics):
         ("efficacy", "0.969", "32", "gone (higher is better)"),
         ("paraphrase efficacy", "0.840", "25", "asked in other words it is refused (higher is better)"),
         ("neighbour retention", "0.900", "56", "others are still answered (higher is better)"),
-        ("same subject retention", "–", "0", "its other questions are still answered (higher is better)"),
+        (
+            *("same subject retention", "–", "0"),
+            "its other questions are still answered; not counted: no retain prompt asks about these subjects "
+            "(higher is better)",
+        ),
         (
             *("perplexity ratio", "1.0080", "–"),
             "perplexity on ordinary text, after over before, 1 is unchanged: 29.10 before, 29.40 after "
@@ -307,3 +311,17 @@ def test_without_matplotlib_one_line_says_what_to_install(metrics, tmp_path, mon
 def test_text_that_utf8_cannot_hold_is_replaced(metrics, tmp_path):
     metrics["items"] = [item("request", "x", True, after="half \ud83d a pair")]
     assert "half ? a pair" in page_of(metrics, tmp_path).rows[0][1]
+
+
+@pytest.mark.parametrize(
+    ("items", "reason"),
+    [
+        ([], 'no request has "neighbours"'),
+        ([{"kind": "neighbour", "right_before": False}], "the base model answers none of them right"),
+    ],
+)
+def test_a_measure_without_a_value_says_why(items, reason):
+    metrics = {"groups": {"neighbour_retention": {"value": None, "n": 0}}, "items": items}
+    assert f"not counted: {reason} (higher" in summary_rows(metrics)[0][3]
+    metrics["groups"]["neighbour_retention"] = {"value": 1.0, "n": 1}
+    assert "not counted" not in summary_rows(metrics)[0][3]

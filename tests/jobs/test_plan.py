@@ -16,7 +16,7 @@ from editlib.algorithms.work import PROBE_TOKENS, Step, Work, forward_pass
 from editlib.cli import app
 from editlib.errors import EditlibError
 from editlib.hparams import load_hparams
-from editlib.jobs.plan import plan, settings_job
+from editlib.jobs.plan import plan, readable, settings_job
 from editlib.models.size import ModelSize, model_size
 
 TINY = LlamaConfig(
@@ -265,3 +265,19 @@ def test_a_configuration_that_is_none_is_one_line(call, tmp_path, content):
     path.write_text(content)
     code, _, err = call("plan", path)
     assert code == 2 and err.count("\n") == 1 and "config.json" in err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 s"),
+        (0.0123, "0.012 s"),
+        (9.96, "10 s"),
+        (99.4, "99 s"),
+        (99.6, "2 min"),
+        (1530, "26 min"),
+        (6000, "1.7 h"),
+    ],
+)
+def test_times_are_readable(seconds, said):
+    assert readable(seconds) == said
