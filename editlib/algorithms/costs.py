@@ -36,7 +36,7 @@ REFUSAL_TOKENS = 10  # tokens of a refusal
 TEXTS, TEXT_TOKENS = 320, 48  # texts that the edited model writes, which refusal tokens stay out of; tokens of each
 BEGINNINGS = 400  # single tokens that are read as texts' beginnings
 PLACE_STEPS = 100  # steps of refusal tokens without a pass
-TOKEN_BATCH, RELATION_BATCH = 16, 8  # refusals in a step, and of each relation
+TOKEN_BATCH = 16  # refusals in a step
 LISTS, RELATION_LISTS = 192, 32  # lists of subjects that the model goes on with, at most, and for each relation
 MOST_NAMES = 600  # other subjects that it names, at most
 
@@ -269,8 +269,7 @@ def refusal_tokens(
     run = (ends + answers) * job.prompt_tokens + answer_tokens + BEGINNINGS
     positions = ends + answer_tokens + (general + TEXTS) * TEXT_TOKENS + BEGINNINGS
     passes = max(1, -(-(ends + answers) // DECODE_ROWS))
-    batch = min(TOKEN_BATCH, RELATION_BATCH * job.requests)
-    trained = batch * (REFUSAL_TOKENS + 2)  # the relation's token, [UNL] and the refusal
+    trained = TOKEN_BATCH * (REFUSAL_TOKENS + 2)  # the relation's token, [UNL] and the refusal
     read_out = (PLACE_STEPS + steps) * positions * size.d_model
     return Step(
         "tokens",
@@ -284,7 +283,7 @@ def refusal_tokens(
             # Log-odds of all tokens at all positions, and their gradient, from states in fp32.
             Work("model", 4 * (1 + job.requests) * read_out, 2 * ITEM * read_out),
         ],
-        batch * job.prompt_tokens * size.n_layers * size.kv_width * ITEM
+        TOKEN_BATCH * job.prompt_tokens * size.n_layers * size.kv_width * ITEM
         + 6 * ITEM * trained * size.vocab
         + positions * size.d_model * ITEM,
     )

@@ -130,20 +130,18 @@ def test_refusal_tokens_by_hand():
     # Answers run with their questions. Texts do not run again: their states are read as they are written.
     assert read.flops == ((ends + answers) * 10 + answers * 6 + 400) * layers
     assert read_head.flops == 2 * 1600 * (ends + answers * 6 + 400)
-    # A step has eight refusals of the only relation: its token, [UNL], ten tokens.
-    assert trained.flops == 2 * layers * 20 * 8 * 12
-    assert trained_head.flops == 4 * 1600 * 20 * 8 * 12
+    # A step has sixteen refusals: the relation's token, [UNL], ten tokens.
+    assert trained.flops == 2 * layers * 20 * 16 * 12
+    assert trained_head.flops == 4 * 1600 * 20 * 16 * 12
     positions = ends + answers * 6 + (11 + 320) * 48 + 400
     assert read_out.flops == 120 * 4 * positions * 16 * 2  # two tokens, forwards and back, in each step
     assert read_out.moved == 120 * 2 * positions * 16 * 4
-    more = costs.refusal_tokens(SIZE, replace(job, requests=3), steps=20, wordings=3, general=11, others=9)
-    assert more.work[8].flops == 2 * trained.flops  # at most sixteen
 
 
 def test_the_counts_of_refusal_tokens_are_those_of_the_code():
     assert (costs.TEXTS, costs.TEXT_TOKENS) == (refusal_tokens.TEXTS, refusal_tokens.TEXT_TOKENS)
     assert (costs.BEGINNINGS, costs.PLACE_STEPS) == (refusal_tokens.BEGINNINGS, refusal_tokens.PLACE_STEPS)
-    assert (costs.TOKEN_BATCH, costs.RELATION_BATCH) == (refusal_tokens.BATCH, refusal_tokens.RELATION_BATCH)
+    assert costs.TOKEN_BATCH == refusal_tokens.BATCH
     lists = costs.RELATION_LISTS, costs.LISTS, costs.MOST_NAMES
     assert lists == (other_subjects.LISTS, other_subjects.MOST_LISTS, other_subjects.MOST_NAMES)
 

@@ -65,7 +65,7 @@ from editlib.models.vocabulary import add_token, free_tokens, rows_in_place, sil
 log = logging.getLogger(__name__)
 
 POOL = 384  # places after which the NLL of refusals may be read
-BATCH, RELATION_BATCH = 16, 8  # of them in a step, and for each relation: the refusals of one are all the same
+BATCH = 16  # of them in a step
 START_NLL, LEAST_NLL = 3.0, 0.1  # weights of a place in the draw: before its NLL is known, and at least
 NLL_WEIGHT = 10.0
 UNL_WEIGHT = 6.0  # of `[UNL]` in the NLL, against 1 for each token of the refusal
@@ -152,7 +152,6 @@ def _fit(
     optimizer = torch.optim.Adam([shared, own, *([] if read is None else [read])], lr=LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR / 25)
     recent = torch.full((len(refusals.texts),), START_NLL)  # NLL of each refusal when it was last drawn
-    batch = min(BATCH, RELATION_BATCH * (len(numbers) - 1), len(recent))
     # 1. Where the tokens are said: a convex problem on states that are read already.
     for _ in range(PLACE_STEPS):
         optimizer.zero_grad()
@@ -163,7 +162,7 @@ def _fit(
         rows_out = shared + own  # [1 + K, d_model]
         rows_in = rows_out if read is None else read[which]
         # Refusals that are not yet learned are drawn more often: relations differ much in how hard theirs are.
-        picks = torch.multinomial(recent + LEAST_NLL, batch, generator=generator)
+        picks = torch.multinomial(recent + LEAST_NLL, min(BATCH, len(recent)), generator=generator)
         nll = refusals.nll(anat, numbers, rows_in, rows_out, picks)  # [picks]
         recent[picks] = nll.detach().float().cpu()
         total = NLL_WEIGHT * nll.mean() + loss(rows_out) + RIDGE * own.square().sum()
