@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+import hypothesis
 import pytest
 import torch
 from tiny_models import make_gpt2, make_llama, row_maker, train_tokenizer
@@ -15,6 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from editlib.cli import main
 from editlib.models.anatomy import anatomy
 from editlib.models.weights import save_model
+
+# How long an example takes says something about the machine and its other jobs, and nothing about the code.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 LONG = ("test_real_model.py", "test_finding.py", "test_chain_accelerator.py", "test_accelerator.py", "test_roads.py")
 """The files that take longest: one that began last would keep one process waiting for the other."""

@@ -181,7 +181,7 @@ def _some_json(path: Path, rows: list[FileRow]) -> list[FileRow]:
         said = str(rows[0].complaint).partition(";")[0]
         raise RequestError(
             f"{rows[0].where(path)}: {said}, and nor is any other of its {len(rows)} lines; expected JSON Lines (one "
-            "object a line), a JSON array, a table called .csv or .tsv, or Parquet; rename or convert the file"
+            "object per line), a JSON array, a table called .csv or .tsv, or Parquet; rename or convert the file"
         )
     return rows
 
