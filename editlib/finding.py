@@ -41,7 +41,22 @@ def find_settings(
     else:
         found = load_hparams(given, algorithm)
     found.check_depth(shape.n_layers)
+    if given is not None:
+        log.info("settings for %s: %s", shape.name, in_words(found))
     return found
+
+
+def in_words(hparams: HyperParams) -> str:
+    """Says in one line which settings these are, which layers they change, and what becomes of an answer."""
+    layers = [str(layer) for layer in hparams.layers]
+    said = [f"{hparams.algorithm}, {hparams.source or 'from no file'}", f"layers {', '.join(layers)}"]
+    if hparams.has_target:
+        said.append("answers are replaced")
+    elif getattr(hparams, "values", DESCENT) == ROWS:
+        said.append("answers are erased" + (", questions refused" if hparams.refuses else ""))
+    else:
+        said.append("questions are refused, answers only hidden (a token)")
+    return "; ".join(said)
 
 
 def usual_values(requests: Sequence[EditRequest]) -> str:

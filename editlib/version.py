@@ -1,6 +1,7 @@
-"""Tell the installed version of editlib."""
+"""Tell the installed version of editlib, and how to install its extras."""
 
-from importlib.metadata import PackageNotFoundError, version
+import json
+from importlib.metadata import PackageNotFoundError, distribution, version
 
 
 def library_version() -> str:
@@ -9,3 +10,15 @@ def library_version() -> str:
         return version("editlib")
     except PackageNotFoundError:
         return "unknown"
+
+
+def install_line(extra: str) -> str:
+    """Gives the command that installs an extra: from the folder that editlib was installed from, else by its name."""
+    try:
+        origin = json.loads(distribution("editlib").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        origin = {}
+    if "dir_info" not in origin:
+        return f"pip install 'editlib[{extra}]'"
+    edit = "-e " if origin["dir_info"].get("editable") else ""
+    return f"in the folder of editlib: pip install {edit}'.[{extra}]'"

@@ -4,14 +4,16 @@ import json
 import re
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import typer
 
-from editlib.cli import app
+from editlib.cli import PANELS, app
 from editlib.cli.options import layer_numbers
 from editlib.errors import HparamsError
 from editlib.jobs import doctor
+from editlib.version import install_line
 
 GOOD = {"id": "a", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris"}
 
@@ -278,5 +280,32 @@ def test_doctor_names_the_line_that_installs_a_missing_extra(monkeypatch):
     known = doctor._installed
     monkeypatch.setattr(doctor, "_installed", lambda package: None if package == "peft" else known(package))
     extras = {name: found for part, name, found in doctor.doctor() if part == "extra"}
-    assert extras["lora"] == "missing: peft; pip install 'editlib[lora]'"
+    assert extras["lora"] == f"missing: peft; {install_line('lora')}"
     assert "pip install" not in extras["report"] and "dev" not in extras
+
+
+@pytest.mark.parametrize(
+    ("origin", "line"),
+    [
+        (None, "pip install 'editlib[lora]'"),
+        ("damaged", "pip install 'editlib[lora]'"),
+        ('{"url": "https://x/editlib.whl", "archive_info": {}}', "pip install 'editlib[lora]'"),
+        ('{"url": "file:///x", "dir_info": {}}', "in the folder of editlib: pip install '.[lora]'"),
+        ('{"url": "file:///x", "dir_info": {"editable": true}}', "in the folder of editlib: pip install -e '.[lora]'"),
+    ],
+)
+def test_the_line_that_installs_an_extra_is_for_where_editlib_came_from(monkeypatch, origin, line):
+    monkeypatch.setattr("editlib.version.distribution", lambda name: SimpleNamespace(read_text=lambda file: origin))
+    assert install_line("lora") == line
+
+
+def test_help_shows_every_command_in_a_panel(call):
+    code, said, _ = call("--help")
+    assert code == 0 and "Others" not in said
+    named = [name for names in PANELS.values() for name in names.split()]
+    assert sorted(named) == sorted(typer.main.get_command(app).commands)
+    assert all(panel in said for panel in PANELS)
+
+
+def test_an_edit_needs_a_place_and_a_look_does_not(call, folder, requests, monkeypatch):
+    refused(call("unlearn", folder, "--requests", requests), "--out is not given", "--show-rows")

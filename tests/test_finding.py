@@ -21,7 +21,7 @@ from editlib.comparison.method import General
 from editlib.comparison.methods import read_method
 from editlib.editing import EditInputs, apply, check_settings
 from editlib.errors import HparamsError
-from editlib.finding import find_settings, fit_settings
+from editlib.finding import find_settings, fit_settings, in_words
 from editlib.hparams import ALGORITHMS, KNOWN, ModelShape, available, derive, find_hparams, load_hparams
 from editlib.models.weights import save_model
 from editlib.requests.reading import read_requests, requests_hash
@@ -350,9 +350,24 @@ def test_answers_are_erased_where_every_request_has_one(call, caplog, unseen, tm
     ]
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     caplog.set_level("INFO", "editlib.finding")
-    code, said, err = call("unlearn", unseen, "--requests", asked, "--out", tmp_path / "out", "--show-rows")
+    code, said, err = call("unlearn", unseen, "--requests", asked, "--show-rows")
     if None in answers:
         assert code == 2 and "descent" in err and 'ask.jsonl:2 has no "answer" to erase' in caplog.text
     else:
         assert code == 0 and "Peru" in said and "to erase" not in caplog.text
         assert "derived from UniErase/smollm2-135m-erase.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("UniErase/smollm2-135m", ["smollm2-135m", "layers 3, ", "hidden"]),
+        ("UniErase/smollm2-135m-erase", ["smollm2-135m-erase", "erased"]),
+        ("MEMIT/smollm2-135m", ["MEMIT", "replaced"]),
+    ],
+)
+def test_given_settings_are_told_in_one_line(name, words):
+    said = in_words(load_hparams(name))
+    assert "\n" not in said and len(said) < 200
+    for word in words:
+        assert word in said, said

@@ -9,6 +9,7 @@ same model must know of this one, such as keys to be preserved, is an `EditState
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenRow
 from editlib.models.residual_path import output_path
 from editlib.models.vocabulary import silence
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # the token's package imports this module
     from editlib.algorithms.unierase.token import UnlearningToken
@@ -96,14 +99,18 @@ def restored_on_error(anat: Anatomy, originals: Mapping[int, Tensor]) -> Iterato
 
 
 class Timer:
-    """Adds up the seconds of each named part of a job, for receipts."""
+    """Adds up the seconds of each named part of a job, for receipts, and logs "step k of n" as each of `steps`
+    begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Sequence[str] = ()) -> None:
         self.seconds: dict[str, float] = {}
+        self._steps = steps
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begun = time.perf_counter()
+        if name in self._steps and name not in self.seconds:
+            log.info("edit, step %d of %d: %s", self._steps.index(name) + 1, len(self._steps), name)
         try:
             yield
         finally:

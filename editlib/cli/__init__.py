@@ -127,3 +127,31 @@ app.add_typer(hparams_app, name="hparams")
 export.register(app)
 hparams.register(app)
 doctor.register(app)
+
+PANELS = {
+    "Start": "demo doctor fetch",
+    "Forget and edit": "unlearn edit chain",
+    "Look and measure": "ask eval attack ability subjects",
+    "Hand on": "receipt apply lora",
+    "Prepare": "plan hparams tune stats token algorithms finetune",
+    "Compare methods": "compare bench baseline baselines",
+}
+"""Commands by what they are for: `editlib --help` shows them so."""
+
+
+def _name_of(info: Any) -> str:
+    """Returns the name that a command is called by."""
+    return info.name or info.callback.__name__
+
+
+def _group_commands() -> None:
+    """Sorts the commands into the panels of the help, in their order."""
+    panels = {name: panel for panel, names in PANELS.items() for name in names.split()}
+    infos: list[Any] = [*app.registered_commands, *app.registered_groups]
+    for info in infos:
+        info.rich_help_panel = panels.get(_name_of(info), "Others")
+    order = [*panels]
+    app.registered_commands.sort(key=lambda info: order.index(_name_of(info)))
+
+
+_group_commands()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +74,9 @@ def token(
 def unlearn(
     model: Model,
     requests: Requests,
-    out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="folder of the edited model; not needed with --show-rows")
+    ] = None,
     retain: Retain = None,
     hparams: Hparams = None,
     token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
@@ -100,12 +103,20 @@ def unlearn(
     """
     from editlib.data import retain_prompts
     from editlib.editing import check_draft, check_given, check_wanted
+    from editlib.errors import OutputError
     from editlib.finding import find_settings, fit_settings, usual_values
     from editlib.jobs.edit import check_places
     from editlib.jobs.edit import unlearn as run
+    from editlib.jobs.verdict import spot_check
     from editlib.requests.reading import guess_subjects, read_with_retain
 
-    check_places(out_dir, delta, overwrite=overwrite, inputs=(model, requests, retain, hparams, token_file, stats_dir))
+    inputs = (model, requests, retain, hparams, token_file, stats_dir)
+    if out_dir is not None:
+        check_places(out_dir, delta, overwrite=overwrite, inputs=inputs)
+    elif not show_rows:
+        raise OutputError(
+            "--out is not given; expected a folder for the edited model; give one, or only look: --show-rows"
+        )
     how = prompt_settings(prompts)
     left_out: dict[str, list[str]] = {}
     given, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out, tell_missing=False)
@@ -119,26 +130,30 @@ def unlearn(
     look = partial(check_draft, requests=wanted, hparams=settings, kept=anchors, out=place, token=token_file)
     bench = workbench(model, stats_dir, dtype, device_map, prompts=how, first=look)
     settings = fit_settings(bench, settings)
-    if show_rows:
+    if show_rows or out_dir is None:
         _print_rows(bench, wanted, settings, kept)
         return
-    result, receipt = run(
-        bench,
-        wanted,
-        settings,
-        out_dir,
-        retain=kept,
-        token=token_file,
-        corpus=corpus,
-        seed=seed,
-        delta=delta,
-        overwrite=overwrite,
-        left_out=left_out,
-        as_given=given,
-        guessed=guessed,
-    )
+    with spot_check(bench, wanted) as verdict:
+        result, receipt = run(
+            bench, wanted, settings, out_dir, retain=kept, token=token_file, corpus=corpus, seed=seed, delta=delta,
+            overwrite=overwrite, left_out=left_out, as_given=given, guessed=guessed,
+        )  # fmt: skip
     _norms_table(result, receipt)
     out.print(str(out_dir), soft_wrap=True)
+    _say_next(verdict, model, out_dir, requests, wanted[0].question)
+
+
+def _say_next(verdict: list[str], model: str, out_dir: Path, requests: Path, question: str) -> None:
+    """Prints what the edited model answers, and the commands that come next."""
+    for line in verdict:
+        out.print(line, soft_wrap=True, highlight=False)
+    measured = [model, str(out_dir), "--requests", str(requests), "--out"]
+    for command in (
+        ["ask", model, "--vs", str(out_dir), question],
+        ["eval", *measured, f"{out_dir}-report"],
+        ["attack", *measured, f"{out_dir}-attacks"],
+    ):
+        out.print(f"next: {shlex.join(['editlib', *command])}", soft_wrap=True, highlight=False)
 
 
 def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from editlib.models.packaged.catalogue import PACKAGED
 from editlib.models.packaged.fetch import cache_dir, packaged_path
 from editlib.models.precision import bf16_is_faster
-from editlib.version import library_version
+from editlib.version import install_line, library_version
 
 BASE = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 FOR_DEVELOPERS = ("dev", "docs")  # extras that no command needs
@@ -58,7 +58,7 @@ def _extras() -> list[tuple[str, str, str]]:
     for extra, members in packages.items():
         missing = [name for name in members if _installed(name) is None]
         have = ", ".join(f"{name} {_installed(name)}" for name in members if name not in missing)
-        lack = f"missing: {', '.join(missing)}; pip install 'editlib[{extra}]'" if missing else ""
+        lack = f"missing: {', '.join(missing)}; {install_line(extra)}" if missing else ""
         found.append(("extra", extra, "; ".join(filter(None, (lack, have)))))
     return found
 

@@ -264,3 +264,14 @@ def test_a_scaled_branch_and_a_norm_behind_the_mlp_are_allowed_for(draw, family)
     for row, target in zip(rows, targets, strict=True):
         got = observe(model, anat.layers[2], row)[1][row.lookup]
         torch.testing.assert_close(got, target, rtol=1e-3, atol=1e-3)
+
+
+def test_a_timer_says_which_step_of_how_many_begins(caplog):
+    caplog.set_level("INFO", "editlib")
+    timer = Timer(["anchors", "values"])
+    for name in ("anchors", "gate", "values", "values"):
+        with timer(name):
+            pass
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["edit, step 1 of 2: anchors", "edit, step 2 of 2: values"]
+    assert list(timer.seconds) == ["anchors", "gate", "values"]

@@ -79,6 +79,12 @@ class _Edit:
         """Whether tokens are fitted to the edited model."""
         return self.hparams.values_from_rows and self.hparams.say
 
+    def steps(self, *, found: bool) -> list[str]:
+        """Lists the steps of the edit as its timer names them; values that were `found` before are none."""
+        gate, tokens = self.hparams.gate_at is not None, self.fits_tokens
+        wanted = {"anchors": True, "gate": gate, "values": not found, "write": True, "tokens": tokens}
+        return [name for name, is_one in wanted.items() if is_one]
+
     def fast(self) -> AbstractContextManager[None]:
         """Runs the model in the dtype that the processor is fast in, where the settings allow it (`v_precision`)."""
         return cast_params(self.anat.model, fast_dtype(self.anat.model) if self.hparams.v_precision == "fast" else None)
@@ -154,7 +160,7 @@ def apply_unierase_to_model(
     stats = stats if stats is not None else find_layers(stats_dir, str(model.name_or_path), anat, hparams.layers)
     spaces = null_spaces(stats, hparams, anat.device)
     edit = _prepare(anat, tok, requests, retain, hparams, token, chat, seed, progress)
-    timer = Timer()
+    timer = Timer(edit.steps(found=values is not None) if progress else ())
     with no_param_grad(model):
         # 1. What must stay: the anchors' keys, read before anything changes.
         with timer("anchors"):
