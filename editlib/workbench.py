@@ -19,7 +19,7 @@ from editlib.algorithms.unierase.token_learning import TokenHyperParams, learn_t
 from editlib.algorithms.unierase.token_questions import token_questions
 from editlib.distributed import ALONE, Process
 from editlib.errors import TokenError
-from editlib.files import check_folder
+from editlib.files import check_file, check_folder
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.loaded import LoadedModel
 from editlib.models.loading import DeviceMap
@@ -27,7 +27,7 @@ from editlib.models.outline import Outline, load_checked
 from editlib.models.positions import positions_of
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompt_settings import PromptSettings, differing
-from editlib.models.prompts import PromptFormat, settled
+from editlib.models.prompts import THINKING, PromptFormat, settled
 from editlib.models.thinking import warn_of_block
 from editlib.models.weights import weights_sha256
 from editlib.stats.corpus import Corpus, load_corpus
@@ -57,6 +57,7 @@ class Workbench:
     shard: Process = ALONE  # this process's share of `make_stats`, where several work together
     dtype: str | None = None  # the argument of `load`; none: as stored
     prompts: PromptSettings = field(default_factory=PromptSettings)  # how the model is asked
+    unthinking: bool = False  # `enable_thinking=false` in `prompts` is the default, and asks for no chat
     today: bool = False  # the date in `prompts` is only that of this run: a recorded one goes before it
 
     @classmethod
@@ -78,7 +79,8 @@ class Workbench:
         how = settled(tok, prompts)
         today = how.date is not None and (prompts is None or prompts.date is None)
         shows = progress and shard.first
-        return cls(model, tok, Path(stats_dir), sha256, name, shows, shard, prompts=how, today=today)
+        own = how.arguments != ({} if prompts is None else prompts.arguments)
+        return cls(model, tok, Path(stats_dir), sha256, name, shows, shard, prompts=how, unthinking=own, today=today)
 
     @classmethod
     def load(
@@ -129,7 +131,8 @@ class Workbench:
             RequestError: prompts that do not fit the tokenizer.
         """
         how = settled(outline.tok, prompts)
-        return cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, dtype=dtype)
+        own = how.arguments != ({} if prompts is None else prompts.arguments)
+        return cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, unthinking=own, dtype=dtype)
 
     @cached_property
     def anat(self) -> Anatomy:
@@ -184,6 +187,7 @@ class Workbench:
             anat.check_layers(list(layers))
             text = None if corpus == "self" else load_corpus(corpus)
             folder = self.stats_dir / model_slug(self.name)
+            check_folder(folder, "--stats-dir")
         header = StatsHeader(
             model=self.name,
             module="",
@@ -309,6 +313,7 @@ class Workbench:
         path: Path | None = None,
     ) -> UnlearningToken:
         """Learns the unlearning token over the bundled questions and keeps it at `path`."""
+        check_file(path or self.token_path, overwrite=True)
         hp, texts = hparams or TokenHyperParams(), data.refusals(refusals)
         asked, ordinary = token_questions(self.model, self.tok, texts, hp, self.prompts, name=self.name)
         token = learn_token(
@@ -364,8 +369,10 @@ class Workbench:
 
         Raises:
             TokenError: a file that is no token, or one of another width.
+            OutputError: there is none, and none can be written.
         """
         if path is None and not self.usual_token_path.exists():
+            check_file(self.usual_token_path)  # one will be learned
             return
         token = UnlearningToken.load(path or self.usual_token_path)
         if path is not None or not token.header.model_sha256:  # one that other weights had first is not this model's
@@ -385,6 +392,7 @@ class Workbench:
         """Returns the prompt settings of an edit: `prompts` if given, else plain text if `chat` is false."""
         if chat is None or self.prompts.tags is not None:
             return self.prompts
-        if not chat and (self.prompts.system is not None or self.prompts.arguments or self.prompts.chat):
+        given = self.prompts.arguments.keys() - ({THINKING} if self.unthinking else ())
+        if not chat and (self.prompts.system is not None or given or self.prompts.chat):
             return self.prompts
         return replace(self.prompts, chat=chat) if chat else PromptSettings(chat=False)

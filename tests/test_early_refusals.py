@@ -26,6 +26,7 @@ from editlib.requests.reading import read_requests
 from editlib.stats.file import LayerStats, StatsHeader
 from editlib.stats.store import save_stats
 
+READ = loading.open_weights
 FACT = {
     "id": "a", "prompt": "What is the capital of {}?", "subject": "France", "answer": "Paris", "target_new": "Rome",
     "paraphrases": ["Tell me the capital of {}."],
@@ -421,3 +422,21 @@ def test_a_folder_of_statistics_may_be_one_to_read_only(tmp_path, monkeypatch):
     check_folder(tmp_path, write=False)
     with pytest.raises(OutputError, match="may not be written"):
         check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("edit", ()), ("unlearn", ()), ("stats", ()), ("token", ())],
+)
+def test_statistics_and_tokens_that_cannot_be_kept_are_not_made(run, tmp_path, monkeypatch, command, more):
+    """Read-only folders of statistics, by what the system says of them; weights are read by no edit."""
+    (tmp_path / "kept").mkdir()
+    kept = tmp_path / "kept"
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not mode & os.W_OK or kept not in (Path(path), Path(path).parent)
+    )
+    made = {"stats": "editlib.workbench.layer_stats", "token": "editlib.workbench.learn_token"}
+    if command in made:
+        monkeypatch.setattr(loading, "open_weights", READ)
+        monkeypatch.setattr(made[command], lambda *_, **__: pytest.fail("it was made"))
+    refused(run(command, *more, "--stats-dir", tmp_path / "kept"), "kept", "may not be written; choose another place")

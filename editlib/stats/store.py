@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from editlib.errors import StatsError
+from editlib.files import check_folder
 from editlib.models.anatomy import Anatomy, inputs_of
 from editlib.stats.file import LayerStats, StatsHeader, read_count, read_header, read_shape, read_stats, write_stats
 
@@ -207,10 +208,12 @@ def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) 
 
 
 def check_stored(stats_dir: Path, model: str, outline: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Checks the stored statistics of `layers` against a model of which no weight is read, nor any matrix of theirs.
+    """Checks the stored statistics of `layers` against a model of which no weight is read, nor any matrix of theirs;
+    where a layer has none, that some can be written.
 
     Raises:
         StatsError: none of the files of a module is readable and fits it; says what is wrong with the first.
+        OutputError: a layer has none, and the folder may not be written.
     """
     modules = dict(outline.named_modules())
     faults: dict[str, list[StatsError | None]] = {}
@@ -221,6 +224,8 @@ def check_stored(stats_dir: Path, model: str, outline: PreTrainedModel, layers: 
     for found in faults.values():
         if found[0] is not None and None not in found:
             raise found[0]
+    if not all(any(f".{layer}." in module for module in faults) for layer in layers):
+        check_folder(Path(stats_dir) / model_slug(model), "--stats-dir")
 
 
 def _fault(stored: _Stored, d_ff: int) -> StatsError | None:

@@ -125,6 +125,18 @@ def test_the_receipt_records_it_and_other_commands_follow(call, folder, facts, t
         assert asked[0] == 0 and "different forms" not in asked[1]
 
 
+def test_the_default_asks_for_no_chat(call, folder, facts, tmp_path):  # noqa: F811
+    """An edit that is plain text by default stays so; an argument of the user's asks for the template."""
+    (folder / "chat_template.jinja").write_text(CHOICE, encoding="utf-8")
+    path = settings(tmp_path, "FT", layers=[2], lr=0.02, norm_constraint=0.2, num_steps=2)
+    args = ["--requests", facts, "--hparams", path, "--overwrite", "--out", tmp_path / "out"]
+    for options, first in (([], "The capital of France is"), (["--prompt", "enable_thinking=false"], None)):
+        code, _, err = call("edit", folder, *args, *options)
+        assert code == 0, err
+        shown = json.loads((tmp_path / "out" / "editlib.json").read_text(encoding="utf-8"))["first_prompt"]
+        assert shown == first or (first is None and shown.endswith(CLOSED))
+
+
 def test_a_template_that_always_thinks_is_said_early(call, folder, facts, tmp_path, caplog):  # noqa: F811
     (folder / "chat_template.jinja").write_text(ALWAYS, encoding="utf-8")
     path = settings(tmp_path, "FT", layers=[2], lr=0.02, norm_constraint=0.2, num_steps=2)
