@@ -52,7 +52,7 @@ def in_words(hparams: HyperParams) -> str:
     said = [f"{hparams.algorithm}, {hparams.source or 'from no file'}", f"layers {', '.join(layers)}"]
     if hparams.has_target:
         said.append("answers are replaced")
-    elif getattr(hparams, "values", DESCENT) == ROWS:
+    elif hparams.values_from_rows:
         said.append("answers are erased" + (", questions refused" if hparams.refuses else ""))
     else:
         said.append("questions are refused, answers only hidden (a token)")

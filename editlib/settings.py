@@ -16,7 +16,7 @@ from editlib.errors import ConfigError, EditlibError, HparamsError, first_line, 
 Self = TypeVar("Self", bound="Section")
 
 
-def knob(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
+def setting(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
     """Makes a field of a settings class: its default, its help text and its allowed values.
 
     `limits` are `min`, `max` (both allowed themselves), `above`, `below` (not allowed themselves) and `choices`.
@@ -88,7 +88,7 @@ def _yaml(text: str) -> Any:
         raise ValueError(f"not YAML{at} ({getattr(error, 'problem', None) or first_line(error)})") from None
 
 
-def bad(name: str, value: Any, wanted: str, remedy: str = "change it") -> HparamsError:
+def invalid(name: str, value: Any, wanted: str, remedy: str = "change it") -> HparamsError:
     """Makes the error for a setting with a value that is not allowed."""
     return HparamsError(f'key "{name}": {quote(value)}; expected {wanted}; {remedy}')
 
@@ -109,7 +109,7 @@ def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
     """
     value, wanted = _fitted(value, hint, metadata)
     if wanted is not None:
-        raise bad(name, value, wanted)
+        raise invalid(name, value, wanted)
     return value
 
 
@@ -177,7 +177,7 @@ def _within(number: float, limits: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Reads one part of a config, as the base of all; its fields are `knob`s, which hold help, range and choices."""
+    """Reads one part of a config, as the base of all; its fields are `setting`s, which hold help, range and choices."""
 
     @classmethod
     def read(cls: type[Self], values: Any, where: str) -> Self:

@@ -7,7 +7,7 @@ from typing import Any
 
 from editlib.errors import AttackError
 from editlib.evaluation.answer_cache import ANSWER_TOKENS
-from editlib.settings import check_fields, knob
+from editlib.settings import check_fields, setting
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class AttackSettings:
     """
 
     token: str = "[UNL]"
-    max_new_tokens: int = knob(ANSWER_TOKENS, min=1)
-    samples: int = knob(8, min=1)
-    shots: int = knob(4, min=1)
-    top_k: int = knob(5, min=1)
-    relearn_examples: int = knob(8, min=1)
-    relearn_steps: int = knob(10, min=0)
-    relearn_rate: float = knob(2e-4, min=0)
-    relearn_rank: int = knob(8, min=1)
+    max_new_tokens: int = setting(ANSWER_TOKENS, min=1)
+    samples: int = setting(8, min=1)
+    shots: int = setting(4, min=1)
+    top_k: int = setting(5, min=1)
+    relearn_examples: int = setting(8, min=1)
+    relearn_steps: int = setting(10, min=0)
+    relearn_rate: float = setting(2e-4, min=0)
+    relearn_rank: int = setting(8, min=1)
     frames: str | None = None
-    endings: int = knob(0, min=0)
-    resamples: int = knob(10_000, min=1)
+    endings: int = setting(0, min=0)
+    resamples: int = setting(10_000, min=1)
 
     def __post_init__(self) -> None:
         check_fields(self, error=AttackError)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from editlib.errors import HparamsError
-from editlib.settings import check_fields, knob
+from editlib.settings import check_fields, setting
 from editlib.training.settings import Precision, TrainSettings
 
 
@@ -36,17 +36,17 @@ class BaselineSettings:
         HparamsError: a value of the wrong type or out of range.
     """
 
-    learning_rate: float | None = knob(None, above=0)
-    steps: int | None = knob(None, min=1)
-    batch_size: int = knob(16, min=1)
-    warmup_steps: int = knob(5, min=0)
-    beta: float | None = knob(None, above=0)
+    learning_rate: float | None = setting(None, above=0)
+    steps: int | None = setting(None, min=1)
+    batch_size: int = setting(16, min=1)
+    warmup_steps: int = setting(5, min=0)
+    beta: float | None = setting(None, above=0)
     gamma: float = 0.0
-    forget_weight: float | None = knob(None, above=0)
-    retain_weight: float = knob(1.0, above=0)
-    rank: int | None = knob(None, min=1)
-    layer: int | None = knob(None, min=0)
-    steering: float = knob(2.0, above=0)
+    forget_weight: float | None = setting(None, above=0)
+    retain_weight: float = setting(1.0, above=0)
+    rank: int | None = setting(None, min=1)
+    layer: int | None = setting(None, min=0)
+    steering: float = setting(2.0, above=0)
     precision: Precision = "auto"
     hparams: str | None = None
     stats_dir: str | Path = "stats"
@@ -86,12 +86,12 @@ class Budget:
         HparamsError: a number of the wrong type or out of range.
     """
 
-    rates: int = knob(4, min=1)
-    steps: int = knob(60, min=1)
-    points: int = knob(3, min=1)
-    questions: int = knob(24, min=1)
-    low: float | None = knob(None, above=0, max=1000)
-    high: float | None = knob(None, above=0, max=1000)
+    rates: int = setting(4, min=1)
+    steps: int = setting(60, min=1)
+    points: int = setting(3, min=1)
+    questions: int = setting(24, min=1)
+    low: float | None = setting(None, above=0, max=1000)
+    high: float | None = setting(None, above=0, max=1000)
 
     def __post_init__(self) -> None:
         check_fields(self, of=" of a search")

@@ -20,7 +20,7 @@ from editlib.evaluation.forget_set import Benchmark
 from editlib.facts.forget_set import Facts
 from editlib.models.prompt_settings import PromptSettings
 from editlib.requests.json_text import loads_checked
-from editlib.settings import Section, chosen, knob
+from editlib.settings import Section, chosen, setting
 from editlib.stats.corpus import load_corpus
 from editlib.tofu.forget_set import Tofu
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 class AttackPlan(Section):
     """Holds the attacks that are tried, on how many of the forgotten facts, and their effort."""
 
-    names: list[str] | None = knob(None, "names of attacks; none: all")
-    facts: int | None = knob(None, "forgotten facts that are attacked, drawn by the seed; none: all", min=1)
-    seed: int = knob(0, "of the draw and of the attacks: one for all methods, so that all meet the same", min=0)
-    settings: dict = knob(dict, "keys of `AttackSettings`: samples, shots, relearn_steps, ...")
+    names: list[str] | None = setting(None, "names of attacks; none: all")
+    facts: int | None = setting(None, "forgotten facts that are attacked, drawn by the seed; none: all", min=1)
+    seed: int = setting(0, "of the draw and of the attacks: one for all methods, so that all meet the same", min=0)
+    settings: dict = setting(dict, "keys of `AttackSettings`: samples, shots, relearn_steps, ...")
 
     @property
     def how(self) -> AttackSettings:
@@ -45,9 +45,9 @@ class AttackPlan(Section):
 class AbilityPlan(Section):
     """Holds the tasks of lm-eval that are run."""
 
-    tasks: list[str] = knob(help="names of tasks, or task files")
-    limit: int | None = knob(None, "questions a task; none: all", min=1)
-    seed: int | None = knob(None, "seed of a random sample of `limit` questions; none: the first ones", min=0)
+    tasks: list[str] = setting(help="names of tasks, or task files")
+    limit: int | None = setting(None, "questions a task; none: all", min=1)
+    seed: int | None = setting(None, "seed of a random sample of `limit` questions; none: the first ones", min=0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from editlib.evaluation.forget_set import Task
 from editlib.models.loading import DTYPES
-from editlib.settings import Section, knob
+from editlib.settings import Section, setting
 from editlib.workbench import Workbench
 
 FAMILIES = {
@@ -26,14 +26,14 @@ FAMILIES = {
 class General(Section):
     """Holds the single values of a config."""
 
-    model: str = knob(help="a packaged model, a local folder or a Hugging Face id")
-    dtype: str | None = knob(None, "what the model is loaded in; none: as stored", choices=(*DTYPES, None))
-    device_map: str | None = knob(None, "auto, or a device; none: the CPU, under torchrun an accelerator each")
-    stats_dir: str = knob("stats", "where statistics, tokens and a model's own answers are kept")
-    corpus: str = knob("wiki-sample", "what missing statistics are made from")
-    stats_tokens: int = knob(100_000, "tokens that they are made from", min=1)
-    seeds: list[int] = knob(lambda: [0], "one run of every method for each", min=0)
-    perplexity: str | None = knob("wiki-sample:heldout", "text whose perplexity is taken; none: not taken")
+    model: str = setting(help="a packaged model, a local folder or a Hugging Face id")
+    dtype: str | None = setting(None, "what the model is loaded in; none: as stored", choices=(*DTYPES, None))
+    device_map: str | None = setting(None, "auto, or a device; none: the CPU, under torchrun an accelerator each")
+    stats_dir: str = setting("stats", "where statistics, tokens and a model's own answers are kept")
+    corpus: str = setting("wiki-sample", "what missing statistics are made from")
+    stats_tokens: int = setting(100_000, "tokens that they are made from", min=1)
+    seeds: list[int] = setting(lambda: [0], "one run of every method for each", min=0)
+    perplexity: str | None = setting("wiki-sample:heldout", "text whose perplexity is taken; none: not taken")
 
 
 @dataclass(frozen=True)

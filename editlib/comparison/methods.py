@@ -26,7 +26,7 @@ from editlib.models.generation import end_tokens
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
-from editlib.settings import Section, chosen, knob
+from editlib.settings import Section, chosen, setting
 from editlib.shelf import JsonStore, digest
 from editlib.stats.store import model_slug
 from editlib.workbench import Workbench
@@ -46,9 +46,9 @@ class NoSettings(Section):
 class EditSettings(Section):
     """Holds the origin of an algorithm's hyper-parameters."""
 
-    hparams: str | None = knob(None, "a JSON file or a bundled name; none: found by the model")
-    settings: dict = knob(dict, "single hyper-parameters in place of those")
-    search: bool | dict = knob(False, "look for `v_lr` and `v_num_grad_steps` first: true, or keys of `Budget`")
+    hparams: str | None = setting(None, "a JSON file or a bundled name; none: found by the model")
+    settings: dict = setting(dict, "single hyper-parameters in place of those")
+    search: bool | dict = setting(False, "look for `v_lr` and `v_num_grad_steps` first: true, or keys of `Budget`")
 
 
 class Unedited(Method):
@@ -178,8 +178,8 @@ class ClosedForm(Method):
 class BaselineKeys(Section):
     """Holds the settings of a baseline of `editlib.baselines`."""
 
-    settings: dict = knob(dict, "keys of `BaselineSettings`: learning_rate, steps, batch_size, rank, ...")
-    search: bool | dict = knob(False, "look for learning rate and steps first: true, or keys of `Budget`")
+    settings: dict = setting(dict, "keys of `BaselineSettings`: learning_rate, steps, batch_size, rank, ...")
+    search: bool | dict = setting(False, "look for learning rate and steps first: true, or keys of `Budget`")
 
 
 class Trained(Method):

@@ -13,7 +13,7 @@ from editlib.evaluation.metrics import MetricResult
 from editlib.models.loaded import LoadedModel
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
-from editlib.settings import Section, knob
+from editlib.settings import Section, setting
 from editlib.workbench import Workbench
 
 
@@ -167,5 +167,5 @@ class Benchmark(ABC):
 class SetSettings(Section):
     """Holds the keys of every set."""
 
-    name: str | None = knob(None, "what it is called in the results; none: its protocol")
-    model: str | None = knob(None, "the model that is to forget, where it is another than the config's")
+    name: str | None = setting(None, "what it is called in the results; none: its protocol")
+    model: str | None = setting(None, "the model that is to forget, where it is another than the config's")

@@ -19,7 +19,7 @@ from editlib.models.positions import check_prompts
 from editlib.models.prompts import PromptFormat
 from editlib.requests.reading import read_requests, requests_hash, write_requests
 from editlib.requests.request import EditRequest
-from editlib.settings import knob
+from editlib.settings import setting
 
 KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
@@ -28,13 +28,15 @@ KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 class FactsSettings(SetSettings):
     """Sets which facts are used: bundled ones (`forget` of them), or files of the user's."""
 
-    forget: int | None = knob(None, "how many bundled facts are forgotten", min=1)
-    relations: list[str] | None = knob(None, "relations that they are drawn from; none: six usual ones")
-    seed: int = knob(0, "of the draw", min=0)
-    requests: str | None = knob(None, "facts to forget, a file, in place of bundled ones")
-    retain: str | None = knob(None, "prompts to keep, a file; without `watch` every second is held out for the check")
-    watch: str | None = knob(None, "held-out prompts that are only asked afterwards, a file")
-    skip_bad: bool = knob(False, "leave rows of these files out that cannot be used, and count them")
+    forget: int | None = setting(None, "how many bundled facts are forgotten", min=1)
+    relations: list[str] | None = setting(None, "relations that they are drawn from; none: six usual ones")
+    seed: int = setting(0, "of the draw", min=0)
+    requests: str | None = setting(None, "facts to forget, a file, in place of bundled ones")
+    retain: str | None = setting(
+        None, "prompts to keep, a file; without `watch` every second is held out for the check"
+    )
+    watch: str | None = setting(None, "held-out prompts that are only asked afterwards, a file")
+    skip_bad: bool = setting(False, "leave rows of these files out that cannot be used, and count them")
 
 
 class Facts(Benchmark):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from editlib.errors import HparamsError, nearest
 from editlib.hparams.published import FAMILY_KEYS, as_ours
-from editlib.settings import bad, checked, knob, read_settings
+from editlib.settings import checked, invalid, read_settings, setting
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +44,16 @@ class HyperParams:
     values_first: ClassVar[bool] = False  # finds the values of a whole batch before any weight changes
     refits_totals: ClassVar[bool] = False  # cuts the sum of all edits so far, not only its own
 
-    layers: list[int] = knob(help="decoder layers to edit, rising, counted from 0", min=0, depth=True)
-    model_name: str | None = knob(None, "the model that these settings are for")
-    rewrite_module_tmp: str | None = knob(
+    layers: list[int] = setting(help="decoder layers to edit, rising, counted from 0", min=0, depth=True)
+    model_name: str | None = setting(None, "the model that these settings are for")
+    rewrite_module_tmp: str | None = setting(
         None, 'name of the edited matrix, "{}" for the layer\'s number; none: found in the model'
     )
-    layer_module_tmp: str | None = knob(None, 'name of a decoder layer, "{}" for its number; none: found in the model')
-    mlp_module_tmp: str | None = knob(None, 'name of an MLP, "{}" for the layer\'s number; none: found in the model')
-    notes: dict | str = knob("", "free text, such as the origin of the settings")
+    layer_module_tmp: str | None = setting(
+        None, 'name of a decoder layer, "{}" for its number; none: found in the model'
+    )
+    mlp_module_tmp: str | None = setting(None, 'name of an MLP, "{}" for the layer\'s number; none: found in the model')
+    notes: dict | str = setting("", "free text, such as the origin of the settings")
     unused: dict = field(
         default_factory=dict, repr=False, compare=False, metadata={"help": "published keys that are not used"}
     )
@@ -124,11 +126,11 @@ class HyperParams:
     def check(self) -> None:
         """Checks what involves several fields; subclasses add their checks and call this one."""
         if not self.layers or any(a >= b for a, b in pairwise(self.layers)):
-            raise bad("layers", self.layers, "at least one, rising, none twice", "sort the list")
+            raise invalid("layers", self.layers, "at least one, rising, none twice", "sort the list")
         for name in ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp"):
             value = getattr(self, name)
             if value is not None and value.count("{}") != 1:
-                raise bad(name, value, 'one "{}" in the layer\'s place', "or leave the key out")
+                raise invalid(name, value, 'one "{}" in the layer\'s place', "or leave the key out")
 
     @classmethod
     def depth_fields(cls) -> list[str]:
@@ -200,54 +202,54 @@ class ClosedFormHyperParams(HyperParams):
     plain_share: ClassVar[float | None] = None
     """Weight of the plain prompt in a request's mean key; none: the same as that of each context template."""
 
-    fact_token: str = knob(
+    fact_token: str = setting(
         "subject_last",
         "the lookup position: the token whose hidden state is edited",
         choices=("subject_last", "last", "subject_first", "subject_first_after_last"),
     )
-    context_templates: list[str] | None = knob(
+    context_templates: list[str] | None = setting(
         None, 'texts around the prompt, "{}" in its place, the plain "{}" first; none: the model generates them'
     )
-    context_template_length_params: list[list[int]] | None = knob(
+    context_template_length_params: list[list[int]] | None = setting(
         None, "pairs of length in tokens and number of the generated context templates; none: MEMIT's five", min=0
     )
-    v_optimizer: str = knob(
+    v_optimizer: str = setting(
         "adam",
         'optimiser of a value; "normalised" is gradient descent with steps of a fixed length',
         choices=("adam", "normalised"),
     )
-    v_precision: str = knob(
+    v_precision: str = setting(
         "model",
         'dtype of the passes that find values: the model\'s, or "fast": bf16 if the processor is faster in it',
         choices=("model", "fast"),
     )
-    v_num_grad_steps: int = knob(25, "largest number of gradient steps for a value", min=1)
-    v_lr: float = knob(
+    v_num_grad_steps: int = setting(25, "largest number of gradient steps for a value", min=1)
+    v_lr: float = setting(
         0.5, "Adam's learning rate, or the length of a normalised step in norms of the hidden state", above=0
     )
-    v_loss_layer: int | None = knob(
+    v_loss_layer: int | None = setting(
         None, "layer whose output enters the loss; none: the last, the only one supported", min=0, depth=True
     )
-    v_weight_decay: float = knob(0.5, "weight in the loss of the norm of the change to the hidden state", min=0)
-    clamp_norm_factor: float = knob(
+    v_weight_decay: float = setting(0.5, "weight in the loss of the norm of the change to the hidden state", min=0)
+    clamp_norm_factor: float = setting(
         4.0, "largest norm of the change to the hidden state, in norms of the hidden state", above=0
     )
-    kl_factor: float = knob(
+    kl_factor: float = setting(
         0.0625, "weight of the KL term, which preserves predictions about the subject in general", min=0
     )
-    early_stop_loss: float = knob(
+    early_stop_loss: float = setting(
         0.05, "a value is done when the NLL of its target is below this (nats per token)", min=0
     )
-    rescale_norm: bool = knob(
+    rescale_norm: bool = setting(
         False, "scale a value to the norm that the hidden state had before the edit (NAS, 2602.02543)"
     )
-    mom2_dataset: str | None = knob(
+    mom2_dataset: str | None = setting(
         None, "corpus whose layer statistics are preferred; none: those over the most tokens"
     )
-    mom2_n_samples: int | None = knob(
+    mom2_n_samples: int | None = setting(
         None, "number of texts in the layer statistics, to choose between several files", min=1
     )
-    mom2_dtype: str = knob("float32", "dtype of the layer statistics' files", choices=("float32",))
+    mom2_dtype: str = setting("float32", "dtype of the layer statistics' files", choices=("float32",))
 
     @property
     def lookup_place(self) -> str:
@@ -271,13 +273,13 @@ class ClosedFormHyperParams(HyperParams):
             self.check_templates("context_templates")
         for length, _ in self.context_template_length_params or []:
             if length < 1:
-                raise bad("context_template_length_params", length, "lengths of at least 1")
+                raise invalid("context_template_length_params", length, "lengths of at least 1")
 
     def check_templates(self, name: str) -> None:
         """Raises `HparamsError` unless the field `name` lists texts with one "{}" each."""
         texts = getattr(self, name)
         if not texts or any(text.count("{}") != 1 for text in texts):
-            raise bad(name, texts, 'texts with one "{}" each')
+            raise invalid(name, texts, 'texts with one "{}" each')
 
 
 CLOSED_FORM_KEYS = frozenset(item.name for item in fields(ClosedFormHyperParams)) - _ABOUT

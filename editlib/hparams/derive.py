@@ -1,6 +1,6 @@
 """Derive settings for a model without measured ones, from those of a reference model.
 
-Layer numbers are scaled by depth (`knob(..., depth=True)` marks the fields), an absolute threshold on eigenvalues
+Layer numbers are scaled by depth (`setting(..., depth=True)` marks the fields), an absolute threshold on eigenvalues
 becomes a share of energy, and everything else is copied. `notes` records the origin of each value.
 """
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeGuard
 
 from editlib.hparams.base import ClosedFormHyperParams, HyperParams
-from editlib.settings import bad, knob
+from editlib.settings import invalid, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,12 @@ class FTHyperParams(HyperParams):
     procedure: ClassVar[str] = "FT"
     chainable: ClassVar[bool] = False
 
-    num_steps: int = knob(25, "largest number of passes over the requests", min=1)
-    lr: float = knob(5e-4, "Adam's learning rate", above=0)
-    weight_decay: float = knob(0.0, "Adam's weight decay", min=0)
-    norm_constraint: float | None = knob(5e-4, "largest change to an entry of the matrix; none: no limit", above=0)
-    batch_size: int = knob(64, "requests per gradient step", min=1)
-    early_stop_loss: float = knob(0.01, "training stops when the mean NLL over a pass is below this", min=0)
+    num_steps: int = setting(25, "largest number of passes over the requests", min=1)
+    lr: float = setting(5e-4, "Adam's learning rate", above=0)
+    weight_decay: float = setting(0.0, "Adam's weight decay", min=0)
+    norm_constraint: float | None = setting(5e-4, "largest change to an entry of the matrix; none: no limit", above=0)
+    batch_size: int = setting(64, "requests per gradient step", min=1)
+    early_stop_loss: float = setting(0.01, "training stops when the mean NLL over a pass is below this", min=0)
 
     @property
     def uses_statistics(self) -> bool:
@@ -46,13 +46,13 @@ class ROMEHyperParams(ClosedFormHyperParams):
     procedure: ClassVar[str] = "ROME"
     takes_batches: ClassVar[bool] = False
 
-    context_template_length_params: list[list[int]] | None = knob(
+    context_template_length_params: list[list[int]] | None = setting(
         lambda: [[5, 10], [10, 10]],
         "pairs of length in tokens and number of the generated context templates",
         min=0,
     )
-    v_num_grad_steps: int = knob(20, "largest number of gradient steps for a value", min=1)
-    mom2_adjustment: bool = knob(
+    v_num_grad_steps: int = setting(20, "largest number of gradient steps for a value", min=1)
+    mom2_adjustment: bool = setting(
         True, "whiten the key by the covariance of keys of ordinary text; without it the update's direction is the key"
     )
 
@@ -63,7 +63,7 @@ class ROMEHyperParams(ClosedFormHyperParams):
     def check(self) -> None:
         super().check()
         if len(self.layers) != 1:
-            raise bad("layers", self.layers, "one layer, since ROME edits one matrix", "choose one")
+            raise invalid("layers", self.layers, "one layer, since ROME edits one matrix", "choose one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +79,11 @@ class MEMITHyperParams(ClosedFormHyperParams):
     plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
     holds_past: ClassVar[bool] = False  # preserves the outputs at the keys of earlier edits
 
-    layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
-    mom2_update_weight: float = knob(
+    layer_selection: str = setting("all", "which of `layers` to edit", choices=("all",))
+    mom2_update_weight: float = setting(
         15000.0, "weight of ordinary text relative to the requests, the paper's λ", above=0
     )
-    left_weight: float = knob(
+    left_weight: float = setting(
         0.0,
         "weight of the left metric: the update avoids directions that the answers about the subjects depend on; 0 as "
         "published",
@@ -120,7 +120,7 @@ class NASHyperParams(MEMITHyperParams):
     paper: ClassVar[str] = "2602.02543"
     summary: ClassVar[str] = "MEMIT with values as long as the hidden states that they replace"
 
-    rescale_norm: bool = knob(True, "scale a value to the norm that the hidden state had before the edit")
+    rescale_norm: bool = setting(True, "scale a value to the norm that the hidden state had before the edit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class RECTHyperParams(MEMITHyperParams):
     paper: ClassVar[str] = "2401.04700"
     summary: ClassVar[str] = "MEMIT of which only the relatively largest changes are kept"
 
-    rect_share: float = knob(0.4, "share of a matrix's entries that may change", above=0, max=1)
+    rect_share: float = setting(0.4, "share of a matrix's entries that may change", above=0, max=1)
 
     @property
     def kept_share(self) -> float | None:
@@ -156,8 +156,8 @@ class EMMETHyperParams(MEMITHyperParams):
     paper: ClassVar[str] = "2403.14236"
     summary: ClassVar[str] = "MEMIT's facts under an equality constraint"
 
-    mom2_update_weight: float = knob(1.0, "factor of the covariance, relative to `emmet_lambda`", above=0)
-    emmet_lambda: float = knob(0.1, "ridge added to the diagonal of the constraint's linear system", min=0)
+    mom2_update_weight: float = setting(1.0, "factor of the covariance, relative to `emmet_lambda`", above=0)
+    emmet_lambda: float = setting(0.1, "ridge added to the diagonal of the constraint's linear system", min=0)
 
     @property
     def equality_ridge(self) -> float | None:
@@ -174,14 +174,16 @@ class NullSpaceHyperParams(ClosedFormHyperParams):
 
     values_first: ClassVar[bool] = True
 
-    layer_selection: str = knob("all", "which of `layers` to edit", choices=("all",))
-    nullspace_threshold: float = knob(0.02, "an edit may use the key directions whose eigenvalue is below this", min=0)
-    nullspace_rule: str = knob(
+    layer_selection: str = setting("all", "which of `layers` to edit", choices=("all",))
+    nullspace_threshold: float = setting(
+        0.02, "an edit may use the key directions whose eigenvalue is below this", min=0
+    )
+    nullspace_rule: str = setting(
         "absolute",
         "unit of the threshold: an eigenvalue, or a share of the energy or of the dimensions",
         choices=("absolute", "energy", "dimensions"),
     )
-    L2: float = knob(10.0, "ridge of the solve; a larger one gives a smaller, less exact update", min=0)
+    L2: float = setting(10.0, "ridge of the solve; a larger one gives a smaller, less exact update", min=0)
 
     @property
     def decomposition(self) -> Literal["spectrum", "factor"]:
@@ -191,7 +193,7 @@ class NullSpaceHyperParams(ClosedFormHyperParams):
         super().check()
         if self.nullspace_rule != "absolute" and self.nullspace_threshold > 1:
             wanted = f'a share from 0 to 1 with nullspace_rule "{self.nullspace_rule}"'
-            raise bad("nullspace_threshold", self.nullspace_threshold, wanted)
+            raise invalid("nullspace_threshold", self.nullspace_threshold, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,7 @@ class AlphaEditHyperParams(NullSpaceHyperParams):
     procedure: ClassVar[str] = "AlphaEdit"
     plain_share: ClassVar[float | None] = 0.5  # as MEMIT
 
-    left_weight: float = knob(
+    left_weight: float = setting(
         0.0,
         "weight of the left metric: the update avoids directions that the answers about the subjects depend on; 0 as "
         "published",
@@ -226,87 +228,87 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     takes_retain: ClassVar[bool] = True
     has_target: ClassVar[bool] = False
 
-    values: str = knob(
+    values: str = setting(
         "descent",
         'how a value is found: by "descent" on the NLL of [UNL], as published, or from "rows": the smallest change '
         "that erases an answer and keeps other answers",
         choices=("descent", "rows"),
     )
-    wordings: int = knob(0, "additional wordings of each question, made by rules (data/wordings.jsonl)", min=0)
-    say: bool = knob(True, "rows: refuse where an answer was erased, with tokens fitted to the edited model")
-    example_wordings: int = knob(
+    wordings: int = setting(0, "additional wordings of each question, made by rules (data/wordings.jsonl)", min=0)
+    say: bool = setting(True, "rows: refuse where an answer was erased, with tokens fitted to the edited model")
+    example_wordings: int = setting(
         0,
         "rows: wordings of a question that are also erased in few-shot prompts, after other facts with their answers",
         min=0,
     )
-    siblings: int = knob(12, "rows: other questions about a subject whose answers are kept", min=0)
-    other_subjects: int = knob(
+    siblings: int = setting(12, "rows: other questions about a subject whose answers are kept", min=0)
+    other_subjects: int = setting(
         0, "rows: other subjects of each relation, named by the model, at which no refusal token is said", min=0
     )
-    erase_margin: float = knob(
+    erase_margin: float = setting(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
     )
-    say_margin: float = knob(10.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
-    quiet_margin: float = knob(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
-    token_steps: int = knob(200, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
-    token_wordings: int = knob(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
-    mark_layers: list[int] = knob(
+    say_margin: float = setting(10.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
+    quiet_margin: float = setting(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
+    token_steps: int = setting(200, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
+    token_wordings: int = setting(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
+    mark_layers: list[int] = setting(
         lambda: [],
         "rows: late layers that mark erased facts, for the refusal tokens to read; none: tokens read the final state "
         "alone",
         min=0,
         depth=True,
     )
-    mark_size: float = knob(
+    mark_size: float = setting(
         12.0, "rows: size of a mark, in standard deviations of the final states along its direction", above=0
     )
-    row_steps: int = knob(5, "rows: Gauss-Newton steps for a value, at most", min=1)
-    left_weight: float = knob(
+    row_steps: int = setting(5, "rows: Gauss-Newton steps for a value, at most", min=1)
+    left_weight: float = setting(
         0.0, "rows: weight of the left metric, which shortens values in directions that anchors' answers read", min=0
     )
 
-    context_templates: list[str] = knob(
+    context_templates: list[str] = setting(
         lambda: ["{}"], 'context templates that values and keys are averaged over; "{}" is the question'
     )
-    solve: str = knob("ridge", "meet the requests by least squares, or exactly", choices=("ridge", "exact"))
-    exact_floor: float = knob(
+    solve: str = setting("ridge", "meet the requests by least squares, or exactly", choices=("ridge", "exact"))
+    exact_floor: float = setting(
         0.1,
         "directions in which the ridge reaches less than this share of a residual are not scaled up further; requests "
         "with nearly the same key then share the mean of their residuals",
         min=0,
         max=1,
     )
-    kl_subject_prompts: int = knob(
+    kl_subject_prompts: int = setting(
         0, "number of general questions about the subject that the KL term also covers", min=0, max=11
     )
-    kl_answer_tokens: int = knob(0, "tokens of each answer to these questions that the KL term covers", min=0)
-    gate_layer: int | None = knob(
+    kl_answer_tokens: int = setting(0, "tokens of each answer to these questions that the KL term covers", min=0)
+    gate_layer: int | None = setting(
         None, "late layer that raises the logit of [UNL] for the requests' relations; none: no gate", min=0, depth=True
     )
-    gate_nll: float = knob(5.5, "NLL of [UNL] that the gate alone reaches (nats)", above=0)
-    gate_templates: list[str] = knob(
+    gate_nll: float = setting(5.5, "NLL of [UNL] that the gate alone reaches (nats)", above=0)
+    gate_templates: list[str] = setting(
         lambda: ["{}"], 'templates that the keys of the gate are averaged over; "{}" is the question'
     )
-    anchors: bool = knob(True, "preserve the outputs at the keys of the retain prompts")
-    anchor_weight: float = knob(1.0, "weight of an anchor relative to a request", min=0)
-    anchor_lookup_weight: float = knob(
+    anchors: bool = setting(True, "preserve the outputs at the keys of the retain prompts")
+    anchor_weight: float = setting(1.0, "weight of an anchor relative to a request", min=0)
+    anchor_lookup_weight: float = setting(
         0.0, "extra weight of an anchor's lookup position, where the keys of subjects differ", min=0
     )
-    anchor_prefix_weight: float = knob(
+    anchor_prefix_weight: float = setting(
         0.0, "extra weight of the tokens that all anchors begin with: a system message is read by every question", min=0
     )
-    anchor_known_weight: float = knob(
+    anchor_known_weight: float = setting(
         0.0, "extra weight of an anchor's lookup position if the model answers it correctly", min=0
     )
-    past_weight: float = knob(1.0, "weight of an earlier edit's key; 1 as published", min=0)
-    text_weight: float = knob(
+    past_weight: float = setting(1.0, "weight of an earlier edit's key; 1 as published", min=0)
+    text_weight: float = setting(
         0.0, "weight of ordinary text, as in MEMIT, in addition to the null space or instead of it", min=0
     )
-    anchor_positions: str = knob(
+    anchor_positions: str = setting(
         "all", "positions of a retain prompt whose keys are anchors", choices=("all", "subject_last")
     )
-    anchor_subjects: bool = knob(True, "also anchor general prompts about the requests' own subjects")
-    max_anchors: int | None = knob(None, "largest number of anchor prompts; none: no limit", min=1)
+    anchor_subjects: bool = setting(True, "also anchor general prompts about the requests' own subjects")
+    max_anchors: int | None = setting(None, "largest number of anchor prompts; none: no limit", min=1)
 
     @property
     def edited_layers(self) -> list[int]:
@@ -341,15 +343,16 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         super().check()
         self.check_templates("gate_templates")
         if self.gate_layer is not None and self.values_from_rows:
-            raise bad("gate_layer", self.gate_layer, 'no gate with "values": "rows"', "leave the key out")
+            raise invalid("gate_layer", self.gate_layer, 'no gate with "values": "rows"', "leave the key out")
         if self.mark_layers and not (self.values_from_rows and self.say):
-            raise bad(
+            raise invalid(
                 "mark_layers", self.mark_layers, 'none without "values": "rows" and "say": true', "leave the key out"
             )
         if self.mark_layers != sorted({layer for layer in self.mark_layers if layer > self.layers[-1]}):
-            raise bad("mark_layers", self.mark_layers, f"rising layers above the last of `layers`, {self.layers[-1]}")
+            wanted = f"rising layers above the last of `layers`, {self.layers[-1]}"
+            raise invalid("mark_layers", self.mark_layers, wanted)
         if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
-            raise bad("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
+            raise invalid("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
 
 
 ALGORITHMS: dict[str, type[HyperParams]] = {

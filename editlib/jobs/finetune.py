@@ -34,7 +34,7 @@ from editlib.models.thinking import answer_texts
 from editlib.models.weights import save_model, stored_bytes, weights_sha256
 from editlib.requests.reading import read_requests, requests_hash, write_requests
 from editlib.requests.request import EditRequest
-from editlib.settings import check_fields, knob
+from editlib.settings import check_fields, setting
 from editlib.shelf import check_same_job
 from editlib.stats.corpus import check_corpus, load_corpus
 from editlib.training import Checkpoint, Part, TrainSettings, answer_nll, answered, text_rows, train
@@ -68,12 +68,12 @@ class FinetuneSettings:
         HparamsError: a value out of range.
     """
 
-    epochs: int = knob(4, min=1)
-    learning_rate: float = knob(3e-4, above=0)
-    batch_size: int = knob(16, min=1)
-    warmup_steps: int = knob(5, min=0)
-    rank: int | None = knob(None, min=1)
-    keep: float = knob(0.0625, min=0, max=1)
+    epochs: int = setting(4, min=1)
+    learning_rate: float = setting(3e-4, above=0)
+    batch_size: int = setting(16, min=1)
+    warmup_steps: int = setting(5, min=0)
+    rank: int | None = setting(None, min=1)
+    keep: float = setting(0.0625, min=0, max=1)
     text: str | None = "wiki-sample"
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from editlib.models.loaded import LoadedModel
 from editlib.models.loading import load
 from editlib.models.weights import weights_sha256
 from editlib.requests.reading import requests_hash
-from editlib.settings import knob
+from editlib.settings import setting
 from editlib.shelf import JsonStore, digest, from_json
 from editlib.tofu.scores import (
     ANSWER_TOKENS,
@@ -43,18 +43,18 @@ SHOWN = ("rouge_l_recall", "probability", "truth_ratio", "extraction_strength")
 class TofuSettings(SetSettings):
     """Sets which TOFU sets are used, and how many questions."""
 
-    source: str | None = knob(None, "a folder with TOFU's files, or a data set on the Hub; none: TOFU's own")
-    forget: str = knob("forget01", "the set to forget", choices=tuple(FORGET))
-    learned: str | None = knob(None, "questions that the model was trained on, a file; none: all")
-    reference: str | None = knob(
+    source: str | None = setting(None, "a folder with TOFU's files, or a data set on the Hub; none: TOFU's own")
+    forget: str = setting("forget01", "the set to forget", choices=tuple(FORGET))
+    learned: str | None = setting(None, "questions that the model was trained on, a file; none: all")
+    reference: str | None = setting(
         None, "a model trained without the set to forget, or its results (edited.json); forget quality needs it"
     )
-    skip_bad: bool = knob(False, "leave rows of these files out that cannot be used, and count them")
-    limit: int | None = knob(None, "questions of each probe set; none: all", min=1)
-    seed: int = knob(0, "of the draw", min=0)
-    max_new_tokens: int = knob(ANSWER_TOKENS, "tokens of an answer", min=1)
-    encoder: str | None = knob(None, "a sentence encoder, for cosine similarity")
-    classifier: str | None = knob(None, "a classifier of entailment")
+    skip_bad: bool = setting(False, "leave rows of these files out that cannot be used, and count them")
+    limit: int | None = setting(None, "questions of each probe set; none: all", min=1)
+    seed: int = setting(0, "of the draw", min=0)
+    max_new_tokens: int = setting(ANSWER_TOKENS, "tokens of an answer", min=1)
+    encoder: str | None = setting(None, "a sentence encoder, for cosine similarity")
+    classifier: str | None = setting(None, "a classifier of entailment")
 
 
 class Tofu(Benchmark):

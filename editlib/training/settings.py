@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from editlib.settings import check_fields, knob
+from editlib.settings import check_fields, setting
 
 Decay = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -34,13 +34,13 @@ class TrainSettings:
         HparamsError: a value of the wrong type or out of range.
     """
 
-    learning_rate: float = knob(1e-5, min=0)
-    steps: int = knob(100, min=0)
-    batch_size: int = knob(16, min=1)
-    warmup_steps: int = knob(5, min=0)
+    learning_rate: float = setting(1e-5, min=0)
+    steps: int = setting(100, min=0)
+    batch_size: int = setting(16, min=1)
+    warmup_steps: int = setting(5, min=0)
     decay: Decay = "constant"
-    weight_decay: float = knob(0.0, min=0)
-    max_grad_norm: float | None = knob(1.0, above=0)
+    weight_decay: float = setting(0.0, min=0)
+    max_grad_norm: float | None = setting(1.0, above=0)
     precision: Precision = "auto"
     seed: int = 0
 

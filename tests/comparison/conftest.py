@@ -16,7 +16,7 @@ from editlib.evaluation.answer_cache import AnswerCache
 from editlib.evaluation.forget_set import Benchmark, ForgetSet, Scores, SetSettings
 from editlib.evaluation.metrics import MetricResult
 from editlib.requests.request import EditRequest
-from editlib.settings import Section, knob
+from editlib.settings import Section, setting
 from editlib.workbench import Workbench
 
 
@@ -27,7 +27,7 @@ def weight(model):
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs(Section):
-    strength: float | None = knob(None, "what is written")
+    strength: float | None = setting(None, "what is written")
 
 
 class Forgets(Method):
@@ -75,7 +75,7 @@ class Breaks(Forgets):
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenSettings(SetSettings):
-    facts: int = knob(3, "how many")
+    facts: int = setting(3, "how many")
 
 
 class Written(Benchmark):

@@ -9,7 +9,7 @@ import pytest
 
 from editlib.errors import HparamsError
 from editlib.hparams import ALGORITHMS, HyperParams, UniEraseHyperParams, available, bundled, load_hparams
-from editlib.settings import knob
+from editlib.settings import setting
 
 ALPHAEDIT_LLAMA3_8B = {
     "model_name": "Llama3-8B",
@@ -257,7 +257,7 @@ def test_unknown_algorithm_names_the_nearest():
 def test_another_algorithm_is_a_few_lines():
     @dataclass(frozen=True, kw_only=True)
     class Other(HyperParams):
-        share: float = knob(0.5, "a share", min=0, max=1)
+        share: float = setting(0.5, "a share", min=0, max=1)
 
     assert Other.from_dict({"layers": [1], "share": 1, "L2": 3}).unused == {"L2": 3}
     with pytest.raises(HparamsError, match=r'"share": 2\.0; expected at least 0 and at most 1'):

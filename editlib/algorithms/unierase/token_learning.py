@@ -28,7 +28,7 @@ from editlib.models.prefix import Prefix
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, TokenRow, pad, settled
 from editlib.models.vocabulary import add_token, check_rows, rows_in_place, write_rows
-from editlib.settings import check_fields, knob
+from editlib.settings import check_fields, setting
 
 log = logging.getLogger(__name__)
 
@@ -37,23 +37,23 @@ log = logging.getLogger(__name__)
 class TokenHyperParams:
     """Sets how the token is learned."""
 
-    steps: int = knob(70, min=1)  # optimiser steps
-    robust_steps: int = knob(50, min=0)  # the last of `steps`, with noise on the matrices that edits will change
-    batch: int = knob(8, min=1)  # questions of a step, all in one prompt form
-    lr: float = knob(0.15, above=0)  # learning rate
-    memory: float = knob(0.99, min=0, below=1)  # of squared gradients, Adam's second beta; less suits fewer steps
-    opening: int = knob(4, min=0)  # tokens that the chosen refusals begin with alike; fewer where no two share so many
-    refusals: int = knob(4, min=1)  # most refusals to learn from: the shortest of those with the same opening
-    noise: float = knob(0.1, min=0)  # standard deviation of the noise in units of the weight's own
+    steps: int = setting(70, min=1)  # optimiser steps
+    robust_steps: int = setting(50, min=0)  # the last of `steps`, with noise on the matrices that edits will change
+    batch: int = setting(8, min=1)  # questions of a step, all in one prompt form
+    lr: float = setting(0.15, above=0)  # learning rate
+    memory: float = setting(0.99, min=0, below=1)  # of squared gradients, Adam's second beta; less suits fewer steps
+    opening: int = setting(4, min=0)  # tokens that the chosen refusals begin with alike; fewer where no two share them
+    refusals: int = setting(4, min=1)  # most refusals to learn from: the shortest of those with the same opening
+    noise: float = setting(0.1, min=0)  # standard deviation of the noise in units of the weight's own
     layers: tuple[int, ...] = ()  # layers that get noise; none given: 4/30 to 8/30 of the depth, where edits are usual
-    averaged_steps: int = knob(15, min=0)  # the last of `steps`, over which the rows are averaged
-    guard_weight: float = knob(1.0, min=0)  # of the guard's penalty, which keeps the token out of ordinary text
+    averaged_steps: int = setting(15, min=0)  # the last of `steps`, over which the rows are averaged
+    guard_weight: float = setting(1.0, min=0)  # of the guard's penalty, which keeps the token out of ordinary text
     reach: float = 14.0  # nats: gap logsumexp(other logits) - logit(token) aimed at where an answer starts
     floor: float = 12.0  # nats: least such gap at all other positions of ordinary text
-    questions: int = knob(200, min=1)  # most questions that the token is learned over
-    guard_prompts: int = knob(120, min=0)  # ordinary prompts whose answers the guard covers
-    guard_tokens: int = knob(16, min=0)  # tokens of each answer that the guard covers
-    guard_every: int = knob(1, min=1)  # the guard covers every n-th position of a question, counted from its end
+    questions: int = setting(200, min=1)  # most questions that the token is learned over
+    guard_prompts: int = setting(120, min=0)  # ordinary prompts whose answers the guard covers
+    guard_tokens: int = setting(16, min=0)  # tokens of each answer that the guard covers
+    guard_every: int = setting(1, min=1)  # the guard covers every n-th position of a question, counted from its end
     precision: Literal["fast", "model"] = "fast"  # dtype of the passes: the model's, or bf16 if faster
     seed: int = 0
 
