@@ -1,7 +1,7 @@
 """Hyper-parameters: one flat, checked dataclass per algorithm, with the published key names.
 
-A new key is one `setting(...)` line, its range included. A new algorithm is one class with an entry in `ALGORITHMS`; its
-bundled settings are `hparams/<algorithm>/<name>.json`.
+A new key is one `setting(...)` line, its range included. A new algorithm is one class with an entry in `ALGORITHMS`;
+its bundled settings are `hparams/<algorithm>/<name>.json`.
 """
 
 from editlib.hparams.base import ClosedFormHyperParams, HyperParams
