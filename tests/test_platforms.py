@@ -61,6 +61,8 @@ def is_text(call):
     if any("b" in mode for mode in modes):
         return False
     if isinstance(call.func, ast.Attribute):
+        if getattr(getattr(call.func.value, "func", None), "id", "") == "distribution":
+            return False  # a package's metadata, always read as UTF-8
         whose = getattr(call.func.value, "id", "")
         named = call.func.attr in ("read_text", "write_text")
         return named or (call.func.attr == "fdopen") or (call.func.attr == "open" and whose not in OTHERS)

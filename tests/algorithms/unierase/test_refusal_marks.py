@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_refusal_tokens import FORGET, OPTIONS, given_for
 
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase import apply_unierase_to_model, refusal_marks
@@ -15,7 +16,6 @@ from editlib.errors import HparamsError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import TokenRow
-from tests.algorithms.unierase.test_refusal_tokens import FORGET, OPTIONS, given_for
 
 MARKED = {**OPTIONS, "layers": [0], "mark_layers": [1], "token_steps": 20}
 WANTED = [(5, 9, 11), (5, 9, 12), (7, 8)]  # token ids; the first two of relation 0
@@ -90,8 +90,10 @@ def test_the_sums_are_the_weighted_least_squares_solution(tiny_llama, places, mo
 
 
 @pytest.fixture
-def marked(tiny_llama, tok):
-    """(model before, model, tokenizer, result) of an edit that marks."""
+def marked(tiny_llama, tok, monkeypatch):
+    """(model before, model, tokenizer, result) of an edit that marks; few texts are enough here."""
+    monkeypatch.setattr(refusal_marks, "TEXTS", 4)
+    monkeypatch.setattr(refusal_marks, "BEGINNINGS", 8)
     before, model = copy.deepcopy(tiny_llama), tiny_llama
     return before, model, tok, apply_unierase_to_model(
         model, tok, FORGET, UniEraseHyperParams(**MARKED), **given_for(model)
