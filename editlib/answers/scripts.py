@@ -104,7 +104,7 @@ def _usual(character: str) -> str:
 
 @cache
 def _simplified() -> dict[str, str]:
-    """Reads which simplified character stands for each traditional one (several may share one)."""
+    """Reads the simplified character of each traditional one (several may share one)."""
     text = (resources.files("editlib") / "data" / "chinese_variants.txt").read_text(encoding="utf-8")
     return {line[0]: line[1] for line in text.splitlines() if line and not line.startswith("#")}
 
