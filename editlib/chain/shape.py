@@ -122,9 +122,10 @@ NOTES: Mapping[str, Check] = {
     "anchors": texts,
     "answers": _mapped(_listed(count), lambda question: True),
     "token": anything,
+    "neurons": _listed(count),
 }
 
 
 def notes_misfit(notes: Any) -> str | None:
     """Names what in the notes of a batch's file is not of the kind that `Batch` writes; `None` where all is."""
-    return _object(NOTES, missing=frozenset({"token"}))(notes, "notes")
+    return _object(NOTES, missing=frozenset({"token", "neurons"}))(notes, "notes")

@@ -28,8 +28,9 @@ _SEAL = b'"sha256":"%s"'  # in the file's header; what is quoted inside the docu
 class Delta:
     """Holds the difference that turns one base model into one edited model, to the bit.
 
-    `modules` names the edited MLP output matrix of each layer. A layer is in `factors`, or, where those would not
-    give the edited matrix to the bit or take more bytes than it, in `matrices` as the edited matrix `[d_model, d_ff]`.
+    `modules` names the edited matrices by their numbers (`Anatomy.matrix_names`): a layer's own number is that of its
+    MLP output matrix. A matrix is in `factors`, or, where those would not give it to the bit or take more bytes than
+    it, in `matrices` as it is after the edit.
     """
 
     base: str
@@ -184,7 +185,7 @@ def make_delta(
         result_sha256=result_sha256,
         architecture=type(anat.model).__name__,
         dtype=str(anat.model.dtype).removeprefix("torch."),
-        modules={layer: anat.mlp_output_names[layer] for layer in sorted(factors)},
+        modules={number: anat.matrix_names[number] for number in sorted(factors)},
         factors=kept,
         matrices=matrices,
         token=token,
