@@ -122,10 +122,12 @@ NOTES: Mapping[str, Check] = {
     "anchors": texts,
     "answers": _mapped(_listed(count), lambda question: True),
     "token": anything,
-    "neurons": _listed(count),
+    "marks": _listed(count),
+    "marking": _listed(count),
+    "neurons": _mapped(_listed(count), LAYER.fullmatch),
 }
 
 
 def notes_misfit(notes: Any) -> str | None:
     """Names what in the notes of a batch's file is not of the kind that `Batch` writes; `None` where all is."""
-    return _object(NOTES, missing=frozenset({"token", "neurons"}))(notes, "notes")
+    return _object(NOTES, missing=frozenset({"token", "marks", "marking", "neurons"}))(notes, "notes")
