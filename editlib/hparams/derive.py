@@ -119,9 +119,10 @@ def derive(
         )
         carried |= {"nullspace_rule": "energy", "nullspace_threshold": ENERGY}
     no_gate = not gated or shape.model_type in NORM_BEHIND
-    if carried.get("gate_layer") is not None and (no_gate or carried["gate_layer"] <= carried["layers"][-1]):
-        carried["gate_layer"] = None
-        notes["gate_layer"] = "none: " + ("a norm or a factor follows the MLP" if no_gate else "too few layers for one")
+    for key in ("gate_layer", "mark_layer"):
+        if carried.get(key) is not None and (no_gate or carried[key] <= carried["layers"][-1]):
+            why = "a norm or a factor follows the MLP" if no_gate else "too few layers for one"
+            carried[key], notes[key] = None, f"none: {why}"
     notes["templates"] = "found in the model"
     notes["all else"] = f"as in {origin}/{file}.json"
     here = MEASURED.get((cls.algorithm, known_as(shape))) if values == DESCENT else None

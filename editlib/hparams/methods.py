@@ -324,6 +324,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         return [*(self.layers if self.neurons else []), *([] if self.mark_layer is None else [self.mark_layer])]
 
     @property
+    def decomposition(self) -> Literal["spectrum", "factor"]:
+        return "factor" if self.neurons else "spectrum"
+
+    @property
     def values_from_rows(self) -> bool:
         return self.values == "rows"
 
