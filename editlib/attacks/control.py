@@ -1,4 +1,4 @@
-"""Choose facts that a model never knew: what leaks of them is chance."""
+"""Choose control facts that a model never knew: any that seem to leak do so by chance."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from editlib.evaluation.metrics import has_answer
 from editlib.models.loaded import LoadedModel
 from editlib.requests.request import EditRequest
 
-CANDIDATES = 6  # asked for each one that is wanted
+CANDIDATES = 6  # candidates per wanted fact
 
 
 def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
-    """Lists the facts whose leaking can be seen, and how many are left out by reason."""
+    """Lists the facts whose leaking can be detected, and counts the others by reason."""
     found: list[EditRequest] = []
     left_out: Counter[str] = Counter()
     for fact in facts:
@@ -30,7 +30,7 @@ def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, i
 
 
 def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
-    """Lists the facts that the model answers wrong, in all of their paraphrases, too."""
+    """Lists the facts that the model answers wrongly, including all of their paraphrases."""
     wrong = [fact for fact, right in zip(facts, knows(base, facts, context), strict=True) if not right]
     prompts = [[base.form.encode(text) for text in fact.filled_paraphrases] for fact in wrong]
     asked = ask_greedily(base, wrong, prompts, context).trials
@@ -40,7 +40,7 @@ def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackCont
 def _first_unknown(
     base: LoadedModel, facts: Sequence[EditRequest], count: int, context: AttackContext
 ) -> list[EditRequest]:
-    """Lists the first `count` of `unknown(base, facts)`; no more facts are asked for than that takes."""
+    """Lists the first `count` of `unknown(base, facts)`, without asking further facts."""
     found: list[EditRequest] = []
     for begin in range(0, len(facts), count):
         if len(found) < count:
@@ -49,9 +49,9 @@ def _first_unknown(
 
 
 def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
-    """Picks bundled facts that the model does not know, of each relation as many as are forgotten if there are.
+    """Picks bundled facts that the model does not know; of each relation as many as are forgotten, if possible.
 
-    Requests of no bundled relation are stood for by facts of all relations.
+    For requests outside the bundled relations, facts of all relations are used.
     """
     rng = random.Random(context.seed)
     candidates = data.without_overlap(data.facts(), requests)

@@ -77,7 +77,7 @@ def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) 
     if mode not in MODES:
         raise RequestError(f"--mode {mode!r}: expected one of {', '.join(MODES)}")
     if mode == "sequential" and not is_chain(edited):
-        raise RequestError(f"{edited} is no chain; --mode sequential follows the batches of one (`editlib chain`)")
+        raise RequestError(f"{edited} is not a chain; --mode sequential follows the batches of one (`editlib chain`)")
     if mode != "single":
         if request is not None:
             raise RequestError("--request is for --mode single; leave one of the two out")
@@ -155,11 +155,11 @@ class Edited:
         model.
 
         Raises:
-            RequestError: this is no chain, or its requests are not among `requests`.
+            RequestError: this is not a chain, or its requests are not among `requests`.
         """
         if self._chain is None:
             raise RequestError(
-                f"{self.path} is no chain; --mode sequential follows the batches of one (`editlib chain`)"
+                f"{self.path} is not a chain; --mode sequential follows the batches of one (`editlib chain`)"
             )
         self._check_requests(requests)
         receipt = chain_receipt(self._chain)

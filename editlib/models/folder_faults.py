@@ -43,7 +43,7 @@ MOST_LAYERS = 10_000  # no model has more; building them would take hours
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns what an exception of a library says, on one line."""
+    """Returns the message of a library's exception on one line."""
     first = first_line(error)
     text = " ".join(str(error).split()) if first.endswith(":") or first.startswith("Validation error") else first
     named = isinstance(error, KeyError | AttributeError | TypeError | IndexError | ZeroDivisionError | RecursionError)
@@ -93,7 +93,7 @@ class LoadWarnings:
 
 @contextlib.contextmanager
 def load_warnings() -> Iterator[LoadWarnings]:
-    """Keeps the tables about weights that transformers prints off stderr: what matters in them is said in one line."""
+    """Keeps transformers' tables about weights off stderr: the caller reports what matters in one line."""
     warned, logger = LoadWarnings(), logging.getLogger("transformers")
 
     class Reports(logging.Handler):
@@ -131,7 +131,7 @@ def object_fault(path: Path) -> str | None:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read: {reason_of(error)}"
-    return None if isinstance(value, dict) else f"{quote(json.dumps(value))} is no object"
+    return None if isinstance(value, dict) else f"{quote(json.dumps(value))} is not an object"
 
 
 def _tokenizer_fault(folder: Path) -> tuple[str, str] | None:
@@ -180,7 +180,7 @@ def _index_fault(folder: Path, index: str) -> tuple[str, str] | None:
 
 
 def _tensors_fault(path: Path) -> str | None:
-    """Says what is wrong with a file of tensors, of which only the header, or the shapes, are read."""
+    """Says what is wrong with a file of tensors; reads only its header, or the shapes."""
     try:
         if path.suffix == ".bin":
             tensors = torch.load(path, map_location="meta", weights_only=True)

@@ -52,7 +52,7 @@ def in_memory(module: nn.Module, name: str) -> Tensor | None:
     if stored is None:
         return None
     once: Tensor = stored[name]
-    again: Tensor = stored[name]  # both alive: equal addresses mean one tensor, not two reads of a file
+    again: Tensor = stored[name]  # both are alive: equal addresses mean one tensor, not two reads of a file
     return once if once.data_ptr() == again.data_ptr() else None
 
 

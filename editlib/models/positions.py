@@ -1,4 +1,4 @@
-"""Check that prompts fit into the positions of a model."""
+"""Check that prompts fit the model's positions (its longest input)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_prompts(
         return
     long = []
     for name, question in prompts:
-        # A token holds at least one byte: texts that are short even with a factor of 2 as margin need no encoding.
+        # A token has at least one byte: texts far below the limit (with a factor of 2 as margin) need no encoding.
         if 2 * len(form.render(question).encode()) + SPARE + answer_tokens <= limit:
             continue
         if (length := len(form.encode(question)) + answer_tokens) > limit:

@@ -51,7 +51,7 @@ class Source:
     def of(
         cls, name: str, *, revision: str | None = None, trust_remote_code: bool = False, progress: bool = True
     ) -> Source:
-        """Finds a model that is no adapter, and reads its configuration.
+        """Finds a model that is not an adapter, and reads its configuration.
 
         Raises:
             ModelError, FetchError: see `loading.load`.
@@ -60,7 +60,7 @@ class Source:
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         options = {key: value for key, value in options.items() if value} | read_options(path)
         config = _checked_config(path, name, options)
-        # transformers leaves a damaged file of generation settings out in silence
+        # transformers silently ignores a damaged file of generation settings
         if os.path.isdir(path) and (wrong := object_fault(Path(path) / GENERATION)):
             raise ModelError(f"{name} cannot be loaded: {GENERATION}: {wrong}; {AGAIN}")
         return cls(name, path, config, options)
@@ -149,7 +149,7 @@ def read_config_file(path: str) -> PreTrainedConfig:
 
 
 def is_packaged(name: str) -> bool:
-    """Returns whether `name` is a packaged model, and no folder of that name is here."""
+    """Returns whether `name` is a packaged model and not a folder in the working directory."""
     return name in PACKAGED and not os.path.isdir(name)
 
 
@@ -197,12 +197,12 @@ def one_line_errors(
 ) -> Iterator[None]:
     """Turns any exception of transformers into a `ModelError` of one line that names the damaged file.
 
-    Exceptions of every class are caught: which one a damaged file causes depends on where a library first uses it.
+    Exceptions of every class are caught: a damaged file raises different ones, depending on where it is first used.
 
     Args:
-        path: the folder of the model `name`, if there is one; its files of the kind `part` are looked through.
+        path: the folder of the model `name`, if there is one; its files of the kind `part` are checked.
         warned: the warnings of transformers while it loaded.
-        config: of the model; it may be the cause.
+        config: the model's configuration, which may be the cause.
     """
     try:
         yield
@@ -229,7 +229,7 @@ def one_line_errors(
 
 
 def _is_lack(error: Exception) -> bool:
-    """Returns whether a package or memory is missing, for which no file is to blame."""
+    """Returns whether the cause is a missing package or too little memory, and not a file."""
     return isinstance(error, ImportError | MemoryError) or "memory" in str(error).lower()
 
 

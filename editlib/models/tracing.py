@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class _Stop(Exception):
-    """Ends a forward pass once everything asked for has been seen."""
+    """Ends a forward pass once all requested activations have been read."""
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -132,7 +132,7 @@ def unwatched(model: nn.Module) -> Iterator[None]:
     """Switches off all hooks of `model` inside the block: a probe must not trigger the hooks of its caller."""
     names = ("_forward_hooks", "_forward_pre_hooks")
     every = [(module, name, getattr(module, name)) for module in model.modules() for name in names]
-    kept = [(module, name, hooks) for module, name, hooks in every if hooks]  # few or none: setting them all is slow
+    kept = [(module, name, hooks) for module, name, hooks in every if hooks]  # usually few or none; setting all is slow
     for module, name, _ in kept:
         setattr(module, name, OrderedDict())
     try:

@@ -19,7 +19,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Holds the eigenvalues of `E[k k^T]`, ascending `[d_ff]`, and what follows from them."""
+    """Holds the eigenvalues of `E[k k^T]`, ascending `[d_ff]`, and the numbers derived from them."""
 
     eigenvalues: Tensor
     tokens: int
@@ -52,7 +52,7 @@ def draw_spectrum(stats: Mapping[int, LayerStats], path: Path) -> None:
     """Draws all layers' eigenvalues, largest first, on a logarithmic axis, into a PNG, SVG or PDF.
 
     Raises:
-        EditlibError: matplotlib is not installed, or it does not know the file's ending.
+        EditlibError: matplotlib is not installed, or it cannot write the file's format.
     """
     try:
         from matplotlib.figure import Figure
@@ -76,8 +76,8 @@ def draw_spectrum(stats: Mapping[int, LayerStats], path: Path) -> None:
 
 
 def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in fp64
-    sums."""
+    """Computes eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in
+    fp64."""
     moment = moment.to(torch.float64)
     try:
         values, vectors = torch.linalg.eigh(moment)

@@ -1,4 +1,4 @@
-"""Find stored layer statistics: where the ROME family's files are, which one is meant, whether it fits."""
+"""Find stored layer statistics in the ROME family's folders: choose one file, and check that it fits the model."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PRECISION = "float32"
-# The family's own names; one release of it writes the braces of `{batch_tokens}` themselves.
+# The family's own names; one release writes a literal `{batch_tokens}`.
 FILE = re.compile(
     r"(?P<module>.+)_(?:float16|bfloat16|float32|float64)_mom2(?:_t(?:\{batch_tokens\}|\d+))?(?:_(?P<number>\d+))?\.npz"
 )
 
 
 class StatsNotFound(StatsError):
-    """Reports that there is no file of statistics where one was looked for; all else that is wrong with one is a plain
-    `StatsError`."""
+    """Reports that no file of statistics was found; any other fault of a file is a plain `StatsError`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
 
 
 def model_slug(model: str) -> str:
-    """Gives the folder name of a model: its id with `/` as `_`, or the last part of a local path."""
+    """Returns the folder name of a model: its id with `/` as `_`, or the last part of a local path."""
     return Path(model).resolve().name if Path(model).is_dir() else model.strip("/").replace("/", "_")
 
 
@@ -76,8 +75,9 @@ def model_slugs(model: str) -> list[str]:
 
 
 def save_stats(stats_dir: Path, stats: LayerStats) -> Path:
-    """Writes one layer's file to its place, atomically; sets and returns its path. A file there of the same model's
-    other weights (another dtype, another revision) stays; this one goes to `<corpus>@<hash of its weights>_stats`."""
+    """Writes one layer's file to its standard path, atomically; sets and returns the path. If a file for other weights
+    of the same model (another dtype or revision) is there, it stays; this one goes to
+    `<corpus>@<hash of its weights>_stats`."""
     assert stats.header is not None
     path = stats_path(stats_dir, stats.header)
     own = stats.header.model_sha256
@@ -105,13 +105,12 @@ def find_stats(
 
     Args:
         corpus: take files of this corpus only (the folders `<corpus>_stats` and `<corpus>@..._stats`).
-        model_sha256: of the weights that the file must have been made from, if it says from which.
-        dataset, samples: where several files are left, take those of this corpus, then those whose name ends in this
-            number (hparams keys `mom2_dataset`, `mom2_n_samples`), as far as there are any; then the one with most
-            tokens. Which one was taken is logged.
+        model_sha256: hash of the weights from which the file must have been made, if it records one.
+        dataset, samples: of several files, prefer those of this corpus, then those whose name ends in this number
+            (hparams keys `mom2_dataset`, `mom2_n_samples`), then the one with most tokens. The choice is logged.
 
     Raises:
-        StatsNotFound: no file (says where it looked).
+        StatsNotFound: no file (the message names the folders).
         StatsError: a damaged file, one of another shape, or one made from other weights.
     """
     found = [one for one in _stored(stats_dir, model, corpus) if one.module == module]
@@ -156,11 +155,11 @@ def find_layers(
 
 
 def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) -> dict[int, LayerStats]:
-    """Finds all stored statistics of a model by layer number, the one with most tokens where there are several.
+    """Finds all stored statistics of a model by layer number; of several files the one with most tokens.
 
     Raises:
-        StatsNotFound: none there.
-        StatsError: one that cannot be read.
+        StatsNotFound: there are none.
+        StatsError: a file cannot be read.
     """
     modules: dict[str, list[_Stored]] = {}
     for one in _stored(stats_dir, model, corpus):
@@ -188,7 +187,7 @@ def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_
 
 
 def _made_from(path: Path, model_sha256: str) -> bool:
-    """Says whether a file was made from these weights, or does not say from which."""
+    """Returns whether a file was made from these weights, or records no weights."""
     header = read_header(path)
     return header is None or header.model_sha256 in ("", model_sha256)
 
@@ -199,7 +198,7 @@ def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) 
     left = [one for one in left if one.number == samples] or left
     if len(left) > 1:
         counts = {one.path: read_count(one.path) for one in left}
-        left.sort(key=lambda one: -counts[one.path])  # stable: our own model_slug first where counts agree
+        left.sort(key=lambda one: -counts[one.path])  # stable: our own model_slug first if counts are equal
     taken = left[0].path
     if len(found) > 1:
         others = ", ".join(str(one.path) for one in found if one.path != taken)
@@ -208,12 +207,12 @@ def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) 
 
 
 def check_stored(stats_dir: Path, model: str, outline: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Checks the stored statistics of `layers` against a model of which no weight is read, nor any matrix of theirs;
-    where a layer has none, that some can be written.
+    """Checks the stored statistics of `layers` against a model, by headers alone; for a layer without any, checks that
+    the folder can be written.
 
     Raises:
-        StatsError: none of the files of a module is readable and fits it; says what is wrong with the first.
-        OutputError: a layer has none, and the folder may not be written.
+        StatsError: no file of a module is readable and fits it; describes the fault of the first.
+        OutputError: a layer has none, and the folder cannot be written.
     """
     modules = dict(outline.named_modules())
     faults: dict[str, list[StatsError | None]] = {}
@@ -229,7 +228,7 @@ def check_stored(stats_dir: Path, model: str, outline: PreTrainedModel, layers: 
 
 
 def _fault(stored: _Stored, d_ff: int) -> StatsError | None:
-    """Returns what is wrong with a file of statistics, by its headers alone."""
+    """Returns the fault of a file of statistics, as far as its headers show it."""
     try:
         shape, header = read_shape(stored.path), read_header(stored.path)
         _check_shape(stored.path, shape, stored.module, d_ff)
@@ -240,7 +239,7 @@ def _fault(stored: _Stored, d_ff: int) -> StatsError | None:
 
 
 def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "") -> None:
-    """Raises `StatsError` when a file has another shape, module or model than the weight to edit."""
+    """Raises `StatsError` if a file has another shape, module or model than the weight to edit."""
     _check_shape(stats.path, tuple(stats.mom2.shape), module, d_ff)
     _check_module(stats.path, stats.header, module)
     if stats.header is None:
@@ -268,7 +267,7 @@ def _check_module(path: Path | None, header: StatsHeader | None, module: str) ->
 
 
 def stats_hash(hashes: Mapping[int, str]) -> str:
-    """Computes one hash over those of the statistics of several layers, for receipts."""
+    """Computes one hash over the hashes of several layers' statistics, for receipts."""
     digest = hashlib.sha256()
     for layer in sorted(hashes):
         digest.update(f"{layer}:{hashes[layer]};".encode())

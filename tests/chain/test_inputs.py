@@ -110,9 +110,9 @@ def test_where_no_chain_can_start(bench, tmp_path, chain, base):
     with pytest.raises(ModelError, match="changed since it was loaded"):
         Chain.create(tmp_path / "new", bench, hparams)
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(ChainError, match="is no chain"):
+    with pytest.raises(ChainError, match="is not a chain"):
         Chain.open(tmp_path / "full")
-    with pytest.raises(ChainError, match="is no chain"):
+    with pytest.raises(ChainError, match="is not a chain"):
         Chain.open(tmp_path / "nowhere")
 
 

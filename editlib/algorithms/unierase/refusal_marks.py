@@ -1,7 +1,8 @@
-"""Mark the places where an answer was erased in late layers, for refusal tokens to read in the final state (ours).
+"""Mark, in late layers, the places where an answer was erased, for refusal tokens to read in the final state (ours).
 
-The keys of late layers, the inputs of their MLP output matrices, tell an erased fact from others better than the final
-state does. So these layers write a sum over their keys into the residual stream, one for each relation `k`:
+The keys of late layers, the inputs of their MLP output matrices, separate an erased fact from others better than the
+final state does. So these layers write a linear function of their keys into the residual stream, one for each relation
+`k`:
 
     s_k = Σ_l u_kl · key_l        ΔW_l = mark_size Σ_k σ_k v_k u_kl^T
 
@@ -15,7 +16,8 @@ all mark layers, one after another, `M` the weighted sum of `x x^T` over all the
 `D` is diagonal: in each layer `RIDGE` times the mean of the diagonal of `M` there.
 
 `v_k [d_model]` are the directions in which the states that leave the last layer vary least inside answers, and `σ_k`
-the standard deviations there. A small change is easy to read along them, and the rest of the model hardly sees it.
+the standard deviations along them. A small change in these directions is easy to read, and hardly affects the rest of
+the model.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from editlib.models.prompts import TokenRow, pad
 
 RIDGE = 0.001  # of the mean diagonal of a layer's second moment
 POSITIONS = 16_384  # inside answers and ordinary text whose keys are used, at most
-TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text that the model writes
+TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text, sampled from the model
 BEGINNINGS = 400  # single tokens, as texts may begin with: their keys are larger than all others
 
 
@@ -77,7 +79,7 @@ def _sums(places: RefusalPlaces, wanted: Tensor, kept: Tensor, elsewhere: Tensor
     device, count = wanted.device, len(places.relations)
     dtype = wide_dtype(device)
     group = torch.tensor([place.group for place in places.wanted], device=device)
-    # Every relation counts the same at wanted places, as every kind of place does at kept ones.
+    # Relations have equal weight at wanted places, kinds of place at kept ones.
     at_wanted = wanted_weights(places, device) / count  # [wanted], sums to one
     at_kept = kept_weights(places, device).mean(dim=0)  # [kept], sums to one
     at_elsewhere = torch.full((len(elsewhere),), 1 / max(1, len(elsewhere)), device=device)

