@@ -127,7 +127,7 @@ def test_places_of_statistics(run, command):
         ("token", ["--refusals", "page.txt"], ["page.txt", "one entry a line"]),
         ("eval", ["--before", "page.txt", "--text", "none"], ["page.txt", "not a file of a model's answers"]),
         ("baseline", ["--hparams", "none.json"], ["none.json"]),
-        ("baseline", ["--method", "NPO", "--hparams", "none.json"], ["NPO is no editor", "leave it out"]),
+        ("baseline", ["--method", "NPO", "--hparams", "none.json"], ["NPO is not an editor", "leave it out"]),
         ("bench counterfact", ["--edits", "2"], ["1 of 1 requests", "at least 2"]),
         ("stats", ["--layers", "9"], ["layer 9", "0-4"]),
         ("stats", ["--layers", "1-99999999999"], ["no model has a layer"]),
@@ -347,7 +347,7 @@ def test_facts_that_no_attack_could_try(run, tmp_path):
 
 def test_nothing_to_judge_trials_by(run, tmp_path):
     (tmp_path / "retain.jsonl").write_text(json.dumps({"id": "b", "prompt": "Who is there?"}) + "\n")
-    refused(run("tune", "--retain", "retain.jsonl"), "nothing to judge retention by")
+    refused(run("tune", "--retain", "retain.jsonl"), "nothing measures retention")
 
 
 def test_a_folder_with_another_training(run, tmp_path):

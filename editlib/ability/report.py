@@ -16,11 +16,11 @@ NOTE = (
 
 @dataclass(frozen=True)
 class AbilityRow:
-    """Holds one number of one model. `n` of the task's `total` documents (or windows of text) were taken.
+    """Holds one number of one model, over `n` of the task's `total` documents (or windows of text).
 
-    `stderr` is `None` where there is none. `difference` is this model less the base, and `None` for the base and where
-    the two did not have the same documents; `difference_stderr` is paired over documents. A row of
-    `ability.json`, flat so that any table program opens it; the measured number itself is a `TaskScore`.
+    `stderr` is `None` if there is none. `difference` is this model minus the base, and `None` for the base and if the
+    two had different documents; `difference_stderr` is paired over documents. A row of `ability.json`, flat so that any
+    table program opens it; the measured number itself is a `TaskScore`.
     """
 
     model: str
@@ -55,7 +55,7 @@ class AbilityReport:
         raise KeyError((model, task, metric))
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the report JSON-ready."""
+        """Returns the report JSON-ready."""
         return {"job": dict(self.job), "base": self.base, "rows": [asdict(row) for row in self.rows]}
 
     def note(self) -> str:

@@ -61,7 +61,7 @@ class Likeliest:
     def of(
         cls, anat: Anatomy, items: Sequence[Example], *, k: int = LIKELIEST, dtype: torch.dtype | None = None
     ) -> Likeliest:
-        """Computes the `k` likeliest tokens (or all, in a smaller vocabulary) of the model as it is now."""
+        """Computes the `k` likeliest tokens (or all, in a smaller vocabulary) under the current model."""
 
         def look(reading: Reading) -> tuple[Tensor, Tensor]:
             best = reading.log_softmax.topk(min(k, reading.out.shape[-1]))

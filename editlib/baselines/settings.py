@@ -76,10 +76,10 @@ class Budget:
     """Sets the budget of a search: `rates` runs of at most `steps` steps, each measured at `points` numbers of steps.
 
     Args:
-        rates: learning rates that are tried.
+        rates: number of learning rates to try.
         steps: steps of the longest run.
         points: numbers of steps at which a run is measured: `steps`, and repeatedly half of it.
-        questions: number of each kind (forget, retain) that a trial asks, at most.
+        questions: most questions of each kind (forget, retain) per trial.
         low, high: range of the learning rates; `None`: the baseline's, see `registry.BASELINES`.
 
     Raises:

@@ -16,8 +16,8 @@ MEANINGS: dict[str, tuple[Kind, str]] = {
     "specificity": ("teacher_forced", "prompts about neighbours after which the true answer is likelier than the new"),
     "generated": ("generated", "prompts whose greedy continuation is the new answer, word for word"),
 }
-"""How each share came about, and what it says. Likelier means: in mean log probability per token. `generated` shows
-what a comparison of two answers cannot: that the model says the new one of all answers."""
+"""How each share is measured, and its meaning. Likelier means: in mean log probability per token. `generated` shows
+more than a comparison of two answers: that the new one is the model's first choice among all."""
 
 
 def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest]) -> dict[str, MetricResult]:
@@ -26,8 +26,8 @@ def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditReques
     A neighbour's own answer is compared with the request's `target_new`.
 
     Returns:
-        The shares of `MEANINGS` by name, in 0..1, with Wilson's interval; `agg_value` is `None` where nothing was
-        asked. Higher is better for every one of them.
+        The shares of `MEANINGS` by name, in 0..1, with Wilson's interval; `agg_value` is `None` if nothing was asked.
+        Higher is better for all of them.
     """
     requests = [request for request in requests if request.answer is not None and request.target_new is not None]
     prompts = [(request.question, str(request.target_new), str(request.answer)) for request in requests]
@@ -72,7 +72,7 @@ def known_facts(
 
 
 def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, str, str]]) -> list[bool]:
-    """Says for each `(prompt, new, true)` whether the new answer is the likelier one."""
+    """Returns for each `(prompt, new, true)` whether the new answer is the likelier one."""
     rows = [form.encode(text) for text, _, _ in asked]
     new = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, answer, _ in asked])
     true = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, _, answer in asked])
@@ -80,7 +80,7 @@ def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, s
 
 
 def _share(name: str, passed: Sequence[bool]) -> MetricResult:
-    """Makes a measured share of verdicts."""
+    """Makes a measured share from verdicts."""
     n, right = len(passed), sum(passed)
     kind, meaning = MEANINGS[name]
     items = {str(i): {"score": float(one)} for i, one in enumerate(passed)}

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     base: Annotated[str, typer.Argument(help="the model before the edit")],
     edited: Annotated[str, typer.Argument(help="the model after it, or a chain's folder")],
-    out_dir: Annotated[Path, typer.Option("--out", help="gets metrics.json and report.html")],
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for metrics.json and report.html")],
     protocol: Annotated[str, typer.Option(help="facts or tofu, see docs/how-to/test-an-edit.md")] = "facts",
     mode: Annotated[str, typer.Option(help="batch, sequential (a chain, batch by batch) or single")] = "batch",
     request: Annotated[str | None, typer.Option(help="single: the id of the one request that was forgotten")] = None,
@@ -44,7 +44,7 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help="facts: corpus for perplexity, or none")] = None,
     skip_bad: SkipBad = False,
     before: Annotated[
-        Path | None, typer.Option(help="facts: keeps the base model's answers, read again next time")
+        Path | None, typer.Option(help="facts: file for the base model's answers, reused by later runs")
     ] = None,
     endings: Annotated[
         int | None,
@@ -108,7 +108,7 @@ def evaluate(
 
 
 def _refuse(options: dict[str, object], protocol: str) -> None:
-    """Refuses options of the other protocol, which would do nothing."""
+    """Refuses options of the other protocol, which would have no effect."""
     if given := [name for name, value in options.items() if value is not None]:
         raise RequestError(f"{', '.join(given)}: only for --protocol {protocol}; leave out, or choose that")
 
@@ -121,7 +121,7 @@ def _tofu(
     classifier: str | None,
     **options: Any,
 ) -> Any:
-    """Returns the protocol of TOFU, with the command's defaults for what was not given."""
+    """Returns the protocol of TOFU, with the command's defaults for missing options."""
     from editlib.tofu.protocol import TofuProtocol
     from editlib.tofu.scores import ANSWER_TOKENS, Judges
 

@@ -1,4 +1,4 @@
-"""Say what editlib finds on this machine: versions, extras, devices, caches and packaged models."""
+"""List what editlib finds on this machine: versions, extras, devices, caches and packaged models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOR_DEVELOPERS = ("dev", "docs")  # extras that no command needs
 
 
 def doctor() -> list[tuple[str, str, str]]:
-    """Lists (part, name, finding) of everything that commands depend on; nothing is loaded or downloaded."""
+    """Lists (part, name, finding) of everything on which commands depend; nothing is loaded or downloaded."""
     return [
         ("version", "editlib", library_version()),
         ("version", "python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
@@ -86,7 +86,7 @@ def _devices() -> list[tuple[str, str, str]]:
 
 
 def _caches() -> list[tuple[str, str, str]]:
-    """Returns where models are kept, and how much space is left there."""
+    """Returns the folders of caches, and the free space there."""
     return [
         ("cache", "editlib", _room(cache_dir())),
         ("cache", "Hugging Face", _room(Path(constants.HF_HUB_CACHE))),

@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 
 def is_chain(path: str | Path) -> bool:
-    """Returns whether a folder is a chain and no model."""
+    """Returns whether a folder is a chain and not a model."""
     return (Path(path) / RECORD).is_file()
 
 
 def batch(protocol: Protocol, base: NamedModel, edited: Edited, request: str | None = None) -> dict[str, Any]:
-    """Measures all requests, after all of the edit."""
+    """Measures all requests after the whole edit."""
     return protocol.measure(base, edited.side(), protocol.requests)
 
 
@@ -63,12 +63,12 @@ def single(protocol: Protocol, base: NamedModel, edited: Edited, request: str | 
 
 
 ChainStep = tuple[int, list[EditRequest], NamedModel]
-"""A batch's number, those of the requests that were edited so far, and the model after it."""
+"""A batch's number, the requests that were edited so far, and the model after it."""
 
 Mode = Callable[[Protocol, NamedModel, "Edited", str | None], dict[str, Any]]
 MODES: Mapping[str, Mode] = {"batch": batch, "sequential": sequential, "single": single}
 OLD_MODES = {"precise": "single"}
-"""Names that modes had before, and still may be given by."""
+"""Earlier names of modes, which are still accepted."""
 
 
 def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) -> None:
@@ -108,7 +108,7 @@ class Edited:
             asking = self._chain.record.asking
             how = asking if isinstance(asking, PromptSettings) else PromptSettings(chat=asking)
             recorded = {"prompts": how.to_dict()}
-        self.prompts = prompts_of(recorded, prompts)  # how both models are asked, as far as it is known
+        self.prompts = prompts_of(recorded, prompts)  # how both models are asked, if known
         self._side: NamedModel | None = None
 
     def check(self, protocol: Protocol, *, follow: bool = False) -> None:
@@ -130,13 +130,13 @@ class Edited:
         settled(outline_of(self.path, dtype=self._dtype).tok, self.prompts)
 
     def check_base(self, sha256: str) -> None:
-        """Raises `RequestError` if the edit was made of other weights than those of the base, of which this is the
+        """Raises `RequestError` if the edit was made from other weights than those of the base, which have this
         hash."""
         if self._receipt is not None and self._dtype is None:  # in another dtype, the same weights have another hash
             check_base(self._receipt, sha256, edited=self.path, base=self._base)
 
     def side(self) -> NamedModel:
-        """Returns the model after all of the edit."""
+        """Returns the model after the whole edit."""
         if self._side is None:
             if self._chain is not None:
                 chain, receipt = self._chain, chain_receipt(self._chain)
@@ -151,8 +151,7 @@ class Edited:
         return NamedModel(anat, tok, settled(tok, self.prompts), name=self.path, sha256=sha256, receipt=receipt)
 
     def steps(self, requests: Sequence[EditRequest]) -> Generator[ChainStep, None, None]:
-        """Yields, after each batch of the chain, its number, those of `requests` that were edited so far, and the
-        model.
+        """Yields after each batch of the chain its number, the `requests` that were edited so far, and the model.
 
         Raises:
             RequestError: this is not a chain, or its requests are not among `requests`.
@@ -183,7 +182,7 @@ class Edited:
         strange = {one.question for one in held} - {one.question for one in requests}
         if strange:
             raise RequestError(
-                f"{self.path}: {len(strange)} of its requests are not among those that are measured "
+                f"{self.path}: {len(strange)} of its requests are not among the measured ones "
                 f"({next(iter(sorted(strange)))!r}); give the requests of that edit"
             )
 
@@ -207,7 +206,7 @@ def evaluate_models(
         edited: a model or a folder of a chain.
         mode: one of `MODES`.
         request: the id of the one request of `single`.
-        prompts: how both models are asked; `None`: as the edit's receipt names it.
+        prompts: how both models are asked; `None`: as recorded in the edit's receipt.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
