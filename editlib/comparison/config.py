@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class AttackPlan(Section):
-    """Holds the attacks that are tried, on how many of the forgotten facts, and their effort."""
+    """Holds the attacks, the number of forgotten facts that they try, and their settings."""
 
     names: list[str] | None = setting(None, "names of attacks; none: all")
     facts: int | None = setting(None, "forgotten facts that are attacked, drawn by the seed; none: all", min=1)
-    seed: int = setting(0, "of the draw and of the attacks: one for all methods, so that all meet the same", min=0)
+    seed: int = setting(0, "seed of the draw and of the attacks, the same for all methods", min=0)
     settings: dict = setting(dict, "keys of `AttackSettings`: samples, shots, relearn_steps, ...")
 
     @property
@@ -43,17 +43,17 @@ class AttackPlan(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AbilityPlan(Section):
-    """Holds the tasks of lm-eval that are run."""
+    """Holds the tasks of lm-eval to run."""
 
     tasks: list[str] = setting(help="names of tasks, or task files")
-    limit: int | None = setting(None, "questions a task; none: all", min=1)
+    limit: int | None = setting(None, "questions per task; none: all", min=1)
     seed: int | None = setting(None, "seed of a random sample of `limit` questions; none: the first ones", min=0)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Holds a comparison, checked. `attacks` and `ability` are `None` where they are not wanted; `source` is the file's
-    own words, kept for the results; `prompts` is how models are asked, `None`: as they usually are."""
+    """Holds a checked comparison. `attacks` and `ability` are `None` if they are not wanted; `source` is the content of
+    the file, stored in the results; `prompts` is how models are asked, `None`: the default prompt settings."""
 
     general: General
     sets: tuple[Benchmark, ...]
@@ -76,7 +76,7 @@ class Config:
 
 
 def read_config(path: str | Path) -> Config:
-    """Reads a config and checks all that can be checked without a model: keys, names, files, settings, texts.
+    """Reads a config and checks everything that needs no model: keys, names, files, settings, texts.
 
     Raises:
         ConfigError: names the file, the place in it and the nearest known word.
@@ -87,7 +87,7 @@ def read_config(path: str | Path) -> Config:
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
-    """Checks what the file of a config holds, as `read_config` does."""
+    """Checks the content of a config's file, as `read_config` does."""
     lists = {"sets": _sets, "methods": _methods, "attacks": _attacks, "ability": _ability, "prompts": _prompts}
     known = [*General.__dataclass_fields__, *lists]
     for key in values:
@@ -142,7 +142,7 @@ def _toml(path: Path, text: str) -> dict[str, Any]:
 
 
 def _some(values: Any, where: str, read: Callable[[Any, str], T], named: Callable[[T], str]) -> tuple[T, ...]:
-    """Returns each entry of a list that must not be empty, with names that are not taken."""
+    """Returns each entry of a non-empty list with distinct names."""
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         given = "missing" if values is None else quote(values)
         raise ConfigError(f"{where}: {given}; expected a list with at least one entry; add one")

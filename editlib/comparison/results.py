@@ -24,9 +24,9 @@ def collect(
 ) -> dict[str, Any]:
     """Collects the results of a comparison, JSON-ready.
 
-    `cells` holds every cell with its scores, attacks, cost and items, or the reason why it failed; `sets` by name what
-    the set is and, under `methods`, one summary a method over its seeds, with `front` where no other method of the set
-    is at least as good on both axes and better on one.
+    `cells` holds every cell with its scores, attacks, cost and items, or the reason why it failed. `sets` holds by name
+    the description of the set and, under `methods`, one summary per method over its seeds; `front` is true if no other
+    method of the set is at least as good on both axes and better on one.
     """
     entries = [_cell_of(cell, failures[cell.key]) for cell in cells]
     families = {method.label: method.family for method in config.methods}
@@ -51,7 +51,7 @@ def collect(
 
 
 def machine() -> dict[str, Any]:
-    """Returns the machine and versions that the comparison's figures depend on."""
+    """Returns the machine and versions on which the comparison's numbers depend."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -63,7 +63,8 @@ def machine() -> dict[str, Any]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Says for each point whether no other one dominates it: is at least as large in both and larger in one."""
+    """Returns for each point whether no other one dominates it, that is, is at least as large in both and larger in
+    one."""
     return [
         not any(a >= x and b >= y and (a > x or b > y) for a, b in points)  # nothing dominates itself
         for x, y in points
@@ -80,10 +81,10 @@ def mark_front(summaries: Sequence[dict[str, Any]]) -> None:
 
 
 def _cell_of(cell: RunCell, failure: str | None) -> dict[str, Any]:
-    """Reads one cell, with all that `summary` reads of it.
+    """Reads one cell, with everything that `summary` needs.
 
     Raises:
-        OutputError: its files are not what an earlier run wrote.
+        OutputError: its files were not written by an earlier run.
     """
     try:
         found = _cell(cell, failure)
@@ -126,7 +127,7 @@ def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
 
 
 def _attack(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an attack's shares, and which facts it brought back (`None`: not tried on them)."""
+    """Returns an attack's shares, and which facts it recovered (`None`: not tried on them)."""
     return {
         "meaning": value["meaning"],
         "shares": value["shares"],
@@ -150,8 +151,7 @@ def _measures(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary(label: str, family: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarises a method on a set, its seeds taken together: means, and the smallest and largest where there are
-    several."""
+    """Summarises a method on a set over its seeds: means, and the smallest and largest if there are several."""
     done = [cell for cell in cells if cell["forget"] is not None]
     costs = [cell["cost"] for cell in cells if cell["cost"] is not None]
     names = dict.fromkeys(name for cell in done for name in cell["measures"])
@@ -206,15 +206,15 @@ def _pooled(attacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     by_fact.setdefault(name, []).append(leaked)
         shares = [fmean(values) for values in by_fact.values()]
         rate, n = (fmean(shares) if shares else None), len(shares)
-        certain = rate in (None, 0.0, 1.0)  # where a bootstrap is a point
+        certain = rate in (None, 0.0, 1.0)  # where the bootstrap interval is a point
         ends = wilson_interval(round((rate or 0) * n), n) if certain else bootstrap(shares)
         found[column] = {"rate": rate, "n": n, "interval": list(ends)}
     return {"meaning": attacks[0]["meaning"], **found}
 
 
 def _ability(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarises every task's metrics: mean over seeds of the values, and of their standard errors; the base's beside
-    them."""
+    """Summarises every task's metrics: means over seeds of the values and of their standard errors, and the base's
+    numbers."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         for task in cell["ability"]:

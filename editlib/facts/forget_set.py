@@ -26,17 +26,15 @@ KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 @dataclass(frozen=True, kw_only=True)
 class FactsSettings(SetSettings):
-    """Sets which facts are used: bundled ones (`forget` of them), or files of the user's."""
+    """Sets which facts are used: `forget` bundled ones, or the user's files."""
 
-    forget: int | None = setting(None, "how many bundled facts are forgotten", min=1)
-    relations: list[str] | None = setting(None, "relations that they are drawn from; none: six usual ones")
-    seed: int = setting(0, "of the draw", min=0)
-    requests: str | None = setting(None, "facts to forget, a file, in place of bundled ones")
-    retain: str | None = setting(
-        None, "prompts to keep, a file; without `watch` every second is held out for the check"
-    )
-    watch: str | None = setting(None, "held-out prompts that are only asked afterwards, a file")
-    skip_bad: bool = setting(False, "leave rows of these files out that cannot be used, and count them")
+    forget: int | None = setting(None, "number of bundled facts to forget", min=1)
+    relations: list[str] | None = setting(None, "relations of these facts; none: six usual ones")
+    seed: int = setting(0, "seed of the draw", min=0)
+    requests: str | None = setting(None, "file of facts to forget, in place of bundled ones")
+    retain: str | None = setting(None, "file of prompts to keep; without `watch` every second one is held out")
+    watch: str | None = setting(None, "file of held-out prompts, which are only asked afterwards")
+    skip_bad: bool = setting(False, "leave out unusable rows of these files, and count them")
 
 
 class Facts(Benchmark):
@@ -113,7 +111,7 @@ class Facts(Benchmark):
         return FactSplit(forget, held, held_out)
 
     def _split(self, base: Base, before: AnswerCache) -> FactSplit:
-        """Picks `forget` facts over all relations, of each in proportion to what the model knows of it."""
+        """Picks `forget` facts over all relations, each in proportion to its number of facts that the model knows."""
         own = self.settings
         try:
             return split_in_proportion(base.bench, before, own.forget or 0, own.seed, own.relations or RELATIONS)
@@ -125,7 +123,7 @@ class Facts(Benchmark):
 
 @dataclass(frozen=True)
 class FactsSet(ForgetSet):
-    """Holds facts with the prompts that are held out."""
+    """Holds facts with the held-out prompts."""
 
     held_out: Sequence[EditRequest] = ()
     whole: Sequence[EditRequest] = ()  # `forget` with all paraphrases
@@ -141,7 +139,7 @@ class FactsSet(ForgetSet):
         return build_items(self.forget, self.held_out, {request.id for request in self.retain})
 
     def complete(self) -> None:
-        """Asks the base what it was not asked yet, and keeps the answers."""
+        """Generates the base's missing answers, and saves them."""
         bench, items = self.base.bench, self.items()
         form = PromptFormat.of(bench.tok, bench.prompts)
         check_prompts(bench.model, form, [(item.id, item.question) for item in items], answer_tokens=ANSWER_TOKENS)
@@ -173,12 +171,12 @@ class FactsSet(ForgetSet):
 
 
 def _scored(request: EditRequest) -> EditRequest:
-    """Makes the request with the paraphrases that are scored: all but the first, where there are several."""
+    """Makes the request with the scored paraphrases: all but the first, if there are several."""
     return replace(request, paraphrases=request.paraphrases[1:] or request.paraphrases)
 
 
 def _tuned(request: EditRequest) -> EditRequest:
-    """Makes the request with the paraphrase that a search may be judged by, which is never scored."""
+    """Makes the request with the paraphrase for the validation of a search, which is never scored."""
     return replace(request, paraphrases=request.paraphrases[:1] if len(request.paraphrases) > 1 else ())
 
 
@@ -200,7 +198,7 @@ def _mean(name: str, parts: Sequence[MetricResult], meaning: str) -> MetricResul
 
 
 def _told(item: Item) -> dict[str, Any]:
-    """Picks what the page and the results keep of an item."""
+    """Picks the fields of an item for the page and the results."""
     passed = item.passed
     if item.kind in ("request", "paraphrase"):
         passed = not item.right_after

@@ -1,4 +1,4 @@
-"""Define forget sets of TOFU: authors that a model was trained on, some to be forgotten; scored by TOFU's metrics."""
+"""Define forget sets of TOFU: some of the authors on which a model was trained, scored by TOFU's metrics."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ SHOWN = ("rouge_l_recall", "probability", "truth_ratio", "extraction_strength")
 class TofuSettings(SetSettings):
     """Sets which TOFU sets are used, and how many questions."""
 
-    source: str | None = setting(None, "a folder with TOFU's files, or a data set on the Hub; none: TOFU's own")
+    source: str | None = setting(None, "a folder of TOFU's files, or a data set on the Hub; none: TOFU's own")
     forget: str = setting("forget01", "the set to forget", choices=tuple(FORGET))
-    learned: str | None = setting(None, "questions that the model was trained on, a file; none: all")
+    learned: str | None = setting(None, "file of the questions that the model was trained on; none: all")
     reference: str | None = setting(
         None, "a model trained without the set to forget, or its results (edited.json); forget quality needs it"
     )
-    skip_bad: bool = setting(False, "leave rows of these files out that cannot be used, and count them")
+    skip_bad: bool = setting(False, "leave out unusable rows of these files, and count them")
     limit: int | None = setting(None, "questions of each probe set; none: all", min=1)
-    seed: int = setting(0, "of the draw", min=0)
-    max_new_tokens: int = setting(ANSWER_TOKENS, "tokens of an answer", min=1)
+    seed: int = setting(0, "seed of the draw", min=0)
+    max_new_tokens: int = setting(ANSWER_TOKENS, "most tokens of an answer", min=1)
     encoder: str | None = setting(None, "a sentence encoder, for cosine similarity")
     classifier: str | None = setting(None, "a classifier of entailment")
 
@@ -117,7 +117,7 @@ class Tofu(Benchmark):
         )  # fmt: skip
 
     def _reference(self, base: Base) -> Mapping[str, MetricResult] | None:
-        """Gives the retain-only model's results on the questions to forget: measured once, and kept."""
+        """Returns the retain-only model's results on the questions to forget: measured once, and saved."""
         own = self.settings
         if self._only is not None or own.reference is None:
             return self._only
@@ -132,9 +132,9 @@ class Tofu(Benchmark):
 
 
 def apart(sets: TofuSets, seed: int) -> TofuSets:
-    """Makes the sets where no question of the probe set `retain` is among the requests that a method may train on.
+    """Makes sets in which no question of the probe set `retain` is among the requests that a method may train on.
 
-    Where the probes are most of the questions to keep, half of them are not asked, and trained on instead.
+    If the probes are most of the questions to keep, half of them are used for training instead of being asked.
     """
     probes = sets.probes.get("retain", ())
     if len(sets.retain) < 2 * len(probes):
@@ -155,7 +155,7 @@ class KeptReadings:
         kept = self._shelf.get("readings") or {}
         for one in self._asked():
             if (value := kept.get(_key(one))) is not None:
-                with contextlib.suppress(LookupError, TypeError):  # damaged: asked again
+                with contextlib.suppress(LookupError, TypeError):  # damaged: the question is asked again
                     self.found[one] = _reading(value)
 
     def save(self) -> None:
@@ -240,7 +240,7 @@ class TofuSet(ForgetSet):
 
 
 def _names(results: Mapping[str, MetricResult]) -> list[str]:
-    """Lists the numbers to show: the summary ones, then some metrics of the sets to forget and to keep."""
+    """Lists the numbers to show: the summary numbers, then some metrics of the sets to forget and to keep."""
     summary = [name for start in SUMMARY for name in results if name.startswith(start)]
     sets = [
         name

@@ -34,10 +34,10 @@ Results = dict[str, MetricResult]
 
 @dataclass(frozen=True)
 class Judges:
-    """Holds models that judge generated text: a sentence encoder and a classifier of entailment (see
+    """Holds models that score generated text: a sentence encoder and a classifier of entailment (see
     `evaluation.metrics`).
 
-    What is left out is not measured.
+    Without a model its metric is not measured.
     """
 
     encoder: str | Path | Encoder | None = None
@@ -49,7 +49,7 @@ def check_scoring(judges: Judges | None, reference: str | None) -> None:
 
     Raises:
         MetricError: a package is missing, or there is no such judge.
-        ModelError: the reference is no model.
+        ModelError: the reference is not a model.
     """
     judges = judges or Judges()
     check_judges(judges.encoder, judges.classifier)
@@ -60,13 +60,13 @@ def check_scoring(judges: Judges | None, reference: str | None) -> None:
 
 
 def check_wrong_answers(sets: TofuSets, *, whole: bool = True) -> None:
-    """Checks that a reference can be compared with: forget quality is of truth ratios, which need wrong answers.
+    """Checks that forget quality can be computed: it compares truth ratios, which need wrong answers.
 
     Args:
-        whole: every question to forget must have some; else one of them is enough.
+        whole: every question to forget must have some; otherwise one question with some is enough.
 
     Raises:
-        MetricError: they have none.
+        MetricError: there are too few wrong answers.
     """
     asked = sets.probes["forget"]
     bare = [one.id for one in asked if not one.wrong]
@@ -79,7 +79,8 @@ def check_wrong_answers(sets: TofuSets, *, whole: bool = True) -> None:
 
 @dataclass(frozen=True)
 class TofuReading:
-    """Holds one question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
+    """Holds one question under one model: its generated answer, and the scores of given answers; NLL in nats per
+    token."""
 
     tokens: tuple[int, ...]
     text: str
@@ -93,7 +94,7 @@ Readings = MutableMapping[Asked, TofuReading]
 
 @dataclass(frozen=True)
 class TofuScores:
-    """Holds the results of two models side by side, by name, and the readings that they are made of."""
+    """Holds the results of two models side by side, by name, and the readings from which they are computed."""
 
     base: Results
     edited: Results
@@ -113,7 +114,7 @@ def tofu_scores(
     how: Asking = None,
     progress: str | None = None,
 ) -> Results:
-    """Asks one model all questions of `sets`, and scores what it says and what it reads.
+    """Asks one model all questions of `sets`, and scores generated and given answers.
 
     Args:
         retain_only: the results of a model that never saw the forget set, on the same questions; forget quality needs
@@ -121,10 +122,10 @@ def tofu_scores(
         progress: a label for progress bars on stderr; none without it.
 
     Returns:
-        Results by name: `<set>_<kind>_<metric>` for every set, and the summary numbers that these suffice for.
+        Results by name: `<set>_<kind>_<metric>` for every set, and the summary numbers that these allow.
 
     Raises:
-        MetricError: a package is missing, or `retain_only` is of other questions.
+        MetricError: a package is missing, or `retain_only` has other questions.
     """
     readings: dict[Asked, TofuReading] = {}
     read(LoadedModel(anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
@@ -136,7 +137,7 @@ def retain_only_results(
 ) -> Results:
     """Measures a model that never saw the forget set on the set's questions; see `tofu_scores`.
 
-    Forget quality compares how answers are read, so that the model writes no more than one token.
+    Forget quality needs teacher-forced scores alone, so the model generates only one token.
     """
     only = sets.only("forget")
     return tofu_scores(anatomy(model), tok, only, max_new_tokens=1, how=how, progress=progress)
@@ -154,12 +155,12 @@ def compare_tofu(
     before: Readings | None = None,
     progress: bool = False,
 ) -> TofuScores:
-    """Runs `tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
+    """Runs `tofu_scores` on two models; the base's answers are drafts for the edited model, which only saves time.
 
     Args:
         base, edited: loaded models, or pairs of a model (or its anatomy) and its tokenizer.
-        how: how both models are asked; `None`: as the edited model is loaded.
-        before: readings of the base model that are known already; the missing ones are added.
+        how: how both models are asked; `None`: the edited model's prompt settings.
+        before: known readings of the base model; the missing ones are added.
     """
     known: Readings = {} if before is None else before
     base, edited = LoadedModel.given(base), LoadedModel.given(edited)
@@ -209,7 +210,7 @@ def read(
 
 
 def _given(one: Asked) -> list[str]:
-    """Lists the answers that the model reads: the true one, a paraphrase where there is one, wrong ones."""
+    """Lists the given answers to score: the true one, a paraphrase if there is one, wrong ones."""
     return [one.answer, *([] if one.paraphrase is None else [one.paraphrase]), *one.wrong]
 
 
@@ -244,7 +245,7 @@ def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], jud
         "probability": metrics.probability_with_options(nll, wrong, on=on)
         if options
         else metrics.probability(nll, on=on),
-        # Without a paraphrase TOFU takes the answer itself, and so does `read`.
+        # Without a paraphrase TOFU uses the answer itself, and so does `read`.
         "truth_ratio": metrics.truth_ratio([one.paraphrase for one in said], wrong, on=on),
         "token_entropy": metrics.token_entropy([one.tokens for one in said], on=on),
         "exact_memorisation": metrics.exact_memorisation(hits, on=on),
@@ -268,7 +269,7 @@ def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], jud
 
 
 def _summary(found: Mapping[str, Results], retain_only: Mapping[str, MetricResult] | None) -> list[MetricResult]:
-    """Computes the summary numbers whose parts are all there."""
+    """Computes the summary numbers whose parts were all measured."""
     results = []
     forget, retain = found.get("forget", {}), found.get("retain", {})
     judged = ("cosine_similarity", "entailment_score")
@@ -297,10 +298,10 @@ def _measured(results: Results, names: Sequence[str]) -> bool:
 def _paired_ratios(
     own: MetricResult, retain_only: Mapping[str, MetricResult]
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Pairs the forget set's truth ratios of both models, of the same questions.
+    """Pairs the forget set's truth ratios of both models by question.
 
     Raises:
-        MetricError: the retain-only model's are not of these questions.
+        MetricError: the retain-only model's ratios are for other questions.
     """
     items = list(own.value_by_index.values())
     other = _ratios_of(retain_only, [item["id"] for item in items], "the retain-only model's results")
@@ -312,11 +313,11 @@ def reference_results(path: Path, sets: TofuSets, *, whole: bool = True) -> dict
     """Reads a retain-only model's results of an earlier run (`edited.json`), and checks that they fit the forget set.
 
     Args:
-        whole: every question of the set must be among them; else one of them is enough.
+        whole: every question of the set must be among them; otherwise one is enough.
 
     Raises:
-        MetricError: no results, no truth ratios among them (open-unlearning's are of questions without ids), or those
-            of other questions.
+        MetricError: no results, no truth ratios among them (open-unlearning's have no ids of questions), or those of
+            other questions.
     """
     found = read_results(path)
     ids = [one.id for one in sets.probes["forget"]]
@@ -333,7 +334,7 @@ def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: st
     """Returns a retain-only model's truth ratios for all `ids`, by id; `what` names their source in messages."""
     if RATIOS not in results:
         theirs = "forget_truth_ratio" in results
-        near = " (open-unlearning's results do not tell which question is which)" if theirs else ""
+        near = " (open-unlearning's results do not name their questions)" if theirs else ""
         raise MetricError(
             f"{what}: no {RATIOS}{near}; expected the edited.json of `editlib eval --protocol tofu` for the "
             "retain-only model, or that model itself"
@@ -348,7 +349,7 @@ def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: st
 
 
 def document(scores: TofuScores) -> dict[str, Any]:
-    """Gives both models' results by name, and every question with what both said, JSON-ready."""
+    """Returns both models' results by name, and every question with both answers, JSON-ready."""
     sides = {"base": (scores.base, scores.before), "edited": (scores.edited, scores.after)}
     items = []
     for name, probes in scores.sets.probes.items():

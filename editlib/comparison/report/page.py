@@ -1,5 +1,5 @@
-"""Build the page of a comparison: one HTML file made from the results alone. All text of models is escaped, the
-same results give the same bytes, and nothing is fetched."""
+"""Build the page of a comparison: one HTML file made from the results alone. All text by models is escaped, equal
+results give equal bytes, and the page loads nothing."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _measures(about: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _headed(name: str, up: bool) -> str:
-    short = name.partition("_without_")[0].replace("_", " ")  # in full under what the figures mean
+    short = name.partition("_without_")[0].replace("_", " ")  # spelled out in the section on meanings
     return f"{escape(short)}&nbsp;{'↑' if up else '↓'}"
 
 
@@ -163,7 +163,7 @@ def _share(summary: Summary, name: str) -> str:
 
 def _attacks(about: Mapping[str, Any]) -> Iterator[str]:
     summaries = [one for one in ordered(about["methods"]) if one["attacks"]]
-    columns = [one for one in summaries if one["family"] != "none"]  # the base has a column of its own
+    columns = [one for one in summaries if one["family"] != "none"]  # the base has its own column
     attacks: dict[str, Mapping[str, Any]] = {}
     for one in summaries:
         for name, attack in one["attacks"].items():
@@ -225,7 +225,7 @@ CLOSE = "</tbody></table></div>"
 
 
 def _open(name: str, heads: Sequence[str]) -> Iterator[str]:
-    """Opens a table in a box of its own that scrolls; `heads` are markup."""
+    """Opens a table in its own scrolling box; `heads` are markup."""
     yield f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table class="{name}"><thead><tr>'
     first, *rest = heads
     yield f'<th scope="col">{first}</th>' + "".join(f'<th scope="col" class="number">{head}</th>' for head in rest)

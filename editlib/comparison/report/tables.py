@@ -56,7 +56,7 @@ def amount(key: str, value: float | None) -> str:
 
 
 def cost_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """Returns a method's cost by the keys of `COST_HEADS`; memory is the accelerator's where the model is on one."""
+    """Returns a method's cost by the keys of `COST_HEADS`; memory is the accelerator's if the model is on one."""
     cost = dict(summary["cost"])
     if cost["accelerator_mb"]:
         cost["more_mb"] = cost["accelerator_mb"]
@@ -65,7 +65,7 @@ def cost_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def worst_attack(summary: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Returns the attack that brought most back, and how much."""
+    """Returns the attack that recovered most, with its rate."""
     rates = {name: attack["edited"]["rate"] for name, attack in summary["attacks"].items()}
     known = {name: rate for name, rate in rates.items() if rate is not None}
     if not known:
@@ -97,12 +97,12 @@ def main_table(results: Mapping[str, Any], name: str) -> Rows:
 
 
 def ordered(summaries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns those on the front first, by how much they forget; then the others, and those that failed last."""
+    """Returns the summaries on the front first, by their forgetting; then the others, and failed ones last."""
     return sorted(summaries, key=lambda one: (one["forget"] is None, not one["front"], -(one["forget"] or 0)))
 
 
 def told_label(summary: Mapping[str, Any]) -> str:
-    """Returns the method's name, with how many runs it is of where some failed."""
+    """Returns the method's name, with the number of successful runs if some failed."""
     seeds, done = summary["seeds"], summary["done"]
     return summary["method"] if done == seeds else f"{summary['method']} ({done} of {seeds} runs)"
 
@@ -163,7 +163,7 @@ def cost_table(results: Mapping[str, Any], name: str) -> Rows:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Writes all tables of all sets, and the cells that failed, as Markdown."""
+    """Writes all tables of all sets, and the failed cells, as Markdown."""
     return "\n".join(_lines(results)) + "\n"
 
 
