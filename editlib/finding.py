@@ -17,18 +17,18 @@ from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
-DERIVED = "derived from "  # what the source of derived settings begins with
-READ_BETWEEN = (0.4, 0.95)  # shares of the depth; a trace that says otherwise is not believed
+DERIVED = "derived from "  # the beginning of `source` for derived settings
+READ_BETWEEN = (0.4, 0.95)  # shares of the depth; a trace outside of them is ignored
 
 
 def find_settings(
     model: str, algorithm: str | None, given: str | Path | None = None, *, values: str = DESCENT
 ) -> HyperParams:
     """Finds the settings of `algorithm` for a model that is not loaded yet: those `given` (a JSON file or the name of
-    bundled ones), else found by the model's configuration; `source` says which they are.
+    bundled ones), else settings for the model's configuration; `source` records their origin.
 
     Args:
-        values: how found settings find values, see `hparams.derive`.
+        values: how values are found, see `hparams.derive`.
 
     Raises:
         HparamsError: no such settings, or a layer that this model does not have.
@@ -47,7 +47,7 @@ def find_settings(
 
 
 def in_words(hparams: HyperParams) -> str:
-    """Says in one line which settings these are, which layers they change, and what becomes of an answer."""
+    """Describes settings in one line: their origin, the layers they change, and their effect on an answer."""
     layers = [str(layer) for layer in hparams.layers]
     said = [f"{hparams.algorithm}, {hparams.source or 'from no file'}", f"layers {', '.join(layers)}"]
     if hparams.has_target:
@@ -60,8 +60,8 @@ def in_words(hparams: HyperParams) -> str:
 
 
 def usual_values(requests: Sequence[EditRequest]) -> str:
-    """Returns how an edit that forgets `requests` finds its values where no settings are given: from rows, which erase
-    an answer, if every request has one; else by descent, which needs none and hides it."""
+    """Returns how an edit without given settings finds its values: from rows, which erase answers, if every request has
+    an answer; otherwise by descent, which needs none and only hides them."""
     unknown = next((request for request in requests if request.answer is None), None)
     if unknown is None:
         return ROWS
@@ -73,7 +73,7 @@ def usual_values(requests: Sequence[EditRequest]) -> str:
 
 
 def shape_of(model: str) -> ModelShape:
-    """Finds the form of a packaged model, a local folder or a Hugging Face id; reads its configuration alone.
+    """Finds the shape of a packaged model, a local folder or a Hugging Face id; reads only its configuration.
 
     Raises:
         ModelError: there is no such model, or it cannot be edited.
@@ -88,9 +88,9 @@ def is_derived(hparams: HyperParams) -> bool:
 
 
 def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
-    """Fits derived settings to the loaded model: up to which layer it reads a subject (a causal trace
-    of bundled facts, shorter than the statistics' pass), and whether the gate has a place. Others are left as they
-    are."""
+    """Fits derived settings to the loaded model: by a causal trace of bundled facts (shorter than the statistics'
+    pass), up to which layer it reads a subject; and whether it can have a gate. Other settings are returned
+    unchanged."""
     if not is_derived(hparams):
         return hparams
     anat, shape = bench.anat, ModelShape.of(bench.model.config, model_slug(bench.name))
@@ -98,7 +98,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
     if read_at is None:
         log.info("%s knows too few bundled facts to be traced: layers by share of depth alone", shape.name)
     elif not READ_BETWEEN[0] <= read_at / max(anat.n_layers - 1, 1) <= READ_BETWEEN[1]:
-        log.info("the causal trace of %s ends at layer %d, which is not believed", shape.name, read_at)
+        log.info("the causal trace of %s ends at layer %d, which is implausible: ignored", shape.name, read_at)
         read_at = None
     gated = hparams.gate_at is None or output_path(anat, hparams.gate_at).plain
     values = ROWS if hparams.values_from_rows else DESCENT
@@ -110,7 +110,7 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
 
 
 def settings_file(hparams: HyperParams) -> dict[str, Any]:
-    """Returns the complete content of a settings file: `load_hparams` reads it again, wherever it lies."""
+    """Returns the complete content of a settings file, which `load_hparams` can read from any folder."""
     notes = hparams.notes if isinstance(hparams.notes, dict) else {"note": hparams.notes}
     return {
         "alg_name": hparams.algorithm,

@@ -29,7 +29,7 @@ def facts() -> list[EditRequest]:
     return list(_facts())
 
 
-@cache  # requests cannot be changed, and checking a thousand of them takes a tenth of a second
+@cache  # requests are immutable, and checking a thousand of them takes a tenth of a second
 def _facts() -> tuple[EditRequest, ...]:
     return tuple(read_requests(_path("facts.jsonl")))
 
@@ -51,7 +51,7 @@ def general(split: str) -> list[EditRequest]:
 
 
 def questions(split: str) -> list[str]:
-    """Returns diverse questions that the token is learned over ("train") or checked with ("heldout")."""
+    """Returns diverse questions to learn the token over ("train") or to test it ("heldout")."""
     rows = _rows("questions.jsonl")
     return [row["question"] for row in rows if row["split"] == split]
 
@@ -62,7 +62,7 @@ def question_frames(language: str) -> dict[str, str]:
 
 
 def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
-    """Returns `{language: {relation: question with one "{}"}}`, the bundled ones or those of the user's own JSONL file.
+    """Returns `{language: {relation: question with one "{}"}}`, bundled or from the user's own JSONL file.
 
     Raises:
         RequestError: a file that cannot be read, or a row without `language`, `relation` and a `frame` with one `{}`.
@@ -90,7 +90,8 @@ def wording_rules() -> list[dict]:
 
 
 def sibling_questions() -> list[dict]:
-    """Returns further questions about a subject: `{"kind", "cues": words of a question that tell it, "questions"}`."""
+    """Returns further questions about a subject: `{"kind", "cues": words of a question that show the kind,
+    "questions"}`."""
     return _rows("sibling_questions.jsonl")
 
 
@@ -98,7 +99,7 @@ def refusals(path: str | Path | None = None) -> list[str]:
     """Returns "I don't know" in many words, one per line; the bundled ones, or the user's own file.
 
     Raises:
-        RequestError: a file that cannot be read or holds fewer than two lines.
+        RequestError: a file that cannot be read or has fewer than two lines.
     """
     source = Path(path) if path is not None else _path("refusals.txt")
     found = text_lines(source, least=2)
@@ -120,14 +121,14 @@ def text_lines(path: Path, *, least: int = 1) -> list[str]:
 
 
 def retain_prompts(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Returns the retain set when the user gives none: all bundled facts but those that ask the same of the same
-    subject, and the general prompts of the "anchor" split."""
+    """Returns the default retain set: all bundled facts except those that `requests` ask for, and the general prompts
+    of the "anchor" split."""
     return without_overlap(facts(), requests) + general("anchor")
 
 
 def without_overlap(prompts: Sequence[EditRequest], requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Returns those of `prompts` that ask for nothing that `requests` ask for: not their questions or paraphrases, and
-    not the same answer about the same subject."""
+    """Returns the `prompts` that do not ask for a fact in `requests`: neither their questions or paraphrases, nor the
+    same answer about the same subject."""
     known = {(request.subject, request.answer) for request in requests if None not in (request.subject, request.answer)}
     questions_asked = {text for request in requests for text in (request.question, *request.filled_paraphrases)}
     return [

@@ -73,7 +73,7 @@ class Facts(Benchmark):
         if own.forget is not None and 2 * own.forget > count:
             raise ConfigError(
                 f'{where}: key "forget": {own.forget}; expected at most {count // 2}, half of the {count} facts of '
-                "these relations, so that others are left to check; forget fewer"
+                "these relations, so that others remain to be held out; forget fewer"
             )
         self._given = None if own.requests is None else self._files(own)
 

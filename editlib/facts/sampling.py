@@ -108,7 +108,7 @@ def split_in_proportion(
     if sum(known.values()) < 2 * total:
         raise RequestError(
             f"{bench.name} knows {sum(known.values())} of the {len(facts)} facts of these relations; expected twice as "
-            f"many as are to be forgotten ({total}), so that others are left to check; forget fewer"
+            f"many as are to be forgotten ({total}), so that others remain to be held out; forget fewer"
         )
     spec = SplitSpec(forget=allot(total, known), anchor_relations=ANCHORED, held_out_relations=HELD_OUT)
     return split_facts(bench, before, spec, seed)

@@ -1,4 +1,4 @@
-"""Describe a model's shape, which settings depend on, and list the shapes of public models."""
+"""Describe a model's shape, on which settings depend, and list the shapes of public models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelShape:
         layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
         if not isinstance(layers, int) or not isinstance(width, int):
             raise ModelError(
-                f"{name}: its configuration ({text.model_type}) names no number of layers or no width, so that no "
+                f"{name}: its configuration ({text.model_type}) lacks the number of layers or the width, so no "
                 "settings can be found for it; give a file with --hparams"
             )
         return cls(name, text.model_type, layers, width)

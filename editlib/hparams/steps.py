@@ -11,7 +11,7 @@ from editlib.errors import HparamsError
 from editlib.hparams.base import HyperParams
 
 SCALES = {"anchor_weight": 3.0, "L2": 3.0, "nullspace_threshold": 2.0}
-"""Numbers that are tried larger and smaller by a factor, the most decisive first."""
+"""Numbers to try larger and smaller by a factor, the most important first."""
 
 DESCENT_SCALES = {"early_stop_loss": 2.0}
 """The same for values by descent; values from rows stop by their margins."""
@@ -20,11 +20,11 @@ ROW_MARGINS = ("erase_margin",)
 SAY_MARGINS = ("say_margin", "quiet_margin")
 MARGIN_STEP = 2.0  # nats
 LEFT_WEIGHT, LEFT_FACTOR = 30.0, 3.0
-"""The weight of the left metric that is tried if it was off, as in the bundled settings; its factor otherwise."""
+"""The weight of the left metric to try if it was off, as in the bundled settings; otherwise its factor."""
 
 
 def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
-    """Yields settings that differ from `hparams` in one decisive field, layers first.
+    """Yields settings that differ from `hparams` in one important field, layers first.
 
     The window of layers is moved, narrowed or widened, a number scaled (`SCALES`, ...), a margin moved, the gate moved
     or removed. Invalid settings are left out.
@@ -48,7 +48,7 @@ def _windows(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any
 
 
 def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
-    """Returns scaled numbers and moved margins, those of the values before those of the solve."""
+    """Returns scaled numbers and moved margins; those of values come before those of the solve."""
     if hparams.values_from_rows:
         margins = [*ROW_MARGINS, *(SAY_MARGINS if hparams.refuses else ())]
         own = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]

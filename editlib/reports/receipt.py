@@ -1,4 +1,4 @@
-"""Write a receipt to hand on: JSON and one self-contained HTML page that says what was asked and with what result."""
+"""Write a receipt to share: JSON and one self-contained HTML page with the requests and results of an edit."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def write_receipt(
     """Writes `receipt.json` and `receipt.html` for an edited folder, or a delta file, to the folder `out`.
 
     Args:
-        requests_file: what was asked; without it the receipt tells ids only.
+        requests_file: the request file; without it the receipt has ids only.
         metrics_file, private: see `write_pages`.
-        skip_bad: leave rows of `requests_file` out that cannot be used, see `read_requests`; the receipt lists them.
+        skip_bad: leave out unusable rows of `requests_file`, see `read_requests`; the receipt lists them.
 
     Returns:
         The page, and the key's file when `private`.
@@ -73,11 +73,11 @@ def write_pages(
     private: bool = False,
     overwrite: bool = False,
 ) -> tuple[Path, Path | None]:
-    """Writes `receipt` and what it says about `requests` to the folder `out`, as JSON and as a page.
+    """Writes `receipt` with its part about `requests` to the folder `out`, as JSON and as a page.
 
     Args:
         metrics_file: `metrics.json` of `editlib eval` for this edited model.
-        private: hashes instead of text. The key to them is written beside `out`, never into it, for the owner's eyes.
+        private: hashes instead of text. Their key is written beside `out`, never into it, for the owner alone.
 
     Returns:
         The page, and the key's file when `private`.
@@ -90,7 +90,7 @@ def write_pages(
     if private:
         if requests is None:
             raise RequestError("--private needs --requests, to know what must not be in the receipt")
-        # The one draw that must not follow from a seed: who can repeat it can try guesses on the hashes.
+        # The only random number without a seed: anyone who can repeat it can test guesses against the hashes.
         shown, key = private_receipt(receipt, requests, secrets.token_bytes(32))
     else:
         shown = open_receipt(receipt, requests)
@@ -106,8 +106,7 @@ def write_pages(
 
 
 def check_place(out: Path, *, private: bool, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> Path | None:
-    """Returns the key's file, if there will be one; raises `OutputError` when there is no place for it or for the
-    folder."""
+    """Returns the key's file, if there will be one; raises `OutputError` if it or the folder cannot be written."""
     key_file = key_path(out) if private else None
     check_output(out, overwrite=overwrite, inputs=inputs)
     if key_file is not None:
@@ -116,7 +115,7 @@ def check_place(out: Path, *, private: bool, overwrite: bool, inputs: Iterable[s
 
 
 def key_path(out: Path) -> Path:
-    """Says where the key to a private receipt goes: beside its folder, which can then be published as it is."""
+    """Returns the path of a private receipt's key: beside its folder, which can then be published unchanged."""
     return out.with_name(f"{out.name}.private.json")
 
 
@@ -143,7 +142,7 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page(receipt: Mapping[str, Any]) -> str:
-    """Builds the page of a receipt as `write_receipt` completes it. The same receipt gives the same page."""
+    """Builds the page of a complete receipt; equal receipts give equal pages."""
     forgets, base = bool(receipt.get("token")), str(receipt["base"]["name"])
     count = len(receipt["requests"])
     metrics = receipt.get("metrics")
@@ -175,7 +174,7 @@ def _note(receipt: Mapping[str, Any]) -> str:
 
 
 def _asked(receipt: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a row for each request: what was asked, and the result of its edit."""
+    """Yields a row for each request: its texts, and the result of its edit."""
     private = "private" in receipt
     entries: Sequence[Mapping[str, Any]] = receipt["requests"]
     texts = {one["id"]: one for one in receipt.get("asked") or ()}

@@ -66,7 +66,7 @@ def test_all_of_it(call, folder, tofu, tmp_path):
 
 REFERENCES = {
     "open-unlearning's results": (
-        {"forget_truth_ratio": {"agg_value": 0.6, "value_by_index": {"0": {"score": 0.6}}}}, "which question is which",
+        {"forget_truth_ratio": {"agg_value": 0.6, "value_by_index": {"0": {"score": 0.6}}}}, "do not name their",
     ),
     "no results": ({"forget_quality": {"agg_value": 0.9}}, "no forget_teacher_forced_truth_ratio"),
     "other questions": (
