@@ -66,7 +66,7 @@ def usual_values(requests: Sequence[EditRequest]) -> str:
     if unknown is None:
         return ROWS
     log.info(
-        '%s has no "answer" to erase: all requests are answered with a refusal, and what the model knows stays in it',
+        '%s has no "answer" to erase: all requests are answered with a refusal, and the knowledge stays in the model',
         unknown.source or f"request {unknown.id}",
     )
     return DESCENT

@@ -162,7 +162,7 @@ def _is(value: Any, kind: Any) -> bool:
         return type(value) is tuple and all(type(item) is int for item in value)
     if kind is Path:
         return isinstance(value, Path)
-    return type(value) is kind  # exact: True is no number
+    return type(value) is kind  # exact: True is not a number
 
 
 def _within(number: float, limits: Mapping[str, Any]) -> bool:

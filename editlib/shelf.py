@@ -59,7 +59,7 @@ def from_json(kind: type[T], values: object) -> T:
         TypeError: not an object, an unknown or missing field, or a value of another type than the field's.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"{quote(values)} is no object")
+        raise TypeError(f"{quote(values)} is not an object")
     hints = get_type_hints(kind)
     for name, value in values.items():
         if name in hints and not _is_a(value, hints[name]):
@@ -176,7 +176,7 @@ def read_cells(path: Path, kind: type[T]) -> list[T]:
     Raises:
         OutputError: the file has other content.
     """
-    other = "not what an earlier run wrote; choose another --out, or remove the file"
+    other = "not written by an earlier run; choose another --out, or remove the file"
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError):

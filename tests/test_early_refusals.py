@@ -373,7 +373,7 @@ def test_a_set_with_another_model_is_looked_at_first(call, folder, tmp_path, mon
 
 
 RECEIPTS = {
-    "no object": [1],
+    "not an object": [1],
     "no base": {"requests": [], "anchors": []},
     "a base that is a text": {"base": "x", "requests": [], "anchors": []},
     "a base without a hash": {"base": {"name": "x"}, "requests": [], "anchors": []},

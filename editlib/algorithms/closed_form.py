@@ -1,7 +1,7 @@
 """Solve for an update, as two factors, from keys, residuals and constraints.
 
-`K [d_ff, n]` are the new keys, `R [d_model, n]` what the layer must add at them, `C [d_ff, d_ff]` the covariance of
-the keys that ordinary text has.
+`K [d_ff, n]` are the new keys, `R [d_model, n]` the changes of the layer's output at them, `C [d_ff, d_ff]` the
+covariance of the keys that ordinary text has.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Write updates layer by layer, and keep what is needed to undo them; shared by all algorithms of the ROME family.
+"""Write updates layer by layer, and keep the data to undo them; shared by all algorithms of the ROME family.
 
 An edit changes the MLP output matrices `W [d_model, d_ff]` of a few layers. `write_layers` is the loop of MEMIT
 (2210.07229, alg. 1): at each layer it reads the keys of the requests, takes a share of the residual (the values minus
 the current states), lets the algorithm solve for the update `Δ`, and adds it to `W`. The caller gets an `EditResult`
-with the updates as factors and the weights as they were, so that `revert` restores every bit. An `EditState` passes on
-to the next edit of the same model what it must know of this one, such as keys to preserve.
+with the updates as factors and the weights as they were, so that `revert` restores every bit. An `EditState` passes
+information on to the next edit of the same model, such as keys to preserve.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ if TYPE_CHECKING:  # the token's package imports this module
 
 @dataclass(frozen=True)
 class EditState:
-    """Holds what a later edit of the same model needs to know about the earlier ones; a new object after each edit."""
+    """Holds the information that a later edit of the same model needs about earlier ones; a new object after each
+    edit."""
 
     past: dict[int, PastKeys] = field(default_factory=dict)  # keys of earlier requests by layer
     templates: tuple[str, ...] = ()  # context templates that the model generated for the first edit
@@ -61,7 +62,7 @@ class EditState:
 
 @dataclass
 class EditResult:
-    """Holds the result of an edit, with what is needed to undo it, to replay it and to continue after it."""
+    """Holds the result of an edit, with the data to undo it, to replay it and to continue after it."""
 
     deltas: dict[int, LowRank]  # the update of each layer
     originals: dict[int, Tensor]  # the weights before, [d_model, d_ff] each
@@ -155,7 +156,7 @@ def write_layers(
     At layer `i` of `L` the residual is `(Z - H) / (L - i)`, with `H` the states at the last of `layers` through the
     current weights, mapped back through what follows the matrix (`models.residual_path`). The keys too are read after
     the layers below were written, so they are still right at the end. Each update is summed in the solve's dtype and
-    rounded to the weight's once. On any error the weights are put back.
+    rounded to the weight's once. On any error the weights are restored.
 
     Args:
         contexts: the prompts of each request, the plain one first, which gives `H`.

@@ -84,7 +84,7 @@ class LowRank:
         return LowRank(u[:, :kept] * root, root[:, None] * v[:kept]), lost
 
     def __matmul__(self, keys: Tensor) -> Tensor:
-        """Returns what the update adds to the output for `keys [d_ff, n]`, `[d_model, n]`."""
+        """Returns the change of the output for `keys [d_ff, n]`, `[d_model, n]`."""
         return self.left @ (self.right @ keys)
 
     def __add__(self, other: LowRank) -> LowRank:

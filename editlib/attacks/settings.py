@@ -50,5 +50,5 @@ class AttackSettings:
         check_fields(self, error=AttackError)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the settings JSON-ready."""
+        """Returns the settings JSON-ready."""
         return asdict(self)

@@ -67,7 +67,7 @@ class SearchResult:
     budget: Budget
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the result JSON-ready."""
+        """Returns the result JSON-ready."""
         return {**asdict(self), "best": self.best.to_dict()}
 
 

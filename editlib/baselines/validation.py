@@ -31,7 +31,7 @@ class Validation:
     ids: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, list[list[str]]]:
-        """Gives the questions JSON-ready."""
+        """Returns the questions JSON-ready."""
         return {kind: [list(pair) for pair in getattr(self, kind)] for kind in ("forget", "retain")}
 
 

@@ -31,7 +31,7 @@ DTYPE = torch.float32  # of updates and keys on disk; all weights are computed f
 
 @dataclass(frozen=True)
 class Batch:
-    """Holds a batch's requests, updates and keys, and what is needed to solve it again.
+    """Holds a batch's requests, updates and keys, and the inputs to solve it again.
 
     Args:
         updates: this batch's own update of each layer; for PRUNE, before the spectrum of the running total is pruned.

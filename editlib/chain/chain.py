@@ -277,7 +277,7 @@ class Chain:
         return last
 
     def revoke(self, ids: Iterable[str]) -> Revocation:
-        """Removes single requests, whatever batches they are in.
+        """Removes single requests from any batches.
 
         The batches from the first affected one on are solved again on the base model with their stored values; nothing
         is optimised again. The old files are removed after the new ones are committed.

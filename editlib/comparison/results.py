@@ -92,7 +92,7 @@ def _cell_of(cell: RunCell, failure: str | None) -> dict[str, Any]:
         _measures([found])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         wanted = "remove this folder, and the cell is measured again"
-        raise OutputError(f"{cell.shelf.path}: not what an earlier run wrote; {wanted}") from None
+        raise OutputError(f"{cell.shelf.path}: not written by an earlier run; {wanted}") from None
     return found
 
 

@@ -167,5 +167,5 @@ class Benchmark(ABC):
 class SetSettings(Section):
     """Holds the keys of every set."""
 
-    name: str | None = setting(None, "what it is called in the results; none: its protocol")
+    name: str | None = setting(None, "its name in the results; none: its protocol")
     model: str | None = setting(None, "the model that is to forget, where it is another than the config's")

@@ -41,7 +41,7 @@ class Facts(Benchmark):
     """Asks direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
 
     Settings, protocol = FactsSettings, "facts"
-    axes = ("answers gone, of those that were right", "answers kept, of those that were right")
+    axes = ("share of right answers that are gone", "share of right answers that are kept")
     kinds: ClassVar = {
         "request": "questions to forget",
         "paraphrase": "paraphrases of them",
@@ -171,7 +171,7 @@ class FactsSet(ForgetSet):
 
 
 def _scored(request: EditRequest) -> EditRequest:
-    """Makes the request with the scored paraphrases: all but the first, if there are several."""
+    """Makes the request with the scored paraphrases: all except the first, if there are several."""
     return replace(request, paraphrases=request.paraphrases[1:] or request.paraphrases)
 
 

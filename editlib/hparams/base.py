@@ -28,7 +28,7 @@ class HyperParams:
     out; they are compared with the modules of the model.
 
     Raises:
-        HparamsError: a value of the wrong type or out of range; quotes it and what is allowed.
+        HparamsError: a value of the wrong type or out of range; quotes it and the allowed values.
     """
 
     algorithm: ClassVar[str] = ""

@@ -56,7 +56,7 @@ def as_ours(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     ours, idle = dict(values), {}
     if "wd_power_law" in ours:
-        wanted = 'expected "weight_decay" as a number; write it and take this key out'
+        wanted = 'expected "weight_decay" as a number; write it and remove this key'
         raise HparamsError(f'key "wd_power_law": a weight decay by the number of edits, as in MEMIT; {wanted}')
     if "l2_regularization" in ours and "L2" not in ours:
         ours["L2"] = ours.pop("l2_regularization")

@@ -115,7 +115,7 @@ def read_pairs(
         if authors is not None:
             if not 1 <= authors <= len(pairs) // PAIRS_AN_AUTHOR:
                 held = f"holds {len(pairs)} pairs, {PAIRS_AN_AUTHOR} an author"
-                raise RequestError(f"{file}: {held}; --authors {authors} cannot be had; give fewer")
+                raise RequestError(f"{file}: {held}; --authors {authors} is too many; give fewer")
             pairs = pairs[: authors * PAIRS_AN_AUTHOR]
         for pair in pairs:
             if pair.answer is None:

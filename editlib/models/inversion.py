@@ -32,8 +32,8 @@ def nearest(post: nn.Module, base: Tensor, target: Tensor) -> Tensor:
 def _on_the_sphere(post: nn.Module, base: Tensor, target: Tensor) -> Tensor:
     """Solves `nearest` for a norm, `post(v) = w * u + b` with `u` = `v` (centred or not) scaled to `|u|^2 = d`.
 
-    Least squares of `w * u - t`, `t = target - b`, on a sphere: `u = w t / (w^2 + λ)`, where `λ` makes its length
-    right (a secular equation, Golub and Van Loan, Matrix Computations, 6.2.1). Zeros for a module that is no norm.
+    Least squares of `w * u - t`, `t = target - b`, on a sphere: `u = w t / (w^2 + λ)`, where `λ` makes its length right
+    (a secular equation, Golub and Van Loan, Matrix Computations, 6.2.1). Zeros for a module that is not a norm.
     """
     norm = _as_norm(post, base)
     if norm is None:
@@ -121,7 +121,7 @@ def _refine(post: nn.Module, base: Tensor, target: Tensor, y: Tensor) -> Tensor:
 def _diagonal(post: nn.Module, base: Tensor) -> Tensor:
     """Estimates the absolute diagonal of the Jacobian of `post` at each row of `base`, `[n, d]`.
 
-    The Jacobian of a norm is diagonal but for a term of rank one or two. In units of the diagonal, conjugate gradients
+    The Jacobian of a norm is diagonal plus a term of rank one or two. In units of the diagonal, conjugate gradients
     need only a few products, however much the norm's weights differ.
     """
     generator = torch.Generator().manual_seed(0)

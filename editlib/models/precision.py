@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def cast_params(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
-    """Casts the parameters of `model` to `dtype` inside the block; afterwards the original tensors are put back.
+    """Casts the parameters of `model` to `dtype` inside the block; afterwards the original tensors are restored.
 
     Statistics and the training of [UNL] tolerate bf16 products, which are several times faster than fp32 on processors
     that have them. Weights written inside the block are lost: write them after it. `None` changes nothing.

@@ -37,11 +37,11 @@ def check_in_memory(anat: Anatomy) -> None:
 @contextmanager
 def quantized(anat: Anatomy, bits: int) -> Iterator[None]:
     """Quantises every linear map of the decoder layers to `bits` bits inside the block; then the original tensors are
-    put back.
+    restored.
 
     Round to nearest, symmetric, one scale per output channel, without calibration: `scale = max |w| / (2^(bits-1) - 1)`
     over the channel, `w -> scale * round(w / scale)`, the absmax quantisation of arXiv 2208.07339. Computed in fp32 and
-    put back in the weight's own dtype; activations, biases, norms, embeddings and head stay as they are.
+    stored in the weight's own dtype; activations, biases, norms, embeddings and head stay as they are.
 
     Raises:
         ModelError: a weight is offloaded.

@@ -153,7 +153,7 @@ def bypass(layers: tuple[nn.Module, ...], hidden: Tensor, *, width: int = 0) -> 
     def skipped(*_: Any, **__: Any) -> Any:
         return output
 
-    # An instance attribute hides the class's method; accelerate may have set one already, which is put back.
+    # An instance attribute hides the class's method; accelerate may have set one already, which is restored.
     own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = skipped

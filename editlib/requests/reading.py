@@ -1,4 +1,4 @@
-"""Read and write the files that requests come in."""
+"""Read and write request files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_with_retain(
     left_out: dict[str, list[str]] | None = None,
     tell_missing: bool = True,
 ) -> tuple[list[EditRequest], list[EditRequest] | None]:
-    """Reads requests, and the prompts to be kept where there is a file of them; logs those that are in both.
+    """Reads requests, and prompts to keep if there is a file of them; warns of those that are in both.
 
     Args:
         tell_missing: see `read_requests`; of the requests alone.
@@ -92,7 +92,7 @@ def read_questions(
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
 ) -> list[tuple[EditRequest, Subject | None]]:
-    """Reads the questions of a file in TOFU's form, each with how its subject was found, `None` where it was not.
+    """Reads the questions of a file in TOFU's form, each with how its subject was found, `None` if it was not.
 
     Args:
         subjects: see `with_subjects`.
@@ -111,7 +111,7 @@ def read_questions(
 
 
 def _note_rows(left_out: dict[str, list[str]], path: Path, parsed: Parsed) -> None:
-    """Adds the bad rows of a file, by its name; by its path where another file of this name has some, too."""
+    """Adds the bad rows of a file, by its name, or by its path if another file of this name has some."""
     left_out[str(path) if path.name in left_out else path.name] = [row.place for row, _ in parsed.bad]
 
 

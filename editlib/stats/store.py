@@ -57,7 +57,7 @@ class _Stored:
 
 
 def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
-    """Gives `<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
+    """Returns `<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
     folder = Path(stats_dir) / model_slug(header.model) / f"{header.corpus}_stats"
     return folder / f"{header.module}_{PRECISION}_mom2_{header.documents}.npz"
 

@@ -127,13 +127,13 @@ def read_tofu(
         RequestError: an unknown set, no such folder, a set that cannot be read or reached, or nothing to forget.
     """
     if forget not in FORGET:
-        raise RequestError(f"{forget!r} is no set of TOFU to forget; expected one of {', '.join(FORGET)}")
+        raise RequestError(f"{forget!r} is not a forget set of TOFU; expected one of {', '.join(FORGET)}")
     place = _Place(HUB if source is None else source, skip_bad=skip_bad)
     own = dict(subjects or {})
     asked, subjects_of = _questions(place, forget, own)
     others = _rest(place, forget, {request.question for request in asked}, own)
     if own:
-        raise RequestError(f"subjects: {next(iter(own))!r} is no question of TOFU's; fix the mapping")
+        raise RequestError(f"subjects: {next(iter(own))!r} is not a question of TOFU; fix the mapping")
     known = set(learned) if learned is not None else {request.question for request in (*asked, *others)}
     unlearned = {"forget": len(asked), "retain": len(others)}
     kept = [i for i, request in enumerate(asked) if request.question in known]
@@ -317,7 +317,7 @@ def _perturbed_complaint(row: Any) -> str | None:
             return f'field "{name}": {given}; expected a text; write it'
     for name in ("paraphrased_question", "paraphrased_answer"):
         if row.get(name) is not None and not isinstance(row[name], str):
-            return f'field "{name}": {quote(row[name])}; expected a text; write it or take the field out'
+            return f'field "{name}": {quote(row[name])}; expected a text; write it or remove the field'
     wrong = row.get("perturbed_answer") or ()
     if not isinstance(wrong, str) and not _texts(wrong):
         return f'field "perturbed_answer": {quote(wrong)}; expected a list of texts; fix it'

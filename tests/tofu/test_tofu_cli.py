@@ -73,7 +73,7 @@ REFERENCES = {
         {"forget_teacher_forced_truth_ratio": {"agg_value": 1.0, "value_by_index": {"0": {"id": "x", "score": 1.0}}}},
         "lacks 2 of 2 questions",
     ),
-    "no object": ([1], "expected an object of metrics"),
+    "not an object": ([1], "expected an object of metrics"),
 }  # fmt: skip
 
 

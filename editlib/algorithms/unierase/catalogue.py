@@ -128,7 +128,7 @@ def _content(text: str) -> set[str]:
 
 
 def _filled(template: str, groups: dict[str, str]) -> str:
-    """Returns `template` with each `{name}` replaced by its group, and a capital letter in front."""
+    """Returns `template` with each `{name}` replaced by its group, and with a capital first letter."""
     text = template
     for name, value in groups.items():
         text = text.replace("{" + name + "}", value)

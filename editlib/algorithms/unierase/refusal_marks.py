@@ -46,7 +46,7 @@ BEGINNINGS = 400  # single tokens, as texts may begin with: their keys are large
 def fit_marks(
     anat: Anatomy, places: RefusalPlaces, layers: Sequence[int], size: float, *, seed: int = 0, progress: bool = False
 ) -> dict[int, LowRank]:
-    """Solves for the marks of an edit in the model as it is now, after the answers were erased.
+    """Solves for the marks of an edit in the model whose answers have been erased.
 
     Args:
         layers: that write the marks, rising; a plain path leads from their MLPs to the residual stream.

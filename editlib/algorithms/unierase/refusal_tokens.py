@@ -1,4 +1,4 @@
-"""Fit tokens with which the model refuses what an edit has erased, one for each relation (ours).
+"""Fit tokens that make the model refuse questions whose answers an edit has erased, one for each relation (ours).
 
 Words used here and in `refusal_places`:
 

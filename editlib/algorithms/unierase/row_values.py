@@ -120,8 +120,8 @@ def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) 
     unknown = [rows.id for rows in made.made if not rows.known]
     if unknown:
         log.warning(
-            "the model gives the answer of %d of %d requests to none of their wordings, first %s: what is erased there "
-            "is the answer's first token at the end of the question",
+            "the model gives the answer of %d of %d requests to none of their wordings, first %s: there the edit "
+            "erases the answer's first token at the end of the question",
             len(unknown), len(requests), ", ".join(unknown[:5]),
         )  # fmt: skip
 
