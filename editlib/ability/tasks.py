@@ -113,7 +113,7 @@ def _check_name(name: str, manager: Any) -> None:
         )
     near = closest(name, manager.all_tasks, n=3, cutoff=0.5)
     raise MetricError(
-        f"task {name!r}: lm-eval knows no task of this name"
+        f"task {name!r}: lm-eval has no task of this name"
         + (f" (near: {', '.join(near)})" if near else "")
         + "; `lm-eval ls tasks` lists them"
     )

@@ -27,7 +27,7 @@ def replayed(
         answers: the anchor answers that each batch stores; if a batch is removed, a later one stores its answers.
 
     Returns:
-        The entries of all batches, and the content of those that were solved again.
+        The entries of all batches, and the content of the batches that were solved again.
     """
     first = next(i for i, entry in enumerate(record.batches) if any(name in gone for name in entry.ids))
     kept, made = list(record.batches[:first]), []

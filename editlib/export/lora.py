@@ -157,7 +157,7 @@ def _config(base: str, ranks: dict[str, int], tokens: dict[str, list[int]], tran
 
 
 def _card(delta: Delta, base: str, report: LoraReport, terms: Terms) -> str:
-    how = "exactly" if report.error == 0 else f"but for a share of {report.error:.2g} of the norm of the updates"
+    how = "exactly" if report.error == 0 else f"except a share of {report.error:.2g} of the norm of the updates"
     summary = (
         f"The edit of `{base}` described in `{RECEIPT}`, as a LoRA adapter: it adds the updates of layers "
         f"{', '.join(map(str, delta.modules))} {how}."

@@ -33,11 +33,11 @@ def read_requests(
 ) -> list[EditRequest]:
     """Reads requests from JSON Lines, a JSON array, CSV, TSV, Parquet or a folder by `datasets.save_to_disk`.
 
-    The format is recognised by the fields of each object: the own one (see `EditRequest`) or one of those that
-    `docs/reference/file-formats.md` lists. A request without an id is called `<file stem>:<position in the file>`.
-    Questions of sets that name no subject get theirs from `editlib.requests.subjects`; those that none is found for are
-    logged, and have none. Logs, too, which of two fields is taken where a format has two, and requests that contradict
-    one another.
+    The format is recognised by the fields of each object: our own (see `EditRequest`) or a format listed in
+    `docs/reference/file-formats.md`. A request without an id is called `<file stem>:<position in the file>`. Questions
+    of sets that name no subject get theirs from `editlib.requests.subjects`; those that none is found for are logged,
+    and have none. Logs, too, which of two fields is taken where a format has two, and requests that contradict one
+    another.
 
     Args:
         subjects: the user's own for such questions, by id or by question.
@@ -71,7 +71,7 @@ def read_with_retain(
     left_out: dict[str, list[str]] | None = None,
     tell_missing: bool = True,
 ) -> tuple[list[EditRequest], list[EditRequest] | None]:
-    """Reads requests, and prompts to keep if there is a file of them; warns of those that are in both.
+    """Reads requests, and prompts to keep if there is a file of them; warns of requests that are also to be kept.
 
     Args:
         tell_missing: see `read_requests`; of the requests alone.
@@ -132,7 +132,7 @@ def with_subjects(
     known = {name for request in requests for name in (request.id, request.question)}
     for name in subjects.keys() - known:
         wanted = "expected the id or the question of one; fix the mapping"
-        raise RequestError(f"subjects: {quote(name)} is no request's; {wanted}")
+        raise RequestError(f"subjects: {quote(name)} names no request; {wanted}")
     found = find_subjects([request.question for request in requests], [request.answer or "" for request in requests])
     pairs: list[tuple[EditRequest, Subject | None]] = []
     for request, subject in zip(requests, found, strict=True):

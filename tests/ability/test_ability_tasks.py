@@ -378,7 +378,7 @@ def test_a_task_by_name_or_by_file(arc, ability, tmp_path, monkeypatch):
     small_index(monkeypatch, path.parent)
     assert ability("my_arc").rows == ability("mine").rows == by_file.rows
     assert by_file.row("base", "my_arc", "acc").n == 5
-    with pytest.raises(MetricError, match=r"task 'my_ark': lm-eval knows no task of this name \(near: my_arc\)"):
+    with pytest.raises(MetricError, match=r"task 'my_ark': lm-eval has no task of this name \(near: my_arc\)"):
         ability("my_ark")
 
 

@@ -3,10 +3,11 @@
 Words used here and in `refusal_places`:
 
 - A *place* is the end of a prompt: the position that predicts the next token.
-- A token is *said* at a place when greedy decoding generates it there: its log-odds `z` against all other tokens are
+- A token is *said* at a place if greedy decoding generates it there: its log-odds `z` against all other tokens are
   above zero.
 - A place is *wanted* where an answer was erased, at the end of the question and where the model's sentence reaches the
-  answer ("The capital of France is"). The token of its relation should be said there. At a *kept* place none should.
+  answer ("The capital of France is"). There the token of its relation should be generated. At a *kept* place none
+  should.
 - `[UNL]` is the *common* token; `[UNL2]`, `[UNL3]`, ... are the *relations' tokens*.
 
 Once the answers are erased, the final state at a place separates erased facts from all others. The logit of a token is
