@@ -106,11 +106,14 @@ class Method(ABC):
     def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
         """Returns the best settings (`best`) and all trials, JSON-ready; runs once per set, for all seeds.
 
+        By default there is nothing to search for.
+
         Args:
             bench: the base model; it is loaded again afterwards.
-            ready: the result of `prepare`. folder: keeps the trials of an interrupted search.
+            ready: the result of `prepare`.
+            folder: keeps the trials of an interrupted search.
         """
-        raise NotImplementedError
+        return {"best": {}, "trials": []}
 
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
         """Finds, or computes and stores, inputs that a model needs once (statistics, a token); one process at a
@@ -122,6 +125,6 @@ class Method(ABC):
         """Changes `bench.model` (and `bench.tok`) in place.
 
         Args:
-            ready: the result of `prepare`. found: the result of `search`, from now or an earlier run; `None` without a
-                search.
+            ready: the result of `prepare`.
+            found: the result of `search`, from now or an earlier run; `None` without one.
         """
