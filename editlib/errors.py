@@ -87,7 +87,7 @@ def quote(value: object) -> str:
 
 def closest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6) -> list[str]:
     """Finds at most `n` known names that are spelled like `name`, whatever their case; the most alike comes first."""
-    by_lower = {one.lower(): one for one in known}
+    by_lower = {entry.lower(): entry for entry in known}
     return [by_lower[near] for near in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=cutoff)]
 
 

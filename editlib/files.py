@@ -112,10 +112,14 @@ def _check_replaceable(path: Path) -> None:
 def _check_spares(path: Path, inputs: Iterable[str | Path | None]) -> None:
     """Raises `OutputError` if one of `inputs` is in the folder that will be replaced, or is that folder."""
     whole = path.resolve()
-    for one in inputs:
-        if one is not None and os.path.exists(one) and whole in (Path(one).resolve(), *Path(one).resolve().parents):
-            what = "is" if whole == Path(one).resolve() else "holds"
-            raise OutputError(f"--out {path} {what} {one}, which is read here; give another folder, or move it first")
+    for given in inputs:
+        if (
+            given is not None
+            and os.path.exists(given)
+            and whole in (Path(given).resolve(), *Path(given).resolve().parents)
+        ):
+            what = "is" if whole == Path(given).resolve() else "holds"
+            raise OutputError(f"--out {path} {what} {given}, which is read here; give another folder, or move it first")
 
 
 def make_folder(path: Path) -> None:

@@ -73,13 +73,13 @@ def _is_a(value: object, hint: Any) -> bool:
         return True
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_is_a(value, one) for one in inner)
+        return any(_is_a(value, kind) for kind in inner)
     if origin is tuple:
         each = inner if inner[-1] is not ... else [inner[0]] * len(value) if isinstance(value, list | tuple) else ()
         return (
             isinstance(value, list | tuple)
             and len(value) == len(each)
-            and all(_is_a(one, of) for one, of in zip(value, each, strict=True))
+            and all(_is_a(item, of) for item, of in zip(value, each, strict=True))
         )
     wanted = origin or hint
     if wanted is float:

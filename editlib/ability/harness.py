@@ -144,7 +144,7 @@ def _plain(value: Any) -> Any:
     """Converts Numpy's numbers and arrays to Python's."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _finite(value: Any) -> float | None:

@@ -66,12 +66,16 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result JSON-ready."""
-        return {**vars(self), "documents": list(self.documents), "measures": [one.to_row() for one in self.measures]}
+        return {
+            **vars(self),
+            "documents": list(self.documents),
+            "measures": [measure.to_row() for measure in self.measures],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TaskResult:
         """Reads the output of `to_dict`."""
-        measures = [TaskScore.from_row(one) for one in data["measures"]]
+        measures = [TaskScore.from_row(measure) for measure in data["measures"]]
         return from_json(cls, {**data, "documents": tuple(data["documents"]), "measures": tuple(measures)})
 
 

@@ -26,7 +26,7 @@ def given_prompts(models: Sequence[str], how: PromptSettings | None) -> PromptSe
     if how is None:
         return None
     recorded = [prompts_of(receipt, how) for name in models if (receipt := read_receipt(name)) is not None]
-    days = [one.date for one in recorded if one is not None and one.date is not None]
+    days = [settings.date for settings in recorded if settings is not None and settings.date is not None]
     return replace(how, date=how.date or next(iter(days), None))
 
 

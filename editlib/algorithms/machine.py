@@ -49,7 +49,7 @@ class Curve:
 
     def times(self, factor: float) -> Curve:
         """Returns the curve of a machine that takes `factor` times as long."""
-        return Curve(self.tokens, tuple(factor * one for one in self.seconds))
+        return Curve(self.tokens, tuple(factor * second for second in self.seconds))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
         pattern = _inflected(answer, endings) if endings > 0 else _escaped(answer)
         pattern = re.sub("^ال", r"(?:ال|(?<=\\bل)ل)", pattern)  # "to" before the article: للقاهرة
         found = re.finditer(f"(?=({pattern}))", searched, flags)  # looks ahead, so that matches may overlap
-        numbers = [one.span() for one in _NUMBER.finditer(searched)] if _NUMERIC.fullmatch(answer) else []
+        numbers = [number.span() for number in _NUMBER.finditer(searched)] if _NUMERIC.fullmatch(answer) else []
         if any(_is_apart(searched, *match.span(1)) and not _is_part(match.span(1), numbers) for match in found):
             return True
     return False

@@ -97,8 +97,8 @@ def _opening(text: str, languages: Sequence[Language]) -> str:
     words, most, unspaced = APOLOGY
     short = len(first.split()) <= words and len(first) <= (unspaced if is_unspaced(first) else most)
     alone = short and not re.search("[,\uff0c\u3001\u060c]", first)  # "Sorry, Paris." is an answer
-    if rest.strip() and alone and any(one.apology.search(first) for one in languages):
-        return first if any(one.admits(first) for one in languages) else first_sentence(rest)
+    if rest.strip() and alone and any(language.apology.search(first) for language in languages):
+        return first if any(language.admits(first) for language in languages) else first_sentence(rest)
     return first
 
 

@@ -93,7 +93,7 @@ def _folded(character: str) -> str:
         return str(unicodedata.digit(character))
     if unicodedata.decomposition(character).startswith(("<super>", "<fraction>")):
         return character
-    return "".join(_usual(one) for one in unicodedata.normalize("NFKC", character))
+    return "".join(_usual(letter) for letter in unicodedata.normalize("NFKC", character))
 
 
 def _usual(character: str) -> str:

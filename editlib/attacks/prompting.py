@@ -70,7 +70,7 @@ LEAD = "The answer is"
 def prefill_lead(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Begins every answer with `LEAD`."""
     form = target.form
-    prompts = [[form.encode(one.question).followed_by(form.answer_ids(LEAD, one.question))] for one in facts]
+    prompts = [[form.encode(fact.question).followed_by(form.answer_ids(LEAD, fact.question))] for fact in facts]
     return ask_greedily(target, facts, prompts, context)
 
 

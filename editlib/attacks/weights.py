@@ -55,7 +55,7 @@ def train(
     Returns:
         The loss in nats per token before each step and after the last one.
     """
-    rows = [answered(target.tok, one.question, one.answer or "", form=target.form) for one in examples]
+    rows = [answered(target.tok, example.question, example.answer or "", form=target.form) for example in examples]
     part = Part("examples", [(row,) for row in rows], answer_nll)
     settings = TrainSettings(
         learning_rate=rate,

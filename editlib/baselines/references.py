@@ -37,8 +37,8 @@ def collect(
             for j, number in enumerate(numbers):
                 counts = reading.counts[j * rows : (j + 1) * rows]
                 end = start + sum(counts)
-                one = Reading(reading.out[start:end], reading.wanted[start:end], counts, (number,))
-                results[number] = look(one)
+                item = Reading(reading.out[start:end], reading.wanted[start:end], counts, (number,))
+                results[number] = look(item)
                 start = end
     return [results[i] for i in range(len(items))]
 

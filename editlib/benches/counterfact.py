@@ -79,12 +79,12 @@ def check_plan(
     for mode in wanted:
         if mode not in (BATCH, SEQUENTIAL):
             raise HparamsError(f"--modes {mode!r}: expected {BATCH}, {SEQUENTIAL} or both")
-    if not any(one.takes_batches or SEQUENTIAL in wanted for one in settings):
+    if not any(setting.takes_batches or SEQUENTIAL in wanted for setting in settings):
         raise HparamsError(
             f"--modes {modes}: {algorithms} cannot edit in batches, so nothing would be measured; expected {SEQUENTIAL}"
         )
-    for one in settings:
-        check_given(one, corpus=corpus)
+    for setting in settings:
+        check_given(setting, corpus=corpus)
     check_corpus(text)
     require_matplotlib()
     return BenchPlan(settings, counts, wanted)
@@ -195,7 +195,7 @@ def _asked_of(bench: Workbench, facts: Sequence[EditRequest], settings: Sequence
         "model": {"name": bench.name, "sha256": bench.sha256},
         "requests_sha256": requests_hash(facts),
         **asked_as(bench.tok, bench.asking(False), facts),
-        "hparams": {one.algorithm: {"source": one.source, **one.to_dict()} for one in settings},
+        "hparams": {setting.algorithm: {"source": setting.source, **setting.to_dict()} for setting in settings},
     }
 
 

@@ -83,5 +83,5 @@ def _share(name: str, passed: Sequence[bool]) -> MetricResult:
     """Makes a measured share from verdicts."""
     n, right = len(passed), sum(passed)
     kind, meaning = MEANINGS[name]
-    items = {str(i): {"score": float(one)} for i, one in enumerate(passed)}
+    items = {str(i): {"score": float(verdict)} for i, verdict in enumerate(passed)}
     return MetricResult(name, right / n if n else None, items, kind, True, n, meaning, wilson_interval(right, n))

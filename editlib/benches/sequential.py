@@ -52,8 +52,8 @@ def check_plan(
         HparamsError: an unknown algorithm or one that cannot be chained, no settings for this model, invalid sizes.
     """
     settings = settings_of(model, algorithms, hparams)
-    for one in settings:
-        check_algorithm(one)
+    for setting in settings:
+        check_algorithm(setting)
     try:
         wanted = [int(size) for size in sizes.split(",")]
     except ValueError:

@@ -51,9 +51,9 @@ def _mapped(check: Check, key: Callable[[str], Any] = bool, *, empty: bool = Tru
     def checked(value: Any, name: str) -> str | None:
         if not isinstance(value, dict) or not (value or empty):
             return f"{name} is of another kind"
-        if (other := next((one for one in value if not key(one)), None)) is not None:
+        if (other := next((item for item in value if not key(item)), None)) is not None:
             return f"{name} {quote(other)} is of another kind"
-        return next(filter(None, (check(inner, f"{name} {one}") for one, inner in value.items())), None)
+        return next(filter(None, (check(inner, f"{name} {item}") for item, inner in value.items())), None)
 
     return checked
 
@@ -64,10 +64,10 @@ def _object(fields: Mapping[str, Check], *, missing: frozenset[str] = frozenset(
     def checked(value: Any, name: str) -> str | None:
         if not isinstance(value, dict):
             return f"{name} is of another kind"
-        if gone := [one for one in fields if one not in value and one not in missing]:
+        if gone := [field for field in fields if field not in value and field not in missing]:
             return f"{name} {gone[0]} is missing"
-        checks = ((check, one) for one, check in fields.items() if one in value)
-        return next(filter(None, (check(value[one], f"{name} {one}") for check, one in checks)), None)
+        checks = ((check, item) for item, check in fields.items() if item in value)
+        return next(filter(None, (check(value[item], f"{name} {item}") for check, item in checks)), None)
 
     return checked
 

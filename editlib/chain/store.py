@@ -185,5 +185,8 @@ def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
         "requests": len(record.ids),
         "bytes": sum(batch["bytes"] for batch in batches),
         "batches": batches,
-        "revoked": [{"time": one.time, "ids": list(one.ids), "batches": list(one.batches)} for one in record.revoked],
+        "revoked": [
+            {"time": revocation.time, "ids": list(revocation.ids), "batches": list(revocation.batches)}
+            for revocation in record.revoked
+        ],
     }

@@ -122,8 +122,8 @@ def bench_sequential(
     settings, wanted = check_plan(model, algorithms, hparams or [], sizes, text=text)
 
     def look(draft: Any) -> None:
-        for one in settings:
-            check_draft(draft, [], one)
+        for setting in settings:
+            check_draft(draft, [], setting)
 
     found = run(
         lambda: workbench(model, stats_dir, dtype, device_map, prompts=how, first=look),

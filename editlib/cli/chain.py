@@ -195,7 +195,7 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
     layers = ", ".join(map(str, found["layers"]))
     typer.echo(f"{found['algorithm']} on {found['base']['name']}, layers {layers}, seed {found['seed']}")
     _table(found["batches"])
-    revoked = sum(len(one["ids"]) for one in found["revoked"])
+    revoked = sum(len(revocation["ids"]) for revocation in found["revoked"])
     typer.echo(f"{found['requests']} requests, {revoked} revoked, {found['bytes'] / 1e6:.1f} MB")
 
 
@@ -210,9 +210,11 @@ def log(folder: Folder) -> None:
             f"{batch['time']}  batch {batch['number']}  {found['algorithm']}  editlib {batch['editlib']}  "
             f"update/weight {batch['ratio']:.2g}  {', '.join(batch['ids'])}"
         )
-    for one in found["revoked"]:
-        numbers = ", ".join(map(str, one["batches"]))
-        typer.echo(f"{one['time']}  revoked from batch {numbers} (as numbered then)  {', '.join(one['ids'])}")
+    for revocation in found["revoked"]:
+        numbers = ", ".join(map(str, revocation["batches"]))
+        typer.echo(
+            f"{revocation['time']}  revoked from batch {numbers} (as numbered then)  {', '.join(revocation['ids'])}"
+        )
 
 
 def _table(batches: list[dict[str, Any]]) -> None:

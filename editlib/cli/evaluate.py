@@ -187,7 +187,7 @@ def subjects(
     rules = {request.id: subject.rule if subject else None for request, subject in found}
     ranked = sorted(found, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
     rows = [["question", "subject", "rule"]]
-    rows += [[one.question, one.subject or "-", rules[one.id] or "none"] for one, _ in ranked]
+    rows += [[asked.question, asked.subject or "-", rules[asked.id] or "none"] for asked, _ in ranked]
     print_table(rows)
     counts = Counter(rules.values())
     print_table([["rule", "questions", "meaning"], *[[rule, str(counts[rule]), RULES[rule]] for rule in RULES]])

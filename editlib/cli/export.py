@@ -76,8 +76,13 @@ def receipt(
 def tell_adapter(report: LoraReport, folder: Path) -> None:
     """Shows the share of each layer's update that an adapter contains."""
     table = Table("layer", "rank", "|update|", "left out (share of the norm)")
-    for layer, one in sorted(report.layers.items(), key=lambda item: int(item[0])):
-        table.add_row(str(layer), str(one.rank), f"{one.norm:.2f}", f"{one.error:.2e}" if one.error else "nothing")
+    for layer, layer_error in sorted(report.layers.items(), key=lambda item: int(item[0])):
+        table.add_row(
+            str(layer),
+            str(layer_error.rank),
+            f"{layer_error.norm:.2f}",
+            f"{layer_error.error:.2e}" if layer_error.error else "nothing",
+        )
     out.print(table)
     size = (folder / "adapter_model.safetensors").stat().st_size
     left = f"leaves out {report.error:.2e} of the norm of all updates" if report.error else "exact"

@@ -118,8 +118,10 @@ def _stats_table(stats: dict[int, Any]) -> None:
     from editlib.stats.spectrum import THRESHOLDS, sketch, summary
 
     table = Table("layer", "tokens", "d_ff", "rank", *[f"null < {t:g}" for t in THRESHOLDS], "log10 spectrum", "file")
-    for layer, one in sorted(stats.items()):
-        row = summary(one)
+    for layer, layer_stats in sorted(stats.items()):
+        row = summary(layer_stats)
         sizes = [str(row.null[t]) for t in THRESHOLDS]
-        table.add_row(str(layer), str(row.tokens), str(row.d_ff), str(row.rank), *sizes, sketch(row), str(one.path))
+        table.add_row(
+            str(layer), str(row.tokens), str(row.d_ff), str(row.rank), *sizes, sketch(row), str(layer_stats.path)
+        )
     out.print(table)

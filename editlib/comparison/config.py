@@ -67,8 +67,8 @@ class Config:
         """Returns the config with every default filled in; JSON-ready."""
         return {
             **self.general.to_dict(),
-            "sets": [{"protocol": one.protocol, **one.settings.to_dict()} for one in self.sets],
-            "methods": [{"method": one.name, "label": one.label, **one.identity()} for one in self.methods],
+            "sets": [{"protocol": benchmark.protocol, **benchmark.settings.to_dict()} for benchmark in self.sets],
+            "methods": [{"method": method.name, "label": method.label, **method.identity()} for method in self.methods],
             "attacks": None if self.attacks is None else asdict(self.attacks),
             "ability": None if self.ability is None else asdict(self.ability),
             **({} if self.prompts is None else {"prompts": self.prompts.to_dict()}),
@@ -147,7 +147,7 @@ def _some(values: Any, where: str, read: Callable[[Any, str], T], named: Callabl
         given = "missing" if values is None else quote(values)
         raise ConfigError(f"{where}: {given}; expected a list with at least one entry; add one")
     found = tuple(read(value, f"{where}, entry {number}") for number, value in enumerate(values, 1))
-    names = [named(one) for one in found]
+    names = [named(entry) for entry in found]
     for number, name in enumerate(names):
         if name in names[:number]:
             key = "label" if "methods" in where else "name"
@@ -164,11 +164,11 @@ def _sets(values: Any, where: str, general: General) -> tuple[Benchmark, ...]:
         settings = kind.Settings.read({key: v for key, v in value.items() if key != "protocol"}, place)
         return kind(settings, place, model=general.model, dtype=general.dtype, device_map=general.device_map)
 
-    return _some(values, where, read, lambda one: one.name)
+    return _some(values, where, read, lambda benchmark: benchmark.name)
 
 
 def _methods(values: Any, where: str, general: General) -> tuple[Method, ...]:
-    return _some(values, where, lambda value, place: read_method(value, place, general), lambda one: one.label)
+    return _some(values, where, lambda value, place: read_method(value, place, general), lambda method: method.label)
 
 
 def _attacks(values: Any, where: str) -> AttackPlan | None:

@@ -73,11 +73,11 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 def mark_front(summaries: Sequence[dict[str, Any]]) -> None:
     """Sets `front` of every summary; one without both axes is not on it."""
-    placed = [one for one in summaries if all(one[axis] is not None for axis in AXES)]
-    for one in summaries:
-        one["front"] = False
-    for one, front in zip(placed, pareto([(one["forget"], one["retain"]) for one in placed]), strict=True):
-        one["front"] = front
+    placed = [method for method in summaries if all(method[axis] is not None for axis in AXES)]
+    for method in summaries:
+        method["front"] = False
+    for method, front in zip(placed, pareto([(method["forget"], method["retain"]) for method in placed]), strict=True):
+        method["front"] = front
 
 
 def _cell_of(cell: RunCell, failure: str | None) -> dict[str, Any]:

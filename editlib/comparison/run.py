@@ -283,7 +283,7 @@ class _Run:
         log.info("%s: forget %s, retain %s, %.0f s", cell.label, *shown, time.perf_counter() - begun)
 
     def _measure(self, cell: RunCell) -> None:
-        protocol = next(one for one in self.config.sets if one.name == cell.set)
+        protocol = next(benchmark for benchmark in self.config.sets if benchmark.name == cell.set)
         evaluator = self._enter(protocol)
         task, method = evaluator.set.task, cell.method
         searched: dict[str, Any] = {"found": None, "seconds": 0.0}

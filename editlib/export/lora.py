@@ -47,8 +47,8 @@ class LoraReport:
     @property
     def error(self) -> float:
         """Frobenius norm of everything beyond the rank, divided by that of all updates."""
-        whole = sum(one.norm**2 for one in self.layers.values()) ** 0.5
-        return sum((one.error * one.norm) ** 2 for one in self.layers.values()) ** 0.5 / whole if whole else 0.0
+        whole = sum(layer.norm**2 for layer in self.layers.values()) ** 0.5
+        return sum((layer.error * layer.norm) ** 2 for layer in self.layers.values()) ** 0.5 / whole if whole else 0.0
 
 
 def lora_from_file(

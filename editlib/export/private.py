@@ -80,7 +80,9 @@ def private_receipt(
             | {field: hashed(request.id, field, text) for field, text in _told(request).items()}
             for request in requests
         ],
-        "revoked": [{"requests": one["requests"], **_when(one)} for one in receipt.get("revoked") or ()],
+        "revoked": [
+            {"requests": revocation["requests"], **_when(revocation)} for revocation in receipt.get("revoked") or ()
+        ],
         **_left_out(receipt),
         **({"guessed_subjects": len(guessed)} if (guessed := receipt.get("guessed_subjects")) else {}),
         "private": HOW,
@@ -138,7 +140,7 @@ def _setting(words: set[str], value: Any) -> Any:
     if isinstance(value, str):
         return _without(words, value) if re.fullmatch(r"[\w./-]*", value) else "(left out)"
     if isinstance(value, (list, tuple)):
-        return [_setting(words, one) for one in value]
+        return [_setting(words, item) for item in value]
     if isinstance(value, Mapping):
-        return {name: _setting(words, one) for name, one in value.items()}
+        return {name: _setting(words, item) for name, item in value.items()}
     return value

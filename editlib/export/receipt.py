@@ -67,8 +67,8 @@ def make_receipt(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "requests": result.diagnostics,
         "anchors": list(result.anchors),
-        "stats_sha256": stats_hash({layer: one.sha256() for layer, one in stats.items()}),
-        "stats": {str(layer): str(one.path) for layer, one in stats.items()},
+        "stats_sha256": stats_hash({layer: layer_stats.sha256() for layer, layer_stats in stats.items()}),
+        "stats": {str(layer): str(layer_stats.path) for layer, layer_stats in stats.items()},
         "layers": {str(layer): norms for layer, norms in result.norms.items()},
         "timings": {name: round(seconds, 2) for name, seconds in result.timings.items()},
     }
@@ -168,10 +168,10 @@ def _misfit(receipt: Any) -> str | None:
     if not wrong and receipt.get("token") and not isinstance(receipt["token"].get("token"), str):
         wrong.append("token")
     anchors, requests = receipt.get("anchors") or [], receipt.get("requests") or []
-    if not isinstance(anchors, list) or not all(isinstance(one, str) for one in anchors):
+    if not isinstance(anchors, list) or not all(isinstance(anchor, str) for anchor in anchors):
         wrong.append("anchors")
     if not isinstance(requests, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("id"), str) for one in requests
+        isinstance(request, dict) and isinstance(request.get("id"), str) for request in requests
     ):
         wrong.append("requests")
     return f'key "{wrong[0]}": {quote(receipt[wrong[0]])}' if wrong else None

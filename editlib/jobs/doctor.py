@@ -96,7 +96,9 @@ def _caches() -> list[tuple[str, str, str]]:
 
 def _room(folder: Path) -> str:
     """Returns a folder and the free space on its disk."""
-    above = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists() or not one.name)
+    above = next(
+        parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists() or not parent.name
+    )
     return f"{folder}, {shutil.disk_usage(above).free / 1e9:.0f} GB free"
 
 

@@ -57,8 +57,8 @@ def sequential(protocol: Protocol, base: NamedModel, edited: Edited, request: st
 
 def single(protocol: Protocol, base: NamedModel, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """Measures one request; all others should still be answered."""
-    wanted = [one for one in protocol.requests if one.id == request]
-    others = [one for one in protocol.requests if one.id != request]
+    wanted = [other for other in protocol.requests if other.id == request]
+    others = [other for other in protocol.requests if other.id != request]
     return {**protocol.measure(base, edited.side(), wanted, others), "request": request}
 
 
@@ -84,7 +84,7 @@ def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) 
         return
     if request is None:
         raise RequestError("--mode single needs --request with the id of the one that was forgotten")
-    ids = [one.id for one in protocol.requests]
+    ids = [known.id for known in protocol.requests]
     if request not in ids:
         raise RequestError(f"--request {request!r}: no request has this id; expected one of {', '.join(ids[:3])}, ...")
 
@@ -164,22 +164,22 @@ class Edited:
         receipt = chain_receipt(self._chain)
         so_far: set[str] = set()
         for entry, batch_requests in self._chain.steps():
-            so_far |= {one.question for one in batch_requests}
+            so_far |= {request.question for request in batch_requests}
             chain = self._chain
             side = self._named(chain.anat, chain.tok, receipt)
-            yield entry.number, [one for one in requests if one.question in so_far], side
+            yield entry.number, [request for request in requests if request.question in so_far], side
 
     def _check_requests(self, requests: Sequence[EditRequest]) -> None:
         """Raises `RequestError` if the chain has requests that are not measured, or one is to be measured twice."""
         first: dict[str, EditRequest] = {}
-        for one in requests:
-            if (other := first.setdefault(one.question, one)) is not one:
+        for wanted in requests:
+            if (other := first.setdefault(wanted.question, wanted)) is not wanted:
                 raise RequestError(
-                    f"{one.source or f'request {one.id}'}: asks the same as request {other.id!r}, {one.question!r}; a "
-                    "chain holds a question once: remove one of the two"
+                    f"{wanted.source or f'request {wanted.id}'}: asks the same as request {other.id!r}, {wanted.question!r}; "
+                    "a chain holds a question once: remove one of the two"
                 )
         held = [] if self._chain is None else self._chain.requests
-        strange = {one.question for one in held} - {one.question for one in requests}
+        strange = {wanted.question for wanted in held} - {request.question for request in requests}
         if strange:
             raise RequestError(
                 f"{self.path}: {len(strange)} of its requests are not among the measured ones "

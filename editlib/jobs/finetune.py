@@ -285,7 +285,7 @@ def measure(
     texts = answer_texts(form, said)
     windows = text_windows(tok, load_corpus("wiki-sample:heldout").documents) if text == "wiki-sample" else []
     return {
-        "probability": probability([one.mean for one in read], on="retain").agg_value,
+        "probability": probability([answer.mean for answer in read], on="retain").agg_value,
         "rouge_l_recall": rouge_l_recall(texts, [pair.answer or "" for pair in some], on="retain").agg_value,
         "asked": len(some),
         "perplexity": perplexity(anat, windows) if windows else None,

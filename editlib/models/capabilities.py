@@ -106,9 +106,9 @@ def _caches(anat: Anatomy) -> bool:
     return _distance(got, wanted[:, half:]) < max(1e-3, 32 * torch.finfo(got.dtype).eps)
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
+def _distance(actual: Tensor, other: Tensor) -> float:
     """Computes `|one - other| / |other|`; equal infinities (a masked vocabulary) count as no difference."""
-    one, other = one.cpu().double(), other.cpu().double()
-    same = one == other
-    apart = torch.where(same, 0.0, one - other).norm()
+    actual, other = actual.cpu().double(), other.cpu().double()
+    same = actual == other
+    apart = torch.where(same, 0.0, actual - other).norm()
     return float(apart / torch.where(other.isfinite(), other, 0.0).norm().clamp_min(torch.finfo(torch.float32).tiny))

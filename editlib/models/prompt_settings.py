@@ -79,7 +79,7 @@ class PromptSettings:
         Raises:
             RequestError: an unknown key or a value of the wrong type.
         """
-        known = [one.name for one in fields(cls)]
+        known = [item.name for item in fields(cls)]
         for name in values:
             if name not in known:
                 raise RequestError(f"prompts: {quote(name)} is unknown; expected {', '.join(known)}")

@@ -177,7 +177,7 @@ def _asked(receipt: Mapping[str, Any]) -> Iterator[str]:
     """Yields a row for each request: its texts, and the result of its edit."""
     private = "private" in receipt
     entries: Sequence[Mapping[str, Any]] = receipt["requests"]
-    texts = {one["id"]: one for one in receipt.get("asked") or ()}
+    texts = {item["id"]: item for item in receipt.get("asked") or ()}
     fields = [field for field in ("question", "subject", "answer", "target_new") if _any(texts.values(), field)]
     measured = [name for name in dict.fromkeys(name for entry in entries for name in entry) if name != "id"]
     heads = ["id", *[field.replace("_", " ") for field in fields], *[name.replace("_", " ") for name in measured]]
@@ -189,17 +189,17 @@ def _asked(receipt: Mapping[str, Any]) -> Iterator[str]:
         name = str(entry["id"])
         if private:
             name, *cells = (f"{text[:HASH]}…" if text else "" for text in (name, *cells))
-        cells += [plain(entry.get(one)) for one in measured]
+        cells += [plain(entry.get(item)) for item in measured]
         yield f'<tr><th scope="row" dir="auto">{escape(name)}</th>' + "".join(
             f'<td data-label="{escape(head)}" dir="auto">{escape(cell)}</td>'
             for head, cell in zip(heads[1:], cells, strict=True)
         )
         yield "</tr>"
     yield "</tbody>\n</table>"
-    for one in receipt.get("revoked") or ():
-        ids = one["ids"] if isinstance(one.get("ids"), list) else []
-        count = "1 request" if one["requests"] == 1 else f"{one['requests']} requests"
-        yield f"<p>Taken back {escape(when_of(one['time']))}: {escape(', '.join(map(str, ids)) or count)}</p>"
+    for item in receipt.get("revoked") or ():
+        ids = item["ids"] if isinstance(item.get("ids"), list) else []
+        count = "1 request" if item["requests"] == 1 else f"{item['requests']} requests"
+        yield f"<p>Taken back {escape(when_of(item['time']))}: {escape(', '.join(map(str, ids)) or count)}</p>"
 
 
 def when_of(time: object) -> str:
@@ -208,17 +208,17 @@ def when_of(time: object) -> str:
 
 
 def _any(texts: Any, field: str) -> bool:
-    return any(field in one for one in texts)
+    return any(field in text for text in texts)
 
 
 def _measures(metrics: Mapping[str, Any]) -> Iterator[str]:
     yield '<section aria-labelledby="measures">\n<h2 id="measures">Before and after</h2>'
     if metrics["answers"]:
         yield _head("questions", numbers=("n", "right before", "right after", "refused after"))
-        for kind, one in metrics["answers"].items():
+        for kind, entry in metrics["answers"].items():
             labels = {"n": "n", "before": "right before", "after": "right after", "refused": "refused after"}
             yield f'<tr><th scope="row">{KINDS[kind]}</th>' + "".join(
-                f'<td class="number" data-label="{label}">{one[part]}</td>' for part, label in labels.items()
+                f'<td class="number" data-label="{label}">{entry[part]}</td>' for part, label in labels.items()
             )
             yield "</tr>"
         yield "</tbody>\n</table>"

@@ -43,7 +43,7 @@ def warn_of_contradictions(name: str, requests: Iterable[EditRequest]) -> None:
 
 def warn_of_kept(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> None:
     """Warns of questions that are both to be kept and to be forgotten or edited."""
-    asked = {_plain(text): one for one in requests for text in (one.question, *one.filled_phrasings)}
+    asked = {_plain(text): request for request in requests for text in (request.question, *request.filled_phrasings)}
     said = [
         f"{kept.id} asks the same as request {asked[_plain(kept.question)].id}, {quote(kept.question)}"
         for kept in retain

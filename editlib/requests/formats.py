@@ -126,7 +126,7 @@ def unfold(row: JsonRow) -> list[JsonRow]:
             return [one if isinstance(one, dict) else _no_row(forget, one) for one in row[forget]]
     if isinstance(row.get("requested_rewrite"), list):
         rewrites = row["requested_rewrite"]
-        if not rewrites or not all(isinstance(one, dict) for one in rewrites):
+        if not rewrites or not all(isinstance(rewrite, dict) for rewrite in rewrites):
             _no_row("requested_rewrite", rewrites)
         own_id = row.get("case_id", row.get("id"))
         names = [own_id if own_id is None or len(rewrites) == 1 else f"{own_id}.{i}" for i in range(len(rewrites))]

@@ -220,7 +220,7 @@ def _no_subject(missing: Sequence[EditRequest]) -> str:
 
 def _ids(requests: Sequence[EditRequest]) -> str:
     more = f" and {len(requests) - 5} more" if len(requests) > 5 else ""
-    return ", ".join(one.id for one in requests[:5]) + more
+    return ", ".join(request.id for request in requests[:5]) + more
 
 
 def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]], *, missing: bool = True) -> None:

@@ -63,8 +63,10 @@ def draw_spectrum(stats: Mapping[int, LayerStats], path: Path) -> None:
         raise EditlibError(f"--plot {path}: expected a file ending in .png, .svg or .pdf")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for layer, one in sorted(stats.items()):
-        axes.plot(summary(one).eigenvalues.flip(0).clamp_min(1e-9).numpy(), label=f"layer {layer}", linewidth=1.2)
+    for layer, layer_stats in sorted(stats.items()):
+        axes.plot(
+            summary(layer_stats).eigenvalues.flip(0).clamp_min(1e-9).numpy(), label=f"layer {layer}", linewidth=1.2
+        )
     for threshold in (0.02,):
         axes.axhline(threshold, color="grey", linestyle=":", linewidth=1)
         axes.annotate(f"threshold {threshold:g}", (0, threshold), fontsize=8, va="bottom", color="grey")

@@ -113,7 +113,7 @@ def find_stats(
         StatsNotFound: no file (the message names the folders).
         StatsError: a damaged file, one of another shape, or one made from other weights.
     """
-    found = [one for one in _stored(stats_dir, model, corpus) if one.module == module]
+    found = [stored for stored in _stored(stats_dir, model, corpus) if stored.module == module]
     if not found:
         looked = " or ".join(
             str(Path(stats_dir) / name / f"{corpus or '*'}_stats" / f"{module}_{PRECISION}_mom2*.npz")
@@ -121,7 +121,7 @@ def find_stats(
         )
         raise StatsNotFound(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
     if model_sha256 and len(found) > 1:
-        found = [one for one in found if _made_from(one.path, model_sha256)] or found
+        found = [stored for stored in found if _made_from(stored.path, model_sha256)] or found
     stats = read_stats(_choose(found, dataset, samples))
     check_stats(stats, module, d_ff, model_sha256)
     return stats
@@ -162,8 +162,8 @@ def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) 
         StatsError: a file cannot be read.
     """
     modules: dict[str, list[_Stored]] = {}
-    for one in _stored(stats_dir, model, corpus):
-        modules.setdefault(one.module, []).append(one)
+    for stored in _stored(stats_dir, model, corpus):
+        modules.setdefault(stored.module, []).append(stored)
     if not modules:
         raise StatsNotFound(f"no layer statistics of {model} in {stats_dir}; make them with: editlib stats {model}")
     found = {}
@@ -194,14 +194,14 @@ def _made_from(path: Path, model_sha256: str) -> bool:
 
 def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
     """Chooses one file of several for the same module; see `find_stats`."""
-    left = [one for one in found if one.corpus == dataset] or list(found)
-    left = [one for one in left if one.number == samples] or left
+    left = [stored for stored in found if stored.corpus == dataset] or list(found)
+    left = [stored for stored in left if stored.number == samples] or left
     if len(left) > 1:
-        counts = {one.path: read_count(one.path) for one in left}
-        left.sort(key=lambda one: -counts[one.path])  # stable: our own model_slug first if counts are equal
+        counts = {stored.path: read_count(stored.path) for stored in left}
+        left.sort(key=lambda stored: -counts[stored.path])  # stable: our own model_slug first if counts are equal
     taken = left[0].path
     if len(found) > 1:
-        others = ", ".join(str(one.path) for one in found if one.path != taken)
+        others = ", ".join(str(stored.path) for stored in found if stored.path != taken)
         log.info("statistics: taking %s; there are also %s", taken, others)
     return taken
 
@@ -216,10 +216,10 @@ def check_stored(stats_dir: Path, model: str, outline: PreTrainedModel, layers: 
     """
     modules = dict(outline.named_modules())
     faults: dict[str, list[StatsError | None]] = {}
-    for one in _stored(stats_dir, model, None):
-        width = inputs_of(modules.get(one.module))
-        if width is not None and any(f".{layer}." in one.module for layer in layers):
-            faults.setdefault(one.module, []).append(_fault(one, width))
+    for stored in _stored(stats_dir, model, None):
+        width = inputs_of(modules.get(stored.module))
+        if width is not None and any(f".{layer}." in stored.module for layer in layers):
+            faults.setdefault(stored.module, []).append(_fault(stored, width))
     for found in faults.values():
         if found[0] is not None and None not in found:
             raise found[0]

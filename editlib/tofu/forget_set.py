@@ -109,7 +109,7 @@ class Tofu(Benchmark):
             progress=label,
         )
         known.save()
-        answers = {one.question: reading.tokens for one, reading in known.found.items()}
+        answers = {probe.question: reading.tokens for probe, reading in known.found.items()}
         before = AnswerCache(base.bench.sha256, answers)
         return TofuSet(
             base, self.sets.forget, self.sets.retain, before, self.sets, known.found, own, judges,
@@ -139,8 +139,8 @@ def apart(sets: TofuSets, seed: int) -> TofuSets:
     probes = sets.probes.get("retain", ())
     if len(sets.retain) < 2 * len(probes):
         drawn = set(random.Random(seed).sample(range(len(probes)), len(probes) // 2))
-        probes = tuple(one for number, one in enumerate(probes) if number in drawn)
-    asked = {one.id for one in probes}
+        probes = tuple(question for number, question in enumerate(probes) if number in drawn)
+    asked = {probe.id for probe in probes}
     kept = tuple(request for request in sets.retain if request.id not in asked)
     others = {name: questions for name, questions in sets.probes.items() if name != "retain"}
     return replace(sets, retain=kept, probes={**others, **({"retain": probes} if probes else {})})
@@ -153,20 +153,20 @@ class KeptReadings:
         self.found: dict[Asked, TofuReading] = {}
         self._shelf, self._sets = JsonStore(folder), sets
         kept = self._shelf.get("readings") or {}
-        for one in self._asked():
-            if (value := kept.get(_key(one))) is not None:
+        for probe in self._asked():
+            if (value := kept.get(_key(probe))) is not None:
                 with contextlib.suppress(LookupError, TypeError):  # damaged: the question is asked again
-                    self.found[one] = _reading(value)
+                    self.found[probe] = _reading(value)
 
     def save(self) -> None:
-        self._shelf.put("readings", {_key(one): asdict(self.found[one]) for one in self._asked()})
+        self._shelf.put("readings", {_key(probe): asdict(self.found[probe]) for probe in self._asked()})
 
     def _asked(self) -> Sequence[Asked]:
-        return [one for probes in self._sets.probes.values() for one in probes]
+        return [probe for probes in self._sets.probes.values() for probe in probes]
 
 
-def _key(one: Asked) -> str:
-    return digest(asdict(one))[:24]
+def _key(probe: Asked) -> str:
+    return digest(asdict(probe))[:24]
 
 
 def _reading(value: Mapping[str, Any]) -> TofuReading:
@@ -193,14 +193,14 @@ class TofuSet(ForgetSet):
             "protocol": "tofu",
             **self.hashes(),
             "told": requests_hash(self.fewshot_pool),
-            "probes": digest({name: [asdict(one) for one in probes] for name, probes in self.sets.probes.items()}),
+            "probes": digest({name: [asdict(probe) for probe in probes] for name, probes in self.sets.probes.items()}),
             "reference": only,
             "asked": [own.max_new_tokens, own.encoder, own.classifier],
         }
 
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
         after: dict[Asked, TofuReading] = {}
-        drafts = {one.question: reading.tokens for one, reading in self.readings.items()}
+        drafts = {probe.question: reading.tokens for probe, reading in self.readings.items()}
         label = "after" if progress else None
         read(
             edited,
@@ -230,10 +230,20 @@ class TofuSet(ForgetSet):
         found = []
         for name, probes in self.sets.probes.items():
             metric = f"{name}_generated_rouge_l_recall"
-            for i, one in enumerate(probes):
+            for i, probe in enumerate(probes):
                 then, now = (told[metric].value_by_index[str(i)]["rougeL_recall"] for told in (before, results))
-                item: dict[str, Any] = {"id": one.id, "kind": name, "question": one.question, "answer": one.answer}
-                item |= {"before": self.readings[one].text, "after": after[one].text, "passed": None, "counted": True}
+                item: dict[str, Any] = {
+                    "id": probe.id,
+                    "kind": name,
+                    "question": probe.question,
+                    "answer": probe.answer,
+                }
+                item |= {
+                    "before": self.readings[probe].text,
+                    "after": after[probe].text,
+                    "passed": None,
+                    "counted": True,
+                }
                 item["note"] = "" if None in (then, now) else f"ROUGE-L {then:.2f} → {now:.2f}"
                 found.append(item)
         return found

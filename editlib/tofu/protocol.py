@@ -98,7 +98,7 @@ class TofuProtocol:
     def check(self, model: PreTrainedModel, form: PromptFormat) -> None:
         check_requests_fit(model, form, self.requests)
         asked = self._sets.limited(self._limit, self._seed).probes.values()
-        prompts = [(one.id, one.question) for probes in asked for one in probes]
+        prompts = [(probe.id, probe.question) for probes in asked for probe in probes]
         check_prompts(model, form, prompts, answer_tokens=self._max_new_tokens)
         if self._reference is not None and self._retain_only is None:
             settled(outline_of(self._reference, dtype=self._dtype).tok, form.settings)

@@ -69,7 +69,7 @@ def check_wrong_answers(sets: TofuSets, *, whole: bool = True) -> None:
         MetricError: there are too few wrong answers.
     """
     asked = sets.probes["forget"]
-    bare = [one.id for one in asked if not one.wrong]
+    bare = [probe.id for probe in asked if not probe.wrong]
     if bare and (whole or len(bare) == len(asked)):
         raise MetricError(
             f"a reference was given, but {len(bare)} of {len(asked)} questions to forget have no wrong answers "
@@ -166,7 +166,7 @@ def compare_tofu(
     base, edited = LoadedModel.given(base), LoadedModel.given(edited)
     how = edited.prompts if how is None else how
     read(base, sets, known, max_new_tokens=max_new_tokens, how=how, progress="before" if progress else None)
-    drafts = {one.question: known[one].tokens for asked in sets.probes.values() for one in asked}
+    drafts = {probe.question: known[probe].tokens for asked in sets.probes.values() for probe in asked}
     after: dict[Asked, TofuReading] = {}
     label = "after" if progress else None
     read(edited, sets, after, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=label)
@@ -192,7 +192,7 @@ def read(
         drafts: likely answers by question, as token ids.
     """
     anat, tok = model.anat, model.tok
-    asked = [one for probes in sets.probes.values() for one in probes if one not in known]
+    asked = [probe for probes in sets.probes.values() for probe in probes if probe not in known]
     asked = list(dict.fromkeys(asked))
     questions = [one.question for one in asked]
     said = ask(anat, tok, questions, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=progress)
@@ -209,9 +209,9 @@ def read(
         )
 
 
-def _given(one: Asked) -> list[str]:
+def _given(probe: Asked) -> list[str]:
     """Lists the given answers to score: the true one, a paraphrase if there is one, wrong ones."""
-    return [one.answer, *([] if one.paraphrase is None else [one.paraphrase]), *one.wrong]
+    return [probe.answer, *([] if probe.paraphrase is None else [probe.paraphrase]), *probe.wrong]
 
 
 def score(
@@ -225,7 +225,7 @@ def score(
     found: Results = {}
     by_set: dict[str, Results] = {}
     for name, probes in sets.probes.items():
-        by_set[name] = _of_set(name, probes, [readings[one] for one in probes], judges or Judges())
+        by_set[name] = _of_set(name, probes, [readings[probe] for probe in probes], judges or Judges())
         for result in by_set[name].values():
             found[result.name] = result
     for result in _summary(by_set, retain_only):
@@ -236,9 +236,9 @@ def score(
 def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], judges: Judges) -> Results:
     """Computes the metrics of one set by their bare names; each item has the question's id."""
     on: Split = "forget" if name.startswith("forget") else "retain"
-    texts, answers = [one.text for one in said], [one.answer for one in probes]
-    hits = [one.answer.hits for one in said]
-    nll, wrong = [one.answer.mean for one in said], [one.wrong for one in said]
+    texts, answers = [reading.text for reading in said], [probe.answer for probe in probes]
+    hits = [reading.answer.hits for reading in said]
+    nll, wrong = [reading.answer.mean for reading in said], [reading.wrong for reading in said]
     options = name in SIDE
     results = {
         "rouge_l_recall": metrics.rouge_l_recall(texts, answers, on=on),
@@ -246,8 +246,8 @@ def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], jud
         if options
         else metrics.probability(nll, on=on),
         # Without a paraphrase TOFU uses the answer itself, and so does `read`.
-        "truth_ratio": metrics.truth_ratio([one.paraphrase for one in said], wrong, on=on),
-        "token_entropy": metrics.token_entropy([one.tokens for one in said], on=on),
+        "truth_ratio": metrics.truth_ratio([reading.paraphrase for reading in said], wrong, on=on),
+        "token_entropy": metrics.token_entropy([reading.tokens for reading in said], on=on),
         "exact_memorisation": metrics.exact_memorisation(hits, on=on),
         "extraction_strength": metrics.extraction_strength(hits, on=on),
     }
@@ -260,8 +260,8 @@ def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], jud
             result,
             name=name + result.name.removeprefix(on),
             value_by_index={
-                index: {"id": one.id, **item}
-                for one, (index, item) in zip(probes, result.value_by_index.items(), strict=True)
+                index: {"id": probe.id, **item}
+                for probe, (index, item) in zip(probes, result.value_by_index.items(), strict=True)
             },
         )
         for metric, result in results.items()
@@ -320,7 +320,7 @@ def reference_results(path: Path, sets: TofuSets, *, whole: bool = True) -> dict
             other questions.
     """
     found = read_results(path)
-    ids = [one.id for one in sets.probes["forget"]]
+    ids = [probe.id for probe in sets.probes["forget"]]
     held = [name for name in ids if name in _ids(found)]
     _ratios_of(found, ids if whole or not held else held, str(path))
     return found
@@ -356,13 +356,13 @@ def document(scores: TofuScores) -> dict[str, Any]:
         rouge = {
             side: results[f"{name}_generated_rouge_l_recall"].value_by_index for side, (results, _) in sides.items()
         }
-        for i, one in enumerate(probes):
-            item: dict[str, Any] = {"id": one.id, "set": name, "question": one.question, "answer": one.answer}
+        for i, probe in enumerate(probes):
+            item: dict[str, Any] = {"id": probe.id, "set": name, "question": probe.question, "answer": probe.answer}
             for side, (_, readings) in sides.items():
                 when = {"base": "before", "edited": "after"}[side]
-                item[when] = readings[one].text
+                item[when] = readings[probe].text
                 item[f"rouge_{when}"] = rouge[side][str(i)]["rougeL_recall"]
-                item[f"probability_{when}"] = _probability(readings[one].answer.mean)
+                item[f"probability_{when}"] = _probability(readings[probe].answer.mean)
             items.append(item)
     rules = [None if subject is None else subject.rule for subject in scores.sets.subjects]
     return {
@@ -372,7 +372,7 @@ def document(scores: TofuScores) -> dict[str, Any]:
         "unlearned": dict(scores.sets.unlearned or {}),
         "subjects": {rule or "none": rules.count(rule) for rule in dict.fromkeys(rules)},
         "scores": {
-            side: {name: body for one in results.values() for name, body in one.to_dict().items()}
+            side: {name: body for result in results.values() for name, body in result.to_dict().items()}
             for side, (results, _) in sides.items()
         },
         "items": items,

@@ -67,10 +67,10 @@ class TofuSets:
         ids, more = {request.id for request in requests}, {request.id for request in kept}
         asked = self.probes["forget"]
         probes = {
-            name: tuple(one for one in probes if one.id in ids) if name.startswith("forget") else probes
+            name: tuple(probe for probe in probes if probe.id in ids) if name.startswith("forget") else probes
             for name, probes in self.probes.items()
         }
-        probes["retain"] = (*(one for one in asked if one.id in more), *self.probes.get("retain", ()))
+        probes["retain"] = (*(question for question in asked if question.id in more), *self.probes.get("retain", ()))
         chosen = [i for i, request in enumerate(self.forget) if request.id in ids]
         return replace(
             self,
@@ -96,11 +96,11 @@ def draw(probes: Sequence[Asked], limit: int, seed: int) -> tuple[Asked, ...]:
     """Draws `limit` of `probes`, in their order. Each has its own random number, so the draw changes little if a set
     grows."""
 
-    def lot(one: Asked) -> bytes:
-        return hashlib.sha256(f"{seed}:{one.id}".encode()).digest()
+    def lot(question: Asked) -> bytes:
+        return hashlib.sha256(f"{seed}:{question.id}".encode()).digest()
 
-    drawn = {one.id for one in sorted(probes, key=lot)[:limit]}
-    return tuple(one for one in probes if one.id in drawn)
+    drawn = {probe.id for probe in sorted(probes, key=lot)[:limit]}
+    return tuple(probe for probe in probes if probe.id in drawn)
 
 
 def read_tofu(
@@ -325,4 +325,4 @@ def _perturbed_complaint(row: Any) -> str | None:
 
 
 def _texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(one, str) and one.strip() for one in value)
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) and text.strip() for text in value)

@@ -136,8 +136,8 @@ def with_rows(
         entry = {**entry, **rows.get(entry["id"], {})}
         odds = said.get(entry["id"])
         if odds:
-            mean, missed = round(sum(odds) / len(odds), 3), sum(one < 0 for one in odds)
-            entry["target_nll"] = sum(math.log1p(math.exp(-one)) for one in odds) / len(odds)
+            mean, missed = round(sum(odds) / len(odds), 3), sum(z < 0 for z in odds)
+            entry["target_nll"] = sum(math.log1p(math.exp(-z)) for z in odds) / len(odds)
             entry["rows"] = {**entry["rows"], "say": {"rows": len(odds), "after": mean, "missed": missed}}
         found.append(entry)
     return found

@@ -66,7 +66,7 @@ class UnlearningToken:
         """Joins the tokens of several edits of one model, in their order."""
         names = tuple(name for token in tokens for name in token.names)
         rows = [token.rows() for token in tokens]
-        rows_in, rows_out = torch.cat([one for one, _ in rows]), torch.cat([one for _, one in rows])
+        rows_in, rows_out = torch.cat([row for row, _ in rows]), torch.cat([row for _, row in rows])
         return cls(rows_in, rows_out, replace(tokens[0].header, token=names[0], names=names))
 
     def save(self, path: Path) -> None:

@@ -41,15 +41,17 @@ def plane(summaries: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
         summaries: as in the results; numbered from 1 in this order, those without scores are not drawn.
         axes: the names of the axes.
     """
-    placed = [(n, one) for n, one in enumerate(summaries, 1) if all(one[axis] is not None for axis in AXES)]
-    points = ", ".join(f"{one['method']} {one['forget']:.2f} and {one['retain']:.2f}" for _, one in placed)
+    placed = [(n, summary) for n, summary in enumerate(summaries, 1) if all(summary[axis] is not None for axis in AXES)]
+    points = ", ".join(
+        f"{summary['method']} {summary['forget']:.2f} and {summary['retain']:.2f}" for _, summary in placed
+    )
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"forget and retain: {points}")}">',
         *_grid(axes),
-        *_front([one for _, one in placed if one["front"]]),
-        *(mark for _, one in placed for mark in _seeds(one)),
-        *(_marked(number, one) for number, one in placed),
-        *_labels([(str(number), *_at(one["forget"], one["retain"])) for number, one in placed]),
+        *_front([summary for _, summary in placed if summary["front"]]),
+        *(mark for _, summary in placed for mark in _seeds(summary)),
+        *(_marked(number, summary) for number, summary in placed),
+        *_labels([(str(number), *_at(summary["forget"], summary["retain"])) for number, summary in placed]),
         "</svg>",
     ]
     return "\n".join(parts)
@@ -96,7 +98,7 @@ def _grid(axes: Sequence[str]) -> Iterator[str]:
 
 def _front(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yields the Pareto front as a stepped line: no measured point lies above it and to its right."""
-    points = sorted({_at(one["forget"], one["retain"]) for one in summaries})
+    points = sorted({_at(summary["forget"], summary["retain"]) for summary in summaries})
     if points:
         start = _at(0, 0)
         steps = "".join(f"V{y:.1f}H{x:.1f}" for x, y in points)

@@ -35,7 +35,7 @@ def exact_memorisation(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricRe
         hits: for each answer, whether each token is the model's first choice after the question and the true tokens
             before it (`Forced.hits`). An answer without tokens does not count.
     """
-    items = [{"score": sum(map(bool, one)) / len(one) if len(one) else None} for one in hits]
+    items = [{"score": sum(map(bool, hit)) / len(hit) if len(hit) else None} for hit in hits]
     return EXACT.averaged(on, items, "score")
 
 
@@ -52,7 +52,7 @@ def extraction_strength(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricR
     Args:
         hits: as in `exact_memorisation`.
     """
-    return EXTRACTION.averaged(on, [{"score": _extractable(one)} for one in hits], "score")
+    return EXTRACTION.averaged(on, [{"score": _extractable(hit)} for hit in hits], "score")
 
 
 def _extractable(hits: Sequence[bool]) -> float | None:

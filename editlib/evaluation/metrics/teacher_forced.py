@@ -107,7 +107,7 @@ def probability_with_options(
             continue
         least = min(right, *wrong)
         share = math.exp(least - right)
-        items.append({"prob": share / math.fsum([share, *(math.exp(least - one) for one in wrong)])})
+        items.append({"prob": share / math.fsum([share, *(math.exp(least - loss) for loss in wrong)])})
     return OPTIONS.averaged(on, items, "prob")
 
 
@@ -140,7 +140,7 @@ def truth_ratio(
             items.append({"score": None, "contribution": None})
             continue
         least = min(wrong)  # in logarithms: a destroyed model's probabilities underflow
-        log = true - least + math.log(math.fsum(math.exp(least - one) for one in wrong) / len(wrong))
+        log = true - least + math.log(math.fsum(math.exp(least - loss) for loss in wrong) / len(wrong))
         ratio = math.exp(log)
         items.append({"score": ratio, "contribution": math.exp(-abs(log)) if on == "forget" else max(0.0, 1.0 - ratio)})
     metric = TRUTH_RATIO_FORGET if on == "forget" else TRUTH_RATIO_RETAIN
@@ -150,8 +150,8 @@ def truth_ratio(
 def _losses(nll: Sequence[float], others: Sequence[Sequence[float]]) -> Iterator[tuple[float | None, list[float]]]:
     """Yields each answer with the others to its question; `None` if one of them could not be scored or there is no
     other."""
-    for one, more in zip(nll, others, strict=True):
-        first, rest = _loss(one), [loss for loss in map(_loss, more) if loss is not None]
+    for answer, more in zip(nll, others, strict=True):
+        first, rest = _loss(answer), [loss for loss in map(_loss, more) if loss is not None]
         yield (first, rest) if rest and len(rest) == len(more) else (None, [])
 
 
