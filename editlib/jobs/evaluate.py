@@ -175,8 +175,8 @@ class Edited:
         for wanted in requests:
             if (other := first.setdefault(wanted.question, wanted)) is not wanted:
                 raise RequestError(
-                    f"{wanted.source or f'request {wanted.id}'}: asks the same as request {other.id!r}, {wanted.question!r}; "
-                    "a chain holds a question once: remove one of the two"
+                    f"{wanted.source or f'request {wanted.id}'}: asks the same as request {other.id!r}, "
+                    f"{wanted.question!r}; a chain holds a question once: remove one of the two"
                 )
         held = [] if self._chain is None else self._chain.requests
         strange = {wanted.question for wanted in held} - {request.question for request in requests}
