@@ -52,9 +52,9 @@ class Process:
         """Gathers the value of every process, by rank. All must call it."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def add_up(self, total: Tensor) -> None:
         """Replaces `total [rows, ...]`, on the CPU, by its sum over all processes, in its own dtype."""

@@ -36,14 +36,14 @@ def find_settings(
     """
     shape = shape_of(model)
     if given is None:
-        found = find_hparams(algorithm or UniEraseHyperParams.algorithm, shape, values=values)
-        log.info("settings for %s (%s): %s", shape.name, shape, found.source)
+        hparams_found = find_hparams(algorithm or UniEraseHyperParams.algorithm, shape, values=values)
+        log.info("settings for %s (%s): %s", shape.name, shape, hparams_found.source)
     else:
-        found = load_hparams(given, algorithm)
-    found.check_depth(shape.n_layers)
+        hparams_found = load_hparams(given, algorithm)
+    hparams_found.check_depth(shape.n_layers)
     if given is not None:
-        log.info("settings for %s: %s", shape.name, in_words(found))
-    return found
+        log.info("settings for %s: %s", shape.name, in_words(hparams_found))
+    return hparams_found
 
 
 def in_words(hparams: HyperParams) -> str:
@@ -102,11 +102,11 @@ def fit_settings(bench: Workbench, hparams: HyperParams) -> HyperParams:
         read_at = None
     gated = hparams.gate_at is None or output_path(anat, hparams.gate_at).plain
     values = ROWS if hparams.values_from_rows else DESCENT
-    found = derive(hparams.algorithm, shape, read_at=read_at, gated=gated, values=values)
-    numbers = {name: getattr(found, name) for name in found.depth_fields()}
+    fitted = derive(hparams.algorithm, shape, read_at=read_at, gated=gated, values=values)
+    numbers = {name: getattr(fitted, name) for name in fitted.depth_fields()}
     chosen = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)
     log.info("settings for %s, in numbers: %s", shape.name, chosen)
-    return found
+    return fitted
 
 
 def settings_file(hparams: HyperParams) -> dict[str, Any]:

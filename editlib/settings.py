@@ -76,7 +76,7 @@ def _yaml(text: str) -> Any:
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.yaml_implicit_resolvers = {
-        key: list(found) for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        key: list(resolvers) for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     for first in "-+.0123456789":
         Loader.yaml_implicit_resolvers.setdefault(first, []).insert(0, ("tag:yaml.org,2002:float", number))

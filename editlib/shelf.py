@@ -183,13 +183,13 @@ def read_cells(path: Path, kind: type[T]) -> list[T]:
         raise OutputError(f"{path}: {other}") from None
     whole, end, cut = text.rpartition("\n")
     try:
-        found = [from_json(kind, json.loads(row)) for row in whole.split("\n") if row]
+        points = [from_json(kind, json.loads(row)) for row in whole.split("\n") if row]
     except (ValueError, TypeError, RecursionError):
         raise OutputError(f"{path}: {other}") from None
     if cut:
         with atomic_path(path) as temporary:
             temporary.write_text(whole + end, encoding="utf-8")
-    return found
+    return points
 
 
 def append_cell(path: Path, cell: Mapping[str, Any]) -> None:

@@ -276,11 +276,11 @@ class Workbench:
             StatsError: stored ones that are damaged, belong to other weights or have another shape. They are never
                 silently replaced.
         """
-        found: dict[int, LayerStats] = {}
+        stored: dict[int, LayerStats] = {}
         missing = []
         for layer in layers:
             try:
-                found |= find_layers(
+                stored |= find_layers(
                     self.stats_dir,
                     self.name,
                     self.anat,
@@ -291,9 +291,9 @@ class Workbench:
                 )
             except StatsNotFound:
                 missing.append(layer)
-        if found:
-            folders = sorted({str(stats.path.parent) for stats in found.values() if stats.path is not None})
-            log.info("statistics of layers %s: %s", ", ".join(map(str, found)), ", ".join(folders))
+        if stored:
+            folders = sorted({str(stats.path.parent) for stats in stored.values() if stats.path is not None})
+            log.info("statistics of layers %s: %s", ", ".join(map(str, stored)), ", ".join(folders))
         if missing:
             log.info(
                 "no statistics of layers %s of %s in %s: making them from %s",
@@ -302,8 +302,8 @@ class Workbench:
                 self.stats_dir,
                 corpus,
             )
-            found |= self.make_stats(missing, corpus=corpus, tokens=tokens, seed=seed)
-        return {layer: found[layer] for layer in layers}
+            stored |= self.make_stats(missing, corpus=corpus, tokens=tokens, seed=seed)
+        return {layer: stored[layer] for layer in layers}
 
     def make_token(
         self,
@@ -336,11 +336,11 @@ class Workbench:
         Raises:
             TokenError: see `find_token`.
         """
-        found = self.find_token(path)
-        if found is None:
+        token = self.find_token(path)
+        if token is None:
             log.info("no unlearning token for %s in %s: learning one", self.name, self.stats_dir)
             return self.make_token(hparams=TokenHyperParams(seed=seed))
-        return found
+        return token
 
     def find_token(self, path: Path | None = None) -> UnlearningToken | None:
         """Finds the token at `path`, or the one stored for this model; `None` if there is none.

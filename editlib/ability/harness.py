@@ -89,9 +89,9 @@ def measure_task(
             stderr=_finite(numbers.get(f"{name}_stderr,{chosen}")),
             higher_is_better=better.get(name),
             aggregation=_aggregation_name(task.object, name),
-            items=tuple(found.get(i) for i in ids),
+            items=tuple(scores.get(i) for i in ids),
         )
-        for (name, chosen), found in items.items()
+        for (name, chosen), scores in items.items()
         if _finite(numbers.get(f"{name},{chosen}")) is not None
     ]
     seconds = round(time.perf_counter() - begun, 2)

@@ -87,8 +87,8 @@ class LocalFile:
             rows.append(_checked(row, shape, where))
         if shape is None:
             raise RequestError(f"{path}: holds no questions; expected one JSON object per line")
-        found = cls(shape, tuple(rows), "")
-        digest = hashlib.sha256(json.dumps(shape.config).encode() + found._lines().encode())
+        file = cls(shape, tuple(rows), "")
+        digest = hashlib.sha256(json.dumps(shape.config).encode() + file._lines().encode())
         return cls(shape, tuple(rows), digest.hexdigest())
 
 

@@ -75,11 +75,11 @@ def table_rows(report: AbilityReport) -> list[list[str]]:
     models = list(dict.fromkeys(row.model for row in report.rows))
     rows = [["task", "metric", "n", *models]]
     for task, metric in dict.fromkeys((row.task, row.metric) for row in report.rows):
-        found = {row.model: row for row in report.rows if (row.task, row.metric) == (task, metric)}
-        first = next(iter(found.values()))
+        by_model = {row.model: row for row in report.rows if (row.task, row.metric) == (task, metric)}
+        first = next(iter(by_model.values()))
         arrow = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
-        numbers = " / ".join(dict.fromkeys(str(row.n) for row in found.values()))
-        rows.append([task, metric + arrow, numbers, *(cell(found.get(model)) for model in models)])
+        numbers = " / ".join(dict.fromkeys(str(row.n) for row in by_model.values()))
+        rows.append([task, metric + arrow, numbers, *(cell(by_model.get(model)) for model in models)])
     return rows
 
 

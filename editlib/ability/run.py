@@ -158,7 +158,7 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
     form = form_of(tok, plan.prompts)
     how = None if form is None else form.settings.to_dict()
     shared = {"editlib": library_version(), **identity}
-    found: dict[str, TaskResult] = {}
+    results: dict[str, TaskResult] = {}
 
     def once(task: str, job: Mapping[str, Any], measure: Callable[[], TaskResult]) -> None:
         label = f"{name}, {task}"
@@ -169,7 +169,7 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
             plan.kept.keep(label, job, measured.to_dict())
         else:
             log.info("%s: kept from an earlier run", label)
-        found[task] = measured
+        results[task] = measured
 
     if plan.corpus is not None:
         documents = plan.corpus.documents
@@ -188,7 +188,7 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
         }
         run = partial(measure_task, lm, task, documents=drawn, limit=limit, form=form)
         once(task.name, job, partial(run, bootstrap=plan.bootstrap))
-    return _Results(identity, how, found)
+    return _Results(identity, how, results)
 
 
 def _tokenizer_sha256(tok: PreTrainedTokenizerBase) -> str:

@@ -76,18 +76,18 @@ def load_tasks(given: Sequence[str], folder: Path) -> tuple[AbilityTask, ...]:
     manager = lm_eval.tasks.TaskManager(include_defaults=bool(names))
     for name in names:
         _check_name(name, manager)
-    found: list[AbilityTask] = []
+    tasks: list[AbilityTask] = []
     for spec in dict.fromkeys(given):
         local = files.get(spec)
         name = re.sub(r"[^\w.-]+", "-", Path(spec).stem)
         loaded = _load(manager, spec, spec if local is None else local.config(name, folder))
-        found += [
+        tasks += [
             _task(one, loaded[one], None if local is None else {"sha256": local.sha256}) for one in sorted(loaded)
         ]
-    twice = {task.name for task in found if sum(other.name == task.name for other in found) > 1}
+    twice = {task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1}
     if twice:
         raise MetricError(f"two tasks are named {sorted(twice)[0]!r}; give one of them, or rename a file")
-    return tuple(found)
+    return tuple(tasks)
 
 
 def _task(name: str, loaded: Any, identity: Mapping[str, Any] | None) -> AbilityTask:

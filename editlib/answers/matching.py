@@ -41,9 +41,9 @@ def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
         flags = 0 if len(answer) <= 2 else re.IGNORECASE
         pattern = _inflected(answer, endings) if endings > 0 else _escaped(answer)
         pattern = re.sub("^ال", r"(?:ال|(?<=\\bل)ل)", pattern)  # "to" before the article: للقاهرة
-        found = re.finditer(f"(?=({pattern}))", searched, flags)  # looks ahead, so that matches may overlap
+        matches = re.finditer(f"(?=({pattern}))", searched, flags)  # looks ahead, so that matches may overlap
         numbers = [number.span() for number in _NUMBER.finditer(searched)] if _NUMERIC.fullmatch(answer) else []
-        if any(_is_apart(searched, *match.span(1)) and not _is_part(match.span(1), numbers) for match in found):
+        if any(_is_apart(searched, *match.span(1)) and not _is_part(match.span(1), numbers) for match in matches):
             return True
     return False
 
@@ -93,8 +93,8 @@ def _is_apart(text: str, start: int, end: int) -> bool:
 
 def _without_prefix(text: str, start: int) -> int:
     """Returns the start of the small words that are joined to the word at `start`; `start` itself if there are none."""
-    found = _PREFIXES[script_of(text[start])].search(text, 0, start)
-    return start if found is None else found.start()
+    prefix = _PREFIXES[script_of(text[start])].search(text, 0, start)
+    return start if prefix is None else prefix.start()
 
 
 def _is_part(span: tuple[int, int], numbers: Sequence[tuple[int, int]]) -> bool:

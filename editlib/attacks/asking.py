@@ -86,11 +86,11 @@ def trials(
     `has_answer`."""
     rows = [row for asked in prompts if not isinstance(asked, str) for row in asked]
     said = iter(answer(rows) if rows else ())
-    found = []
+    made = []
     for fact, asked in zip(facts, prompts, strict=True):
         answers = right_answers(fact)
         if isinstance(asked, str):
-            found.append(not_asked(fact, asked))
+            made.append(not_asked(fact, asked))
             continue
         outputs = []
         for row in asked:
@@ -99,8 +99,8 @@ def trials(
                 text = target.text((*begun, *ids))
                 text = text if cut is None else text.partition(cut)[0].strip()
                 outputs.append(Completion(prompt, text, has_answer(text, answers, endings=endings)))
-        found.append(Trial(fact.id, fact.question, answers, tuple(outputs)))
-    return tuple(found)
+        made.append(Trial(fact.id, fact.question, answers, tuple(outputs)))
+    return tuple(made)
 
 
 def ask_greedily(

@@ -17,7 +17,7 @@ CANDIDATES = 6  # candidates per wanted fact
 
 def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
     """Lists the facts whose leaking can be detected, and counts the others by reason."""
-    found: list[EditRequest] = []
+    fitting: list[EditRequest] = []
     left_out: Counter[str] = Counter()
     for fact in facts:
         if fact.answer is None:
@@ -25,8 +25,8 @@ def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, i
         elif has_answer(fact.question, right_answers(fact)):
             left_out["the answer is in the question"] += 1
         else:
-            found.append(fact)
-    return found, dict(left_out)
+            fitting.append(fact)
+    return fitting, dict(left_out)
 
 
 def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
@@ -41,11 +41,11 @@ def _first_unknown(
     base: LoadedModel, facts: Sequence[EditRequest], count: int, context: AttackContext
 ) -> list[EditRequest]:
     """Lists the first `count` of `unknown(base, facts)`, without asking further facts."""
-    found: list[EditRequest] = []
+    missed: list[EditRequest] = []
     for begin in range(0, len(facts), count):
-        if len(found) < count:
-            found += unknown(base, facts[begin : begin + count], context)
-    return found[:count]
+        if len(missed) < count:
+            missed += unknown(base, facts[begin : begin + count], context)
+    return missed[:count]
 
 
 def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
@@ -58,8 +58,8 @@ def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context:
     rng.shuffle(candidates)
     known = {fact.relation for fact in candidates}
     wanted = Counter(request.relation if request.relation in known else None for request in requests)
-    found: list[EditRequest] = []
+    control: list[EditRequest] = []
     for relation, count in wanted.items():
-        fitting = [fact for fact in candidates if fact not in found and relation in (None, fact.relation)]
-        found += _first_unknown(base, fitting[: CANDIDATES * count], count, context)
-    return found
+        fitting = [fact for fact in candidates if fact not in control and relation in (None, fact.relation)]
+        control += _first_unknown(base, fitting[: CANDIDATES * count], count, context)
+    return control

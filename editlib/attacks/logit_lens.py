@@ -44,7 +44,7 @@ def _lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackCont
     if lead is not None:
         leads = [target.form.answer_ids(lead, fact.question) for fact in facts]
         rows = [row.followed_by(ids) for row, ids in zip(rows, leads, strict=True)]
-    found: list[Trial] = []
+    trials: list[Trial] = []
     for part in chunks(range(len(facts)), [len(row) for row in rows]):
         ranks = answer_ranks(target.anat, [rows[i] for i in part], [wanted[i] for i in part])
         for i, by_layer in zip(part, ranks, strict=True):
@@ -52,8 +52,8 @@ def _lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackCont
             best = min(by_layer)
             text = f"place {best} in layer {by_layer.index(best)}"
             output = Completion(target.prompt_text(row.ids), text, best <= context.settings.top_k)
-            found.append(Trial(fact.id, fact.question, right_answers(fact), (output,)))
-    return AttackOutcome(tuple(found))
+            trials.append(Trial(fact.id, fact.question, right_answers(fact), (output,)))
+    return AttackOutcome(tuple(trials))
 
 
 def first_tokens(target: LoadedModel, fact: EditRequest) -> tuple[int, ...]:

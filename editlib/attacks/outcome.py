@@ -127,9 +127,9 @@ class AttackResult:
         seed: int,
     ) -> AttackResult:
         """Sums up the trials of each column; columns without notes have no entry in `notes`."""
-        shares = {column: share_of(found, resamples=resamples, seed=seed) for column, found in trials.items()}
-        kept = {column: dict(found) for column, found in notes.items() if found}
-        rows = {column: tuple(found) for column, found in trials.items()}
+        shares = {column: share_of(of_column, resamples=resamples, seed=seed) for column, of_column in trials.items()}
+        kept = {column: dict(of_column) for column, of_column in notes.items() if of_column}
+        rows = {column: tuple(of_column) for column, of_column in trials.items()}
         return cls(attack, meaning, shares, rows, kept, round(seconds, 2))
 
     def to_dict(self) -> dict[str, Any]:

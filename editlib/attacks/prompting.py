@@ -177,12 +177,12 @@ def any_language(target: LoadedModel, facts: Sequence[EditRequest], context: Att
     Notes: the share of answers that refuse, in any language of `editlib.answers`, and how many could not be judged.
     """
     frames = [*data.frames(context.settings.frames).values()]
-    found = ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], context)
-    verdicts = [refusal_verdict(output.text) for trial in found.trials for output in trial.outputs]
+    outcome = ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], context)
+    verdicts = [refusal_verdict(output.text) for trial in outcome.trials for output in trial.outputs]
     judged = [verdict for verdict in verdicts if verdict is not None]
     notes = {"refused": sum(judged) / len(judged)} if judged else {}
     unjudged = len(verdicts) - len(judged)
-    return AttackOutcome(found.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
+    return AttackOutcome(outcome.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
 
 
 def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> AttackPrompt:

@@ -167,9 +167,9 @@ def _control(
         return bundled_control(context.base, requests, context), {}
     fitting, left_out = usable(given)
     apart = data.without_overlap(fitting, requests)
-    found = unknown(context.base, apart, context)
-    counts = {**left_out, "is to be forgotten": len(fitting) - len(apart), "is known": len(apart) - len(found)}
-    return found, {reason: count for reason, count in counts.items() if count}
+    control_facts = unknown(context.base, apart, context)
+    counts = {**left_out, "is to be forgotten": len(fitting) - len(apart), "is known": len(apart) - len(control_facts)}
+    return control_facts, {reason: count for reason, count in counts.items() if count}
 
 
 def _run(
@@ -205,8 +205,8 @@ def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, 
             file.unlink(missing_ok=True)
         write_json(out / JOB, job)
         return {}
-    found = [result for file in files if (result := _finished(file)) is not None]
-    return {result.attack: result for result in found}
+    finished = [result for file in files if (result := _finished(file)) is not None]
+    return {result.attack: result for result in finished}
 
 
 def _finished(file: Path) -> AttackResult | None:

@@ -112,12 +112,12 @@ def generate_own_answers(
     Returns:
         Token ids by question, without the end token, including the `known` ones.
     """
-    found = {question: tuple(ids) for question, ids in (known or {}).items()}
+    answers = {question: tuple(ids) for question, ids in (known or {}).items()}
     wanted = [text for request in requests if _is_bare(request) for text in request.wordings]
-    missing = [text for text in dict.fromkeys(wanted) if text not in found]
+    missing = [text for text in dict.fromkeys(wanted) if text not in answers]
     form = PromptFormat.of(tok, how)
     said = greedy(anat, [form.encode(text) for text in missing], max_new_tokens=OWN_TOKENS, progress=progress)
-    return found | dict(zip(missing, said, strict=True))
+    return answers | dict(zip(missing, said, strict=True))
 
 
 def _is_bare(request: EditRequest) -> bool:

@@ -77,8 +77,8 @@ def simnpo(inputs: LossInputs) -> Part:
 
     def loss(reading: Reading) -> Tensor:
         gamma = inputs.settings.gamma
-        found = reading.log_probs()[:, 0]
-        return losses.simple_negative_preference(found, reading.lengths[:, 0], inputs.beta, gamma)
+        sums = reading.log_probs()[:, 0]
+        return losses.simple_negative_preference(sums, reading.lengths[:, 0], inputs.beta, gamma)
 
     return Part(FORGET, inputs.forget.known, loss, weight=inputs.weight, per="item")
 

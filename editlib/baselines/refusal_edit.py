@@ -29,8 +29,8 @@ def editor_hparams(algorithm: str, bench: Workbench, settings: BaselineSettings)
         HparamsError: given ones that cannot be read.
     """
     if settings.hparams is None:
-        found = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
-        hparams = fit_settings(bench, found)
+        hparams_found = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
+        hparams = fit_settings(bench, hparams_found)
     else:
         hparams = load_hparams(settings.hparams, algorithm)
     given = {"v_lr": settings.learning_rate, "v_num_grad_steps": settings.steps}

@@ -121,8 +121,8 @@ def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation,
     pairs = (*validation.forget, *validation.retain)
     said = greedy(anat, [form.encode(question) for question, _ in pairs], max_new_tokens=ANSWER_TOKENS)
     texts = answer_texts(form, said)
-    found = rouge_l_recall(texts, [answer for _, answer in pairs], on="retain")
-    scores = tuple(float(item["rougeL_recall"] or 0.0) for item in found.value_by_index.values())
+    rouge = rouge_l_recall(texts, [answer for _, answer in pairs], on="retain")
+    scores = tuple(float(item["rougeL_recall"] or 0.0) for item in rouge.value_by_index.values())
     cut = len(validation.forget)
     return Recalls(scores[:cut], scores[cut:])
 

@@ -59,16 +59,16 @@ def known_facts(
     anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], most: int, *, at_once: int = 64
 ) -> list[EditRequest]:
     """Picks the first `most` requests whose prompt the model continues greedily with the true answer, word for word."""
-    found: list[EditRequest] = []
+    known: list[EditRequest] = []
     for start in range(0, len(requests), at_once):
         chunk = [request for request in requests[start : start + at_once] if request.answer is not None]
         wanted = [form.answer_ids(str(request.answer), request.question) for request in chunk]
         rows = [form.encode(request.question) for request in chunk]
         said = greedy(anat, rows, max_new_tokens=max(map(len, wanted), default=0))
-        found += [one for one, got, ids in zip(chunk, said, wanted, strict=True) if got[: len(ids)] == ids]
-        if len(found) >= most:
+        known += [one for one, got, ids in zip(chunk, said, wanted, strict=True) if got[: len(ids)] == ids]
+        if len(known) >= most:
             break
-    return found[:most]
+    return known[:most]
 
 
 def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, str, str]]) -> list[bool]:

@@ -119,8 +119,8 @@ def _base_of(bench: Workbench, layers: Mapping[str, str]) -> dict[str, Any]:
 def _origins(stats: Mapping[int, LayerStats]) -> dict[str, dict[str, str]]:
     """Returns the file and the hash of each layer's statistics, by the layer's number."""
     return {
-        str(layer): {"path": str(found.path and found.path.resolve()), "sha256": found.sha256()}
-        for layer, found in stats.items()
+        str(layer): {"path": str(layer_stats.path and layer_stats.path.resolve()), "sha256": layer_stats.sha256()}
+        for layer, layer_stats in stats.items()
     }
 
 

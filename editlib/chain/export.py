@@ -137,11 +137,11 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
 
 def _left_out(record: ChainRecord) -> dict[str, list[str]]:
     """Returns the rows that could not be used, by file; a name that several batches had is followed by the batch."""
-    found = {name: list(rows) for name, rows in record.left_out.items()}
+    rows_by_file = {name: list(rows) for name, rows in record.left_out.items()}
     for entry in record.batches:
         for name, rows in entry.left_out.items():
-            found[name if name not in found else f"{name} (batch {entry.number})"] = list(rows)
-    return found
+            rows_by_file[name if name not in rows_by_file else f"{name} (batch {entry.number})"] = list(rows)
+    return rows_by_file
 
 
 def _fp64_updates(chain: Chain) -> dict[int, LowRank]:

@@ -82,8 +82,8 @@ class ChainRecord:
     @property
     def settings(self) -> HyperParams:
         """The hyper-parameters as an object."""
-        found = ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
-        return replace(found, source=self.hparams_source)
+        hparams = ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
+        return replace(hparams, source=self.hparams_source)
 
     @property
     def ids(self) -> dict[str, BatchEntry]:

@@ -129,9 +129,9 @@ class Store:
 
     def _sweep(self) -> None:
         named = {Path(entry.file).name for entry in self.record().batches}
-        found = [path for path in (self.path / BATCHES).glob("*") if OURS.fullmatch(path.name)]
-        found += self.path.glob(f".{RECORD}.*.tmp")
-        for path in found:
+        ours = [path for path in (self.path / BATCHES).glob("*") if OURS.fullmatch(path.name)]
+        ours += self.path.glob(f".{RECORD}.*.tmp")
+        for path in ours:
             if path.name not in named:
                 try:
                     path.unlink()

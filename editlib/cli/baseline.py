@@ -88,9 +88,9 @@ def baseline(
         method, model, requests, out_dir, retain_file=retain, settings=settings, budget=budget,
         skip_bad=skip_bad, prompts=how, seed=seed, dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
-    found = receipt["baseline"]["search"]
-    if found is not None:
-        _trials_table(found)
+    search_result = receipt["baseline"]["search"]
+    if search_result is not None:
+        _trials_table(search_result)
     done = receipt["baseline"]
     out.print(
         f"{done['name']}: {len(receipt['requests'])} requests, {done['steps']} steps, {done['parameters']} parameters "

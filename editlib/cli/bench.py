@@ -125,7 +125,7 @@ def bench_sequential(
         for setting in settings:
             check_draft(draft, [], setting)
 
-    found = run(
+    points_measured = run(
         lambda: workbench(model, stats_dir, dtype, device_map, prompts=how, first=look),
         settings,
         wanted,
@@ -134,6 +134,6 @@ def bench_sequential(
         text=text,
         seed=seed,
     )
-    print_table(sequential_rows(found))
-    for path in write_sequential(found, out_dir):
+    print_table(sequential_rows(points_measured))
+    for path in write_sequential(points_measured, out_dir):
         out.print(str(path), soft_wrap=True)

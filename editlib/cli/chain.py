@@ -188,15 +188,15 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
     """Describes the chain and its contents."""
     from editlib.chain import Chain
 
-    found = Chain.open(folder).status()
+    summary = Chain.open(folder).status()
     if as_json:
-        typer.echo(json.dumps(found, indent=2, sort_keys=True))
+        typer.echo(json.dumps(summary, indent=2, sort_keys=True))
         return
-    layers = ", ".join(map(str, found["layers"]))
-    typer.echo(f"{found['algorithm']} on {found['base']['name']}, layers {layers}, seed {found['seed']}")
-    _table(found["batches"])
-    revoked = sum(len(revocation["ids"]) for revocation in found["revoked"])
-    typer.echo(f"{found['requests']} requests, {revoked} revoked, {found['bytes'] / 1e6:.1f} MB")
+    layers = ", ".join(map(str, summary["layers"]))
+    typer.echo(f"{summary['algorithm']} on {summary['base']['name']}, layers {layers}, seed {summary['seed']}")
+    _table(summary["batches"])
+    revoked = sum(len(revocation["ids"]) for revocation in summary["revoked"])
+    typer.echo(f"{summary['requests']} requests, {revoked} revoked, {summary['bytes'] / 1e6:.1f} MB")
 
 
 @chain_app.command()
@@ -204,13 +204,13 @@ def log(folder: Folder) -> None:
     """Lists the batches, one per line, with their requests and time, and what was revoked."""
     from editlib.chain import Chain
 
-    found = Chain.open(folder).status()
-    for batch in found["batches"]:
+    summary = Chain.open(folder).status()
+    for batch in summary["batches"]:
         typer.echo(
-            f"{batch['time']}  batch {batch['number']}  {found['algorithm']}  editlib {batch['editlib']}  "
+            f"{batch['time']}  batch {batch['number']}  {summary['algorithm']}  editlib {batch['editlib']}  "
             f"update/weight {batch['ratio']:.2g}  {', '.join(batch['ids'])}"
         )
-    for revocation in found["revoked"]:
+    for revocation in summary["revoked"]:
         numbers = ", ".join(map(str, revocation["batches"]))
         typer.echo(
             f"{revocation['time']}  revoked from batch {numbers} (as numbered then)  {', '.join(revocation['ids'])}"

@@ -119,8 +119,10 @@ def unlearn(
     left_out: dict[str, list[str]] = {}
     given, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out, tell_missing=False)
     wanted, guessed = guess_subjects(given, otherwise_last=last_token)
-    found = {} if hparams or token_file else {"values": usual_values(wanted)}  # a given token needs values by descent
-    settings = find_settings(model, "UniErase", hparams, **found)
+    how_found = (
+        {} if hparams or token_file else {"values": usual_values(wanted)}
+    )  # a given token needs values by descent
+    settings = find_settings(model, "UniErase", hparams, **how_found)
     check_wanted(wanted, settings)
     check_given(settings, token=token_file, corpus=corpus)
     anchors = retain_prompts(wanted) if kept is None else kept

@@ -181,17 +181,17 @@ def subjects(
 
     if out_file is not None:
         check_file(out_file, overwrite=overwrite)
-    found = read_questions(requests, subjects=None if given is None else read_subjects(given), skip_bad=skip_bad)
+    pairs = read_questions(requests, subjects=None if given is None else read_subjects(given), skip_bad=skip_bad)
     order: dict[str | None, int] = {None: 0}
     order |= {rule: -i for i, rule in enumerate(RULES, 1)}  # from the weakest rule to the strongest
-    rules = {request.id: subject.rule if subject else None for request, subject in found}
-    ranked = sorted(found, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
+    rules = {request.id: subject.rule if subject else None for request, subject in pairs}
+    ranked = sorted(pairs, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
     rows = [["question", "subject", "rule"]]
     rows += [[asked.question, asked.subject or "-", rules[asked.id] or "none"] for asked, _ in ranked]
     print_table(rows)
     counts = Counter(rules.values())
     print_table([["rule", "questions", "meaning"], *[[rule, str(counts[rule]), RULES[rule]] for rule in RULES]])
-    out.print(f"{len(found) - counts[None]} of {len(found)} questions have a subject")
+    out.print(f"{len(pairs) - counts[None]} of {len(pairs)} questions have a subject")
     if out_file is not None:
-        write_requests(out_file, [request for request, _ in found])
+        write_requests(out_file, [request for request, _ in pairs])
         out.print(str(out_file), soft_wrap=True)

@@ -64,7 +64,7 @@ MOST_LAYERS = 100_000
 
 def layer_numbers(text: str) -> list[int]:
     """Parses `"4-8,12"` to `[4, 5, 6, 7, 8, 12]`."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
@@ -73,10 +73,10 @@ def layer_numbers(text: str) -> list[int]:
             raise HparamsError(f"--layers {text!r}: expected numbers and ranges such as 4-8 or 4,5,12") from None
         if max(ends) >= MOST_LAYERS:
             raise HparamsError(f"--layers {text!r}: no model has a layer {max(ends)}; expected numbers such as 4-8")
-        found.update(range(ends[0], ends[1] + 1))
-    if not found:
+        numbers.update(range(ends[0], ends[1] + 1))
+    if not numbers:
         raise HparamsError(f"--layers {text!r} names no layer; expected numbers and ranges such as 4-8")
-    return sorted(found)
+    return sorted(numbers)
 
 
 def workbench(

@@ -107,10 +107,10 @@ def stats_show(
     from editlib.stats.spectrum import draw_spectrum
     from editlib.stats.store import stored_layers
 
-    found = stored_layers(stats_dir, model, corpus)
-    _stats_table(found)
+    stored = stored_layers(stats_dir, model, corpus)
+    _stats_table(stored)
     if plot is not None:
-        draw_spectrum(found, plot)
+        draw_spectrum(stored, plot)
         out.print(f"spectrum: {plot}")
 
 

@@ -146,13 +146,13 @@ def _some(values: Any, where: str, read: Callable[[Any, str], T], named: Callabl
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         given = "missing" if values is None else quote(values)
         raise ConfigError(f"{where}: {given}; expected a list with at least one entry; add one")
-    found = tuple(read(value, f"{where}, entry {number}") for number, value in enumerate(values, 1))
-    names = [named(entry) for entry in found]
+    entries = tuple(read(value, f"{where}, entry {number}") for number, value in enumerate(values, 1))
+    names = [named(entry) for entry in entries]
     for number, name in enumerate(names):
         if name in names[:number]:
             key = "label" if "methods" in where else "name"
             raise ConfigError(f'{where}: two entries are called {name!r}; expected one each; give one a "{key}"')
-    return found
+    return entries
 
 
 def _sets(values: Any, where: str, general: General) -> tuple[Benchmark, ...]:

@@ -159,11 +159,11 @@ class SetEvaluator:
         def measure(bench: Workbench) -> dict[str, Any]:
             begun, count = time.perf_counter(), len(self.attacked)
             facts = [*self.attacked, *self._control]
-            found = ATTACKS[name].run(bench.loaded, facts, self._context)
-            trials = {"edited": found.trials[:count], "base": self._base(name), "control": found.trials[count:]}
+            outcome = ATTACKS[name].run(bench.loaded, facts, self._context)
+            trials = {"edited": outcome.trials[:count], "base": self._base(name), "control": outcome.trials[count:]}
             meaning, seconds = ATTACKS[name].meaning, time.perf_counter() - begun
             how = {"resamples": self._context.settings.resamples, "seed": self._context.seed}
-            return AttackResult.of(name, meaning, trials, {"edited": found.notes}, seconds, **how).to_dict()
+            return AttackResult.of(name, meaning, trials, {"edited": outcome.notes}, seconds, **how).to_dict()
 
         return measure
 
@@ -173,8 +173,8 @@ class SetEvaluator:
         with try_lock(self.shelf, wait=True):
             kept = self.shelf.get(key)
             if kept is None:
-                found = ATTACKS[name].run(self.base.loaded, self.attacked, self._context)
-                kept = {"trials": [asdict(trial) for trial in found.trials]}
+                outcome = ATTACKS[name].run(self.base.loaded, self.attacked, self._context)
+                kept = {"trials": [asdict(trial) for trial in outcome.trials]}
                 self.shelf.put(key, kept)
         return tuple(Trial.from_dict(trial) for trial in kept["trials"])
 

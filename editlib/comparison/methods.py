@@ -114,12 +114,12 @@ class ClosedForm(Method):
 
     def identity(self) -> dict[str, Any]:
         values = {key: value for key, value in self.hparams.to_dict().items() if key not in ("notes", "model_name")}
-        found: dict[str, Any] = {"hparams": values}
+        decisive: dict[str, Any] = {"hparams": values}
         if self.hparams.uses_statistics:
-            found["statistics"] = [self.general.corpus, self.general.stats_tokens]
+            decisive["statistics"] = [self.general.corpus, self.general.stats_tokens]
         if not self.unlearns:
-            found["target"] = REFUSAL
-        return {**found, **_searching(self.budget, self.general)}
+            decisive["target"] = REFUSAL
+        return {**decisive, **_searching(self.budget, self.general)}
 
     def check_draft(self, draft: Workbench, task: Task | None) -> None:
         wanted, kept = ([], ()) if task is None else (self._wanted(task), task.retain)
@@ -270,18 +270,18 @@ def _searched(
     """Runs a search on questions that are used neither for training nor for the report; JSON-ready."""
     budget = budget or Budget()
     parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
-    found: SearchResult = search(
+    result: SearchResult = search(
         name, bench.model, bench.tok, parts.forget, parts.retain, parts.validation, budget, settings,
         seed=seed, model_name=bench.name, own_answers=own_answers, how=_given(bench), out=folder,
         progress=bench.progress,
     )  # fmt: skip
-    return {**found.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
+    return {**result.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
 
 
 def _given(bench: Workbench) -> PromptSettings | None:
     """Returns the prompt settings of the config, `None` if it has none."""
-    found = bench.given_prompts
-    return found if found.to_dict() else None
+    prompts = bench.given_prompts
+    return prompts if prompts.to_dict() else None
 
 
 def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | None:

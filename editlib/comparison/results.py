@@ -30,7 +30,7 @@ def collect(
     """
     entries = [_cell_of(cell, failures[cell.key]) for cell in cells]
     families = {method.label: method.family for method in config.methods}
-    found = {}
+    described = {}
     for name, about in sets.items():
         own = [cell for cell in entries if cell["set"] == name]
         summaries = [
@@ -38,14 +38,14 @@ def collect(
             for label in dict.fromkeys(cell["method"] for cell in own)
         ]
         mark_front(summaries)
-        found[name] = {**about, "measures": _measures(own), "methods": summaries}
+        described[name] = {**about, "measures": _measures(own), "methods": summaries}
     return {
         "format": FORMAT,
         "editlib": library_version(),
         "config": config.to_dict(),
         "config_sha256": digest(config.to_dict()),
         "machine": machine(),
-        "sets": found,
+        "sets": described,
         "cells": entries,
     }
 
@@ -87,13 +87,13 @@ def _cell_of(cell: RunCell, failure: str | None) -> dict[str, Any]:
         OutputError: its files were not written by an earlier run.
     """
     try:
-        found = _cell(cell, failure)
-        summary(cell.method.label, cell.method.family, [found])
-        _measures([found])
+        content = _cell(cell, failure)
+        summary(cell.method.label, cell.method.family, [content])
+        _measures([content])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         wanted = "remove this folder, and the cell is measured again"
         raise OutputError(f"{cell.shelf.path}: not written by an earlier run; {wanted}") from None
-    return found
+    return content
 
 
 def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
@@ -142,12 +142,12 @@ def _leaked(trial: Mapping[str, Any]) -> bool | None:
 
 def _measures(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Collects the meaning of each measure of a set."""
-    found: dict[str, Any] = {}
+    meanings: dict[str, Any] = {}
     for cell in cells:
         named = {axis: cell[axis] for axis in AXES if cell[axis]}
         for name, measure in {**named, **cell["measures"]}.items():
-            found.setdefault(name, {key: measure[key] for key in ("meaning", "higher_is_better")})
-    return found
+            meanings.setdefault(name, {key: measure[key] for key in ("meaning", "higher_is_better")})
+    return meanings
 
 
 def summary(label: str, family: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _value(cell: Mapping[str, Any], name: str) -> float | None:
 def _pooled(attacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Pools an attack over seeds, by column: a fact counts by the share of seeds in which it leaked, and the interval
     is a bootstrap over facts, or Wilson's where all or none leaked."""
-    found: dict[str, Any] = {}
+    pooled: dict[str, Any] = {}
     for column in ("edited", "base", "control"):
         by_fact: dict[str, list[bool]] = {}
         for attack in attacks:
@@ -208,8 +208,8 @@ def _pooled(attacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rate, n = (fmean(shares) if shares else None), len(shares)
         certain = rate in (None, 0.0, 1.0)  # where the bootstrap interval is a point
         ends = wilson_interval(round((rate or 0) * n), n) if certain else bootstrap(shares)
-        found[column] = {"rate": rate, "n": n, "interval": list(ends)}
-    return {"meaning": attacks[0]["meaning"], **found}
+        pooled[column] = {"rate": rate, "n": n, "interval": list(ends)}
+    return {"meaning": attacks[0]["meaning"], **pooled}
 
 
 def _ability(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -213,7 +213,7 @@ class _Run:
     def _cells(self, protocol: Benchmark, evaluator: SetEvaluator) -> list[RunCell]:
         seeds = self.config.general.seeds
         parts = tuple(part.key for part in evaluator.parts())
-        found = []
+        cells = []
         for method in self.config.methods:
             for seed in seeds if method.seeded else seeds[:1]:
                 identity = {
@@ -225,8 +225,8 @@ class _Run:
                     "dtype": self.config.general.dtype,
                     **self._asked(),
                 }
-                found.append(RunCell(protocol.name, method, seed, identity, self.store.cell(identity), parts))
-        return found
+                cells.append(RunCell(protocol.name, method, seed, identity, self.store.cell(identity), parts))
+        return cells
 
     # --- doing it ----------------------------------------------------------------------------------------------
 
@@ -278,8 +278,8 @@ class _Run:
             return
         cell.shelf.drop(FAILED)
         scores = cell.shelf.get("scores") or {}
-        found = [scores.get(axis, {}).get("value") for axis in ("forget", "retain")]
-        shown = ["-" if value is None else f"{value:.2f}" for value in found]
+        axes = [scores.get(axis, {}).get("value") for axis in ("forget", "retain")]
+        shown = ["-" if value is None else f"{value:.2f}" for value in axes]
         log.info("%s: forget %s, retain %s, %.0f s", cell.label, *shown, time.perf_counter() - begun)
 
     def _measure(self, cell: RunCell) -> None:
@@ -324,9 +324,9 @@ class _Run:
                 bench = self.load(evaluator.base.bench.name)
                 ready = self._prepare(method, bench, task, seed)
                 log.info("%s: searching for settings", cell.label)
-                found = method.search(bench, task, seed, shelf.path / "trials", ready=ready.made)
-                seconds = sum(trial["seconds"] for trial in found.get("trials", ()))
-                kept = {"found": found, "seconds": seconds, "prepared": dict(ready.seconds)}
+                result = method.search(bench, task, seed, shelf.path / "trials", ready=ready.made)
+                seconds = sum(trial["seconds"] for trial in result.get("trials", ()))
+                kept = {"found": result, "seconds": seconds, "prepared": dict(ready.seconds)}
                 shelf.put(SEARCH, kept)
         cell.shelf.put(SEARCH, kept)
         return kept

@@ -68,7 +68,7 @@ def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
         RequestError: a file that cannot be read, or a row without `language`, `relation` and a `frame` with one `{}`.
     """
     source = _path("question_frames.jsonl") if path is None else Path(path)
-    found: dict[str, dict[str, str]] = {}
+    by_language: dict[str, dict[str, str]] = {}
     for number, line in enumerate(text_lines(source), 1):
         try:
             row = json.loads(line)
@@ -80,8 +80,8 @@ def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = 'expected {"language": ..., "relation": ..., "frame": "... {} ..."}'
             raise RequestError(f"{source}: entry {number} ({first_line(error)}); {wanted}") from None
-        found.setdefault(language, {})[relation] = frame
-    return found
+        by_language.setdefault(language, {})[relation] = frame
+    return by_language
 
 
 def wording_rules() -> list[dict]:
@@ -102,10 +102,10 @@ def refusals(path: str | Path | None = None) -> list[str]:
         RequestError: a file that cannot be read or has fewer than two lines.
     """
     source = Path(path) if path is not None else _path("refusals.txt")
-    found = text_lines(source, least=2)
-    if found[0].startswith(("{", "[")) or any("\0" in line for line in found):
+    sentences = text_lines(source, least=2)
+    if sentences[0].startswith(("{", "[")) or any("\0" in line for line in sentences):
         raise RequestError(f"{path}: no lines of text; expected a UTF-8 text file with one entry a line, not JSON")
-    return found
+    return sentences
 
 
 def text_lines(path: Path, *, least: int = 1) -> list[str]:
@@ -114,10 +114,12 @@ def text_lines(path: Path, *, least: int = 1) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the name
         raise RequestError(f"{path}: cannot be read ({error}); give a UTF-8 text file, one entry a line") from None
-    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if len(found) < least:
-        raise RequestError(f"{path}: holds {len(found)} lines of text; at least {least} are needed, one entry a line")
-    return found
+    kept_lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if len(kept_lines) < least:
+        raise RequestError(
+            f"{path}: holds {len(kept_lines)} lines of text; at least {least} are needed, one entry a line"
+        )
+    return kept_lines
 
 
 def retain_prompts(requests: Sequence[EditRequest]) -> list[EditRequest]:

@@ -35,9 +35,9 @@ class AnswerCache:
         """Reads saved answers; empty if the file is missing, damaged or of another model, since answers only save
         time."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["model_sha256"] == model_sha256:
-                answers = {question: tuple(ids) for question, ids in found["answers"].items()}
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["model_sha256"] == model_sha256:
+                answers = {question: tuple(ids) for question, ids in content["answers"].items()}
                 if all(type(number) is int for ids in answers.values() for number in ids):
                     return cls(model_sha256, answers)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -52,10 +52,10 @@ def check_answers_file(path: Path) -> None:
     if not path.exists():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not {"model_sha256", "answers"} <= found.keys():
+        content = None
+    if not isinstance(content, dict) or not {"model_sha256", "answers"} <= content.keys():
         raise OutputError(f"{path}: not a file of a model's answers; give a name that does not exist yet")
 
 

@@ -47,8 +47,10 @@ def bootstrap_stderr(
         return None
     generator = np.random.default_rng(seed)
     try:
-        found = [statistic([items[i] for i in generator.integers(len(items), size=len(items))]) for _ in range(draws)]
+        resampled = [
+            statistic([items[i] for i in generator.integers(len(items), size=len(items))]) for _ in range(draws)
+        ]
     except OverflowError:  # the perplexity of a destroyed model
         return None
-    spread = statistics.stdev(found) if all(map(math.isfinite, found)) else math.nan
+    spread = statistics.stdev(resampled) if all(map(math.isfinite, resampled)) else math.nan
     return spread if math.isfinite(spread) else None

@@ -20,13 +20,13 @@ def text_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str]) -> list
     Raises:
         CorpusError: there is no window of two tokens.
     """
-    found: list[list[int]] = []
+    chosen: list[list[int]] = []
     for document in documents:
         windows = list(token_windows(tok, document, WINDOW))
-        found += [ids for ids in windows if len(ids) == len(windows[0])]  # no shorter remainders
-        if len(found) >= WINDOWS:
+        chosen += [ids for ids in windows if len(ids) == len(windows[0])]  # no shorter remainders
+        if len(chosen) >= WINDOWS:
             break
-    found = found[:WINDOWS]
-    if not found:
+    chosen = chosen[:WINDOWS]
+    if not chosen:
         raise CorpusError("the text for perplexity has fewer than two tokens; give a longer one, or --text none")
-    return found
+    return chosen

@@ -65,11 +65,11 @@ def apply_delta(model: PreTrainedModel, tok: PreTrainedTokenizerBase, delta: Del
         update.add_to(anat.weight(layer))
     for layer, matrix in delta.matrices.items():
         anat.weight(layer).copy_(matrix)
-    found = weights_sha256(model)
-    if found != delta.result_sha256:
+    sha256 = weights_sha256(model)
+    if sha256 != delta.result_sha256:
         restore(anat, originals)
         raise DeltaError(
-            f"the result has hash {found[:12]}, expected {delta.result_sha256[:12]}: this machine rounds differently "
+            f"the result has hash {sha256[:12]}, expected {delta.result_sha256[:12]}: this machine rounds differently "
             "from the one that made the edit; apply it there, or on the CPU"
         )
 
@@ -91,11 +91,11 @@ def check_base(anat: Anatomy, delta: Delta, name: str | None) -> None:
         raise DeltaError(
             f"{name} is loaded in {dtype}, but the delta was made from {delta.base} in {delta.dtype}; load it so"
         )
-    found = weights_sha256(anat.model)
-    if found != delta.base_sha256:
+    sha256 = weights_sha256(anat.model)
+    if sha256 != delta.base_sha256:
         raise DeltaError(
             f"the delta was made from {delta.base} in {delta.dtype}, hash {delta.base_sha256[:12]}, but {name} has "
-            f"hash {found[:12]}: other weights, or the same in another dtype; give the model that was edited"
+            f"hash {sha256[:12]}: other weights, or the same in another dtype; give the model that was edited"
         )
 
 

@@ -144,12 +144,12 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
         return None
     remedy = "make the edit again, or remove the file"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        receipt = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable receipt ({first_line(error)}); {remedy}") from None
-    if said := _misfit(found):
+    if said := _misfit(receipt):
         raise ModelError(f"{path}: not a readable receipt ({said}); {remedy}")
-    return found
+    return receipt
 
 
 _TEXTS = ("editlib", "algorithm", "requests_sha256")

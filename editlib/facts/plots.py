@@ -112,12 +112,12 @@ def require_matplotlib() -> None:
 def draw_shares(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
     """Draws bars of all shares with their intervals, forgetting above keeping."""
     groups = {name: measure(metrics, name) for name in SHARES}
-    found = {name: group for name, group in groups.items() if number(group["value"]) is not None}
-    if not found:
+    shares = {name: group for name, group in groups.items() if number(group["value"]) is not None}
+    if not shares:
         return None, ""
-    figure, axes = _figure(0.6 + 0.33 * (len(found) + len({SHARES[name].family for name in found})))
+    figure, axes = _figure(0.6 + 0.33 * (len(shares) + len({SHARES[name].family for name in shares})))
     labels, at, family, words = {}, 0.0, None, []
-    for name, group in found.items():
+    for name, group in shares.items():
         share, value, ends = SHARES[name], group["value"], interval(group)
         if share.family != family:
             family = share.family

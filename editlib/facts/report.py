@@ -152,7 +152,7 @@ def _receipt(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _whole(value: object) -> str | None:
-    return None if (found := number(value)) is None else f"{found:.0f}"
+    return None if (finite := number(value)) is None else f"{finite:.0f}"
 
 
 def _footer(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -118,11 +118,11 @@ def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
     """Distributes `total` in proportion to `known`, each at most its own number, by largest remainders."""
     every = sum(known.values())
     exact = {name: total * count / every for name, count in known.items()}
-    found = {name: int(share) for name, share in exact.items()}
-    by_rest = sorted(known, key=lambda name: (found[name] - exact[name], name))
-    for name in by_rest[: total - sum(found.values())]:
-        found[name] += 1
-    return {name: count for name, count in found.items() if count}
+    shares = {name: int(share) for name, share in exact.items()}
+    by_rest = sorted(known, key=lambda name: (shares[name] - exact[name], name))
+    for name in by_rest[: total - sum(shares.values())]:
+        shares[name] += 1
+    return {name: count for name, count in shares.items() if count}
 
 
 def knows(bench: Workbench, before: AnswerCache, fact: EditRequest) -> bool:

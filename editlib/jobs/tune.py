@@ -41,8 +41,8 @@ class Tuned:
     def front(self) -> list[SettingsTrial]:
         """The Pareto front: trials that no other one beats in all scores; the best balance first."""
         alive = [trial for trial in self.trials if trial.failed is None]
-        found = [trial for trial in alive if not any(_beats(other, trial) for other in alive)]
-        return sorted(found, key=lambda trial: -trial.balance)
+        unbeaten = [trial for trial in alive if not any(_beats(other, trial) for other in alive)]
+        return sorted(unbeaten, key=lambda trial: -trial.balance)
 
 
 def check_tuning(requests: Sequence[EditRequest], hparams: HyperParams, minutes: float = 0.0) -> None:
@@ -188,15 +188,15 @@ def _written(tuned: Tuned, best: SettingsTrial, out: Path, left_out: Mapping[str
     notes = tuned.best.notes if isinstance(tuned.best.notes, dict) else {"note": tuned.best.notes}
     measured = {key: value for key, value in asdict(best).items() if key not in ("changed", "failed")}
     notes = {**notes, **dict.fromkeys(best.changed, "searched by editlib tune"), "measured": measured}
-    found = replace(tuned, best=replace(tuned.best, notes=notes))
-    write_json(out / "best.json", settings_file(found.best))
+    finished = replace(tuned, best=replace(tuned.best, notes=notes))
+    write_json(out / "best.json", settings_file(finished.best))
     report = {
         "best": asdict(best),
-        "front": [asdict(trial) for trial in found.front],
-        "trials": [asdict(trial) for trial in found.trials],
-        "interrupted": found.interrupted,
+        "front": [asdict(trial) for trial in finished.front],
+        "trials": [asdict(trial) for trial in finished.trials],
+        "interrupted": finished.interrupted,
         **({"left_out": {name: list(rows) for name, rows in left_out.items()}} if left_out else {}),
     }
     write_json(out / "tune.json", report)
-    write_table(table_rows(found), out / "table.md", "Trials that none beats in all three; higher is better.")
-    return found
+    write_table(table_rows(finished), out / "table.md", "Trials that none beats in all three; higher is better.")
+    return finished

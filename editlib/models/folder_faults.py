@@ -84,8 +84,8 @@ class LoadWarnings:
     def mismatch(self) -> str | None:
         """The first tensor whose shape is not that of the configuration; `None` if all fit."""
         for report in self.reports:
-            if found := _MISMATCH.search(_COLOURS.sub("", report)):
-                name, stored, wanted = found.groups()
+            if match := _MISMATCH.search(_COLOURS.sub("", report)):
+                name, stored, wanted = match.groups()
                 shapes = f" has the shape {stored}, by config.json {wanted}" if stored else " has another shape"
                 return f"{name}{shapes}"
         return None
@@ -159,8 +159,8 @@ def _tokenizer_fault(folder: Path) -> tuple[str, str] | None:
 def _weights_fault(folder: Path) -> tuple[str, str] | None:
     """Finds the file of the weights that is damaged, and what is wrong; an index is judged before its shards."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).exists() and (found := _index_fault(folder, index)):
-            return found
+        if (folder / index).exists() and (fault := _index_fault(folder, index)):
+            return fault
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         if wrong := _tensors_fault(path):
             return path.name, wrong

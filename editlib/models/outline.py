@@ -35,8 +35,8 @@ def outline_of(name: str, *, dtype: str | None = None, progress: bool = True) ->
     """
     check_dtype(dtype)
     if adapter_of(name) is not None:
-        if is_adapter(name) and (found := fault_of(Path(name), "adapter")):
-            raise ModelError(f"{name} cannot be loaded: {found[0]}: {found[1]}; fix it, or make the adapter again")
+        if is_adapter(name) and (fault := fault_of(Path(name), "adapter")):
+            raise ModelError(f"{name} cannot be loaded: {fault[0]}: {fault[1]}; fix it, or make the adapter again")
         return outline_of(model_of(name), dtype=dtype, progress=progress)
     source = Source.of(name, progress=progress)
     _check_kind(source)

@@ -23,8 +23,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
     if embedding.weight.device.type != "meta":
         return embedding.weight.device
     # An offloaded embedding is on the meta device; accelerate's hook names the one it is copied to.
-    found = [device for hook in _hooks(embedding) if (device := getattr(hook, "execution_device", None)) is not None]
-    return torch.device(found[0]) if found else torch.device("cpu")
+    devices = [device for hook in _hooks(embedding) if (device := getattr(hook, "execution_device", None)) is not None]
+    return torch.device(devices[0]) if devices else torch.device("cpu")
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

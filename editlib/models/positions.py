@@ -17,8 +17,8 @@ SPARE = 8  # upper bound of the special tokens that a tokenizer adds to a text
 def positions_of(model: PreTrainedModel) -> int | None:
     """Returns the most tokens that the model reads at once; `None` if its config names no limit."""
     config = model.config.get_text_config()
-    found = [getattr(config, name, None) for name in POSITIONS]
-    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    limits = [getattr(config, name, None) for name in POSITIONS]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def check_prompts(

@@ -305,9 +305,9 @@ class PromptFormat:
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
         for last in ([], [{"role": "user", "content": WORD}]):  # some templates end only answers before another turn
             shown = self._apply([*messages, *last]).rpartition(MARK)[2]
-            found = tuple(token for token in TokenizedText.of(self.tok, shown).ids if token in special)
-            if found:
-                return found
+            specials = tuple(token for token in TokenizedText.of(self.tok, shown).ids if token in special)
+            if specials:
+                return specials
         return ()
 
     def _apply(self, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:

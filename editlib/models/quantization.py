@@ -16,12 +16,12 @@ from editlib.models.anatomy import Anatomy
 
 def linear_maps(anat: Anatomy) -> dict[str, nn.Linear | Conv1D]:
     """Returns the linear maps (`Linear`, `Conv1D`) of the decoder layers by name, each once; not the head."""
-    found: dict[int, tuple[str, nn.Linear | Conv1D]] = {}
+    maps: dict[int, tuple[str, nn.Linear | Conv1D]] = {}
     for prefix, layer in zip(anat.layer_names, anat.layers, strict=True):
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
-                found.setdefault(id(module), (f"{prefix}.{name}", module))
-    return dict(found.values())
+                maps.setdefault(id(module), (f"{prefix}.{name}", module))
+    return dict(maps.values())
 
 
 def check_in_memory(anat: Anatomy) -> None:

@@ -81,8 +81,8 @@ def _hub_adapter(name: str) -> Path | None:
     """Fetches the config of an adapter on the Hub and returns its folder; asked once for each name."""
     if hub_file(name, "config.json") is not None:
         return None
-    found = hub_file(name, ADAPTER)
-    return None if found is None else found.parent
+    config_file = hub_file(name, ADAPTER)
+    return None if config_file is None else config_file.parent
 
 
 def model_of(name: str) -> str:
@@ -212,15 +212,15 @@ def one_line_errors(
         log.debug("", exc_info=True)
         reason = reason_of(error)
         if path is not None and part is not None and os.path.isdir(path) and not _is_lack(error):
-            found = fault_of(Path(path), part)
-            if found is None and warned is not None and warned.mismatch:
-                found = "the weights", warned.mismatch
-            if found is None and part == "tokenizer":
-                found = "its tokenizer", reason
-            if found is None and (part == "config" or (config is not None and _cannot_be_built(config))):
-                found = "config.json", reason
-            if found is not None:
-                raise ModelError(f"{name} cannot be loaded: {found[0]}: {found[1]}; {AGAIN}") from None
+            fault = fault_of(Path(path), part)
+            if fault is None and warned is not None and warned.mismatch:
+                fault = "the weights", warned.mismatch
+            if fault is None and part == "tokenizer":
+                fault = "its tokenizer", reason
+            if fault is None and (part == "config" or (config is not None and _cannot_be_built(config))):
+                fault = "config.json", reason
+            if fault is not None:
+                raise ModelError(f"{name} cannot be loaded: {fault[0]}: {fault[1]}; {AGAIN}") from None
         known = ", ".join(PACKAGED)
         raise ModelError(
             f"{name} cannot be loaded ({reason}); give a local folder, a Hugging Face id (needs a network or its "

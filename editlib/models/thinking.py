@@ -78,7 +78,7 @@ def without_thoughts(text: str, *, opened: bool = False) -> tuple[str, bool]:
     if opened:
         return "", True
     for opening, _ in BLOCKS:
-        before, found, _ = text.partition(opening)
-        if found:
+        before, mark, _ = text.partition(opening)
+        if mark:
             return before, True
     return text, False

@@ -122,23 +122,23 @@ def key_path(out: Path) -> Path:
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Reads from `metrics.json` the known measures and the counts of right answers before and after, without texts."""
     known = [name for name in [*SHARES, RATIO] if name in metrics or name in (metrics.get("groups") or {})]
-    found: dict[str, Any] = {"groups": {}, "answers": {}}
+    numbers: dict[str, Any] = {"groups": {}, "answers": {}}
     for name in known:
         group = {"value": metrics.get(name), **((metrics.get("groups") or {}).get(name) or {})}
         ends = [number(end) for end in group.get("interval") or ()]
-        found["groups"][name] = {
+        numbers["groups"][name] = {
             **{part: number(group.get(part)) for part in ("value", "n", "right")},
             **({"interval": ends} if ends else {}),
         }
     perplexity = metrics.get("perplexity") or {}
-    found["perplexity"] = {side: number(perplexity.get(side)) for side in ("before", "after")}
+    numbers["perplexity"] = {side: number(perplexity.get(side)) for side in ("before", "after")}
     for kind in KINDS:
         items = [item for item in metrics.get("items") or () if item.get("kind") == kind]
         if items:
             right = {side: sum(bool(item.get(f"right_{side}")) for item in items) for side in ("before", "after")}
             refused = sum(bool(item.get("refused_after")) for item in items)
-            found["answers"][kind] = {"n": len(items), **right, "refused": refused}
-    return found
+            numbers["answers"][kind] = {"n": len(items), **right, "refused": refused}
+    return numbers
 
 
 def page(receipt: Mapping[str, Any]) -> str:

@@ -140,9 +140,9 @@ def _header(path: Path, arrays: Mapping[str, np.ndarray]) -> StatsHeader | None:
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as found:
-            present = set(found.files)
-            arrays = {name: found[name] for name in names if name in present}
+        with np.load(path, allow_pickle=False) as archive:
+            present = set(archive.files)
+            arrays = {name: archive[name] for name in names if name in present}
     except DAMAGE as error:
         raise StatsError(f"{path}: not a readable .npz file ({first_line(error)}); {AGAIN}") from None
     lacking = [name for name in ("mom2.mom2", "mom2.count") if name not in present]
@@ -209,8 +209,8 @@ def _flaw(mom2: np.ndarray) -> str | None:
         return "holds a negative number on its diagonal"
     if not diagonal.any():
         return "holds only zeros on its diagonal"
-    found = (_block_flaw(mom2, diagonal, least, start) for start in range(0, len(mom2), 512))
-    return next((flaw for flaw in found if flaw), None)
+    flaws = (_block_flaw(mom2, diagonal, least, start) for start in range(0, len(mom2), 512))
+    return next((flaw for flaw in flaws if flaw), None)
 
 
 def _block_flaw(mom2: np.ndarray, diagonal: np.ndarray, least: float, start: int) -> str | None:

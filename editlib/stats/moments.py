@@ -180,13 +180,13 @@ class MomentCheckpoint:
         if self.path is None or not self.path.exists():
             return 0, 0
         try:
-            with np.load(self.path, allow_pickle=False) as found:
-                state = json.loads(str(found["state"]))
+            with np.load(self.path, allow_pickle=False) as archive:
+                state = json.loads(str(archive["state"]))
                 same = state["job"] == self._job and {f"sum.{layer}" for layer in self._sums.sums} | {"state"} == set(
-                    found.files
+                    archive.files
                 )
                 if same:
-                    totals = {layer: torch.from_numpy(found[f"sum.{layer}"]) for layer in self._sums.sums}
+                    totals = {layer: torch.from_numpy(archive[f"sum.{layer}"]) for layer in self._sums.sums}
                     if any(totals[layer].shape != total.shape for layer, total in self._sums.sums.items()):
                         raise ValueError("sums of another shape")
                     tokens, at, documents = int(state["tokens"]), int(state["batch"]), int(state["documents"])

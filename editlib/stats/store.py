@@ -113,16 +113,16 @@ def find_stats(
         StatsNotFound: no file (the message names the folders).
         StatsError: a damaged file, one of another shape, or one made from other weights.
     """
-    found = [stored for stored in _stored(stats_dir, model, corpus) if stored.module == module]
-    if not found:
+    candidates = [stored for stored in _stored(stats_dir, model, corpus) if stored.module == module]
+    if not candidates:
         looked = " or ".join(
             str(Path(stats_dir) / name / f"{corpus or '*'}_stats" / f"{module}_{PRECISION}_mom2*.npz")
             for name in model_slugs(model)
         )
         raise StatsNotFound(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
-    if model_sha256 and len(found) > 1:
-        found = [stored for stored in found if _made_from(stored.path, model_sha256)] or found
-    stats = read_stats(_choose(found, dataset, samples))
+    if model_sha256 and len(candidates) > 1:
+        candidates = [stored for stored in candidates if _made_from(stored.path, model_sha256)] or candidates
+    stats = read_stats(_choose(candidates, dataset, samples))
     check_stats(stats, module, d_ff, model_sha256)
     return stats
 
@@ -166,11 +166,11 @@ def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) 
         modules.setdefault(stored.module, []).append(stored)
     if not modules:
         raise StatsNotFound(f"no layer statistics of {model} in {stats_dir}; make them with: editlib stats {model}")
-    found = {}
+    by_layer = {}
     for module, files in modules.items():
         number = re.search(r"\.(\d+)\.", module)
-        found[int(number[1]) if number else -1] = read_stats(_choose(files, None, None))
-    return found
+        by_layer[int(number[1]) if number else -1] = read_stats(_choose(files, None, None))
+    return by_layer
 
 
 def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_Stored]:
@@ -192,16 +192,16 @@ def _made_from(path: Path, model_sha256: str) -> bool:
     return header is None or header.model_sha256 in ("", model_sha256)
 
 
-def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
+def _choose(candidates: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
     """Chooses one file of several for the same module; see `find_stats`."""
-    left = [stored for stored in found if stored.corpus == dataset] or list(found)
+    left = [stored for stored in candidates if stored.corpus == dataset] or list(candidates)
     left = [stored for stored in left if stored.number == samples] or left
     if len(left) > 1:
         counts = {stored.path: read_count(stored.path) for stored in left}
         left.sort(key=lambda stored: -counts[stored.path])  # stable: our own model_slug first if counts are equal
     taken = left[0].path
-    if len(found) > 1:
-        others = ", ".join(str(stored.path) for stored in found if stored.path != taken)
+    if len(candidates) > 1:
+        others = ", ".join(str(stored.path) for stored in candidates if stored.path != taken)
         log.info("statistics: taking %s; there are also %s", taken, others)
     return taken
 
@@ -220,9 +220,9 @@ def check_stored(stats_dir: Path, model: str, outline: PreTrainedModel, layers: 
         width = inputs_of(modules.get(stored.module))
         if width is not None and any(f".{layer}." in stored.module for layer in layers):
             faults.setdefault(stored.module, []).append(_fault(stored, width))
-    for found in faults.values():
-        if found[0] is not None and None not in found:
-            raise found[0]
+    for module_faults in faults.values():
+        if module_faults[0] is not None and None not in module_faults:
+            raise module_faults[0]
     if not all(any(f".{layer}." in module for module in faults) for layer in layers):
         check_folder(Path(stats_dir) / model_slug(model), "--stats-dir")
 

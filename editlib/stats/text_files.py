@@ -69,9 +69,9 @@ def _plain_text(path: Path, kind: str) -> str:
         CorpusError: it is in a format whose markup would be read as text.
     """
     text = _read_text(path)
-    if found := "no text file by its name" if kind not in PLAIN else _form_of(text):
+    if form := "no text file by its name" if kind not in PLAIN else _form_of(text):
         wanted = "expected plain text (.txt), or rows with a field 'text' (.jsonl, .json, .csv, .tsv, .parquet)"
-        raise CorpusError(f"{path}: {found}; {wanted}; rename or convert it")
+        raise CorpusError(f"{path}: {form}; {wanted}; rename or convert it")
     return text
 
 
@@ -173,9 +173,9 @@ def find_text_field(row: Any, where: str) -> str:
         return "text"
     if len(strings) == 1:
         return strings[0]
-    found = ", ".join(strings) or "none"
+    named = ", ".join(strings) or "none"
     raise CorpusError(
-        f"{where}: no field 'text', nor just one string field ({found}); rename one to text (in Python: text_field)"
+        f"{where}: no field 'text', nor just one string field ({named}); rename one to text (in Python: text_field)"
     )
 
 
@@ -183,8 +183,8 @@ def text_of(row: Any, field: str, where: str) -> str:
     """Returns the text in a field of a row; raises `CorpusError` if there is none."""
     value = row.get(field) if isinstance(row, Mapping) else None
     if not isinstance(value, str):
-        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise CorpusError(f"{where}: field {field!r} is missing or not a string (found: {found})")
+        given = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise CorpusError(f"{where}: field {field!r} is missing or not a string (found: {given})")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -171,8 +171,8 @@ def _key(probe: Asked) -> str:
 
 def _reading(value: Mapping[str, Any]) -> TofuReading:
     answer = Forced(tuple(value["answer"]["nll"]), tuple(value["answer"]["hits"]))
-    found = {**value, "tokens": tuple(value["tokens"]), "answer": answer, "wrong": tuple(value["wrong"])}
-    return from_json(TofuReading, found)
+    fields = {**value, "tokens": tuple(value["tokens"]), "answer": answer, "wrong": tuple(value["wrong"])}
+    return from_json(TofuReading, fields)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class TofuSet(ForgetSet):
         before: Mapping[str, MetricResult],
         results: Mapping[str, MetricResult],
     ) -> Sequence[dict[str, Any]]:
-        found = []
+        items = []
         for name, probes in self.sets.probes.items():
             metric = f"{name}_generated_rouge_l_recall"
             for i, probe in enumerate(probes):
@@ -245,8 +245,8 @@ class TofuSet(ForgetSet):
                     "counted": True,
                 }
                 item["note"] = "" if None in (then, now) else f"ROUGE-L {then:.2f} → {now:.2f}"
-                found.append(item)
-        return found
+                items.append(item)
+        return items
 
 
 def _names(results: Mapping[str, MetricResult]) -> list[str]:

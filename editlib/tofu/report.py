@@ -93,11 +93,11 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
 def _by_set(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
     """Lists the names of all results: those of both sets together, then set by set."""
-    found: dict[str, list[str]] = {SUMMARY: [], **{name: [] for name in SETS}}
+    named: dict[str, list[str]] = {SUMMARY: [], **{name: [] for name in SETS}}
     for name in metrics["scores"]["edited"]:
         owner = next((part for part in SETS if any(name.startswith(f"{part}_{kind}_") for kind in KINDS)), SUMMARY)
-        found[owner].append(name)
-    return {part: names for part, names in found.items() if names}
+        named[owner].append(name)
+    return {part: names for part, names in named.items() if names}
 
 
 def _short(part: str, name: str) -> str:

@@ -222,15 +222,15 @@ def score(
     judges: Judges | None = None,
 ) -> Results:
     """Computes the results of one model from its `readings` of all questions of `sets`; see `tofu_scores`."""
-    found: Results = {}
+    results: Results = {}
     by_set: dict[str, Results] = {}
     for name, probes in sets.probes.items():
         by_set[name] = _of_set(name, probes, [readings[probe] for probe in probes], judges or Judges())
         for result in by_set[name].values():
-            found[result.name] = result
+            results[result.name] = result
     for result in _summary(by_set, retain_only):
-        found[result.name] = result
-    return found
+        results[result.name] = result
+    return results
 
 
 def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], judges: Judges) -> Results:
@@ -268,10 +268,10 @@ def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], jud
     }
 
 
-def _summary(found: Mapping[str, Results], retain_only: Mapping[str, MetricResult] | None) -> list[MetricResult]:
+def _summary(by_set: Mapping[str, Results], retain_only: Mapping[str, MetricResult] | None) -> list[MetricResult]:
     """Computes the summary numbers whose parts were all measured."""
     results = []
-    forget, retain = found.get("forget", {}), found.get("retain", {})
+    forget, retain = by_set.get("forget", {}), by_set.get("retain", {})
     judged = ("cosine_similarity", "entailment_score")
     if retain_only is not None:
         results.append(metrics.forget_quality(*_paired_ratios(forget["truth_ratio"], retain_only)))
@@ -281,7 +281,7 @@ def _summary(found: Mapping[str, Results], retain_only: Mapping[str, MetricResul
         parts = {name: retain[name] for name in (*SHARED, "token_entropy", *judged) if name in retain}
         ability = metrics.retain_ability(**parts)
         results += [efficacy, ability, metrics.balance(efficacy, ability)]
-    kept = {name: found.get(name, {}) for name in UTILITY_SETS}
+    kept = {name: by_set.get(name, {}) for name in UTILITY_SETS}
     for names, summarise in (
         (SHARED, metrics.model_utility),
         ((*SHARED, "token_entropy", *judged), metrics.wide_model_utility),
@@ -319,11 +319,11 @@ def reference_results(path: Path, sets: TofuSets, *, whole: bool = True) -> dict
         MetricError: no results, no truth ratios among them (open-unlearning's have no ids of questions), or those of
             other questions.
     """
-    found = read_results(path)
+    results = read_results(path)
     ids = [probe.id for probe in sets.probes["forget"]]
-    held = [name for name in ids if name in _ids(found)]
-    _ratios_of(found, ids if whole or not held else held, str(path))
-    return found
+    held = [name for name in ids if name in _ids(results)]
+    _ratios_of(results, ids if whole or not held else held, str(path))
+    return results
 
 
 def _ids(results: Mapping[str, MetricResult]) -> set[str]:

@@ -145,12 +145,15 @@ def read_tofu(
             "expected some; train it on them, or give another --forget"
         )
     unlearned = {"forget": unlearned["forget"] - len(asked), "retain": unlearned["retain"] - len(others)}
-    found = {name: place.rows(f"{name}_perturbed") for name in (forget, "retain", *SIDE)}
+    perturbed = {name: place.rows(f"{name}_perturbed") for name in (forget, "retain", *SIDE)}
     probes = {
-        "forget": _probes(asked, found[forget], "question"),
-        "forget_paraphrased": _probes(asked, found[forget], "paraphrased_question"),
-        "retain": _probes(others, found["retain"], "question", only=True) or _probes(others, {}, "question"),
-        **{name: tuple(_asked(f"{name}:{i}", row) for i, row in enumerate(found[name].values(), 1)) for name in SIDE},
+        "forget": _probes(asked, perturbed[forget], "question"),
+        "forget_paraphrased": _probes(asked, perturbed[forget], "paraphrased_question"),
+        "retain": _probes(others, perturbed["retain"], "question", only=True) or _probes(others, {}, "question"),
+        **{
+            name: tuple(_asked(f"{name}:{i}", row) for i, row in enumerate(perturbed[name].values(), 1))
+            for name in SIDE
+        },
     }
     missing = tuple(name for name in SETS if not probes[name])
     for name in missing:
@@ -185,14 +188,14 @@ def _questions(place: _Place, name: str, own: dict[str, str]) -> tuple[list[Edit
         read = read_questions(path, skip_bad=skip_bad)
         names = {name for request, _ in read for name in (request.id, request.question)}
         given = {name: own.pop(name) for name in names & own.keys()}
-    found = read_questions(path, subjects=given, skip_bad=skip_bad, left_out=place.left_out)
-    if missing := [request for request, _ in found if request.answer is None]:
+    pairs = read_questions(path, subjects=given, skip_bad=skip_bad, left_out=place.left_out)
+    if missing := [request for request, _ in pairs if request.answer is None]:
         complaint = 'field "answer": missing; expected the true answer; add it'
         bad = [(FileRow(_place_of(request, path), None), complaint) for request in missing]
-        found = [(request, subject) for request, subject in found if request.answer is not None]
-        place.report(path, bad, len(found) + len(bad), any_left=bool(found))
-    tell_subjects(path.name, found)
-    return [request for request, _ in found], [subject for _, subject in found]
+        pairs = [(request, subject) for request, subject in pairs if request.answer is not None]
+        place.report(path, bad, len(pairs) + len(bad), any_left=bool(pairs))
+    tell_subjects(path.name, pairs)
+    return [request for request, _ in pairs], [subject for _, subject in pairs]
 
 
 def _rest(place: _Place, forget: str, asked: Collection[str], own: dict[str, str]) -> list[EditRequest]:
@@ -211,13 +214,13 @@ def _probes(
     Args:
         only: leave out those without a perturbed row.
     """
-    found = []
+    probes = []
     for request in requests:
         pair = (request.question, str(request.answer))
         row = rows.get(pair, {} if only else {"question": request.question, "answer": request.answer})
         if row.get(field):
-            found.append(replace(_asked(request.id, row), question=str(row[field])))
-    return tuple(found)
+            probes.append(replace(_asked(request.id, row), question=str(row[field])))
+    return tuple(probes)
 
 
 def _asked(name: str, row: Mapping[str, Any]) -> Asked:
@@ -285,16 +288,16 @@ class _Place:
         path = self.find(name)
         if path is None:
             return {}
-        found: dict[Pair, dict[str, Any]] = {}
+        by_pair: dict[Pair, dict[str, Any]] = {}
         bad: list[tuple[FileRow, str]] = []
         rows = list(file_rows(path))
         for row in rows:
             if complaint := row.complaint or _perturbed_complaint(row.value):
                 bad.append((row, complaint))
             else:
-                found[row.value["question"], row.value["answer"]] = row.value
-        self.report(path, bad, len(rows), any_left=bool(found))
-        return found
+                by_pair[row.value["question"], row.value["answer"]] = row.value
+        self.report(path, bad, len(rows), any_left=bool(by_pair))
+        return by_pair
 
     def report(self, path: Path, bad: Sequence[tuple[FileRow, str]], rows: int, *, any_left: bool) -> None:
         """Notes the bad rows of a file that are left out.

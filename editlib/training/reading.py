@@ -93,14 +93,14 @@ def passes(
     """Splits `numbers` into passes of rows of similar length with at most `tokens` tokens (with padding) and `learned`
     learned tokens, each of which costs a row of logits as wide as the vocabulary; items are never split."""
     order = sorted(numbers, key=lambda i: (max(len(row) for row in items[i]), i))
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     width = rows = scored = 0
     for i in order:
         longest, count = max(len(row) for row in items[i]), sum(row.extra for row in items[i])
         fits = (rows + len(items[i])) * max(width, longest) <= tokens and scored + count <= learned
-        if not found or not fits:
-            found.append([])
+        if not groups or not fits:
+            groups.append([])
             width = rows = scored = 0
-        found[-1].append(i)
+        groups[-1].append(i)
         width, rows, scored = max(width, longest), rows + len(items[i]), scored + count
-    return found
+    return groups

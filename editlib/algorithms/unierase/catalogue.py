@@ -47,18 +47,18 @@ class Catalogue:
         """
         body = request.question.strip().rstrip("?.! ")
         taken = {request.question, *request.filled_paraphrases}
-        found: list[str] = []
+        wordings: list[str] = []
         for pattern, templates in self.wordings:
             match = pattern.fullmatch(body[:1].lower() + body[1:])
             groups = {} if match is None else {name: text or "" for name, text in match.groupdict().items()}
             if match is None or groups.get("subject", request.subject) != request.subject:
                 continue
             groups |= {name.capitalize(): text[:1].upper() + text[1:] for name, text in groups.items()}
-            found += [_filled(template, groups) for template in templates]
+            wordings += [_filled(template, groups) for template in templates]
         subject = request.subject
         usable = [
             text
-            for text in dict.fromkeys(found)
+            for text in dict.fromkeys(wordings)
             if text not in taken and (subject is None or len(occurrences(text, subject)) == 1)
         ]
         return spread(usable, most)

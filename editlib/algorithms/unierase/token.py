@@ -95,8 +95,8 @@ class UnlearningToken:
 
     def ids(self, tok: PreTrainedTokenizerBase) -> list[int]:
         """Returns the tokens' ids in a tokenizer that has them."""
-        found = tok.convert_tokens_to_ids(list(self.names))
-        return [found] if isinstance(found, int) else found
+        token_ids = tok.convert_tokens_to_ids(list(self.names))
+        return [token_ids] if isinstance(token_ids, int) else token_ids
 
     def check_width(self, model: PreTrainedModel) -> None:
         """Raises `TokenError` if the rows have another width than the model; reads no weight of it."""

@@ -116,13 +116,13 @@ def _verdict(good: bool | None, counted: bool, forgetting: bool) -> tuple[str, s
 
 def _brought_back(shown: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
     """Lists by fact and method the attacks that recover it."""
-    found: dict[str, dict[str, list[str]]] = {}
+    recovered: dict[str, dict[str, list[str]]] = {}
     for label, cell in shown.items():
         for attack, outcome in cell["attacks"].items():
             for name, leaked in outcome["leaks"]["edited"].items():
                 if leaked:
-                    found.setdefault(name, {}).setdefault(label, []).append(attack)
-    return found
+                    recovered.setdefault(name, {}).setdefault(label, []).append(attack)
+    return recovered
 
 
 def named(label: str) -> str:

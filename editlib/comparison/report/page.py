@@ -88,12 +88,12 @@ def _contents(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _sections(about: Mapping[str, Any]) -> dict[str, str]:
     """Lists id and title of each section that a set has."""
-    found = {"plane": "Forget and retain", "measures": "Measures"}
+    titles = {"plane": "Forget and retain", "measures": "Measures"}
     if any(method["attacks"] for method in about["methods"]):
-        found["attacks"] = "Attacks"
+        titles["attacks"] = "Attacks"
     if any(method["ability"] for method in about["methods"]):
-        found["ability"] = "Ability"
-    return {**found, "cost": "Cost", "answers": "Answers before and after"}
+        titles["ability"] = "Ability"
+    return {**titles, "cost": "Cost", "answers": "Answers before and after"}
 
 
 def _set(results: Mapping[str, Any], name: str, number: int) -> Iterator[str]:

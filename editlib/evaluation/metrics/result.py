@@ -158,10 +158,10 @@ def unit_value(name: str, value: float | MetricResult | None) -> float:
     Raises:
         MetricError: there is none, or it lies outside.
     """
-    found = value.agg_value if isinstance(value, MetricResult) else value
-    if found is None or not -ROUNDING <= found <= 1.0 + ROUNDING:
-        raise MetricError(f"{name} is {found}; expected a number from 0 to 1: measure it first")
-    return min(max(float(found), 0.0), 1.0)
+    number = value.agg_value if isinstance(value, MetricResult) else value
+    if number is None or not -ROUNDING <= number <= 1.0 + ROUNDING:
+        raise MetricError(f"{name} is {number}; expected a number from 0 to 1: measure it first")
+    return min(max(float(number), 0.0), 1.0)
 
 
 def write_results(path: Path, results: Iterable[MetricResult]) -> None:

@@ -85,7 +85,7 @@ def model_utility(scores: ValuesBySet) -> MetricResult:
 def utility(name: str, scores: ValuesBySet, sets: Sequence[str], metrics: Sequence[str], meaning: str) -> MetricResult:
     """Computes the harmonic mean of `metrics` on `sets`, all of them and no others."""
     wanted = {f"{part}/{metric}" for part in sets for metric in metrics}
-    given = {f"{part}/{metric}": value for part, found in scores.items() for metric, value in found.items()}
+    given = {f"{part}/{metric}": value for part, by_metric in scores.items() for metric, value in by_metric.items()}
     if missing := sorted(wanted - given.keys()):
         raise MetricError(f"{name} needs {', '.join(missing)} as well; expected {len(wanted)} numbers")
     if strange := sorted(given.keys() - wanted):
