@@ -118,8 +118,8 @@ def processes(*, accelerators: bool = True) -> Iterator[Process]:
 
 def backend(kind: str) -> str:
     """Returns the backends of a job whose models run on devices of this kind: gloo for the CPU, and the kind's own."""
-    own = dist.Backend.default_device_backend_map.get(kind, "gloo")
-    return "gloo" if own == "gloo" else f"cpu:gloo,{kind}:{own}"
+    device_backend = dist.Backend.default_device_backend_map.get(kind, "gloo")
+    return "gloo" if device_backend == "gloo" else f"cpu:gloo,{kind}:{device_backend}"
 
 
 def _launched() -> bool:

@@ -180,5 +180,5 @@ def _meant_for(called: str, bench: Workbench) -> bool:
 
 def same_model(called: str, name: str) -> bool:
     """Returns whether settings found for `called` ("Llama3-8B") are meant for `name` ("meta-llama/Meta-Llama-3-8B")."""
-    bare = [re.sub(r"[^a-z0-9.]", "", some.lower()) for some in (called, model_slug(name))]
+    bare = [re.sub(r"[^a-z0-9.]", "", label.lower()) for label in (called, model_slug(name))]
     return bare[1].endswith(bare[0]) or bare[0].endswith(bare[1])

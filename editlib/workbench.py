@@ -79,8 +79,8 @@ class Workbench:
         how = settled(tok, prompts)
         today = how.date is not None and (prompts is None or prompts.date is None)
         shows = progress and shard.first
-        own = how.arguments != ({} if prompts is None else prompts.arguments)
-        return cls(model, tok, Path(stats_dir), sha256, name, shows, shard, prompts=how, unthinking=own, today=today)
+        chosen = how.arguments != ({} if prompts is None else prompts.arguments)
+        return cls(model, tok, Path(stats_dir), sha256, name, shows, shard, prompts=how, unthinking=chosen, today=today)
 
     @classmethod
     def load(
@@ -131,8 +131,8 @@ class Workbench:
             RequestError: prompts that do not fit the tokenizer.
         """
         how = settled(outline.tok, prompts)
-        own = how.arguments != ({} if prompts is None else prompts.arguments)
-        return cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, unthinking=own, dtype=dtype)
+        chosen = how.arguments != ({} if prompts is None else prompts.arguments)
+        return cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, unthinking=chosen, dtype=dtype)
 
     @cached_property
     def anat(self) -> Anatomy:

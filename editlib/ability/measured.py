@@ -108,8 +108,8 @@ def difference(base: TaskScore, edited: TaskScore, aggregate: Aggregate | None, 
     if aggregate is None:
         return Difference(value, None)
 
-    def change(some: Sequence[tuple[Any, Any]]) -> float:
-        before, after = zip(*some, strict=True)
+    def change(sampled: Sequence[tuple[Any, Any]]) -> float:
+        before, after = zip(*sampled, strict=True)
         return aggregate(after) - aggregate(before)
 
     return Difference(value, bootstrap_stderr(change, pairs, seed=seed))

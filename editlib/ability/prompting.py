@@ -75,7 +75,7 @@ def tagged(task: Any, form: PromptFormat | None) -> Iterator[dict[str, Any]]:
 
     def context(*given: Any, **options: Any) -> str | list[str]:
         made = plain(*given, **options)
-        return [form.render(one) for one in made] if isinstance(made, list) else form.render(made)
+        return [form.render(text) for text in made] if isinstance(made, list) else form.render(made)
 
     task.fewshot_context = context
     try:

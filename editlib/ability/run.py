@@ -197,9 +197,9 @@ def _tokenizer_sha256(tok: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
 
 
-def _rows(name: str, own: _Results, base: str, reference: _Results, plan: _Plan) -> Iterator[AbilityRow]:
+def _rows(name: str, results: _Results, base: str, reference: _Results, plan: _Plan) -> Iterator[AbilityRow]:
     totals = {task.name: task.total for task in plan.tasks}
-    for task, measured in own.by_task.items():
+    for task, measured in results.by_task.items():
         before = reference.by_task[task]
         paired = name != base and before.documents == measured.documents
         if name != base and not paired:

@@ -96,6 +96,6 @@ class LowRank:
         # In slabs of rows: the whole update in a wider dtype would take more memory than a large weight itself.
         height = max(1, SLAB // self.right.shape[1])
         for top in range(0, len(self.left), height):
-            some = weight[top : top + height]
+            slab = weight[top : top + height]
             update = self.left[top : top + height] @ self.right
-            some.copy_(some.to(update.dtype) + update.to(weight.device))
+            slab.copy_(slab.to(update.dtype) + update.to(weight.device))

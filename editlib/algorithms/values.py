@@ -358,7 +358,7 @@ def _target_nll(logits: Tensor, positions: LogitPositions, active: Tensor, targe
 
 def _check_finite(loss: Tensor, active: Tensor, names: Sequence[str]) -> None:
     """Raises `EditError` with the name of the first request whose loss is not finite."""
-    bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
-    if bad:
-        i = int(active[bad[0]])
+    not_finite = (~torch.isfinite(loss)).nonzero().flatten().tolist()
+    if not_finite:
+        i = int(active[not_finite[0]])
         raise EditError(f"the loss of request {names[i]} is not finite; the model is unchanged: lower `v_lr`")

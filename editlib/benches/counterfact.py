@@ -226,9 +226,9 @@ class _CounterFactRun:
             return
         apply = apply_function(hparams)
 
-        def edit(some: Sequence[EditRequest], **more: Any) -> EditResult:
-            options = {"seed": self.seed, "progress": self.bench.progress and len(some) > 1}
-            return apply(self.bench.model, self.bench.tok, some, hparams, **options, **given, **more)
+        def edit(chosen: Sequence[EditRequest], **more: Any) -> EditResult:
+            options = {"seed": self.seed, "progress": self.bench.progress and len(chosen) > 1}
+            return apply(self.bench.model, self.bench.tok, chosen, hparams, **options, **given, **more)
 
         (self._batches if mode == BATCH else self._one_by_one)(hparams, edit, counts, job)
 

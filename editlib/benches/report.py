@@ -100,12 +100,12 @@ def _draw_sequential(points: Sequence[SequentialPoint], path: Path) -> None:
     largest = max((point.size for point in points), default=1)
     for panel, measure in zip(figure.subplots(1, len(PANELS), squeeze=False)[0], PANELS, strict=True):
         for algorithm, size in dict.fromkeys((point.algorithm, point.size) for point in points):
-            own = sorted((p.edits, getattr(p, measure)) for p in points if (p.algorithm, p.size) == (algorithm, size))
-            own = [(edits, value) for edits, value in own if value is not None]
-            if own:
+            curve = sorted((p.edits, getattr(p, measure)) for p in points if (p.algorithm, p.size) == (algorithm, size))
+            curve = [(edits, value) for edits, value in curve if value is not None]
+            if curve:
                 style = "o-" if size == largest else "s--"
                 colour = COLOURS.get(algorithm, OTHER)
-                panel.plot(*zip(*own, strict=True), style, color=colour, label=f"{algorithm}, batches of {size}")
+                panel.plot(*zip(*curve, strict=True), style, color=colour, label=f"{algorithm}, batches of {size}")
         panel.set(title=measure.replace("_", " "), xlabel="edits")
         panel.grid(color="#d5d9de")
         if measure == "perplexity_ratio":

@@ -200,8 +200,8 @@ class _SequentialRun:
     def _asks_alike(self, chain: Chain) -> bool:
         """Returns whether a chain has the prompt settings of a chain started now; today's date is ignored."""
         given = self.base.given_prompts
-        own = [name for name in ("system", "arguments", "tags", "date") if getattr(given, name)]
-        return all(chain.record.prompts.get(name) == given.to_dict()[name] for name in own)
+        set_names = [name for name in ("system", "arguments", "tags", "date") if getattr(given, name)]
+        return all(chain.record.prompts.get(name) == given.to_dict()[name] for name in set_names)
 
     def _measure(
         self, chain: Chain, hparams: HyperParams, size: int, edits: int, seconds: Sequence[float], job: str

@@ -46,8 +46,12 @@ class BatchAnchors:
         cls, prompts: Sequence[EditRequest], answers: Mapping[str, Sequence[int]], stored: Collection[str]
     ) -> BatchAnchors:
         """Selects the prompts' own answers; `stored` are the questions whose answers earlier batches store."""
-        own = {prompt.question: answers[prompt.question] for prompt in prompts if prompt.question in answers}
-        return cls(tuple(prompts), own, {question: ids for question, ids in own.items() if question not in stored})
+        kept_answers = {prompt.question: answers[prompt.question] for prompt in prompts if prompt.question in answers}
+        return cls(
+            tuple(prompts),
+            kept_answers,
+            {question: ids for question, ids in kept_answers.items() if question not in stored},
+        )
 
 
 @dataclass

@@ -116,8 +116,8 @@ class ChainRecord:
         """
         try:
             content = json.loads(raw.decode("utf-8"))
-            own = content.pop("sha256")
-            sound = own == _hash(content) and raw == _render({**content, "sha256": own})
+            recorded = content.pop("sha256")
+            sound = recorded == _hash(content) and raw == _render({**content, "sha256": recorded})
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:

@@ -220,7 +220,7 @@ def log(folder: Folder) -> None:
 def _table(batches: list[dict[str, Any]]) -> None:
     table = Table("batch", "time", "requests", "largest update/weight", "kB", "ids")
     for batch in batches:
-        some = ", ".join(batch["ids"][:3]) + (", ..." if len(batch["ids"]) > 3 else "")
+        listed = ", ".join(batch["ids"][:3]) + (", ..." if len(batch["ids"]) > 3 else "")
         numbers = (str(batch["number"]), batch["time"], str(len(batch["ids"])), f"{batch['ratio']:.2g}")
-        table.add_row(*numbers, f"{batch['bytes'] / 1e3:.0f}", some)
+        table.add_row(*numbers, f"{batch['bytes'] / 1e3:.0f}", listed)
     out.print(table)

@@ -200,8 +200,8 @@ class Trained(Method):
             raise ConfigError(f'{where}: {name} has nothing to search for; remove "search"')
 
     def identity(self) -> dict[str, Any]:
-        own = {key: value for key, value in self.how.to_dict().items() if key not in ("stats_dir", "corpus")}
-        return {"settings": own, **_searching(self.budget, self.general)}
+        settings = {key: value for key, value in self.how.to_dict().items() if key not in ("stats_dir", "corpus")}
+        return {"settings": settings, **_searching(self.budget, self.general)}
 
     def check_draft(self, draft: Workbench, task: Task | None) -> None:
         if task is not None:

@@ -32,13 +32,13 @@ def collect(
     families = {method.label: method.family for method in config.methods}
     described = {}
     for name, about in sets.items():
-        own = [cell for cell in entries if cell["set"] == name]
+        set_cells = [cell for cell in entries if cell["set"] == name]
         summaries = [
-            summary(label, families[label], [c for c in own if c["method"] == label])
-            for label in dict.fromkeys(cell["method"] for cell in own)
+            summary(label, families[label], [c for c in set_cells if c["method"] == label])
+            for label in dict.fromkeys(cell["method"] for cell in set_cells)
         ]
         mark_front(summaries)
-        described[name] = {**about, "measures": _measures(own), "methods": summaries}
+        described[name] = {**about, "measures": _measures(set_cells), "methods": summaries}
     return {
         "format": FORMAT,
         "editlib": library_version(),
@@ -222,10 +222,10 @@ def _ability(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 rows.setdefault(f"{row['task']} {row['metric']}", []).append(row)
     return {
         name: {
-            "value": mean(row["value"] for row in some),
-            "stderr": mean(row.get("stderr") for row in some),
-            "base": some[0].get("base"),
-            "higher_is_better": some[0].get("higher_is_better") is not False,
+            "value": mean(row["value"] for row in scores),
+            "stderr": mean(row.get("stderr") for row in scores),
+            "base": scores[0].get("base"),
+            "higher_is_better": scores[0].get("higher_is_better") is not False,
         }
-        for name, some in rows.items()
+        for name, scores in rows.items()
     }

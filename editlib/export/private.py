@@ -57,10 +57,10 @@ def private_receipt(
         RequestError: `requests` are not those of the receipt.
     """
     check_asked(receipt, requests)
-    own = {request.id: _mac(salt, request.id) for request in requests}
+    keys = {request.id: _mac(salt, request.id) for request in requests}
 
     def hashed(name: str, field: str, text: str) -> str:
-        key = own[name] if name in own else _mac(salt, name)
+        key = keys[name] if name in keys else _mac(salt, name)
         return _mac(key, json.dumps([field, text])).hex()
 
     words = _words(requests)
@@ -93,7 +93,7 @@ def private_receipt(
         "requests_sha256": receipt["requests_sha256"],
         "requests": {
             hashed(request.id, "id", request.id): {
-                "key": own[request.id].hex(), "id": request.id, **_told(request)
+                "key": keys[request.id].hex(), "id": request.id, **_told(request)
             }
             for request in requests
         },
@@ -121,7 +121,7 @@ def _when(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _left_out(receipt: Mapping[str, Any]) -> dict[str, int]:
     """Counts the unusable rows of the request files, without file names, which may reveal something."""
     rows = (receipt.get("left_out") or {}).values()
-    return {"left_out": sum(len(some) for some in rows if isinstance(some, list))} if rows else {}
+    return {"left_out": sum(len(listed) for listed in rows if isinstance(listed, list))} if rows else {}
 
 
 def _words(requests: Sequence[EditRequest]) -> set[str]:

@@ -57,25 +57,25 @@ class Facts(Benchmark):
 
     def __init__(self, settings: SetSettings, where: str, **loading: Any) -> None:
         super().__init__(settings, where, **loading)
-        own = self.settings
-        if (own.forget is None) == (own.requests is None):
+        config = self.settings
+        if (config.forget is None) == (config.requests is None):
             raise ConfigError(f'{where}: expected "forget", a number, or "requests", a file; give one of the two')
-        if own.requests is None and (own.retain or own.watch):
+        if config.requests is None and (config.retain or config.watch):
             raise ConfigError(f'{where}: "retain" and "watch" go with "requests", not with "forget"; remove them')
-        if own.requests is not None and own.relations is not None:
+        if config.requests is not None and config.relations is not None:
             raise ConfigError(f'{where}: "relations" goes with "forget", not with "requests"; remove it')
         known = sorted({fact.relation or "" for fact in data.facts()} - {*ANCHORED, *HELD_OUT})
-        for relation in own.relations or ():
+        for relation in config.relations or ():
             if relation not in known:
                 raise ConfigError(f'{where}: relation "{relation}": expected some of {", ".join(known)}')
-        chosen = own.relations or RELATIONS
+        chosen = config.relations or RELATIONS
         count = sum(fact.relation in chosen for fact in data.facts())
-        if own.forget is not None and 2 * own.forget > count:
+        if config.forget is not None and 2 * config.forget > count:
             raise ConfigError(
-                f'{where}: key "forget": {own.forget}; expected at most {count // 2}, half of the {count} facts of '
+                f'{where}: key "forget": {config.forget}; expected at most {count // 2}, half of the {count} facts of '
                 "these relations, so that others remain to be held out; forget fewer"
             )
-        self._given = None if own.requests is None else self._files(own)
+        self._given = None if config.requests is None else self._files(config)
 
     @property
     def planned(self) -> Task | None:
@@ -94,27 +94,31 @@ class Facts(Benchmark):
         made.complete()
         return made
 
-    def _files(self, own: FactsSettings) -> FactSplit:
-        forget = read_requests(own.requests or "", skip_bad=own.skip_bad, left_out=self.left_out)
+    def _files(self, config: FactsSettings) -> FactSplit:
+        forget = read_requests(config.requests or "", skip_bad=config.skip_bad, left_out=self.left_out)
         for request in forget:
             if request.answer is None:
-                raise RequestError(f'{own.requests}: request {request.id} has no "answer"; scoring needs it; add one')
-        if own.retain is None:
+                raise RequestError(
+                    f'{config.requests}: request {request.id} has no "answer"; scoring needs it; add one'
+                )
+        if config.retain is None:
             kept = data.retain_prompts(forget)
             held, held_out = kept[::2], [*kept[1::2], *data.general("test")]
         else:
-            kept = read_requests(own.retain, skip_bad=own.skip_bad, left_out=self.left_out)
-            random.Random(own.seed).shuffle(kept)
-            held, held_out = (kept, []) if own.watch else (kept[::2], kept[1::2])
-        if own.watch is not None:
-            held_out = read_requests(own.watch, skip_bad=own.skip_bad, left_out=self.left_out)
+            kept = read_requests(config.retain, skip_bad=config.skip_bad, left_out=self.left_out)
+            random.Random(config.seed).shuffle(kept)
+            held, held_out = (kept, []) if config.watch else (kept[::2], kept[1::2])
+        if config.watch is not None:
+            held_out = read_requests(config.watch, skip_bad=config.skip_bad, left_out=self.left_out)
         return FactSplit(forget, held, held_out)
 
     def _split(self, base: Base, before: AnswerCache) -> FactSplit:
         """Picks `forget` facts over all relations, each in proportion to its number of facts that the model knows."""
-        own = self.settings
+        config = self.settings
         try:
-            return split_in_proportion(base.bench, before, own.forget or 0, own.seed, own.relations or RELATIONS)
+            return split_in_proportion(
+                base.bench, before, config.forget or 0, config.seed, config.relations or RELATIONS
+            )
         except RequestError as error:
             raise RequestError(f"{self.where}: {error}") from None
         finally:

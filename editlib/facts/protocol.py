@@ -76,7 +76,7 @@ class FactsProtocol:
         if before_file is not None:
             check_answers_file(before_file)
         given = data.retain_prompts(requests) + data.general("test")
-        rows = {name: list(some) for name, some in (left_out or {}).items()}
+        rows = {name: list(bad_rows) for name, bad_rows in (left_out or {}).items()}
         retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad, left_out=rows)
         documents: Iterable[str] = () if text is None else load_corpus(text).documents
         return cls(

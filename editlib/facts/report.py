@@ -78,11 +78,11 @@ def _plots(metrics: Mapping[str, Any]) -> str:
 
 def _answers(items: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Yields a section for each kind of question, failures first, otherwise in the order of the file."""
-    own = {kind: title for title, kinds in SECTIONS.items() for kind in kinds}
+    section_of = {kind: title for title, kinds in SECTIONS.items() for kind in kinds}
     sections: dict[str, list[Mapping[str, Any]]] = {title: [] for title in SECTIONS}
     last = [*SECTIONS][-1]
     for item in items:
-        sections[own.get(str(item.get("kind")), last)].append(item)
+        sections[section_of.get(str(item.get("kind")), last)].append(item)
     for title, asked in sections.items():
         if not asked:
             continue

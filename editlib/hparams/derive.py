@@ -163,8 +163,8 @@ def _copied(cls: type[HyperParams], reference: HyperParams) -> dict[str, Any]:
 
     A variant's own fields keep their published defaults. Module templates are left out: they are found in the model.
     """
-    own = vars(cls).get("__annotations__", {}) if type(reference) is not cls else {}
-    skip: Callable[[str], bool] = lambda key: key in own or key.endswith("_tmp")  # noqa: E731
+    variant_keys = vars(cls).get("__annotations__", {}) if type(reference) is not cls else {}
+    skip: Callable[[str], bool] = lambda key: key in variant_keys or key.endswith("_tmp")  # noqa: E731
     known = {item.name for item in fields(cls)}
     return {key: value for key, value in reference.to_dict().items() if key in known and not skip(key)}
 

@@ -95,8 +95,8 @@ def known_as(shape: ModelShape) -> str | None:
     Among several, the one whose name is part of the model's name, else the first.
     """
     fitting = [name for name, other in KNOWN.items() if shape.same_form(other)]
-    own = _plain(shape.name)
-    return next((name for name in fitting if _plain(name) in own), fitting[0] if fitting else None)
+    plain_name = _plain(shape.name)
+    return next((name for name in fitting if _plain(name) in plain_name), fitting[0] if fitting else None)
 
 
 def _plain(name: str) -> str:

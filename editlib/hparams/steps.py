@@ -51,12 +51,12 @@ def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
     """Returns scaled numbers and moved margins; those of values come before those of the solve."""
     if hparams.values_from_rows:
         margins = [*ROW_MARGINS, *(SAY_MARGINS if hparams.refuses else ())]
-        own = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]
+        moved = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]
         scaled = _scaled(hparams, {"left_weight": LEFT_FACTOR})
-        own += [*scaled, {"left_weight": 0.0}] if scaled else [{"left_weight": LEFT_WEIGHT}]
+        moved += [*scaled, {"left_weight": 0.0}] if scaled else [{"left_weight": LEFT_WEIGHT}]
     else:
-        own = _scaled(hparams, DESCENT_SCALES)
-    return own + _scaled(hparams, SCALES)
+        moved = _scaled(hparams, DESCENT_SCALES)
+    return moved + _scaled(hparams, SCALES)
 
 
 def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, Any]]:

@@ -49,11 +49,11 @@ def _extras() -> list[tuple[str, str, str]]:
     except PackageNotFoundError:  # a source tree on the path
         return []
     packages: dict[str, list[str]] = {}
-    for one in wanted:
-        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
-            names = [name for name in _extra_names() if one.marker.evaluate({"extra": name})]
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            names = [name for name in _extra_names() if requirement.marker.evaluate({"extra": name})]
             for name in names:
-                packages.setdefault(name, []).append(one.name)
+                packages.setdefault(name, []).append(requirement.name)
     lines = []
     for extra, members in packages.items():
         missing = [name for name in members if _installed(name) is None]

@@ -279,15 +279,15 @@ def measure(
     """Measures how well a model knows a sample of `pairs`: the probability of the answers (teacher-forced) and ROUGE-L
     recall of the generated ones; and perplexity on held-out text if the training used the other part of that text."""
     tok = form.tok
-    some = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
-    read = read_answers(anat, form, [pair.question for pair in some], [pair.answer or "" for pair in some])
-    said = greedy(anat, [form.encode(pair.question) for pair in some], max_new_tokens=CHECKED_TOKENS)
+    sampled = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
+    read = read_answers(anat, form, [pair.question for pair in sampled], [pair.answer or "" for pair in sampled])
+    said = greedy(anat, [form.encode(pair.question) for pair in sampled], max_new_tokens=CHECKED_TOKENS)
     texts = answer_texts(form, said)
     windows = text_windows(tok, load_corpus("wiki-sample:heldout").documents) if text == "wiki-sample" else []
     return {
         "probability": probability([answer.mean for answer in read], on="retain").agg_value,
-        "rouge_l_recall": rouge_l_recall(texts, [pair.answer or "" for pair in some], on="retain").agg_value,
-        "asked": len(some),
+        "rouge_l_recall": rouge_l_recall(texts, [pair.answer or "" for pair in sampled], on="retain").agg_value,
+        "asked": len(sampled),
         "perplexity": perplexity(anat, windows) if windows else None,
     }
 
@@ -301,10 +301,10 @@ def _kept(
     rows = [form.encode(prompt.question) for prompt in data.without_overlap(data.general("anchor"), pairs)]
     said = greedy(anat, rows, max_new_tokens=SELF_TOKENS)
     end = form.end_ids(end_tokens(anat))
-    own = [
+    answered_rows = [
         row.followed_by((*ids, *(end if len(ids) < SELF_TOKENS else ()))) for row, ids in zip(rows, said, strict=True)
     ]
-    parts = [_share("own answers", own, settings)]
+    parts = [_share("own answers", answered_rows, settings)]
     if settings.text is not None:
         texts = list(text_rows(tok, load_corpus(settings.text).documents, TEXT_TOKENS))
         random.Random(seed).shuffle(texts)

@@ -53,7 +53,7 @@ class TokenizedText:
     def shared(self, other: TokenizedText) -> int:
         """Counts the leading tokens that both texts have in common."""
         pairs = enumerate(zip(self.ids, other.ids, strict=False))
-        return next((i for i, (own, its) in pairs if own != its), min(len(self.ids), len(other.ids)))
+        return next((i for i, (mine, its) in pairs if mine != its), min(len(self.ids), len(other.ids)))
 
 
 def last_token(tokenized: TokenizedText, start: int, end: int) -> int:

@@ -113,8 +113,8 @@ class PromptSettings:
         Raises:
             RequestError: an invalid value.
         """
-        own = {name: value for name, value in values.items() if name in NAMES}
-        return cls(**own, arguments={name: value for name, value in values.items() if name not in NAMES})
+        known = {name: value for name, value in values.items() if name in NAMES}
+        return cls(**known, arguments={name: value for name, value in values.items() if name not in NAMES})
 
     def key(self, of: str) -> str:
         """Returns the key that answers of `of` are stored under: `of` itself for default settings, else with their

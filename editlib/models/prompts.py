@@ -267,7 +267,7 @@ class PromptFormat:
         # own prompt or a neutral text, since a space added by the tokenizer does not belong there.
         fronts = [self.render(WORD)] if self.uses_chat or text[:1].isspace() else [self.render(question), *_NEUTRAL]
         for front in fronts:
-            before, both = (TokenizedText.of(self.tok, some).ids for some in (front, front + text))
+            before, both = (TokenizedText.of(self.tok, encoded).ids for encoded in (front, front + text))
             if both[: len(before)] == before:  # no token crosses the boundary: the rest is the answer
                 return both[len(before) :]
         return TokenizedText.of(self.tok, text).ids

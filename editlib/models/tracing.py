@@ -154,13 +154,13 @@ def bypass(layers: tuple[nn.Module, ...], hidden: Tensor, *, width: int = 0) -> 
         return output
 
     # An instance attribute hides the class's method; accelerate may have set one already, which is restored.
-    own = [vars(layer).get("forward") for layer in layers]
+    originals = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = skipped
     try:
         yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, forward in zip(layers, originals, strict=True):
             if forward is None:
                 del layer.forward
             else:

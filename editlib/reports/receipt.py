@@ -235,9 +235,11 @@ def _head(first: str, *, numbers: Sequence[str], texts: Sequence[str] = ()) -> s
 
 
 def _details(receipt: Mapping[str, Any]) -> Iterator[str]:
-    own = {"requests", "asked", "metrics", "private", "revoked"}
-    inner = {name: value for name, value in receipt.items() if isinstance(value, Mapping) and name not in own}
-    single = {name: value for name, value in receipt.items() if name not in inner and name not in own}
+    shown_elsewhere = {"requests", "asked", "metrics", "private", "revoked"}
+    inner = {
+        name: value for name, value in receipt.items() if isinstance(value, Mapping) and name not in shown_elsewhere
+    }
+    single = {name: value for name, value in receipt.items() if name not in inner and name not in shown_elsewhere}
     return groups({"edit": single, **inner})
 
 

@@ -130,8 +130,8 @@ def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int)
     for layer in list(sums.sums):
         total = sums.sums.pop(layer)
         mirror(total)
-        own = replace(header, module=anat.mlp_output_names[layer], tokens=sums.tokens, documents=documents)
-        done[layer] = LayerStats(total.to(torch.float32), sums.tokens, documents, own)
+        layer_header = replace(header, module=anat.mlp_output_names[layer], tokens=sums.tokens, documents=documents)
+        done[layer] = LayerStats(total.to(torch.float32), sums.tokens, documents, layer_header)
     return done
 
 

@@ -80,10 +80,10 @@ def save_stats(stats_dir: Path, stats: LayerStats) -> Path:
     `<corpus>@<hash of its weights>_stats`."""
     assert stats.header is not None
     path = stats_path(stats_dir, stats.header)
-    own = stats.header.model_sha256
+    sha256 = stats.header.model_sha256
     with contextlib.suppress(StatsError):  # a damaged file is replaced
-        if own and path.exists() and not _made_from(path, own):
-            path = path.parents[1] / f"{stats.header.corpus}@{own[:12]}_stats" / path.name
+        if sha256 and path.exists() and not _made_from(path, sha256):
+            path = path.parents[1] / f"{stats.header.corpus}@{sha256[:12]}_stats" / path.name
     if path.exists():
         log.info("%s is replaced", path)
     write_stats(path, stats)

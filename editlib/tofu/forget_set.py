@@ -74,17 +74,17 @@ class Tofu(Benchmark):
 
     def __init__(self, settings: SetSettings, where: str, **loading: Any) -> None:
         super().__init__(settings, where, **loading)
-        own = self.settings
-        check_scoring(Judges(own.encoder, own.classifier), own.reference)
-        learned = None if own.learned is None else questions_in(own.learned, skip_bad=own.skip_bad)
-        sets = read_tofu(own.source, own.forget, learned=learned, skip_bad=own.skip_bad)
+        config = self.settings
+        check_scoring(Judges(config.encoder, config.classifier), config.reference)
+        learned = None if config.learned is None else questions_in(config.learned, skip_bad=config.skip_bad)
+        sets = read_tofu(config.source, config.forget, learned=learned, skip_bad=config.skip_bad)
         self.left_out = {name: list(rows) for name, rows in sets.left_out.items()}
-        self.sets = apart(sets.limited(own.limit, own.seed), own.seed)
+        self.sets = apart(sets.limited(config.limit, config.seed), config.seed)
         self._only: Mapping[str, MetricResult] | None = None
-        if own.reference is not None:
+        if config.reference is not None:
             check_wrong_answers(self.sets)
-        if own.reference is not None and Path(own.reference).is_file():
-            self._only = reference_results(Path(own.reference), self.sets)
+        if config.reference is not None and Path(config.reference).is_file():
+            self._only = reference_results(Path(config.reference), self.sets)
 
     @property
     def planned(self) -> Task | None:
@@ -96,15 +96,15 @@ class Tofu(Benchmark):
 
     def make(self, base: Base) -> TofuSet:
         base.folder.mkdir(parents=True, exist_ok=True)
-        own = self.settings
-        judges = Judges(own.encoder, own.classifier)
+        config = self.settings
+        judges = Judges(config.encoder, config.classifier)
         known = KeptReadings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
         read(
             base.loaded,
             self.sets,
             known.found,
-            max_new_tokens=own.max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             how=base.bench.prompts,
             progress=label,
         )
@@ -112,16 +112,16 @@ class Tofu(Benchmark):
         answers = {probe.question: reading.tokens for probe, reading in known.found.items()}
         before = AnswerCache(base.bench.sha256, answers)
         return TofuSet(
-            base, self.sets.forget, self.sets.retain, before, self.sets, known.found, own, judges,
+            base, self.sets.forget, self.sets.retain, before, self.sets, known.found, config, judges,
             self._reference(base), fewshot_pool=self.sets.retain,
         )  # fmt: skip
 
     def _reference(self, base: Base) -> Mapping[str, MetricResult] | None:
         """Returns the retain-only model's results on the questions to forget: measured once, and saved."""
-        own = self.settings
-        if self._only is not None or own.reference is None:
+        config = self.settings
+        if self._only is not None or config.reference is None:
             return self._only
-        model, tok = load(own.reference, dtype=self.dtype, device_map=self.device_map)
+        model, tok = load(config.reference, dtype=self.dtype, device_map=self.device_map)
         path = base.folder / f"reference-{weights_sha256(model)[:24]}.json"
         try:
             self._only = read_results(path)
@@ -186,7 +186,7 @@ class TofuSet(ForgetSet):
     only: Mapping[str, MetricResult] | None
 
     def identity(self) -> dict[str, Any]:
-        own, only = self.settings, None
+        config, only = self.settings, None
         if self.only is not None:
             only = digest({"ratios": [dict(item) for item in self.only[RATIOS].value_by_index.values()]})
         return {
@@ -195,7 +195,7 @@ class TofuSet(ForgetSet):
             "told": requests_hash(self.fewshot_pool),
             "probes": digest({name: [asdict(probe) for probe in probes] for name, probes in self.sets.probes.items()}),
             "reference": only,
-            "asked": [own.max_new_tokens, own.encoder, own.classifier],
+            "asked": [config.max_new_tokens, config.encoder, config.classifier],
         }
 
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
@@ -231,7 +231,7 @@ class TofuSet(ForgetSet):
         for name, probes in self.sets.probes.items():
             metric = f"{name}_generated_rouge_l_recall"
             for i, probe in enumerate(probes):
-                then, now = (told[metric].value_by_index[str(i)]["rougeL_recall"] for told in (before, results))
+                then, now = (side[metric].value_by_index[str(i)]["rougeL_recall"] for side in (before, results))
                 item: dict[str, Any] = {
                     "id": probe.id,
                     "kind": name,

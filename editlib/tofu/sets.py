@@ -129,11 +129,11 @@ def read_tofu(
     if forget not in FORGET:
         raise RequestError(f"{forget!r} is not a forget set of TOFU; expected one of {', '.join(FORGET)}")
     place = _Place(HUB if source is None else source, skip_bad=skip_bad)
-    own = dict(subjects or {})
-    asked, subjects_of = _questions(place, forget, own)
-    others = _rest(place, forget, {request.question for request in asked}, own)
-    if own:
-        raise RequestError(f"subjects: {next(iter(own))!r} is not a question of TOFU; fix the mapping")
+    given = dict(subjects or {})
+    asked, subjects_of = _questions(place, forget, given)
+    others = _rest(place, forget, {request.question for request in asked}, given)
+    if given:
+        raise RequestError(f"subjects: {next(iter(given))!r} is not a question of TOFU; fix the mapping")
     known = set(learned) if learned is not None else {request.question for request in (*asked, *others)}
     unlearned = {"forget": len(asked), "retain": len(others)}
     kept = [i for i, request in enumerate(asked) if request.question in known]
@@ -191,9 +191,9 @@ def _questions(place: _Place, name: str, own: dict[str, str]) -> tuple[list[Edit
     pairs = read_questions(path, subjects=given, skip_bad=skip_bad, left_out=place.left_out)
     if missing := [request for request, _ in pairs if request.answer is None]:
         complaint = 'field "answer": missing; expected the true answer; add it'
-        bad = [(FileRow(_place_of(request, path), None), complaint) for request in missing]
+        unusable = [(FileRow(_place_of(request, path), None), complaint) for request in missing]
         pairs = [(request, subject) for request, subject in pairs if request.answer is not None]
-        place.report(path, bad, len(pairs) + len(bad), any_left=bool(pairs))
+        place.report(path, unusable, len(pairs) + len(unusable), any_left=bool(pairs))
     tell_subjects(path.name, pairs)
     return [request for request, _ in pairs], [subject for _, subject in pairs]
 
@@ -289,14 +289,14 @@ class _Place:
         if path is None:
             return {}
         by_pair: dict[Pair, dict[str, Any]] = {}
-        bad: list[tuple[FileRow, str]] = []
+        unusable: list[tuple[FileRow, str]] = []
         rows = list(file_rows(path))
         for row in rows:
             if complaint := row.complaint or _perturbed_complaint(row.value):
-                bad.append((row, complaint))
+                unusable.append((row, complaint))
             else:
                 by_pair[row.value["question"], row.value["answer"]] = row.value
-        self.report(path, bad, len(rows), any_left=bool(by_pair))
+        self.report(path, unusable, len(rows), any_left=bool(by_pair))
         return by_pair
 
     def report(self, path: Path, bad: Sequence[tuple[FileRow, str]], rows: int, *, any_left: bool) -> None:

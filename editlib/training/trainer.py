@@ -113,12 +113,12 @@ def _step(
     for part in parts:
         numbers = part.batch(step, settings.batch_size, settings.seed)
         loss = 0.0
-        for some, value in _losses(anat, part, numbers, dtype):
+        for indices, value in _losses(anat, part, numbers, dtype):
             if not torch.isfinite(value):
                 raise EditError(f"the loss ({part.name}) is not finite in step {step + 1}; lower the learning rate")
             (part.weight * value).backward()
             loss += float(value.detach())
-            result.tokens += sum(len(row) for i in some for row in part.items[i])
+            result.tokens += sum(len(row) for i in indices for row in part.items[i])
         result.parts[part.name].append(loss)
         whole += part.weight * loss
     result.losses.append(whole)
@@ -131,9 +131,9 @@ def _losses(
     """Yields the items of each pass and its term in the batch's mean."""
     learned = sum(row.extra for i in numbers for row in part.items[i])
     divisor = learned if part.per == "token" else len(numbers)
-    for some in passes(part.items, numbers, tokens=PASS_TOKENS, learned=PASS_LEARNED):
-        reading = read(anat, [part.items[i] for i in some], some, layer=part.layer, dtype=dtype)
-        yield some, part.loss(reading).sum() / divisor
+    for indices in passes(part.items, numbers, tokens=PASS_TOKENS, learned=PASS_LEARNED):
+        reading = read(anat, [part.items[i] for i in indices], indices, layer=part.layer, dtype=dtype)
+        yield indices, part.loss(reading).sum() / divisor
 
 
 def mean_loss(anat: Anatomy, part: Part, settings: TrainSettings | None = None) -> float:

@@ -36,11 +36,11 @@ def drill_down(about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> 
     brought = _brought_back(shown)
     unedited = [label for label, cell in shown.items() if cell["family"] == "none"]
     for kind, title in _kinds(about, asked).items():
-        own = {question: by for (its, question), by in asked.items() if its == kind}
+        of_kind = {question: by for (its, question), by in asked.items() if its == kind}
         opened = " open" if kind == next(iter(about["kinds"]), None) else ""
-        yield f'<details class="kind"{opened}><summary>{escape(title)} <span>{len(own)}</span></summary>'
+        yield f'<details class="kind"{opened}><summary>{escape(title)} <span>{len(of_kind)}</span></summary>'
         forgetting = kind in about["to_forget"]
-        for question, by in own.items():
+        for question, by in of_kind.items():
             yield from _item(kind, question, by, numbers, brought if kind == "request" else {}, forgetting, unedited)
         yield "</details>"
 

@@ -70,7 +70,7 @@ def worst_attack(summary: Mapping[str, Any]) -> tuple[str, float] | None:
     known = {name: rate for name, rate in rates.items() if rate is not None}
     if not known:
         return None
-    name = max(known, key=lambda one: known[one])
+    name = max(known, key=lambda name_of: known[name_of])
     return name, known[name]
 
 
