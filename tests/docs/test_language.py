@@ -51,13 +51,17 @@ PRIVATE = {
 """A regular expression for each turn of phrase, and what to write instead."""
 
 
+ANY = re.compile("|".join(f"(?:{pattern})" for pattern in PRIVATE), re.IGNORECASE)
+
+
 def found(text: str) -> list[str]:
     """The turns of phrase in a text, with some words around each, and what to write instead."""
     flat = " ".join(text.split())
-    hits = [
-        (match, instead) for pattern, instead in PRIVATE.items() for match in re.finditer(pattern, flat, re.IGNORECASE)
-    ]
-    return [f"...{flat[max(0, hit.start() - 40) : hit.end() + 40]}... -> {instead}" for hit, instead in hits]
+    hits = []
+    for hit in ANY.finditer(flat):
+        instead = next(words for pattern, words in PRIVATE.items() if re.search(pattern, hit[0], re.IGNORECASE))
+        hits.append(f"...{flat[max(0, hit.start() - 40) : hit.end() + 40]}... -> {instead}")
+    return hits
 
 
 def prose_of(path: Path) -> list[str]:
