@@ -1,4 +1,4 @@
-"""Share one job among several processes, as started by `torchrun`: split the work, add up sums, share errors."""
+"""Split one job among several processes, as started by `torchrun`: share the work, add up sums, share errors."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # the token's package imports this module
     from editlib.algorithms.unierase.token import UnlearningToken
+    from editlib.hparams import HyperParams
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class EditState:
     totals: dict[int, LowRank] = field(default_factory=dict)  # PRUNE: the updates so far, not pruned, by layer
     bases: dict[int, Tensor] = field(default_factory=dict)  # PRUNE: the weights before all of them, [d_model, d_ff]
     opened: frozenset[str] = frozenset()  # UniErase: relations that the answer gate is open for
+    neurons: frozenset[int] = frozenset()  # UniErase: neurons that earlier edits have written
 
     def past_block(self, layer: int, like: Tensor) -> Tensor:
         """Returns the past keys of `layer`, `[d_ff, m]`, in the dtype and on the device of `like [d_ff, ...]`."""
@@ -64,8 +66,8 @@ class EditState:
 class EditResult:
     """Holds the result of an edit, with the data to undo it, to replay it and to continue after it."""
 
-    deltas: dict[int, LowRank]  # the update of each layer
-    originals: dict[int, Tensor]  # the weights before, [d_model, d_ff] each
+    deltas: dict[int, LowRank]  # the update of each matrix, by its number (`Anatomy.matrix_names`)
+    originals: dict[int, Tensor]  # these matrices before, [outputs, inputs] each
     diagnostics: list[dict[str, Any]] = field(default_factory=list)  # one dict per request
     norms: dict[int, dict[str, float]] = field(default_factory=dict)  # `layer_norms`, one dict per layer
     timings: dict[str, float] = field(default_factory=dict)  # seconds by name of the step
@@ -75,6 +77,7 @@ class EditResult:
     keys: dict[int, Tensor] = field(default_factory=dict)  # of the requests, `[d_ff, n]` by layer
     token: UnlearningToken | None = None  # the unlearning token, generated in the answers' place
     token_ids: list[int] = field(default_factory=list)  # the tokens that were fitted to the edited model
+    neurons: tuple[int, ...] = ()  # written whole, in the order of the subjects
 
     def revert(self, model: PreTrainedModel) -> None:
         """Restores the edited matrices of `model` bit for bit. Added tokens stay in the vocabulary, but are never
@@ -82,6 +85,12 @@ class EditResult:
         anat = anatomy(model)
         restore(anat, self.originals)
         silence(anat, self.token_ids)
+
+
+def edited_matrices(anat: Anatomy, hparams: HyperParams) -> list[int]:
+    """Returns the numbers of all matrices that an edit with these settings may change (`Anatomy.matrix_names`)."""
+    inputs = [number for layer in hparams.neuron_layers for number in anat.input_numbers(layer)]
+    return [*hparams.edited_layers, *inputs]
 
 
 def restore(anat: Anatomy, originals: Mapping[int, Tensor]) -> None:

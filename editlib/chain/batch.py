@@ -47,6 +47,7 @@ class Batch:
     anchors: tuple[str, ...]
     answers: Mapping[str, Sequence[int]]
     token: UnlearningToken | None = None  # fitted to the model after this batch
+    neurons: tuple[int, ...] = ()  # written whole by this batch
 
     @classmethod
     def of(
@@ -66,6 +67,7 @@ class Batch:
             result.anchors,
             answers,
             result.token if result.token_ids else None,
+            result.neurons,
         )
 
     def to_bytes(self) -> bytes:
@@ -76,6 +78,7 @@ class Batch:
             "values": {name: getattr(self.values, name) for name in ("steps", "nll", "relative_norm")},
             "relations": gate,
             "marks": list(self.values.marks),
+            "neurons": list(self.neurons),
             "anchors": list(self.anchors),
             "answers": {question: list(ids) for question, ids in self.answers.items()},
         }
@@ -124,6 +127,7 @@ class Batch:
                 tuple(notes["anchors"]),
                 notes["answers"],
                 _token(tensors, notes),
+                tuple(notes.get("neurons", [])),  # not in files of earlier versions
             )
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             said = first_line(error)

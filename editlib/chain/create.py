@@ -8,6 +8,7 @@ from typing import Any
 
 from editlib import data, editing
 from editlib.algorithms.contexts import context_templates
+from editlib.algorithms.edit import edited_matrices
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.chain.record import FORMAT, ChainRecord, sha256
 from editlib.chain.state import digest
@@ -80,7 +81,7 @@ def start(
         )
     editing.check_settings(bench, hparams)
     anat = bench.anat
-    layers = {str(layer): digest(anat.weight(layer)) for layer in hparams.edited_layers}
+    layers = {str(layer): digest(anat.weight(layer)) for layer in edited_matrices(anat, hparams)}
     tokens = stats_tokens or (STATS_TOKENS if hparams.has_target else STATS_TOKENS_UNLEARN)
     inputs = editing.load_inputs(bench, hparams, token=token, corpus=corpus, stats_tokens=tokens, seed=seed)
     chat = bool(chat) if hparams.has_target else chat

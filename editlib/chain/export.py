@@ -128,7 +128,7 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
         "anchors": list(anchors),
         "stats_sha256": stats_hash({int(layer): item["sha256"] for layer, item in record.statistics.items()}),
         "stats": {layer: item["path"] for layer, item in record.statistics.items()},
-        "layers": {str(layer): item for layer, item in sorted(norms.items())},
+        "layers": {str(layer): norms[layer] for layer in sorted(record.settings.edited_layers) if layer in norms},
         "result_sha256": weights_sha256(chain.model),
         **asked_as(chain.tok, record.asking, chain.requests),
         **({"left_out": left_out} if left_out else {}),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from editlib.algorithms.edit import EditState
+from editlib.algorithms.edit import EditState, edited_matrices
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.memit import restrained
 from editlib.algorithms.past_keys import PastKeys
@@ -36,6 +36,7 @@ class ChainState:
         factors: PRUNE only: the same sums as factors, as long as their rank is below `d_model`.
         past: keys of all earlier requests by layer.
         opened: relations for which UniErase's gate is open.
+        neurons: neurons that UniErase has written.
     """
 
     base: Mapping[int, Tensor]
@@ -44,6 +45,7 @@ class ChainState:
     factors: Mapping[int, LowRank] = field(default_factory=dict)
     past: Mapping[int, PastKeys] = field(default_factory=dict)
     opened: frozenset[str] = frozenset()
+    neurons: frozenset[int] = frozenset()
 
     @classmethod
     def start(cls, anat: Anatomy, hparams: HyperParams, wanted: Mapping[str, str]) -> ChainState:
@@ -55,7 +57,7 @@ class ChainState:
         Raises:
             ChainError: a weight does not have its hash.
         """
-        base = {layer: anat.weight(layer).detach().cpu().clone() for layer in hparams.edited_layers}
+        base = {layer: anat.weight(layer).detach().cpu().clone() for layer in edited_matrices(anat, hparams)}
         for layer, weight in base.items():
             if digest(weight) != wanted.get(str(layer)):
                 raise ChainError(
@@ -77,7 +79,8 @@ class ChainState:
         for layer, keys in batch.keys.items():
             past[layer] = past.get(layer, PastKeys.none(len(keys))).with_keys(keys)
         opened = self.opened | relations_of(batch.values.gate)
-        return replace(self, sums=sums, factors=factors, past=past, opened=opened)
+        neurons = self.neurons.union(batch.neurons)
+        return replace(self, sums=sums, factors=factors, past=past, opened=opened, neurons=neurons)
 
     def weights(self) -> dict[int, Tensor]:
         """Returns the weights by layer, `[d_model, d_ff]`, in the base model's dtype.
@@ -115,7 +118,7 @@ class ChainState:
             device = anat.weight(layer).device
             factors[layer] = LowRank(total.left.to(device), total.right.to(device))
         bases = {layer: self.base[layer].to(anat.weight(layer).device) for layer in factors}
-        return EditState(dict(self.past), tuple(templates), factors, bases, self.opened)
+        return EditState(dict(self.past), tuple(templates), factors, bases, self.opened, self.neurons)
 
 
 def digest(weight: Tensor) -> str:

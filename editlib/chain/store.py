@@ -180,7 +180,7 @@ def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
         "created": record.created,
         "base": {key: record.base[key] for key in ("name", "sha256", "dtype")},
         "algorithm": record.algorithm,
-        "layers": sorted(int(layer) for layer in record.base["layers"]),
+        "layers": sorted(record.settings.edited_layers),
         "seed": record.seed,
         "requests": len(record.ids),
         "bytes": sum(batch["bytes"] for batch in batches),

@@ -176,8 +176,8 @@ def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:
 def _norms_table(result: Any, receipt: dict[str, Any]) -> None:
     """Shows the size of an edit and its cost."""
     table = Table("layer", "|update|", "|weight|", "ratio")
-    for layer, norms in result.norms.items():
-        table.add_row(str(layer), f"{norms['update']:.2f}", f"{norms['weight']:.2f}", f"{norms['ratio']:.3f}")
+    for layer, norms in receipt["layers"].items():
+        table.add_row(layer, f"{norms['update']:.2f}", f"{norms['weight']:.2f}", f"{norms['ratio']:.3f}")
     out.print(table)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in receipt["timings"].items())
     held = f", {len(result.anchors)} anchors" if result.anchors else ""

@@ -1,4 +1,4 @@
-"""Share parts of the commands: options, the console, a loaded model."""
+"""Hold shared parts of the commands: options, the console, a loaded model."""
 
 from __future__ import annotations
 

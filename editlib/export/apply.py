@@ -79,8 +79,9 @@ def check_base(anat: Anatomy, delta: Delta, name: str | None) -> None:
     name = name or "this model"
     check_kind(anat.model, delta, name)
     for layer, module in delta.modules.items():
-        here = anat.mlp_output_names[layer] if layer < anat.n_layers else "none"
-        shape = tuple(anat.weight(layer).shape) if layer < anat.n_layers else ()
+        known = layer < len(anat.matrix_names)
+        here = anat.matrix_names[layer] if known else "none"
+        shape = tuple(anat.weight(layer).shape) if known else ()
         if (here, shape) != (module, delta.shape(layer)):
             raise DeltaError(
                 f"the delta changes {module} {_by(delta.shape(layer))} of {delta.base}, but layer {layer} of {name} "

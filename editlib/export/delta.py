@@ -28,8 +28,9 @@ _SEAL = b'"sha256":"%s"'  # in the file's header; quotes inside the document are
 class Delta:
     """Holds the difference that turns one base model into one edited model, bit for bit.
 
-    `modules` names the edited MLP output matrix of each layer. A layer is in `factors`, or in `matrices` as the edited
-    matrix `[d_model, d_ff]` if factors would not reproduce it bit for bit or would take more bytes.
+    `modules` names the edited matrices by their numbers (`Anatomy.matrix_names`): a layer's own number is that of its
+    MLP output matrix. A matrix is in `factors`, or in `matrices` in its edited form if factors would not reproduce it
+    bit for bit or would take more bytes.
     """
 
     base: str
@@ -184,7 +185,7 @@ def make_delta(
         result_sha256=result_sha256,
         architecture=type(anat.model).__name__,
         dtype=str(anat.model.dtype).removeprefix("torch."),
-        modules={layer: anat.mlp_output_names[layer] for layer in sorted(factors)},
+        modules={number: anat.matrix_names[number] for number in sorted(factors)},
         factors=kept,
         matrices=matrices,
         token=token,

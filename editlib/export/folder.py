@@ -47,6 +47,8 @@ def _card(receipt: Mapping[str, Any], terms: Terms) -> str:
     layers = ", ".join(sorted(receipt["layers"], key=int))  # whatever the order of the receipt's keys
     by = f"with {receipt['algorithm']} by editlib {receipt['editlib']}"
     matrices = f"the MLP output matrices of layers {layers} were changed"
+    if receipt.get("neurons"):
+        matrices = f"{len(receipt['neurons'])} neurons of layer {layers} were replaced"
     if "baseline" in receipt and not receipt["layers"]:
         summary = f"{count} facts were to be unlearned from `{base}` {by}: {receipt['baseline']['meaning']}."
     elif receipt["token"]:

@@ -109,7 +109,7 @@ def save_lora(
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = small.right.float().contiguous()
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = small.left.float().contiguous()
     report = LoraReport(layers)
-    transposed = not isinstance(anat.mlp_output(next(iter(delta.modules))), nn.Linear)  # GPT-2's Conv1D
+    transposed = not isinstance(anat.matrix(next(iter(delta.modules))), nn.Linear)  # GPT-2's Conv1D
     config = _config(base or delta.base, ranks, tokens, transposed)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -80,9 +80,7 @@ def private_receipt(
             | {field: hashed(request.id, field, text) for field, text in _told(request).items()}
             for request in requests
         ],
-        "revoked": [
-            {"requests": revocation["requests"], **_when(revocation)} for revocation in receipt.get("revoked") or ()
-        ],
+        "revoked": [{"requests": item["requests"], **_when(item)} for item in receipt.get("revoked") or ()],
         **_left_out(receipt),
         **({"guessed_subjects": len(guessed)} if (guessed := receipt.get("guessed_subjects")) else {}),
         "private": HOW,

@@ -69,7 +69,8 @@ def make_receipt(
         "anchors": list(result.anchors),
         "stats_sha256": stats_hash({layer: layer_stats.sha256() for layer, layer_stats in stats.items()}),
         "stats": {str(layer): str(layer_stats.path) for layer, layer_stats in stats.items()},
-        "layers": {str(layer): norms for layer, norms in result.norms.items()},
+        "layers": {str(layer): result.norms[layer] for layer in hparams.edited_layers if layer in result.norms},
+        **({"neurons": list(result.neurons)} if result.neurons else {}),
         "timings": {name: round(seconds, 2) for name, seconds in result.timings.items()},
     }
 

@@ -67,6 +67,11 @@ class HyperParams:
         return list(self.layers)
 
     @property
+    def neuron_layers(self) -> list[int]:
+        """The layers in which an edit writes whole neurons: rows of the MLP input matrices, too."""
+        return []
+
+    @property
     def uses_statistics(self) -> bool:
         """Whether an edit reads layer statistics."""
         return True

@@ -234,6 +234,11 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         "that erases an answer and keeps other answers",
         choices=("descent", "rows"),
     )
+    neurons: bool = setting(
+        False,
+        "rows: write each subject's change into one neuron of the last of `layers`, active at that subject alone, in "
+        "place of a closed-form update of all of them",
+    )
     wordings: int = setting(0, "additional wordings of each question, made by rules (data/wordings.jsonl)", min=0)
     say: bool = setting(True, "rows: refuse where an answer was erased, with tokens fitted to the edited model")
     example_wordings: int = setting(
@@ -315,6 +320,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         return [*self.layers, *self.mark_layers, *([] if self.gate_layer is None else [self.gate_layer])]
 
     @property
+    def neuron_layers(self) -> list[int]:
+        return self.layers if self.neurons else []
+
+    @property
     def values_from_rows(self) -> bool:
         return self.values == "rows"
 
@@ -342,6 +351,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     def check(self) -> None:
         super().check()
         self.check_templates("gate_templates")
+        if self.neurons and not self.values_from_rows:
+            raise invalid("neurons", self.neurons, 'false without "values": "rows"', "leave the key out")
+        if self.neurons and len(self.layers) > 1:
+            raise invalid("layers", self.layers, 'one layer with "neurons": true', "choose one")
         if self.gate_layer is not None and self.values_from_rows:
             raise invalid("gate_layer", self.gate_layer, 'no gate with "values": "rows"', "leave the key out")
         if self.mark_layers and not (self.values_from_rows and self.say):

@@ -48,6 +48,7 @@ class Anatomy:
     layers: tuple[nn.Module, ...]
     layer_names: tuple[str, ...]
     mlp_output_names: tuple[str, ...]  # one per layer, e.g. "model.layers.4.mlp.down_proj"
+    mlp_input_names: tuple[tuple[str, ...], ...]  # by layer, e.g. gate_proj and up_proj; may be none
     d_model: int  # width of the residual stream; the embeddings of some models are narrower
     d_ff: int  # inputs of each MLP output matrix: the length of a key
     output_width: int  # length of the tuple that a layer returns (varies with transformers); 0: the tensor itself
@@ -97,22 +98,41 @@ class Anatomy:
         # A projection in the tail is linear; the other module is the norm.
         return next((module for module in self.tail if not isinstance(module, nn.Linear | Conv1D)), None)
 
+    @cached_property
+    def matrix_names(self) -> tuple[str, ...]:
+        """Names of all matrices that an edit may change; a matrix's number is its index here.
+
+        The MLP output matrix of layer `l` has the number `l`. The MLP input matrices of all layers follow.
+        """
+        return (*self.mlp_output_names, *(name for names in self.mlp_input_names for name in names))
+
+    def input_numbers(self, layer: int) -> tuple[int, ...]:
+        """Returns the numbers of the MLP input matrices of `layer` (`matrix_names`)."""
+        begin = self.n_layers + sum(map(len, self.mlp_input_names[:layer]))
+        return tuple(range(begin, begin + len(self.mlp_input_names[layer])))
+
+    def matrix(self, number: int) -> nn.Linear | Conv1D:
+        """Returns the module of the matrix with this number (`matrix_names`)."""
+        return cast(nn.Linear | Conv1D, self.model.get_submodule(self.matrix_names[number]))
+
     def mlp_output(self, layer: int) -> nn.Linear | Conv1D:
         """Returns the module (`Linear` or `Conv1D`) that maps `d_ff -> d_model` in `layer`."""
-        return cast(nn.Linear | Conv1D, self.model.get_submodule(self.mlp_output_names[layer]))
+        return self.matrix(layer)
 
-    def weight(self, layer: int) -> Tensor:
-        """Returns the MLP output matrix of `layer` as a view `[d_model, d_ff]`, however the module stores it.
+    def weight(self, number: int) -> Tensor:
+        """Returns a matrix as a view `[outputs, inputs]`, however the module stores it.
+
+        With the number of a layer it is the layer's MLP output matrix `[d_model, d_ff]` (`matrix_names`).
 
         Raises:
             ModelError: the weight is offloaded to where a write would be lost (a disk).
         """
-        module = self.mlp_output(layer)
+        module = self.matrix(number)
         weight = in_memory(module, "weight")
         if weight is None:
             raise ModelError(
-                f"{self.mlp_output_names[layer]} is offloaded to disk, where an edit would be lost; "
-                f"load the model so that layer {layer} stays in memory (device_map, or dtype bfloat16)"
+                f"{self.matrix_names[number]} is offloaded to disk, where an edit would be lost; "
+                "load the model so that its layer stays in memory (device_map, or dtype bfloat16)"
             )
         return weight.T if isinstance(module, Conv1D) else weight  # GPT-2's Conv1D stores [d_ff, d_model]
 
@@ -153,6 +173,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     kind = type(model).__name__
     paths = [_mlp_output(layer, d_model, f"{kind}, {name}") for layer, name in zip(layers, names, strict=True)]
     widths = [_fan(layer.get_submodule(path))[0] for layer, path in zip(layers, paths, strict=True)]
+    inputs = [_mlp_inputs(layer, path, d_model) for layer, path in zip(layers, paths, strict=True)]
     if len(set(widths)) > 1:  # keys of all layers are handled as one width, `d_ff`
         other = next(i for i, width in enumerate(widths) if width != widths[0])
         raise ModelError(
@@ -164,6 +185,9 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         layers=tuple(layers),
         layer_names=names,
         mlp_output_names=tuple(f"{name}.{path}" for name, path in zip(names, paths, strict=True)),
+        mlp_input_names=tuple(
+            tuple(f"{name}.{path}" for path in some) for name, some in zip(names, inputs, strict=True)
+        ),
         d_model=d_model,
         d_ff=widths[0],
         output_width=output_width,
@@ -294,6 +318,24 @@ def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
         )
     # With d_ff == d_model the up projection qualifies too; the output matrix is defined after it.
     return writers[-1]
+
+
+def _mlp_inputs(layer: nn.Module, output: str, d_model: int) -> list[str]:
+    """Returns the paths inside `layer` of the linear maps beside its MLP `output` that read the MLP's input: a gate and
+    an up projection, both in one, or the only one. None where they lie elsewhere."""
+    modules: dict[str, nn.Module] = dict(layer.named_modules())
+    mixes_tokens = _mixer_of(modules)
+    d_ff = _fan(modules[output])[0]
+    return [
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D)
+        and path != output
+        and path.rpartition(".")[0] == output.rpartition(".")[0]
+        and not mixes_tokens(path)
+        and _fan(module)[0] == d_model
+        and _fan(module)[1] in (d_ff, 2 * d_ff)
+    ]
 
 
 def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:

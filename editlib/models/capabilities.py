@@ -1,4 +1,4 @@
-"""Probe whether a part of a model can be run alone, by trying it on a few tokens, once for each `Anatomy`.
+"""Find out whether a part of a model can be run alone, by trying it on a few tokens, once for each `Anatomy`.
 
 A pass cannot start at a layer that reads more than the residual stream of the layers before it (shared keys and values,
 another state passed along). Nor can it continue from keys and values if layers cache something else (convolutions,

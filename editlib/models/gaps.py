@@ -1,4 +1,4 @@
-"""Decide what separates a prompt from its answer in running text: a space or nothing."""
+"""Find what separates a prompt from its answer in running text: a space or nothing."""
 
 from __future__ import annotations
 

@@ -145,15 +145,12 @@ def read_tofu(
             "expected some; train it on them, or give another --forget"
         )
     unlearned = {"forget": unlearned["forget"] - len(asked), "retain": unlearned["retain"] - len(others)}
-    perturbed = {name: place.rows(f"{name}_perturbed") for name in (forget, "retain", *SIDE)}
+    rows = {name: place.rows(f"{name}_perturbed") for name in (forget, "retain", *SIDE)}
     probes = {
-        "forget": _probes(asked, perturbed[forget], "question"),
-        "forget_paraphrased": _probes(asked, perturbed[forget], "paraphrased_question"),
-        "retain": _probes(others, perturbed["retain"], "question", only=True) or _probes(others, {}, "question"),
-        **{
-            name: tuple(_asked(f"{name}:{i}", row) for i, row in enumerate(perturbed[name].values(), 1))
-            for name in SIDE
-        },
+        "forget": _probes(asked, rows[forget], "question"),
+        "forget_paraphrased": _probes(asked, rows[forget], "paraphrased_question"),
+        "retain": _probes(others, rows["retain"], "question", only=True) or _probes(others, {}, "question"),
+        **{name: tuple(_asked(f"{name}:{i}", row) for i, row in enumerate(rows[name].values(), 1)) for name in SIDE},
     }
     missing = tuple(name for name in SETS if not probes[name])
     for name in missing:

@@ -21,6 +21,7 @@ from editlib.algorithms.edit import (
     EditResult,
     EditState,
     Timer,
+    Written,
     layer_norms,
     restored_on_error,
     write,
@@ -40,6 +41,7 @@ from editlib.algorithms.unierase.refusal_marks import fit_marks
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
 from editlib.algorithms.unierase.row_values import RowReport, values_from_rows, with_rows
+from editlib.algorithms.unierase.subject_neurons import write_neurons
 from editlib.algorithms.unierase.subject_rows import SubjectRows, by_subject, check_answers, subject_rows
 from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
@@ -159,7 +161,7 @@ def apply_unierase_to_model(
     anat = anatomy(model)
     _check(anat, requests, hparams)
     stats = stats if stats is not None else find_layers(stats_dir, str(model.name_or_path), anat, hparams.layers)
-    spaces = null_spaces(stats, hparams, anat.device)
+    spaces = {} if hparams.neurons else null_spaces(stats, hparams, anat.device)
     edit = _prepare(anat, tok, requests, retain, hparams, token, chat, seed, progress)
     timer = Timer(edit.steps(found=values is not None) if progress else ())
     with no_param_grad(model):
@@ -179,8 +181,12 @@ def apply_unierase_to_model(
             diagnostics = value_diagnostics(requests, values)
             # 4. One solve per layer reaches them.
             with timer("write"):
-                solve = layer_solve(anat, hparams, spaces, stats, kept.keys, state, reread=anchored is None)
-                written = write_layers(anat, hparams.layers, edit.contexts, values.targets, solve)
+                neurons: list[int] = []
+                if hparams.neurons:
+                    written, neurons = _write_neurons(edit, kept, values, stats, state)
+                else:
+                    solve = layer_solve(anat, hparams, spaces, stats, kept.keys, state, reread=anchored is None)
+                    written = write_layers(anat, hparams.layers, edit.contexts, values.targets, solve)
             originals |= written.originals
             # 5. Tokens are fitted last: to the edited model, whose late layers mark erased facts for them.
             with timer("tokens"):
@@ -194,11 +200,16 @@ def apply_unierase_to_model(
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
         anchors=kept.keys.anchors.ids,
-        state=replace(state.with_keys(written.keys), opened=state.opened | relations_of(opened)),
+        state=replace(
+            state.with_keys(written.keys),
+            opened=state.opened | relations_of(opened),
+            neurons=state.neurons.union(neurons),
+        ),
         values=replace(values, marks=marks),
         keys=written.keys,
         token=token,
         token_ids=token.ids(tok) if token is not None and edit.fits_tokens else [],
+        neurons=tuple(neurons),
     )
 
 
@@ -285,6 +296,25 @@ def _open_gate(
     layer = edit.hparams.gate_layer
     found = remaining_gate_values(*common, edit.token_id, layer, edit.hparams, known, opened)
     return found, gate_update(*common, anchored, edit.token_id, layer, edit.hparams, found)
+
+
+def _write_neurons(
+    edit: _Edit, kept: _Kept, values: Values, stats: Mapping[int, LayerStats], state: EditState
+) -> tuple[Written, list[int]]:
+    """Writes each subject's change into a neuron of the last layer, which stays inactive at what must be kept."""
+    layer, requests = edit.hparams.layers[-1], edit.requests
+    owner = {i: number for number, group in enumerate(by_subject(requests)) for i in group}
+    general = [edit.form.encode(text) for text in data.questions("train")[::GENERAL_STEP]]
+    return write_neurons(
+        edit.anat,
+        layer,
+        edit.contexts,
+        values.targets,
+        [owner[i] for i in range(len(requests))],
+        [*kept.keys.anchors.rows, *general],
+        stats[layer].moment(),
+        state.neurons,
+    )
 
 
 def _find_values(edit: _Edit, kept: _Kept, timer: Timer) -> _Found:

@@ -1,0 +1,71 @@
+"""What single neurons compute, in every family: against plain passes with hooks, and by a neuron written by hand."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, make
+from test_residual_path import observe
+
+from editlib.errors import ModelError
+from editlib.models.anatomy import anatomy
+from editlib.models.neurons import find_neurons
+
+LAYER = 1
+IDS = torch.tensor([[5, 9, 200, 17, 33, 8]])
+GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "olmo2", "stablelm", "smollm3"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_key_is_computed_from_the_rows_that_were_found(family):
+    anat = anatomy(make(family))
+    found = find_neurons(anat, LAYER)
+    assert (found.up is not None) == (family in {*GATED, "phi3"})
+    reader, output = anat.matrix(found.gate.number), anat.mlp_output(LAYER)
+    seen = observe(anat.model, {"x": reader, "k": output}, IDS)
+    x, key = seen["x"][0], seen["k"][0]  # [T, d_model], [T, d_ff]
+    for neuron in (0, 7, anat.d_ff - 1):
+        parts = []
+        for rows in (found.gate, found.up):
+            if rows is None:
+                continue
+            row = anat.weight(rows.number)[rows.first + neuron]
+            parts.append(x @ row + found.bias(anat, rows)[neuron])
+        torch.testing.assert_close(found.keys(parts[0], parts[-1]), key[:, neuron], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+def test_a_row_of_zeros_and_no_bias_silences_its_neuron_alone(family):
+    model = make(family)
+    anat, before = anatomy(model), anatomy(copy.deepcopy(model))
+    found = find_neurons(anat, LAYER)
+    with torch.no_grad():
+        anat.weight(found.gate.number)[found.gate.first + 3] = 0
+        bias = getattr(anat.matrix(found.gate.number), "bias", None)
+        if bias is not None:
+            bias[found.gate.first + 3] = 0
+    keys = [observe(one.model, {"k": one.mlp_output(LAYER)}, IDS)["k"][0] for one in (before, anat)]
+    assert torch.count_nonzero(keys[1][:, 3]) == 0 and torch.count_nonzero(keys[0][:, 3]) > 0
+    others = [i for i in range(anat.d_ff) if i != 3]
+    torch.testing.assert_close(keys[0][:, others], keys[1][:, others])
+
+
+def test_matrices_are_numbered_outputs_first():
+    anat = anatomy(make("llama"))
+    assert anat.matrix_names[LAYER] == "model.layers.1.mlp.down_proj"
+    names = [anat.matrix_names[number] for number in anat.input_numbers(LAYER)]
+    assert names == ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+    assert len(set(anat.matrix_names)) == len(anat.matrix_names) == 3 * anat.n_layers
+    gpt2 = anatomy(make("gpt2"))
+    (number,) = gpt2.input_numbers(2)
+    assert gpt2.matrix_names[number] == "transformer.h.2.mlp.c_fc"
+    assert tuple(gpt2.weight(number).shape) == (gpt2.d_ff, gpt2.d_model)  # Conv1D stores the transpose
+
+
+def test_an_mlp_of_another_kind_is_refused():
+    anat = anatomy(make("llama"))
+    mlp = anat.layers[LAYER].mlp
+    mlp.forward = lambda x: mlp.down_proj(torch.sin(mlp.gate_proj(x)) * mlp.up_proj(x) ** 2)
+    with pytest.raises(ModelError, match=r"leave .neurons. out") as error:
+        find_neurons(anat, LAYER)
+    assert "down_proj" in str(error.value)
