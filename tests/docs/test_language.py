@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from test_pages import PAGES, ROOT, without_code
 
+OTHERS = [ROOT / "editlib" / "data" / "README.md", ROOT / "stats" / "README.md"]
 CODE = sorted([*(ROOT / "editlib").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")])
 
 PRIVATE = {
@@ -79,7 +80,7 @@ def prose_of(path: Path) -> list[str]:
     return [one for one in (*texts, *comments) if len(one.split()) > 2]
 
 
-@pytest.mark.parametrize("path", [*CODE, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*CODE, *PAGES, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_language_is_the_fields(path):
     hits = [hit for text in prose_of(path) for hit in found(text)]
     assert not hits, "\n".join(hits)
