@@ -106,7 +106,7 @@ def test_tokens(run, command):
 def test_places(run, command):
     if command != "chain init":
         refused(run(command, out="page.txt"), "page.txt", "is a file")
-    refused(run(command, out="page.txt/out"), "page.txt is no folder")
+    refused(run(command, out="page.txt/out"), "page.txt is not a folder")
 
 
 STORING = ["unlearn", "edit", "token", "stats", "chain init", "tune", "bench sequential", "baseline"]
@@ -115,14 +115,14 @@ STORING = ["unlearn", "edit", "token", "stats", "chain init", "tune", "bench seq
 @pytest.mark.parametrize("command", STORING)
 def test_places_of_statistics(run, command):
     refused(run(command, "--stats-dir", "page.txt"), "--stats-dir page.txt is a file")
-    refused(run(command, "--stats-dir", "page.txt/stats"), "page.txt is no folder")
+    refused(run(command, "--stats-dir", "page.txt/stats"), "page.txt is not a folder")
 
 
 @pytest.mark.parametrize(
     ("command", "more", "words"),
     [
         ("unlearn", ["--delta", "page.txt"], ["page.txt exists"]),
-        ("unlearn", ["--delta", "page.txt/a.safetensors"], ["page.txt is no folder"]),
+        ("unlearn", ["--delta", "page.txt/a.safetensors"], ["page.txt is not a folder"]),
         ("token", ["--out", "page.txt"], ["page.txt", "not an unlearning token"]),
         ("token", ["--refusals", "page.txt"], ["page.txt", "one entry a line"]),
         ("eval", ["--before", "page.txt", "--text", "none"], ["page.txt", "not a file of a model's answers"]),
