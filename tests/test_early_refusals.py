@@ -196,7 +196,7 @@ def test_prompts_that_the_template_does_not_know(run, command):
 def test_a_chat_that_the_tokenizer_does_not_have(run, folder, command):
     (folder / "chat_template.jinja").unlink()
     more = ["--corpus", "self"] if command == "stats" else []
-    refused(run(command, *more, "--prompt", "system=Be brief."), "no chat template")
+    refused(run(command, *more, "--prompt", "system=Be brief."), "this tokenizer has none")
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if "facts.jsonl" in COMMANDS[name]])

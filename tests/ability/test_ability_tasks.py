@@ -208,7 +208,7 @@ def test_prompts_are_part_of_the_job(arc, ability, watched, chatty, saved):
         assert len(watched) == before + 1, how
     with pytest.raises(MetricError, match="--prompt is for tasks"):
         ability(models=models, text="wiki-sample", prompts=PromptSettings(chat=True))
-    with pytest.raises(RequestError, match="no chat template"):
+    with pytest.raises(RequestError, match="tokenizer has none"):
         ability(arc, models=saved, prompts=PromptSettings(system="S."))
 
 
