@@ -48,11 +48,19 @@ class EditState:
     totals: dict[int, LowRank] = field(default_factory=dict)  # PRUNE: the updates so far, not pruned, by layer
     bases: dict[int, Tensor] = field(default_factory=dict)  # PRUNE: the weights before all of them, [d_model, d_ff]
     opened: frozenset[str] = frozenset()  # UniErase: relations that the answer gate is open for
-    neurons: frozenset[int] = frozenset()  # UniErase: neurons that earlier edits have written
+    neurons: Mapping[int, frozenset[int]] = field(default_factory=dict)  # written whole by earlier edits, by layer
 
     def past_block(self, layer: int, like: Tensor) -> Tensor:
         """Returns the past keys of `layer`, `[d_ff, m]`, in the dtype and on the device of `like [d_ff, ...]`."""
         return self.past[layer].block.to(like) if layer in self.past else like[:, :0]
+
+    def taken(self, layer: int) -> frozenset[int]:
+        """Returns the neurons of `layer` that earlier edits have written."""
+        return self.neurons.get(layer, frozenset())
+
+    def with_neurons(self, neurons: Mapping[int, Sequence[int]]) -> EditState:
+        """Returns the state after an edit that wrote these `neurons`, by layer."""
+        return replace(self, neurons={**self.neurons, **{k: self.taken(k).union(some) for k, some in neurons.items()}})
 
     def with_keys(self, keys: Mapping[int, Tensor]) -> EditState:
         """Returns the state after an edit whose requests have `keys`, `{layer: [d_ff, n]}`."""
@@ -77,7 +85,7 @@ class EditResult:
     keys: dict[int, Tensor] = field(default_factory=dict)  # of the requests, `[d_ff, n]` by layer
     token: UnlearningToken | None = None  # the unlearning token, generated in the answers' place
     token_ids: list[int] = field(default_factory=list)  # the tokens that were fitted to the edited model
-    neurons: tuple[int, ...] = ()  # written whole, in the order of the subjects
+    neurons: Mapping[int, Sequence[int]] = field(default_factory=dict)  # written whole, by layer
 
     def revert(self, model: PreTrainedModel) -> None:
         """Restores the edited matrices of `model` bit for bit. Added tokens stay in the vocabulary, but are never

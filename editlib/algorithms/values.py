@@ -35,7 +35,8 @@ class Values:
 
     `targets = h + δ` and `deltas = δ` are `[d_model, n]`. Per request: `steps` taken, the last NLL of its target
     (`nll`, nats per token) and `relative_norm = |δ| / |h|`. `gate` has UniErase's `δ_r [d_model]` by relation, and
-    `marks` the updates of late layers that mark erased facts.
+    `marks` the updates of a late layer that marks erased facts, by number of the matrix, with its
+    neurons (`marking`, by layer).
     """
 
     targets: Tensor
@@ -45,6 +46,7 @@ class Values:
     relative_norm: list[float]
     gate: Mapping[str | None, Tensor] = field(default_factory=dict)
     marks: Mapping[int, LowRank] = field(default_factory=dict)
+    marking: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Sequence[Values]) -> Values:
@@ -56,7 +58,8 @@ class Values:
             [nll for part in parts for nll in part.nll],
             [norm for part in parts for norm in part.relative_norm],
             {relation: value for part in parts for relation, value in part.gate.items()},
-            {layer: update for part in parts for layer, update in part.marks.items()},
+            {number: update for part in parts for number, update in part.marks.items()},
+            {layer: neurons for part in parts for layer, neurons in part.marking.items()},
         )
 
     def select(self, requests: Sequence[int]) -> Values:
@@ -70,6 +73,7 @@ class Values:
             [self.relative_norm[i] for i in columns],
             self.gate,
             self.marks,
+            self.marking,
         )
 
     def numbers(self, request: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Batch:
     anchors: tuple[str, ...]
     answers: Mapping[str, Sequence[int]]
     token: UnlearningToken | None = None  # fitted to the model after this batch
-    neurons: tuple[int, ...] = ()  # written whole by this batch
+    neurons: Mapping[int, Sequence[int]] = field(default_factory=dict)  # written whole by this batch, by layer
 
     @classmethod
     def of(
@@ -78,7 +78,8 @@ class Batch:
             "values": {name: getattr(self.values, name) for name in ("steps", "nll", "relative_norm")},
             "relations": gate,
             "marks": list(self.values.marks),
-            "neurons": list(self.neurons),
+            "marking": list(self.values.marking),
+            "neurons": {str(layer): list(some) for layer, some in self.neurons.items()},
             "anchors": list(self.anchors),
             "answers": {question: list(ids) for question, ids in self.answers.items()},
         }
@@ -118,7 +119,11 @@ class Batch:
             requests = tuple(EditRequest(**fields) for fields in notes["requests"])
             updates = {layer: _update(tensors, layer) for layer in _layers(tensors, "right")}
             marks = {layer: updates[layer] for layer in notes.get("marks", [])}  # not in files of earlier versions
-            values = Values(tensors["targets"], tensors["deltas"], **notes["values"], gate=gate, marks=marks)
+            neurons = {int(layer): some for layer, some in notes.get("neurons", {}).items()}
+            marking = {layer: neurons[layer] for layer in notes.get("marking", [])}
+            values = Values(
+                tensors["targets"], tensors["deltas"], **notes["values"], gate=gate, marks=marks, marking=marking
+            )
             return cls(
                 requests,
                 updates,
@@ -127,7 +132,7 @@ class Batch:
                 tuple(notes["anchors"]),
                 notes["answers"],
                 _token(tensors, notes),
-                tuple(notes.get("neurons", [])),  # not in files of earlier versions
+                neurons,
             )
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             said = first_line(error)

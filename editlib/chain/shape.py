@@ -122,11 +122,13 @@ NOTES: Mapping[str, Check] = {
     "anchors": texts,
     "answers": _mapped(_listed(count), lambda question: True),
     "token": anything,
-    "neurons": _listed(count),
+    "marks": _listed(count),
+    "marking": _listed(count),
+    "neurons": _mapped(_listed(count), LAYER.fullmatch),
 }
 
 
 def notes_misfit(notes: Any) -> str | None:
     """Names the first value in the notes of a batch's file whose type `Batch` does not write; `None` if all are
     valid."""
-    return _object(NOTES, missing=frozenset({"token", "neurons"}))(notes, "notes")
+    return _object(NOTES, missing=frozenset({"token", "marks", "marking", "neurons"}))(notes, "notes")

@@ -36,7 +36,7 @@ class ChainState:
         factors: PRUNE only: the same sums as factors, as long as their rank is below `d_model`.
         past: keys of all earlier requests by layer.
         opened: relations for which UniErase's gate is open.
-        neurons: neurons that UniErase has written.
+        neurons: by layer, the neurons that UniErase has written.
     """
 
     base: Mapping[int, Tensor]
@@ -45,7 +45,7 @@ class ChainState:
     factors: Mapping[int, LowRank] = field(default_factory=dict)
     past: Mapping[int, PastKeys] = field(default_factory=dict)
     opened: frozenset[str] = frozenset()
-    neurons: frozenset[int] = frozenset()
+    neurons: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, anat: Anatomy, hparams: HyperParams, wanted: Mapping[str, str]) -> ChainState:
@@ -79,7 +79,7 @@ class ChainState:
         for layer, keys in batch.keys.items():
             past[layer] = past.get(layer, PastKeys.none(len(keys))).with_keys(keys)
         opened = self.opened | relations_of(batch.values.gate)
-        neurons = self.neurons.union(batch.neurons)
+        neurons = EditState(neurons=self.neurons).with_neurons(batch.neurons).neurons
         return replace(self, sums=sums, factors=factors, past=past, opened=opened, neurons=neurons)
 
     def weights(self) -> dict[int, Tensor]:

@@ -48,7 +48,8 @@ def _card(receipt: Mapping[str, Any], terms: Terms) -> str:
     by = f"with {receipt['algorithm']} by editlib {receipt['editlib']}"
     matrices = f"the MLP output matrices of layers {layers} were changed"
     if receipt.get("neurons"):
-        matrices = f"{len(receipt['neurons'])} neurons of layer {layers} were replaced"
+        counts = (f"{len(some)} of layer {layer}" for layer, some in receipt["neurons"].items())
+        matrices = f"neurons of the MLPs were replaced ({', '.join(counts)})"
     if "baseline" in receipt and not receipt["layers"]:
         summary = f"{count} facts were to be unlearned from `{base}` {by}: {receipt['baseline']['meaning']}."
     elif receipt["token"]:

@@ -70,7 +70,7 @@ def make_receipt(
         "stats_sha256": stats_hash({layer: layer_stats.sha256() for layer, layer_stats in stats.items()}),
         "stats": {str(layer): str(layer_stats.path) for layer, layer_stats in stats.items()},
         "layers": {str(layer): result.norms[layer] for layer in hparams.edited_layers if layer in result.norms},
-        **({"neurons": list(result.neurons)} if result.neurons else {}),
+        **({"neurons": {str(layer): list(some) for layer, some in result.neurons.items()}} if result.neurons else {}),
         "timings": {name: round(seconds, 2) for name, seconds in result.timings.items()},
     }
 

@@ -37,6 +37,16 @@ HPARAMS = {
         "token_steps": 20,
         "token_wordings": 1,
     },
+    "UniErase neurons": {
+        "layers": [2],
+        "neurons": True,
+        "values": "rows",
+        "siblings": 2,
+        "erase_margin": -20.0,
+        "max_anchors": 3,
+        "token_steps": 20,
+        "token_wordings": 1,
+    },
     "UniErase gated": {**UNIERASE, "gate_layer": 3, "gate_nll": 4.0},
 }
 

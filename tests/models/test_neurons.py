@@ -66,6 +66,6 @@ def test_an_mlp_of_another_kind_is_refused():
     anat = anatomy(make("llama"))
     mlp = anat.layers[LAYER].mlp
     mlp.forward = lambda x: mlp.down_proj(torch.sin(mlp.gate_proj(x)) * mlp.up_proj(x) ** 2)
-    with pytest.raises(ModelError, match=r"leave .neurons. out") as error:
+    with pytest.raises(ModelError, match='leave "neurons" out') as error:
         find_neurons(anat, LAYER)
     assert "down_proj" in str(error.value)

@@ -36,6 +36,7 @@ from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, rel
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
 from editlib.algorithms.unierase.examples import contexts_of
+from editlib.algorithms.unierase.gated_neurons import check_neurons
 from editlib.algorithms.unierase.other_subjects import other_subjects
 from editlib.algorithms.unierase.refusal_marks import fit_marks
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
@@ -49,6 +50,7 @@ from editlib.errors import HparamsError, RequestError, TokenError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import no_param_grad
+from editlib.models.neurons import find_neurons
 from editlib.models.positions import positions_of
 from editlib.models.precision import cast_params, fast_dtype
 from editlib.models.prompts import PromptFormat, TokenRow
@@ -159,7 +161,7 @@ def apply_unierase_to_model(
     """
     state = state or EditState()
     anat = anatomy(model)
-    _check(anat, requests, hparams)
+    _check(anat, requests, hparams, state)
     stats = stats if stats is not None else find_layers(stats_dir, str(model.name_or_path), anat, hparams.layers)
     spaces = {} if hparams.neurons else null_spaces(stats, hparams, anat.device)
     edit = _prepare(anat, tok, requests, retain, hparams, token, chat, seed, progress)
@@ -181,7 +183,7 @@ def apply_unierase_to_model(
             diagnostics = value_diagnostics(requests, values)
             # 4. One solve per layer reaches them.
             with timer("write"):
-                neurons: list[int] = []
+                neurons: dict[int, Sequence[int]] = {}
                 if hparams.neurons:
                     written, neurons = _write_neurons(edit, kept, values, stats, state)
                 else:
@@ -190,9 +192,10 @@ def apply_unierase_to_model(
             originals |= written.originals
             # 5. Tokens are fitted last: to the edited model, whose late layers mark erased facts for them.
             with timer("tokens"):
-                marks = _mark(edit, values, found.places, originals)
+                marks, marking = _mark(edit, values, found.places, originals, state)
                 token, said = _say(edit, tok, token, found.places)
     deltas = {**written.deltas, **gate, **marks}
+    neurons |= marking
     return EditResult(
         deltas,
         originals,
@@ -201,15 +204,14 @@ def apply_unierase_to_model(
         timings=timer.seconds,
         anchors=kept.keys.anchors.ids,
         state=replace(
-            state.with_keys(written.keys),
+            state.with_keys(written.keys).with_neurons(neurons),
             opened=state.opened | relations_of(opened),
-            neurons=state.neurons.union(neurons),
         ),
-        values=replace(values, marks=marks),
+        values=replace(values, marks=marks, marking=marking),
         keys=written.keys,
         token=token,
         token_ids=token.ids(tok) if token is not None and edit.fits_tokens else [],
-        neurons=tuple(neurons),
+        neurons=neurons,
     )
 
 
@@ -242,16 +244,19 @@ def _prepare(
     return _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, seed, progress)
 
 
-def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHyperParams) -> None:
+def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHyperParams, state: EditState) -> None:
     """Raises what `apply_unierase_to_model` raises for input that does not fit, before anything is changed."""
     if not requests:
         raise RequestError("no request to forget was given; give at least one")
     if hparams.values_from_rows:
         check_answers(requests)
     check_fit(anat, hparams)
+    if hparams.neurons:
+        check_neurons(anat, hparams.layers[-1], len(by_subject(requests)), state.taken(hparams.layers[-1]))
     check_gate(anat, hparams.gate_layer)
-    for layer in hparams.mark_layers:
-        check_gate(anat, layer, "mark_layers")
+    if hparams.mark_layer is not None:
+        check_gate(anat, hparams.mark_layer, "mark_layer")
+        find_neurons(anat, hparams.mark_layer)
 
 
 def _keep(
@@ -300,12 +305,12 @@ def _open_gate(
 
 def _write_neurons(
     edit: _Edit, kept: _Kept, values: Values, stats: Mapping[int, LayerStats], state: EditState
-) -> tuple[Written, list[int]]:
+) -> tuple[Written, dict[int, Sequence[int]]]:
     """Writes each subject's change into a neuron of the last layer, which stays inactive at what must be kept."""
     layer, requests = edit.hparams.layers[-1], edit.requests
     owner = {i: number for number, group in enumerate(by_subject(requests)) for i in group}
     general = [edit.form.encode(text) for text in data.questions("train")[::GENERAL_STEP]]
-    return write_neurons(
+    written, numbers = write_neurons(
         edit.anat,
         layer,
         edit.contexts,
@@ -313,8 +318,9 @@ def _write_neurons(
         [owner[i] for i in range(len(requests))],
         [*kept.keys.anchors.rows, *general],
         stats[layer].moment(),
-        state.neurons,
+        state.taken(layer),
     )
+    return written, {layer: numbers}
 
 
 def _find_values(edit: _Edit, kept: _Kept, timer: Timer) -> _Found:
@@ -382,18 +388,24 @@ def _by_descent(edit: _Edit) -> _Found:
 
 
 def _mark(
-    edit: _Edit, values: Values, places: RefusalPlaces | None, originals: dict[int, Tensor]
-) -> Mapping[int, LowRank]:
-    """Writes marks of erased facts for the tokens to read, on a replay those of `values`; adds the original weights to
-    `originals`."""
-    marks = values.marks
-    if places is not None and edit.hparams.mark_layers:
-        layers, size = edit.hparams.mark_layers, edit.hparams.mark_size
-        marks = fit_marks(edit.anat, places, layers, size, seed=edit.seed, progress=edit.progress)
-    for layer, update in marks.items():
-        originals[layer] = edit.anat.weight(layer).clone()
-        write(edit.anat, layer, update)
-    return marks
+    edit: _Edit, values: Values, places: RefusalPlaces | None, originals: dict[int, Tensor], state: EditState
+) -> tuple[Mapping[int, LowRank], Mapping[int, Sequence[int]]]:
+    """Writes marks of erased facts for the tokens to read, those of `values` on a replay; adds the weights before to
+    `originals`.
+
+    Returns:
+        The update of each matrix, and by layer the neurons.
+    """
+    marks, marking = values.marks, values.marking
+    layer = edit.hparams.mark_layer
+    if places is not None and layer is not None:
+        size, seed, progress = edit.hparams.mark_size, edit.seed, edit.progress
+        marks, numbers = fit_marks(edit.anat, places, layer, size, state.taken(layer), seed=seed, progress=progress)
+        marking = {layer: numbers}
+    for number, update in marks.items():
+        originals[number] = edit.anat.weight(number).clone()
+        write(edit.anat, number, update)
+    return marks, marking
 
 
 def _say(

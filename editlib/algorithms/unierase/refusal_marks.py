@@ -1,97 +1,120 @@
-"""Mark, in late layers, the places where an answer was erased, for refusal tokens to read in the final state (ours).
+"""Mark the places where an answer was erased, for refusal tokens to read in the final state (ours).
 
-The keys of late layers, the inputs of their MLP output matrices, separate an erased fact from others better than the
-final state does. So these layers write a linear function of their keys into the residual stream, one for each relation
-`k`:
+The logit of a token is a linear function of the final state, with one token for each relation. The places where it is
+wanted are those of many subjects, and the same questions about all other subjects lie between them. So one late layer
+gets a neuron for each request and kind of place (the end of the question, and where the model's sentence reaches the
+answer). It is solved for to be active there and at no kept place, inside no answer and in no ordinary text
+(`gated_neurons`), and writes
 
-    s_k = Σ_l u_kl · key_l        ΔW_l = mark_size Σ_k σ_k v_k u_kl^T
+    mark_size σ_k v_k
 
-`u_k` is the least-squares solution for `s_k = 1` where the token of relation `k` is wanted, and `s_k = 0` where it is
-not: at the wanted places of other relations, at kept places, inside answers, in ordinary text. `x [F]` are the keys of
-all mark layers, one after another, `M` the weighted sum of `x x^T` over all these places, and `b_k` that of `x` where
-`k` is wanted:
-
-    u_k = (M + D)^-1 b_k
-
-`D` is diagonal: in each layer `RIDGE` times the mean of the diagonal of `M` there.
-
-`v_k [d_model]` are the directions in which the states that leave the last layer vary least inside answers, and `σ_k`
-the standard deviations along them. A small change in these directions is easy to read, and hardly affects the rest of
-the model.
+`v_k [d_model]`, one for each relation `k`, are the directions in which the states that leave the last layer vary least
+inside answers, and `σ_k` the standard deviations there. A small change is easy to read along them. Such a neuron is
+often active at other questions about its subject, too: the token tells those by the relation, which the final state
+shows well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+import logging
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from editlib.algorithms.keys import batches
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces, kept_weights, wanted_weights
+from editlib.algorithms.unierase.gated_neurons import MOST, Moment, neuron_updates, solve_scores, spare_neurons
+from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces, kept_weights
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, shared_length, split
 from editlib.models.generation import sample
+from editlib.models.neurons import Neurons, find_neurons
 from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenRow, pad
+from editlib.models.tracing import record_inputs
 
-RIDGE = 0.001  # of the mean diagonal of a layer's second moment
-POSITIONS = 16_384  # inside answers and ordinary text whose keys are used, at most
+log = logging.getLogger(__name__)
+
+RIDGE = 0.03  # of the mean diagonal of the second moment of x
+POSITIONS = 16_384  # inside answers and ordinary text that are used, at most
 TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text, sampled from the model
 BEGINNINGS = 400  # single tokens, as texts may begin with: their keys are larger than all others
 
 
 def fit_marks(
-    anat: Anatomy, places: RefusalPlaces, layers: Sequence[int], size: float, *, seed: int = 0, progress: bool = False
-) -> dict[int, LowRank]:
+    anat: Anatomy,
+    places: RefusalPlaces,
+    layer: int,
+    size: float,
+    taken: Collection[int] = (),
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[dict[int, LowRank], list[int]]:
     """Solves for the marks of an edit in the model whose answers have been erased.
 
     Args:
-        layers: that write the marks, rising; a plain path leads from their MLPs to the residual stream.
-        size: of a whole mark, in standard deviations of the states along its direction.
+        layer: that writes the marks; a plain path leads from its MLP to the residual stream.
+        size: of a mark, in standard deviations of the states along its direction.
+        taken: neurons of the layer that earlier edits have written.
 
     Returns:
-        The update of each layer, of rank `len(places.relations)`. Nothing is written.
+        The update of each matrix, and the numbers of the neurons; both empty where the layer has too few of them.
+        Nothing is written.
     """
-    wanted = _at_ends(anat, places.wanted, layers)  # [wanted, F]
-    kept = _at_ends(anat, places.kept, layers)  # [kept, F]
+    groups = list(dict.fromkeys(_group(place, number) for place, number in _wanted(places)))
+    if len(groups) + len(taken) > MOST * anat.d_ff:
+        log.warning(
+            "layer %d has no %d neurons to spare for marks: the refusal tokens read the final state alone",
+            layer, len(groups),
+        )  # fmt: skip
+        return {}, []
+    neurons = find_neurons(anat, layer)
+    owner = torch.tensor([groups.index(_group(*pair)) for pair in _wanted(places)], device=anat.device)
+    wanted = _at_ends(anat, places.wanted, neurons)  # x [wanted, d_model]
+    at_kept = kept_weights(places, anat.device).mean(dim=0)  # [kept], sums to one
+    elsewhere = Moment.none(anat).plus(_at_ends(anat, places.kept, neurons), at_kept)
+    inside, keys, states = _elsewhere(anat, places, neurons, seed, progress)
+    scores = solve_scores(wanted, owner, elsewhere + inside.mean, RIDGE)
+    directions, deviations = _quiet_directions(states, len(places.relations))  # [d_model, K], [K]
+    relation = [places.wanted[int((owner == i).nonzero()[0])].group or 0 for i in range(len(groups))]
+    marks = (directions * (size * deviations))[:, relation].T  # [groups, d_model]
+    moment = (keys.T @ keys).to(wide_dtype(anat.device)) / max(1, len(keys))  # S [d_ff, d_ff]
+    chosen, removal = spare_neurons(anat.weight(layer), moment, len(groups), taken)
+    updates = neuron_updates(anat, neurons, scores, wanted, owner, marks, chosen, removal)
+    return updates, chosen.tolist()
+
+
+def _wanted(places: RefusalPlaces) -> Iterator[tuple[Place, int]]:
+    """Yields the wanted places, each with the number of its request."""
+    yield from zip(places.wanted, places.requests, strict=True)
+
+
+def _group(place: Place, request: int) -> tuple[int, bool]:
+    """Returns what places have one neuron in common."""
+    return request, place.inside
+
+
+def _elsewhere(
+    anat: Anatomy, places: RefusalPlaces, neurons: Neurons, seed: int, progress: bool
+) -> tuple[Moment, Tensor, Tensor]:
+    """Reads positions where no mark belongs, inside answers and in ordinary text: the moment of `x`, the layer's keys
+    `[p, d_ff]`, and, of the answers alone, the states that leave the last layer `[p, d_model]`."""
     answers = [row.followed_by(text) for row, text in places.answers]
     firsts = [len(row) - 1 for row, _ in places.answers]
     texts = _ordinary_text(anat, seed, progress)
     share = POSITIONS / max(POSITIONS, sum(map(len, (*answers, *texts))) - sum(firsts))
-    inside, states = _some_positions(anat, answers, firsts, layers, share, seed)  # [p, F], [p, d_model]
-    outside, _ = _some_positions(anat, texts, [0] * len(texts), layers, share, seed)  # [p, F]
-    elsewhere = torch.cat([inside, outside])  # [p, F]
-    sums = _sums(places, wanted, kept, elsewhere, len(layers))  # [F, K]
-    directions, deviations = _quiet_directions(states, len(places.relations))  # [d_model, K], [K]
-    left = directions * (size * deviations)
-    bounds = list(accumulate((anat.d_ff for _ in layers), initial=0))
-    return {
-        layer: LowRank(left.clone(), sums[begin : begin + anat.d_ff].T.float().contiguous())
-        for layer, begin in zip(layers, bounds, strict=False)
-    }
-
-
-def _sums(places: RefusalPlaces, wanted: Tensor, kept: Tensor, elsewhere: Tensor, layers: int) -> Tensor:
-    """Solves for all `u_k`, `[F, K]`, from the keys `[m, F]` of `layers` layers at each kind of position."""
-    device, count = wanted.device, len(places.relations)
-    dtype = wide_dtype(device)
-    group = torch.tensor([place.group for place in places.wanted], device=device)
-    # Relations have equal weight at wanted places, kinds of place at kept ones.
-    at_wanted = wanted_weights(places, device) / count  # [wanted], sums to one
-    at_kept = kept_weights(places, device).mean(dim=0)  # [kept], sums to one
-    at_elsewhere = torch.full((len(elsewhere),), 1 / max(1, len(elsewhere)), device=device)
-    moment = torch.zeros(wanted.shape[1], wanted.shape[1], dtype=dtype, device=device)  # M [F, F]
-    for keys, weight in ((wanted, at_wanted), (kept, at_kept), (elsewhere, at_elsewhere)):
-        moment += ((keys * weight[:, None]).T @ keys).to(dtype)
-    # Relative to the keys of each layer, whose size differs.
-    diagonal = moment.diagonal().view(layers, -1)  # [layers, d_ff]
-    moment.diagonal().add_((RIDGE * diagonal.mean(dim=1, keepdim=True)).expand_as(diagonal).reshape(-1))
-    own = torch.nn.functional.one_hot(group, count) * at_wanted[:, None]  # [wanted, K]
-    right = (wanted.T @ own.to(wanted)).to(dtype)  # b [F, K]
-    return torch.cholesky_solve(right, torch.linalg.cholesky(moment))
+    generator = torch.Generator().manual_seed(seed)
+    found, keys, states = Moment.none(anat), [torch.zeros(0, anat.d_ff, device=anat.device)], []
+    states.append(torch.zeros(0, anat.d_model, device=anat.device))
+    for rows, starts, counts in ((answers, firsts, True), (texts, [0] * len(texts), False)):
+        for _, x, key, hidden in _read(anat, rows, starts, neurons):
+            some = (torch.rand(len(x), generator=generator) < share).to(x.device)
+            found = found.plus(x[some])
+            keys.append(key[some])
+            states += [hidden[some]] if counts else []
+    return found, torch.cat(keys), torch.cat(states)
 
 
 def _quiet_directions(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -115,34 +138,20 @@ def _ordinary_text(anat: Anatomy, seed: int, progress: bool) -> list[TokenRow]:
     return [*(row.followed_by(text) for row, text in zip(rows, written, strict=False)), *rows[TEXTS:]]
 
 
-def _at_ends(anat: Anatomy, places: Sequence[Place], layers: Sequence[int]) -> Tensor:
-    """Reads the keys `[places, F]` at the last token of each place's prompt."""
+def _at_ends(anat: Anatomy, places: Sequence[Place], neurons: Neurons) -> Tensor:
+    """Reads the MLP's input `[places, d_model]` at the last token of each place's prompt."""
     rows = [place.row for place in places]
-    found = torch.zeros(len(rows), len(layers) * anat.d_ff, device=anat.device)
-    for numbers, keys, _ in _read(anat, rows, [len(row) - 1 for row in rows], layers):
-        found[numbers] = keys
+    found = torch.zeros(len(rows), anat.d_model, device=anat.device)
+    for numbers, x, _, _ in _read(anat, rows, [len(row) - 1 for row in rows], neurons):
+        found[numbers] = x
     return found
 
 
-def _some_positions(
-    anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int], layers: Sequence[int], share: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Reads keys `[p, F]` and final residuals `[p, d_model]` at a random `share` of the positions from `firsts` on."""
-    generator = torch.Generator().manual_seed(seed)
-    keys = [torch.zeros(0, len(layers) * anat.d_ff, device=anat.device)]
-    states = [torch.zeros(0, anat.d_model, device=anat.device)]
-    for _, some, hidden in _read(anat, rows, firsts, layers):
-        chosen = (torch.rand(len(some), generator=generator) < share).to(some.device)
-        keys.append(some[chosen])
-        states.append(hidden[chosen])
-    return torch.cat(keys), torch.cat(states)
-
-
 def _read(
-    anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int], layers: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields batches of positions, from each row's column in `firsts` to its end: the number of its row `[p]`, its keys
-    `[p, F]` and the state that leaves the last layer there `[p, d_model]`, in fp32."""
+    anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int], neurons: Neurons
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yields batches of positions, from each row's column in `firsts` to its end: the number of its row `[p]`, the
+    MLP's input `[p, d_model]`, its key `[p, d_ff]` and the state that leaves the last layer `[p, d_model]`, in fp32."""
     if not rows:
         return
     device = anat.device
@@ -150,20 +159,15 @@ def _read(
     shared = min(shared_length(list(rows)), *firsts) if len(rows) > 1 else 0
     fronts, rests = split(list(rows), [shared] * len(rows))
     prefix = encode_prefix(anat, fronts[:1]) if shared else None
+    modules = {"x": anat.matrix(neurons.gate.number), "key": anat.mlp_output(neurons.layer)}
     for group in batches(rests):
         batch = pad([rests[i] for i in group], device=device)
-        taken: dict[int, Tensor] = {}
-        with torch.no_grad():
-            front = None if prefix is None else prefix.select(torch.zeros(len(group), dtype=torch.long, device=device))
-            hidden = forward(
-                anat,
-                batch,
-                stop=anat.n_layers,
-                prefix=front,
-                keys=taken.__setitem__,
-                key_layers=tuple(layers),
-            )  # [n, T, d_model]
+        front = None if prefix is None else prefix.select(torch.zeros(len(group), dtype=torch.long, device=device))
+        seen: dict[str, Tensor] = {}
+        with torch.no_grad(), record_inputs(modules, seen.__setitem__):
+            hidden = forward(anat, batch, stop=anat.n_layers, prefix=front)  # [n, T, d_model]
         spots = [(j, c) for j, i in enumerate(group) for c in range(firsts[i] - shared, len(rests[i]))]
         row, column = torch.tensor(spots, device=device).T  # [p] each
-        keys = torch.cat([taken[layer][row, column].float() for layer in layers], dim=1)  # [p, F]
-        yield torch.tensor(group, device=device)[row], keys, hidden[row, column].float()
+        # Some models flatten rows and columns for their MLP.
+        x, key = (seen[name].reshape(*batch.input_ids.shape, -1)[row, column].float() for name in ("x", "key"))
+        yield torch.tensor(group, device=device)[row], x, key, hidden[row, column].float()

@@ -8,16 +8,16 @@ from test_refusal_tokens import FORGET, OPTIONS, RETAIN, given_for
 from transformers import AutoModelForCausalLM
 
 from editlib.algorithms.unierase import apply_unierase_to_model
-from editlib.algorithms.unierase.subject_neurons import (
+from editlib.algorithms.unierase.gated_neurons import (
     KEY_RIDGE,
     PEAK,
-    RIDGE,
     SHARP,
     THRESHOLD,
+    Moment,
+    solve_scores,
     spare_neurons,
-    subject_scores,
-    write_neurons,
 )
+from editlib.algorithms.unierase.subject_neurons import write_neurons
 from editlib.chain.batch import Batch
 from editlib.errors import EditError, HparamsError
 from editlib.export import make_delta
@@ -38,10 +38,11 @@ def test_a_score_is_one_at_its_subject_and_least_elsewhere():
     x, other = (torch.randn(n, 6, dtype=torch.double, generator=generator) for n in (5, 40))
     other += 1.0
     owner = torch.tensor([0, 0, 1, 1, 1])
-    found = subject_scores(x, owner, other.T @ other, other.sum(0), len(other))
+    empty = Moment(torch.zeros(6, 6, dtype=torch.double), torch.zeros(6, dtype=torch.double), 0.0)
+    found = solve_scores(x, owner, empty.plus(other[:10]).plus(other[10:], torch.ones(30)), 0.1)
     means = torch.stack([x[:2].mean(0), x[2:].mean(0)])
     system = other.T @ other / 40 + (torch.outer(means[0], means[0]) + torch.outer(means[1], means[1])) / 2
-    system = system + RIDGE * system.diagonal().mean() * torch.eye(6, dtype=torch.double)
+    system = system + 0.1 * system.diagonal().mean() * torch.eye(6, dtype=torch.double)
     for i in range(2):
         whole = torch.zeros(7, 7, dtype=torch.double)
         whole[:6, :6], whole[:6, 6], whole[6, :6] = system, means[i], means[i]
@@ -159,7 +160,8 @@ def edited(tiny_llama, tok):
 def test_an_edit_with_neurons_is_taken_back_bit_for_bit(edited):
     before, model, _, result = edited
     assert set(result.deltas) == set(result.originals) == set(result.norms) == WRITTEN
-    assert len(result.neurons) == 2 and result.state.neurons == set(result.neurons)
+    assert set(result.neurons) == {1} and len(result.neurons[1]) == 2
+    assert result.state.taken(1) == set(result.neurons[1]) and not result.state.taken(0)
     assert not torch.equal(model.model.layers[1].mlp.gate_proj.weight, before.model.layers[1].mlp.gate_proj.weight)
     result.revert(model)
     for name, weight in before.state_dict().items():
@@ -181,8 +183,8 @@ def test_a_later_edit_takes_other_neurons(edited, tok):
     other = [RETAIN[0]]
     given = {**given_for(model), "retain": RETAIN[1:], "state": result.state}
     second = apply_unierase_to_model(model, tok, other, UniEraseHyperParams(**NEURONS), **given)
-    assert not set(second.neurons) & set(result.neurons)
-    assert second.state.neurons == {*result.neurons, *second.neurons}
+    assert not set(second.neurons[1]) & set(result.neurons[1])
+    assert second.state.taken(1) == {*result.neurons[1], *second.neurons[1]}
 
 
 def test_delta_file_and_adapter_carry_whole_neurons(edited, tmp_path):

@@ -1,0 +1,196 @@
+"""Solve for neurons that are active at chosen positions alone (ours).
+
+Group `i` of positions is to be separated from all others by a neuron of one MLP, which reads `x [d_model]`. With `m_i`
+the mean of `x` over the group and `C` the second moment of `x` at all other positions, the score
+
+    s_i(x) = x · G_i,    G_i = (C + D)^-1 m_i / (m_i^T (C + D)^-1 m_i)
+
+is one at the group, and as small as a linear function can be elsewhere. `D` is a share of the mean diagonal of `C`. A
+norm precedes the MLP, so that there is a `b` with `b · x = 1` nearly everywhere (least squares), which serves as a
+bias. The neuron's rows are
+
+    g = SHARP (G_i - THRESHOLD b)        u = (2 PEAK - THRESHOLD) b - G_i
+
+so that with `act` near a ramp its activation is `SHARP (s - THRESHOLD)(2 PEAK - THRESHOLD - s)` above the threshold: a
+parabola whose top, at `s = PEAK`, is flat. The column is what shall be added at the group, divided by the activation
+there. Below the threshold the neuron adds nothing, where a linear update would add a part. (One fact, one neuron:
+Transformer-Patcher, 2301.09785, which trains it; here it is solved for.)
+
+The neurons taken are those that ordinary text can spare: with `S` the second moment of the keys, removing neuron `j`
+and letting all others make up for it changes the output by `|w_j|^2 / (S^-1)_jj` (optimal brain surgeon). What the
+removed ones wrote is given to the others by least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editlib.algorithms.low_rank import LowRank
+from editlib.errors import EditError
+from editlib.models.anatomy import Anatomy
+from editlib.models.neurons import Neurons, find_neurons
+from editlib.models.precision import wide_dtype
+
+THRESHOLD = 0.5  # score above which a neuron is active: unseen wordings have .8 and more, other subjects below .4
+PEAK = 0.95  # score at which a gated neuron is most active
+SHARP = 60.0  # of the ramp: at a score .1 below the threshold an activation is .03 % of its largest
+KEY_RIDGE = 1e-4  # of the mean diagonal of the second moment of keys
+MOST = 0.25  # of a layer's neurons that edits may take in all
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Holds what tells groups of positions apart: `G [n, d_model]`, the bias `b [d_model]`, and each position's score
+    of its own group `[m]`."""
+
+    weights: Tensor
+    bias: Tensor
+    own: Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Holds weighted sums over positions: `Σ x x^T [d_model, d_model]`, `Σ x [d_model]`, and the sum of weights."""
+
+    second: Tensor
+    first: Tensor
+    weight: float
+
+    @classmethod
+    def none(cls, anat: Anatomy) -> Moment:
+        """Returns the sums over no position."""
+        zeros = torch.zeros(anat.d_model, anat.d_model, dtype=wide_dtype(anat.device), device=anat.device)
+        return cls(zeros, zeros[0].clone(), 0.0)
+
+    def plus(self, x: Tensor, weight: Tensor | None = None) -> Moment:
+        """Returns the sums with positions `x [m, d_model]` added, of `weight [m]` each, or one."""
+        wide = x.to(self.second)
+        weighed = wide if weight is None else wide * weight.to(wide)[:, None]
+        total = float(len(wide) if weight is None else weight.sum())
+        return Moment(self.second + weighed.T @ wide, self.first + weighed.sum(dim=0), self.weight + total)
+
+    @property
+    def mean(self) -> Moment:
+        """The sums divided by the sum of weights."""
+        share = 1 / (self.weight or 1.0)
+        return Moment(self.second * share, self.first * share, 1.0)
+
+    def __add__(self, other: Moment) -> Moment:
+        return Moment(self.second + other.second, self.first + other.first, self.weight + other.weight)
+
+
+def check_neurons(anat: Anatomy, layer: int, subjects: int, taken: Collection[int] = ()) -> Neurons:
+    """Returns how the neurons of `layer` compute, where there are enough of them for `subjects`.
+
+    Raises:
+        EditError: more subjects than neurons that can be spared.
+        ModelError: an MLP of another kind (`find_neurons`).
+    """
+    if subjects + len(taken) > MOST * anat.d_ff:
+        raise EditError(
+            f"layer {layer}: {subjects} subjects need a neuron each, {len(taken)} of {anat.d_ff} are taken, and edits "
+            f"may take {int(MOST * anat.d_ff)}; forget fewer, or choose settings without neurons"
+        )
+    return find_neurons(anat, layer)
+
+
+def solve_scores(x: Tensor, owner: Tensor, elsewhere: Moment, ridge: float) -> Scores:
+    """Solves for the scores of all groups.
+
+    Args:
+        x: `[m, d_model]`, at the positions of all groups. owner: `[m]`, the group of each.
+        elsewhere: over all other positions, where no neuron may be active.
+        ridge: of the mean diagonal of `C`.
+    """
+    x = x.to(elsewhere.second)
+    groups = int(owner.max()) + 1
+    sums = torch.zeros(groups, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, owner, x)
+    means = sums / torch.bincount(owner, minlength=groups)[:, None]  # m [groups, d_model]
+    # Each group is one of the others for all the rest.
+    system = elsewhere.mean.second + means.T @ means / groups  # C [d_model, d_model]
+    system.diagonal().add_(ridge * system.diagonal().mean())
+    weights = torch.linalg.solve(system, means.T).T  # [groups, d_model]
+    weights = weights / (weights * means).sum(dim=1, keepdim=True)
+    # Least squares for b · x = 1 at all positions, the groups' own as well.
+    every = elsewhere + Moment.plus(Moment(torch.zeros_like(system), torch.zeros_like(system[0]), 0.0), x)
+    every.second.diagonal().add_(1e-6 * every.second.diagonal().mean())
+    bias = torch.linalg.solve(every.second, every.first)  # [d_model]
+    return Scores(weights, bias, (x * weights[owner]).sum(dim=1))
+
+
+def spare_neurons(weight: Tensor, moment: Tensor, count: int, taken: Collection[int] = ()) -> tuple[Tensor, LowRank]:
+    """Chooses the `count` neurons that ordinary text can best spare, and solves for the update that removes them.
+
+    The update sets their columns to zero and adds to all others what makes up for them: with `R` the removed and `K`
+    the kept ones, `W_K += W_R S_RK S_KK^-1`. Neurons `taken` by earlier edits are neither chosen nor changed.
+
+    Args:
+        weight: `W [d_model, d_ff]`. moment: `S [d_ff, d_ff]`.
+
+    Returns:
+        Their numbers `[count]`, rising in cost, and the update of rank `2 count`.
+    """
+    s = moment.to(wide_dtype(weight.device))
+    w = weight.to(s)
+    free = torch.tensor(sorted(set(range(len(s))) - set(taken)), device=s.device)
+    s = s[free][:, free]  # [free, free]
+    s.diagonal().add_(KEY_RIDGE * s.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(s))
+    costs = w[:, free].square().sum(dim=0) / inverse.diagonal()  # [free]
+    order = costs.argsort(stable=True)
+    removed, kept = order[:count], order[count:]
+    # Row i: how much of removed neuron i each kept one takes over, S_KK^-1 S_KR.
+    share = torch.linalg.solve(s[kept][:, kept], s[kept][:, removed]).T  # [count, kept]
+    right = torch.zeros(count, weight.shape[1], dtype=s.dtype, device=s.device)
+    right[:, free[kept]] = share
+    chosen = free[removed]
+    right[torch.arange(count), chosen] = -1.0  # and its own column becomes zero
+    return chosen, LowRank(w[:, chosen], right)
+
+
+def neuron_updates(
+    anat: Anatomy,
+    neurons: Neurons,
+    scores: Scores,
+    x: Tensor,
+    owner: Tensor,
+    changes: Tensor,
+    chosen: Tensor,
+    removal: LowRank,
+) -> dict[int, LowRank]:
+    """Returns the update of each matrix, by its number: the chosen neurons' rows are replaced, and their columns.
+
+    Args:
+        x, owner: as for `solve_scores`; over these positions each group's activation is averaged.
+        changes: what the MLP's output must gain at each group, `[groups, d_model]`.
+        chosen, removal: of `spare_neurons`.
+    """
+    gate = SHARP * (scores.weights - THRESHOLD * scores.bias)  # g [groups, d_model]
+    up = (2 * PEAK - THRESHOLD) * scores.bias - scores.weights  # u [groups, d_model]
+    x = x.to(gate)
+    active = neurons.keys((x * gate[owner]).sum(dim=1), (x * up[owner]).sum(dim=1))  # [m]
+    first, second = torch.zeros(2, len(gate), dtype=gate.dtype, device=gate.device)
+    first.index_add_(0, owner, active)
+    second.index_add_(0, owner, active.square())
+    columns = changes.to(gate) * (first / second)[:, None]  # least squares over a group's positions
+    count = torch.arange(len(chosen), device=gate.device)
+    at = torch.zeros(len(chosen), anat.d_ff, dtype=gate.dtype, device=gate.device)
+    at[count, chosen] = 1.0
+    deltas = {neurons.layer: removal + LowRank(columns.T.contiguous(), at)}
+    for rows, wanted in ((neurons.gate, gate), (neurons.up, up)):
+        if rows is None:
+            continue
+        weight = anat.weight(rows.number)  # [d_ff or 2 d_ff, d_model]
+        # A bias of the neuron's own stays in the model, so its row takes it out.
+        own = neurons.bias(anat, rows)[chosen].to(wanted)  # [groups]
+        spot = torch.zeros(len(weight), len(chosen), dtype=gate.dtype, device=gate.device)
+        spot[rows.first + chosen, count] = 1.0
+        replaced = wanted - own[:, None] * scores.bias - weight[rows.first + chosen].to(wanted)
+        update = LowRank(spot, replaced)
+        # A gate and an up projection may share one matrix.
+        deltas[rows.number] = deltas[rows.number] + update if rows.number in deltas else update
+    return deltas
