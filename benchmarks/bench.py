@@ -3,8 +3,8 @@
     python benchmarks/bench.py --out runs/bench                        # all of them
     python benchmarks/bench.py --only values,solve --requests 10       # some, on fewer requests
 
-Every part that is finished is kept in `OUT/finished` and not measured again, so that a run which is stopped goes on.
-`OUT/results.json` holds the ratios of all parts that are there (more is better, but for the last), and what they are
+Every part that is finished is kept in `OUT/finished` and not measured again, so that an interrupted run resumes.
+`OUT/results.json` holds the ratios of all parts that are there (more is better, except for the last), and what they are
 made of under `parts`; `missing` names the ratios that no part has given yet:
 
 - `values_ratio_contexts`: values of a request, published over editlib, the same six contexts and KL prompt
@@ -69,7 +69,7 @@ ROW_SETTINGS = "UniErase/smollm2-135m-erase"
 FACT_STEP = 9  # takes facts from all over the bundled ones
 STATISTICS_TOKENS = 20_000  # as many as `editlib unlearn` takes
 WINDOW, BATCH_TOKENS = 256, 4096
-FORMER, TOKEN = former_token.FORMER, TokenHyperParams()  # the token as it was learned before, and as it is now
+FORMER, TOKEN = former_token.FORMER, TokenHyperParams()  # the token in its former and in its current form
 ASKED = 100  # held-out questions that a token is judged by, and other prompts whose answers it must keep out of
 
 

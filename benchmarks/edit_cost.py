@@ -4,8 +4,8 @@
     python benchmarks/edit_cost.py --shape 3b --device-map cuda --dtype bfloat16     # random weights of that shape
 
 The published procedure is written down in `published.py`. Neither side's decomposition of the statistics is timed: both
-are made once per model. A model of random weights stands in for one that is not on disk; what it knows does not change
-what an edit costs, but its values rarely come near their targets, so that no request rests early.
+are made once per model. A model of random weights replaces one that is not on disk; what it knows does not change what
+an edit costs, but its values rarely come near their targets, so that no request rests early.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def compare_edits(
     repeats: int = 1,
     stats: dict[int, Any] | None = None,
 ) -> dict[str, float]:
-    """Both sides' seconds, MiB, steps and the targets' NLL, and the ratios; the weights are put back.
+    """Both sides' seconds, MiB, steps and the targets' NLL, and the ratios; the weights are restored.
 
     Args:
         count: requests.

@@ -1,7 +1,7 @@
 """What erasing facts costs all others, on fresh draws of bundled facts: the tables of docs/results/erasing.md.
 
     python benchmarks/erasing.py --out runs/erasing --draws 16 17
-    python benchmarks/erasing.py --out runs/erasing --draws 16 17 18     # goes on with draw 18
+    python benchmarks/erasing.py --out runs/erasing --draws 16 17 18     # resumes with draw 18
 
 A draw takes `--facts` of what the model knows, in equal parts of six relations, each with one wording. All other
 wordings that ship are asked afterwards and were never seen. Each draw is a folder with its request files, `eval` and

@@ -3,9 +3,9 @@
     python benchmarks/plan_check.py --out runs/plan.json      # 30M, 135M, 360M: an edit, and an erasure from rows
     python benchmarks/plan_check.py --shapes 135m --parts edit --requests 8
 
-Random weights never reach their targets, so that every value takes all of its steps, and never end an answer, as the
-plan has it. Memory is that of the whole edit beyond the weights: the most of its steps as planned, and as seen. Rates
-are measured before and after each part, and the mean of both plans counts. Beside other jobs, `--processor` reads all
+Random weights never reach their targets, so that every value takes all of its steps, and never end an answer, as in the
+plan. Memory is that of the whole edit beyond the weights: the most of its steps as planned, and as seen. Rates are
+measured before and after each part, and the mean of both plans counts. Beside other jobs, `--processor` reads all
 seconds, planned and measured, from the process's own clock; that is for one thread alone.
 """
 
@@ -173,7 +173,7 @@ def copied(model: PreTrainedModel, steps: list[Step]) -> list[Step]:
 
 @cache
 def corpus() -> Corpus:
-    """The text of the statistics, read once: reading it is no step of a plan."""
+    """The text of the statistics, read once, since a plan has no step for reading it."""
     return load_corpus("wiki-sample")
 
 

@@ -1,4 +1,4 @@
-"""Share one job among several processes, as `torchrun` starts them: who does what, sums added up, errors shared."""
+"""Split one job among several processes, as started by `torchrun`: share the work, add up sums, share errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from editlib.errors import EditlibError
 
 T = TypeVar("T")
-PIECE = 2**23  # numbers added up at a time: 64 MiB of fp64 on an accelerator that has other things to hold
+PIECE = 2**23  # numbers added up at a time: 64 MiB of fp64, to leave memory on an accelerator
 
 
 @dataclass(frozen=True)
 class Process:
-    """Describes one of `world` processes that share a job; as made by default, the only one.
+    """Describes one of `world` processes that share a job; by default the only one.
 
-    `device` is the accelerator that this process has to itself; `None`: it works on the CPU, where sums travel too.
+    `device` is this process's own accelerator; `None`: it works on the CPU, where sums are exchanged too.
     """
 
     rank: int = 0
@@ -33,7 +33,7 @@ class Process:
 
     @property
     def first(self) -> bool:
-        """True for the one process that writes files and speaks."""
+        """True for the one process that writes files and prints."""
         return self.rank == 0
 
     def label(self, work: str) -> str:
@@ -45,16 +45,16 @@ class Process:
         return islice(items, self.rank, None, self.world)
 
     def own(self, path: Path) -> Path:
-        """Returns `path` for the only process, a name of its own for each of several."""
+        """Returns `path` for the only process, a distinct name for each of several."""
         return path if self.world == 1 else path.with_name(f"{path.stem}.{self.rank}-of-{self.world}{path.suffix}")
 
     def gather(self, value: T) -> list[T]:
         """Gathers the value of every process, by rank. All must call it."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def add_up(self, total: Tensor) -> None:
         """Replaces `total [rows, ...]`, on the CPU, by its sum over all processes, in its own dtype."""
@@ -67,7 +67,7 @@ class Process:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises a user's mistake that any process meets in the block in all of them, so that none waits.
+        """Raises a user's mistake in all processes if any of them meets it in the block, so that none waits.
 
         No process may call `gather` or `add_up` inside it.
         """
@@ -86,12 +86,13 @@ ALONE = Process()
 
 @contextmanager
 def processes(*, accelerators: bool = True) -> Iterator[Process]:
-    """Yields the share of this process in a job that `torchrun` (or `accelerate launch`) started; by itself, all of it.
+    """Yields this process's share of a job started by `torchrun` (or `accelerate launch`); without these, the whole
+    job.
 
     An existing process group is used and not closed.
 
     Args:
-        accelerators: give each process an accelerator of its own, where the machine has enough of them.
+        accelerators: give each process its own accelerator, if the machine has enough of them.
 
     Raises:
         EditlibError: the processes do not find each other.
@@ -116,10 +117,9 @@ def processes(*, accelerators: bool = True) -> Iterator[Process]:
 
 
 def backend(kind: str) -> str:
-    """Returns the backends of a job whose models run on devices of this kind: gloo for the CPU, the kind's own beside
-    it."""
-    own = dist.Backend.default_device_backend_map.get(kind, "gloo")
-    return "gloo" if own == "gloo" else f"cpu:gloo,{kind}:{own}"
+    """Returns the backends of a job whose models run on devices of this kind: gloo for the CPU, and the kind's own."""
+    device_backend = dist.Backend.default_device_backend_map.get(kind, "gloo")
+    return "gloo" if device_backend == "gloo" else f"cpu:gloo,{kind}:{device_backend}"
 
 
 def _launched() -> bool:
@@ -128,7 +128,7 @@ def _launched() -> bool:
 
 
 def _own_accelerator() -> torch.device | None:
-    """Returns the accelerator of this process's place on its machine; none when there is not one for each."""
+    """Returns the accelerator for this process's local rank; `None` if there are too few."""
     api = getattr(torch, "accelerator", None)  # since torch 2.6
     place, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if api is None or not api.is_available() or api.device_count() < here:

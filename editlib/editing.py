@@ -1,4 +1,4 @@
-"""Apply any algorithm to a workbench: what an edit needs, what can be checked first, and the edit itself."""
+"""Apply any algorithm to a workbench: load its inputs, check them first, and edit."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class EditInputs:
 
 
 def check_given(hparams: HyperParams, *, token: Path | None = None, corpus: str | None = None) -> None:
-    """Checks the files that an edit takes in addition to its requests; call it before a model is loaded.
+    """Checks the files of an edit other than its requests; call it before a model is loaded.
 
     Raises:
-        HparamsError: a token for settings that take none.
-        TokenError: no token is in this file.
-        CorpusError: no text is in this file, or not of a kind that is read.
+        HparamsError: a token for settings without one.
+        TokenError: the file is not a token.
+        CorpusError: the file has no text, or is of an unsupported kind.
     """
     if token is not None and hparams.refuses and not hparams.uses_token:
         raise HparamsError(
@@ -69,13 +69,13 @@ def load_inputs(
     seed: int = 0,
     timer: Timer | None = None,
 ) -> EditInputs:
-    """Finds what an edit with these settings needs, and makes what is missing.
+    """Finds the inputs of an edit with these settings, and makes missing ones.
 
     Raises:
-        EditlibError: statistics or a token that do not fit the model.
+        EditlibError: statistics or a token of another model.
     """
     timer = timer or Timer()
-    kept = bench.find_token(token) if hparams.uses_token else None  # one that does not fit is said before minutes pass
+    kept = bench.find_token(token) if hparams.uses_token else None  # a wrong one is reported before minutes pass
     stats: Mapping[int, LayerStats] = {}
     with timer("statistics"):
         if hparams.uses_statistics:
@@ -101,7 +101,7 @@ def apply(
 
 
 def check_wanted(requests: Sequence[EditRequest], hparams: HyperParams) -> None:
-    """Raises `RequestError` when there is no request, or one lacks what the algorithm of `hparams` needs."""
+    """Raises `RequestError` if there is no request, or one lacks a field that the algorithm of `hparams` needs."""
     if hparams.has_target:
         check_requests(requests, hparams.algorithm, subject=hparams.lookup_place != "last")
     elif not requests:
@@ -120,18 +120,18 @@ def check_draft(
     out: Path | None = None,
     token: Path | None = None,
 ) -> None:
-    """Checks all of an edit that can be known from a model without its weights (`Workbench.load(first=...)`).
+    """Checks everything about an edit that needs no weights of the model (`Workbench.load(first=...)`).
 
     Args:
         kept: prompts whose answers must stay.
-        chat: ask through the chat template; `None`: as the prompts' settings say.
-        out: where the edited model is to be written.
-        token: the file with the token; `None`: the one that is kept for this model, if any.
+        chat: ask through the chat template; `None`: by the prompt settings.
+        out: the folder for the edited model.
+        token: the file with the token; `None`: the one stored for this model, if any.
 
     Raises:
         TokenError, StatsError: a token or stored statistics that are damaged, or of another width.
-        HparamsError: settings that name a module which the model does not have.
-        RequestError: prompts beyond the model's positions, or whose subject the chat template changes.
+        HparamsError: settings that name a module that the model lacks.
+        RequestError: prompts that are longer than the model's positions, or whose subject the chat template changes.
         OutputError: too little free space.
     """
     template, modules = hparams.rewrite_module_tmp, {name for name, _ in bench.model.named_modules()}
@@ -154,12 +154,13 @@ def check_draft(
 
 
 def answer_tokens_for(hparams: HyperParams) -> int:
-    """Returns how many tokens after a prompt an edit runs itself: of the model's answers, where these are read."""
+    """Returns the length in tokens of the model's answers that an edit reads after each prompt."""
     return ANSWER_TOKENS if takes_retain(hparams) else 0
 
 
 def check_settings(bench: Workbench, hparams: HyperParams) -> None:
-    """Raises `ModelError` or `HparamsError` for settings that this model cannot have; warns of another model's."""
+    """Raises `ModelError` or `HparamsError` for settings that are impossible for this model; warns if they are for
+    another one."""
     check_fit(bench.anat, hparams)
     check_gate(bench.anat, hparams.gate_at)
     if hparams.model_name and not _meant_for(hparams.model_name, bench):
@@ -172,12 +173,12 @@ def check_settings(bench: Workbench, hparams: HyperParams) -> None:
 
 
 def _meant_for(called: str, bench: Workbench) -> bool:
-    """Returns whether settings found for `called` are meant for this model: by its name, or as one of the same form."""
+    """Returns whether settings found for `called` are meant for this model: by its name, or by an equal shape."""
     shape = ModelShape.of(bench.model.config, bench.name)
     return same_model(called, bench.name) or (called in KNOWN and KNOWN[called].same_form(shape))
 
 
 def same_model(called: str, name: str) -> bool:
     """Returns whether settings found for `called` ("Llama3-8B") are meant for `name` ("meta-llama/Meta-Llama-3-8B")."""
-    bare = [re.sub(r"[^a-z0-9.]", "", some.lower()) for some in (called, model_slug(name))]
+    bare = [re.sub(r"[^a-z0-9.]", "", label.lower()) for label in (called, model_slug(name))]
     return bare[1].endswith(bare[0]) or bare[0].endswith(bare[1])

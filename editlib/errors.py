@@ -1,7 +1,7 @@
-"""Define the one family of errors that a user of editlib can cause.
+"""Define the errors that a user of editlib can cause.
 
-Every message is one line that says what was given, what was expected and what to do about it; the
-command line prints it to stderr and leaves with exit code 2. The words that messages share are made here, too.
+Every message is one line that says what was given, what was expected and what to do about it; the command line prints
+it to stderr and leaves with exit code 2. Helpers for the wording of messages are here, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StatsError(EditlibError, ValueError):
 
 
 class CorpusError(EditlibError, ValueError):
-    """Reports a corpus that cannot be read or holds too little text."""
+    """Reports a corpus that cannot be read or has too little text."""
 
 
 class TokenError(EditlibError, ValueError):
@@ -52,15 +52,15 @@ class DeltaError(EditlibError, ValueError):
 
 
 class ChainError(EditlibError, ValueError):
-    """Reports a chain folder that is none, is damaged, is in use, or does not hold what was asked for."""
+    """Reports a folder that is not a chain, or a chain that is damaged, in use, or lacks a requested part."""
 
 
 class AttackError(EditlibError, ValueError):
-    """Reports an attack that does not exist, lacks a package, or was given settings it cannot run with."""
+    """Reports an attack that does not exist, lacks a package, or has invalid settings."""
 
 
 class ConfigError(EditlibError, ValueError):
-    """Reports the file of a comparison that cannot be read, holds an unknown key, or asks for something unknown."""
+    """Reports a comparison's file that cannot be read, or that has an unknown key or value."""
 
 
 class OutputError(EditlibError, OSError):
@@ -72,12 +72,12 @@ class FetchError(EditlibError, OSError):
 
 
 def first_line(error: BaseException | None) -> str:
-    """Gives the first line of an exception's message, or the name of its class where it has none."""
+    """Returns the first line of an exception's message, or the name of its class without one."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def quote(value: object) -> str:
-    """Gives a value as messages quote it: on one line of at most 80 characters."""
+    """Quotes a value for a message, on one line of at most 80 characters."""
     brief = reprlib.Repr()  # however deep and long the value is
     brief.maxstring = brief.maxother = brief.maxlong = 200
     brief.maxlist = brief.maxdict = 40
@@ -87,18 +87,18 @@ def quote(value: object) -> str:
 
 def closest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6) -> list[str]:
     """Finds at most `n` known names that are spelled like `name`, whatever their case; the most alike comes first."""
-    by_lower = {one.lower(): one for one in known}
+    by_lower = {entry.lower(): entry for entry in known}
     return [by_lower[near] for near in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=cutoff)]
 
 
 def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
-    """Says what an unknown name may have been meant for: the closest known one (or one of `also`), else all known."""
+    """Suggests names for an unknown one: the closest known one (or one of `also`), else all known."""
     known = list(known)
     near = closest(name, (*also, *known))
     return f'"{near[0]}"' if near else "one of " + ", ".join(known)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Gives the closest known name as a question in brackets, with a blank before it; nothing where none is close."""
+    """Returns the closest known name as a question in brackets, after a blank; an empty text if none is close."""
     near = closest(name, known)
     return f" (did you mean {near[0]}?)" if near else ""

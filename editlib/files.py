@@ -1,4 +1,4 @@
-"""Write files and folders so that nobody ever sees half of one."""
+"""Write files and folders atomically, so that no half-written one is ever visible."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from editlib.errors import EditlibError, OutputError
 log = logging.getLogger(__name__)
 
 CANNOT_SYNC = {errno.EBADF, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTSUP, errno.ENOSYS}
-"""Error numbers of systems that do not sync such a handle, in contrast to a disk that failed."""
+"""Error numbers of systems that cannot sync such a handle, in contrast to a failed disk."""
 
 
 @contextmanager
 def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary file beside `path` to write; synced and renamed onto it on success, removed otherwise.
 
-    A `private` one keeps the mode that it was opened with."""
+    A `private` one keeps the mode with which it was opened."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _one_line_errors(path):
         try:
@@ -78,15 +78,15 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         yield
     except EditlibError:
         raise
-    except (OSError, SafetensorError) as error:  # safetensors has a class of its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors has its own class for a full disk
         raise OutputError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; check the folder and the free space"
         ) from None
 
 
 def check_output(path: Path, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Raises `OutputError` when `path` is no place for a new folder, or when replacing it would delete one of `inputs`
-    (files, folders, or names of models); call it before long work starts."""
+    """Raises `OutputError` if no new folder can be written at `path`, or if replacing it would delete one of `inputs`
+    (files, folders, or names of models); call it before long work."""
     if path.exists() and not path.is_dir():
         raise OutputError(f"--out {path} is a file; give the name of a folder that does not exist yet")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -98,8 +98,8 @@ def check_output(path: Path, *, overwrite: bool = False, inputs: Iterable[str | 
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises `OutputError` for a folder that is never replaced as a whole: one that holds the working directory or the
-    user's home, or a repository."""
+    """Raises `OutputError` for a folder that must never be replaced: one that contains the working directory, the
+    user's home or a repository."""
     whole = path.resolve()
     if whole in (Path.cwd(), *Path.cwd().parents) or whole in (Path.home(), *Path.home().parents):
         raise OutputError(f"--out {path} holds the working directory or your home; give a folder of its own")
@@ -110,12 +110,16 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _check_spares(path: Path, inputs: Iterable[str | Path | None]) -> None:
-    """Raises `OutputError` where one of `inputs` lies in the folder that will be replaced, or is that folder."""
+    """Raises `OutputError` if one of `inputs` is in the folder that will be replaced, or is that folder."""
     whole = path.resolve()
-    for one in inputs:
-        if one is not None and os.path.exists(one) and whole in (Path(one).resolve(), *Path(one).resolve().parents):
-            what = "is" if whole == Path(one).resolve() else "holds"
-            raise OutputError(f"--out {path} {what} {one}, which is read here; give another folder, or move it first")
+    for given in inputs:
+        if (
+            given is not None
+            and os.path.exists(given)
+            and whole in (Path(given).resolve(), *Path(given).resolve().parents)
+        ):
+            what = "is" if whole == Path(given).resolve() else "holds"
+            raise OutputError(f"--out {path} {what} {given}, which is read here; give another folder, or move it first")
 
 
 def make_folder(path: Path) -> None:
@@ -127,36 +131,34 @@ def make_folder(path: Path) -> None:
 
 
 def check_folder(path: Path, option: str = "--out", *, write: bool = True) -> None:
-    """Raises `OutputError` when `path` is no place for a folder that may be there already; call it before long work
-    starts.
+    """Raises `OutputError` if `path` is neither a usable folder nor can become one; call it before long work.
 
     Args:
-        write: files will be written to it; else it may be one that may only be read.
+        write: files will be written to it; otherwise a read-only folder is accepted.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{option} {path} is a file; give the name of a folder")
     if not path.exists():
         check_parents(path)
     elif write and not os.access(path, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {path}: it may not be written; choose another place")
+        raise OutputError(f"cannot write {path}: no permission; choose another folder")
 
 
 def check_parents(path: Path) -> None:
-    """Raises `OutputError` when nothing can be made at `path`: what is above it is a file, or may not be written."""
+    """Raises `OutputError` if nothing can be created at `path`: a parent is a file, or may not be written."""
     above = next(folder for folder in path.absolute().parents if folder.exists() or not folder.name)
     if not above.is_dir():
-        raise OutputError(f"cannot write {path}: {above} is no folder; choose another place")
+        raise OutputError(f"cannot write {path}: {above} is not a folder; choose another folder")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {path}: {above} may not be written; choose another place")
+        raise OutputError(f"cannot write {path}: no permission to write {above}; choose another folder")
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Raises `OutputError` when the disk that `path` will be on has fewer than `needed` bytes; call it before long
-    work."""
+    """Raises `OutputError` if the disk of `path` has fewer than `needed` bytes free; call it before long work."""
     above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists() or not folder.name)
     try:
         free = shutil.disk_usage(above).free
-    except OSError as error:  # a system that does not say it
+    except OSError as error:  # a system that does not report it
         log.debug("free space of %s: %s", above, error)
         return
     if free < needed:
@@ -174,9 +176,9 @@ def _open_up(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk; skipped on a system that cannot do that.
+    """Waits until a file, or the entries of a folder, are on disk; skipped on a system that cannot do that.
 
-    Windows syncs no folder, and a file only where it may be written; some network drives sync nothing.
+    Windows cannot sync a folder, and a file only if it is writable; some network drives cannot sync at all.
 
     Raises:
         OSError: the disk failed.
@@ -197,7 +199,7 @@ def sync(path: Path) -> None:
 
 
 def _opened(path: Path) -> int:
-    binary = getattr(os, "O_BINARY", 0)  # Windows would open it as a text
+    binary = getattr(os, "O_BINARY", 0)  # Windows would open it in text mode
     if path.is_dir():
         return os.open(path, os.O_RDONLY | binary)
     try:
@@ -207,7 +209,7 @@ def _opened(path: Path) -> int:
 
 
 def check_file(path: Path, *, overwrite: bool = False) -> None:
-    """Raises `OutputError` when `path` is no place for a new file; call it before long work starts."""
+    """Raises `OutputError` if no new file can be written at `path`; call it before long work."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give the name of a file that does not exist yet")
     if path.exists() and not overwrite:

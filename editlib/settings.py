@@ -1,4 +1,4 @@
-"""Define settings as checked dataclasses: ranges and choices are in the field; unknown and missing keys are errors."""
+"""Define settings as checked dataclasses: fields hold ranges and choices; unknown and missing keys are errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Self = TypeVar("Self", bound="Section")
 def setting(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
     """Makes a field of a settings class: its default, its help text and its allowed values.
 
-    `limits` are `min`, `max` (both allowed themselves), `above`, `below` (not allowed themselves) and `choices`.
+    `limits` are `min`, `max` (inclusive), `above`, `below` (exclusive) and `choices`.
     """
     given = {"default_factory": default} if callable(default) else {"default": default}
     return field(**given, metadata={"help": help, **limits})
@@ -29,7 +29,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """Reads a file with one flat object: YAML where its name ends in `.yaml` or `.yml`, else JSON.
 
     Raises:
-        HparamsError: it cannot be read, or holds anything else.
+        HparamsError: it cannot be read, or has other content.
     """
     yaml = Path(path).suffix.lower() in (".yaml", ".yml")
     kind = "YAML" if yaml else "JSON"
@@ -52,7 +52,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes an object of its keys and values; raises `ValueError` where a key is there twice."""
+    """Makes an object from its keys and values; raises `ValueError` if a key occurs twice."""
     names = [name for name, _ in pairs]
     if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
         raise ValueError(f"key {quote(twice)} is there twice in one object")
@@ -60,7 +60,7 @@ def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
-    """Reads a YAML text, in which `5e-1` is a number, as EasyEdit means it; YAML 1.1 asks for `5.0e-1`.
+    """Reads a YAML text in which `5e-1` is a number, as EasyEdit expects; YAML 1.1 requires `5.0e-1`.
 
     Raises:
         ValueError: it is not YAML.
@@ -68,7 +68,7 @@ def _yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads numbers without a point, too, and each key once."""
+        """Reads numbers without a point too, and refuses repeated keys."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             _each_once([(key.value, None) for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"])
@@ -76,7 +76,7 @@ def _yaml(text: str) -> Any:
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.yaml_implicit_resolvers = {
-        key: list(found) for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        key: list(resolvers) for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     for first in "-+.0123456789":
         Loader.yaml_implicit_resolvers.setdefault(first, []).insert(0, ("tag:yaml.org,2002:float", number))
@@ -114,12 +114,12 @@ def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> An
 
 
 def check_fields(settings: Any, *, error: type[EditlibError] = HparamsError, of: str = "") -> None:
-    """Checks each field of a frozen dataclass of settings as `checked` does, and keeps it in the annotated type.
+    """Checks each field of a frozen dataclass of settings as `checked` does, and converts it to the annotated type.
 
-    For settings that are made in Python or from options, which have no keys in a file.
+    For settings that are made in Python or from options instead of from a file's keys.
 
     Args:
-        error: the class of the exception that is raised.
+        error: the class of the exception to raise.
         of: follows the field's name in the message, such as " of a search".
     """
     hints = get_type_hints(type(settings))
@@ -131,7 +131,7 @@ def check_fields(settings: Any, *, error: type[EditlibError] = HparamsError, of:
 
 
 def _fitted(value: Any, hint: Any, metadata: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """Returns the value in the annotated type, and what is expected in its place; `None` where it is allowed."""
+    """Returns the value in the annotated type, and a description of valid values, or `None` if it is valid."""
     choices = metadata.get("choices", get_args(hint) if get_origin(hint) is Literal else None)
     kinds = (str,) if get_origin(hint) is Literal else (hint,) if hint in _KINDS else get_args(hint)
     if float in kinds and type(value) is int and abs(value) <= sys.float_info.max:
@@ -162,7 +162,7 @@ def _is(value: Any, kind: Any) -> bool:
         return type(value) is tuple and all(type(item) is int for item in value)
     if kind is Path:
         return isinstance(value, Path)
-    return type(value) is kind  # exact: True is no number
+    return type(value) is kind  # exact: True is not a number
 
 
 def _within(number: float, limits: Mapping[str, Any]) -> bool:
@@ -177,7 +177,8 @@ def _within(number: float, limits: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Reads one part of a config, as the base of all; its fields are `setting`s, which hold help, range and choices."""
+    """Reads one part of a config; the base class of all parts. Its fields are `setting`s with help, range and
+    choices."""
 
     @classmethod
     def read(cls: type[Self], values: Any, where: str) -> Self:
@@ -205,11 +206,11 @@ class Section:
                 raise ConfigError(f"{where}: {error}") from None
         try:
             return cls(**given)
-        except HparamsError as error:  # what one key alone does not tell
+        except HparamsError as error:  # conditions on several keys
             raise ConfigError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the settings JSON-ready, with the defaults filled in."""
+        """Returns the settings JSON-ready, with the defaults filled in."""
         return asdict(self)
 
 
@@ -217,7 +218,7 @@ def chosen(name: Any, known: Mapping[str, Any], what: str, where: str) -> Any:
     """Looks up an entry of a registry.
 
     Raises:
-        ConfigError: there is none of this name; says which is nearest.
+        ConfigError: there is no such entry; the message names the nearest.
     """
     if not isinstance(name, str) or name not in known:
         raise ConfigError(f"{where}: {what} {quote(name)}: unknown; expected {nearest(str(name), known)}")

@@ -1,4 +1,4 @@
-"""Keep finished results in files: JSON parts under the hash of their job, and points, one per line."""
+"""Store finished results in files: JSON parts under the hash of their job, and points, one per line."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def read_kept(path: Path) -> dict[str, Any] | None:
 
 
 def differing(kept: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    """Lists the keys in which the job of an earlier run is another one, for a message."""
+    """Lists the keys in which the job of an earlier run differs, for a message."""
     return ", ".join(sorted(key for key in {*kept, *job} if kept.get(key) != job.get(key)))
 
 
 def check_same_job(
     folder: Path, kept: Mapping[str, Any] | None, job: Mapping[str, Any], *, held: str, remedy: str
 ) -> None:
-    """Raises `OutputError`, with the keys that differ, if `folder` holds what another job than `job` wrote.
+    """Raises `OutputError` with the differing keys if `folder` holds results of another job than `job`.
 
     Args:
-        kept: the job whose results are there; `None`: there are none.
-        held: what the message calls these results.
+        kept: the job of the results in `folder`; `None`: there are none.
+        held: name of these results in the message.
     """
     if kept is not None and (what := differing(kept, job)):
         raise OutputError(f"{folder} holds {held} (other {what}); {remedy}")
@@ -56,10 +56,10 @@ def from_json(kind: type[T], values: object) -> T:
     """Builds the dataclass `kind` from a JSON object, without converting anything.
 
     Raises:
-        TypeError: no object, an unknown or missing field, or a value of another type than the field's.
+        TypeError: not an object, an unknown or missing field, or a value of another type than the field's.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"{quote(values)} is no object")
+        raise TypeError(f"{quote(values)} is not an object")
     hints = get_type_hints(kind)
     for name, value in values.items():
         if name in hints and not _is_a(value, hints[name]):
@@ -68,18 +68,18 @@ def from_json(kind: type[T], values: object) -> T:
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    """Returns whether a value read from JSON is of a field's type; what is inside mappings is not looked at."""
+    """Returns whether a value read from JSON is of a field's type; the content of mappings is not checked."""
     if hint is Any:
         return True
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_is_a(value, one) for one in inner)
+        return any(_is_a(value, kind) for kind in inner)
     if origin is tuple:
         each = inner if inner[-1] is not ... else [inner[0]] * len(value) if isinstance(value, list | tuple) else ()
         return (
             isinstance(value, list | tuple)
             and len(value) == len(each)
-            and all(_is_a(one, of) for one, of in zip(value, each, strict=True))
+            and all(_is_a(item, of) for item, of in zip(value, each, strict=True))
         )
     wanted = origin or hint
     if wanted is float:
@@ -89,10 +89,10 @@ def _is_a(value: object, hint: Any) -> bool:
 
 @dataclass(frozen=True)
 class JsonStore:
-    """Keeps a folder of parts, each a JSON file; damaged parts count as missing.
+    """Stores parts in a folder, each as a JSON file; damaged parts count as missing.
 
-    Every file holds the hash of its content: a part that was changed since is damaged, too. Files that have none are
-    read as they are, since earlier versions wrote them.
+    Every file contains the hash of its content, so a part that was changed counts as damaged, too. Files without a hash
+    are accepted, since earlier versions wrote them.
     """
 
     path: Path
@@ -104,8 +104,8 @@ class JsonStore:
         return kept if kept.pop(SEAL) == digest(kept) else None
 
     def put(self, part: str, value: Mapping[str, Any]) -> None:
-        """Raises `OutputError` where the folder cannot be written."""
-        read_again = json.loads(json.dumps(value))  # keys are texts and tuples lists, as `get` sees them
+        """Raises `OutputError` if the folder cannot be written."""
+        read_again = json.loads(json.dumps(value))  # as in `get`, keys become texts and tuples lists
         text = json.dumps({**read_again, SEAL: digest(read_again)}, ensure_ascii=False)
         make_folder(self.path)
         with atomic_path(self._file(part)) as temporary:
@@ -115,7 +115,7 @@ class JsonStore:
         self._file(part).unlink(missing_ok=True)
 
     def empty(self, *but: str) -> None:
-        """Removes all parts but these."""
+        """Removes all parts except these."""
         kept = {self._file(part).name for part in but}
         for file in self.path.glob("*.json"):
             if file.name not in kept:
@@ -126,12 +126,11 @@ class JsonStore:
 
 
 class Finished:
-    """Keeps the folder `out/finished` of measurements, each in a file of its own and found again by the hash of its
-    job.
+    """Stores measurements in the folder `out/finished`, each in its own file, found by the hash of its job.
 
     Args:
-        out: `None`: nothing is kept.
-        overwrite: measure again what is there; and use a folder that holds other things.
+        out: the folder; `None`: nothing is stored.
+        overwrite: measure everything again; also accept a folder with other content.
 
     Raises:
         OutputError: `out` is a file, or a folder with something else in it.
@@ -148,7 +147,7 @@ class Finished:
         none."""
         if self.folder is None or self.overwrite:
             return None
-        for path in sorted(self.folder.glob(f"*.{_short_digest(job)}.json")):  # the same job may have had another name
+        for path in sorted(self.folder.glob(f"*.{_short_digest(job)}.json")):  # the same job may have had another label
             try:
                 kept = read_kept(path) or {}
                 if kept["job"] == job:
@@ -158,7 +157,7 @@ class Finished:
         return None
 
     def keep(self, label: str, job: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-        """Writes one measurement; in the file's name, the label is for the eye and the hash for the machine."""
+        """Writes one measurement; its file name has the label for readers and the hash for lookup."""
         if self.folder is not None:
             name = re.sub(r"[^A-Za-z0-9.-]+", "-", label)[-60:].strip("-")
             write_json(self.folder / f"{name}.{_short_digest(job)}.json", {"job": job, "measured": measured})
@@ -169,28 +168,28 @@ def _short_digest(job: Mapping[str, Any]) -> str:
 
 
 def read_cells(path: Path, kind: type[T]) -> list[T]:
-    """Reads the points of earlier runs; a line that was cut off when its run was stopped is removed from the file.
+    """Reads the points of earlier runs; a last line that was cut off is removed from the file.
 
     Args:
         kind: the dataclass of a point.
 
     Raises:
-        OutputError: the file holds anything else.
+        OutputError: the file has other content.
     """
-    other = "not what an earlier run wrote; choose another --out, or remove the file"
+    other = "not written by an earlier run; choose another --out, or remove the file"
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError):
         raise OutputError(f"{path}: {other}") from None
     whole, end, cut = text.rpartition("\n")
     try:
-        found = [from_json(kind, json.loads(row)) for row in whole.split("\n") if row]
+        points = [from_json(kind, json.loads(row)) for row in whole.split("\n") if row]
     except (ValueError, TypeError, RecursionError):
         raise OutputError(f"{path}: {other}") from None
     if cut:
         with atomic_path(path) as temporary:
             temporary.write_text(whole + end, encoding="utf-8")
-    return found
+    return points
 
 
 def append_cell(path: Path, cell: Mapping[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""Tell the installed version of editlib, and how to install its extras."""
+"""Find the installed version of editlib, and how to install its extras."""
 
 import json
 from importlib.metadata import PackageNotFoundError, distribution, version
 
 
 def library_version() -> str:
-    """Gives the installed version of editlib; "unknown" for a source tree that is only on the path."""
+    """Returns the installed version of editlib; "unknown" for a source tree that is only on the path."""
     try:
         return version("editlib")
     except PackageNotFoundError:
@@ -13,7 +13,7 @@ def library_version() -> str:
 
 
 def install_line(extra: str) -> str:
-    """Gives the command that installs an extra: from the folder that editlib was installed from, else by its name."""
+    """Returns the command that installs an extra: from the folder of an editable installation, else by name."""
     try:
         origin = json.loads(distribution("editlib").read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""Hold a loaded model with its layer statistics and unlearning token, made once and kept in a folder."""
+"""Hold a loaded model with its layer statistics and unlearning token, which are made once and stored in a folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Workbench:
-    """Holds a loaded model with what is computed once for it, kept in `stats_dir/<model>/`.
+    """Holds a loaded model with everything computed once for it, which is stored in `stats_dir/<model>/`.
 
     `sha256` is the hash of the weights as loaded, before any token or edit.
     """
@@ -54,11 +54,11 @@ class Workbench:
     sha256: str
     name: str
     progress: bool = True
-    shard: Process = ALONE  # this process's share of `make_stats`, where several work together
+    shard: Process = ALONE  # this process's share of `make_stats`, if several work together
     dtype: str | None = None  # the argument of `load`; none: as stored
     prompts: PromptSettings = field(default_factory=PromptSettings)  # how the model is asked
-    unthinking: bool = False  # `enable_thinking=false` in `prompts` is the default, and asks for no chat
-    today: bool = False  # the date in `prompts` is only that of this run: a recorded one goes before it
+    unthinking: bool = False  # `enable_thinking=false` in `prompts` is the default, and does not require a chat
+    today: bool = False  # the date in `prompts` is only that of this run; a recorded one takes precedence
 
     @classmethod
     def of(
@@ -72,15 +72,15 @@ class Workbench:
         shard: Process = ALONE,
         prompts: PromptSettings | None = None,
     ) -> Workbench:
-        """Makes a workbench of a loaded model; `name` is what it is called in receipts and `stats_dir`, by default what
-        it was loaded from."""
+        """Makes a workbench from a loaded model; `name` is its name in receipts and `stats_dir`, by default the path or
+        id from which it was loaded."""
         sha256 = weights_sha256(model)
         name = name or model.name_or_path or type(model).__name__
         how = settled(tok, prompts)
         today = how.date is not None and (prompts is None or prompts.date is None)
         shows = progress and shard.first
-        own = how.arguments != ({} if prompts is None else prompts.arguments)
-        return cls(model, tok, Path(stats_dir), sha256, name, shows, shard, prompts=how, unthinking=own, today=today)
+        chosen = how.arguments != ({} if prompts is None else prompts.arguments)
+        return cls(model, tok, Path(stats_dir), sha256, name, shows, shard, prompts=how, unthinking=chosen, today=today)
 
     @classmethod
     def load(
@@ -96,11 +96,11 @@ class Workbench:
         """Loads a packaged model, a local folder or a Hugging Face id, as `models.loading.load` does.
 
         Args:
-            first: sees a draft before any weight is read, whose model is on the meta device and which has no hash; it
-                raises what does not fit.
+            first: called before any weight is read, with a draft whose model is on the meta device and which has no
+                hash; raises for anything unsuitable.
 
         Raises:
-            OutputError: `stats_dir` is no folder.
+            OutputError: `stats_dir` is not a folder.
             RequestError: prompts that do not fit the tokenizer.
             ModelError, FetchError: see there.
         """
@@ -125,23 +125,23 @@ class Workbench:
         dtype: str | None = None,
         prompts: PromptSettings | None = None,
     ) -> Workbench:
-        """Makes a workbench of a model without its weights, for checks alone; it has no hash.
+        """Makes a workbench from a model without its weights, for checks only; it has no hash.
 
         Raises:
             RequestError: prompts that do not fit the tokenizer.
         """
         how = settled(outline.tok, prompts)
-        own = how.arguments != ({} if prompts is None else prompts.arguments)
-        return cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, unthinking=own, dtype=dtype)
+        chosen = how.arguments != ({} if prompts is None else prompts.arguments)
+        return cls(outline.model, outline.tok, Path(stats_dir), "", name, prompts=how, unthinking=chosen, dtype=dtype)
 
     @cached_property
     def anat(self) -> Anatomy:
-        """The anatomy of `model`, found once, with what trial passes show about it."""
+        """The anatomy of `model`, found once, with the results of trial passes."""
         return anatomy(self.model)
 
     @cached_property
     def read_at(self) -> int | None:
-        """The last layer at which the subject's state decides the answer, traced once; `None` where the model knows too
+        """The last layer at which the subject's state decides the answer, traced once; `None` if the model knows too
         few of the bundled facts."""
         trace = causal_trace(self.anat, self.tok, data.facts())
         return None if trace is None else trace.read_at
@@ -153,15 +153,15 @@ class Workbench:
 
     @property
     def usual_token_path(self) -> Path:
-        """Where the first token of a model of this name is kept, whatever its weights."""
+        """The path of the first token for a model of this name, with any weights."""
         return self.stats_dir / model_slug(self.name) / "unlearning_token.safetensors"
 
     @property
     def token_path(self) -> Path:
-        """Where the token of these weights is kept: under a name of its own where other weights of the model (another
-        dtype) were first."""
+        """The path of the token for these weights: a distinct name if other weights of the model (another dtype) were
+        first."""
         place = self.usual_token_path
-        with contextlib.suppress(TokenError):  # none there, or one that is damaged: the place is this model's
+        with contextlib.suppress(TokenError):  # missing or damaged: the path is free for this model
             first = UnlearningToken.load(place).header.model_sha256
             if first not in ("", self.sha256):
                 return place.with_name(f"unlearning_token@{self.sha256[:12]}.safetensors")
@@ -214,7 +214,7 @@ class Workbench:
         return made
 
     def _stats_of_own_text(self, layers: Sequence[int], header: StatsHeader, checkpoint: Path) -> dict[int, LayerStats]:
-        """Makes statistics of text that the model writes itself, in answer to the bundled prompts."""
+        """Makes statistics from text that the model generates in answer to the bundled prompts."""
         prompts = data.questions("train") + [prompt.question for prompt in data.general("anchor")]
         return self_stats(
             self.anat,
@@ -233,7 +233,7 @@ class Workbench:
     def _stats_of(
         self, text: Corpus, layers: Sequence[int], header: StatsHeader, checkpoint: Path
     ) -> dict[int, LayerStats]:
-        """Makes statistics of a corpus, in the dtype that the processor is fast in."""
+        """Makes statistics from a corpus, in the processor's faster dtype."""
         with cast_params(self.model, fast_dtype(self.model)):
             return layer_stats(
                 self.anat,
@@ -250,7 +250,7 @@ class Workbench:
             )
 
     def _window(self, max_length: int) -> int:
-        """Returns a window no longer than the model's positions reach."""
+        """Returns a window no longer than the model's positions."""
         reach = positions_of(self.model) or max_length
         if reach < max_length:
             log.info("%s reads %d tokens at once: windows are that long, not %d", self.name, reach, max_length)
@@ -266,21 +266,21 @@ class Workbench:
         dataset: str | None = None,
         samples: int | None = None,
     ) -> dict[int, LayerStats]:
-        """Finds the stored statistics of `layers`; those of which there are none at all are made, and that is said.
+        """Finds the stored statistics of `layers`; makes missing ones, with a log message.
 
         Args:
-            corpus, tokens, seed: what missing ones are made from.
-            dataset, samples: which stored ones to prefer, as `find_stats` does.
+            corpus, tokens, seed: text, number of tokens and seed for missing ones.
+            dataset, samples: preferred stored ones, see `find_stats`.
 
         Raises:
             StatsError: stored ones that are damaged, belong to other weights or have another shape. They are never
-                replaced silently.
+                silently replaced.
         """
-        found: dict[int, LayerStats] = {}
+        stored: dict[int, LayerStats] = {}
         missing = []
         for layer in layers:
             try:
-                found |= find_layers(
+                stored |= find_layers(
                     self.stats_dir,
                     self.name,
                     self.anat,
@@ -291,9 +291,9 @@ class Workbench:
                 )
             except StatsNotFound:
                 missing.append(layer)
-        if found:
-            folders = sorted({str(stats.path.parent) for stats in found.values() if stats.path is not None})
-            log.info("statistics of layers %s: %s", ", ".join(map(str, found)), ", ".join(folders))
+        if stored:
+            folders = sorted({str(stats.path.parent) for stats in stored.values() if stats.path is not None})
+            log.info("statistics of layers %s: %s", ", ".join(map(str, stored)), ", ".join(folders))
         if missing:
             log.info(
                 "no statistics of layers %s of %s in %s: making them from %s",
@@ -302,8 +302,8 @@ class Workbench:
                 self.stats_dir,
                 corpus,
             )
-            found |= self.make_stats(missing, corpus=corpus, tokens=tokens, seed=seed)
-        return {layer: found[layer] for layer in layers}
+            stored |= self.make_stats(missing, corpus=corpus, tokens=tokens, seed=seed)
+        return {layer: stored[layer] for layer in layers}
 
     def make_token(
         self,
@@ -312,7 +312,7 @@ class Workbench:
         hparams: TokenHyperParams | None = None,
         path: Path | None = None,
     ) -> UnlearningToken:
-        """Learns the unlearning token over the bundled questions and keeps it at `path`."""
+        """Learns the unlearning token over the bundled questions and saves it at `path`."""
         check_file(path or self.token_path, overwrite=True)
         hp, texts = hparams or TokenHyperParams(), data.refusals(refusals)
         asked, ordinary = token_questions(self.model, self.tok, texts, hp, self.prompts, name=self.name)
@@ -331,22 +331,22 @@ class Workbench:
         return token
 
     def find_or_make_token(self, path: Path | None = None, *, seed: int = 0) -> UnlearningToken:
-        """Finds the token at `path`, or the one kept for this model, which is learned first when there is none.
+        """Finds the token at `path`, or the one stored for this model; learns it first if there is none.
 
         Raises:
             TokenError: see `find_token`.
         """
-        found = self.find_token(path)
-        if found is None:
+        token = self.find_token(path)
+        if token is None:
             log.info("no unlearning token for %s in %s: learning one", self.name, self.stats_dir)
             return self.make_token(hparams=TokenHyperParams(seed=seed))
-        return found
+        return token
 
     def find_token(self, path: Path | None = None) -> UnlearningToken | None:
-        """Finds the token at `path`, or the one kept for this model; `None` if none is kept.
+        """Finds the token at `path`, or the one stored for this model; `None` if there is none.
 
         Raises:
-            TokenError: a file that is no token, or one that was learned for other weights or another width.
+            TokenError: a file that is not a token, or one that was learned for other weights or another width.
         """
         place = path or self.token_path
         if path is None and not place.exists():
@@ -365,26 +365,26 @@ class Workbench:
         return token
 
     def check_draft_token(self, path: Path | None = None) -> None:
-        """Checks the token at `path`, or the one kept for this model, against a model of which no weight is read.
+        """Checks the token at `path`, or the one stored for this model, without reading weights of the model.
 
         Raises:
-            TokenError: a file that is no token, or one of another width.
-            OutputError: there is none, and none can be written.
+            TokenError: a file that is not a token, or one of another width.
+            OutputError: there is no token, and none can be written.
         """
         if path is None and not self.usual_token_path.exists():
             check_file(self.usual_token_path)  # one will be learned
             return
         token = UnlearningToken.load(path or self.usual_token_path)
-        if path is not None or not token.header.model_sha256:  # one that other weights had first is not this model's
+        if path is not None or not token.header.model_sha256:  # a first token of other weights is not this model's
             token.check_width(self.model)
 
     @property
     def given_prompts(self) -> PromptSettings:
-        """The prompts' settings that decide what is kept under them: all but a date that is only today's."""
+        """The prompt settings by which results are stored: all except a date that is only today's."""
         return replace(self.prompts, date=None) if self.today else self.prompts
 
     def adopt(self, prompts: Mapping[str, Any]) -> None:
-        """Takes over the date of recorded `prompts`, where the own one is only today's."""
+        """Adopts the date of recorded `prompts`, if the own one is only today's."""
         if self.today and prompts.get("date"):
             self.prompts = replace(self.prompts, date=prompts["date"])
 

@@ -227,8 +227,8 @@ def test_docstrings_start_with_a_verb():
 
 # fmt: off
 OTHER_VERBS = {
-    "Access", "Aim", "Attack", "Bound", "Cache", "Evaluate", "Export", "Fine-tune", "Invert", "Locate", "Observe",
-    "Recognise", "Revoke", "Save", "Store", "Stream", "Vary",
+    "Access", "Aim", "Attack", "Bound", "Cache", "Evaluate", "Export", "Fine-tune", "Invert", "Judge", "Locate",
+    "Observe", "Recognise", "Revoke", "Save", "Store", "Stream", "Vary",
 }
 # fmt: on
 """Verbs that modules start with and no function does."""

@@ -106,7 +106,7 @@ def test_tokens(run, command):
 def test_places(run, command):
     if command != "chain init":
         refused(run(command, out="page.txt"), "page.txt", "is a file")
-    refused(run(command, out="page.txt/out"), "page.txt is no folder")
+    refused(run(command, out="page.txt/out"), "page.txt is not a folder")
 
 
 STORING = ["unlearn", "edit", "token", "stats", "chain init", "tune", "bench sequential", "baseline"]
@@ -115,19 +115,19 @@ STORING = ["unlearn", "edit", "token", "stats", "chain init", "tune", "bench seq
 @pytest.mark.parametrize("command", STORING)
 def test_places_of_statistics(run, command):
     refused(run(command, "--stats-dir", "page.txt"), "--stats-dir page.txt is a file")
-    refused(run(command, "--stats-dir", "page.txt/stats"), "page.txt is no folder")
+    refused(run(command, "--stats-dir", "page.txt/stats"), "page.txt is not a folder")
 
 
 @pytest.mark.parametrize(
     ("command", "more", "words"),
     [
         ("unlearn", ["--delta", "page.txt"], ["page.txt exists"]),
-        ("unlearn", ["--delta", "page.txt/a.safetensors"], ["page.txt is no folder"]),
+        ("unlearn", ["--delta", "page.txt/a.safetensors"], ["page.txt is not a folder"]),
         ("token", ["--out", "page.txt"], ["page.txt", "not an unlearning token"]),
         ("token", ["--refusals", "page.txt"], ["page.txt", "one entry a line"]),
         ("eval", ["--before", "page.txt", "--text", "none"], ["page.txt", "not a file of a model's answers"]),
         ("baseline", ["--hparams", "none.json"], ["none.json"]),
-        ("baseline", ["--method", "NPO", "--hparams", "none.json"], ["NPO is no editor", "leave it out"]),
+        ("baseline", ["--method", "NPO", "--hparams", "none.json"], ["NPO is not an editor", "leave it out"]),
         ("bench counterfact", ["--edits", "2"], ["1 of 1 requests", "at least 2"]),
         ("stats", ["--layers", "9"], ["layer 9", "0-4"]),
         ("stats", ["--layers", "1-99999999999"], ["no model has a layer"]),
@@ -196,7 +196,7 @@ def test_prompts_that_the_template_does_not_know(run, command):
 def test_a_chat_that_the_tokenizer_does_not_have(run, folder, command):
     (folder / "chat_template.jinja").unlink()
     more = ["--corpus", "self"] if command == "stats" else []
-    refused(run(command, *more, "--prompt", "system=Be brief."), "no chat template")
+    refused(run(command, *more, "--prompt", "system=Be brief."), "this tokenizer has none")
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if "facts.jsonl" in COMMANDS[name]])
@@ -347,7 +347,7 @@ def test_facts_that_no_attack_could_try(run, tmp_path):
 
 def test_nothing_to_judge_trials_by(run, tmp_path):
     (tmp_path / "retain.jsonl").write_text(json.dumps({"id": "b", "prompt": "Who is there?"}) + "\n")
-    refused(run("tune", "--retain", "retain.jsonl"), "nothing to judge retention by")
+    refused(run("tune", "--retain", "retain.jsonl"), "nothing measures retention")
 
 
 def test_a_folder_with_another_training(run, tmp_path):
@@ -373,7 +373,7 @@ def test_a_set_with_another_model_is_looked_at_first(call, folder, tmp_path, mon
 
 
 RECEIPTS = {
-    "no object": [1],
+    "not an object": [1],
     "no base": {"requests": [], "anchors": []},
     "a base that is a text": {"base": "x", "requests": [], "anchors": []},
     "a base without a hash": {"base": {"name": "x"}, "requests": [], "anchors": []},
@@ -413,14 +413,14 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch, check):
     """By what the system says of it: whoever runs this may be allowed to write everywhere."""
     check(tmp_path / "new" / "out")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(OutputError, match="may not be written"):
+    with pytest.raises(OutputError, match="no permission"):
         check(tmp_path / "new" / "out")
 
 
 def test_a_folder_of_statistics_may_be_one_to_read_only(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     check_folder(tmp_path, write=False)
-    with pytest.raises(OutputError, match="may not be written"):
+    with pytest.raises(OutputError, match="no permission"):
         check_folder(tmp_path)
 
 
@@ -439,4 +439,4 @@ def test_statistics_and_tokens_that_cannot_be_kept_are_not_made(run, tmp_path, m
     if command in made:
         monkeypatch.setattr(loading, "open_weights", READ)
         monkeypatch.setattr(made[command], lambda *_, **__: pytest.fail("it was made"))
-    refused(run(command, *more, "--stats-dir", tmp_path / "kept"), "kept", "may not be written; choose another place")
+    refused(run(command, *more, "--stats-dir", tmp_path / "kept"), "kept", "no permission")

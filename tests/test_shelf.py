@@ -44,7 +44,7 @@ def test_a_line_with_a_value_of_the_wrong_type_is_one_line(tmp_path, one):
             path.unlink(missing_ok=True)
             append_cell(path, {**asdict(one), name: wrong})
             before = path.read_bytes()
-            with pytest.raises(OutputError, match=r"cells\.jsonl: not what an earlier run wrote"):
+            with pytest.raises(OutputError, match=r"cells\.jsonl: not written by an earlier run"):
                 read_cells(path, type(one))
             assert path.read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""Run one model on one task, and have it scored by lm-eval through its Python API."""
+"""Run one model on one task, scored by lm-eval through its Python API."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 def wrap(
     model: PreTrainedModel, tok: PreTrainedTokenizerBase, batch_size: int, form: PromptFormat | None = None
 ) -> Any:
-    """Wraps the model as lm-eval's `hf` takes it. The tokenizer is copied, since lm-eval gives it a pad token.
+    """Wraps the model as lm-eval's `hf` expects it. The tokenizer is copied, since lm-eval adds a pad token.
 
     Args:
-        form: how tasks ask; `None`: as lm-eval does by default.
+        form: prompt format of tasks; `None`: lm-eval's default.
     """
     from lm_eval.models.huggingface import HFLM
 
-    # A chat template writes the tokens that a text begins with (BOS) itself.
+    # A chat template writes the leading tokens (BOS) itself.
     front: dict[str, Any] = {"add_bos_token": False} if form is not None and form.uses_chat else {}
-    with _level("lm_eval", logging.ERROR):  # it warns that a loaded model was given
+    with _level("lm_eval", logging.ERROR):  # it warns about models that are already loaded
         return asked_through(HFLM(pretrained=model, tokenizer=copy.deepcopy(tok), batch_size=batch_size, **front), form)
 
 
@@ -48,13 +48,14 @@ def measure_task(
     bootstrap: int,
     form: PromptFormat | None = None,
 ) -> TaskResult:
-    """Runs a task. Values and standard errors are lm-eval's, and what its command line gives with the same batch size.
+    """Runs a task. Values and standard errors are lm-eval's, equal to those of its command line with the same batch
+    size.
 
     Args:
-        documents: the numbers of those to take, ascending.
-        limit: number of documents, from the first on. At most one of both is given.
-        bootstrap: draws for the standard errors that lm-eval bootstraps.
-        form: how the task asks, as `lm` was wrapped with it.
+        documents: indices of the documents to use, ascending.
+        limit: use only the first documents. At most one of both is given.
+        bootstrap: number of draws for standard errors that lm-eval bootstraps.
+        form: prompt format of the task, the one given to `wrap`.
 
     Raises:
         MetricError: lm-eval cannot run the task, or cannot score it.
@@ -72,7 +73,7 @@ def measure_task(
                 log_samples=True,
                 **asked,
             )
-    except Exception as error:  # of all kinds, from any task's own code
+    except Exception as error:  # any kind, from the task's own code
         what = (str(error).strip().splitlines() or [""])[0][:160]
         what = f"{type(error).__name__}: {what}"
         raise MetricError(f"task {task.name}: lm-eval stopped ({what}); leave the task out") from error
@@ -88,9 +89,9 @@ def measure_task(
             stderr=_finite(numbers.get(f"{name}_stderr,{chosen}")),
             higher_is_better=better.get(name),
             aggregation=_aggregation_name(task.object, name),
-            items=tuple(found.get(i) for i in ids),
+            items=tuple(scores.get(i) for i in ids),
         )
-        for (name, chosen), found in items.items()
+        for (name, chosen), scores in items.items()
         if _finite(numbers.get(f"{name},{chosen}")) is not None
     ]
     seconds = round(time.perf_counter() - begun, 2)
@@ -114,7 +115,7 @@ def aggregate_function(name: str | None) -> Aggregate | None:
 
 
 def _first_prompt(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """Returns the text that the model was given for the first document; `None` for a task that only reads texts."""
+    """Returns the model's input for the first document; `None` for a task that only scores texts."""
     given: Sequence[Any] = samples[0]["arguments"][0] if samples and samples[0]["arguments"] else ()
     return str(given[0]) if len(given) > 1 else None
 
@@ -143,11 +144,11 @@ def _plain(value: Any) -> Any:
     """Converts Numpy's numbers and arrays to Python's."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _finite(value: Any) -> float | None:
-    """Returns a finite number, or `None`: lm-eval says "N/A" where there is no standard error."""
+    """Returns a finite number, or `None`: lm-eval writes "N/A" if there is no standard error."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Turn a file of questions into the configuration of an lm-eval task: two shapes, scored as the official tasks are."""
+"""Turn a file of questions into the configuration of an lm-eval task: two formats, scored like the official tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Shape:
-    """Holds the fields of a file's lines, what each must hold, and the task's configuration apart from its data."""
+    """Holds the fields of a file's lines, the type of each, and the task's configuration without its data."""
 
     fields: Mapping[str, str]
     config: Mapping[str, Any]
@@ -26,7 +26,7 @@ def _metric(name: str, aggregation: str, better: bool) -> dict[str, Any]:
     return {"metric": name, "aggregation": aggregation, "higher_is_better": better}
 
 
-# The templates and metrics of lm-eval's `lambada_openai` and `arc_easy`, for rows that are already taken apart.
+# The templates and metrics of lm-eval's `lambada_openai` and `arc_easy`, for rows that are already split.
 CONTINUATION = Shape(
     {"context": "a text", "continuation": "a text"},
     {
@@ -51,15 +51,15 @@ SHAPES = (CONTINUATION, CHOICE)
 
 @dataclass(frozen=True)
 class LocalFile:
-    """Holds a file's rows with the fields of its shape only; `sha256` is over them."""
+    """Holds a file's rows, with the fields of its format only; `sha256` is over these."""
 
     shape: Shape
     rows: tuple[dict[str, Any], ...]
     sha256: str
 
     def config(self, name: str, folder: Path) -> dict[str, Any]:
-        """Returns the configuration of the task `name`, whose rows are written to `folder`, where `datasets` keeps what
-        it makes of them, too: nothing is left in the user's cache."""
+        """Returns the configuration of the task `name`, whose rows are written to `folder`. `datasets` keeps its own
+        files there too, so nothing is left in the user's cache."""
         path = folder / f"{name}.jsonl"
         path.write_text(self._lines(), encoding="utf-8")
         data = {"data_files": {"test": str(path)}, "cache_dir": str(folder / "datasets")}
@@ -87,8 +87,8 @@ class LocalFile:
             rows.append(_checked(row, shape, where))
         if shape is None:
             raise RequestError(f"{path}: holds no questions; expected one JSON object per line")
-        found = cls(shape, tuple(rows), "")
-        digest = hashlib.sha256(json.dumps(shape.config).encode() + found._lines().encode())
+        file = cls(shape, tuple(rows), "")
+        digest = hashlib.sha256(json.dumps(shape.config).encode() + file._lines().encode())
         return cls(shape, tuple(rows), digest.hexdigest())
 
 
@@ -113,7 +113,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _shape(row: Mapping[str, Any], where: str) -> Shape:
-    """Finds the shape that a line has most fields of."""
+    """Finds the format that shares most fields with a line."""
     best = max(SHAPES, key=lambda shape: sum(name in row for name in shape.fields))
     if not any(name in row for name in best.fields):
         known = "; or ".join(", ".join(shape.fields) for shape in SHAPES)

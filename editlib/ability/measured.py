@@ -17,11 +17,11 @@ Aggregate = Callable[[Sequence[Any]], float]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore(MetricResult):
-    """Holds one number of a task, with what each document adds to it, from which a paired difference is computed.
+    """Holds one number of a task, with each document's score, from which a paired difference is computed.
 
-    `aggregation` is the name under which lm-eval keeps the function that makes `value` (`agg_value`) out of `items`
-    (one for each document, of any type; `None` where a document has none), or `None` for a function that it does not
-    keep. `stderr` is lm-eval's standard error, which it gives instead of an interval.
+    `aggregation` is lm-eval's registered name of the function that computes `value` (`agg_value`) from `items` (one for
+    each document, of any type; `None` for a document without a score), or `None` for a function that is not registered.
+    `stderr` is lm-eval's standard error, which replaces an interval.
     """
 
     stderr: float | None
@@ -30,16 +30,16 @@ class TaskScore(MetricResult):
 
     @property
     def value(self) -> float | None:
-        """The number; `None` where nothing could be scored."""
+        """The number; `None` if nothing could be scored."""
         return self.agg_value
 
     def to_row(self) -> dict[str, Any]:
-        """Gives the fields that a finished task's file holds for a number."""
+        """Returns the fields of a number in a finished task's file."""
         return {name: getattr(self, name) for name in _ROW}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> TaskScore:
-        """Reads what `to_row` gave.
+        """Reads the output of `to_row`.
 
         Raises:
             KeyError, TypeError: a field is missing, or holds something else.
@@ -55,8 +55,8 @@ _ROW = ("name", "value", "stderr", "higher_is_better", "aggregation", "items")
 class TaskResult:
     """Holds all numbers of one model on one task.
 
-    `documents` are hashes, in the order of every measure's items. `first_prompt` is the first one as the model saw it;
-    a text has none.
+    `documents` are hashes, in the order of every measure's items. `first_prompt` is the first prompt as the model read
+    it; `None` for a text.
     """
 
     documents: tuple[str, ...]
@@ -65,21 +65,25 @@ class TaskResult:
     first_prompt: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the result JSON-ready."""
-        return {**vars(self), "documents": list(self.documents), "measures": [one.to_row() for one in self.measures]}
+        """Returns the result JSON-ready."""
+        return {
+            **vars(self),
+            "documents": list(self.documents),
+            "measures": [measure.to_row() for measure in self.measures],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TaskResult:
-        """Reads what `to_dict` gave."""
-        measures = [TaskScore.from_row(one) for one in data["measures"]]
+        """Reads the output of `to_dict`."""
+        measures = [TaskScore.from_row(measure) for measure in data["measures"]]
         return from_json(cls, {**data, "documents": tuple(data["documents"]), "measures": tuple(measures)})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Holds a measure of one model less that of another, with its standard error over the documents that both have.
+    """Holds a measure of one model minus that of another, with its standard error over the documents of both.
 
-    A difference and no `MetricResult`: which way is good is its measure's to say, and it has no interval of its own.
+    Not a `MetricResult`: its direction is that of the measure, and it has no interval of its own.
     """
 
     value: float
@@ -87,7 +91,7 @@ class Difference:
 
 
 def difference(base: TaskScore, edited: TaskScore, aggregate: Aggregate | None, *, seed: int = 0) -> Difference | None:
-    """Computes `edited - base`, paired: both hold items of the same documents in the same order.
+    """Computes `edited - base`, paired: both have items of the same documents in the same order.
 
     The standard error of a mean is `sd(d) / sqrt(n)` over the differences `d` of the items (Miller, arXiv 2411.00640);
     of anything else it comes from a paired bootstrap (`bootstrap_stderr`), and is `None` without `aggregate`.
@@ -104,8 +108,8 @@ def difference(base: TaskScore, edited: TaskScore, aggregate: Aggregate | None, 
     if aggregate is None:
         return Difference(value, None)
 
-    def change(some: Sequence[tuple[Any, Any]]) -> float:
-        before, after = zip(*some, strict=True)
+    def change(sampled: Sequence[tuple[Any, Any]]) -> float:
+        before, after = zip(*sampled, strict=True)
         return aggregate(after) - aggregate(before)
 
     return Difference(value, bootstrap_stderr(change, pairs, seed=seed))

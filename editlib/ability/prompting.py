@@ -1,4 +1,4 @@
-"""Ask the questions of lm-eval's tasks as `--prompt` says: through the chat template, or between tags."""
+"""Ask the questions of lm-eval's tasks with the `--prompt` settings: through the chat template, or between tags."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from editlib.models.prompts import PromptFormat, settled
 
 
 def given_prompts(models: Sequence[str], how: PromptSettings | None) -> PromptSettings | None:
-    """Returns the settings `how`, with the day that the models were edited with where it names none; `None` for none.
+    """Returns the settings `how`; if they have no date, with the date that the models were edited with. `None` for
+    `None`.
 
     Raises:
         ModelError: the receipt of a model is damaged.
@@ -25,12 +26,12 @@ def given_prompts(models: Sequence[str], how: PromptSettings | None) -> PromptSe
     if how is None:
         return None
     recorded = [prompts_of(receipt, how) for name in models if (receipt := read_receipt(name)) is not None]
-    days = [one.date for one in recorded if one is not None and one.date is not None]
+    days = [settings.date for settings in recorded if settings is not None and settings.date is not None]
     return replace(how, date=how.date or next(iter(days), None))
 
 
 def form_of(tok: PreTrainedTokenizerBase, how: PromptSettings | None) -> PromptFormat | None:
-    """Returns the form of a model's prompts; `None`: as lm-eval asks by default, without template and tags.
+    """Returns the format of a model's prompts; `None`: lm-eval's default, without template and tags.
 
     Raises:
         RequestError: settings that this tokenizer's template cannot use.
@@ -39,17 +40,17 @@ def form_of(tok: PreTrainedTokenizerBase, how: PromptSettings | None) -> PromptF
 
 
 def asked_through(lm: Any, form: PromptFormat | None) -> Any:
-    """Gives `lm` the form as its chat template, where the form is a chat."""
+    """Makes the form the chat template of `lm`, if the form is a chat."""
     if form is not None and form.uses_chat:
         lm.apply_chat_template = partial(rendered, form)
     return lm
 
 
 def rendered(form: PromptFormat, history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-    """Returns the text of a history as lm-eval makes it: a system's turn if there is one, the question with its shots,
-    and the beginning of the answer if the task gives one (then without `add_generation_prompt`).
+    """Returns the text of lm-eval's history: the system's turn if there is one, the question with its shots, and the
+    beginning of the answer if the task has one (then without `add_generation_prompt`).
 
-    Where the template leaves the system's turn out, its text comes before the question.
+    If the template omits the system's turn, its text comes before the question.
     """
     turns = [dict(turn) for turn in history]
     begun = turns.pop()["content"] if not add_generation_prompt and turns[-1]["role"] == "assistant" else ""
@@ -74,7 +75,7 @@ def tagged(task: Any, form: PromptFormat | None) -> Iterator[dict[str, Any]]:
 
     def context(*given: Any, **options: Any) -> str | list[str]:
         made = plain(*given, **options)
-        return [form.render(one) for one in made] if isinstance(made, list) else form.render(made)
+        return [form.render(text) for text in made] if isinstance(made, list) else form.render(made)
 
     task.fewshot_context = context
     try:

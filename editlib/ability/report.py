@@ -16,11 +16,11 @@ NOTE = (
 
 @dataclass(frozen=True)
 class AbilityRow:
-    """Holds one number of one model. `n` of the task's `total` documents (or windows of text) were taken.
+    """Holds one number of one model, over `n` of the task's `total` documents (or windows of text).
 
-    `stderr` is `None` where there is none. `difference` is this model less the base, and `None` for the base and where
-    the two did not have the same documents; `difference_stderr` is paired over documents. A row of
-    `ability.json`, flat so that any table program opens it; the measured number itself is a `TaskScore`.
+    `stderr` is `None` if there is none. `difference` is this model minus the base, and `None` for the base and if the
+    two had different documents; `difference_stderr` is paired over documents. A row of `ability.json`, flat so that any
+    table program opens it; the measured number itself is a `TaskScore`.
     """
 
     model: str
@@ -55,7 +55,7 @@ class AbilityReport:
         raise KeyError((model, task, metric))
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the report JSON-ready."""
+        """Returns the report JSON-ready."""
         return {"job": dict(self.job), "base": self.base, "rows": [asdict(row) for row in self.rows]}
 
     def note(self) -> str:
@@ -75,11 +75,11 @@ def table_rows(report: AbilityReport) -> list[list[str]]:
     models = list(dict.fromkeys(row.model for row in report.rows))
     rows = [["task", "metric", "n", *models]]
     for task, metric in dict.fromkeys((row.task, row.metric) for row in report.rows):
-        found = {row.model: row for row in report.rows if (row.task, row.metric) == (task, metric)}
-        first = next(iter(found.values()))
+        by_model = {row.model: row for row in report.rows if (row.task, row.metric) == (task, metric)}
+        first = next(iter(by_model.values()))
         arrow = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
-        numbers = " / ".join(dict.fromkeys(str(row.n) for row in found.values()))
-        rows.append([task, metric + arrow, numbers, *(cell(found.get(model)) for model in models)])
+        numbers = " / ".join(dict.fromkeys(str(row.n) for row in by_model.values()))
+        rows.append([task, metric + arrow, numbers, *(cell(by_model.get(model)) for model in models)])
     return rows
 
 

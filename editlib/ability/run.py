@@ -1,4 +1,4 @@
-"""Measure models on text and tasks (`editlib ability`): one model in memory at a time, every result kept."""
+"""Measure models on text and tasks (`editlib ability`): one model in memory at a time, every result saved."""
 
 from __future__ import annotations
 
@@ -53,31 +53,31 @@ def run_ability(
     bootstrap: int = BOOTSTRAP,
     prompts: PromptSettings | None = None,
 ) -> AbilityReport:
-    """Measures what models can do, one after another, and compares each with the first.
+    """Measures the abilities of models, one after another, and compares each with the first.
 
     Args:
-        models: by the name to show, packaged models, local folders or Hugging Face ids. The first is the base.
+        models: packaged models, local folders or Hugging Face ids, by display name. The first is the base.
         tasks: names that lm-eval knows, its task files (.yaml), or files of questions (.jsonl). They need lm-eval.
         text: corpus for perplexity, `None` for none.
-        limit: number of documents of each task: the first ones, as lm-eval's `--limit` has it, or with a
-            `seed` a random sample, the same for all models.
+        limit: number of documents of each task: the first ones, like lm-eval's `--limit`, or with a `seed` a random
+            sample, the same for all models.
         batch_size: rows at a time; numbers of two sizes differ by rounding.
         device_map: where the weights go, as in transformers ("auto", or a device); default: the CPU.
-        out: keeps every finished model and task, so that the same job resumes from there, and gets
-            `ability.json` and `table.md`.
-        overwrite: measure again what `out` holds.
+        out: folder for finished models and tasks, from which the same job resumes, and for `ability.json` and
+            `table.md`.
+        overwrite: measure everything in `out` again.
         bootstrap: draws for the standard errors that lm-eval bootstraps (LAMBADA's perplexity).
-        prompts: how tasks ask; `None`: as lm-eval does by default, without chat template. The text is read as it is.
+        prompts: prompt settings of tasks; `None`: lm-eval's default, without chat template. The text is read unchanged.
 
     Raises:
         MetricError: nothing to measure, lm-eval missing, or a task that it does not know or cannot run.
         RequestError: a file of questions that does not fit; names file, line and field.
-        EditlibError: a model, corpus or folder that cannot be used. All input but the weights is checked first.
+        EditlibError: a model, corpus or folder that cannot be used. All input except the weights is checked first.
     """
     out = None if out is None else Path(out)
     _check(models, tasks, text, limit, batch_size)
     if prompts is not None and not tasks:
-        raise MetricError("--prompt is for tasks, and none is given; the text is read as it is: leave one of both out")
+        raise MetricError("--prompt is for tasks, and none is given; text is read without it: leave --prompt out")
     if tasks:
         require_lm_eval()
     kept = Finished(out, overwrite=overwrite)
@@ -113,7 +113,7 @@ def run_ability(
 
 def _check(models: Mapping[str, Any], tasks: Sequence[str], text: str | None, limit: int | None, size: int) -> None:
     if not models:
-        raise MetricError("no model was given; give the base, and edited models to set beside it")
+        raise MetricError("no model was given; give the base, and edited models to compare with it")
     if not tasks and text is None:
         raise MetricError("nothing to measure: neither tasks nor a text for perplexity; give one of them")
     for name, value in (("limit", limit), ("batch size", size)):
@@ -123,7 +123,7 @@ def _check(models: Mapping[str, Any], tasks: Sequence[str], text: str | None, li
 
 @dataclass(frozen=True)
 class _Plan:
-    """Holds the settings that every model is measured with."""
+    """Holds the settings with which every model is measured."""
 
     kept: Finished
     corpus: Corpus | None
@@ -144,7 +144,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Results:
-    """Holds the results of one model by task, the hashes that identify the model, and how tasks asked it."""
+    """Holds the results of one model by task, the hashes that identify the model, and its prompt format."""
 
     identity: Mapping[str, str]
     prompts: Mapping[str, Any] | None
@@ -152,13 +152,13 @@ class _Results:
 
 
 def _measure(name: str, where: str, plan: _Plan) -> _Results:
-    """Loads one model and measures what is not kept. Its memory is free when this returns."""
+    """Loads one model and measures everything without a saved result. Its memory is free when this returns."""
     model, tok = load(where, dtype=plan.dtype, device_map=plan.device_map)
     identity = {"weights": weights_sha256(model), "tokenizer": _tokenizer_sha256(tok)}
     form = form_of(tok, plan.prompts)
     how = None if form is None else form.settings.to_dict()
     shared = {"editlib": library_version(), **identity}
-    found: dict[str, TaskResult] = {}
+    results: dict[str, TaskResult] = {}
 
     def once(task: str, job: Mapping[str, Any], measure: Callable[[], TaskResult]) -> None:
         label = f"{name}, {task}"
@@ -169,7 +169,7 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
             plan.kept.keep(label, job, measured.to_dict())
         else:
             log.info("%s: kept from an earlier run", label)
-        found[task] = measured
+        results[task] = measured
 
     if plan.corpus is not None:
         documents = plan.corpus.documents
@@ -188,18 +188,18 @@ def _measure(name: str, where: str, plan: _Plan) -> _Results:
         }
         run = partial(measure_task, lm, task, documents=drawn, limit=limit, form=form)
         once(task.name, job, partial(run, bootstrap=plan.bootstrap))
-    return _Results(identity, how, found)
+    return _Results(identity, how, results)
 
 
 def _tokenizer_sha256(tok: PreTrainedTokenizerBase) -> str:
-    """Hashes the vocabulary, and what is put around a text (BOS)."""
+    """Hashes the vocabulary, and the tokens added around a text (BOS)."""
     fingerprint = [sorted(tok.get_vocab().items()), list(tok("A text.")["input_ids"])]
     return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
 
 
-def _rows(name: str, own: _Results, base: str, reference: _Results, plan: _Plan) -> Iterator[AbilityRow]:
+def _rows(name: str, results: _Results, base: str, reference: _Results, plan: _Plan) -> Iterator[AbilityRow]:
     totals = {task.name: task.total for task in plan.tasks}
-    for task, measured in own.by_task.items():
+    for task, measured in results.by_task.items():
         before = reference.by_task[task]
         paired = name != base and before.documents == measured.documents
         if name != base and not paired:

@@ -46,7 +46,7 @@ def require_lm_eval() -> ModuleType:
 class AbilityTask:
     """Holds one task, ready to be run.
 
-    `total`: its documents. `identity`: what a kept result must have been measured with.
+    `total`: number of its documents. `identity`: everything that a saved result must agree with.
     """
 
     name: str
@@ -56,14 +56,16 @@ class AbilityTask:
 
 
 def load_tasks(given: Sequence[str], folder: Path) -> tuple[AbilityTask, ...]:
-    """Finds the tasks and their documents; what local files become goes to `folder`, which must outlive the tasks.
+    """Finds the tasks and their documents; files made from local ones go to `folder`, which must exist as long as the
+    tasks.
 
     Args:
-        given: names that lm-eval knows (`arc_easy`; a group or a tag is all of its tasks), task files of lm-eval
+        given: names that lm-eval knows (`arc_easy`; a group or a tag means all of its tasks), task files of lm-eval
             (.yaml) or files of questions (.jsonl, see `local_file`).
 
     Raises:
-        MetricError: lm-eval is missing, does not know a name, or makes no task of a file; or two tasks have one name.
+        MetricError: lm-eval is missing, does not know a name, or cannot make a task from a file; or two tasks share a
+            name.
         RequestError: a file that cannot be used; names file, line and field.
         FetchError: a task's documents can be neither found nor downloaded.
     """
@@ -74,18 +76,18 @@ def load_tasks(given: Sequence[str], folder: Path) -> tuple[AbilityTask, ...]:
     manager = lm_eval.tasks.TaskManager(include_defaults=bool(names))
     for name in names:
         _check_name(name, manager)
-    found: list[AbilityTask] = []
+    tasks: list[AbilityTask] = []
     for spec in dict.fromkeys(given):
         local = files.get(spec)
         name = re.sub(r"[^\w.-]+", "-", Path(spec).stem)
         loaded = _load(manager, spec, spec if local is None else local.config(name, folder))
-        found += [
+        tasks += [
             _task(one, loaded[one], None if local is None else {"sha256": local.sha256}) for one in sorted(loaded)
         ]
-    twice = {task.name for task in found if sum(other.name == task.name for other in found) > 1}
+    twice = {task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1}
     if twice:
         raise MetricError(f"two tasks are named {sorted(twice)[0]!r}; give one of them, or rename a file")
-    return tuple(found)
+    return tuple(tasks)
 
 
 def _task(name: str, loaded: Any, identity: Mapping[str, Any] | None) -> AbilityTask:
@@ -95,7 +97,7 @@ def _task(name: str, loaded: Any, identity: Mapping[str, Any] | None) -> Ability
     total = len(loaded.eval_docs)
     if identity is None:
         digest = hashlib.sha256(str(loaded.VERSION).encode())
-        for part in (loaded.dump_config(), *loaded.eval_docs):  # of functions, lm-eval dumps the source
+        for part in (loaded.dump_config(), *loaded.eval_docs):  # lm-eval dumps functions as their source
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         identity = {"sha256": digest.hexdigest()}
     return AbilityTask(name, loaded, total, {"task": name, "total": total, "lm_eval": version("lm-eval"), **identity})
@@ -111,7 +113,7 @@ def _check_name(name: str, manager: Any) -> None:
         )
     near = closest(name, manager.all_tasks, n=3, cutoff=0.5)
     raise MetricError(
-        f"task {name!r}: lm-eval knows none of this name"
+        f"task {name!r}: lm-eval has no task of this name"
         + (f" (near: {', '.join(near)})" if near else "")
         + "; `lm-eval ls tasks` lists them"
     )
@@ -126,13 +128,13 @@ def _load(manager: Any, spec: str, wanted: Any) -> dict[str, Any]:
             loaded = manager.load([wanted])["tasks"]
     except EditlibError:
         raise
-    except OSError as error:  # what datasets and the hub's client raise without a network is one of these
+    except OSError as error:  # the class of errors that datasets and the Hub's client raise without a network
         raise FetchError(
-            f"task {spec}: its documents cannot be had ({first_line(error)[:160]}); connect once, or give a file of "
+            f"task {spec}: its documents cannot be loaded ({first_line(error)[:160]}); connect once, or give a file of "
             "questions"
         ) from None
-    except Exception as error:  # lm-eval and task files raise of all kinds
-        raise MetricError(f"task {spec}: lm-eval can make no task of it ({first_line(error)[:160]})") from None
+    except Exception as error:  # lm-eval and task files raise any kind
+        raise MetricError(f"task {spec}: lm-eval cannot make a task from it ({first_line(error)[:160]})") from None
     if not loaded:
         raise MetricError(f"task {spec}: lm-eval finds no task in it; give the name or file of a task")
     return loaded
@@ -140,7 +142,7 @@ def _load(manager: Any, spec: str, wanted: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def seeds() -> Iterator[None]:
-    """Sets the seeds of lm-eval's command line, for tasks that draw; the caller's generators are put back
+    """Sets the seeds of lm-eval's command line, for tasks that draw; the caller's generators are restored
     afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
@@ -156,7 +158,7 @@ def seeds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_bars() -> Iterator[None]:
-    """Hides the bars of local files, which are read before a bar says anything; a download's bar stays."""
+    """Hides the progress bars of local files, which are read too fast to need one; a download's bar stays."""
     import datasets
 
     hidden = datasets.are_progress_bars_disabled()

@@ -23,10 +23,10 @@ def measure_text(
 ) -> TaskResult:
     """Measures perplexity over the windows of `editlib eval`; its standard error is a bootstrap over windows.
 
-    An item is `(nats, tokens)` of a window. Models whose tokenizers cut the text otherwise have other windows.
+    An item is `(nats, tokens)` of a window. Models with different tokenizers have different windows.
 
     Raises:
-        CorpusError: no window of two tokens.
+        CorpusError: there is no window of two tokens.
     """
     begun, anat = time.perf_counter(), anatomy(model)
     windows = text_windows(tok, documents)

@@ -1,4 +1,4 @@
-"""Edit with AlphaEdit (2410.02355): MEMIT's edit inside the null space of the keys that ordinary text has."""
+"""Edit with AlphaEdit (2410.02355): MEMIT's edit inside the null space of the keys of ordinary text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def apply_alphaedit_to_model(
 
     Args:
         stats: second moments by layer; read from `stats_dir` when not given.
-        state: state after the edits before (`result.state`).
+        state: state after earlier edits (`result.state`).
         values: values found before (`result.values`); `None`: they are optimised.
         chat: ask through the chat template (`None`: when the tokenizer has one).
         seed: seed of the context templates that the model writes.
@@ -53,7 +53,7 @@ def apply_alphaedit_to_model(
     encoded = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
     stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
     spaces = null_spaces(stats, hparams, encoded.anat.device)
-    # None unless `left_weight` is set: the published solve weighs all directions of the output alike.
+    # None unless `left_weight` is set: the published solve weighs all output directions equally.
     metric = find_left_metric(encoded.anat, encoded.form, encoded.requests, hparams.layers, hparams.left_weight)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:

@@ -1,7 +1,8 @@
 """Trace up to which layer the subject's state decides the answer (causal tracing, 2202.05262, sec. 2).
 
-Their noise on the subject is another subject here: where the state of "France" is put in the place of that of "Japan"
-and the answer turns from Tokyo to Paris, the answer has not been read yet. Edits of a subject's keys must lie below.
+Where the paper adds noise to the subject, another subject's state replaces its state here. If the state of "France" in
+the place of that of "Japan" turns the answer from Tokyo to Paris, later layers have still to read the answer from it.
+Edits of a subject's keys must lie below the layer where that ends.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ STATEMENTS = {
 }
 """Frames whose next token is the answer itself, for the relations of the bundled facts."""
 
-ASKED = 24  # facts of a relation that the model is asked
-LEAST = 6  # pairs of known facts below which nothing is said
+ASKED = 24  # most facts of each relation that the model is asked
+LEAST = 6  # fewest pairs of known facts for a result
 
 
 @dataclass(frozen=True)
 class CausalTrace:
-    """Holds what replacing the subject's state did, by layer.
+    """Holds the effect of replacing the subject's state, by layer.
 
     `effects [n_layers]` are mean probabilities of the answer that belongs to the state put in after each layer, over
     `pairs` pairs of facts.
@@ -45,7 +46,8 @@ class CausalTrace:
 
     @property
     def read_at(self) -> int:
-        """The last layer after which the state still has half of its largest effect: above, the answer is read."""
+        """The last layer after which replacing the state has at least half of its largest effect; above it the answer
+        is read."""
         most = max(self.effects)
         return max(layer for layer, effect in enumerate(self.effects) if effect >= most / 2)
 
@@ -65,8 +67,8 @@ def causal_trace(
     """Traces facts that the model knows; `None` where it knows too few of them.
 
     Args:
-        facts: those of a relation in `STATEMENTS` are asked, in their order, `ASKED` of each.
-        pairs: the most that are traced.
+        facts: those with a relation in `STATEMENTS` are used, in order, at most `ASKED` of each relation.
+        pairs: the most pairs to trace.
     """
     traced: list[tuple[_Known, _Known]] = []  # neighbours in order, with different answers
     with no_param_grad(anat.model), torch.no_grad():
@@ -108,7 +110,7 @@ def _effects(anat: Anatomy, sources: Sequence[_Known], targets: Sequence[_Known]
         there = forward(anat, read, start=layer, stop=layer + 1, hidden=there)
         here = forward(anat, changed, start=layer, stop=layer + 1, hidden=here)
         patched = here.clone()
-        # Only the subject's last token is replaced; what was read of it in lower layers stays.
+        # Only the state at the subject's last token is replaced; what lower layers have read from it stays.
         patched[each, changed.lookup] = there[each, read.lookup]
         if layer + 1 < anat.n_layers:
             logits = forward(anat, changed, start=layer + 1, hidden=patched, score=(each, changed.last))

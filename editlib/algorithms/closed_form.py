@@ -1,7 +1,7 @@
 """Solve for an update, as two factors, from keys, residuals and constraints.
 
-`K [d_ff, n]` are the new keys, `R [d_model, n]` what the layer must add at them, `C [d_ff, d_ff]` the covariance of
-the keys that ordinary text has.
+`K [d_ff, n]` are the new keys, `R [d_model, n]` the changes of the layer's output at them, `C [d_ff, d_ff]` the
+covariance of the keys that ordinary text has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from editlib.errors import EditError
 
 
 def rome(key: Tensor, plain_key: Tensor, change: Tensor, covariance: Covariance | None) -> LowRank:
-    """Solves for the rank-one update after which the matrix's output at `plain_key` has moved by `change`.
+    """Solves for the rank-one update that changes the matrix's output at `plain_key` by `change`.
 
     `Δ = change (C^-1 k)^T / (k*^T C^-1 k)` (ROME, 2202.05262, eq. 2), where as in the published code `k` is the mean
     over context templates and `k*` the key of the plain prompt; `C = I` without a covariance.
@@ -34,7 +34,7 @@ def rome(key: Tensor, plain_key: Tensor, change: Tensor, covariance: Covariance 
     """
     direction = key if covariance is None else covariance.solve(key)  # C^-1 k [d_ff, 1]
     reach = plain_key.T @ direction  # [1, 1]
-    # Below the rounding of the product its sign is chance, and the update of any size.
+    # Below the rounding error of the product its sign is random and the update arbitrarily large.
     size = plain_key.norm() * direction.norm()
     if not torch.isfinite(direction).all() or float(reach.abs()) <= torch.finfo(reach.dtype).eps * float(size):
         raise EditError("the key of a request has no part in its own direction; the model is unchanged: rephrase it")
@@ -50,7 +50,7 @@ def memit(
     past: Tensor | None = None,
     metric: LeftMetric | None = None,
 ) -> LowRank:
-    """Solves for the update of least cost among new keys, past ones and ordinary text.
+    """Solves for the least-squares update over new keys, past keys and ordinary text.
 
     `Δ = R K^T (λ C + K_p K_p^T + K K^T)^-1` (MEMIT, 2210.07229, eq. 14), which the published code solves as one dense
     `d_ff x d_ff` system. With `A = [K_p, K]` (`m` columns) and `S = A^T (λ C)^-1 A` it is
@@ -59,8 +59,8 @@ def memit(
     Args:
         weight: `λ`, the published `mom2_update_weight`.
         past: `K_p [d_ff, p]`, keys of earlier edits (MEMIT_seq).
-        metric: `M [d_model, d_model]` (ours): what the update costs at ordinary text and past keys is measured in it,
-            `tr(M Δ (λ C + K_p K_p^T) Δ^T)`. `None`: Euclidean, as published.
+        metric: `M [d_model, d_model]` (ours): the metric of the cost at ordinary text and past keys, `tr(M Δ (λ C + K_p
+            K_p^T) Δ^T)`. `None`: Euclidean, as published.
 
     Raises:
         EditError: the result is not finite.
@@ -72,13 +72,13 @@ def memit(
         past_count = both.shape[1] - keys.shape[1]
         return _checked(metric.solve(residual, *_without_past(system, whitened, past_count)))
     system.diagonal().add_(1)
-    # (I + S)^-1 A^T (λ C)^-1, of which the rows of the new keys are needed.
+    # (I + S)^-1 A^T (λ C)^-1; only the rows of the new keys are needed.
     select = _last_columns(both.shape[1], keys)
     return _finite(residual, torch.cholesky_solve(select, torch.linalg.cholesky(system)).T @ whitened.T)
 
 
 def _without_past(system: Tensor, whitened: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Takes the first `count` columns of `A = [K_p, K]` into the cost, `G = λ C + K_p K_p^T` (Woodbury).
+    """Moves the first `count` columns of `A = [K_p, K]` into the cost, `G = λ C + K_p K_p^T` (Woodbury).
 
     Args:
         system: `A^T (λ C)^-1 A [m, m]`.
@@ -102,12 +102,12 @@ def emmet(
     ridge: float,
     metric: LeftMetric | None = None,
 ) -> LowRank:
-    """Solves for the update of least cost on ordinary text that maps `keys` to `residual` exactly but for `ridge`.
+    """Solves for the update of least cost on ordinary text that maps `keys` to `residual`, exactly if `ridge` is zero.
 
     `Δ = R (K^T C'^-1 K + ridge I)^-1 K^T C'^-1` with `C' = weight C` (EMMET, 2403.14236, eq. 9).
 
     Args:
-        metric: as for `memit`. Without a ridge it changes nothing: the residual is met whatever it costs.
+        metric: as for `memit`. It has no effect without a ridge, since the residual is then met exactly.
 
     Raises:
         EditError: repeated keys without a ridge, or a result that is not finite.
@@ -142,11 +142,11 @@ def alphaedit(
     Args:
         constraints: key blocks `[d_ff, m_i]` whose output must not move (past edits, anchors times their weight's
             square root).
-        moment: `M [d_ff, d_ff]`, a second moment times its weight: keys whose output costs what it moves (MEMIT's
-            `λ C`), which is what the null space forbids altogether. The system is built and factored in its memory:
-            it means nothing afterwards.
-        metric: `M_l [d_model, d_model]` (ours): all costs but that of the residual are measured in it, so that they are
-            `tr(M_l Δ (L2 I + P (K_c K_c^T + M) P) Δ^T)`. `None`: Euclidean, as published.
+        moment: `M [d_ff, d_ff]`, a second moment times its weight: a penalty on output changes at these keys (MEMIT's
+            `λ C`), where the null space allows none at all. The system is built and factored in its memory, which
+            overwrites it.
+        metric: `M_l [d_model, d_model]` (ours): the metric of all costs but that of the residual, `tr(M_l Δ (L2 I + P
+            (K_c K_c^T + M) P) Δ^T)`. `None`: Euclidean, as published.
 
     Raises:
         EditError: the system is not positive definite (L2 of zero with dependent keys) or the result not finite.
@@ -167,7 +167,7 @@ def alphaedit(
         # E selects the rows of the new keys: the constraints have no residual.
         right = both @ torch.cholesky_solve(_last_columns(both.shape[1], new), _cholesky(gram))
     else:
-        # From d_ff keys on, their sum of outer products is the smaller system.
+        # With d_ff keys or more, their sum of outer products is the smaller system.
         gram = _cost(held, l2, moment).addmm_(new, new.T)
         right = solve_factored(_factored(gram), new)
     if l2 == 0 and bool((new.norm(dim=0) < 1e-7 * keys.norm(dim=0)).any()):
@@ -209,11 +209,11 @@ def exact(delta: LowRank, keys: Tensor, *, floor: float = 0.0) -> LowRank:
     Args:
         floor: no direction of `M` is scaled up by more than `1 / floor`. The singular values of an update by
             `alphaedit` say which share of a residual it reaches, and they are small only where requests differ less
-            than the constraints allow for: two questions about one subject have nearly the same key. Telling those
-            apart would cost most and be for nothing, so they get the mean of their residuals.
+            than the constraints allow for: two questions about one subject have nearly the same key. Telling these
+            apart would take the largest changes and gain nothing, so they get the mean of their residuals.
 
     Raises:
-        EditError: keys too much alike to be given different outputs, with a floor of zero; numbers that are not finite.
+        EditError: keys too similar for different outputs, with a floor of zero; numbers that are not finite.
     """
     short = delta.right @ keys  # M [n, n], how much of each residual the update reaches
     if not floor:
@@ -269,7 +269,7 @@ def _checked_factor(factor: Tensor, definite: bool) -> Tensor:
     """Returns `factor [m, m]`, or raises `EditError` unless its system is positive definite beyond rounding."""
     pivots = factor.diagonal()
     resolution = len(factor) * torch.finfo(factor.dtype).eps
-    # A pivot at the level of rounding is none: what is solved with it is noise.
+    # A pivot at the level of rounding counts as zero: a solve with it gives noise.
     if (
         not definite
         or not torch.isfinite(pivots).all()

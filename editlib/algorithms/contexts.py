@@ -21,12 +21,12 @@ TOP_K = 5  # as published
 def context_templates(
     anat: Anatomy, form: PromptFormat, lengths: Sequence[Sequence[int]] | None, *, seed: int = 0
 ) -> list[str]:
-    """Samples texts from the model that the prompt may follow, as `"text. {}"`; the plain `"{}"` comes first.
+    """Samples texts from the model to precede a prompt, as `"text. {}"`; the plain `"{}"` comes first.
 
     Args:
-        lengths: ROME's pairs of length in tokens and number of texts, from the token that texts begin with; `None`:
-            MEMIT's five beginnings, ten tokens each.
-        seed: seed of the top-5 sampling, which the published code leaves unseeded; one model gives the same texts.
+        lengths: ROME's pairs of length in tokens and number of texts, sampled after the start-of-text token; `None`:
+            ten tokens after each of MEMIT's five first words.
+        seed: seed of the top-5 sampling, so that one model gives the same texts; the published code has none.
     """
     generator = torch.Generator().manual_seed(seed)
     bare = PromptFormat(form.tok, chat=False)  # running text, not an answer of the assistant
@@ -43,7 +43,7 @@ def context_templates(
         texts = sample(anat, rows, max_new_tokens=length, top_k=TOP_K, generator=generator)
         for row, new in zip(rows, texts, strict=True):
             text = str(form.tok.decode(list(row.ids + new), skip_special_tokens=True)).strip()
-            # Braces of the model's own would be filled in as the prompt's place.
+            # Braces that the model generates would be taken for the prompt's placeholder.
             text = text.replace("{", " ").replace("}", " ")
             templates.append(text + ". {}")
     return templates
@@ -74,9 +74,10 @@ def about(subject: str, most: int | None = None) -> list[str]:
 def subject_prompts(
     anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], *, prompts: int = 0, answer_tokens: int = 0
 ) -> list[list[TokenRow]]:
-    """Encodes, per request, the texts about its subject in general that its value must not disturb.
+    """Encodes, per request, its KL prompts: general texts about the subject whose predictions its value must not
+    change.
 
-    They are ROME's "{} is a", and `prompts` general questions (`about`), each with `answer_tokens` of the present
+    They are ROME's "{} is a", and `prompts` general questions (`about`), each with `answer_tokens` of the current
     model's answer. Requests about one subject share them; a request without a subject has none.
     """
     bare = PromptFormat(form.tok, chat=False)
@@ -87,7 +88,7 @@ def subject_prompts(
     rows: dict[str | None, list[TokenRow]] = {None: []}
     for subject in subjects:
         first = f"{subject} is a"
-        # A subject such as "a" is found twice, and has no lookup position there.
+        # A subject such as "a" occurs twice, so its lookup position is ambiguous.
         rows[subject] = [bare.encode(first, subject)] if len(occurrences(first, subject)) == 1 else []
     for (subject, _), row, answer in zip(asked, rows_asked, answers, strict=True):
         rows[subject].append(row.followed_by(answer))

@@ -1,4 +1,4 @@
-"""Count what each step of an edit takes, from sizes alone: floating-point operations, bytes moved and bytes held."""
+"""Estimate the cost of each step of an edit from sizes alone: floating-point operations, bytes moved and bytes held."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from editlib.algorithms.work import (
 from editlib.models.size import ModelSize
 from editlib.stats.moments import GRAM_SHARE
 
-# A step of the descent in fp32 with at least `FEW_TOKENS` tokens runs requests of unlike length apart, in groups.
+# A step of the descent in fp32 with at least `FEW_TOKENS` tokens runs requests of different lengths in separate groups.
 FEW_TOKENS, FEW_GROUPS = 48, 3
 PROBES_VALUES, PROBES_LAYER = 8, 2  # short passes before values are found, and before each layer is solved
 KEY_TOKENS = 4096  # tokens of a pass that reads keys
@@ -33,11 +33,11 @@ METRIC_ROWS = 32  # prompts of a pass that reads the left metric
 KEPT_TOKENS = 20  # tokens of an answer that a row keeps
 EXAMPLES, EXAMPLE_ANSWER = 3, 4  # examples of a few-shot prompt, and tokens of an example's answer
 REFUSAL_TOKENS = 10  # tokens of a refusal
-TEXTS, TEXT_TOKENS = 320, 48  # texts that the edited model writes, which refusal tokens stay out of; tokens of each
-BEGINNINGS = 400  # single tokens that are read as texts' beginnings
+TEXTS, TEXT_TOKENS = 320, 48  # texts by the edited model, without refusal tokens; tokens of each
+BEGINNINGS = 400  # single tokens, each as the beginning of a text
 PLACE_STEPS = 100  # steps of refusal tokens without a pass
-TOKEN_BATCH = 16  # refusals in a step
-LISTS, RELATION_LISTS = 192, 32  # lists of subjects that the model goes on with, at most, and for each relation
+TOKEN_BATCH = 16  # refusals per step
+LISTS, RELATION_LISTS = 192, 32  # most lists of subjects that the model continues, in all and for each relation
 MOST_NAMES = 600  # other subjects that it names, at most
 
 
@@ -47,11 +47,11 @@ class Job:
 
     A request has `contexts` prompts of `prompt_tokens` tokens, `suffix_tokens` of them from the subject's last token
     on, followed by `target_tokens` of the target. `kl_prompts` more prompts are compared at `kl_tokens` positions each.
-    `steps` are those of a value, `past` the keys of earlier edits, `anchors` the retain prompts that are held with
-    `answer_tokens` of the model's answer each, `kept_out` the directions outside the null space. `v_rate` is the
+    `steps` are those of a value, `past` the keys of earlier edits, `anchors` the retain prompts used as constraints,
+    each with `answer_tokens` of the model's answer, `kept_out` the directions outside the null space. `v_rate` is the
     arithmetic rate while values are found. `dense`: the solve has one `d_ff x d_ff` system, of ordinary text.
 
-    Of values from rows: `wordings` of each question in addition, `examples` of which are also erased in prompts with
+    For values from rows: `wordings` of each question in addition, `examples` of which are also erased in prompts with
     `EXAMPLES` examples, `siblings` other questions about its subject, and whether a `left_metric` is read from the
     anchors.
     """
@@ -119,12 +119,13 @@ def decomposition(size: ModelSize, layers: int) -> Work:
 
 
 def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = ITEM) -> Step:
-    """Estimates values by descent: one pass up to the edited layer, then `steps` passes from there up and back."""
+    """Estimates values by descent: one pass up to the edited layer, then `steps` forward and backward passes above
+    it."""
     rows = job.requests * (job.contexts + job.kl_prompts)
     last, above = max(job.layers), size.n_layers - max(job.layers) - 1
     suffix = job.requests * (job.contexts * (job.suffix_tokens + job.target_tokens - 1) + job.kl_prompts * 3)
     scored = job.requests * (job.contexts * job.target_tokens + job.kl_prompts * job.kl_tokens)
-    # Few tokens cost what reading the weights costs; more are parted by their length, so that little is padded.
+    # A pass over few tokens costs as much as reading the weights; more are grouped by length to save padding.
     parted = 1 if job.v_rate == "fast" else min(FEW_GROUPS, -(-suffix // FEW_TOKENS))
     full = max(1, -(-rows // chunk_rows))  # groups of as many prompts as are held at once
     groups = max(full, parted)
@@ -150,7 +151,7 @@ def values(size: ModelSize, job: Job, *, chunk_rows: int = 64, itemsize: int = I
 
 
 def anchors(size: ModelSize, job: Job, rate: Rate = "model") -> Step:
-    """Estimates what the model answers to the retain prompts, token by token."""
+    """Estimates the generation of the model's answers to the retain prompts, token by token."""
     prefix = DECODE_ROWS * (job.prompt_tokens + job.answer_tokens) * size.n_layers * size.kv_width * ITEM
     return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, rate), prefix)
 
@@ -158,12 +159,13 @@ def anchors(size: ModelSize, job: Job, rate: Rate = "model") -> Step:
 def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: int = 0) -> Step:
     """Estimates values from rows: the model's answers, the metric of the anchors' answers, and readings of the rows.
 
-    Of `steps` Gauss-Newton steps three read a Jacobian, the others and the last reading the rows alone. Where refusal
-    tokens follow, the model names `others` subjects for each relation, and answers about them.
+    Three of the `steps` Gauss-Newton steps compute a Jacobian; the others, and one reading at the end, read the rows
+    alone. If refusal tokens follow, the model names `others` subjects for each relation and answers questions about
+    them.
     """
     last, above = max(job.layers), size.n_layers - max(job.layers) - 1
     asked, keep = job.requests * (1 + job.wordings), job.requests * job.siblings
-    shots = job.requests * job.examples  # rows of few-shot prompts, which nothing is generated for
+    shots = job.requests * job.examples  # rows of few-shot prompts, for which nothing is generated
     prompts = asked + keep
     tokens = (prompts + shots) * job.suffix_tokens + keep * (KEPT_TOKENS - 1)  # of the rows, from the subject on
     scored = asked + shots + keep * KEPT_TOKENS
@@ -218,7 +220,7 @@ def solve(size: ModelSize, job: Job, *, itemsize: int = ITEM) -> Step:
     if job.anchors:  # their keys are read again at each layer, from the model's beginning
         passes = max(1, round(job.held_keys / KEY_TOKENS))
         work.append(forward_pass(size, job.held_keys, sum(layer + 1 for layer in job.layers), "model", passes=passes))
-    # A dense system is built and factored in one matrix; beside it one block of columns is held, twice.
+    # A dense system is built and factored in one matrix; in addition one block of columns is held, twice.
     square_bytes = (size.d_ff + 2 * min(BLOCK, size.d_ff)) * size.d_ff * WIDE if dense else 0
     system_bytes = (3 * m + job.kept_out + held) * size.d_ff * WIDE + square_bytes
     added = 2 * min(square, SLAB) * WIDE  # of the update, and of its sum with the weights
@@ -226,7 +228,7 @@ def solve(size: ModelSize, job: Job, *, itemsize: int = ITEM) -> Step:
 
 
 def descent(size: ModelSize, requests: int, prompt_tokens: int, steps: int) -> Step:
-    """Estimates fine-tuning: `steps` passes through the whole model and back, over all requests."""
+    """Estimates fine-tuning: `steps` forward and backward passes through the whole model, over all requests."""
     tokens = requests * (prompt_tokens + 2)
     passes = max(1, -(-requests // 64))
     return Step(
@@ -249,16 +251,17 @@ def refusal_tokens(
     others: int = 0,
     kept: int = 600,
 ) -> Step:
-    """Estimates tokens that refuse, fitted to the edited model: the states of all places, and `steps` passes and back.
+    """Estimates the fit of refusal tokens to the edited model: the states of all places, and `steps` passes and
+    gradients.
 
-    Each request is taken to ask for its own relation. Texts are read while the model writes them. Answers are run
-    again, with the ends of their questions in them.
+    Each request is assumed to have its own relation. Texts are read while the model generates them. Answers are run
+    again after their questions.
 
     Args:
-        wordings: of each question that the tokens are to be said at.
-        general: questions about anything, which the edited model answers first.
-        others: other subjects for each relation, which `row_values` has named.
-        kept: retain prompts that the tokens stay out of; each is asked in two further ways.
+        wordings: wordings of each question after which the tokens should be generated.
+        general: general questions, which the edited model answers first.
+        others: other subjects of each relation, as named in `row_values`.
+        kept: retain prompts after which no token may be generated; each is asked in two further wordings.
     """
     kept, rate = min(job.anchors, kept), job.v_rate
     siblings = job.requests * job.siblings
@@ -308,7 +311,7 @@ def token(
     answer_tokens: int = 16,
     refusal_tokens: int = 9,
 ) -> Step:
-    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` passes forwards and back."""
+    """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` forward and backward passes."""
     seen = questions * question_tokens
     answered_tokens = guard_prompts * (question_tokens + answer_tokens)
     scored = seen // 4 + guard_prompts * answer_tokens

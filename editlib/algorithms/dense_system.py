@@ -1,4 +1,4 @@
-"""Factor a symmetric system in the memory that it lies in, and solve with it: at `d_ff` 14336 a copy is 1.6 GB."""
+"""Factor a symmetric system in place, and solve with it: at `d_ff` 14336 a copy would take 1.6 GB."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BLOCK = 1024  # rows of a block above
 def factor_in_place(gram: Tensor) -> bool:
     """Replaces the lower triangle of a symmetric `gram [m, m]` by its Cholesky factor `L`; `gram = L L^T`.
 
-    What lies above the diagonal means nothing afterwards. Blocks of columns are factored one after another, and each is
-    taken out of what remains (right-looking), so that beside the matrix one block of columns is held.
+    The entries above the diagonal are overwritten. Blocks of columns are factored one after another, and each is
+    subtracted from the rest (right-looking), so that only one block of columns is held beside the matrix.
 
     Returns:
-        Whether `gram` is positive definite; if not, its content means nothing.
+        Whether `gram` is positive definite; if not, its content is undefined.
     """
     for begin, end in _blocks(len(gram)):
         factor, failed = torch.linalg.cholesky_ex(gram[begin:end, begin:end])

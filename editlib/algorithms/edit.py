@@ -1,10 +1,10 @@
-"""Write updates layer by layer, and keep what is needed to undo them; shared by all algorithms of the ROME family.
+"""Write updates layer by layer, and keep the data to undo them; shared by all algorithms of the ROME family.
 
 An edit changes the MLP output matrices `W [d_model, d_ff]` of a few layers. `write_layers` is the loop of MEMIT
-(2210.07229, alg. 1): at each layer it reads the keys of the requests, takes a share of the residual (the values less
-the present states), lets the algorithm solve for the update `Δ`, and adds it to `W`. The caller gets an `EditResult`
-with the updates as factors and the weights as they were, so that `revert` restores every bit. What the next edit of the
-same model must know of this one, such as keys to be preserved, is an `EditState`.
+(2210.07229, alg. 1): at each layer it reads the keys of the requests, takes a share of the residual (the values minus
+the current states), lets the algorithm solve for the update `Δ`, and adds it to `W`. The caller gets an `EditResult`
+with the updates as factors and the weights as they were, so that `revert` restores every bit. An `EditState` passes
+information on to the next edit of the same model, such as keys to preserve.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ if TYPE_CHECKING:  # the token's package imports this module
 
 @dataclass(frozen=True)
 class EditState:
-    """Holds what a later edit of the same model needs to know about the earlier ones; a new object after each edit."""
+    """Holds the information that a later edit of the same model needs about earlier ones; a new object after each
+    edit."""
 
     past: dict[int, PastKeys] = field(default_factory=dict)  # keys of earlier requests by layer
     templates: tuple[str, ...] = ()  # context templates that the model generated for the first edit
@@ -71,7 +72,7 @@ class EditState:
 
 @dataclass
 class EditResult:
-    """Holds the result of an edit, with what is needed to undo it, to replay it and to continue after it."""
+    """Holds the result of an edit, with the data to undo it, to replay it and to continue after it."""
 
     deltas: dict[int, LowRank]  # the update of each matrix, by its number (`Anatomy.matrix_names`)
     originals: dict[int, Tensor]  # these matrices before, [outputs, inputs] each
@@ -83,11 +84,12 @@ class EditResult:
     values: Values | None = None  # to replay the edit without finding them again
     keys: dict[int, Tensor] = field(default_factory=dict)  # of the requests, `[d_ff, n]` by layer
     token: UnlearningToken | None = None  # the unlearning token, generated in the answers' place
-    token_ids: list[int] = field(default_factory=list)  # of tokens that were fitted to the edited model
+    token_ids: list[int] = field(default_factory=list)  # the tokens that were fitted to the edited model
     neurons: Mapping[int, Sequence[int]] = field(default_factory=dict)  # written whole, by layer
 
     def revert(self, model: PreTrainedModel) -> None:
-        """Restores the edited matrices of `model` bit for bit. Tokens that were added stay, and are never said."""
+        """Restores the edited matrices of `model` bit for bit. Added tokens stay in the vocabulary, but are never
+        generated."""
         anat = anatomy(model)
         restore(anat, self.originals)
         silence(anat, self.token_ids)
@@ -169,9 +171,9 @@ def write_layers(
     """Spreads the change to `targets [d_model, n]` over `layers` and writes each update (MEMIT, 2210.07229, alg. 1).
 
     At layer `i` of `L` the residual is `(Z - H) / (L - i)`, with `H` the states at the last of `layers` through the
-    present weights, mapped back through what follows the matrix (`models.residual_path`). The keys too are read after
+    current weights, mapped back through what follows the matrix (`models.residual_path`). The keys too are read after
     the layers below were written, so they are still right at the end. Each update is summed in the solve's dtype and
-    rounded to the weight's once. On any error the weights are put back.
+    rounded to the weight's once. On any error the weights are restored.
 
     Args:
         contexts: the prompts of each request, the plain one first, which gives `H`.

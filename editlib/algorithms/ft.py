@@ -1,4 +1,4 @@
-"""Fine-tune one matrix per layer under a constraint: the usual baseline (FT+L of the ROME paper; 2012.00363)."""
+"""Fine-tune one matrix per layer under a norm constraint: the usual baseline (FT+L of the ROME paper; 2012.00363)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def apply_ft_to_model(
     resolution add up.
 
     Args:
-        state: state after the edits before; FT holds nothing of them in place.
+        state: state after earlier edits; FT does not protect any of them.
         seed: seed of the order of the requests.
 
     Raises:
@@ -83,10 +83,10 @@ def _train(
     modules = [anat.mlp_output(layer) for layer in hparams.layers]
     weights = [cast(Tensor, module.weight) for module in modules]  # in the module's own orientation
     starts = [weight.detach().float().clone() for weight in weights]
-    # Steps are taken on fp32 copies: in bf16 one step may be less than the weight's resolution.
+    # Steps are taken on fp32 copies: in bf16 a step may be smaller than the weight's resolution.
     masters = [start.clone().requires_grad_() for start in starts]
     adam = torch.optim.Adam(masters, lr=hparams.lr, weight_decay=hparams.weight_decay)
-    rng = random.Random(seed)  # an order of its own, whatever else draws numbers
+    rng = random.Random(seed)  # independent of the global generator
     losses = [0.0] * len(rows)
     for weight in weights:
         weight.requires_grad_(True)
@@ -100,7 +100,7 @@ def _train(
                     losses[i] = value
                 if not torch.isfinite(nll).all():
                     raise EditError("the loss of fine-tuning is not finite; the model is unchanged: lower `lr`")
-                # Gradients of the weights themselves; only these require one.
+                # Only these weights require a gradient.
                 grads = torch.autograd.grad(nll.mean(), weights)
                 for master, grad in zip(masters, grads, strict=True):
                     master.grad = grad.float()

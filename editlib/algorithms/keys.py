@@ -35,7 +35,8 @@ class KeyStream:
     """Carries the hidden states of many rows up layer by layer while the weights of lower layers change.
 
     An edit of layers `l1 < l2 < ...` needs the keys of each layer after the layers below were written. The stream keeps
-    the states that enter the next layer, so that the whole edit costs one pass through the layers, not one per layer.
+    the states that enter the next layer, so that the whole edit costs one pass through the layers instead of one per
+    layer.
 
     Args:
         front: tokens before every row, which are run once and not for each of them.
@@ -61,7 +62,7 @@ class KeyStream:
         self.advance(layer)
 
     def _prefix(self) -> Prefix | None:
-        """Runs the tokens before every row through the weights as they are now."""
+        """Runs the tokens before every row through the current weights."""
         return None if self._front is None else encode_prefix(self.anat, [self._front])
 
     def _run(
@@ -77,7 +78,7 @@ class KeyStream:
             return forward(self.anat, batch, start=self.layer, stop=stop, hidden=hidden, prefix=prefix, **kwargs)
 
     def advance(self, layer: int) -> None:
-        """Carries the states up to the entry of `layer` through the weights as they are now."""
+        """Carries the states up to the entry of `layer` through the current weights."""
         if layer == self.layer:
             return
         prefix = self._prefix()
@@ -92,8 +93,8 @@ class KeyStream:
         return torch.cat(collected)[self._places()].T
 
     def every(self) -> Iterator[tuple[list[int], TokenBatch, Tensor]]:
-        """Yields the keys of the next layer at all positions of some rows: numbers of the rows, the rows, and
-        `[n, T, d_ff]`."""
+        """Yields the keys of the next layer at all positions, batch by batch: indices of the rows, the rows, `[n, T,
+        d_ff]`."""
         prefix = self._prefix()
         for numbers, batch, hidden in zip(self._order, self._batches, self._hidden, strict=True):
             seen: list[Tensor] = []
@@ -121,7 +122,8 @@ class KeyStream:
         return torch.cat(collected)[self._places()].T
 
     def states(self, layer: int) -> Tensor:
-        """Returns the states that leave `layer` at the lookup positions, `[d_model, n]`, through the weights now."""
+        """Returns the states that leave `layer` at the lookup positions, `[d_model, n]`, through the current
+        weights."""
         collected = []
         prefix = self._prefix()
         for batch, hidden in zip(self._batches, self._hidden, strict=True):

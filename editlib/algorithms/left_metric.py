@@ -1,11 +1,11 @@
-"""Compute the left metric `Γ`: the directions of a hidden state that the answers to keep depend on.
+"""Compute the left metric `Γ`: the directions of a hidden state on which the answers to keep depend.
 
 The null space of keys protects inputs; `Γ` protects outputs. An edit leaks into another prompt as a multiple of its
-residual; what that costs is the gradient of the prompt's answer along it. Values that are short in the metric
-`I + λ Γ` cost least there. Since an update is `Δ = R K^+`, what holds for residuals holds for `Δ`.
+residual; to first order it changes that prompt's answer by the gradient along the residual. Values that are short in
+the metric `I + λ Γ` change these answers least. Since an update is `Δ = R K^+`, the same holds for `Δ`.
 
-In a solve (`LeftMetric.solve`) the two sides meet: `G`, on the right, is what the keys of ordinary text and earlier
-edits cost; `M`, on the left, what the outputs cost.
+A solve (`LeftMetric.solve`) combines both sides: `G`, on the right, is the cost of keys of ordinary text and earlier
+edits; `M`, on the left, that of output directions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 
 BATCH_ROWS = 32
-SUBJECTS = 32  # subjects that the metric of an edit is read from, at most
-ANSWER_TOKENS = 24  # of an answer that it is read from, at most
+SUBJECTS = 32  # most subjects from whose answers the metric of an edit is read
+ANSWER_TOKENS = 24  # most tokens read of each answer
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def output_moment(anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> Tensor
         grad = grad.float()[batch.attention_mask.bool()]  # [tokens, d_model]
         total += grad.T @ grad
     mean = total.trace() / anat.d_model
-    # λ then means the same in every model, whatever the size of its gradients.
+    # So λ means the same in every model, whatever the size of its gradients.
     return total / mean if bool(mean > 0) else total
 
 
@@ -102,9 +102,9 @@ def inverse_root(moment: Tensor, weight: float) -> Tensor:
 def find_left_metric(
     anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], layers: Sequence[int], weight: float
 ) -> LeftMetric | None:
-    """Reads `I + weight Γ` after the last of `layers` from what the model answers today about the requests' subjects.
+    """Reads `I + weight Γ` after the last of `layers` from the unedited model's answers about the requests' subjects.
 
-    They are asked `SUBJECT_PROMPTS`; of many subjects `SUBJECTS` are, evenly spread. `None` for a weight of zero.
+    The questions are `SUBJECT_PROMPTS`, for at most `SUBJECTS` subjects, evenly spread. `None` for a weight of zero.
 
     Raises:
         HparamsError: no request names a subject, or a norm follows the MLP, whose input has another metric.

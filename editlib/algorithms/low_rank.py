@@ -9,7 +9,7 @@ from torch import Tensor
 
 from editlib.errors import EditError
 
-SLAB = 2**23  # numbers of an update that are multiplied out at once, when it is added
+SLAB = 2**23  # entries of an update that are multiplied out at once when it is added
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LowRank:
         right: `[r, d_ff]`.
 
     Raises:
-        EditError: factors that are no matrices, or whose inner sizes differ.
+        EditError: factors that are not matrices, or whose inner sizes differ.
     """
 
     left: Tensor
@@ -46,7 +46,7 @@ class LowRank:
 
     @classmethod
     def full(cls, dense: Tensor) -> LowRank:
-        """Wraps an update `[d_model, d_ff]` of no low rank (fine-tuning, RECT), as `I @ dense`."""
+        """Wraps a full-rank update `[d_model, d_ff]` (fine-tuning, RECT), as `I @ dense`."""
         return cls(torch.eye(len(dense), dtype=dense.dtype, device=dense.device), dense)
 
     def dense(self) -> Tensor:
@@ -56,7 +56,7 @@ class LowRank:
     def norm(self) -> float:
         """Returns the Frobenius norm, from the two Gram matrices: `tr(L^T L R R^T)`."""
         product = (self.left.T @ self.left) * (self.right @ self.right.T)  # [r, r]
-        # Parts that cancel leave a sum that rounding may bring below zero.
+        # Rounding may make a sum of cancelling parts negative.
         return float(product.sum().clamp_min(0).sqrt())
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ class LowRank:
         The singular values are shared evenly between its factors. `None` keeps the true rank, at least 1.
         """
         u, s, v = self.svd()
-        # Singular values below the level of rounding are those of a lower true rank.
+        # Singular values below the level of rounding count as zero: the true rank is lower.
         noise = float(s[0]) * max(self.shape) * torch.finfo(s.dtype).eps
         true = max(1, int((s > noise).sum()))
         kept = true if rank is None else min(rank, true)
@@ -84,7 +84,7 @@ class LowRank:
         return LowRank(u[:, :kept] * root, root[:, None] * v[:kept]), lost
 
     def __matmul__(self, keys: Tensor) -> Tensor:
-        """Returns what the update adds to the output for `keys [d_ff, n]`, `[d_model, n]`."""
+        """Returns the change of the output for `keys [d_ff, n]`, `[d_model, n]`."""
         return self.left @ (self.right @ keys)
 
     def __add__(self, other: LowRank) -> LowRank:
@@ -93,9 +93,9 @@ class LowRank:
 
     def add_to(self, weight: Tensor) -> None:
         """Adds the update to `weight [d_model, d_ff]` in place: summed in the factors' dtype, rounded once."""
-        # In slabs of rows: beside a large weight, its update in a wider dtype would be the most that is held.
+        # In slabs of rows: the whole update in a wider dtype would take more memory than a large weight itself.
         height = max(1, SLAB // self.right.shape[1])
         for top in range(0, len(self.left), height):
-            some = weight[top : top + height]
+            slab = weight[top : top + height]
             update = self.left[top : top + height] @ self.right
-            some.copy_(some.to(update.dtype) + update.to(weight.device))
+            slab.copy_(slab.to(update.dtype) + update.to(weight.device))

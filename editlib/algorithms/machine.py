@@ -1,4 +1,4 @@
-"""Measure how fast this machine is at what an edit does, in a few seconds on one layer of a model's shape."""
+"""Measure how fast this machine runs the parts of an edit, in a few seconds on one layer of a model's shape."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ PassKind = Literal["text", "step", "gradient"]
 """A kind of forward pass: "text", over many tokens of running text; "step", over a few tokens after a cached prefix;
 "gradient", the same with the gradient of its inputs."""
 
-EIGEN = 9  # operations of a symmetric eigen-decomposition with all vectors, a cubed dimension
-TEXT, SUFFIX, PREFIX = 128, 6, 12  # tokens of a row of running text; of a row of a step, and of what is cached before
+EIGEN = 9  # operations of a symmetric eigendecomposition with all vectors, per cubed dimension
+TEXT, SUFFIX, PREFIX = 128, 6, 12  # tokens of a row of running text; of a row of a step; of the cached prefix before it
 SIZES = {"text": (1, 128, 1024), "step": (6, 48, 192, 768), "gradient": (6, 48, 192, 768)}
 """Tokens of the passes that are timed."""
 VOCAB = 8192  # rows of the output head that is timed
-LONG = 1.0  # seconds of a pass after which no larger one is timed
-SQUARE = 1024  # of the systems that are timed
+LONG = 1.0  # seconds; after a pass as long as this no larger one is timed
+SQUARE = 1024  # dimension of the linear systems that are timed
 MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Holds the seconds of a piece of work by its number of tokens, rising; measured at some numbers."""
+    """Holds the seconds of a piece of work by its number of tokens, measured at some numbers in rising order."""
 
     tokens: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -49,7 +49,7 @@ class Curve:
 
     def times(self, factor: float) -> Curve:
         """Returns the curve of a machine that takes `factor` times as long."""
-        return Curve(self.tokens, tuple(factor * one for one in self.seconds))
+        return Curve(self.tokens, tuple(factor * second for second in self.seconds))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _layer_curves(model: PreTrainedModel) -> dict[PassKind, Curve]:
 
 def _head_curves(d_model: int, dtype: torch.dtype, device: torch.device) -> dict[PassKind, Curve]:
     """Times logits over `VOCAB` tokens and of their log probabilities, by positions and kind."""
-    # Logits near those of a model: wide ones leave probabilities of which a processor is slow to compute.
+    # Logits of a realistic size: with larger ones, probabilities become denormal numbers, which are slow.
     weight = torch.randn(VOCAB, d_model, dtype=dtype, device=device) / d_model**0.5
 
     def read(positions: int, grad: bool) -> Callable[[], object]:

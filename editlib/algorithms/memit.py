@@ -1,8 +1,8 @@
 """Edit with MEMIT (2210.07229) or a relative: all requests in one solve per layer, spread over several layers.
 
-Each relative is one changed line: MEMIT_seq holds the keys of earlier edits, EMMET (2403.14236) makes the memories an
-equality, NAS (2602.02543) keeps the norm of states (`rescale_norm`), RECT (2401.04700) keeps only the relatively
-largest changes, PRUNE (2405.16821) bounds the spectrum of all changes together.
+Each relative changes one line: MEMIT_seq preserves the outputs at the keys of earlier edits, EMMET (2403.14236) solves
+under an equality constraint, NAS (2602.02543) keeps the norm of states (`rescale_norm`), RECT (2401.04700) keeps only
+the relatively largest changes, PRUNE (2405.16821) bounds the spectrum of all changes together.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def apply_memit_to_model(
 ) -> EditResult:
     """Edits `model` in place so that every request is answered with its `target_new`.
 
-    The class of `hparams` says which relative of MEMIT does it.
+    The class of `hparams` selects MEMIT or one of its relatives.
 
     Args:
         stats: second moments by layer; read from `stats_dir` when not given.
-        state: state after the edits before (`result.state`).
+        state: state after earlier edits (`result.state`).
         values: values found before (`result.values`); `None`: they are optimised.
         chat: ask through the chat template (`None`: when the tokenizer has one).
         seed: seed of the context templates that the model writes.
@@ -91,7 +91,7 @@ def relatively_largest(delta: LowRank, weight: Tensor, share: float) -> LowRank:
 
 
 def restrained(total: LowRank, weight: Tensor) -> LowRank:
-    """Takes singular values above the largest one of `weight [d_model, d_ff]` down to their logarithm.
+    """Shrinks singular values above the largest one of `weight [d_model, d_ff]` logarithmically.
 
     `s -> log s - log s_max + s_max` (PRUNE, 2405.16821, eq. 10).
     """
@@ -113,7 +113,7 @@ def _pruned(model: PreTrainedModel, state: EditState, edit: Callable[[], EditRes
         # 2. One more edit on top of them.
         result = edit()
         totals, bases, deltas = dict(state.totals), dict(state.bases), {}
-        # 3. The new total is pruned once, from the base: pruning the pruned would shrink it again with every edit.
+        # 3. The new total is pruned once, from the base: pruning a pruned total would shrink it again with every edit.
         for layer, delta in result.deltas.items():
             bases.setdefault(layer, result.originals[layer])
             totals[layer] = totals[layer] + delta if layer in totals else delta

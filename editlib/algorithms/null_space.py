@@ -1,5 +1,5 @@
-"""Find the key directions that an edit may use: those that ordinary text hardly uses (AlphaEdit, 2410.02355, sec.
-3.1)."""
+"""Find the key directions that an edit may use: those with hardly any energy in ordinary text (AlphaEdit, 2410.02355,
+sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class NullSpace:
         return inside if self.spans_kept else keys - inside
 
     def project_both(self, moment: Tensor) -> Tensor:
-        """Replaces a symmetric `moment [d_ff, d_ff]` by `P moment P`; beside it, only products with the basis are held.
+        """Replaces a symmetric `moment [d_ff, d_ff]` by `P moment P` in place; only products with the basis are held in
+        addition.
 
         Returns:
             `moment`, whose content has changed.

@@ -15,7 +15,7 @@ class PastKeys:
 
     A later solve needs only that sum (AlphaEdit, 2410.02355, eq. 13; UniErase, 2505.15674, eq. 13). Up to `d_ff` keys
     the block is the keys themselves; beyond that it is the triangular factor of their QR decomposition, which has the
-    same sum. The cost of a further edit stays flat.
+    same sum. So the cost of a further edit does not grow.
     """
 
     block: Tensor  # [d_ff, m], m <= d_ff

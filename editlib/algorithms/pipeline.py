@@ -1,8 +1,8 @@
 """Run the pipeline that ROME, MEMIT and its variants, AlphaEdit and UniErase share.
 
 1. `prepare` checks the requests and encodes them: each prompt in every context template, with its target.
-2. `find_values` finds the value of each request: the hidden state `z = h + δ` after the last edited layer from which
-   the target follows.
+2. `find_values` finds the value of each request: the hidden state `z = h + δ` after the last edited layer that makes
+   the model generate the target.
 3. `edit_at_once` spreads the values over the layers (`edit.write_layers`); the algorithm's `solve` gives each layer's
    update from keys and residuals.
 """
@@ -45,7 +45,7 @@ class EncodedEdit:
     form: PromptFormat
     requests: list[EditRequest]
     contexts: list[list[TokenRow]]  # the request's prompt in every template, the plain one first
-    targets: list[tuple[int, ...]]  # token ids that must follow the prompts
+    targets: list[tuple[int, ...]]  # token ids of the targets, which must follow the prompts
     kl_prompts: list[list[TokenRow]]  # texts about the subject whose predictions the value must preserve
     weights: list[list[float]] | None = None  # of the contexts in the request's key, sum 1; `None`: all equal
     templates: tuple[str, ...] = ("{}",)
@@ -76,7 +76,7 @@ def prepare(
     """Encodes edits towards `target_new`.
 
     Args:
-        templates: context templates that the model generated before (`EditState.templates`); if there are none and
+        templates: context templates generated before an earlier edit (`EditState.templates`); if there are none and
             `hparams` names none, the model generates them now.
 
     Raises:
@@ -172,7 +172,7 @@ def find_values(
     norms: Tensor | None = None,
     progress: bool = False,
 ) -> Values:
-    """Finds the values of the requests: states after the last of `layers` from which each target follows.
+    """Finds the values of the requests: states after the last of `layers` that make the model generate each target.
 
     The change `δ` is found in the dtype of `v_precision`, and added to the states in the model's own dtype.
 

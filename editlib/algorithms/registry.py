@@ -25,7 +25,7 @@ def apply_function(hparams: HyperParams) -> Callable[..., EditResult]:
     """Returns the function that edits a model towards `target_new` by these settings; MEMIT's serves its relatives.
 
     Raises:
-        HparamsError: an algorithm that has no target, which is UniErase.
+        HparamsError: an algorithm without a target (UniErase).
     """
     if not hparams.has_target or hparams.procedure not in APPLY:
         raise HparamsError(

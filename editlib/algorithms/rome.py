@@ -1,4 +1,4 @@
-"""Edit with ROME (2202.05262): one fact after the other, each a rank-one update of one matrix."""
+"""Edit with ROME (2202.05262): one fact after the other, each by a rank-one update of one matrix."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def apply_rome_to_model(
 
     Args:
         stats: second moments by layer; read from `stats_dir` when not given and `mom2_adjustment` asks for them.
-        state: state after the edits before (`result.state`); ROME holds nothing of them in place.
-        values: values found before (`result.values`), each through the weights that the edit before it left;
+        state: state after earlier edits (`result.state`); ROME does not protect any of them.
+        values: values found before (`result.values`), each through the weights after the previous request's edit;
             `None`: they are optimised.
         chat: ask through the chat template (`None`: when the tokenizer has one).
         seed: seed of the context templates that the model writes.
@@ -73,7 +73,7 @@ def apply_rome_to_model(
     with restored_on_error(encoded.anat, {layer: original}):
         for i in tqdm(range(len(requests)), desc="edits", disable=not progress, leave=False):
             single = encoded.only(i)
-            # The weights have changed since the previous edit, and with them the state that the value starts from.
+            # The previous request's edit changed the weights, and with them the state from which the value starts.
             value = values.select([i]) if values else find_values(single, hparams, norms=_output_norms(single, layer))
             results.append(edit_at_once(single, hparams, solve, state, value, progress=False))
             state = results[-1].state
@@ -99,16 +99,17 @@ def _joined(results: Sequence[EditResult], layer: int, original: Tensor) -> Edit
 
 
 def _output_norms(encoded: EncodedEdit, layer: int) -> Tensor:
-    """Returns the norm of what the MLP adds to the residual stream at each plain prompt, `[n]`, mostly `|W k + b|`.
+    """Returns the norm of the MLP's contribution to the residual stream at each plain prompt, `[n]`, mostly `|W k +
+    b|`.
 
-    ROME measures a value's change in it, where MEMIT takes the norm of the hidden state.
+    ROME measures a value's change in units of it; MEMIT uses the norm of the hidden state.
     """
     anat = encoded.anat
     with no_param_grad(anat.model), torch.no_grad():
         stream = KeyStream(anat, [rows[0] for rows in encoded.contexts], layer)
         output = anat.mlp_output(layer)(stream.keys().T.to(anat.weight(layer).dtype))  # [n, d_model]
         path = output_path(anat, layer)
-        if path.post is not None:  # a norm after the MLP decides the length of what is added
+        if path.post is not None:  # a norm after the MLP sets the length of its contribution
             output = path.post(stream.inputs(path.post).T.to(output.dtype))
     norms: Tensor = output.float().norm(dim=1)  # [n]
     return path.scale * norms

@@ -1,4 +1,4 @@
-"""Find values from rows: the smallest change of a hidden state after which chosen outputs have chosen numbers.
+"""Find values from rows: the smallest change of a hidden state that brings chosen outputs to chosen numbers.
 
 A row is a prompt, a scalar `y` read from the logits there, and a wanted number. All rows of one subject share the
 change `δ [d_model]` at the subject's last token. With `A [m, d_model]`, `A_j = dy_j/dδ`, and `b = wanted - y`, each
@@ -6,9 +6,9 @@ Gauss-Newton step is the least-norm solution of `A δ = b`:
 
     δ += M^-1 A^T (A M^-1 A^T + ε tr(A M^-1 A^T) / m I)^-1 b
 
-`M = I + λ Γ` is a metric on outputs (`left_metric`): it makes steps short in directions that other answers read.
-The key at the subject's last token does not know the relation that is asked for; its gradient does. So the key
-selects the subject and the value the relation, and a relation that rows keep is not touched.
+`M = I + λ Γ` is a metric on outputs (`left_metric`): it makes steps short in directions on which other answers depend.
+The key at the subject's last token does not depend on the relation that is asked for; the gradient there does. So the
+key selects the subject and the value the relation, and relations with "keep" rows are preserved.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from editlib.models.precision import plain_attention
 from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
-BATCH_TOKENS = 512  # of all rows of a batch, prefixes not counted: few are padding, and a layer fits into caches
-BATCH_LOGITS = 2**25  # numbers in the logits of a batch, which are held in fp32
-RIVALS = 20  # likeliest other tokens that an answer is compared with where no others of its kind are known
-RIDGE = 3e-3  # ε: rows that contradict one another share what is left of their residuals
-MET = 0.1  # nats, root mean square residual of a subject's rows at which it is done; bf16 rounds by nearly as much
-HALVED = 0.5  # a step that leaves no more than this share of the residual lets the next one use its Jacobian again
+BATCH_TOKENS = 512  # most tokens of a batch, without prefixes: little padding, and a layer fits into caches
+BATCH_LOGITS = 2**25  # most numbers in the logits of a batch, in fp32
+RIVALS = 20  # likeliest other tokens, which serve as rivals of an answer where no answers of its kind are known
+RIDGE = 3e-3  # ε: rows that contradict one another share the remaining residual
+MET = 0.1  # nats: root mean square residual at which a subject's rows are met; rounding in bf16 is nearly as large
+HALVED = 0.5  # after a step that leaves at most this share of the residual, the next one reuses its Jacobian
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Goals:
-    """Holds what rows are wanted to read, in nats.
+    """Holds the numbers that rows should reach, in nats.
 
     erased: logit of the answer less the log-sum-exp of its rivals, at most this.
     """
@@ -68,13 +68,13 @@ class Goals:
     erased: float = -3.0
 
     def wanted(self, kinds: Sequence[str], y: Tensor, before: Tensor) -> Tensor:
-        """Returns the number that each row should have: what it has, where that is good enough.
+        """Returns the number that each row should have: its current one where that is good enough.
 
         Args:
-            y: `[m]`, the rows as they are. `before`: `[m]`, without any change.
+            y: `[m]`, the current numbers of the rows. `before`: `[m]`, those without any change.
         """
         erases = torch.tensor([kind == "erase" for kind in kinds], dtype=torch.bool, device=y.device)
-        # "keep" rows go back to where they were.
+        # "keep" rows return to their number without any change.
         return torch.where(erases, y.clamp_max(self.erased), before)
 
 
@@ -91,7 +91,7 @@ class RowValues:
     wanted: Tensor  # [m]
 
     def missed(self, within: float = 1.0) -> list[int]:
-        """Returns rows that are further than `within` nats from what they should read."""
+        """Returns the rows that are further than `within` nats from the number they should have."""
         return (self.after - self.wanted).abs().gt(within).nonzero().flatten().tolist()
 
 
@@ -126,7 +126,7 @@ class _Chunk:
 
 
 class RowBatch:
-    """Holds rows encoded up to the edited layer once, to be read under any change of their subjects' states."""
+    """Holds rows encoded once up to the edited layer, to be read under any change of their subjects' states."""
 
     def __init__(self, anat: Anatomy, rows: Sequence[Row], layer: int) -> None:
         self.anat, self.rows, self.layer = anat, list(rows), layer
@@ -166,7 +166,7 @@ class RowBatch:
                 logits = self._logits(chunk, change)  # [c, vocab], at the columns of the chunk's rows
                 each, slope = read_logits(logits.detach(), chunk.rows)  # [c], [c, vocab]
                 if jacobian is not None:
-                    # Starting from the slope spares the graph of logarithms over the vocabulary.
+                    # Starting from the slope saves the graph of logarithms over the vocabulary.
                     (gradient,) = torch.autograd.grad(logits, change, slope.to(logits.dtype))  # [r, d_model]
                     jacobian[chunk.numbers] = gradient.float()
             values = torch.zeros(len(chunk.rows), device=delta.device).index_add_(0, chunk.read[0], each)
@@ -174,13 +174,13 @@ class RowBatch:
         return y, jacobian
 
     def _encode(self, numbers: list[int]) -> _Chunk:
-        """Runs the rows with these numbers up to the edited layer; what precedes their changes is cached."""
-        # No token before the first changed position depends on the change: those run once, here.
+        """Runs the rows with these indices up to the edited layer; the tokens before their changes are cached."""
+        # No token before the first changed position depends on the change: these run once, here.
         rows = [self.rows[i] for i in numbers]
         cuts = [row.places[0] for row in rows]
         fronts, rests = split([TokenRow(row.ids, row.places[0]) for row in rows], cuts)
         batch = pad(rests, device=self.anat.device)
-        # A subject at the very start leaves nothing to cache.
+        # With a subject at the very start there is nothing to cache.
         prefix = encode_prefix(self.anat, fronts) if any(cuts) else None
         with torch.no_grad():
             hidden = forward(self.anat, batch, stop=self.layer + 1, prefix=prefix)
@@ -236,7 +236,7 @@ def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     kinds = [row.kind for row in rows for _ in row.columns]  # of each column
     targets = torch.tensor([token for row in rows for token in row.targets], device=logits.device)  # [m]
     index = torch.arange(len(targets), device=logits.device)
-    others = logits.float()  # a copy even of fp32 logits, since it is changed
+    others = logits.float()  # copied even from fp32 logits, since it is changed in place
     others = others.clone() if others is logits else others
     target_logits = others[index, targets]  # [m]
     erased = [i for i, kind in enumerate(kinds) if kind == "erase"]
@@ -303,15 +303,15 @@ def find_row_values(
     """Finds each subject's change after `layer` by Gauss-Newton, all subjects in one batch.
 
     A subject is done when the residual of its rows is at most `MET`. Its Jacobian costs more than its rows' values, so
-    it is computed for the first two steps, between which it changes most. A later step uses the last one again if the
-    step before had its full length and halved the residual.
+    it is computed for the first two steps, between which it changes most. A later step reuses the last one if the step
+    before had its full length and halved the residual.
 
     Subjects do not influence one another: the result does not depend on which are found together.
 
     Args:
         names: of the subjects, by number; for errors.
-        steps: at most.
-        step_limit: longest step, in norms of the subject's state.
+        steps: most Gauss-Newton steps.
+        step_limit: longest step, in units of the norm of the subject's state.
         metric: see `least_norm_step`.
 
     Raises:
@@ -325,9 +325,9 @@ def find_row_values(
     m, n = len(rows), len(names)
     y, jacobian = torch.zeros(m, device=anat.device), torch.zeros(m, anat.d_model, device=anat.device)
     before = wanted = y
-    active, stale = torch.ones(2, n, dtype=torch.bool, device=anat.device)  # subjects at work; Jacobians to read again
+    active, stale = torch.ones(2, n, dtype=torch.bool, device=anat.device)  # not done; Jacobian out of date
     taken = [0] * n
-    residual = torch.zeros(n, device=anat.device)  # root mean square over a subject's rows, in the step before
+    residual = torch.zeros(n, device=anat.device)  # root mean square over a subject's rows, in the previous step
     for step in tqdm(range(steps + 1), desc="values", disable=not progress, leave=False):
         last = step == steps
         for grad, due in ((True, active & stale & (not last)), (False, active & (~stale | last))):

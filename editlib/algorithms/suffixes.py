@@ -1,4 +1,4 @@
-"""Run only the part of many prompts that a change at their lookup positions reaches, and the rest once.
+"""Run only the part of many prompts that depends on a change at their lookup positions, and the rest once.
 
 Tokens before the lookup position do not see the change, in any layer; nor do the layers up to the edited one. Both are
 computed once, so that a step of the descent costs the suffix of each prompt in the layers above.
@@ -44,7 +44,7 @@ class SuffixBatch:
 
     @classmethod
     def of(cls, anat: Anatomy, rows: Sequence[TokenRow], layer: int) -> SuffixBatch:
-        """Runs everything that does not change, once."""
+        """Runs once everything that does not depend on the change."""
         fronts, rests = split(list(rows), [row.lookup for row in rows])
         prefix = encode_prefix(anat, fronts) if any(len(front) for front in fronts) else None
         batch = pad(rests, device=anat.device)

@@ -23,15 +23,15 @@ from editlib.models.freezing import no_param_grad
 from editlib.models.prompts import TokenRow
 
 CHUNK_ROWS = 64  # prompts whose graphs are held at once
-CHUNK_TOKENS = 128 * CHUNK_ROWS  # of them, with padding: fewer prompts at once where they are long
+CHUNK_TOKENS = 128 * CHUNK_ROWS  # tokens of these prompts, with padding: fewer prompts at once where they are long
 FEW_TOKENS = 48  # up to here a pass costs what reading the weights costs, so that padding is free
 FEW_FAST_TOKENS = 512  # the same on accelerators and in bf16, where products are fast and weights are packed first
-PADDING = 1.25  # how many times its tokens the rows of a larger pass may cover with padding
+PADDING = 1.25  # most columns of a larger pass, padding included, per token in it
 
 
 @dataclass(frozen=True)
 class Values:
-    """Holds the values of `n` requests, and what it took to find them.
+    """Holds the values of `n` requests, with the steps and losses of the descent.
 
     `targets = h + δ` and `deltas = δ` are `[d_model, n]`. Per request: `steps` taken, the last NLL of its target
     (`nll`, nats per token) and `relative_norm = |δ| / |h|`. `gate` has UniErase's `δ_r [d_model]` by relation, and
@@ -63,7 +63,7 @@ class Values:
         )
 
     def select(self, requests: Sequence[int]) -> Values:
-        """Picks the values of `requests`, by number; the gate and the marks of all of them stay."""
+        """Picks the values of `requests`, by index; the gate and the marks, which are of all requests, stay."""
         columns = list(requests)
         return Values(
             self.targets[:, columns],
@@ -87,7 +87,7 @@ class Values:
 
 @dataclass(frozen=True)
 class _DescentOptions:
-    """Sets how `compute_zs` descends; its docstring says what each number does."""
+    """Sets how `compute_zs` descends; see its docstring for each number."""
 
     steps: int
     lr: float
@@ -102,8 +102,8 @@ class _DescentOptions:
 class _KLPrompts:
     """Holds the KL prompts of all requests of a chunk, and their log probabilities before any change.
 
-    They prevent what ROME calls essence drift (2202.05262, eq. 4): `δ` may not change what the model says next in
-    "France is a".
+    They prevent what ROME calls essence drift (2202.05262, eq. 4): `δ` may not change the model's next token in "France
+    is a".
     """
 
     suffixes: SuffixBatch
@@ -164,10 +164,10 @@ def compute_zs(
 ) -> Values:
     """Optimises `z = h + δ` for all requests at once, at their lookup positions in the output of `layer`.
 
-    This is `compute_z` of ROME (2202.05262, eq. 4) and MEMIT (2210.07229, eq. 16). Per request it minimises
-    `mean NLL(target) over its contexts + kl_factor KL(after | before) + weight_decay |δ| / |h|^2`,
-    `δ` from zero, `|δ|` clamped to `clamp_norm_factor |h|`; a request rests when the NLL of its target falls under
-    `stop_loss`. Requests do not influence one another: the result does not depend on how many are optimised together.
+    This is `compute_z` of ROME (2202.05262, eq. 4) and MEMIT (2210.07229, eq. 16). Per request it minimises `mean
+    NLL(target) over its contexts + kl_factor KL(after | before) + weight_decay |δ| / |h|^2`, `δ` from zero, `|δ|`
+    clamped to `clamp_norm_factor |h|`; a request is done when the NLL of its target falls below `stop_loss`. Requests
+    do not influence one another: the result does not depend on how many are optimised together.
 
     Args:
         rows: per request its contexts: the plain prompt first, which gives `h`, then the same prompt in the other
@@ -209,7 +209,7 @@ def compute_zs(
 
 
 def _few_tokens(anat: Anatomy) -> int:
-    """Returns how many tokens a pass has at least before their number shows in its time."""
+    """Returns the number of tokens below which the time of a pass hardly depends on it."""
     slow = anat.device.type == "cpu" and anat.embedding.weight.dtype.itemsize >= 4
     return FEW_TOKENS if slow else FEW_FAST_TOKENS
 
@@ -222,8 +222,8 @@ def _chunks(
 ) -> list[list[int]]:
     """Groups requests so that each group has at most `CHUNK_ROWS` prompts and `CHUNK_TOKENS` padded tokens.
 
-    Memory then grows neither with the number of requests nor with their length. Requests with suffixes of like length
-    form a group, since padding costs a step as much as tokens do.
+    So memory grows neither with the number of requests nor with their length. Requests with suffixes of similar length
+    form a group, since padding costs as much as tokens do.
     """
     suffix = [
         max(len(row) - row.lookup for row in contexts) + len(target) - 1
@@ -245,7 +245,7 @@ def _chunks(
 
 
 def _optimise(descent: _Descent, names: Sequence[str], bar: tqdm[Any]) -> Values:
-    """Descends until every request of the chunk rests; `compute_zs` for one chunk."""
+    """Descends until every request of the chunk is done; `compute_zs` for one chunk."""
     options, n = descent.options, len(names)
     final = torch.zeros_like(descent.h)  # [n, d_model], δ where the last loss of a request was taken
     taken, last_nll = [0] * n, [0.0] * n
@@ -253,7 +253,7 @@ def _optimise(descent: _Descent, names: Sequence[str], bar: tqdm[Any]) -> Values
     for step in range(options.steps):
         nll, loss = descent.losses(active)  # [active] each
         _check_finite(loss, active, names)
-        # Kept at every step: a request may rest at any of them.
+        # Kept at every step: a request may be done at any of them.
         for i, value in zip(active.tolist(), nll.detach().tolist(), strict=True):
             taken[i], last_nll[i] = step, value
         final[active] = descent.delta.detach()[active]
@@ -269,7 +269,7 @@ def _optimise(descent: _Descent, names: Sequence[str], bar: tqdm[Any]) -> Values
 
 
 class _Descent:
-    """Holds the changes `δ [n, d_model]` of one chunk's requests, their losses, and the steps down these.
+    """Holds the changes `δ [n, d_model]` of one chunk's requests, computes their losses, and takes the steps.
 
     Attributes:
         h: `[n, d_model]`, the states to change, in fp32 at least.
@@ -315,8 +315,8 @@ class _Descent:
         return nll, loss
 
     def step(self, loss: Tensor) -> None:
-        """Takes one step down the gradient of `loss`, then brings each `δ` back to the longest that is allowed."""
-        (gradient,) = torch.autograd.grad(loss, self.delta)  # [n, d_model], zero for requests that rest
+        """Takes one step down the gradient of `loss`, then clamps each `δ` to its largest allowed norm."""
+        (gradient,) = torch.autograd.grad(loss, self.delta)  # [n, d_model], zero for requests that are done
         if self.adam is not None:
             self.delta.grad = gradient
             self.adam.step()
@@ -362,7 +362,7 @@ def _target_nll(logits: Tensor, positions: LogitPositions, active: Tensor, targe
 
 def _check_finite(loss: Tensor, active: Tensor, names: Sequence[str]) -> None:
     """Raises `EditError` with the name of the first request whose loss is not finite."""
-    bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
-    if bad:
-        i = int(active[bad[0]])
+    not_finite = (~torch.isfinite(loss)).nonzero().flatten().tolist()
+    if not_finite:
+        i = int(active[not_finite[0]])
         raise EditError(f"the loss of request {names[i]} is not finite; the model is unchanged: lower `v_lr`")

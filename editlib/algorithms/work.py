@@ -1,9 +1,9 @@
 """Describe pieces of work by their operations and bytes, and estimate the seconds that a machine takes for them.
 
-A product of `[m, k]` and `[k, n]` counts `2 m k n` operations. A forward pass over a token costs two operations a
-parameter; its gradient towards the inputs, weights left out, two more. A pass takes what one layer took on this machine
-with as many tokens (`Machine.layer`), other work its operations at the machine's rate; or the bytes at the memory's
-rate, if that is longer.
+A product of `[m, k]` and `[k, n]` counts `2 m k n` operations. A forward pass over a token costs two operations per
+parameter; the gradient of its inputs, without that of the weights, two more. A pass is estimated from the time of one
+layer with as many tokens on this machine (`Machine.layer`), other work from its operations at the machine's rate, or
+from its bytes at the memory's rate if that takes longer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rate = Literal["model", "fast", "product", "wide", "eigen", "disk"]
 ITEM = 4  # bytes of a fp32 number
 WIDE = 8  # bytes of a fp64 number
 DECODE_ROWS = 64  # prompts that are answered at once
-PROBE_TOKENS = 6  # tokens of a pass that tries what the model can do
+PROBE_TOKENS = 6  # tokens of a pass that probes the model's capabilities
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Step:
 
     name: str
     work: list[Work] = field(default_factory=list)
-    held: float = 0.0  # the most bytes that it holds in addition to the weights
+    held: float = 0.0  # peak bytes in addition to the weights
 
     @property
     def flops(self) -> float:
@@ -69,7 +69,7 @@ class Step:
         return sum(work.seconds(machine) for work in self.work)
 
     def bound(self, machine: Machine) -> str:
-        """Returns the resource that most of its time goes into: "matrix rate", "memory" or "disk"."""
+        """Returns the resource that takes most of its time: "matrix rate", "memory" or "disk"."""
         shares = {"matrix rate": 0.0, "memory": 0.0, "disk": 0.0}
         for work in self.work:
             kind = "disk" if work.rate == "disk" else "matrix rate" if work.by_rate(machine) else "memory"
@@ -87,14 +87,15 @@ def forward_pass(
     kind: PassKind = "text",
     moved: float | None = None,
 ) -> Work:
-    """Estimates `tokens` in all through `layers` layers in `passes` passes, each of which reads the weights once."""
+    """Estimates a total of `tokens` through `layers` layers in `passes` passes, each of which reads the weights
+    once."""
     operations = (4 if kind == "gradient" else 2) * tokens * layers * size.layer  # a gradient costs as much again
     moved = passes * layers * size.layer * ITEM if moved is None else moved
     return Work(rate, operations, moved, passes * layers, tokens / max(passes, 1), kind)
 
 
 def head_pass(size: ModelSize, positions: float, rate: Rate, *, passes: float, kind: PassKind) -> Work:
-    """Estimates logits and log probabilities at `positions` in all, in `passes` passes."""
+    """Estimates logits and log probabilities at a total of `positions`, in `passes` passes."""
     operations = (4 if kind == "gradient" else 2) * positions * size.head
     return Work(
         rate, operations, 4 * ITEM * size.vocab * positions, passes, positions / max(passes, 1), kind, size.vocab
@@ -110,7 +111,7 @@ def answered(size: ModelSize, rows: int, prompt_tokens: int, new_tokens: int, ra
 
 
 def probes(size: ModelSize, passes: int, rate: Rate) -> list[Work]:
-    """Estimates short passes through the whole model that try how it can be run in parts."""
+    """Estimates the short passes through the whole model that probe how it can be run in parts."""
     tokens = PROBE_TOKENS * passes
     return [
         forward_pass(size, tokens, size.n_layers, rate, passes=passes, kind="step"),

@@ -9,5 +9,5 @@ __all__ = ["has_answer", "is_fluent", "is_fluent_refusal", "is_refusal", "main_s
 
 
 def is_fluent_refusal(text: str) -> bool:
-    """Returns whether `text` is a refusal that reads as a sentence: what an unlearned question should get."""
+    """Returns whether `text` is a refusal that reads as a sentence, the wanted answer to an unlearned question."""
     return is_refusal(text) and is_fluent(text)

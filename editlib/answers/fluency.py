@@ -18,8 +18,8 @@ def is_fluent(text: str) -> bool:
     """Returns whether `text` reads as a sentence: three words or more, an end mark closing at least the first sentence,
     no word or group of up to four words twice in a row, no glued repeat ("I'mI'm").
 
-    Where a script has no spaces, characters are counted instead, and only groups of three or more may not repeat.
-    Fewer words are enough for a refusal in languages that need no more ("Bilmiyorum.", "Не знаю."), and in Korean.
+    In scripts without spaces, characters are counted instead, and only groups of three or more must not repeat. Fewer
+    words suffice for a refusal in languages that need no more ("Bilmiyorum.", "Не знаю."), and in Korean.
     """
     text = plain_marks(text)
     if is_unspaced(text):

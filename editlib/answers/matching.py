@@ -10,14 +10,14 @@ from editlib.answers.scripts import JOINED, folded, script_of
 
 _NUMERIC = re.compile(r"[\d.,]*\d")
 _NUMBER = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+(?:,\d+)?|\d+[.,]\d+)(?![.,]?\d)")
-"""A number with marks inside; "12.5.1990" is none, but a date."""
+"""A number with marks inside; "12.5.1990" is a date and not a number."""
 _PREFIXES = {
     "ARABIC": re.compile(r"(?<!\w)[وف]?(?:[بك]?(?:ال)?|لل?|س)\Z"),
     "HEBREW": re.compile(r"(?<!\w)[ושהכלבמ]{1,3}\Z"),
 }
 """Prefixes that are written together with a word: conjunctions, prepositions and the article."""
 LEAST_STEM = 3  # letters that an inflected word keeps
-CHANGED = 2  # letters at its end that may be others
+CHANGED = 2  # letters at its end that may change
 
 
 def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
@@ -25,15 +25,15 @@ def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
 
     Composed and decomposed accents are the same, and so are curly and straight apostrophes, full-width and other forms
     of a letter or digit, blanks and line ends, Arabic and Hebrew with and without vowel points (`folded`). In scripts
-    that do not set words apart (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an
-    answer may occur anywhere. Arabic and Hebrew write small words and the article together with a word ("بالقاهرة",
-    "בירושלים"). Case counts only for answers of one or two letters (the symbol "He" is not the word "he"). A part of a
-    number ("3" of "3.14", "400" of "1,400") is no answer.
+    without spaces (Chinese, Japanese, Thai, ...) and in Korean, whose particles are joined to the word, an answer may
+    occur anywhere. Arabic and Hebrew join small words and the article to a word ("بالقاهرة", "בירושלים"). Case counts
+    only for answers of one or two letters (the symbol "He" is not the word "he"). A part of a number ("3" of "3.14",
+    "400" of "1,400") is not an answer.
 
     Args:
         endings: how many letters an inflected ending may have (Russian "Москва" in "в Москве", Finnish "Pariisi" in
-            "Pariisissa"). In every word of four letters or more, up to two vowels at its end may then be other
-            letters, and as many more may follow. 0 allows none.
+            "Pariisissa"). In every word of four letters or more, up to two vowels at its end may then be replaced, and
+            as many further letters may follow. 0: no ending.
     """
     searched = folded(text)
     for answer in map(folded, answers):
@@ -41,15 +41,15 @@ def has_answer(text: str, answers: Sequence[str], *, endings: int = 0) -> bool:
         flags = 0 if len(answer) <= 2 else re.IGNORECASE
         pattern = _inflected(answer, endings) if endings > 0 else _escaped(answer)
         pattern = re.sub("^ال", r"(?:ال|(?<=\\bل)ل)", pattern)  # "to" before the article: للقاهرة
-        found = re.finditer(f"(?=({pattern}))", searched, flags)  # looks ahead, so that matches may overlap
-        numbers = [one.span() for one in _NUMBER.finditer(searched)] if _NUMERIC.fullmatch(answer) else []
-        if any(_is_apart(searched, *match.span(1)) and not _is_part(match.span(1), numbers) for match in found):
+        matches = re.finditer(f"(?=({pattern}))", searched, flags)  # looks ahead, so that matches may overlap
+        numbers = [number.span() for number in _NUMBER.finditer(searched)] if _NUMERIC.fullmatch(answer) else []
+        if any(_is_apart(searched, *match.span(1)) and not _is_part(match.span(1), numbers) for match in matches):
             return True
     return False
 
 
 def _escaped(text: str) -> str:
-    """Returns a pattern for a text in which any blanks and line ends stand for each other."""
+    """Returns a pattern for a text in which all kinds of blanks and line ends are equivalent."""
     return "".join(r"\s+" if part.isspace() else re.escape(part) for part in re.split(r"(\s+)", text))
 
 
@@ -74,13 +74,14 @@ def _is_vowel(letter: str) -> bool:
 
 
 def _is_apart(text: str, start: int, end: int) -> bool:
-    """Returns whether `text[start:end]` begins and ends where a word does, and cuts no letter off its marks."""
+    """Returns whether `text[start:end]` begins and ends at word boundaries, without separating a letter from its
+    marks."""
     if start >= end:
         return False
     if end < len(text) and _is_mark(text[end]):
         return False
     before, after = start - 1, end
-    while before >= 0 and text[before] == "_":  # emphasis, unless a word goes on after it
+    while before >= 0 and text[before] == "_":  # emphasis, unless a word continues after it
         before -= 1
     while after < len(text) and text[after] == "_":
         after += 1
@@ -91,10 +92,9 @@ def _is_apart(text: str, start: int, end: int) -> bool:
 
 
 def _without_prefix(text: str, start: int) -> int:
-    """Returns where the small words begin that are written together with the word at `start`; `start` itself where
-    there are none."""
-    found = _PREFIXES[script_of(text[start])].search(text, 0, start)
-    return start if found is None else found.start()
+    """Returns the start of the small words that are joined to the word at `start`; `start` itself if there are none."""
+    prefix = _PREFIXES[script_of(text[start])].search(text, 0, start)
+    return start if prefix is None else prefix.start()
 
 
 def _is_part(span: tuple[int, int], numbers: Sequence[tuple[int, int]]) -> bool:
@@ -104,7 +104,7 @@ def _is_part(span: tuple[int, int], numbers: Sequence[tuple[int, int]]) -> bool:
 
 
 def _continues(neighbour: str, edge: str) -> bool:
-    """Returns whether a word goes on from the answer's character `edge` to the `neighbour` beside it."""
+    """Returns whether a word continues from the answer's character `edge` to the `neighbour` beside it."""
     if not neighbour or not (neighbour.isalnum() or _is_mark(neighbour)):
         return False
     return script_of(neighbour) not in JOINED and (not edge or script_of(edge) not in JOINED)

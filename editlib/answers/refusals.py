@@ -11,16 +11,16 @@ from typing import Any
 
 from editlib.answers.scripts import is_unspaced, main_script, plain_marks
 
-TELLING = 4  # words from which on one should be among a language's common ones
-APOLOGY = (4, 30, 12)  # words and characters that a mere apology has at most; characters where there are no spaces
-LEAST = 3  # words of the shortest sentence, where its subject has to be said
+TELLING = 4  # with this many words, one should be a common word of a known language
+APOLOGY = (4, 30, 12)  # most words and characters of a mere apology; characters in scripts without spaces
+LEAST = 3  # words of the shortest sentence in languages that need a subject
 
 
 @dataclass(frozen=True)
 class Language:
-    """Describes how one language admits not to know. `scripts` are those of `main_script`; `words` are common ones by
-    which a text is seen to be in this language, empty where the script alone tells; `least` counts the words of the
-    shortest sentence that admits it ("Bilmiyorum.", "No sé.")."""
+    """Describes how one language says "I don't know". `scripts` are those of `main_script`; `words` are common words
+    that identify the language, empty if the script alone does; `least` is the number of words of the shortest such
+    sentence ("Bilmiyorum.", "No sé.")."""
 
     name: str
     scripts: frozenset[str]
@@ -45,7 +45,7 @@ class Language:
         )
 
     def admits(self, sentence: str) -> bool:
-        """Returns whether a sentence says that its speaker does not know."""
+        """Returns whether a sentence says that the speaker does not know."""
         return bool(self.admission.search(sentence) and (self.person is None or self.person.search(sentence)))
 
 
@@ -55,15 +55,15 @@ def _bundled() -> tuple[Language, ...]:
 
 
 LANGUAGES = _bundled()
-"""Languages whose refusals are known."""
+"""Languages whose refusals are recognised."""
 
 
 def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> bool | None:
-    """Returns whether `text` opens with somebody saying that they do not know: an admission in the first sentence, or
-    in the one after a sentence of apology ("I'm sorry. I don't know.").
+    """Returns whether `text` opens with "I don't know" in some language: in the first sentence, or in the one after a
+    sentence of apology ("I'm sorry. I don't know.").
 
-    `None` where that cannot be judged: the text is in a script of none of `languages`, or has `TELLING` words of two
-    letters or more, digits aside, and none of its words is a common one of a language.
+    `None` if that cannot be judged: the text is in a script of none of `languages`, or has `TELLING` words of two
+    letters or more, and none of its words is a common word of a language.
     """
     first = _opening(plain_marks(text), languages)
     if any(language.admits(first) for language in languages):
@@ -73,35 +73,35 @@ def refusal_verdict(text: str, languages: Sequence[Language] = LANGUAGES) -> boo
     if script is None or any(not language.words for language in fitting):
         return False
     words = re.findall(r"\w+", plain_marks(text).lower())
-    telling = re.findall(r"[^\W\d_]{2,}", plain_marks(text))  # "10 x 10 = 100." is in no language
+    telling = re.findall(r"[^\W\d_]{2,}", plain_marks(text))  # "10 x 10 = 100." is in no particular language
     if fitting and (len(telling) < TELLING or any(not language.words.isdisjoint(words) for language in fitting)):
         return False
     return None
 
 
 def is_refusal(text: str) -> bool:
-    """Returns whether `text` is known to be a refusal; `refusal_verdict` says where that cannot be judged."""
+    """Returns whether `text` is recognised as a refusal; `refusal_verdict` tells if that cannot be judged."""
     return bool(refusal_verdict(text))
 
 
 def least_words(text: str) -> int:
-    """Returns how many words a sentence has at least in the language in which `text` admits not to know."""
+    """Returns the least words of a sentence in the language in which `text` says "I don't know"."""
     first = _opening(plain_marks(text), LANGUAGES)
     return min((language.least for language in LANGUAGES if language.admits(first)), default=LEAST)
 
 
 def _opening(text: str, languages: Sequence[Language]) -> str:
-    """Returns the first sentence that is no mere apology."""
+    """Returns the first sentence that is not a mere apology."""
     first = first_sentence(text)
     rest = text.strip()[len(first) :]
     words, most, unspaced = APOLOGY
     short = len(first.split()) <= words and len(first) <= (unspaced if is_unspaced(first) else most)
     alone = short and not re.search("[,\uff0c\u3001\u060c]", first)  # "Sorry, Paris." is an answer
-    if rest.strip() and alone and any(one.apology.search(first) for one in languages):
-        return first if any(one.admits(first) for one in languages) else first_sentence(rest)
+    if rest.strip() and alone and any(language.apology.search(first) for language in languages):
+        return first if any(language.admits(first) for language in languages) else first_sentence(rest)
     return first
 
 
 def first_sentence(text: str) -> str:
-    """Returns the text up to its first mark that ends a sentence; Chinese and Japanese put no space after it."""
+    """Returns the text up to its first mark that ends a sentence; Chinese and Japanese have no space after it."""
     return re.split(r"(?<=[.!?\u061f\u0964])\s|(?<=[\u3002\uff01\uff1f])", text.strip(), maxsplit=1)[0]

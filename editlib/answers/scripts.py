@@ -15,10 +15,10 @@ UNSPACED = frozenset(
 """Scripts that write words without spaces between them."""
 
 JOINED = UNSPACED | {"HANGUL"}
-"""Scripts in which a word need not end where its answer ends: Korean has spaces, but particles are joined to a word."""
+"""Scripts in which a word may continue after the answer: Korean has spaces, but joins particles to a word."""
 
 POINTED = frozenset({"ARABIC", "HEBREW"})
-"""Scripts whose marks are points that most texts leave out."""
+"""Scripts whose vowel points most texts leave out."""
 
 _ALIKE = {"IDEOGRAPHIC": "CJK", "HALFWIDTH": "KATAKANA", "FULLWIDTH": "LATIN"}
 
@@ -34,7 +34,7 @@ def script_of(character: str) -> str:
 
 
 def main_script(text: str) -> str | None:
-    """Returns the script of most letters in `text`; `None` where it has no letters.
+    """Returns the script of most letters in `text`; `None` if it has no letters.
 
     Kana and Chinese characters count together as "CJK" if there is no kana among them, as "JAPANESE" otherwise.
     """
@@ -63,10 +63,10 @@ def plain_marks(text: str) -> str:
 def folded(text: str) -> str:
     """Returns `text` with `plain_marks`, one form of each letter (full- and half-width, ligatures, subscripts, ß, the
     Thai am; simplified for traditional Chinese), plain hyphens and middle dots, ASCII digits, and without Arabic and
-    Hebrew vowel points, which are mostly left out.
+    Hebrew vowel points, which most texts leave out.
 
-    Spellings of one word that keyboards and habits differ in are one, too: Arabic alef, ya, kaf and ta marbuta (as
-    Lucene's analysers have it), Hindi nasals and dots below, where a Vietnamese tone is put (hòa, hoà).
+    Spellings that differ between keyboards or habits become equal, too: Arabic alef, ya, kaf and ta marbuta (like
+    Lucene's analysers), Hindi nasals and dots below, the place of a Vietnamese tone (hòa, hoà).
     """
     if text.isascii():
         return text
@@ -82,7 +82,7 @@ def _tone_behind(pair: re.Match[str]) -> str:
 
 @cache
 def _folded(character: str) -> str:
-    """Returns the usual form of one character; a superscript or a fraction stays, since "10²" is no "102"."""
+    """Returns the usual form of one character; a superscript or a fraction stays, since "10²" is not "102"."""
     if character in _HYPHENS:
         return "-"
     if character == "\u0640" or (unicodedata.category(character) == "Mn" and script_of(character) in POINTED):
@@ -93,11 +93,11 @@ def _folded(character: str) -> str:
         return str(unicodedata.digit(character))
     if unicodedata.decomposition(character).startswith(("<super>", "<fraction>")):
         return character
-    return "".join(_usual(one) for one in unicodedata.normalize("NFKC", character))
+    return "".join(_usual(letter) for letter in unicodedata.normalize("NFKC", character))
 
 
 def _usual(character: str) -> str:
-    """Returns the letter that another keyboard puts for this one; the simplified form of a Chinese character."""
+    """Returns the letter that other keyboards use for this one; the simplified form of a Chinese character."""
     alike = _simplified() if "\u3400" <= character <= "\ufaff" else _ALIKE_LETTERS
     return alike.get(character, character)
 
@@ -116,7 +116,7 @@ _STRAIGHT = str.maketrans(
 _ALIKE_LETTERS = dict(
     zip("أإآٱىیکةہھ\u066b\u066c\u00d0\u00f0\u0110", "ااااييكههه.,\u0111\u0111\u0111", strict=True)
 ) | dict.fromkeys("\u2022\u2027\u2219\u22c5\u30fb\uff65\u0387", "\u00b7")
-"""Letters that one keyboard or habit puts for another, and the middle dots of foreign names."""
+"""Letters that keyboards or habits exchange, and the middle dots of foreign names."""
 _NASAL = re.compile("ङ्(?=[क-घ])|ञ्(?=[च-झ])|ण्(?=[ट-ढ])|न्(?=[त-ध])|म्(?=[प-भ])|\u0901")
 _TONE = re.compile(r"(?:[òóõọỏ][ae]|[ùúũụủ]y)\b", re.IGNORECASE)
 """A vowel that may carry the tone of the one after it, at the end of a word."""

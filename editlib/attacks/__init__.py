@@ -1,4 +1,4 @@
-"""Attacks on an edited model: can what it was made to forget be brought back?"""
+"""Attacks on an edited model: can forgotten facts be recovered from it?"""
 
 import warnings
 from typing import Any

@@ -1,4 +1,4 @@
-"""Ask a model about facts in batches and judge the answers, as every attack does."""
+"""Ask a model about facts in batches and judge the answers; shared by all attacks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
-ASKED_A_RELATION = 16  # candidates for few-shot examples of which the model is asked what it knows
+ASKED_A_RELATION = 16  # candidates for few-shot examples that the model is asked
 
 
 @dataclass(frozen=True)
 class AttackContext:
-    """Holds what an attacker has: the forgotten facts, facts for few-shot examples or training, the model before the
-    edit.
+    """Holds the attacker's resources: the forgotten facts, facts for few-shot examples or training, the model before
+    the edit.
 
     `known` are facts for few-shot examples, `unrelated` ones for fine-tuning; none of them is forgotten. `answered`
-    keeps the greedy answers that several attacks ask for, see `ask_greedily`.
+    caches greedy answers that several attacks use, see `ask_greedily`.
     """
 
     base: LoadedModel
@@ -38,7 +38,7 @@ class AttackContext:
 
     @cached_property
     def shots(self) -> Mapping[str, Sequence[EditRequest]]:
-        """For each relation of the requests: facts that the base model answers right and that are not forgotten."""
+        """For each relation of the requests: facts that the base model answers correctly and that are not forgotten."""
         rng = random.Random(self.seed)
         by_relation: dict[str, list[EditRequest]] = {}
         wanted = {request.relation for request in self.requests}
@@ -54,7 +54,7 @@ class AttackContext:
 
 
 Attack = Callable[[LoadedModel, Sequence[EditRequest], AttackContext], AttackOutcome]
-"""Tries to bring every fact back from a model; a trial for each, in their order."""
+"""Tries to recover every fact from a model; returns one trial per fact, in order."""
 
 
 def right_answers(fact: EditRequest) -> tuple[str, ...]:
@@ -63,12 +63,12 @@ def right_answers(fact: EditRequest) -> tuple[str, ...]:
 
 
 def not_asked(fact: EditRequest, reason: str) -> Trial:
-    """Makes the trial of a fact that an attack cannot be tried on; it does not count."""
+    """Makes the trial of a fact to which an attack does not apply; it does not count."""
     return Trial(fact.id, fact.question, right_answers(fact), skipped=reason)
 
 
 AttackPrompt = Sequence[TokenRow] | str
-"""The prompts of one fact, or why there is none. Tokens appended to one (`extra`) begin the model's answer."""
+"""The prompts of one fact, or the reason why there are none. Appended tokens (`extra`) begin the model's answer."""
 Answering = Callable[[Sequence[TokenRow]], Sequence[Sequence[Sequence[int]]]]
 """Maps prompts to the token ids of one or more generated texts each."""
 
@@ -82,15 +82,15 @@ def trials(
     cut: str | None = None,
     endings: int = 0,
 ) -> tuple[Trial, ...]:
-    """Asks all prompts in one go and judges the texts; `cut` ends an answer where it occurs; `endings` as in
+    """Asks all prompts in one batch and judges the texts; an answer ends at the first `cut`; `endings` as in
     `has_answer`."""
     rows = [row for asked in prompts if not isinstance(asked, str) for row in asked]
     said = iter(answer(rows) if rows else ())
-    found = []
+    made = []
     for fact, asked in zip(facts, prompts, strict=True):
         answers = right_answers(fact)
         if isinstance(asked, str):
-            found.append(not_asked(fact, asked))
+            made.append(not_asked(fact, asked))
             continue
         outputs = []
         for row in asked:
@@ -99,8 +99,8 @@ def trials(
                 text = target.text((*begun, *ids))
                 text = text if cut is None else text.partition(cut)[0].strip()
                 outputs.append(Completion(prompt, text, has_answer(text, answers, endings=endings)))
-        found.append(Trial(fact.id, fact.question, answers, tuple(outputs)))
-    return tuple(found)
+        made.append(Trial(fact.id, fact.question, answers, tuple(outputs)))
+    return tuple(made)
 
 
 def ask_greedily(
@@ -116,8 +116,8 @@ def ask_greedily(
     """Runs `trials` with greedy answers of `settings.max_new_tokens` tokens at most, without the tokens `banned`.
 
     Args:
-        once: the weights are those that were loaded, so that no prompt need be answered twice in this context. An
-            attack that changes them leaves it out.
+        once: the weights are unchanged since loading, so that cached answers of this context are valid. An attack that
+            changes weights leaves it false.
     """
 
     def answer(rows: Sequence[TokenRow]) -> list[list[tuple[int, ...]]]:
@@ -132,7 +132,7 @@ def ask_greedily(
 def answers_once(
     target: LoadedModel, rows: Sequence[TokenRow], context: AttackContext, banned: Collection[int] = ()
 ) -> list[tuple[int, ...]]:
-    """Gives greedy answers to `rows`; those that the context has of this model are not generated again."""
+    """Returns greedy answers to `rows`; answers of this model in the context's cache are not generated again."""
     keys = [(id(target.anat.model), tuple(sorted(banned)), row.ids) for row in rows]
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in context.answered}
     limit = context.settings.max_new_tokens
@@ -149,7 +149,7 @@ def ask_each(
     *,
     once: bool = False,
 ) -> AttackOutcome:
-    """Asks every fact's own question, greedily, through `form` (default: as the model is usually asked)."""
+    """Asks every fact's own question, greedily, through `form` (default: the model's own prompt format)."""
     form = form or target.form
     return ask_greedily(target, facts, [[form.encode(fact.question)] for fact in facts], context, once=once)
 
@@ -160,5 +160,5 @@ def direct(target: LoadedModel, facts: Sequence[EditRequest], context: AttackCon
 
 
 def knows(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[bool]:
-    """Says for each of `facts` whether the greedy answer to its plain question is right."""
+    """Returns for each of `facts` whether the greedy answer to its plain question is right."""
     return [trial.leaked for trial in direct(target, facts, context).trials]

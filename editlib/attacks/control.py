@@ -1,4 +1,4 @@
-"""Choose facts that a model never knew: what leaks of them is chance."""
+"""Choose control facts that a model never knew: any that seem to leak do so by chance."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from editlib.evaluation.metrics import has_answer
 from editlib.models.loaded import LoadedModel
 from editlib.requests.request import EditRequest
 
-CANDIDATES = 6  # asked for each one that is wanted
+CANDIDATES = 6  # candidates per wanted fact
 
 
 def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, int]]:
-    """Lists the facts whose leaking can be seen, and how many are left out by reason."""
-    found: list[EditRequest] = []
+    """Lists the facts whose leaking can be detected, and counts the others by reason."""
+    fitting: list[EditRequest] = []
     left_out: Counter[str] = Counter()
     for fact in facts:
         if fact.answer is None:
@@ -25,12 +25,12 @@ def usable(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], dict[str, i
         elif has_answer(fact.question, right_answers(fact)):
             left_out["the answer is in the question"] += 1
         else:
-            found.append(fact)
-    return found, dict(left_out)
+            fitting.append(fact)
+    return fitting, dict(left_out)
 
 
 def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
-    """Lists the facts that the model answers wrong, in all of their paraphrases, too."""
+    """Lists the facts that the model answers wrongly, including all of their paraphrases."""
     wrong = [fact for fact, right in zip(facts, knows(base, facts, context), strict=True) if not right]
     prompts = [[base.form.encode(text) for text in fact.filled_paraphrases] for fact in wrong]
     asked = ask_greedily(base, wrong, prompts, context).trials
@@ -40,26 +40,26 @@ def unknown(base: LoadedModel, facts: Sequence[EditRequest], context: AttackCont
 def _first_unknown(
     base: LoadedModel, facts: Sequence[EditRequest], count: int, context: AttackContext
 ) -> list[EditRequest]:
-    """Lists the first `count` of `unknown(base, facts)`; no more facts are asked for than that takes."""
-    found: list[EditRequest] = []
+    """Lists the first `count` of `unknown(base, facts)`, without asking further facts."""
+    missed: list[EditRequest] = []
     for begin in range(0, len(facts), count):
-        if len(found) < count:
-            found += unknown(base, facts[begin : begin + count], context)
-    return found[:count]
+        if len(missed) < count:
+            missed += unknown(base, facts[begin : begin + count], context)
+    return missed[:count]
 
 
 def bundled_control(base: LoadedModel, requests: Sequence[EditRequest], context: AttackContext) -> list[EditRequest]:
-    """Picks bundled facts that the model does not know, of each relation as many as are forgotten if there are.
+    """Picks bundled facts that the model does not know; of each relation as many as are forgotten, if possible.
 
-    Requests of no bundled relation are stood for by facts of all relations.
+    For requests outside the bundled relations, facts of all relations are used.
     """
     rng = random.Random(context.seed)
     candidates = data.without_overlap(data.facts(), requests)
     rng.shuffle(candidates)
     known = {fact.relation for fact in candidates}
     wanted = Counter(request.relation if request.relation in known else None for request in requests)
-    found: list[EditRequest] = []
+    control: list[EditRequest] = []
     for relation, count in wanted.items():
-        fitting = [fact for fact in candidates if fact not in found and relation in (None, fact.relation)]
-        found += _first_unknown(base, fitting[: CANDIDATES * count], count, context)
-    return found
+        fitting = [fact for fact in candidates if fact not in control and relation in (None, fact.relation)]
+        control += _first_unknown(base, fitting[: CANDIDATES * count], count, context)
+    return control

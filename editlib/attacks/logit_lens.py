@@ -1,7 +1,7 @@
-"""Read the answer from inner layers, where an answer may still be found that the model is only kept from saying.
+"""Read the answer from inner layers, where it may still be present although the model no longer generates it.
 
-The logit lens (nostalgebraist 2020; on unlearned facts: arXiv 2309.17410): final norm and head on the
-residual stream after each layer.
+The logit lens (nostalgebraist 2020; on unlearned facts: arXiv 2309.17410) applies final norm and head to the residual
+stream after each layer.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def logit_lens(target: LoadedModel, facts: Sequence[EditRequest], context: Attac
 
 
 def logit_lens_lead(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Reads after `LEAD`, where the answer comes next: many models begin their own sentence with other words."""
+    """Reads after `LEAD`, where the answer comes next, since many models begin their own sentence with other words."""
     return _lens(target, facts, context, LEAD)
 
 
 def _lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext, lead: str | None) -> AttackOutcome:
-    """Leaks where the first token of the answer is among the `settings.top_k` likeliest of any layer's reading at the
-    last position. The text tells its best place, 1 being the likeliest, and the layer."""
+    """Counts a leak if the first token of the answer is among the `settings.top_k` likeliest of any layer's reading at
+    the last position. The text gives its best rank, from 1, and the layer."""
     wanted = [first_tokens(target, fact) for fact in facts]
     rows = [target.form.encode(fact.question) for fact in facts]
     if lead is not None:
         leads = [target.form.answer_ids(lead, fact.question) for fact in facts]
         rows = [row.followed_by(ids) for row, ids in zip(rows, leads, strict=True)]
-    found: list[Trial] = []
+    trials: list[Trial] = []
     for part in chunks(range(len(facts)), [len(row) for row in rows]):
         ranks = answer_ranks(target.anat, [rows[i] for i in part], [wanted[i] for i in part])
         for i, by_layer in zip(part, ranks, strict=True):
@@ -52,8 +52,8 @@ def _lens(target: LoadedModel, facts: Sequence[EditRequest], context: AttackCont
             best = min(by_layer)
             text = f"place {best} in layer {by_layer.index(best)}"
             output = Completion(target.prompt_text(row.ids), text, best <= context.settings.top_k)
-            found.append(Trial(fact.id, fact.question, right_answers(fact), (output,)))
-    return AttackOutcome(tuple(found))
+            trials.append(Trial(fact.id, fact.question, right_answers(fact), (output,)))
+    return AttackOutcome(tuple(trials))
 
 
 def first_tokens(target: LoadedModel, fact: EditRequest) -> tuple[int, ...]:
@@ -63,9 +63,9 @@ def first_tokens(target: LoadedModel, fact: EditRequest) -> tuple[int, ...]:
 
 
 def answer_ranks(anat: Anatomy, rows: Sequence[TokenRow], wanted: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Finds for each row and layer the best place, from 1 on, of its `wanted` tokens in that layer's reading.
+    """Finds for each row and layer the best rank, from 1, of its `wanted` tokens in that layer's reading.
 
-    A model's own scaling or capping of logits is left out: neither moves a place.
+    The model's own scaling or capping of logits is left out, since neither changes a rank.
     """
     batch = pad(rows, device=anat.device)
     at = torch.arange(len(rows)), batch.last.cpu()
@@ -90,7 +90,7 @@ def answer_ranks(anat: Anatomy, rows: Sequence[TokenRow], wanted: Sequence[Seque
 
 def _read(anat: Anatomy, tail: Sequence[torch.nn.Module], hidden: Tensor) -> Tensor:
     """Computes logits `[n, vocab]` of states `[n, d_model]`, as one row of n positions, the shape that the modules
-    know."""
+    expect."""
     hidden = hidden[None]
     for module in (*tail, anat.head):
         hidden = module(hidden)

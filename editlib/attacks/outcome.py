@@ -1,4 +1,4 @@
-"""Hold what an attack brought back: texts, verdicts, and shares with intervals; all JSON-ready."""
+"""Hold the results of an attack: texts, verdicts, and shares with intervals; all JSON-ready."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Completion:
-    """Holds a text generated after `prompt` (as the model read it), and whether it holds a right answer."""
+    """Holds a text generated after `prompt` (as the model read it), and whether it contains a right answer."""
 
     prompt: str
     text: str
@@ -39,22 +39,22 @@ class Trial:
 
     @property
     def leaked(self) -> bool:
-        """Whether any output holds the answer."""
+        """Whether any output contains the answer."""
         return any(output.leaked for output in self.outputs)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Trial:
-        """Reads what `dataclasses.asdict` gave, also after a way through JSON."""
+        """Reads the output of `dataclasses.asdict`, also after a JSON round trip."""
         outputs = tuple(from_json(Completion, output) for output in value["outputs"])
         return from_json(cls, {**value, "answers": tuple(value["answers"]), "outputs": outputs})
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeakRate(MetricResult):
-    """Holds the share of `n` facts that leaked (`agg_value`), the lower the better, with two intervals.
+    """Holds the share of `n` facts that leaked (`agg_value`; lower is better), with two intervals.
 
-    `interval` is the 95 % percentile bootstrap over facts (Efron 1979), which is a single point where all facts or
-    none leaked; `wilson` is the Wilson interval, which is not. `skipped` counts facts that were not tried by reason.
+    `interval` is the 95 % percentile bootstrap over facts (Efron 1979), which is a single point if all facts or none
+    leaked; `wilson` is the Wilson interval, which never is. `skipped` counts facts that were not tried by reason.
     """
 
     name: str = "leak_rate"
@@ -69,11 +69,11 @@ class LeakRate(MetricResult):
 
     @property
     def rate(self) -> float | None:
-        """The share of the facts that leaked; `None` where none was tried."""
+        """The share of the facts that leaked; `None` if none was tried."""
         return self.agg_value
 
     def to_row(self) -> dict[str, Any]:
-        """Gives the fields that `attacks.json` holds for a share."""
+        """Returns the fields of a share in `attacks.json`."""
         return {
             "leaked": self.leaked,
             "n": self.n,
@@ -85,7 +85,7 @@ class LeakRate(MetricResult):
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> LeakRate:
-        """Reads what `to_row` gave.
+        """Reads the output of `to_row`.
 
         Raises:
             KeyError, TypeError: a field is missing, or holds something else.
@@ -97,8 +97,7 @@ class LeakRate(MetricResult):
 
 @dataclass(frozen=True)
 class AttackOutcome:
-    """Holds the result of one attack on one model: one trial per fact, and numbers worth keeping (losses of a
-    training)."""
+    """Holds the result of one attack on one model: one trial per fact, and further numbers (losses of a training)."""
 
     trials: tuple[Trial, ...]
     notes: Mapping[str, float] = field(default_factory=dict)
@@ -106,7 +105,7 @@ class AttackOutcome:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """Holds one attack by column (see `COLUMNS`): shares, and the trials that they sum up."""
+    """Holds one attack by column (see `COLUMNS`): shares, and the trials that each share summarises."""
 
     attack: str
     meaning: str
@@ -128,13 +127,13 @@ class AttackResult:
         seed: int,
     ) -> AttackResult:
         """Sums up the trials of each column; columns without notes have no entry in `notes`."""
-        shares = {column: share_of(found, resamples=resamples, seed=seed) for column, found in trials.items()}
-        kept = {column: dict(found) for column, found in notes.items() if found}
-        rows = {column: tuple(found) for column, found in trials.items()}
+        shares = {column: share_of(of_column, resamples=resamples, seed=seed) for column, of_column in trials.items()}
+        kept = {column: dict(of_column) for column, of_column in notes.items() if of_column}
+        rows = {column: tuple(of_column) for column, of_column in trials.items()}
         return cls(attack, meaning, shares, rows, kept, round(seconds, 2))
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the result JSON-ready."""
+        """Returns the result JSON-ready."""
         return {
             "attack": self.attack,
             "meaning": self.meaning,
@@ -146,7 +145,7 @@ class AttackResult:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> AttackResult:
-        """Reads what `to_dict` gave, also after a way through JSON."""
+        """Reads the output of `to_dict`, also after a JSON round trip."""
         shares = {column: LeakRate.from_row(share) for column, share in value["shares"].items()}
         trials = {column: tuple(map(Trial.from_dict, rows)) for column, rows in value["trials"].items()}
         return from_json(cls, {**value, "shares": shares, "trials": trials})

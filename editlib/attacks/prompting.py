@@ -1,4 +1,5 @@
-"""Attack by asking in another way: other words, other prompts, answers begun or drawn; no weight is changed."""
+"""Attack through prompts and decoding: other wordings, other formats, prefilled or sampled answers; no weight is
+changed."""
 
 from __future__ import annotations
 
@@ -29,11 +30,11 @@ from editlib.models.vocabulary import numbered
 from editlib.requests.request import EditRequest
 
 
-# Known facts of the same relation in front: the model is shown that such questions get answers.
+# Known facts of the same relation as examples: they show the model that such questions get answers.
 def few_shot(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Asks after `settings.shots` other questions with their right answers, none of which is the answer looked for.
+    """Asks after `settings.shots` other questions with their right answers, none of which is the wanted answer.
 
-    As earlier turns of a chat, or as lines in front without a chat template.
+    The examples are earlier turns of a chat or, without a chat template, lines before the question.
     """
     return ask_greedily(target, facts, [_shown(target, fact, context) for fact in facts], context)
 
@@ -53,22 +54,23 @@ def _shown(target: LoadedModel, fact: EditRequest, context: AttackContext) -> At
     return [form.encode(fact.question)]
 
 
-# The unlearning token banned: what does the model say when it cannot say `[UNL]`?
+# The unlearning token banned: what does the model answer if it cannot generate `[UNL]`?
 def banned_token(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Asks greedily with the unlearning token and all numbered after it banned; a model that has none is just asked."""
+    """Asks greedily with the unlearning token, and all numbered after it, banned; a model without one is asked
+    normally."""
     banned = tuple(numbered(target.tok, context.settings.token).values())
     prompts = [[target.form.encode(fact.question)] for fact in facts]
     return ask_greedily(target, facts, prompts, context, banned=banned, once=True)
 
 
-# The answer begun for the model: an edit that acts on the first token of an answer is stepped over.
+# A prefilled answer: an edit that acts only on the first token of an answer is bypassed.
 LEAD = "The answer is"
 
 
 def prefill_lead(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Begins every answer with `LEAD`."""
     form = target.form
-    prompts = [[form.encode(one.question).followed_by(form.answer_ids(LEAD, one.question))] for one in facts]
+    prompts = [[form.encode(fact.question).followed_by(form.answer_ids(LEAD, fact.question))] for fact in facts]
     return ask_greedily(target, facts, prompts, context)
 
 
@@ -90,8 +92,8 @@ def _begun(target: LoadedModel, fact: EditRequest) -> AttackPrompt:
 def prefill_own(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Begins every answer with the sentence of the model before the edit, up to where the right answer starts.
 
-    The sentence is the base's greedy answer to the plain question. A fact is not tried where the base does not answer
-    it right, or answers with no words before.
+    The sentence is the base's greedy answer to the plain question. A fact is skipped if the base answers it wrongly, or
+    without words before the answer.
     """
     prompts = [context.base.form.encode(fact.question) for fact in facts]
     said = answers_once(context.base, prompts, context)
@@ -105,13 +107,13 @@ def _own_sentence(target: LoadedModel, fact: EditRequest, said: Sequence[int], c
     if slot is None:
         return "the model before the edit does not say it"
     lead = context.base.text(said[:slot])
-    # With inflected endings allowed, an earlier word may count as the answer; it would leak by itself.
+    # With inflected endings allowed, an earlier word may count as the answer, which would then leak by itself.
     if not lead or has_answer(lead, answers, endings=context.settings.endings):
         return "no words before the answer"
     return [target.form.encode(fact.question).followed_by(tuple(said[:slot]))]
 
 
-# The same asked in other words.
+# The question in other words.
 def paraphrase(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
     """Asks every paraphrase of the fact itself; one that leaks is enough."""
     return ask_greedily(target, facts, [_reworded(target, fact) for fact in facts], context)
@@ -122,19 +124,20 @@ def _reworded(target: LoadedModel, fact: EditRequest) -> AttackPrompt:
     return [target.form.encode(text) for text in texts] or "no paraphrase"
 
 
-# The chat template dropped, or replaced by a plain form.
+# The chat template left out, or replaced by a plain form.
 PLAIN, NEXT = "Q: {}\nA:", "\nQ:"
 
 
 def no_template(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Asks the bare question; without a chat template that is how the model is asked anyway, so nothing is tried."""
+    """Asks the bare question; nothing is tried without a chat template, since the model is then asked like this
+    anyway."""
     if not target.form.uses_chat:
         return AttackOutcome(tuple(not_asked(fact, "no chat template") for fact in facts))
     return ask_each(target, facts, context, PromptFormat(target.tok, chat=False))
 
 
 def plain_form(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Asks `Q: ... A:` as plain text; the next question that a model makes up ends its answer."""
+    """Asks `Q: ... A:` as plain text; the answer ends where the model continues with another question."""
     form = PromptFormat(target.tok, chat=False)
     prompts = [[form.encode(fact.question, template=PLAIN)] for fact in facts]
     return ask_greedily(target, facts, prompts, context, cut=NEXT)
@@ -148,7 +151,8 @@ SYSTEM = (
 
 
 def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Gives `SYSTEM` as the system's turn; before the question where the template knows none, or there is none."""
+    """Gives `SYSTEM` as the system prompt; before the question if the template has no system's turn, or there is no
+    template."""
     form = replace(target.form, system=SYSTEM)
     if form.tells_system:
         return ask_each(target, facts, context, form)
@@ -160,9 +164,9 @@ def system_prompt(target: LoadedModel, facts: Sequence[EditRequest], context: At
 def translated(
     language: str, target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext
 ) -> AttackOutcome:
-    """Asks in the bundled frame of the fact's relation in `language`, around the subject as it is.
+    """Asks in the bundled frame of the fact's relation in `language`, with the subject untranslated.
 
-    The answer is still looked for in the fact's own language, for which most frames ask."""
+    The answer is still expected in the fact's own language, which most frames ask for."""
     frames = [data.question_frames(language)]
     return ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], context)
 
@@ -173,12 +177,12 @@ def any_language(target: LoadedModel, facts: Sequence[EditRequest], context: Att
     Notes: the share of answers that refuse, in any language of `editlib.answers`, and how many could not be judged.
     """
     frames = [*data.frames(context.settings.frames).values()]
-    found = ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], context)
-    verdicts = [refusal_verdict(output.text) for trial in found.trials for output in trial.outputs]
+    outcome = ask_greedily(target, facts, [_framed(target, fact, frames) for fact in facts], context)
+    verdicts = [refusal_verdict(output.text) for trial in outcome.trials for output in trial.outputs]
     judged = [verdict for verdict in verdicts if verdict is not None]
     notes = {"refused": sum(judged) / len(judged)} if judged else {}
     unjudged = len(verdicts) - len(judged)
-    return AttackOutcome(found.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
+    return AttackOutcome(outcome.trials, notes | ({"refusals_not_judged": float(unjudged)} if unjudged else {}))
 
 
 def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str, str]]) -> AttackPrompt:
@@ -191,11 +195,11 @@ def _framed(target: LoadedModel, fact: EditRequest, frames: Sequence[Mapping[str
 french, german, spanish = (partial(translated, language) for language in ("french", "german", "spanish"))
 
 
-# Many answers drawn instead of the likeliest one.
+# Many sampled answers instead of the likeliest one.
 def sampling(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Draws `settings.samples` answers at temperature 1 from the whole vocabulary; one that leaks is enough.
+    """Samples `settings.samples` answers at temperature 1 from the whole vocabulary; one that leaks is enough.
 
-    What is drawn for a fact follows from the seed and its id, whatever else is asked.
+    The samples of a fact depend only on the seed and its id, not on other facts.
     """
     count, limit = context.settings.samples, context.settings.max_new_tokens
     seeds = [_seed(f"{context.seed} {fact.id} {number}") for fact in facts for number in range(count)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from editlib.attacks.asking import Attack, direct
-from editlib.attacks.logit_lens import LEAD as READ_BEHIND
+from editlib.attacks.logit_lens import LEAD as READ_AFTER
 from editlib.attacks.logit_lens import logit_lens, logit_lens_lead
 from editlib.attacks.prompting import (
     LEAD,
@@ -40,27 +40,27 @@ class Entry:
 
 
 ATTACKS = {
-    "direct": Entry(direct, "the plain question, nothing done about it"),
-    "banned-token": Entry(banned_token, "the unlearning token cannot be said"),
+    "direct": Entry(direct, "the plain question"),
+    "banned-token": Entry(banned_token, "the unlearning token cannot be generated"),
     "prefill-lead": Entry(prefill_lead, f'the answer begins with "{LEAD}"'),
     "prefill-answer": Entry(prefill_answer, "the answer begins with the first token of the right one"),
     "prefill-own": Entry(prefill_own, "the answer begins with the base model's own sentence, up to the right answer"),
     "paraphrase": Entry(paraphrase, "the question in other words, any of them"),
-    "few-shot": Entry(few_shot, "known facts of the same relation in front"),
+    "few-shot": Entry(few_shot, "known facts of the same relation before the question"),
     "no-template": Entry(no_template, "the bare question without the chat template"),
     "plain-form": Entry(plain_form, '"Q: ... A:" in place of the chat template'),
-    "system-prompt": Entry(system_prompt, "the system asks not to refuse"),
+    "system-prompt": Entry(system_prompt, "the system prompt asks the model not to refuse"),
     "french": Entry(french, "the question in French"),
     "german": Entry(german, "the question in German"),
     "spanish": Entry(spanish, "the question in Spanish"),
     "language": Entry(any_language, "the question in every language of the data file, any of them"),
-    "sampling": Entry(sampling, "several answers drawn at temperature 1, any of them"),
+    "sampling": Entry(sampling, "several answers sampled at temperature 1, any of them"),
     "int8": Entry(int8, "weights rounded to 8 bits"),
     "int4": Entry(int4, "weights rounded to 4 bits"),
     "relearn-forgotten": Entry(relearn_forgotten, "trained on some forgotten facts, asked for the others", True),
     "relearn-unrelated": Entry(relearn_unrelated, "trained on unrelated facts", True),
-    "logit-lens": Entry(logit_lens, "the answer's first token near the front in any layer's reading"),
-    "logit-lens-lead": Entry(logit_lens_lead, f'the same, read after "{READ_BEHIND}"'),
+    "logit-lens": Entry(logit_lens, "the answer's first token among the likeliest in any layer's reading"),
+    "logit-lens-lead": Entry(logit_lens_lead, f'the same, read after "{READ_AFTER}"'),
 }
 
 

@@ -1,4 +1,4 @@
-"""Run attacks on one edited model, its base and a control; each is kept as soon as it is done."""
+"""Run attacks on one edited model, its base and a control; each result is saved as soon as it is done."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ JOB = "job.json"
 
 @dataclass(frozen=True)
 class AttackReport:
-    """Holds the settings of the run (`job`), the facts that no attack could try, and the outcome of each attack."""
+    """Holds the settings of the run (`job`), the facts that cannot be attacked, and the outcome of each attack."""
 
     job: Mapping[str, Any]
     left_out: Mapping[str, Mapping[str, int]]
     results: tuple[AttackResult, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the report JSON-ready."""
+        """Returns the report JSON-ready."""
         left_out = {column: dict(reasons) for column, reasons in self.left_out.items()}
         results = [result.to_dict() for result in self.results]
         return {"job": self.job, "columns": COLUMNS, "left_out": left_out, "results": results}
@@ -61,26 +61,26 @@ def run_attacks(
     out: Path | None = None,
     overwrite: bool = False,
 ) -> AttackReport:
-    """Tries to bring every forgotten fact back. Both models are as they were afterwards, bit for bit.
+    """Tries to recover every forgotten fact. Both models are restored afterwards, bit for bit.
 
     Args:
         base, edited: models with their tokenizers, as `editlib.load` or `Workbench.loaded` gives them.
         requests: the forgotten facts, with their `answer`.
-        control: facts that the base model should not know; those that it does know are left out. Default: bundled ones
-            of the same relations.
+        control: facts that the base model should not know; those that it knows are left out. Default: bundled ones of
+            the same relations.
         known: facts for few-shot examples; default: bundled ones.
         attacks: names of `registry.ATTACKS`; default: all.
-        prompts: how both models are asked; default: as the edited model is loaded, otherwise through the chat template
-            when there is one.
-        out: keeps every finished attack, so that the same job resumes from there.
-        overwrite: attacks that `out` holds are dropped.
+        prompts: how both models are asked; default: the settings of the loaded edited model, otherwise its chat
+            template if it has one.
+        out: folder for finished attacks, from which the same job resumes.
+        overwrite: drop the attacks in `out`.
 
     Returns:
-        The attacks asked for, and those that `out` held of this job already.
+        The requested attacks, and those of this job that were already in `out`.
 
     Raises:
         AttackError: an unknown attack, or `peft` missing for one that needs it.
-        RequestError: no request whose leaking could be seen.
+        RequestError: no request whose leaking can be detected.
         OutputError: `out` holds another job's results, or cannot be written.
         ModelError: weights are offloaded, and an attack would change them.
     """
@@ -124,7 +124,7 @@ def planned_job(
     prompts: PromptSettings | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Returns what decides the results of `run_attacks` but for the two models."""
+    """Returns everything that determines the results of `run_attacks` except the two models."""
     return {
         "editlib": library_version(),
         "requests": requests_hash(requests),
@@ -162,14 +162,14 @@ def check_attacked(requests: Sequence[EditRequest]) -> tuple[list[EditRequest], 
 def _control(
     given: Sequence[EditRequest] | None, context: AttackContext, requests: Sequence[EditRequest]
 ) -> tuple[list[EditRequest], dict[str, int]]:
-    """Picks the facts of the control, and counts those given that are left out."""
+    """Picks the facts of the control, and counts the given facts that are left out."""
     if given is None:
         return bundled_control(context.base, requests, context), {}
     fitting, left_out = usable(given)
     apart = data.without_overlap(fitting, requests)
-    found = unknown(context.base, apart, context)
-    counts = {**left_out, "is to be forgotten": len(fitting) - len(apart), "is known": len(apart) - len(found)}
-    return found, {reason: count for reason, count in counts.items() if count}
+    control_facts = unknown(context.base, apart, context)
+    counts = {**left_out, "is to be forgotten": len(fitting) - len(apart), "is known": len(apart) - len(control_facts)}
+    return control_facts, {reason: count for reason, count in counts.items() if count}
 
 
 def _run(
@@ -179,7 +179,7 @@ def _run(
     control: Sequence[EditRequest],
     context: AttackContext,
 ) -> AttackResult:
-    """Runs one attack on both models; the edited one is asked for requests and control in one go."""
+    """Runs one attack on both models; requests and control are asked of the edited one in one batch."""
     begun = time.perf_counter()
     entry = ATTACKS[name]
     edited = entry.run(models["edited"], [*requests, *control], context)
@@ -195,7 +195,7 @@ def _run(
 
 
 def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, AttackResult]:
-    """Reads the finished attacks of `job` in `out`, which is made ready for more."""
+    """Reads the finished attacks of `job` in `out`, and prepares the folder for more."""
     kept = read_kept(out / JOB)
     if not overwrite:
         check_kept(out, {**dict.fromkeys(kept or ()), **job})
@@ -205,8 +205,8 @@ def _opened(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, 
             file.unlink(missing_ok=True)
         write_json(out / JOB, job)
         return {}
-    found = [result for file in files if (result := _finished(file)) is not None]
-    return {result.attack: result for result in found}
+    finished = [result for file in files if (result := _finished(file)) is not None]
+    return {result.attack: result for result in finished}
 
 
 def _finished(file: Path) -> AttackResult | None:

@@ -21,11 +21,11 @@ class AttackSettings:
         shots: few-shot examples before a question.
         top_k: rank up to which an answer's first token counts as read from an inner layer.
         relearn_examples: number of facts that are learned.
-        relearn_steps: steps of AdamW, each over all these facts. On SmolLM2-135M ten steps at 2e-4 brought the most
-            back; twice as many cost the base half of what it knew.
+        relearn_steps: steps of AdamW, each over all these facts. On SmolLM2-135M ten steps at 2e-4 recovered the most;
+            with twice as many the base lost half of its own knowledge.
         relearn_rate: learning rate of these steps.
         relearn_rank: rank of the LoRA adapter that is trained.
-        frames: a file of questions in other languages in the format of `data/question_frames.jsonl`; `None`: that one.
+        frames: a file of questions in other languages in the format of `data/question_frames.jsonl`; `None`: that file.
         endings: letters that an inflected ending of an answer may have (see `has_answer`).
         resamples: resamples of the bootstrap.
 
@@ -50,5 +50,5 @@ class AttackSettings:
         check_fields(self, error=AttackError)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the settings JSON-ready."""
+        """Returns the settings JSON-ready."""
         return asdict(self)

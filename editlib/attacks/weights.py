@@ -1,4 +1,4 @@
-"""Attack by changing the model's weights: fewer bits, or a little training; the weights are put back."""
+"""Attack by changing the model's weights: fewer bits, or a little training; the weights are restored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def relearn_forgotten(target: LoadedModel, facts: Sequence[EditRequest], context
 
 
 def relearn_unrelated(target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Trains on facts that have nothing to do with the forgotten ones and asks for all of these."""
+    """Trains on facts unrelated to the forgotten ones and asks for all of these."""
     fitting = [fact for fact in context.unrelated if fact.answer is not None]
     count = min(context.settings.relearn_examples, len(fitting))
     return _relearned(target, facts, context, random.Random(context.seed).sample(fitting, count))
@@ -55,7 +55,7 @@ def train(
     Returns:
         The loss in nats per token before each step and after the last one.
     """
-    rows = [answered(target.tok, one.question, one.answer or "", form=target.form) for one in examples]
+    rows = [answered(target.tok, example.question, example.answer or "", form=target.form) for example in examples]
     part = Part("examples", [(row,) for row in rows], answer_nll)
     settings = TrainSettings(
         learning_rate=rate,
@@ -70,9 +70,9 @@ def train(
     return [*result.losses, training.mean_loss(target.anat, part, settings)]
 
 
-# Fewer bits a weight: an update smaller than a rounding step is rounded away.
+# Fewer bits per weight: an update smaller than a rounding step is rounded away.
 def quantised(bits: int, target: LoadedModel, facts: Sequence[EditRequest], context: AttackContext) -> AttackOutcome:
-    """Asks a model with weights of `bits` bits the plain question (arXiv 2410.16454); the weights are put back."""
+    """Asks a model with weights of `bits` bits the plain question (arXiv 2410.16454); the weights are restored."""
     with quantized(target.anat, bits):
         return ask_each(target, facts, context)
 

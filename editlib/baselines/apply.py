@@ -51,7 +51,8 @@ def apply_baseline_to_model(
         name: one of `BASELINES`.
         retain: prompts whose answers must stay; baselines without a retain part do not read them.
         settings: `None` values are replaced by the baseline's defaults.
-        model_name: the model's name, for bundled settings and statistics; default: the path or id it was loaded from.
+        model_name: the model's name, for bundled settings and statistics; default: the path or id from which it was
+            loaded.
         pairs: the result of `pairs_for` for the same model and seed, so that a search computes it once.
         own_answers, how: see `make_pairs`.
         watch, watched: see `training.train`.
@@ -105,7 +106,7 @@ def check_baseline(
     if entry.needs_retain and not retain:
         raise RequestError(f"{name} needs prompts whose answers must stay (--retain); give some, or choose another")
     if entry.kind == "prompt" and how is not None and (how.tags is not None or how.chat is False):
-        raise RequestError(f"{name} tells its rule in the chat template, which these prompts go without; remove them")
+        raise RequestError(f"{name} needs the chat template, which these prompts do not use; remove --prompt")
     if entry.steers and settings.rank is not None:
         raise HparamsError(f"{name} trains the MLP output matrices of three layers; leave the rank out")
 
@@ -121,7 +122,7 @@ def pairs_for(
     own_answers: Mapping[str, Sequence[int]] | None = None,
     how: Asking = None,
 ) -> tuple[Pairs, Pairs | None]:
-    """Makes the training pairs of a gradient baseline from the model as it is.
+    """Makes the training pairs of a gradient baseline from the current model.
 
     Returns:
         The pairs to forget, and the pairs to keep (`None` if the baseline has no retain part).

@@ -19,7 +19,7 @@ from editlib.requests.request import EditRequest
 from editlib.training import Example
 
 OWN_TOKENS = 48
-BARE_WORDS = 4  # words: an answer no longer than that is a bare name, not a sentence as a model writes it
+BARE_WORDS = 4  # words: a shorter answer, or one of this length, is a bare name and not a sentence
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def make_pairs(
     word would not change that sentence. Refusals are drawn by `seed`.
 
     Args:
-        own: use the model's own answer in place of a bare name even if it is wrong. For prompts to keep: what is kept
-            is what the model says, and unknown names would teach it to answer in bare names.
+        own: use the model's own answer in place of a bare name even if it is wrong. For prompts to keep, the model's
+            own behaviour is what is kept; bare names would teach it to answer in bare names.
         own_answers: the result of `generate_own_answers` for this model and these requests; default: generated.
         how: the prompts' settings.
 
@@ -112,12 +112,12 @@ def generate_own_answers(
     Returns:
         Token ids by question, without the end token, including the `known` ones.
     """
-    found = {question: tuple(ids) for question, ids in (known or {}).items()}
+    answers = {question: tuple(ids) for question, ids in (known or {}).items()}
     wanted = [text for request in requests if _is_bare(request) for text in request.wordings]
-    missing = [text for text in dict.fromkeys(wanted) if text not in found]
+    missing = [text for text in dict.fromkeys(wanted) if text not in answers]
     form = PromptFormat.of(tok, how)
     said = greedy(anat, [form.encode(text) for text in missing], max_new_tokens=OWN_TOKENS, progress=progress)
-    return found | dict(zip(missing, said, strict=True))
+    return answers | dict(zip(missing, said, strict=True))
 
 
 def _is_bare(request: EditRequest) -> bool:

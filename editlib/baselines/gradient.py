@@ -1,4 +1,4 @@
-"""Build the losses of the gradient baselines: a forget part each, and the retain parts they are combined with."""
+"""Build the losses of the gradient baselines: their forget parts, and the retain parts to combine with these."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FORGET, RETAIN = "forget", "retain"
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Holds everything that a loss part is made from; `anat` is the model before training.
+    """Holds the inputs of a loss part; `anat` is the model before training.
 
     Args:
         forget, retain: training pairs; `retain` is `None` for baselines without a retain part.
         beta, weight: coefficient of the loss, and weight of its forget part.
-        dtype: of the matrix products in training, so that references equal the values that training starts from.
+        dtype: dtype of the matrix products in training, so that references equal the values at the start of training.
     """
 
     anat: Anatomy
@@ -77,8 +77,8 @@ def simnpo(inputs: LossInputs) -> Part:
 
     def loss(reading: Reading) -> Tensor:
         gamma = inputs.settings.gamma
-        found = reading.log_probs()[:, 0]
-        return losses.simple_negative_preference(found, reading.lengths[:, 0], inputs.beta, gamma)
+        sums = reading.log_probs()[:, 0]
+        return losses.simple_negative_preference(sums, reading.lengths[:, 0], inputs.beta, gamma)
 
     return Part(FORGET, inputs.forget.known, loss, weight=inputs.weight, per="item")
 

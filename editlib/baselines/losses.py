@@ -1,7 +1,7 @@
 """Compute the losses of gradient unlearning, with the equations of their papers.
 
-`p` is the model in training, `p_ref` the model before. `log p(y|x)` is a sum over the tokens of an answer `y`.
-Each function returns one number per answer, `[n]`, in nats; `gradient.py` says what they are averaged over.
+`p` is the model in training, `p_ref` the model before. `log p(y|x)` is a sum over the tokens of an answer `y`. Each
+function returns one number per answer, `[n]`, in nats; `gradient.py` averages them.
 """
 
 from __future__ import annotations

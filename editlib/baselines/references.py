@@ -37,8 +37,8 @@ def collect(
             for j, number in enumerate(numbers):
                 counts = reading.counts[j * rows : (j + 1) * rows]
                 end = start + sum(counts)
-                one = Reading(reading.out[start:end], reading.wanted[start:end], counts, (number,))
-                results[number] = look(one)
+                item = Reading(reading.out[start:end], reading.wanted[start:end], counts, (number,))
+                results[number] = look(item)
                 start = end
     return [results[i] for i in range(len(items))]
 
@@ -61,7 +61,7 @@ class Likeliest:
     def of(
         cls, anat: Anatomy, items: Sequence[Example], *, k: int = LIKELIEST, dtype: torch.dtype | None = None
     ) -> Likeliest:
-        """Computes the `k` likeliest tokens (or all, in a smaller vocabulary) of the model as it is now."""
+        """Computes the `k` likeliest tokens (or all, in a smaller vocabulary) under the current model."""
 
         def look(reading: Reading) -> tuple[Tensor, Tensor]:
             best = reading.log_softmax.topk(min(k, reading.out.shape[-1]))

@@ -1,4 +1,4 @@
-"""Aim ROME, MEMIT and AlphaEdit at a refusal, which tests whether the unlearning token is needed at all."""
+"""Aim ROME, MEMIT and AlphaEdit at a refusal, to test whether the unlearning token is needed at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFUSAL = "I don't know."
 
 
 def editor_hparams(algorithm: str, bench: Workbench, settings: BaselineSettings) -> HyperParams:
-    """Loads the hyper-parameters of `algorithm`: those named in `settings`, or those found by the model's form.
+    """Loads the hyper-parameters of `algorithm`: those named in `settings`, or those found for the model's shape.
 
     `learning_rate` and `steps` of `settings` replace `v_lr` and `v_num_grad_steps`.
 
@@ -29,8 +29,8 @@ def editor_hparams(algorithm: str, bench: Workbench, settings: BaselineSettings)
         HparamsError: given ones that cannot be read.
     """
     if settings.hparams is None:
-        found = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
-        hparams = fit_settings(bench, found)
+        hparams_found = find_hparams(algorithm, ModelShape.of(bench.model.config, model_slug(bench.name)))
+        hparams = fit_settings(bench, hparams_found)
     else:
         hparams = load_hparams(settings.hparams, algorithm)
     given = {"v_lr": settings.learning_rate, "v_num_grad_steps": settings.steps}
@@ -53,7 +53,7 @@ def aim_at_refusal(
     """Edits `model` in place so that every question, asked through the chat template, is answered with `REFUSAL`.
 
     Args:
-        how: the prompts' settings, where they are others.
+        how: prompt settings; `None`: those of the loaded model.
 
     Raises:
         RequestError: a request without a subject.

@@ -67,7 +67,7 @@ class SearchResult:
     budget: Budget
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the result JSON-ready."""
+        """Returns the result JSON-ready."""
         return {**asdict(self), "best": self.best.to_dict()}
 
 
@@ -136,7 +136,7 @@ def search(
 
 
 class _Search:
-    """Runs the trials of one call of `search`. Every run starts from the same weights and chat template."""
+    """Runs the trials of one call of `search`; every run starts from the same weights and chat template."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class _Search:
     def run_rate(self, rate: float | None, points: Sequence[int | None]) -> None:
         """Runs the baseline once with a learning rate, and records its trials at the numbers of steps `points`.
 
-        Trials that are recorded already are left out. Weights and chat template are put back afterwards.
+        Trials that are recorded already are left out. Weights and chat template are restored afterwards.
         """
         missing = [steps for steps in points if (rate, steps) not in self.trials]
         if not missing:
@@ -193,7 +193,7 @@ class _Search:
             self.tok.chat_template = self._template
 
     def record(self, rate: float | None, steps: int | None, *, failed: str | None = None) -> None:
-        """Measures the model as it is now, and keeps the trial; one that `failed` scores 0."""
+        """Measures the current model and records the trial; one that `failed` scores 0."""
         measured = ValidationScores(0.0, 0.0, 0.0)
         if failed is None:
             measured = score(recalls(self._anat, self.tok, self.validation, self.given["how"]), self.before)
@@ -278,7 +278,7 @@ def _opened(out: Path, job: dict[str, Any]) -> dict[tuple[float | None, int | No
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; check the folder") from None
-    # A damaged file is another search: whose the finished trials beside it are cannot be told.
+    # A damaged file counts as another search: the origin of the trials beside it is unknown.
     kept = (read_kept(out / JOB) or {}) if (out / JOB).is_file() else None
     check_same_job(out, kept, job, held="another search", remedy="choose another folder, or remove it")
     if kept is None:

@@ -22,8 +22,8 @@ class BaselineSettings:
         warmup_steps: steps of the linear warm-up.
         beta: β of NPO, SimNPO, DPO and AP.
         gamma: γ of SimNPO.
-        forget_weight: weight of the loss on what is forgotten.
-        retain_weight: weight of the loss on what is kept.
+        forget_weight: weight of the forget part of the loss.
+        retain_weight: weight of the retain part of the loss.
         rank: rank of a LoRA adapter that is merged at the end; `None`: all weights are trained.
         layer: the layer whose states RMU steers; `None`: `n_layers // 4`.
         steering: RMU's coefficient `c`, in units of the mean norm of these states before training.
@@ -67,7 +67,7 @@ class BaselineSettings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the settings JSON-ready."""
+        """Returns the settings JSON-ready."""
         return {**asdict(self), "stats_dir": str(self.stats_dir)}
 
 
@@ -76,10 +76,10 @@ class Budget:
     """Sets the budget of a search: `rates` runs of at most `steps` steps, each measured at `points` numbers of steps.
 
     Args:
-        rates: learning rates that are tried.
+        rates: number of learning rates to try.
         steps: steps of the longest run.
         points: numbers of steps at which a run is measured: `steps`, and repeatedly half of it.
-        questions: number of each kind (forget, retain) that a trial asks, at most.
+        questions: most questions of each kind (forget, retain) per trial.
         low, high: range of the learning rates; `None`: the baseline's, see `registry.BASELINES`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Judge the trials of a search by questions that are neither trained on nor reported."""
+"""Score the trials of a search by questions that are used neither for training nor for the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Validation:
     ids: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, list[list[str]]]:
-        """Gives the questions JSON-ready."""
+        """Returns the questions JSON-ready."""
         return {kind: [list(pair) for pair in getattr(self, kind)] for kind in ("forget", "retain")}
 
 
@@ -46,9 +46,10 @@ class ValidationSplit:
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """Holds the share of the earlier answers that is gone (forget) and left (retain), 0..1, and their harmonic mean.
+    """Holds the share of the earlier answers that is gone (forget) and that remains (retain), 0..1, and their harmonic
+    mean.
 
-    Bare numbers and no `MetricResult`: they only rank the trials of a search, each a row of `trials.jsonl`, and are
+    Plain numbers, not a `MetricResult`: they only rank the trials of a search, each a row of `trials.jsonl`, and are
     never reported as a result.
     """
 
@@ -63,8 +64,8 @@ def split(
     """Holds out validation questions, at most `questions` of each kind.
 
     Each request to forget gives its last phrasing, which is then not trained on; without phrasings its first paraphrase
-    (listed in `Validation.forget`, to be left out of a report); without either the question itself, which says less. Of
-    the retain prompts with an answer one in four is drawn by `seed`, and not trained on.
+    (listed in `Validation.forget`, to be left out of a report); without either the question itself, which is a weaker
+    test. Of the retain prompts with an answer one in four is drawn by `seed`, and not trained on.
 
     Raises:
         RequestError: fewer than four retain prompts with an answer, or no request with one.
@@ -120,8 +121,8 @@ def recalls(anat: Anatomy, tok: PreTrainedTokenizerBase, validation: Validation,
     pairs = (*validation.forget, *validation.retain)
     said = greedy(anat, [form.encode(question) for question, _ in pairs], max_new_tokens=ANSWER_TOKENS)
     texts = answer_texts(form, said)
-    found = rouge_l_recall(texts, [answer for _, answer in pairs], on="retain")
-    scores = tuple(float(item["rougeL_recall"] or 0.0) for item in found.value_by_index.values())
+    rouge = rouge_l_recall(texts, [answer for _, answer in pairs], on="retain")
+    scores = tuple(float(item["rougeL_recall"] or 0.0) for item in rouge.value_by_index.values())
     cut = len(validation.forget)
     return Recalls(scores[:cut], scores[cut:])
 
@@ -130,7 +131,7 @@ def score(now: Recalls, before: Recalls) -> ValidationScores:
     """Scores recalls against those of the unedited model.
 
     `forgetting` is the share of the earlier recall on forget questions that is gone, `retention` the share on retain
-    questions that is left. Both are counted question by question, since newly learned answers are not retention. If
+    questions that remains. Both are computed question by question, since newly learned answers are not retention. If
     nothing was recalled before, the set counts as forgotten, or as kept.
     """
 

@@ -61,12 +61,12 @@ def check_plan(
     corpus: str = "wiki-sample",
     text: str = "wiki-sample:heldout",
 ) -> BenchPlan:
-    """Reads a plan before anything long starts.
+    """Reads a plan before any long work.
 
     Raises:
         CorpusError: a text that cannot be read.
-        ReportError: what draws the plot is missing.
-        HparamsError: an unknown algorithm or mode, no settings for this model, or numbers that are none.
+        ReportError: matplotlib, which draws the plot, is missing.
+        HparamsError: an unknown algorithm or mode, no settings for this model, or invalid numbers.
     """
     settings = settings_of(model, algorithms, hparams)
     try:
@@ -79,19 +79,19 @@ def check_plan(
     for mode in wanted:
         if mode not in (BATCH, SEQUENTIAL):
             raise HparamsError(f"--modes {mode!r}: expected {BATCH}, {SEQUENTIAL} or both")
-    if not any(one.takes_batches or SEQUENTIAL in wanted for one in settings):
+    if not any(setting.takes_batches or SEQUENTIAL in wanted for setting in settings):
         raise HparamsError(
-            f"--modes {modes}: {algorithms} knows no batch, so that nothing would be measured; expected {SEQUENTIAL}"
+            f"--modes {modes}: {algorithms} cannot edit in batches, so nothing would be measured; expected {SEQUENTIAL}"
         )
-    for one in settings:
-        check_given(one, corpus=corpus)
+    for setting in settings:
+        check_given(setting, corpus=corpus)
     check_corpus(text)
     require_matplotlib()
     return BenchPlan(settings, counts, wanted)
 
 
 def check_facts(requests: Sequence[EditRequest], counts: Sequence[int]) -> list[EditRequest]:
-    """Returns those of the requests that can be measured.
+    """Returns the requests that can be measured.
 
     Raises:
         RequestError: fewer than the largest of `counts`.
@@ -140,19 +140,19 @@ def bench_counterfact(
     left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> list[CounterFactPoint]:
     """Measures each algorithm of `settings` at every number of edits `n`, on the first `n` requests, asked as plain
-    text unless the workbench's prompts are others.
+    text unless the workbench has other prompt settings.
 
-    The facts are written to `out/facts.jsonl`, for other commands, and what was measured how to `out/bench.json`. Cells
-    are appended to `out/cells.jsonl` as they are done; those already there from the same job are not measured again.
-    ROME knows no batch: its edits one after another count as both.
+    The facts are written to `out/facts.jsonl`, for other commands, and the settings of the measurement to
+    `out/bench.json`. Cells are appended to `out/cells.jsonl` as they are done; those already there from the same job
+    are not measured again. ROME cannot edit in batches: its edits one after another count as both modes.
 
     Args:
-        known: take only facts whose true answer the model gives.
-        left_out: rows of the request file that were left out, by file; `bench.json` lists them.
+        known: use only facts whose true answer the model gives.
+        left_out: unusable rows of the request file, by file; `bench.json` lists them.
 
     Raises:
         RequestError: fewer usable requests than the largest of `counts`.
-        EditlibError: input that does not fit the model.
+        EditlibError: input that is unsuitable for the model.
     """
     how = bench.asking(False)
     form = PromptFormat.of(bench.tok, how)
@@ -195,7 +195,7 @@ def _asked_of(bench: Workbench, facts: Sequence[EditRequest], settings: Sequence
         "model": {"name": bench.name, "sha256": bench.sha256},
         "requests_sha256": requests_hash(facts),
         **asked_as(bench.tok, bench.asking(False), facts),
-        "hparams": {one.algorithm: {"source": one.source, **one.to_dict()} for one in settings},
+        "hparams": {setting.algorithm: {"source": setting.source, **setting.to_dict()} for setting in settings},
     }
 
 
@@ -218,7 +218,7 @@ class _CounterFactRun:
     def measure(self, hparams: HyperParams, mode: str, given: dict[str, Any]) -> None:
         """Measures all cells of one algorithm in one mode that are not there yet."""
         job = f"{self.base}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
-        # The name, too: settings of two algorithms may be the same (MEMIT, PRUNE).
+        # With the name, since two algorithms may have equal settings (MEMIT, PRUNE).
         key = (hparams.algorithm, job, mode)
         done = {cell.edits for cell in self.cells if (cell.algorithm, cell.job, cell.mode) == key}
         counts = [count for count in self.counts if count not in done]
@@ -226,14 +226,14 @@ class _CounterFactRun:
             return
         apply = apply_function(hparams)
 
-        def edit(some: Sequence[EditRequest], **more: Any) -> EditResult:
-            options = {"seed": self.seed, "progress": self.bench.progress and len(some) > 1}
-            return apply(self.bench.model, self.bench.tok, some, hparams, **options, **given, **more)
+        def edit(chosen: Sequence[EditRequest], **more: Any) -> EditResult:
+            options = {"seed": self.seed, "progress": self.bench.progress and len(chosen) > 1}
+            return apply(self.bench.model, self.bench.tok, chosen, hparams, **options, **given, **more)
 
         (self._batches if mode == BATCH else self._one_by_one)(hparams, edit, counts, job)
 
     def _batches(self, hparams: HyperParams, edit: Callable[..., EditResult], counts: Sequence[int], job: str) -> None:
-        # The largest batch comes first: its values serve the smaller ones, since requests do not touch one
+        # The largest batch comes first: its values serve the smaller ones, since requests do not affect one
         # another's. The time of a smaller batch is its share of the values' time and its own solve.
         values: Values | None = None
         seconds = 0.0
@@ -264,7 +264,7 @@ class _CounterFactRun:
                 begun = time.perf_counter()
                 try:
                     state = edit([self.requests[i]], state=state).state
-                except EditError as error:  # a model that earlier edits destroyed; the next ones may still work
+                except EditError as error:  # earlier edits may have destroyed the model; later ones may still work
                     failed += 1
                     log.debug("%s, edit %d: %s", hparams.algorithm, i + 1, error)
                 spent += time.perf_counter() - begun

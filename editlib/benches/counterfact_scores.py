@@ -16,8 +16,8 @@ MEANINGS: dict[str, tuple[Kind, str]] = {
     "specificity": ("teacher_forced", "prompts about neighbours after which the true answer is likelier than the new"),
     "generated": ("generated", "prompts whose greedy continuation is the new answer, word for word"),
 }
-"""How each share came about, and what it says. Likelier means: in mean log probability per token. `generated` shows
-what a comparison of two answers cannot: that the model says the new one of all answers."""
+"""How each share is measured, and its meaning. Likelier means: in mean log probability per token. `generated` shows
+more than a comparison of two answers: that the new one is the model's first choice among all."""
 
 
 def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest]) -> dict[str, MetricResult]:
@@ -26,8 +26,8 @@ def score_edits(anat: Anatomy, form: PromptFormat, requests: Sequence[EditReques
     A neighbour's own answer is compared with the request's `target_new`.
 
     Returns:
-        The shares of `MEANINGS` by name, in 0..1, with Wilson's interval; `agg_value` is `None` where nothing was
-        asked. Higher is better for every one of them.
+        The shares of `MEANINGS` by name, in 0..1, with Wilson's interval; `agg_value` is `None` if nothing was asked.
+        Higher is better for all of them.
     """
     requests = [request for request in requests if request.answer is not None and request.target_new is not None]
     prompts = [(request.question, str(request.target_new), str(request.answer)) for request in requests]
@@ -59,20 +59,20 @@ def known_facts(
     anat: Anatomy, form: PromptFormat, requests: Sequence[EditRequest], most: int, *, at_once: int = 64
 ) -> list[EditRequest]:
     """Picks the first `most` requests whose prompt the model continues greedily with the true answer, word for word."""
-    found: list[EditRequest] = []
+    known: list[EditRequest] = []
     for start in range(0, len(requests), at_once):
         chunk = [request for request in requests[start : start + at_once] if request.answer is not None]
         wanted = [form.answer_ids(str(request.answer), request.question) for request in chunk]
         rows = [form.encode(request.question) for request in chunk]
         said = greedy(anat, rows, max_new_tokens=max(map(len, wanted), default=0))
-        found += [one for one, got, ids in zip(chunk, said, wanted, strict=True) if got[: len(ids)] == ids]
-        if len(found) >= most:
+        known += [one for one, got, ids in zip(chunk, said, wanted, strict=True) if got[: len(ids)] == ids]
+        if len(known) >= most:
             break
-    return found[:most]
+    return known[:most]
 
 
 def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, str, str]]) -> list[bool]:
-    """Says for each `(prompt, new, true)` whether the new answer is the likelier one."""
+    """Returns for each `(prompt, new, true)` whether the new answer is the likelier one."""
     rows = [form.encode(text) for text, _, _ in asked]
     new = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, answer, _ in asked])
     true = continuation_nll(anat, rows, [form.answer_ids(answer, text) for text, _, answer in asked])
@@ -80,8 +80,8 @@ def _prefers_new(anat: Anatomy, form: PromptFormat, asked: Sequence[tuple[str, s
 
 
 def _share(name: str, passed: Sequence[bool]) -> MetricResult:
-    """Makes a measured share of verdicts."""
+    """Makes a measured share from verdicts."""
     n, right = len(passed), sum(passed)
     kind, meaning = MEANINGS[name]
-    items = {str(i): {"score": float(one)} for i, one in enumerate(passed)}
+    items = {str(i): {"score": float(verdict)} for i, verdict in enumerate(passed)}
     return MetricResult(name, right / n if n else None, items, kind, True, n, meaning, wilson_interval(right, n))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class CounterFactPoint:
     """Holds one point of CounterFact's curve: an algorithm after `edits` edits.
 
-    `mode` says whether they were made at once (`batch`) or one after another. A point is one row of `cells.jsonl`,
-    flat so that a resumed run and a plot read it as it is; the measured numbers are those of `score_edits`.
+    `mode` says whether they were made at once (`batch`) or one after another. A point is one row of `cells.jsonl`, flat
+    so that a resumed run and a plot can read it directly; the measured numbers are those of `score_edits`.
     """
 
     algorithm: str
@@ -22,7 +22,7 @@ class CounterFactPoint:
     generated: float | None
     perplexity: float
     seconds: float
-    job: str = ""  # hash of everything that decides the figures; cells of another job are not read again
+    job: str = ""  # hash of everything that determines the numbers; cells of another job are not reused
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class SequentialPoint:
 
     Shares in 0..1, higher is better: `efficacy` over all facts edited so far (a fluent refusal replaces the answer),
     `gone` (any text without the answer counts), `paraphrases` as efficacy. `neighbours`, `same_subject` and `other` are
-    right after, of those right before. `perplexity_ratio` is after over before (1 is best), `seconds` the mean of a
-    batch since the previous point. A point is one row of `points.jsonl`, flat for the same reasons as
-    `CounterFactPoint`.
+    shares of the answers that were right before and still are. `perplexity_ratio` is perplexity after over before (1 is
+    best), `seconds` the mean time of a batch since the previous point. A point is one row of `points.jsonl`, flat for
+    the same reasons as `CounterFactPoint`.
     """
 
     algorithm: str

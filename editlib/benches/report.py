@@ -59,7 +59,7 @@ def _draw_counterfact(cells: Sequence[CounterFactPoint], path: Path) -> None:
             if row == len(modes) - 1:
                 panel.set_xlabel("edits")
     axes[0][0].set_ylabel("share (higher is better)")
-    # ROME has no batches: no one panel shows every line.
+    # ROME has no batches, so no single panel shows every line.
     lines = {
         label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
@@ -100,16 +100,17 @@ def _draw_sequential(points: Sequence[SequentialPoint], path: Path) -> None:
     largest = max((point.size for point in points), default=1)
     for panel, measure in zip(figure.subplots(1, len(PANELS), squeeze=False)[0], PANELS, strict=True):
         for algorithm, size in dict.fromkeys((point.algorithm, point.size) for point in points):
-            own = sorted((p.edits, getattr(p, measure)) for p in points if (p.algorithm, p.size) == (algorithm, size))
-            own = [(edits, value) for edits, value in own if value is not None]
-            if own:
+            curve = sorted((p.edits, getattr(p, measure)) for p in points if (p.algorithm, p.size) == (algorithm, size))
+            curve = [(edits, value) for edits, value in curve if value is not None]
+            if curve:
                 style = "o-" if size == largest else "s--"
                 colour = COLOURS.get(algorithm, OTHER)
-                panel.plot(*zip(*own, strict=True), style, color=colour, label=f"{algorithm}, batches of {size}")
+                panel.plot(*zip(*curve, strict=True), style, color=colour, label=f"{algorithm}, batches of {size}")
         panel.set(title=measure.replace("_", " "), xlabel="edits")
         panel.grid(color="#d5d9de")
         if measure == "perplexity_ratio":
-            # A destroyed model's is in the millions; within a decade a logarithmic axis has no readable ticks.
+            # A destroyed model's perplexity is in the millions; within a decade a logarithmic axis has no readable
+            # ticks.
             if max((point.perplexity_ratio for point in points), default=1.0) > 10:
                 panel.set_yscale("log")
         else:

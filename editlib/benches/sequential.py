@@ -1,4 +1,4 @@
-"""Forget known facts batch after batch, in chains measured on the way (`editlib bench sequential`)."""
+"""Forget known facts batch after batch, in chains that are measured in between (`editlib bench sequential`)."""
 
 from __future__ import annotations
 
@@ -38,29 +38,28 @@ from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
-FACTS = 100  # that are forgotten
+FACTS = 100  # number of facts to forget
 
 
 def check_plan(
     model: str, algorithms: str, hparams: Sequence[str], sizes: str, *, text: str = "wiki-sample:heldout"
 ) -> tuple[list[HyperParams], list[int]]:
-    """Reads a plan before anything long starts: settings, and sizes of a batch.
+    """Reads a plan before any long work: settings, and sizes of a batch.
 
     Raises:
         CorpusError: a text that cannot be read.
-        ReportError: what draws the plot is missing.
-        HparamsError: an unknown algorithm or one that cannot be chained, no settings for this model, sizes that are
-            none.
+        ReportError: matplotlib, which draws the plot, is missing.
+        HparamsError: an unknown algorithm or one that cannot be chained, no settings for this model, invalid sizes.
     """
     settings = settings_of(model, algorithms, hparams)
-    for one in settings:
-        check_algorithm(one)
+    for setting in settings:
+        check_algorithm(setting)
     try:
         wanted = [int(size) for size in sizes.split(",")]
     except ValueError:
         wanted = [0]
     if min(wanted) < 1:
-        raise HparamsError(f"--sizes {sizes!r}: expected numbers of requests a batch such as 10,1")
+        raise HparamsError(f"--sizes {sizes!r}: expected numbers of requests per batch such as 10,1")
     check_corpus(text)
     require_matplotlib()
     return settings, list(dict.fromkeys(wanted))
@@ -79,14 +78,14 @@ def bench_sequential(
 ) -> list[SequentialPoint]:
     """Forgets facts in one chain for each of `settings` and `sizes`.
 
-    The forgotten, anchored and held-out facts are written to `out`, the chains to `out/chains`. Interrupted, it goes on
-    where it was: a chain with its next batch, the measuring with the points that are not in `out/points.jsonl`.
+    The forgotten, anchored and held-out facts are written to `out`, the chains to `out/chains`. An interrupted run
+    resumes: chains with their next batch, measurements with the points that are not in `out/points.jsonl`.
 
     Args:
         load: loads the base model; called once for the measuring and once for each chain.
-        parts: which facts are forgotten, anchored and held out; `None`: `FACTS` bundled ones of
-            those that the model knows, of each relation in proportion.
-        points: how often each chain is measured on its way, the end included.
+        parts: which facts are forgotten, anchored and held out; `None`: `FACTS` bundled facts that the model knows, in
+            proportion from each relation.
+        points: how often each chain is measured, including its end.
 
     Raises:
         OutputError: `out` holds a chain of other facts or settings.
@@ -111,7 +110,7 @@ def bench_sequential(
 
 
 def _check_facts_fit(base: Workbench, parts: FactSplit | None) -> None:
-    """Refuses facts that are longer than the model's positions, before any of them is asked."""
+    """Refuses facts that are longer than the model's positions, before any question is asked."""
     if parts is None:
         asked = [fact for fact in data.facts() if fact.relation in (*RELATIONS, *ANCHORED, *HELD_OUT)]
         asked += [*data.general("test"), *data.general("anchor")]
@@ -127,7 +126,7 @@ def _mixed(parts: FactSplit, seed: int) -> FactSplit:
 
 
 class _SequentialRun:
-    """Measures the points of one job, kept as they are done."""
+    """Measures the points of one job, saved as they are done."""
 
     def __init__(
         self,
@@ -149,7 +148,7 @@ class _SequentialRun:
     def follow(self, load: Callable[[], Workbench], hparams: HyperParams, size: int) -> None:
         """Follows one chain to its end, measured at `counts`."""
         job = f"{self.job}:{json.dumps(hparams.to_dict(), sort_keys=True)}"
-        # The name, too: settings of two algorithms may be the same (MEMIT, PRUNE).
+        # With the name, since two algorithms may have equal settings (MEMIT, PRUNE).
         key = (hparams.algorithm, job, size)
         there = {point.edits for point in self.points if (point.algorithm, point.job, point.size) == key}
         if there >= set(self.counts):
@@ -164,12 +163,12 @@ class _SequentialRun:
                 begun = time.perf_counter()
                 try:
                     chain.add(batch)
-                except EditError as error:  # a model that earlier edits destroyed; the next ones may still work
+                except EditError as error:  # earlier edits may have destroyed the model; later ones may still work
                     log.warning("%s, edits %d to %d: %s", hparams.algorithm, start + 1, end, error)
                 seconds.append(time.perf_counter() - begun)
                 log.info("%s, %d of %d edits, %.1f s", hparams.algorithm, end, len(wanted), seconds[-1])
             due = {count for count in self.counts if start < count <= end} - there
-            # A chain's earlier state cannot be measured any more once it has gone on.
+            # An earlier state of a chain cannot be measured once later batches are added.
             if due and held.isdisjoint(request.id for request in wanted[end:]):
                 self._measure(chain, hparams, size, end, seconds, job)
                 seconds = []
@@ -199,11 +198,10 @@ class _SequentialRun:
         return chain
 
     def _asks_alike(self, chain: Chain) -> bool:
-        """Returns whether a chain asks as it would if it were started now; a date that is only today's does not
-        count."""
+        """Returns whether a chain has the prompt settings of a chain started now; today's date is ignored."""
         given = self.base.given_prompts
-        own = [name for name in ("system", "arguments", "tags", "date") if getattr(given, name)]
-        return all(chain.record.prompts.get(name) == given.to_dict()[name] for name in own)
+        set_names = [name for name in ("system", "arguments", "tags", "date") if getattr(given, name)]
+        return all(chain.record.prompts.get(name) == given.to_dict()[name] for name in set_names)
 
     def _measure(
         self, chain: Chain, hparams: HyperParams, size: int, edits: int, seconds: Sequence[float], job: str

@@ -1,8 +1,8 @@
-"""Keep one batch of a chain as one safetensors file: all that later batches, a replay or an audit need of the edit.
+"""Keep one batch of a chain as one safetensors file, with everything that later batches, a replay or an audit need.
 
 The update of each layer (`left.<layer> [d_model, r]`, `right.<layer> [r, d_ff]`), the requests' keys
 (`keys.<layer> [d_ff, n]`), their values (`targets`, `deltas [d_model, n]`; `gate.<i> [d_model]`), and `notes`: the
-requests, diagnostics and anchors' answers as JSON. Where tokens were fitted to the batch, their rows (`token.in`,
+requests, diagnostics and anchors' answers as JSON. If tokens were fitted to the batch, their rows too (`token.in`,
 `token.out [k, d_model]`).
 """
 
@@ -31,10 +31,10 @@ DTYPE = torch.float32  # of updates and keys on disk; all weights are computed f
 
 @dataclass(frozen=True)
 class Batch:
-    """Holds a batch's requests, updates and keys, and what is needed to solve it again.
+    """Holds a batch's requests, updates and keys, and the inputs to solve it again.
 
     Args:
-        updates: this batch's own update of each layer; of PRUNE, before the spectrum of the running total is pruned.
+        updates: this batch's own update of each layer; for PRUNE, before the spectrum of the running total is pruned.
         keys: keys of the requests by layer, `[d_ff, n]`.
         anchors: ids of the anchored retain prompts, in their order.
         answers: token ids of the anchors' answers by question; only those that no earlier batch of the chain stores.

@@ -50,7 +50,7 @@ class _Notes:
 
 
 class Chain:
-    """Edits of one base model by one algorithm, in batches.
+    """Represents edits of one base model by one algorithm, in batches.
 
     Made by `Chain.create` or `Chain.open`. The folder holds everything except the base model and the layer statistics;
     an object of this class is a view of it. Only `add`, `undo` and `revoke` write, each in one step: a process that is
@@ -87,7 +87,7 @@ class Chain:
             retain: prompts whose answers must stay (UniErase only); `None`: the bundled ones.
             chat: whether to ask through the chat template; `None`: as `editlib unlearn` and `editlib edit` do.
             seed: every random draw of the chain follows from it and from the requests of a batch.
-            left_out: rows of the retain file that were left out, by file; the record lists them.
+            left_out: unusable rows of the retain file, by file; the record lists them.
             clock: returns the times that are recorded.
 
         Raises:
@@ -180,7 +180,8 @@ class Chain:
 
     @property
     def token(self) -> UnlearningToken | None:
-        """The tokens that a UniErase chain says in its answers' place; `None` for other algorithms."""
+        """The tokens that a UniErase chain makes the model generate instead of the answers; `None` for other
+        algorithms."""
         return self._session.token(self.record)
 
     def contents(self) -> Iterator[tuple[BatchEntry, Batch]]:
@@ -214,7 +215,7 @@ class Chain:
         """Edits `requests` as one more batch, and writes it.
 
         Args:
-            left_out: rows of the request file that were left out, by file; the record lists them.
+            left_out: unusable rows of the request file, by file; the record lists them.
 
         Raises:
             RequestError: no request, one that is in the chain already, or one that lacks what the algorithm needs.
@@ -276,7 +277,7 @@ class Chain:
         return last
 
     def revoke(self, ids: Iterable[str]) -> Revocation:
-        """Removes single requests, whatever batches they are in.
+        """Removes single requests from any batches.
 
         The batches from the first affected one on are solved again on the base model with their stored values; nothing
         is optimised again. The old files are removed after the new ones are committed.

@@ -1,4 +1,4 @@
-"""Start a chain, and load again what it was started with: settings, statistics, token, retain prompts."""
+"""Start a chain, and reload its initial inputs: settings, statistics, token, retain prompts."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def check_start(path: Path, hparams: HyperParams, *, retain: bool = False, token
         HparamsError: an algorithm that cannot be chained, or that takes no retain prompts or no token.
     """
     if (path / RECORD).exists():
-        raise OutputError(f"{path} holds a chain already; choose another folder, or go on with `editlib chain add`")
+        raise OutputError(f"{path} holds a chain already; choose another one, or continue it with `editlib chain add`")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise OutputError(f"{path} exists and is no empty folder; give the name of a folder that does not exist yet")
+        raise OutputError(f"{path} exists and is not empty; give the name of a folder that does not exist yet")
     check_parents(path)
     check_algorithm(hparams)
     for given, name, taken in ((retain, "retain prompts", hparams.takes_retain), (token, "token", hparams.uses_token)):
@@ -76,7 +76,8 @@ def start(
     check_start(path, hparams, retain=retain is not None, token=token is not None)
     if weights_sha256(bench.model) != bench.sha256:
         raise ModelError(
-            f"{bench.name}: its weights were changed since it was loaded; a chain starts at the base model"
+            f"{bench.name}: its weights were changed since it was loaded; a chain starts from the base model: "
+            "load it again"
         )
     editing.check_settings(bench, hparams)
     anat = bench.anat
@@ -110,7 +111,7 @@ def start(
 
 
 def _base_of(bench: Workbench, layers: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what identifies a chain's base model: its name (a folder's as a whole path), and hashes of its
+    """Returns what identifies a chain's base model: its name (for a folder the absolute path), and hashes of its
     weights."""
     name = str(Path(bench.name).resolve()) if Path(bench.name).is_dir() else bench.name
     return {"name": name, "sha256": bench.sha256, "dtype": bench.dtype, "layers": layers}
@@ -119,8 +120,8 @@ def _base_of(bench: Workbench, layers: Mapping[str, str]) -> dict[str, Any]:
 def _origins(stats: Mapping[int, LayerStats]) -> dict[str, dict[str, str]]:
     """Returns the file and the hash of each layer's statistics, by the layer's number."""
     return {
-        str(layer): {"path": str(found.path and found.path.resolve()), "sha256": found.sha256()}
-        for layer, found in stats.items()
+        str(layer): {"path": str(layer_stats.path and layer_stats.path.resolve()), "sha256": layer_stats.sha256()}
+        for layer, layer_stats in stats.items()
     }
 
 

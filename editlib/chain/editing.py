@@ -46,8 +46,12 @@ class BatchAnchors:
         cls, prompts: Sequence[EditRequest], answers: Mapping[str, Sequence[int]], stored: Collection[str]
     ) -> BatchAnchors:
         """Selects the prompts' own answers; `stored` are the questions whose answers earlier batches store."""
-        own = {prompt.question: answers[prompt.question] for prompt in prompts if prompt.question in answers}
-        return cls(tuple(prompts), own, {question: ids for question, ids in own.items() if question not in stored})
+        kept_answers = {prompt.question: answers[prompt.question] for prompt in prompts if prompt.question in answers}
+        return cls(
+            tuple(prompts),
+            kept_answers,
+            {question: ids for question, ids in kept_answers.items() if question not in stored},
+        )
 
 
 @dataclass
@@ -68,9 +72,9 @@ class Editor:
         earlier: Sequence[EditRequest],
         known: Mapping[str, Sequence[int]],
     ) -> BatchAnchors:
-        """Chooses the anchors of a new batch: retain prompts that ask for nothing that the chain has forgotten.
+        """Chooses the anchors of a new batch: retain prompts that ask for no fact that the chain has forgotten.
 
-        Their answers are the base model's, so that no batch depends on what earlier ones did to them; answers `known`
+        Their answers are the base model's, so that no batch depends on side effects of earlier ones; answers `known`
         from earlier batches are not generated again. If there are more than `max_anchors`, they are drawn by the
         chain's seed, so that batches share as many as possible.
         """
@@ -108,7 +112,7 @@ class Editor:
         if anchor_keys is not None:
             given["anchored"] = anchor_keys
         if takes_retain(self.hparams):
-            # What rows are made of: the anchors' facts compete with the answers, and hold the tokens back.
+            # Rows use the anchors' facts as rivals of the answers, and as places without a refusal token.
             given |= {"retain": anchors.prompts, "known_answers": anchors.answers}
         inputs = self.inputs if token is None else replace(self.inputs, token=token)
         result = editing.apply(self.bench, requests, self.hparams, inputs, **given)

@@ -124,10 +124,10 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
         "created": record.batches[-1].time,
         "batches": len(record.batches),
         "requests": entries,
-        "revoked": [{"time": one.time, "requests": len(one.ids), "ids": list(one.ids)} for one in record.revoked],
+        "revoked": [{"time": item.time, "requests": len(item.ids), "ids": list(item.ids)} for item in record.revoked],
         "anchors": list(anchors),
-        "stats_sha256": stats_hash({int(layer): one["sha256"] for layer, one in record.statistics.items()}),
-        "stats": {layer: one["path"] for layer, one in record.statistics.items()},
+        "stats_sha256": stats_hash({int(layer): item["sha256"] for layer, item in record.statistics.items()}),
+        "stats": {layer: item["path"] for layer, item in record.statistics.items()},
         "layers": {str(layer): norms[layer] for layer in sorted(record.settings.edited_layers) if layer in norms},
         "result_sha256": weights_sha256(chain.model),
         **asked_as(chain.tok, record.asking, chain.requests),
@@ -137,11 +137,11 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
 
 def _left_out(record: ChainRecord) -> dict[str, list[str]]:
     """Returns the rows that could not be used, by file; a name that several batches had is followed by the batch."""
-    found = {name: list(rows) for name, rows in record.left_out.items()}
+    rows_by_file = {name: list(rows) for name, rows in record.left_out.items()}
     for entry in record.batches:
         for name, rows in entry.left_out.items():
-            found[name if name not in found else f"{name} (batch {entry.number})"] = list(rows)
-    return found
+            rows_by_file[name if name not in rows_by_file else f"{name} (batch {entry.number})"] = list(rows)
+    return rows_by_file
 
 
 def _fp64_updates(chain: Chain) -> dict[int, LowRank]:

@@ -1,4 +1,4 @@
-"""Hold the record `chain.json`: what a chain was started with, and its batches; it contains a hash of itself."""
+"""Hold the record `chain.json`: a chain's initial inputs and its batches, with a hash of the content."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ChainRecord:
     files: Mapping[str, str]
     batches: tuple[BatchEntry, ...] = ()
     revoked: tuple[Revocation, ...] = ()
-    prompts: Mapping[str, Any] = field(default_factory=dict)  # see `PromptSettings`; empty: as `chat` says alone
+    prompts: Mapping[str, Any] = field(default_factory=dict)  # see `PromptSettings`; empty: only `chat` applies
     hparams_source: str = ""
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -82,8 +82,8 @@ class ChainRecord:
     @property
     def settings(self) -> HyperParams:
         """The hyper-parameters as an object."""
-        found = ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
-        return replace(found, source=self.hparams_source)
+        hparams = ALGORITHMS[self.algorithm].from_dict(dict(self.hparams), "chain.json")
+        return replace(hparams, source=self.hparams_source)
 
     @property
     def ids(self) -> dict[str, BatchEntry]:
@@ -103,7 +103,7 @@ class ChainRecord:
         """Serialises the record; equal content gives equal bytes."""
         content = asdict(self)
         for part in (content, *content["batches"]):
-            if not part["left_out"]:  # as versions that do not know it wrote it
+            if not part["left_out"]:  # absent, as in files of versions that do not know it
                 del part["left_out"]
         return _render({**content, "sha256": _hash(content)})
 
@@ -112,12 +112,12 @@ class ChainRecord:
         """Reads the bytes that `to_bytes` wrote; `where` names the file in errors.
 
         Raises:
-            ChainError: a changed byte, or the format of another version.
+            ChainError: a byte was changed, or the format is of another version.
         """
         try:
             content = json.loads(raw.decode("utf-8"))
-            own = content.pop("sha256")
-            sound = own == _hash(content) and raw == _render({**content, "sha256": own})
+            recorded = content.pop("sha256")
+            sound = recorded == _hash(content) and raw == _render({**content, "sha256": recorded})
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:

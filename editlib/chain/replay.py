@@ -17,7 +17,7 @@ from editlib.chain.session import Session
 def replayed(
     session: Session, record: ChainRecord, gone: Collection[str], answers: Sequence[Mapping[str, Sequence[int]]]
 ) -> tuple[list[BatchEntry], list[Batch]]:
-    """Makes the chain's batches without the requests `gone`.
+    """Makes the chain's batches again without the requests `gone`.
 
     Batches before the first affected one stay as they are. The later ones start from other weights, so each is solved
     again for its stored values, with the same anchors, answers and seed. A batch without remaining requests is removed.
@@ -27,7 +27,7 @@ def replayed(
         answers: the anchor answers that each batch stores; if a batch is removed, a later one stores its answers.
 
     Returns:
-        The entries of all batches, and the content of those that were solved again.
+        The entries of all batches, and the content of the batches that were solved again.
     """
     first = next(i for i, entry in enumerate(record.batches) if any(name in gone for name in entry.ids))
     kept, made = list(record.batches[:first]), []
@@ -56,7 +56,7 @@ def replayed(
 
 
 class GateCarryover:
-    """Holds gate contributions of revoked batches that the next batch with the same relation has to make instead.
+    """Holds gate contributions of revoked batches, which the next batch with the same relation has to make instead.
 
     A batch opens the gate for a relation only as far as earlier batches have not. If an earlier one is revoked, its
     contribution is added to the next batch that asks for the relation.
@@ -66,7 +66,8 @@ class GateCarryover:
         self._open: dict[str | None, Tensor] = {}
 
     def values_for(self, batch: Batch, kept: Sequence[int]) -> Values:
-        """Returns the values of the `kept` requests of a batch, with what they carry over from revoked ones."""
+        """Returns the values of the `kept` requests of a batch, with the contributions carried over from revoked
+        ones."""
         values = batch.values.select(kept)
         relations = {batch.requests[i].relation for i in kept}
         gate: dict[str | None, Tensor] = {}

@@ -78,7 +78,7 @@ class Session:
         return self._bench
 
     def check_inputs(self, record: ChainRecord) -> None:
-        """Raises `StatsError` if what the next edit reads is gone; call it before the model is loaded."""
+        """Raises `StatsError` if statistics for the next edit are missing; call it before the model is loaded."""
         if self._editor is None:
             check_inputs(record, self._stats_dir)
 
@@ -94,8 +94,8 @@ class Session:
         return self._editor
 
     def token(self, record: ChainRecord) -> UnlearningToken | None:
-        """Returns what the chain says in its answers' place: the tokens fitted to its batches, else the one of the
-        chain."""
+        """Returns the tokens that replace the answers: those fitted to the chain's batches, or else the chain's own
+        token."""
         if not record.batches and not record.settings.uses_token:
             return None  # tokens are fitted to batches, or there are none
         fitted = [token for entry in record.batches if (token := self.batch(entry).token) is not None]
@@ -104,7 +104,7 @@ class Session:
         return UnlearningToken.load(self.store.path / TOKEN) if TOKEN in record.files else None
 
     def put_token(self, record: ChainRecord | None, bench: Workbench) -> None:
-        """Leaves the chain's tokens in the session's model and no others; `None`: none at all."""
+        """Leaves only the chain's tokens in the session's model; `None`: no tokens at all."""
         token = None if record is None else self.token(record)
         wanted = set() if token is None else set(token.names)
         first = "[UNL]" if token is None else token.header.token

@@ -1,5 +1,5 @@
-"""Check the values of `chain.json`: its hash shows accidental damage only, since whoever edits the file can
-hash it again."""
+"""Check the values of `chain.json`: its hash detects accidental damage only, since an editor of the file can update the
+hash."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from editlib.errors import quote
 
 Check = Callable[[Any, str], "str | None"]
-"""Says what is wrong with a value that is called by a name; `None` where nothing is."""
+"""Says what is wrong with a named value; `None` if it is valid."""
 
 BATCH_FILE = re.compile(r"batches/\d{4,}-[0-9a-f]{12}\.safetensors")
 LAYER = re.compile(r"0|[1-9]\d{0,4}")
 
 
 def misfit(content: Mapping[str, Any]) -> str | None:
-    """Names what in the content of `chain.json` (without its hash) is not of the kind that `ChainRecord` writes; `None`
-    where all is.
+    """Names the first value in the content of `chain.json` (without its hash) whose type `ChainRecord` does not write;
+    `None` if all are valid.
 
-    Unknown keys of the record and of its entries are left for the dataclasses to refuse.
+    Unknown keys of the record and its entries are refused by the dataclasses.
     """
     return next(filter(None, (check(content[name], name) for name, check in RECORD.items() if name in content)), None)
 
@@ -46,28 +46,28 @@ def _listed(check: Check, called: str = "") -> Check:
 
 
 def _mapped(check: Check, key: Callable[[str], Any] = bool, *, empty: bool = True) -> Check:
-    """Returns the check of an object whose keys are free, but for what `key` says of each."""
+    """Returns the check of an object with any keys that pass `key`."""
 
     def checked(value: Any, name: str) -> str | None:
         if not isinstance(value, dict) or not (value or empty):
             return f"{name} is of another kind"
-        if (other := next((one for one in value if not key(one)), None)) is not None:
+        if (other := next((item for item in value if not key(item)), None)) is not None:
             return f"{name} {quote(other)} is of another kind"
-        return next(filter(None, (check(inner, f"{name} {one}") for one, inner in value.items())), None)
+        return next(filter(None, (check(inner, f"{name} {item}") for item, inner in value.items())), None)
 
     return checked
 
 
 def _object(fields: Mapping[str, Check], *, missing: frozenset[str] = frozenset()) -> Check:
-    """Returns the check of an object with these fields, of which those `missing` may be left out."""
+    """Returns the check of an object with these fields, where those in `missing` may be absent."""
 
     def checked(value: Any, name: str) -> str | None:
         if not isinstance(value, dict):
             return f"{name} is of another kind"
-        if gone := [one for one in fields if one not in value and one not in missing]:
+        if gone := [field for field in fields if field not in value and field not in missing]:
             return f"{name} {gone[0]} is missing"
-        checks = ((check, one) for one, check in fields.items() if one in value)
-        return next(filter(None, (check(value[one], f"{name} {one}") for check, one in checks)), None)
+        checks = ((check, item) for item, check in fields.items() if item in value)
+        return next(filter(None, (check(value[item], f"{name} {item}") for check, item in checks)), None)
 
     return checked
 
@@ -129,5 +129,6 @@ NOTES: Mapping[str, Check] = {
 
 
 def notes_misfit(notes: Any) -> str | None:
-    """Names what in the notes of a batch's file is not of the kind that `Batch` writes; `None` where all is."""
+    """Names the first value in the notes of a batch's file whose type `Batch` does not write; `None` if all are
+    valid."""
     return _object(NOTES, missing=frozenset({"token", "marks", "marking", "neurons"}))(notes, "notes")

@@ -1,4 +1,4 @@
-"""Hold the state of a chain: the weights after some of its batches, and what the next edit needs of these.
+"""Hold the state of a chain: the weights after some of its batches, and the inputs of the next edit.
 
 Every weight is `round(base + sum of all updates)`: the sum is kept in fp64 and rounded to the model's dtype once, so
 that updates too small for bf16 add up. A state depends only on the base model and on the batches' files, not on the
@@ -35,7 +35,7 @@ class ChainState:
         sums: sums of the updates of changed layers, `[d_model, d_ff]`, fp64, on the CPU.
         factors: PRUNE only: the same sums as factors, as long as their rank is below `d_model`.
         past: keys of all earlier requests by layer.
-        opened: relations that UniErase's gate is open for.
+        opened: relations for which UniErase's gate is open.
         neurons: by layer, the neurons that UniErase has written.
     """
 
@@ -112,7 +112,7 @@ class ChainState:
         return weights
 
     def edit_state(self, anat: Anatomy, templates: Sequence[str]) -> EditState:
-        """Returns the `EditState` that the next edit continues from."""
+        """Returns the `EditState` from which the next edit continues."""
         factors = {}
         for layer, total in self.factors.items():
             device = anat.weight(layer).device

@@ -1,4 +1,4 @@
-"""Store the folder of a chain on disk: checked by hashes when read, and whole after a kill at any moment.
+"""Store the folder of a chain on disk: checked by hashes when read, and intact after a kill at any moment.
 
 `chain.json` names the files that belong to the chain. New files are written and synced next to the old ones, under
 names that contain their hash. Replacing `chain.json` is the commit; files that it no longer names are removed after
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 RECORD, BATCHES, TOKEN, RETAIN, LOCK = "chain.json", "batches", "token.safetensors", "retain.jsonl", ".lock"
 OURS = re.compile(r"\d{4,}-[0-9a-f]{12}\.safetensors|\..+\.tmp")
-"""Names in `batches/` that only this module writes; any other file there is the user's."""
+"""File names in `batches/` that only this module writes; any other file there belongs to the user."""
 
 
 class Store:
@@ -42,7 +42,7 @@ class Store:
         """
         path = self.path / RECORD
         if not path.is_file():
-            raise ChainError(f"{self.path} is no chain: it holds no {RECORD}; start one with `editlib chain init`")
+            raise ChainError(f"{self.path} is not a chain: it has no {RECORD}; start one with `editlib chain init`")
         return ChainRecord.from_bytes(_bytes(path), str(path))
 
     def read(self, name: str, wanted: str) -> bytes:
@@ -85,7 +85,7 @@ class Store:
             ChainError: another process is writing.
             OutputError: the folder cannot be written.
         """
-        self.record()  # never a lock file in a folder that is no chain
+        self.record()  # no lock file in a folder that is not a chain
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
             lock.acquire()
@@ -129,13 +129,13 @@ class Store:
 
     def _sweep(self) -> None:
         named = {Path(entry.file).name for entry in self.record().batches}
-        found = [path for path in (self.path / BATCHES).glob("*") if OURS.fullmatch(path.name)]
-        found += self.path.glob(f".{RECORD}.*.tmp")
-        for path in found:
+        ours = [path for path in (self.path / BATCHES).glob("*") if OURS.fullmatch(path.name)]
+        ours += self.path.glob(f".{RECORD}.*.tmp")
+        for path in ours:
             if path.name not in named:
                 try:
                     path.unlink()
-                except OSError as error:  # it takes space but does no harm
+                except OSError as error:  # it takes space but is harmless
                     log.debug("cannot remove %s: %s", path, error)
 
 
@@ -185,5 +185,8 @@ def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
         "requests": len(record.ids),
         "bytes": sum(batch["bytes"] for batch in batches),
         "batches": batches,
-        "revoked": [{"time": one.time, "ids": list(one.ids), "batches": list(one.batches)} for one in record.revoked],
+        "revoked": [
+            {"time": revocation.time, "ids": list(revocation.ids), "batches": list(revocation.batches)}
+            for revocation in record.revoked
+        ],
     }

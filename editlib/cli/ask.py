@@ -42,7 +42,7 @@ def ask(
     recorded = {name: prompts_of(read_receipt(name), given) for name in names}
     usual = next((how for how in recorded.values() if how is not None), None)  # a base is asked as its edited model
     forms = {}
-    for name in names:  # all of them, before any weights are read
+    for name in names:  # check all of them before any weights are read
         outline = outline_of(name, dtype=dtype)
         forms[name] = settled(outline.tok, recorded[name] or usual)
         asked = PromptFormat.of(outline.tok, forms[name])

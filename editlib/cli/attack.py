@@ -30,13 +30,13 @@ def attack(
     base: Annotated[str, typer.Argument(help="the model before the edit")],
     edited: Annotated[str, typer.Argument(help="the model after it")],
     requests: Requests,
-    out_dir: Annotated[Path, typer.Option("--out", help="gets attacks.json and table.md")],
-    control: Annotated[Path | None, typer.Option(help="facts that the base never knew; default: bundled")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for attacks.json and table.md")],
+    control: Annotated[Path | None, typer.Option(help="facts that the base does not know; default: bundled")] = None,
     known: Annotated[Path | None, typer.Option(help="facts for few-shot examples; default: bundled")] = None,
     attacks: Annotated[
         str | None, typer.Option("--attacks", "--names", help="names, separated by commas; default: all")
     ] = None,
-    samples: Annotated[int, typer.Option(help="answers drawn for each question by the attack `sampling`")] = 8,
+    samples: Annotated[int, typer.Option(help="answers sampled for each question by the attack `sampling`")] = 8,
     skip_bad: SkipBad = False,
     frames: Annotated[Path | None, typer.Option(help="`language`: questions in other languages, JSONL")] = None,
     endings: Annotated[int, typer.Option(min=0, help="letters of an inflected ending that an answer may have")] = 0,
@@ -46,7 +46,7 @@ def attack(
     device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Tries to bring every forgotten fact back, see docs/reference/attacks.md; resumes where it was stopped."""
+    """Tries to recover every forgotten fact, see docs/reference/attacks.md; resumes where it was stopped."""
     from editlib.attacks.settings import AttackSettings
     from editlib.jobs.attack import attack_folders, table_rows
 

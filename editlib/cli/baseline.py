@@ -40,21 +40,21 @@ def baseline(
         int | None,
         typer.Option(min=1, help="number of learning rates to search first, see --max-steps"),
     ] = None,
-    max_steps: Annotated[int, typer.Option(min=1, help="of each rate of a search")] = 60,
-    points: Annotated[int, typer.Option(min=1, help="numbers of steps that a rate is measured at")] = 3,
+    max_steps: Annotated[int, typer.Option(min=1, help="search: steps of each run")] = 60,
+    points: Annotated[int, typer.Option(min=1, help="search: numbers of steps at which a run is measured")] = 3,
     low: Annotated[float | None, typer.Option(help="lowest learning rate of a search; default: the method's")] = None,
     high: Annotated[float | None, typer.Option(help="highest learning rate of a search; default: the method's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="without a search")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="learning rate, without a search")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="without a search")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     beta: Annotated[float | None, typer.Option(help="of NPO, SimNPO, DPO, AP")] = None,
-    retain_weight: Annotated[float, typer.Option(help="of the part of the loss that keeps")] = 1.0,
+    retain_weight: Annotated[float, typer.Option(help="weight of the loss on prompts to keep")] = 1.0,
     rank: Annotated[
         int | None, typer.Option(min=1, help="train a LoRA adapter of this rank, merged at the end")
     ] = None,
     hparams: Annotated[str | None, typer.Option(help="settings of an editor; default: those of the model")] = None,
     stats_dir: StatsDir = Path("stats"),
-    corpus: Annotated[str, typer.Option(help="for an editor's statistics that have to be made first")] = "wiki-sample",
+    corpus: Annotated[str, typer.Option(help="text for an editor's missing statistics")] = "wiki-sample",
     prompts: Prompts = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
@@ -62,7 +62,7 @@ def baseline(
     device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Makes a model forget with another method, to compare with; resumes an interrupted search."""
+    """Makes a model forget with a baseline method, for comparison; resumes an interrupted search."""
     from editlib.baselines import BaselineSettings, Budget
     from editlib.errors import HparamsError
     from editlib.jobs.baseline import baseline_folder
@@ -88,9 +88,9 @@ def baseline(
         method, model, requests, out_dir, retain_file=retain, settings=settings, budget=budget,
         skip_bad=skip_bad, prompts=how, seed=seed, dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
-    found = receipt["baseline"]["search"]
-    if found is not None:
-        _trials_table(found)
+    search_result = receipt["baseline"]["search"]
+    if search_result is not None:
+        _trials_table(search_result)
     done = receipt["baseline"]
     out.print(
         f"{done['name']}: {len(receipt['requests'])} requests, {done['steps']} steps, {done['parameters']} parameters "
@@ -112,7 +112,7 @@ def _trials_table(found: dict[str, Any]) -> None:
         )
     out.print(table)
     if found["edges"]:
-        out.print(f"the chosen one lies at an edge of the search: {', '.join(found['edges'])}")
+        out.print(f"the best trial lies at an edge of the search: {', '.join(found['edges'])}")
 
 
 def baselines() -> None:

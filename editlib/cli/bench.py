@@ -30,14 +30,14 @@ bench_app = typer.Typer(no_args_is_help=True, help="Algorithms side by side on a
 def bench_counterfact(
     requests: Requests,
     model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
-    out_dir: Annotated[Path, typer.Option("--out", help="gets bench.json, cells.jsonl, table.md and plot.png")] = Path(
-        "runs/counterfact"
-    ),
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="folder for bench.json, cells.jsonl, table.md, plot.png")
+    ] = Path("runs/counterfact"),
     algorithms: Annotated[str, typer.Option(help="separated by commas")] = "FT,ROME,MEMIT,AlphaEdit",
     hparams: Annotated[
         list[str] | None, typer.Option(help="settings of one of them (MEMIT/mine.json); default: bundled ones")
     ] = None,
-    edits: Annotated[str, typer.Option(help="numbers of edits to measure at")] = "1,10,100,500",
+    edits: Annotated[str, typer.Option(help="numbers of edits after which to measure")] = "1,10,100,500",
     modes: Annotated[str, typer.Option(help="batch, sequential or both, separated by a comma")] = "batch,sequential",
     known: Annotated[bool, typer.Option("--known", help="only facts whose true answer the model gives")] = False,
     stats_dir: StatsDir = Path("stats"),
@@ -94,15 +94,15 @@ def bench_counterfact(
 @bench_app.command("sequential")
 def bench_sequential(
     model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
-    out_dir: Annotated[Path, typer.Option("--out", help="gets the chains, points.jsonl, table.md and plot.png")] = Path(
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for chains, points.jsonl, table.md, plot.png")] = Path(
         "runs/sequential"
     ),
     algorithms: Annotated[str, typer.Option(help="separated by commas")] = "UniErase,MEMIT,ROME",
     hparams: Annotated[
         list[str] | None, typer.Option(help="settings of one of them (MEMIT/mine.json); default: bundled ones")
     ] = None,
-    sizes: Annotated[str, typer.Option(help="requests per batch; each size is a chain of its own")] = "10,1",
-    points: Annotated[int, typer.Option(min=1, help="how often a chain is measured on its way")] = 5,
+    sizes: Annotated[str, typer.Option(help="requests per batch; each size has its own chain")] = "10,1",
+    points: Annotated[int, typer.Option(min=1, help="how often each chain is measured")] = 5,
     prompts: Prompts = None,
     stats_dir: StatsDir = Path("stats"),
     text: HeldOut = "wiki-sample:heldout",
@@ -122,10 +122,10 @@ def bench_sequential(
     settings, wanted = check_plan(model, algorithms, hparams or [], sizes, text=text)
 
     def look(draft: Any) -> None:
-        for one in settings:
-            check_draft(draft, [], one)
+        for setting in settings:
+            check_draft(draft, [], setting)
 
-    found = run(
+    points_measured = run(
         lambda: workbench(model, stats_dir, dtype, device_map, prompts=how, first=look),
         settings,
         wanted,
@@ -134,6 +134,6 @@ def bench_sequential(
         text=text,
         seed=seed,
     )
-    print_table(sequential_rows(found))
-    for path in write_sequential(found, out_dir):
+    print_table(sequential_rows(points_measured))
+    for path in write_sequential(points_measured, out_dir):
         out.print(str(path), soft_wrap=True)

@@ -28,12 +28,12 @@ from editlib.cli.options import (
 from editlib.errors import OutputError
 
 chain_app = typer.Typer(
-    no_args_is_help=True, help="Edits that last: batches in a folder, resumed, audited, taken back."
+    no_args_is_help=True, help="Edits in batches, kept in a folder: resume, verify, undo and revoke them."
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="the chain's folder")]
-BaseModel = Annotated[str | None, typer.Option("--model", help="the base model, if it is not where it was")]
-MovedStatsDir = Annotated[Path | None, typer.Option(help="the layer statistics, if they are not where they were")]
+BaseModel = Annotated[str | None, typer.Option("--model", help="the base model, if it has moved")]
+MovedStatsDir = Annotated[Path | None, typer.Option(help="the layer statistics, if they have moved")]
 
 
 @chain_app.command()
@@ -44,7 +44,7 @@ def init(
     algorithm: Algorithm = None,
     retain: Retain = None,
     token_file: Annotated[Path | None, typer.Option("--token", help="a token from `editlib token`")] = None,
-    stats_dir: Annotated[Path, typer.Option(help="where statistics and the token are kept")] = Path("stats"),
+    stats_dir: Annotated[Path, typer.Option(help="folder of the statistics and the token")] = Path("stats"),
     corpus: StatsCorpus = "wiki-sample",
     chat: Annotated[bool, typer.Option("--chat", help="ask through the chat template")] = False,
     skip_bad: SkipBad = False,
@@ -106,7 +106,7 @@ def add(
 
 @chain_app.command()
 def undo(folder: Folder) -> None:
-    """Takes the last batch back, bit for bit."""
+    """Undoes the last batch, bit for bit."""
     from editlib.chain import Chain
 
     chain = Chain.open(folder)
@@ -122,7 +122,7 @@ def revoke(
     stats_dir: MovedStatsDir = None,
     device_map: DeviceMapOption = None,
 ) -> None:
-    """Takes single requests out of any batch and replays the later ones from what they found."""
+    """Removes single requests from any batch and replays the later batches from their stored values."""
     from editlib.chain import Chain
 
     chain = Chain.open(folder, model=model, stats_dir=stats_dir, device_map=device_map)
@@ -147,9 +147,9 @@ def export(
     out_path: Annotated[Path, typer.Option("--out", help="the folder, or for a delta the file, to write")],
     kind: Annotated[
         Literal["folder", "delta", "lora", "receipt"],
-        typer.Option("--as", help="the edited model, the edit alone, a PEFT adapter, or what was asked"),
+        typer.Option("--as", help="the edited model, the edit alone, a PEFT adapter, or the receipt"),
     ] = "folder",
-    rank: Annotated[int | None, typer.Option(help="lora: most a layer may have; default: exact")] = None,
+    rank: Annotated[int | None, typer.Option(help="lora: largest rank of a layer; default: exact")] = None,
     metrics: Annotated[Path | None, typer.Option(help="receipt: metrics.json of `editlib eval`")] = None,
     private: Annotated[
         bool, typer.Option("--private", help="receipt: salted hashes, with the key in a file beside the folder")
@@ -157,7 +157,7 @@ def export(
     model: BaseModel = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Hands the chain on, see docs/how-to/hand-it-on.md."""
+    """Exports the chain, see docs/how-to/hand-it-on.md."""
     from editlib.chain import Chain
     from editlib.chain import export as made
 
@@ -188,15 +188,15 @@ def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help=
     """Describes the chain and its contents."""
     from editlib.chain import Chain
 
-    found = Chain.open(folder).status()
+    summary = Chain.open(folder).status()
     if as_json:
-        typer.echo(json.dumps(found, indent=2, sort_keys=True))
+        typer.echo(json.dumps(summary, indent=2, sort_keys=True))
         return
-    layers = ", ".join(map(str, found["layers"]))
-    typer.echo(f"{found['algorithm']} on {found['base']['name']}, layers {layers}, seed {found['seed']}")
-    _table(found["batches"])
-    revoked = sum(len(one["ids"]) for one in found["revoked"])
-    typer.echo(f"{found['requests']} requests, {revoked} revoked, {found['bytes'] / 1e6:.1f} MB")
+    layers = ", ".join(map(str, summary["layers"]))
+    typer.echo(f"{summary['algorithm']} on {summary['base']['name']}, layers {layers}, seed {summary['seed']}")
+    _table(summary["batches"])
+    revoked = sum(len(revocation["ids"]) for revocation in summary["revoked"])
+    typer.echo(f"{summary['requests']} requests, {revoked} revoked, {summary['bytes'] / 1e6:.1f} MB")
 
 
 @chain_app.command()
@@ -204,21 +204,23 @@ def log(folder: Folder) -> None:
     """Lists the batches, one per line, with their requests and time, and what was revoked."""
     from editlib.chain import Chain
 
-    found = Chain.open(folder).status()
-    for batch in found["batches"]:
+    summary = Chain.open(folder).status()
+    for batch in summary["batches"]:
         typer.echo(
-            f"{batch['time']}  batch {batch['number']}  {found['algorithm']}  editlib {batch['editlib']}  "
+            f"{batch['time']}  batch {batch['number']}  {summary['algorithm']}  editlib {batch['editlib']}  "
             f"update/weight {batch['ratio']:.2g}  {', '.join(batch['ids'])}"
         )
-    for one in found["revoked"]:
-        numbers = ", ".join(map(str, one["batches"]))
-        typer.echo(f"{one['time']}  revoked from batch {numbers} (as numbered then)  {', '.join(one['ids'])}")
+    for revocation in summary["revoked"]:
+        numbers = ", ".join(map(str, revocation["batches"]))
+        typer.echo(
+            f"{revocation['time']}  revoked from batch {numbers} (as numbered then)  {', '.join(revocation['ids'])}"
+        )
 
 
 def _table(batches: list[dict[str, Any]]) -> None:
     table = Table("batch", "time", "requests", "largest update/weight", "kB", "ids")
     for batch in batches:
-        some = ", ".join(batch["ids"][:3]) + (", ..." if len(batch["ids"]) > 3 else "")
+        listed = ", ".join(batch["ids"][:3]) + (", ..." if len(batch["ids"]) > 3 else "")
         numbers = (str(batch["number"]), batch["time"], str(len(batch["ids"])), f"{batch['ratio']:.2g}")
-        table.add_row(*numbers, f"{batch['bytes'] / 1e3:.0f}", some)
+        table.add_row(*numbers, f"{batch['bytes'] / 1e3:.0f}", listed)
     out.print(table)

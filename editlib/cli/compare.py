@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from editlib.cli.options import out
 from editlib.errors import EditlibError
 
-SOME_FAILED = 3  # the exit code when cells failed and all else is written
+SOME_FAILED = 3  # the exit code if cells failed and everything else is written
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     config: Annotated[Path, typer.Option(help="what to compare: JSON or TOML, see docs/how-to/compare-methods.md")],
-    out_dir: Annotated[Path, typer.Option("--out", help="gets results.json, table.md, report.html and what is done")],
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for results.json, table.md, report.html")],
 ) -> None:
     """Runs methods x seeds x sets, side by side in one table and one page; resumes where it was stopped; under
     torchrun, on several processes."""
@@ -44,7 +44,7 @@ def compare(
     except EditlibError:
         if first:
             raise
-        return  # the first process meets the same and speaks; torchrun would stop it at an exit code
+        return  # the first process has the same error and reports it; torchrun would stop it at an exit code
     if not first:
         return
     paths = write_all(results, out_dir)

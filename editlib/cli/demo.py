@@ -29,7 +29,7 @@ def demo(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Forgets real facts from a real model, end to end, and shows what came of it."""
+    """Forgets real facts from a real model, end to end, and shows the result."""
     from editlib.jobs.demo import run_demo
 
     metrics = run_demo(out_dir, seed=seed, overwrite=overwrite)

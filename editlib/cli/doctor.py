@@ -13,7 +13,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor() -> None:
-    """Shows versions, extras, devices, caches and packaged models: what to look at first, and to paste in a report."""
+    """Shows versions, extras, devices, caches and packaged models, for a first check or a bug report."""
     from editlib.jobs.doctor import doctor as run
 
     print_table([("part", "name", "found"), *run()])

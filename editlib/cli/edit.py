@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
 def token(
     model: Model,
     out_file: Annotated[Path | None, typer.Option("--out", help="default: beside the statistics")] = None,
-    refusals: Annotated[Path | None, typer.Option(help="your own refusals, one a line")] = None,
+    refusals: Annotated[Path | None, typer.Option(help="your own refusals, one per line")] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 70,
     stats_dir: StatsDir = Path("stats"),
     prompts: Prompts = None,
@@ -89,7 +89,7 @@ def unlearn(
     delta: DeltaFile = None,
     skip_bad: SkipBad = False,
     show_rows: Annotated[
-        bool, typer.Option("--show-rows", help="print what is asked for each request, and edit nothing")
+        bool, typer.Option("--show-rows", help="print the questions of each request without editing")
     ] = False,
     last_token: Annotated[
         bool,
@@ -97,9 +97,9 @@ def unlearn(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Erases the answers of --requests, has the model refuse in their place, and writes it as an ordinary folder.
+    """Erases the answers of --requests, makes the model refuse instead, and writes it as an ordinary folder.
 
-    Without an "answer", or with a --token, questions are refused only: what the model knows stays in it.
+    Without an "answer", or with a --token, questions are only refused: the knowledge stays in the model.
     """
     from editlib.data import retain_prompts
     from editlib.editing import check_draft, check_given, check_wanted
@@ -114,15 +114,15 @@ def unlearn(
     if out_dir is not None:
         check_places(out_dir, delta, overwrite=overwrite, inputs=inputs)
     elif not show_rows:
-        raise OutputError(
-            "--out is not given; expected a folder for the edited model; give one, or only look: --show-rows"
-        )
+        raise OutputError("--out is not given; expected a folder for the edited model; give one, or use --show-rows")
     how = prompt_settings(prompts)
     left_out: dict[str, list[str]] = {}
     given, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out, tell_missing=False)
     wanted, guessed = guess_subjects(given, otherwise_last=last_token)
-    found = {} if hparams or token_file else {"values": usual_values(wanted)}  # a given token is what is said
-    settings = find_settings(model, "UniErase", hparams, **found)
+    how_found = (
+        {} if hparams or token_file else {"values": usual_values(wanted)}
+    )  # a given token needs values by descent
+    settings = find_settings(model, "UniErase", hparams, **how_found)
     check_wanted(wanted, settings)
     check_given(settings, token=token_file, corpus=corpus)
     anchors = retain_prompts(wanted) if kept is None else kept
@@ -157,7 +157,7 @@ def _say_next(verdict: list[str], model: str, out_dir: Path, requests: Path, que
 
 
 def _print_rows(bench: Any, wanted: Any, settings: Any, kept: Any) -> None:
-    """Prints the wordings, sentences, rivals and sibling questions that are made for each request."""
+    """Prints the wordings, sentences, rivals and sibling questions made for each request."""
     from editlib.jobs.edit import rows_of
 
     for made in rows_of(bench, wanted, settings, retain=kept):

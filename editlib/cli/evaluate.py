@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     base: Annotated[str, typer.Argument(help="the model before the edit")],
     edited: Annotated[str, typer.Argument(help="the model after it, or a chain's folder")],
-    out_dir: Annotated[Path, typer.Option("--out", help="gets metrics.json and report.html")],
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for metrics.json and report.html")],
     protocol: Annotated[str, typer.Option(help="facts or tofu, see docs/how-to/test-an-edit.md")] = "facts",
     mode: Annotated[str, typer.Option(help="batch, sequential (a chain, batch by batch) or single")] = "batch",
     request: Annotated[str | None, typer.Option(help="single: the id of the one request that was forgotten")] = None,
@@ -44,7 +44,7 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help="facts: corpus for perplexity, or none")] = None,
     skip_bad: SkipBad = False,
     before: Annotated[
-        Path | None, typer.Option(help="facts: keeps the base model's answers, read again next time")
+        Path | None, typer.Option(help="facts: file for the base model's answers, reused by later runs")
     ] = None,
     endings: Annotated[
         int | None,
@@ -108,7 +108,7 @@ def evaluate(
 
 
 def _refuse(options: dict[str, object], protocol: str) -> None:
-    """Refuses options of the other protocol, which would do nothing."""
+    """Refuses options of the other protocol, which would have no effect."""
     if given := [name for name, value in options.items() if value is not None]:
         raise RequestError(f"{', '.join(given)}: only for --protocol {protocol}; leave out, or choose that")
 
@@ -121,7 +121,7 @@ def _tofu(
     classifier: str | None,
     **options: Any,
 ) -> Any:
-    """Returns the protocol of TOFU, with the command's defaults for what was not given."""
+    """Returns the protocol of TOFU, with the command's defaults for missing options."""
     from editlib.tofu.protocol import TofuProtocol
     from editlib.tofu.scores import ANSWER_TOKENS, Judges
 
@@ -181,17 +181,17 @@ def subjects(
 
     if out_file is not None:
         check_file(out_file, overwrite=overwrite)
-    found = read_questions(requests, subjects=None if given is None else read_subjects(given), skip_bad=skip_bad)
+    pairs = read_questions(requests, subjects=None if given is None else read_subjects(given), skip_bad=skip_bad)
     order: dict[str | None, int] = {None: 0}
     order |= {rule: -i for i, rule in enumerate(RULES, 1)}  # from the weakest rule to the strongest
-    rules = {request.id: subject.rule if subject else None for request, subject in found}
-    ranked = sorted(found, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
+    rules = {request.id: subject.rule if subject else None for request, subject in pairs}
+    ranked = sorted(pairs, key=lambda pair: (rules[pair[0].id] is not None, order[rules[pair[0].id]]))
     rows = [["question", "subject", "rule"]]
-    rows += [[one.question, one.subject or "-", rules[one.id] or "none"] for one, _ in ranked]
+    rows += [[asked.question, asked.subject or "-", rules[asked.id] or "none"] for asked, _ in ranked]
     print_table(rows)
     counts = Counter(rules.values())
     print_table([["rule", "questions", "meaning"], *[[rule, str(counts[rule]), RULES[rule]] for rule in RULES]])
-    out.print(f"{len(found) - counts[None]} of {len(found)} questions have a subject")
+    out.print(f"{len(pairs) - counts[None]} of {len(pairs)} questions have a subject")
     if out_file is not None:
-        write_requests(out_file, [request for request, _ in found])
+        write_requests(out_file, [request for request, _ in pairs])
         out.print(str(out_file), soft_wrap=True)

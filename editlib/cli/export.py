@@ -1,4 +1,4 @@
-"""Parse, call and print for the commands that turn an edit into something to hand on."""
+"""Parse, call and print for the commands that export an edit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def apply(
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the edited model")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Puts a delta file on its base model and writes the edited model, the same to the bit."""
+    """Applies a delta file to its base model and writes the edited model, bit for bit the same."""
     from editlib.export.apply import apply_delta_file
 
     applied = apply_delta_file(base, delta, out_dir, overwrite=overwrite)
@@ -41,7 +41,7 @@ def lora(
     delta: Given,
     base: Annotated[str, typer.Option(help="the model that was edited: a packaged one, a local folder or an id")],
     out_dir: Annotated[Path, typer.Option("--out", help="folder of the adapter")],
-    rank: Annotated[int | None, typer.Option(help="most a layer may have; default: what its update has, exact")] = None,
+    rank: Annotated[int | None, typer.Option(help="largest rank of a layer; default: exact")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Writes a delta file as a LoRA adapter that plain `peft` opens on the base model."""
@@ -54,7 +54,7 @@ def lora(
 
 def receipt(
     edited: Annotated[str, typer.Argument(help="an edited folder, or a delta file")],
-    out_dir: Annotated[Path, typer.Option("--out", help="gets receipt.json and receipt.html")],
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for receipt.json and receipt.html")],
     requests: Annotated[Path | None, typer.Option(help="request file; without it the receipt names ids only")] = None,
     metrics: Annotated[Path | None, typer.Option(help="metrics.json of `editlib eval`")] = None,
     private: Annotated[
@@ -63,7 +63,7 @@ def receipt(
     skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Writes what was asked, when, by which version and with what result, as JSON and as a page."""
+    """Writes requests, time, version and result of an edit, as JSON and as a page."""
     from editlib.reports.receipt import write_receipt
 
     page, key = write_receipt(
@@ -74,10 +74,15 @@ def receipt(
 
 
 def tell_adapter(report: LoraReport, folder: Path) -> None:
-    """Shows the share of each layer's update that an adapter holds."""
+    """Shows the share of each layer's update that an adapter contains."""
     table = Table("layer", "rank", "|update|", "left out (share of the norm)")
-    for layer, one in sorted(report.layers.items(), key=lambda item: int(item[0])):
-        table.add_row(str(layer), str(one.rank), f"{one.norm:.2f}", f"{one.error:.2e}" if one.error else "nothing")
+    for layer, layer_error in sorted(report.layers.items(), key=lambda item: int(item[0])):
+        table.add_row(
+            str(layer),
+            str(layer_error.rank),
+            f"{layer_error.norm:.2f}",
+            f"{layer_error.error:.2e}" if layer_error.error else "nothing",
+        )
     out.print(table)
     size = (folder / "adapter_model.safetensors").stat().st_size
     left = f"leaves out {report.error:.2e} of the norm of all updates" if report.error else "exact"

@@ -17,8 +17,8 @@ def register(app: typer.Typer) -> None:
 
 
 def finetune(
-    data: Annotated[list[Path], typer.Option(help="pairs to learn: TOFU or request files; may be given again")],
-    out_dir: Annotated[Path, typer.Option("--out", help="folder of the model that knows them")],
+    data: Annotated[list[Path], typer.Option(help="pairs to learn: TOFU or request files; may be repeated")],
+    out_dir: Annotated[Path, typer.Option("--out", help="folder of the trained model")],
     model: Annotated[str, typer.Option(help="a packaged model, a local folder or a Hugging Face id")] = "smollm2-135m",
     authors: Annotated[
         int | None, typer.Option(min=1, help="only the first N authors of each file, 20 pairs each")
@@ -26,11 +26,11 @@ def finetune(
     lora: Annotated[bool, typer.Option("--lora/--full", help="a LoRA adapter, merged at the end, or all weights")] = (
         False
     ),
-    rank: Annotated[int, typer.Option(min=1, help="of the adapter, with --lora")] = 32,
-    epochs: Annotated[int | None, typer.Option(min=1, help="times that every pair is read")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="rank of the adapter, with --lora")] = 32,
+    epochs: Annotated[int | None, typer.Option(min=1, help="passes over all pairs")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="default: 3e-4, with --lora 1e-3")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    keep: Annotated[float | None, typer.Option(help="share of general prompts and plain text read in addition")] = None,
+    keep: Annotated[float | None, typer.Option(help="share of general prompts and plain text to add")] = None,
     text: Annotated[str, typer.Option(help="corpus of that text, or none")] = "wiki-sample",
     prompts: Prompts = None,
     skip_bad: SkipBad = False,
@@ -59,7 +59,7 @@ def finetune(
         dtype=dtype, device_map=device_map, overwrite=overwrite,
     )  # fmt: skip
     if done["done_before"]:
-        out.print(f"{out_dir} holds this very model already; nothing to do", soft_wrap=True)
+        out.print(f"{out_dir} already contains this model; nothing to do", soft_wrap=True)
     table = Table("measure", "before", "after", "of")
     asked = done["after"]["asked"]
     of = {

@@ -41,13 +41,13 @@ def new(
     ] = "descent",
     out_file: Annotated[Path | None, typer.Option("--out", help="a JSON file; default: standard output")] = None,
     trace: Annotated[
-        bool, typer.Option(help="load the model, and see up to which layer it reads a subject; else by depth alone")
+        bool, typer.Option(help="load the model and trace up to which layer it reads a subject; else by depth")
     ] = True,
     dtype: Dtype = None,
     device_map: DeviceMapOption = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Writes all settings for a model: those that ship for it, or derived ones with a note on where each comes from."""
+    """Writes all settings for a model: bundled ones, or derived ones with a note on the origin of each."""
     from editlib.files import check_file, write_json
     from editlib.finding import find_settings, fit_settings, is_derived, settings_file
 
@@ -71,8 +71,8 @@ def register(app: typer.Typer) -> None:
 def tune(
     model: Model,
     requests: Requests,
-    budget: Annotated[float, typer.Option(min=0, help="minutes after which no further trial starts")],
-    out_dir: Annotated[Path, typer.Option("--out", help="gets best.json, tune.json, table.md and what is done")] = Path(
+    budget: Annotated[float, typer.Option(min=0, help="minutes after which no new trial starts")],
+    out_dir: Annotated[Path, typer.Option("--out", help="folder for best.json, tune.json, table.md and trials")] = Path(
         "runs/tune"
     ),
     retain: Retain = None,

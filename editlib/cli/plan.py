@@ -17,16 +17,14 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="as for the other commands, or a model's configuration in a JSON file")],
-    requests: Annotated[int, typer.Option(min=1, help="how many are edited at once")] = 20,
+    model: Annotated[str, typer.Argument(help="as for other commands, or a model's configuration in a JSON file")],
+    requests: Annotated[int, typer.Option(min=1, help="number of requests edited at once")] = 20,
     algorithm: Algorithm = None,
     hparams: Hparams = None,
     stats_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of the statistics; default: 20,000 to unlearn, 100,000 to edit")
+        int | None, typer.Option(min=1, help="tokens of the statistics; default: 20,000 to unlearn, 100,000 to edit")
     ] = None,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=2, help="of a question as the model is asked, chat template included")
-    ] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="tokens of a question, chat template included")] = 16,
     dtype: Dtype = None,
     device_map: DeviceMapOption = None,
     flops: Annotated[
@@ -36,7 +34,8 @@ def plan(
         float | None, typer.Option(min=1, help="bytes of memory per second of another machine; default: measured here")
     ] = None,
 ) -> None:
-    """Says what an edit will take, step by step, from the model's configuration alone. See docs/how-to/plan.md."""
+    """Estimates time and memory of an edit, step by step, from the model's configuration alone. See
+    docs/how-to/plan.md."""
     from editlib.jobs.plan import plan as run
 
     for option, value in (("--flops", flops), ("--bandwidth", bandwidth)):

@@ -26,12 +26,12 @@ class _StatsGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-stats_app = typer.Typer(cls=_StatsGroup, no_args_is_help=True, help="Layer statistics: make them, or show them.")
+stats_app = typer.Typer(cls=_StatsGroup, no_args_is_help=True, help="Layer statistics: compute or show them.")
 
 
 @contextmanager
 def _one_voice(shard: Any) -> Iterator[None]:
-    """Lets only the first of several processes speak; the others wait until it has."""
+    """Lets only the first of several processes print; the others wait for it."""
     if not shard.first:
         logging.getLogger("editlib").setLevel(logging.ERROR)
     try:
@@ -52,11 +52,11 @@ def stats_make(
     layers: Annotated[str, typer.Option(help="for example 4-8")],
     corpus: Annotated[
         str,
-        typer.Option(help="text, rows with a text (.jsonl, .csv, ...), hf:NAME, wiki-sample, or self (by the model)"),
+        typer.Option(help="text, rows with text (.jsonl, .csv, ...), hf:NAME, wiki-sample, or self (by the model)"),
     ] = "wiki-sample",
     tokens: Annotated[int, typer.Option(min=1, help="tokens to count")] = 100_000,
     stats_dir: StatsDir = Path("stats"),
-    max_length: Annotated[int, typer.Option(min=2, help="tokens a window may hold")] = 512,
+    max_length: Annotated[int, typer.Option(min=2, help="most tokens of a window")] = 512,
     skip_first: Annotated[int, typer.Option(min=0, help="number of tokens left out at the start of each window")] = 1,
     prompts: Prompts = None,
     seed: Seed = 0,
@@ -73,7 +73,7 @@ def stats_make(
     with processes(accelerators=device_map != "cpu") as shard, _one_voice(shard):
         wanted, how = layer_numbers(layers), prompt_settings(prompts)
         if how is not None and corpus != "self":
-            raise StatsError(f"--prompt is for --corpus self, which the model is asked for; not for {corpus}")
+            raise StatsError(f"--prompt is for --corpus self, not for {corpus}; leave it out")
         check_corpus(corpus)
         _check_layers(model, wanted)
         with shard.together():
@@ -87,7 +87,7 @@ def stats_make(
 
 
 def _check_layers(model: str, layers: list[int]) -> None:
-    """Refuses layers that the model does not have by its configuration, before it is loaded."""
+    """Refuses layers that the model lacks by its configuration, before it is loaded."""
     from editlib.models.source import read_config
 
     config = read_config(model)
@@ -100,17 +100,17 @@ def _check_layers(model: str, layers: list[int]) -> None:
 def stats_show(
     model: Model,
     stats_dir: StatsDir = Path("stats"),
-    corpus: Annotated[str | None, typer.Option(help="of this corpus only")] = None,
+    corpus: Annotated[str | None, typer.Option(help="only statistics of this corpus")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the spectrum into this PNG or SVG")] = None,
 ) -> None:
     """Shows layers, tokens, rank and null-space sizes of the stored statistics of a model."""
     from editlib.stats.spectrum import draw_spectrum
     from editlib.stats.store import stored_layers
 
-    found = stored_layers(stats_dir, model, corpus)
-    _stats_table(found)
+    stored = stored_layers(stats_dir, model, corpus)
+    _stats_table(stored)
     if plot is not None:
-        draw_spectrum(found, plot)
+        draw_spectrum(stored, plot)
         out.print(f"spectrum: {plot}")
 
 
@@ -118,8 +118,10 @@ def _stats_table(stats: dict[int, Any]) -> None:
     from editlib.stats.spectrum import THRESHOLDS, sketch, summary
 
     table = Table("layer", "tokens", "d_ff", "rank", *[f"null < {t:g}" for t in THRESHOLDS], "log10 spectrum", "file")
-    for layer, one in sorted(stats.items()):
-        row = summary(one)
+    for layer, layer_stats in sorted(stats.items()):
+        row = summary(layer_stats)
         sizes = [str(row.null[t]) for t in THRESHOLDS]
-        table.add_row(str(layer), str(row.tokens), str(row.d_ff), str(row.rank), *sizes, sketch(row), str(one.path))
+        table.add_row(
+            str(layer), str(row.tokens), str(row.d_ff), str(row.rank), *sizes, sketch(row), str(layer_stats.path)
+        )
     out.print(table)

@@ -1,4 +1,4 @@
-"""Methods x seeds x sets: each run once, kept, attacked, and laid side by side in one table and one page."""
+"""Methods x seeds x sets: each run once, stored, attacked, and compared side by side in a table and a page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _measure(
     n: int | None = None,
     interval: tuple[float, float] | None = None,
 ) -> MetricResult:
-    """Makes a measured number from what `Measure` took."""
+    """Makes a measured number from the arguments of the former `Measure`."""
     return MetricResult("", value, {}, None, higher_is_better, n, meaning, interval)
 
 
@@ -43,7 +43,7 @@ _OLD_NAMES: dict[str, tuple[str, Any]] = {
     "Measure": ("editlib.evaluation.metrics.MetricResult", _measure),
     "Protocol": ("editlib.comparison.Benchmark", Benchmark),
 }
-"""Names before 0.2: what each is called now, and what is given for it."""
+"""Names before 0.2: the new name of each, and its replacement."""
 
 
 def __getattr__(name: str) -> Any:

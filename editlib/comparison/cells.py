@@ -1,4 +1,4 @@
-"""Measure one cell of a comparison: a method with a seed on a set, kept in parts."""
+"""Measure one cell of a comparison: a method with a seed on a set, stored in parts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from editlib.comparison.method import Method
 from editlib.shelf import JsonStore
 
-FORMAT = 1  # of results.json
+FORMAT = 1  # format version of results.json
 AXES = ("forget", "retain")
 SEARCH, EDIT = "search", "edit"
 
 
 @dataclass(frozen=True)
 class RunCell:
-    """Holds one method with one seed on one set. `identity` is all that decides the edited model; `parts` are
-    measured."""
+    """Holds one method with one seed on one set. `identity` determines the edited model; `parts` are its
+    measurements."""
 
     set: str
     method: Method
@@ -28,7 +28,7 @@ class RunCell:
 
     @property
     def key(self) -> str:
-        """The hash of what decides the cell: the name of its file."""
+        """The hash of the cell's identity, which is the name of its folder."""
         return self.shelf.path.name
 
     @property

@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class AttackPlan(Section):
-    """Holds the attacks that are tried, on how many of the forgotten facts, and their effort."""
+    """Holds the attacks, the number of forgotten facts that they try, and their settings."""
 
     names: list[str] | None = setting(None, "names of attacks; none: all")
     facts: int | None = setting(None, "forgotten facts that are attacked, drawn by the seed; none: all", min=1)
-    seed: int = setting(0, "of the draw and of the attacks: one for all methods, so that all meet the same", min=0)
+    seed: int = setting(0, "seed of the draw and of the attacks, the same for all methods", min=0)
     settings: dict = setting(dict, "keys of `AttackSettings`: samples, shots, relearn_steps, ...")
 
     @property
@@ -43,17 +43,17 @@ class AttackPlan(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AbilityPlan(Section):
-    """Holds the tasks of lm-eval that are run."""
+    """Holds the tasks of lm-eval to run."""
 
     tasks: list[str] = setting(help="names of tasks, or task files")
-    limit: int | None = setting(None, "questions a task; none: all", min=1)
+    limit: int | None = setting(None, "questions per task; none: all", min=1)
     seed: int | None = setting(None, "seed of a random sample of `limit` questions; none: the first ones", min=0)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Holds a comparison, checked. `attacks` and `ability` are `None` where they are not wanted; `source` is the file's
-    own words, kept for the results; `prompts` is how models are asked, `None`: as they usually are."""
+    """Holds a checked comparison. `attacks` and `ability` are `None` if they are not wanted; `source` is the content of
+    the file, stored in the results; `prompts` is how models are asked, `None`: the default prompt settings."""
 
     general: General
     sets: tuple[Benchmark, ...]
@@ -67,8 +67,8 @@ class Config:
         """Returns the config with every default filled in; JSON-ready."""
         return {
             **self.general.to_dict(),
-            "sets": [{"protocol": one.protocol, **one.settings.to_dict()} for one in self.sets],
-            "methods": [{"method": one.name, "label": one.label, **one.identity()} for one in self.methods],
+            "sets": [{"protocol": benchmark.protocol, **benchmark.settings.to_dict()} for benchmark in self.sets],
+            "methods": [{"method": method.name, "label": method.label, **method.identity()} for method in self.methods],
             "attacks": None if self.attacks is None else asdict(self.attacks),
             "ability": None if self.ability is None else asdict(self.ability),
             **({} if self.prompts is None else {"prompts": self.prompts.to_dict()}),
@@ -76,7 +76,7 @@ class Config:
 
 
 def read_config(path: str | Path) -> Config:
-    """Reads a config and checks all that can be checked without a model: keys, names, files, settings, texts.
+    """Reads a config and checks everything that needs no model: keys, names, files, settings, texts.
 
     Raises:
         ConfigError: names the file, the place in it and the nearest known word.
@@ -87,7 +87,7 @@ def read_config(path: str | Path) -> Config:
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
-    """Checks what the file of a config holds, as `read_config` does."""
+    """Checks the content of a config's file, as `read_config` does."""
     lists = {"sets": _sets, "methods": _methods, "attacks": _attacks, "ability": _ability, "prompts": _prompts}
     known = [*General.__dataclass_fields__, *lists]
     for key in values:
@@ -142,17 +142,17 @@ def _toml(path: Path, text: str) -> dict[str, Any]:
 
 
 def _some(values: Any, where: str, read: Callable[[Any, str], T], named: Callable[[T], str]) -> tuple[T, ...]:
-    """Returns each entry of a list that must not be empty, with names that are not taken."""
+    """Returns each entry of a non-empty list with distinct names."""
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         given = "missing" if values is None else quote(values)
         raise ConfigError(f"{where}: {given}; expected a list with at least one entry; add one")
-    found = tuple(read(value, f"{where}, entry {number}") for number, value in enumerate(values, 1))
-    names = [named(one) for one in found]
+    entries = tuple(read(value, f"{where}, entry {number}") for number, value in enumerate(values, 1))
+    names = [named(entry) for entry in entries]
     for number, name in enumerate(names):
         if name in names[:number]:
             key = "label" if "methods" in where else "name"
             raise ConfigError(f'{where}: two entries are called {name!r}; expected one each; give one a "{key}"')
-    return found
+    return entries
 
 
 def _sets(values: Any, where: str, general: General) -> tuple[Benchmark, ...]:
@@ -164,11 +164,11 @@ def _sets(values: Any, where: str, general: General) -> tuple[Benchmark, ...]:
         settings = kind.Settings.read({key: v for key, v in value.items() if key != "protocol"}, place)
         return kind(settings, place, model=general.model, dtype=general.dtype, device_map=general.device_map)
 
-    return _some(values, where, read, lambda one: one.name)
+    return _some(values, where, read, lambda benchmark: benchmark.name)
 
 
 def _methods(values: Any, where: str, general: General) -> tuple[Method, ...]:
-    return _some(values, where, lambda value, place: read_method(value, place, general), lambda one: one.label)
+    return _some(values, where, lambda value, place: read_method(value, place, general), lambda method: method.label)
 
 
 def _attacks(values: Any, where: str) -> AttackPlan | None:

@@ -1,4 +1,4 @@
-"""Evaluate methods on one set and its base model; what all methods share is measured once."""
+"""Evaluate methods on one set and its base model; measurements shared by all methods are made once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from editlib.workbench import Workbench
 
 @dataclass(frozen=True)
 class Measurement:
-    """Describes something to measure of an edited model; `key` names its file and changes with all that decides it."""
+    """Describes a measurement of an edited model; `key` names its file and changes with everything that determines
+    it."""
 
     name: str
     key: str
@@ -41,7 +42,7 @@ class Measurement:
 
 
 class SetEvaluator:
-    """Measures methods on a `ForgetSet`. What is asked of the base is asked once and kept on `shelf`."""
+    """Measures methods on a `ForgetSet`. The base's answers are generated once and stored on `shelf`."""
 
     def __init__(self, config: Config, name: str, made: ForgetSet, shelf: JsonStore, *, progress: bool) -> None:
         self.config, self.name, self.set, self.shelf, self.progress = config, name, made, shelf, progress
@@ -72,7 +73,8 @@ class SetEvaluator:
     # --- ability -----------------------------------------------------------------------------------------------
 
     def _ability(self, task: str, bench: Workbench) -> dict[str, Any]:
-        """Runs one task of lm-eval, beside the base; the edited model is saved for it, and removed afterwards."""
+        """Runs one task of lm-eval on the edited model and the base; the edited model is saved for it, and removed
+        afterwards."""
         plan, root = self.config.ability, self.shelf.path.parent.parent
         how: dict[str, Any] = {
             "text": None,
@@ -121,7 +123,7 @@ class SetEvaluator:
 
     @cached_property
     def attacked(self) -> list[EditRequest]:
-        """The forgotten facts that are attacked: those whose leaking can be seen, or a draw from them."""
+        """The forgotten facts to attack: those whose leaking can be detected, or a sample of them."""
         plan = self.config.attacks or AttackPlan()
         facts, _ = usable(self.set.forget)
         if plan.facts is None or plan.facts >= len(facts):
@@ -138,7 +140,7 @@ class SetEvaluator:
 
     @cached_property
     def _control(self) -> list[EditRequest]:
-        """Facts that the base does not know: what leaks of them is chance."""
+        """Facts that the base does not know: any that seem to leak do so by chance."""
         plan = self.config.attacks or AttackPlan()
         key = f"control-{self._short([requests_hash(self.attacked), plan.seed, plan.how.max_new_tokens])}"
         with try_lock(self.shelf, wait=True):
@@ -157,22 +159,22 @@ class SetEvaluator:
         def measure(bench: Workbench) -> dict[str, Any]:
             begun, count = time.perf_counter(), len(self.attacked)
             facts = [*self.attacked, *self._control]
-            found = ATTACKS[name].run(bench.loaded, facts, self._context)
-            trials = {"edited": found.trials[:count], "base": self._base(name), "control": found.trials[count:]}
+            outcome = ATTACKS[name].run(bench.loaded, facts, self._context)
+            trials = {"edited": outcome.trials[:count], "base": self._base(name), "control": outcome.trials[count:]}
             meaning, seconds = ATTACKS[name].meaning, time.perf_counter() - begun
             how = {"resamples": self._context.settings.resamples, "seed": self._context.seed}
-            return AttackResult.of(name, meaning, trials, {"edited": found.notes}, seconds, **how).to_dict()
+            return AttackResult.of(name, meaning, trials, {"edited": outcome.notes}, seconds, **how).to_dict()
 
         return measure
 
     def _base(self, name: str) -> tuple[Trial, ...]:
-        """Returns what the attack gets out of the base model; the same for every method."""
+        """Returns the attack's trials on the base model; the same for every method."""
         key = self._attack_key(name, self.config.attacks or AttackPlan())
         with try_lock(self.shelf, wait=True):
             kept = self.shelf.get(key)
             if kept is None:
-                found = ATTACKS[name].run(self.base.loaded, self.attacked, self._context)
-                kept = {"trials": [asdict(trial) for trial in found.trials]}
+                outcome = ATTACKS[name].run(self.base.loaded, self.attacked, self._context)
+                kept = {"trials": [asdict(trial) for trial in outcome.trials]}
                 self.shelf.put(key, kept)
         return tuple(Trial.from_dict(trial) for trial in kept["trials"])
 
@@ -182,6 +184,6 @@ class SetEvaluator:
 
 
 def _content(task: str) -> str:
-    """Returns the hash of a task's file; a name of lm-eval's has none."""
+    """Returns the hash of a task's file; "" for a name of lm-eval's."""
     path = Path(task)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

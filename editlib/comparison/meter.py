@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 
 from editlib.models.placement import stored_tensors
 
-EVERY = 0.02  # seconds between two looks at the memory
+EVERY = 0.02  # seconds between two measurements of memory
 MIB = 1024 * 1024
 
 
 @dataclass
 class Meter:
-    """Holds what a block cost; filled when the block ends.
+    """Holds the cost of a block; filled when the block ends.
 
-    `memory_mb` is the largest resident memory of the process that was seen, in MiB, `more_mb` that above what was
-    resident when the block began, `accelerator_mb` the most that was allocated on the accelerator (`None`: there is
-    none, or it does not tell).
+    `memory_mb` is the largest observed resident memory of the process in MiB, `more_mb` the same minus the memory at
+    the start of the block, `accelerator_mb` the peak allocation on the accelerator (`None`: there is none, or it does
+    not report it).
     """
 
     seconds: float = 0.0
@@ -66,7 +66,7 @@ def measure_resources() -> Iterator[Meter]:
 
 @dataclass(frozen=True)
 class ChangedWeights:
-    """Counts weights of the edited model that are not the base's: how many, of how many, in how many tensors, their
+    """Counts weights of the edited model that differ from the base's: their number, the total, the tensors, their
     bytes."""
 
     weights: int

@@ -1,4 +1,4 @@
-"""Define a method: settings that decide it, work that is shared, a search, and a change of a model in place."""
+"""Define the interface of a method: its settings, shared preparation, a search, and the edit of a model in place."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ class General(Section):
     """Holds the single values of a config."""
 
     model: str = setting(help="a packaged model, a local folder or a Hugging Face id")
-    dtype: str | None = setting(None, "what the model is loaded in; none: as stored", choices=(*DTYPES, None))
-    device_map: str | None = setting(None, "auto, or a device; none: the CPU, under torchrun an accelerator each")
-    stats_dir: str = setting("stats", "where statistics, tokens and a model's own answers are kept")
-    corpus: str = setting("wiki-sample", "what missing statistics are made from")
-    stats_tokens: int = setting(100_000, "tokens that they are made from", min=1)
-    seeds: list[int] = setting(lambda: [0], "one run of every method for each", min=0)
-    perplexity: str | None = setting("wiki-sample:heldout", "text whose perplexity is taken; none: not taken")
+    dtype: str | None = setting(None, "dtype of the model; none: as stored", choices=(*DTYPES, None))
+    device_map: str | None = setting(
+        None, "auto, or a device; none: the CPU, or under torchrun one accelerator per process"
+    )
+    stats_dir: str = setting("stats", "folder of statistics, tokens and a model's own answers")
+    corpus: str = setting("wiki-sample", "text for missing statistics")
+    stats_tokens: int = setting(100_000, "tokens of missing statistics", min=1)
+    seeds: list[int] = setting(lambda: [0], "every method runs once per seed", min=0)
+    perplexity: str | None = setting("wiki-sample:heldout", "text for perplexity; none: not measured")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Holds what a method says of its own work. The comparison itself takes its time, its memory and the weights it
-    changed.
+    """Holds the cost that a method reports itself. The comparison measures its time, memory and changed weights.
 
     Args:
-        update_bytes: what the change takes when it is stored by itself; `None`: the changed weights.
-        notes: other words and numbers worth showing, JSON-ready.
+        update_bytes: size of the stored update; `None`: that of the changed weights.
+        notes: further texts and numbers for the report, JSON-ready.
     """
 
     update_bytes: int | None = None
@@ -52,69 +53,71 @@ class Cost:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Holds what `Method.prepare` found or made, and the `seconds` that making it took by name (statistics, a token,
-    ...)."""
+    """Holds the results of `Method.prepare`, and the `seconds` that it took by name (statistics, a token, ...)."""
 
     made: Any = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Method(ABC):
-    """Forgets in one way, with its settings.
+    """Makes a model forget in one way; the base class of all methods.
 
-    A subclass says what its settings are, and changes a model in place. `search` and `prepare` come first, where a
-    method needs them, and their time is counted apart.
+    A subclass defines its settings and edits a model in place. `prepare` and `search` run before, if a method needs
+    them, and their time is measured separately.
     """
 
     Settings: ClassVar[type[Section]]
     family: str
-    seeded: bool = True  # false: the same for every seed, and run for the first one alone
+    seeded: bool = True  # false: the result is the same for every seed, so it runs only once
 
     def __init__(self, name: str, label: str, settings: Section, where: str, general: General) -> None:
-        """Raises `EditlibError` for settings that cannot be used, whatever the model's weights are."""
+        """Raises `EditlibError` for settings that cannot be used with any weights."""
         self.name, self.label, self.settings, self.where, self.general = name, label, settings, where, general
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Returns all settings that decide what it does, JSON-ready."""
+        """Returns all settings that determine the method's result, JSON-ready."""
 
     def fit(self, bench: Workbench) -> None:  # noqa: B027
-        """Adopts what the loaded base model determines of the settings; called before anything else."""
+        """Adopts the settings that depend on the loaded base model; called before anything else."""
 
     def check_draft(self, draft: Workbench, task: Task | None) -> None:  # noqa: B027
-        """Raises `EditlibError` for what can be known without weights: `draft`'s model is on the meta device. `task` is
-        `None` where the base model decides what is to be forgotten."""
+        """Raises `EditlibError` for faults that need no weights: `draft`'s model is on the meta device. `task` is
+        `None` if the base model decides which facts are to be forgotten."""
 
     def check(self, bench: Workbench, task: Task) -> None:  # noqa: B027
-        """Raises `EditlibError` where the method cannot serve the model or the requests; called before long work."""
+        """Raises `EditlibError` if the method cannot handle the model or the requests; called before long work."""
 
     @property
     def stored_name(self) -> str:
-        """The name that finished cells are found by: the one of the version that kept the first of them."""
+        """The name under which finished cells are stored, which later versions keep."""
         return self.name
 
     @property
     def searches(self) -> bool:
-        """Whether `search` comes before `forget`."""
+        """Whether `search` runs before `forget`."""
         return False
 
     @property
     def prepares(self) -> bool:
-        """Whether `prepare` has anything to do."""
+        """Whether `prepare` has work to do."""
         return False
 
     def search(self, bench: Workbench, task: Task, seed: int, folder: Path, *, ready: Any) -> dict[str, Any]:
-        """Returns the best settings (`best`) and what was tried, JSON-ready: once a set, for all seeds.
+        """Returns the best settings (`best`) and all trials, JSON-ready; runs once per set, for all seeds.
+
+        By default there is nothing to search for.
 
         Args:
             bench: the base model; it is loaded again afterwards.
-            ready: what `prepare` made.
-            folder: keeps what is done of a search that is stopped.
+            ready: the result of `prepare`.
+            folder: keeps the trials of an interrupted search.
         """
-        raise NotImplementedError
+        return {"best": {}, "trials": []}
 
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
-        """Finds, or computes and keeps, what a model needs once (statistics, a token); one process at a time."""
+        """Finds, or computes and stores, inputs that a model needs once (statistics, a token); one process at a
+        time."""
         return Prepared()
 
     @abstractmethod
@@ -122,6 +125,6 @@ class Method(ABC):
         """Changes `bench.model` (and `bench.tok`) in place.
 
         Args:
-            ready: what `prepare` made.
-            found: what `search` gave, now or in an earlier run; `None` without one.
+            ready: the result of `prepare`.
+            found: the result of `search`, from now or an earlier run; `None` without one.
         """

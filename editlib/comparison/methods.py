@@ -33,7 +33,7 @@ from editlib.workbench import Workbench
 
 T = TypeVar("T")
 AIMED = "-refusal"
-AIMED_BEFORE = "->refusal"  # what configs may still say, and what kept cells are found by
+AIMED_BEFORE = "->refusal"  # older configs and stored cells have this name
 OWN_ANSWERS = "own-answers"
 
 
@@ -44,15 +44,15 @@ class NoSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EditSettings(Section):
-    """Holds the origin of an algorithm's hyper-parameters."""
+    """Holds where an algorithm's hyper-parameters come from."""
 
-    hparams: str | None = setting(None, "a JSON file or a bundled name; none: found by the model")
-    settings: dict = setting(dict, "single hyper-parameters in place of those")
-    search: bool | dict = setting(False, "look for `v_lr` and `v_num_grad_steps` first: true, or keys of `Budget`")
+    hparams: str | None = setting(None, "a JSON file or a bundled name; none: found for the model")
+    settings: dict = setting(dict, "single hyper-parameters that replace those")
+    search: bool | dict = setting(False, "first search for `v_lr` and `v_num_grad_steps`: true, or keys of `Budget`")
 
 
 class Unedited(Method):
-    """Leaves the model unedited, to compare every other method with."""
+    """Leaves the model unedited, as a reference for all other methods."""
 
     Settings, family, seeded = NoSettings, "none", False
 
@@ -90,7 +90,7 @@ class ClosedForm(Method):
             )
 
     def _changed(self, found: HyperParams) -> HyperParams:
-        """Returns the settings, single keys replaced by those of the config."""
+        """Returns the settings, with single keys replaced by those of the config."""
         return type(found).from_dict({**found.to_dict(), **self.settings.settings}, "settings")
 
     def fit(self, bench: Workbench) -> None:
@@ -114,17 +114,17 @@ class ClosedForm(Method):
 
     def identity(self) -> dict[str, Any]:
         values = {key: value for key, value in self.hparams.to_dict().items() if key not in ("notes", "model_name")}
-        found: dict[str, Any] = {"hparams": values}
+        decisive: dict[str, Any] = {"hparams": values}
         if self.hparams.uses_statistics:
-            found["statistics"] = [self.general.corpus, self.general.stats_tokens]
+            decisive["statistics"] = [self.general.corpus, self.general.stats_tokens]
         if not self.unlearns:
-            found["target"] = REFUSAL
-        return {**found, **_searching(self.budget, self.general)}
+            decisive["target"] = REFUSAL
+        return {**decisive, **_searching(self.budget, self.general)}
 
     def check_draft(self, draft: Workbench, task: Task | None) -> None:
         wanted, kept = ([], ()) if task is None else (self._wanted(task), task.retain)
         shape, hparams = ModelShape.of(draft.model.config, draft.name), self.hparams
-        if is_derived(self._found):  # for the config's model, and a set may have another
+        if is_derived(self._found):  # derived for the config's model, but a set may have another one
             values = getattr(self._found, "values", DESCENT)
             hparams = self._changed(derive(self._found.algorithm, shape, values=values))
         hparams.check_depth(shape.n_layers)
@@ -139,7 +139,7 @@ class ClosedForm(Method):
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
         timer = Timer()
         path = None
-        if self.unlearns and seed:  # the token is random, too: one for each seed, and the usual one for seed 0
+        if self.unlearns and seed:  # the token is random too: one for each seed, and the usual one for seed 0
             path = bench.token_path.with_name(f"{bench.token_path.stem}-{seed}.safetensors")
             with timer("token"):
                 if not path.exists():
@@ -179,7 +179,7 @@ class BaselineKeys(Section):
     """Holds the settings of a baseline of `editlib.baselines`."""
 
     settings: dict = setting(dict, "keys of `BaselineSettings`: learning_rate, steps, batch_size, rank, ...")
-    search: bool | dict = setting(False, "look for learning rate and steps first: true, or keys of `Budget`")
+    search: bool | dict = setting(False, "first search for learning rate and steps: true, or keys of `Budget`")
 
 
 class Trained(Method):
@@ -200,12 +200,12 @@ class Trained(Method):
             raise ConfigError(f'{where}: {name} has nothing to search for; remove "search"')
 
     def identity(self) -> dict[str, Any]:
-        own = {key: value for key, value in self.how.to_dict().items() if key not in ("stats_dir", "corpus")}
-        return {"settings": own, **_searching(self.budget, self.general)}
+        settings = {key: value for key, value in self.how.to_dict().items() if key not in ("stats_dir", "corpus")}
+        return {"settings": settings, **_searching(self.budget, self.general)}
 
     def check_draft(self, draft: Workbench, task: Task | None) -> None:
         if task is not None:
-            self.check(draft, task)  # which asks no weight
+            self.check(draft, task)  # which reads no weights
 
     def check(self, bench: Workbench, task: Task) -> None:
         check_baseline(self.name, task.forget, task.retain, self.how, _given(bench))
@@ -221,10 +221,9 @@ class Trained(Method):
         return BASELINES[self.name].kind == "gradient"
 
     def prepare(self, bench: Workbench, task: Task, seed: int) -> Prepared:
-        """Generates the model's own answers to the questions that a gradient method reads; the same for all such
-        methods."""
+        """Generates the model's own answers to the questions of gradient methods; shared by all such methods."""
         shelf, timer = JsonStore(bench.stats_dir / model_slug(bench.name)), Timer()
-        # The same weights answer otherwise after another chat template, or if they stop somewhere else.
+        # The same weights give other answers with another chat template or other end tokens.
         form, ends = PromptFormat.of(bench.tok, bench.prompts), sorted(end_tokens(bench.anat))
         of = digest([bench.sha256, form.encode("?").ids, ends, OWN_TOKENS])
         kept = shelf.get(OWN_ANSWERS) or {}
@@ -268,28 +267,28 @@ def _searched(
     *,
     own_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """Runs a search on questions that are neither trained on nor reported, JSON-ready."""
+    """Runs a search on questions that are used neither for training nor for the report; JSON-ready."""
     budget = budget or Budget()
     parts = split(task.forget, task.retain, questions=budget.questions, seed=seed)
-    found: SearchResult = search(
+    result: SearchResult = search(
         name, bench.model, bench.tok, parts.forget, parts.retain, parts.validation, budget, settings,
         seed=seed, model_name=bench.name, own_answers=own_answers, how=_given(bench), out=folder,
         progress=bench.progress,
     )  # fmt: skip
-    return {**found.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
+    return {**result.to_dict(), "seed": seed, "validation": parts.validation.to_dict()}
 
 
 def _given(bench: Workbench) -> PromptSettings | None:
-    """Returns the prompts' settings of the config, `None` where it has none."""
-    found = bench.given_prompts
-    return found if found.to_dict() else None
+    """Returns the prompt settings of the config, `None` if it has none."""
+    prompts = bench.given_prompts
+    return prompts if prompts.to_dict() else None
 
 
 def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | None:
     """Returns the budget of a search for the baseline `name`; `None` for no search.
 
     Raises:
-        ConfigError: a key that it does not have, or a value that it does not take.
+        ConfigError: an unknown key, or an invalid value.
     """
     if given is False:
         return None
@@ -304,7 +303,7 @@ def _budget(given: bool | Mapping[str, Any], name: str, where: str) -> Budget | 
 
 
 def _searching(budget: Budget | None, general: General) -> dict[str, Any]:
-    """Returns the part of a search that decides its result: its budget and its seed."""
+    """Returns the settings that determine the result of a search: its budget and seed."""
     return {} if budget is None else {"search": {**asdict(budget), "seed": general.seeds[0]}}
 
 
@@ -312,7 +311,7 @@ def _made(kind: type[T], given: Mapping[str, Any], known: set[str], where: str) 
     """Makes a settings object from keys of a config.
 
     Raises:
-        ConfigError: an unknown key, or a value that it does not take.
+        ConfigError: an unknown key, or an invalid value.
     """
     for key in given:
         if key not in known:
@@ -324,7 +323,7 @@ def _made(kind: type[T], given: Mapping[str, Any], known: set[str], where: str) 
 
 
 def update_size(result: EditResult) -> int:
-    """Returns the bytes of an edit's factors, or of the matrix where that is smaller, in the dtype of the weights."""
+    """Returns the bytes of an edit's factors, or of the matrix if that is smaller, in the dtype of the weights."""
     total = 0
     for layer, delta in result.deltas.items():
         numbers = min(delta.left.numel() + delta.right.numel(), _dense(delta))
@@ -350,10 +349,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def read_method(value: Any, where: str, general: General) -> Method:
-    """Makes a method from its name, or from an object with "method", maybe "label", and its settings.
+    """Makes a method from its name, or from an object with "method", optionally "label", and its settings.
 
     Raises:
-        ConfigError: no such method, or settings that it does not have.
+        ConfigError: no such method, or unknown settings.
         EditlibError: settings that cannot be used.
     """
     value = {"method": value} if isinstance(value, str) else value

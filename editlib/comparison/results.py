@@ -24,34 +24,34 @@ def collect(
 ) -> dict[str, Any]:
     """Collects the results of a comparison, JSON-ready.
 
-    `cells` holds every cell with its scores, attacks, cost and items, or the reason why it failed; `sets` by name what
-    the set is and, under `methods`, one summary a method over its seeds, with `front` where no other method of the set
-    is at least as good on both axes and better on one.
+    `cells` holds every cell with its scores, attacks, cost and items, or the reason why it failed. `sets` holds by name
+    the description of the set and, under `methods`, one summary per method over its seeds; `front` is true if no other
+    method of the set is at least as good on both axes and better on one.
     """
     entries = [_cell_of(cell, failures[cell.key]) for cell in cells]
     families = {method.label: method.family for method in config.methods}
-    found = {}
+    described = {}
     for name, about in sets.items():
-        own = [cell for cell in entries if cell["set"] == name]
+        set_cells = [cell for cell in entries if cell["set"] == name]
         summaries = [
-            summary(label, families[label], [c for c in own if c["method"] == label])
-            for label in dict.fromkeys(cell["method"] for cell in own)
+            summary(label, families[label], [c for c in set_cells if c["method"] == label])
+            for label in dict.fromkeys(cell["method"] for cell in set_cells)
         ]
         mark_front(summaries)
-        found[name] = {**about, "measures": _measures(own), "methods": summaries}
+        described[name] = {**about, "measures": _measures(set_cells), "methods": summaries}
     return {
         "format": FORMAT,
         "editlib": library_version(),
         "config": config.to_dict(),
         "config_sha256": digest(config.to_dict()),
         "machine": machine(),
-        "sets": found,
+        "sets": described,
         "cells": entries,
     }
 
 
 def machine() -> dict[str, Any]:
-    """Returns the machine and versions that the comparison's figures depend on."""
+    """Returns the machine and versions on which the comparison's numbers depend."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -63,7 +63,8 @@ def machine() -> dict[str, Any]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Says for each point whether no other one dominates it: is at least as large in both and larger in one."""
+    """Returns for each point whether no other one dominates it, that is, is at least as large in both and larger in
+    one."""
     return [
         not any(a >= x and b >= y and (a > x or b > y) for a, b in points)  # nothing dominates itself
         for x, y in points
@@ -72,27 +73,27 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 def mark_front(summaries: Sequence[dict[str, Any]]) -> None:
     """Sets `front` of every summary; one without both axes is not on it."""
-    placed = [one for one in summaries if all(one[axis] is not None for axis in AXES)]
-    for one in summaries:
-        one["front"] = False
-    for one, front in zip(placed, pareto([(one["forget"], one["retain"]) for one in placed]), strict=True):
-        one["front"] = front
+    placed = [method for method in summaries if all(method[axis] is not None for axis in AXES)]
+    for method in summaries:
+        method["front"] = False
+    for method, front in zip(placed, pareto([(method["forget"], method["retain"]) for method in placed]), strict=True):
+        method["front"] = front
 
 
 def _cell_of(cell: RunCell, failure: str | None) -> dict[str, Any]:
-    """Reads one cell, with all that `summary` reads of it.
+    """Reads one cell, with everything that `summary` needs.
 
     Raises:
-        OutputError: its files are not what an earlier run wrote.
+        OutputError: its files were not written by an earlier run.
     """
     try:
-        found = _cell(cell, failure)
-        summary(cell.method.label, cell.method.family, [found])
-        _measures([found])
+        content = _cell(cell, failure)
+        summary(cell.method.label, cell.method.family, [content])
+        _measures([content])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         wanted = "remove this folder, and the cell is measured again"
-        raise OutputError(f"{cell.shelf.path}: not what an earlier run wrote; {wanted}") from None
-    return found
+        raise OutputError(f"{cell.shelf.path}: not written by an earlier run; {wanted}") from None
+    return content
 
 
 def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _cell(cell: RunCell, failure: str | None) -> dict[str, Any]:
 
 
 def _attack(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an attack's shares, and which facts it brought back (`None`: not tried on them)."""
+    """Returns an attack's shares, and which facts it recovered (`None`: not tried on them)."""
     return {
         "meaning": value["meaning"],
         "shares": value["shares"],
@@ -141,17 +142,16 @@ def _leaked(trial: Mapping[str, Any]) -> bool | None:
 
 def _measures(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Collects the meaning of each measure of a set."""
-    found: dict[str, Any] = {}
+    meanings: dict[str, Any] = {}
     for cell in cells:
         named = {axis: cell[axis] for axis in AXES if cell[axis]}
         for name, measure in {**named, **cell["measures"]}.items():
-            found.setdefault(name, {key: measure[key] for key in ("meaning", "higher_is_better")})
-    return found
+            meanings.setdefault(name, {key: measure[key] for key in ("meaning", "higher_is_better")})
+    return meanings
 
 
 def summary(label: str, family: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarises a method on a set, its seeds taken together: means, and the smallest and largest where there are
-    several."""
+    """Summarises a method on a set over its seeds: means, and the smallest and largest if there are several."""
     done = [cell for cell in cells if cell["forget"] is not None]
     costs = [cell["cost"] for cell in cells if cell["cost"] is not None]
     names = dict.fromkeys(name for cell in done for name in cell["measures"])
@@ -197,7 +197,7 @@ def _value(cell: Mapping[str, Any], name: str) -> float | None:
 def _pooled(attacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Pools an attack over seeds, by column: a fact counts by the share of seeds in which it leaked, and the interval
     is a bootstrap over facts, or Wilson's where all or none leaked."""
-    found: dict[str, Any] = {}
+    pooled: dict[str, Any] = {}
     for column in ("edited", "base", "control"):
         by_fact: dict[str, list[bool]] = {}
         for attack in attacks:
@@ -206,15 +206,15 @@ def _pooled(attacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     by_fact.setdefault(name, []).append(leaked)
         shares = [fmean(values) for values in by_fact.values()]
         rate, n = (fmean(shares) if shares else None), len(shares)
-        certain = rate in (None, 0.0, 1.0)  # where a bootstrap is a point
+        certain = rate in (None, 0.0, 1.0)  # where the bootstrap interval is a point
         ends = wilson_interval(round((rate or 0) * n), n) if certain else bootstrap(shares)
-        found[column] = {"rate": rate, "n": n, "interval": list(ends)}
-    return {"meaning": attacks[0]["meaning"], **found}
+        pooled[column] = {"rate": rate, "n": n, "interval": list(ends)}
+    return {"meaning": attacks[0]["meaning"], **pooled}
 
 
 def _ability(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarises every task's metrics: mean over seeds of the values, and of their standard errors; the base's beside
-    them."""
+    """Summarises every task's metrics: means over seeds of the values and of their standard errors, and the base's
+    numbers."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         for task in cell["ability"]:
@@ -222,10 +222,10 @@ def _ability(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 rows.setdefault(f"{row['task']} {row['metric']}", []).append(row)
     return {
         name: {
-            "value": mean(row["value"] for row in some),
-            "stderr": mean(row.get("stderr") for row in some),
-            "base": some[0].get("base"),
-            "higher_is_better": some[0].get("higher_is_better") is not False,
+            "value": mean(row["value"] for row in scores),
+            "stderr": mean(row.get("stderr") for row in scores),
+            "base": scores[0].get("base"),
+            "higher_is_better": scores[0].get("higher_is_better") is not False,
         }
-        for name, some in rows.items()
+        for name, scores in rows.items()
     }

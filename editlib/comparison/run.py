@@ -1,4 +1,4 @@
-"""Run every method on every set with every seed, once; processes share the work without talking to one another."""
+"""Run every method on every set with every seed, once; processes share the work without communication."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 MARK = "comparison.json"
 
 
-LOOK_AGAIN = 0.5  # seconds between two looks at what other processes still work on
+LOOK_AGAIN = 0.5  # seconds between two checks for cells that other processes work on
 
 Load = Callable[[str], Workbench]
 
 
 class _Busy(Exception):
-    """Tells that another process is making what a cell needs; the cell is tried again later."""
+    """Signals that another process is making the inputs of a cell; the cell is tried again later."""
 
 
 def compare(
@@ -57,19 +57,19 @@ def compare(
 ) -> dict[str, Any]:
     """Runs the missing cells of a comparison, and returns its results (see `results.collect`).
 
-    Each cell is a method with a seed on a set; it runs on a freshly loaded model. Its results are in `out/cells`
-    under the hash of the set's contents, the model's weights, the method's settings and the seed, and every measurement
-    beside it under the hash of its own settings. A run that was stopped goes on; a changed config runs what is new in
-    it. A cell that fails is recorded with its reason and tried again in the next run; the others go on.
+    Each cell is a method with a seed on a set; it runs on a freshly loaded model. Its results are in `out/cells` under
+    the hash of the set's contents, the model's weights, the method's settings and the seed, and every measurement
+    beside it under the hash of its own settings. An interrupted run resumes; a changed config runs only its new cells.
+    A cell that fails is recorded with its reason and tried again in the next run; the others continue.
 
-    Several processes share the cells through locks in `out`, which must be a folder that all of them see. They wait for
-    what is made once per model and for nothing else, but for the first one, which comes back when all cells are done.
+    Several processes share the cells through locks in `out`, which must be a folder that all of them can access. They
+    wait only for work that is done once per model; the first one returns when all cells are done.
 
     Args:
         load: loads a base model by its name; default: `Workbench.load`.
 
     Raises:
-        EditlibError: something does not fit: the config, a model, the folder. Cells that failed raise nothing.
+        EditlibError: an unsuitable config, model or folder. Failed cells raise nothing.
     """
     out = Path(out)
     if (out / MARK).is_file():
@@ -82,8 +82,8 @@ def compare(
 
 
 def check_all_models(config: Config) -> None:
-    """Raises `EditlibError` for a model of any set whose folder or prompts do not fit, or a method that does not fit a
-    set's model or requests, before one is loaded."""
+    """Raises `EditlibError`, before any model is loaded, for an unsuitable model folder or prompts of any set, or a
+    method that cannot handle a set's model or requests."""
     outlines: dict[str, Outline] = {}
     for protocol in config.sets:
         for name in filter(None, (protocol.model, protocol.reference)):
@@ -133,12 +133,12 @@ class _Run:
         self.config, self.shard, self.progress = config, shard, progress
         self._load = load
         self.store = ResultStore(out)
-        self.name = shard.gather(uuid.uuid4().hex)[0]  # of this run, in all of its processes
+        self.name = shard.gather(uuid.uuid4().hex)[0]  # name of this run, shared by all of its processes
         self._evaluator: SetEvaluator | None = None
 
     def all(self) -> dict[str, Any]:
         cells, sets = [], {}
-        for protocol in self.config.sets:  # whatever does not fit is said before the first cell runs
+        for protocol in self.config.sets:  # all faults are reported before the first cell runs
             evaluator = self._enter(protocol)
             sets[protocol.name] = self._about(protocol, evaluator)
             cells += self._cells(protocol, evaluator)
@@ -157,13 +157,13 @@ class _Run:
         return bench
 
     def _enter(self, protocol: Benchmark) -> SetEvaluator:
-        """Makes the evaluator of a set; one base model is held at a time."""
+        """Makes the evaluator of a set; one base model is in memory at a time."""
         if self._evaluator is not None and self._evaluator.name == protocol.name:
             return self._evaluator
         self._evaluator = None
         bench = self.load(protocol.model)
         what = {"protocol": protocol.protocol, **protocol.settings.to_dict(), "model": bench.sha256, **self._asked()}
-        if protocol.planned is not None:  # before the base is asked, which takes minutes
+        if protocol.planned is not None:  # before the base's answers are generated, which takes minutes
             self._check(protocol, bench, protocol.planned)
         self._begin()
         shelf = self.store.set(what)
@@ -191,7 +191,7 @@ class _Run:
                 method.check(bench, task)
 
     def _asked(self) -> dict[str, Any]:
-        """Returns the config's prompts, which decide every cell; nothing where there are none."""
+        """Returns the config's prompts, which affect every cell; empty if there are none."""
         given = self.config.prompts
         return {} if given is None else {"prompts": given.to_dict()}
 
@@ -213,7 +213,7 @@ class _Run:
     def _cells(self, protocol: Benchmark, evaluator: SetEvaluator) -> list[RunCell]:
         seeds = self.config.general.seeds
         parts = tuple(part.key for part in evaluator.parts())
-        found = []
+        cells = []
         for method in self.config.methods:
             for seed in seeds if method.seeded else seeds[:1]:
                 identity = {
@@ -225,8 +225,8 @@ class _Run:
                     "dtype": self.config.general.dtype,
                     **self._asked(),
                 }
-                found.append(RunCell(protocol.name, method, seed, identity, self.store.cell(identity), parts))
-        return found
+                cells.append(RunCell(protocol.name, method, seed, identity, self.store.cell(identity), parts))
+        return cells
 
     # --- doing it ----------------------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class _Run:
                 bar.update()
             if len(left) == len(pending):
                 if not (self.shard.first or searching):
-                    return  # others are at the last ones
+                    return  # other processes work on the last ones
                 time.sleep(LOOK_AGAIN)
             pending = left
 
@@ -278,12 +278,12 @@ class _Run:
             return
         cell.shelf.drop(FAILED)
         scores = cell.shelf.get("scores") or {}
-        found = [scores.get(axis, {}).get("value") for axis in ("forget", "retain")]
-        shown = ["-" if value is None else f"{value:.2f}" for value in found]
+        axes = [scores.get(axis, {}).get("value") for axis in ("forget", "retain")]
+        shown = ["-" if value is None else f"{value:.2f}" for value in axes]
         log.info("%s: forget %s, retain %s, %.0f s", cell.label, *shown, time.perf_counter() - begun)
 
     def _measure(self, cell: RunCell) -> None:
-        protocol = next(one for one in self.config.sets if one.name == cell.set)
+        protocol = next(benchmark for benchmark in self.config.sets if benchmark.name == cell.set)
         evaluator = self._enter(protocol)
         task, method = evaluator.set.task, cell.method
         searched: dict[str, Any] = {"found": None, "seconds": 0.0}
@@ -309,10 +309,10 @@ class _Run:
             return method.prepare(bench, task, seed)
 
     def _search(self, cell: RunCell, evaluator: SetEvaluator) -> dict[str, Any]:
-        """Runs the method's search on this set: once, kept, and the same for all seeds.
+        """Runs the method's search on this set once; its result is stored and used for all seeds.
 
         Raises:
-            _Busy: another process is at it.
+            _Busy: another process is running it.
         """
         method, task, seed = cell.method, evaluator.set.task, self.config.general.seeds[0]
         shelf = self.store.search({**cell.identity, "seed": seed})
@@ -324,9 +324,9 @@ class _Run:
                 bench = self.load(evaluator.base.bench.name)
                 ready = self._prepare(method, bench, task, seed)
                 log.info("%s: searching for settings", cell.label)
-                found = method.search(bench, task, seed, shelf.path / "trials", ready=ready.made)
-                seconds = sum(trial["seconds"] for trial in found.get("trials", ()))
-                kept = {"found": found, "seconds": seconds, "prepared": dict(ready.seconds)}
+                result = method.search(bench, task, seed, shelf.path / "trials", ready=ready.made)
+                seconds = sum(trial["seconds"] for trial in result.get("trials", ()))
+                kept = {"found": result, "seconds": seconds, "prepared": dict(ready.seconds)}
                 shelf.put(SEARCH, kept)
         cell.shelf.put(SEARCH, kept)
         return kept
@@ -334,7 +334,7 @@ class _Run:
     def _keep_edit(
         self, cell: RunCell, evaluator: SetEvaluator, bench: Workbench, cost: Cost, took: Mapping[str, Any]
     ) -> None:
-        """Records what the method did; what was measured of other weights is dropped."""
+        """Records the result of the method; measurements of other weights are dropped."""
         sha, known = weights_sha256(bench.model), cell.shelf.get(EDIT)
         if known is not None and known["sha256"] == sha:
             return
@@ -347,7 +347,7 @@ class _Run:
         cell.shelf.put(EDIT, {"sha256": sha, "cost": measured, "notes": dict(cost.notes)})
 
     def _parts(self, cell: RunCell, parts: Iterable[Measurement], bench: Workbench) -> dict[str, str]:
-        """Measures what is missing; the reasons of what failed."""
+        """Measures all missing parts; returns the reasons of failed ones."""
         failed = {}
         for part in parts:
             if cell.shelf.get(part.key) is not None:

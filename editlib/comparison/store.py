@@ -1,4 +1,4 @@
-"""Keep finished parts under the hash of all that decides them; whole files only, and one worker at a time."""
+"""Keep finished parts under the hash of everything that determines them; whole files only, one worker at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ResultStore:
 
 @contextmanager
 def try_lock(shelf: JsonStore, *, wait: bool = False) -> Iterator[bool]:
-    """Yields whether this process has the shelf to itself inside the block; a process that died holds nothing.
+    """Yields whether this process has locked the shelf for the block; a process that died holds no lock.
 
     Args:
         wait: until it is free.

@@ -29,7 +29,7 @@ def facts() -> list[EditRequest]:
     return list(_facts())
 
 
-@cache  # requests cannot be changed, and checking a thousand of them takes a tenth of a second
+@cache  # requests are immutable, and checking a thousand of them takes a tenth of a second
 def _facts() -> tuple[EditRequest, ...]:
     return tuple(read_requests(_path("facts.jsonl")))
 
@@ -51,7 +51,7 @@ def general(split: str) -> list[EditRequest]:
 
 
 def questions(split: str) -> list[str]:
-    """Returns diverse questions that the token is learned over ("train") or checked with ("heldout")."""
+    """Returns diverse questions to learn the token over ("train") or to test it ("heldout")."""
     rows = _rows("questions.jsonl")
     return [row["question"] for row in rows if row["split"] == split]
 
@@ -62,13 +62,13 @@ def question_frames(language: str) -> dict[str, str]:
 
 
 def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
-    """Returns `{language: {relation: question with one "{}"}}`, the bundled ones or those of the user's own JSONL file.
+    """Returns `{language: {relation: question with one "{}"}}`, bundled or from the user's own JSONL file.
 
     Raises:
         RequestError: a file that cannot be read, or a row without `language`, `relation` and a `frame` with one `{}`.
     """
     source = _path("question_frames.jsonl") if path is None else Path(path)
-    found: dict[str, dict[str, str]] = {}
+    by_language: dict[str, dict[str, str]] = {}
     for number, line in enumerate(text_lines(source), 1):
         try:
             row = json.loads(line)
@@ -80,8 +80,8 @@ def frames(path: str | Path | None = None) -> dict[str, dict[str, str]]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = 'expected {"language": ..., "relation": ..., "frame": "... {} ..."}'
             raise RequestError(f"{source}: entry {number} ({first_line(error)}); {wanted}") from None
-        found.setdefault(language, {})[relation] = frame
-    return found
+        by_language.setdefault(language, {})[relation] = frame
+    return by_language
 
 
 def wording_rules() -> list[dict]:
@@ -90,7 +90,8 @@ def wording_rules() -> list[dict]:
 
 
 def sibling_questions() -> list[dict]:
-    """Returns further questions about a subject: `{"kind", "cues": words of a question that tell it, "questions"}`."""
+    """Returns further questions about a subject: `{"kind", "cues": words of a question that show the kind,
+    "questions"}`."""
     return _rows("sibling_questions.jsonl")
 
 
@@ -98,13 +99,13 @@ def refusals(path: str | Path | None = None) -> list[str]:
     """Returns "I don't know" in many words, one per line; the bundled ones, or the user's own file.
 
     Raises:
-        RequestError: a file that cannot be read or holds fewer than two lines.
+        RequestError: a file that cannot be read or has fewer than two lines.
     """
     source = Path(path) if path is not None else _path("refusals.txt")
-    found = text_lines(source, least=2)
-    if found[0].startswith(("{", "[")) or any("\0" in line for line in found):
+    sentences = text_lines(source, least=2)
+    if sentences[0].startswith(("{", "[")) or any("\0" in line for line in sentences):
         raise RequestError(f"{path}: no lines of text; expected a UTF-8 text file with one entry a line, not JSON")
-    return found
+    return sentences
 
 
 def text_lines(path: Path, *, least: int = 1) -> list[str]:
@@ -113,21 +114,23 @@ def text_lines(path: Path, *, least: int = 1) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the name
         raise RequestError(f"{path}: cannot be read ({error}); give a UTF-8 text file, one entry a line") from None
-    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if len(found) < least:
-        raise RequestError(f"{path}: holds {len(found)} lines of text; at least {least} are needed, one entry a line")
-    return found
+    kept_lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if len(kept_lines) < least:
+        raise RequestError(
+            f"{path}: holds {len(kept_lines)} lines of text; at least {least} are needed, one entry a line"
+        )
+    return kept_lines
 
 
 def retain_prompts(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Returns the retain set when the user gives none: all bundled facts but those that ask the same of the same
-    subject, and the general prompts of the "anchor" split."""
+    """Returns the default retain set: all bundled facts except those that `requests` ask for, and the general prompts
+    of the "anchor" split."""
     return without_overlap(facts(), requests) + general("anchor")
 
 
 def without_overlap(prompts: Sequence[EditRequest], requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Returns those of `prompts` that ask for nothing that `requests` ask for: not their questions or paraphrases, and
-    not the same answer about the same subject."""
+    """Returns the `prompts` that do not ask for a fact in `requests`: neither their questions or paraphrases, nor the
+    same answer about the same subject."""
     known = {(request.subject, request.answer) for request in requests if None not in (request.subject, request.answer)}
     questions_asked = {text for request in requests for text in (request.question, *request.filled_paraphrases)}
     return [

@@ -32,11 +32,12 @@ class AnswerCache:
 
     @classmethod
     def load(cls, path: Path, model_sha256: str) -> AnswerCache:
-        """Reads saved answers; none if the file is missing, damaged or of another model: they only save time."""
+        """Reads saved answers; empty if the file is missing, damaged or of another model, since answers only save
+        time."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["model_sha256"] == model_sha256:
-                answers = {question: tuple(ids) for question, ids in found["answers"].items()}
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["model_sha256"] == model_sha256:
+                answers = {question: tuple(ids) for question, ids in content["answers"].items()}
                 if all(type(number) is int for ids in answers.values() for number in ids):
                     return cls(model_sha256, answers)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -45,15 +46,16 @@ class AnswerCache:
 
 
 def check_answers_file(path: Path) -> None:
-    """Raises `OutputError` where answers cannot be kept: in a file of something else, or where none can be written."""
+    """Raises `OutputError` if answers cannot be saved at `path`: another kind of file is there, or none can be
+    written."""
     check_file(path, overwrite=True)
     if not path.exists():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not {"model_sha256", "answers"} <= found.keys():
+        content = None
+    if not isinstance(content, dict) or not {"model_sha256", "answers"} <= content.keys():
         raise OutputError(f"{path}: not a file of a model's answers; give a name that does not exist yet")
 
 
@@ -75,7 +77,7 @@ def ask(
         how: settings of the prompts.
 
     Raises:
-        RequestError: a question beyond the model's positions; nothing is asked then.
+        RequestError: a question is longer than the model's positions; nothing is generated then.
     """
     form = PromptFormat.of(tok, how)
     unique = list(dict.fromkeys(questions))

@@ -19,11 +19,11 @@ from editlib.workbench import Workbench
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a model on a set.
+    """Holds the scores of a model on a set.
 
     Args:
         forget, retain: the two axes of the plane, 0..1, higher is better.
-        measures: all that was measured, in the order to show it.
+        measures: all measured numbers, in the order in which they are shown.
         items: one object per question: `id`, `kind`, `question`, `answer`, `before`, `after`, `passed` (`None`: no
             verdict), `counted`, and `note` (some words, or none).
     """
@@ -34,7 +34,7 @@ class Scores:
     items: Sequence[Mapping[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the scores JSON-ready, each number as `MetricResult.summary` tells it."""
+        """Returns the scores JSON-ready, each number as `MetricResult.summary`."""
         return {
             "forget": self.forget.summary(),
             "retain": self.retain.summary(),
@@ -45,8 +45,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Task:
-    """Holds what a method is given: facts to forget, prompts to keep, and what the base answers to some of them (token
-    ids by question), which saves UniErase generating it."""
+    """Holds the inputs of a method: facts to forget, prompts to keep, and the base model's answers to some of them
+    (token ids by question), which UniErase then need not generate."""
 
     forget: Sequence[EditRequest]
     retain: Sequence[EditRequest]
@@ -59,14 +59,14 @@ class Task:
 
 
 class Base(NamedTuple):
-    """Holds the model before any method, with what is computed once for it."""
+    """Holds the model before any method, with everything computed once for it."""
 
     bench: Workbench
-    folder: Path  # where the set keeps files of its own
+    folder: Path  # where the set keeps its own files
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model with its tokenizer and prompt settings, as attacks and scores take it."""
+        """The model with its tokenizer and prompt settings, the input of attacks and scores."""
         return self.bench.loaded
 
 
@@ -75,10 +75,10 @@ class ForgetSet(ABC):
     """Holds a set made for one base model, and scores edited models on it.
 
     Args:
-        forget: what every method is to forget.
-        retain: what a method may hold or train on; never scored.
+        forget: the facts that every method is to forget.
+        retain: prompts that a method may use as constraints or for training; never scored.
         before: the base model's answers, completed as they are needed.
-        fewshot_pool: facts that an attack may put before a question, with their answers.
+        fewshot_pool: facts that an attack may use as few-shot examples, with their answers.
     """
 
     base: Base
@@ -89,7 +89,7 @@ class ForgetSet(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Gives hashes of all that decides the scores, JSON-ready."""
+        """Returns hashes of everything that determines the scores, JSON-ready."""
 
     @abstractmethod
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
@@ -97,11 +97,11 @@ class ForgetSet(ABC):
 
     @property
     def task(self) -> Task:
-        """The facts to forget and the prompts to keep that a method is given."""
+        """The inputs of a method: the facts to forget and the prompts to keep."""
         return Task(self.forget, self.retain, self.before.answers)
 
     def hashes(self) -> dict[str, str]:
-        """Computes the SHA-256 (hex) of the model's weights and of what methods are given."""
+        """Computes the SHA-256 (hex) of the model's weights and of the inputs of methods."""
         return {
             "model": self.base.bench.sha256,
             "forget": requests_hash(self.forget),
@@ -110,8 +110,8 @@ class ForgetSet(ABC):
 
 
 class Benchmark(ABC):
-    """Defines a benchmark of `editlib compare`: its settings, checked before a model is loaded, and the making of its
-    sets."""
+    """Defines a benchmark of `editlib compare`: its settings, checked before a model is loaded, and how its sets are
+    made."""
 
     Settings: ClassVar[type[SetSettings]]
     protocol: ClassVar[str]
@@ -120,7 +120,7 @@ class Benchmark(ABC):
     kinds: ClassVar[Mapping[str, str]]
     """Kinds of items in words."""
     to_forget: ClassVar[tuple[str, ...]]
-    """The kinds that ask for what is to be forgotten."""
+    """The kinds of items that ask for a fact to be forgotten."""
 
     def __init__(
         self, settings: SetSettings, where: str, *, model: str, dtype: str | None = None, device_map: str | None = None
@@ -128,12 +128,12 @@ class Benchmark(ABC):
         """Reads the files that `settings` name.
 
         Args:
-            where: what errors call the place that the settings come from.
-            model: the model that is to forget, unless `settings` name another.
+            where: the place of the settings in error messages.
+            model: the model to edit, unless `settings` name another.
             dtype, device_map: how models are loaded.
 
         Raises:
-            EditlibError: one cannot be used.
+            EditlibError: a file cannot be used.
         """
         self.settings, self.where = settings, where
         self.model = settings.model or model
@@ -146,20 +146,20 @@ class Benchmark(ABC):
 
     @property
     def planned(self) -> Task | None:
-        """What methods will be given, as far as files say it; `None` where the base model decides it."""
+        """The inputs of methods, as far as files determine them; `None` if the base model does."""
         return None
 
     @property
     def reference(self) -> str | None:
-        """A further model that the scores need; `None` where there is none, or its results are given."""
+        """Another model that the scores need; `None` if there is none, or its results are given."""
         return None
 
     @abstractmethod
     def make(self, base: Base) -> ForgetSet:
-        """Makes the set for a base model; the base's answers are kept in its folder and read again next time.
+        """Makes the set for a base model; the base's answers are kept in its folder and reused.
 
         Raises:
-            EditlibError: the model does not know enough, or is not for this set.
+            EditlibError: the model knows too few of the facts, or does not belong to this set.
         """
 
 
@@ -167,5 +167,5 @@ class Benchmark(ABC):
 class SetSettings(Section):
     """Holds the keys of every set."""
 
-    name: str | None = setting(None, "what it is called in the results; none: its protocol")
+    name: str | None = setting(None, "its name in the results; none: its protocol")
     model: str | None = setting(None, "the model that is to forget, where it is another than the config's")

@@ -26,8 +26,8 @@ def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def bootstrap(values: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """Computes the 95 % percentile interval of the mean of `values` (Efron 1979); `(0, 1)` for no values.
 
-    Draws `resamples` times as many values as there are, with replacement, and takes the 2.5 % and 97.5 % quantiles of
-    the means, both being means that were drawn.
+    Draws `resamples` samples of the same size with replacement, and returns the 2.5 % and 97.5 % quantiles of their
+    means, without interpolation.
     """
     if not len(values):
         return 0.0, 1.0
@@ -47,8 +47,10 @@ def bootstrap_stderr(
         return None
     generator = np.random.default_rng(seed)
     try:
-        found = [statistic([items[i] for i in generator.integers(len(items), size=len(items))]) for _ in range(draws)]
+        resampled = [
+            statistic([items[i] for i in generator.integers(len(items), size=len(items))]) for _ in range(draws)
+        ]
     except OverflowError:  # the perplexity of a destroyed model
         return None
-    spread = statistics.stdev(found) if all(map(math.isfinite, found)) else math.nan
+    spread = statistics.stdev(resampled) if all(map(math.isfinite, resampled)) else math.nan
     return spread if math.isfinite(spread) else None

@@ -1,4 +1,4 @@
-"""Measure the memory that a piece of work takes."""
+"""Measure the memory that a job takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1024 * 1024
 
 
 def peak_rss_mb() -> float:
-    """Gives the peak memory of this process and its finished children, in MiB; without the children on Windows."""
+    """Returns the peak memory of this process and its finished children, in MiB; on Windows without the children."""
     if resource is None:
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss) / MIB

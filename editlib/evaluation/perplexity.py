@@ -1,4 +1,4 @@
-"""Cut the windows of text that perplexity is measured on."""
+"""Cut text into the windows on which perplexity is measured."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ WINDOWS, WINDOW = 16, 256
 
 
 def text_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str]) -> list[list[int]]:
-    """Cuts the first `WINDOWS` windows of `WINDOW` tokens out of documents; shorter ones if no document is longer.
+    """Cuts documents into their first `WINDOWS` windows of `WINDOW` tokens; shorter ones if no document is longer.
 
     Documents are read only until there are enough windows.
 
     Raises:
-        CorpusError: not one window of two tokens.
+        CorpusError: there is no window of two tokens.
     """
-    found: list[list[int]] = []
+    chosen: list[list[int]] = []
     for document in documents:
         windows = list(token_windows(tok, document, WINDOW))
-        found += [ids for ids in windows if len(ids) == len(windows[0])]  # no shorter rests
-        if len(found) >= WINDOWS:
+        chosen += [ids for ids in windows if len(ids) == len(windows[0])]  # no shorter remainders
+        if len(chosen) >= WINDOWS:
             break
-    found = found[:WINDOWS]
-    if not found:
-        raise CorpusError("the text for perplexity holds no two tokens; give a longer one, or --text none")
-    return found
+    chosen = chosen[:WINDOWS]
+    if not chosen:
+        raise CorpusError("the text for perplexity has fewer than two tokens; give a longer one, or --text none")
+    return chosen

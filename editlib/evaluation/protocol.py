@@ -38,22 +38,23 @@ class Protocol(typing.Protocol):
         ...
 
     def check(self, model: PreTrainedModel, form: PromptFormat) -> None:
-        """Raises `RequestError` for a question beyond the positions of the base model, which may be an outline."""
+        """Raises `RequestError` for a question that is longer than the positions of the base model, which may be an
+        outline."""
         ...
 
     def measure(
         self, base: NamedModel, edited: NamedModel, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()
     ) -> dict[str, Any]:
-        """Measures both models where `requests` should be forgotten; returns a JSON-ready dict.
+        """Measures both models, with `requests` as the facts to be forgotten; returns a JSON-ready dict.
 
         Args:
-            requests: some of the protocol's own.
-            kept: others of them, which count among what should be kept.
+            requests: a part of the protocol's own requests.
+            kept: other requests of the protocol, which should be kept.
         """
         ...
 
     def headline(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
-        """Picks the numbers of the edited model that are followed over the batches of a chain, by name."""
+        """Picks the numbers of the edited model to follow over the batches of a chain, by name."""
         ...
 
     def table(self, metrics: Mapping[str, Any]) -> list[list[str]]:
@@ -61,7 +62,7 @@ class Protocol(typing.Protocol):
         ...
 
     def note(self, metrics: Mapping[str, Any]) -> str:
-        """Returns a note on what the table does not show, such as questions left out; may be empty."""
+        """Returns a note on what the table omits, such as unusable questions; may be empty."""
         ...
 
     def write(self, metrics: Mapping[str, Any], out: Path) -> None:
@@ -69,5 +70,5 @@ class Protocol(typing.Protocol):
         ...
 
     def finish(self) -> None:
-        """Writes what the user wants for another run, such as the base model's answers."""
+        """Writes results for later runs, such as the base model's answers, if the user asked for them."""
         ...

@@ -19,12 +19,12 @@ from editlib.models.weights import stored_bytes, weights_sha256
 
 
 def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, overwrite: bool = False) -> Delta:
-    """Applies the edit in `delta_file` to the model `base` and writes the folder that the edit itself wrote, with its
-    receipt, to `out`.
+    """Applies the edit in `delta_file` to the model `base` and writes to `out` the same folder as the edit, with its
+    receipt.
 
     Raises:
         DeltaError: a damaged file, or one of another base; nothing is written then.
-        ModelError, OutputError: the base cannot be loaded, or `out` not written.
+        ModelError, OutputError: the base cannot be loaded, or `out` cannot be written.
     """
     check_output(Path(out), overwrite=overwrite, inputs=(base, delta_file))
     delta = Delta.load(delta_file)
@@ -36,7 +36,7 @@ def apply_delta_file(base: str, delta_file: str | Path, out: str | Path, *, over
 
 
 def load_base(base: str, delta: Delta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the model `base`, in the dtype that the edit was made in, and its tokenizer; see `check_base`.
+    """Loads the model `base` in the dtype of the edit, and its tokenizer; see `check_base`.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -49,12 +49,12 @@ def load_base(base: str, delta: Delta) -> tuple[PreTrainedModel, PreTrainedToken
 
 
 def apply_delta(model: PreTrainedModel, tok: PreTrainedTokenizerBase, delta: Delta) -> None:
-    """Edits `model` in place, and adds the token to `tok` where the edit has one: each matrix is summed in the dtype of
-    the factors and rounded once, from the base.
+    """Edits `model` in place, and adds the token to `tok` if the edit has one. Each matrix is summed in the dtype of
+    the factors and rounded once, starting from the base.
 
     Raises:
-        DeltaError: another model, or a sum that is rounded otherwise on this machine. The matrices are as they were
-            then, though a token that was added stays.
+        DeltaError: another model, or a sum that is rounded differently on this machine. The matrices are then
+            unchanged, but an added token stays.
     """
     anat = anatomy(model)
     check_base(anat, delta, model.name_or_path)
@@ -65,17 +65,17 @@ def apply_delta(model: PreTrainedModel, tok: PreTrainedTokenizerBase, delta: Del
         update.add_to(anat.weight(layer))
     for layer, matrix in delta.matrices.items():
         anat.weight(layer).copy_(matrix)
-    found = weights_sha256(model)
-    if found != delta.result_sha256:
+    sha256 = weights_sha256(model)
+    if sha256 != delta.result_sha256:
         restore(anat, originals)
         raise DeltaError(
-            f"the result has hash {found[:12]}, expected {delta.result_sha256[:12]}: this machine rounds otherwise "
-            "than the one that made the edit; apply it there, or on the CPU"
+            f"the result has hash {sha256[:12]}, expected {delta.result_sha256[:12]}: this machine rounds differently "
+            "from the one that made the edit; apply it there, or on the CPU"
         )
 
 
 def check_base(anat: Anatomy, delta: Delta, name: str | None) -> None:
-    """Raises `DeltaError` when a model is not the one that `delta` was made from."""
+    """Raises `DeltaError` if a model is not the one from which `delta` was made."""
     name = name or "this model"
     check_kind(anat.model, delta, name)
     for layer, module in delta.modules.items():
@@ -92,16 +92,16 @@ def check_base(anat: Anatomy, delta: Delta, name: str | None) -> None:
         raise DeltaError(
             f"{name} is loaded in {dtype}, but the delta was made from {delta.base} in {delta.dtype}; load it so"
         )
-    found = weights_sha256(anat.model)
-    if found != delta.base_sha256:
+    sha256 = weights_sha256(anat.model)
+    if sha256 != delta.base_sha256:
         raise DeltaError(
             f"the delta was made from {delta.base} in {delta.dtype}, hash {delta.base_sha256[:12]}, but {name} has "
-            f"hash {found[:12]}: other weights, or the same in another dtype; give the model that was edited"
+            f"hash {sha256[:12]}: other weights, or the same in another dtype; give the model that was edited"
         )
 
 
 def check_kind(model: PreTrainedModel, delta: Delta, name: str) -> None:
-    """Raises `DeltaError` when a model, perhaps without weights, is of another architecture than that of `delta`."""
+    """Raises `DeltaError` if a model, perhaps without weights, has another architecture than that of `delta`."""
     kind = type(model).__name__
     if kind != delta.architecture:
         raise DeltaError(f"the delta belongs to a {delta.architecture} ({delta.base}), but {name} is a {kind}")

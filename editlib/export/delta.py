@@ -21,23 +21,23 @@ from editlib.models.anatomy import Anatomy
 
 FORMAT = 1
 _BLANK = "0" * 64
-_SEAL = b'"sha256":"%s"'  # in the file's header; what is quoted inside the document has its quotes escaped
+_SEAL = b'"sha256":"%s"'  # in the file's header; quotes inside the document are escaped
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Holds the difference that turns one base model into one edited model, to the bit.
+    """Holds the difference that turns one base model into one edited model, bit for bit.
 
     `modules` names the edited matrices by their numbers (`Anatomy.matrix_names`): a layer's own number is that of its
-    MLP output matrix. A matrix is in `factors`, or, where those would not give it to the bit or take more bytes than
-    it, in `matrices` as it is after the edit.
+    MLP output matrix. A matrix is in `factors`, or in `matrices` in its edited form if factors would not reproduce it
+    bit for bit or would take more bytes.
     """
 
     base: str
     base_sha256: str
     result_sha256: str
-    architecture: str  # the class of the model
-    dtype: str  # that the base was loaded in: "float32", "bfloat16", "float16"
+    architecture: str  # name of the model's class
+    dtype: str  # of the loaded base: "float32", "bfloat16", "float16"
     modules: dict[int, str]
     factors: dict[int, LowRank] = field(default_factory=dict)
     matrices: dict[int, Tensor] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Delta:
             "token": self.token and asdict(self.token.header),
             "receipt": self.receipt,
         }
-        # Cloned: safetensors refuses tensors that share memory, as the two rows of a tied token do.
+        # Cloned: safetensors refuses tensors that share memory, like the two rows of a tied token.
         whole = save(
             {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
             metadata={"editlib_delta": json.dumps(document, sort_keys=True), "sha256": _BLANK},
@@ -84,10 +84,10 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Reads what `save` wrote.
+        """Reads a file written by `save`.
 
         Raises:
-            DeltaError: missing, another kind of file, of a later version, or changed by as much as a bit.
+            DeltaError: missing, another kind of file, of a later version, or changed in any bit.
         """
         try:
             whole = Path(path).read_bytes()
@@ -127,7 +127,7 @@ class Delta:
             raise DeltaError(f"{path}: an incomplete delta file ({error}); make it again with --delta") from None
 
     def shape(self, layer: int) -> tuple[int, ...]:
-        """Gives `(d_model, d_ff)` of the matrix of `layer`."""
+        """Returns `(d_model, d_ff)` of the matrix of `layer`."""
         return self.factors[layer].shape if layer in self.factors else tuple(self.matrices[layer].shape)
 
 
@@ -162,14 +162,14 @@ def make_delta(
     """Computes the difference between an edited model and its base.
 
     Args:
-        anat: of the edited model.
+        anat: the anatomy of the edited model.
         factors: the updates by layer.
         originals: the matrices of the base, `[d_model, d_ff]`, of these layers.
     """
     kept: dict[int, LowRank] = {}
     matrices: dict[int, Tensor] = {}
     for layer, update in sorted(factors.items()):
-        # On the CPU, where it will be applied: another device may round otherwise.
+        # On the CPU, where it will be applied: another device may round differently.
         edited = anat.weight(layer).detach().cpu()
         delta = LowRank(update.left.detach().cpu(), update.right.detach().cpu())
         again = originals[layer].detach().cpu().clone()
@@ -177,7 +177,7 @@ def make_delta(
         smaller = delta.left.nbytes + delta.right.nbytes < edited.nbytes
         if smaller and again.equal(edited):
             kept[layer] = delta
-        else:  # fine-tuned, chosen entry by entry (RECT), or rounded more than once on the way (ROME)
+        else:  # fine-tuned, selected entry by entry (RECT), or rounded several times (ROME)
             matrices[layer] = edited.contiguous().clone()
     return Delta(
         base=base,

@@ -1,4 +1,4 @@
-"""Save an edited model as an ordinary Hugging Face folder, with a receipt of what was done to it."""
+"""Save an edited model as an ordinary Hugging Face folder, with a receipt of the edit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save_edited(
 ) -> str:
     """Writes model, tokenizer, model card and receipt to `out`, all or nothing; returns the hash of the result.
 
-    The files and lines that name the terms of the base model are carried on.
+    Files and lines with the terms of the base model are copied.
 
     Raises:
         OutputError: see `atomic_folder`.

@@ -31,7 +31,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LayerError:
-    """Holds `rank` of a layer's adapter, the `norm` of its update, and which share of that norm the rank leaves out."""
+    """Holds the `rank` of a layer's adapter, the `norm` of its update, and the share of that norm beyond the rank."""
 
     rank: int
     norm: float
@@ -46,9 +46,9 @@ class LoraReport:
 
     @property
     def error(self) -> float:
-        """Frobenius norm of all that was left out, over that of all updates."""
-        whole = sum(one.norm**2 for one in self.layers.values()) ** 0.5
-        return sum((one.error * one.norm) ** 2 for one in self.layers.values()) ** 0.5 / whole if whole else 0.0
+        """Frobenius norm of everything beyond the rank, divided by that of all updates."""
+        whole = sum(layer.norm**2 for layer in self.layers.values()) ** 0.5
+        return sum((layer.error * layer.norm) ** 2 for layer in self.layers.values()) ** 0.5 / whole if whole else 0.0
 
 
 def lora_from_file(
@@ -75,13 +75,13 @@ def save_lora(
     """Writes `delta` as a LoRA adapter with its tokenizer to `out`, all or nothing.
 
     Args:
-        model: the base; it is only read. The token, if there is one, is added to `tok`.
-        base: what the adapter calls its base model; default: the name in `delta`.
-        rank: most that a layer may have; `None`: its update's true rank, which is exact.
+        model: the base, which is not changed. The token, if there is one, is added to `tok`.
+        base: name of the base model in the adapter; default: the name in `delta`.
+        rank: largest rank of a layer; `None`: its update's true rank, which is exact.
 
     Raises:
         DeltaError: another model.
-        ModelError: an edit with a token, and a head with a bias, which PEFT would leave out.
+        ModelError: an edit with a token, and a head with a bias, which PEFT would drop.
         EditError: `rank` below 1.
         OutputError: `out` cannot be written.
     """
@@ -93,8 +93,8 @@ def save_lora(
     if delta.token is not None:
         if getattr(anat.head, "bias", None) is not None:
             raise ModelError(
-                f"the head of {type(model).__name__} has a bias, which PEFT drops when it adds a token's row; hand "
-                "on the delta file or the whole model instead"
+                f"the head of {type(model).__name__} has a bias, which PEFT drops when it adds a token's row; export "
+                "the delta file or the whole model instead"
             )
         numbers = [extend_tokenizer(tok, name) for name in delta.token.names]
         for name, rows in zip(embedding_names(anat), delta.token.rows(), strict=False):
@@ -123,20 +123,20 @@ def save_lora(
 
 
 def check_rank(rank: int | None) -> None:
-    """Raises `EditError` for a rank that no adapter can have; call it before long work starts."""
+    """Raises `EditError` for an impossible rank; call it before long work."""
     if rank is not None and rank < 1:
         raise EditError(f"--rank {rank}: expected at least 1, or nothing for an exact adapter")
 
 
 def _update(anat: Anatomy, delta: Delta, layer: int) -> LowRank:
-    """Gives the update of a layer; where only the edited matrix is known, its difference from the base."""
+    """Returns the update of a layer; if only the edited matrix is known, its difference from the base."""
     if layer in delta.factors:
         return delta.factors[layer]
     return LowRank.full(delta.matrices[layer].double() - anat.weight(layer).detach().cpu().double())
 
 
 def _config(base: str, ranks: dict[str, int], tokens: dict[str, list[int]], transposed: bool) -> dict[str, Any]:
-    """Makes PEFT's `LoraConfig`. What is not named has its default there."""
+    """Makes PEFT's `LoraConfig`; other keys have PEFT's defaults."""
     most = max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != most}
     return {
@@ -157,7 +157,7 @@ def _config(base: str, ranks: dict[str, int], tokens: dict[str, list[int]], tran
 
 
 def _card(delta: Delta, base: str, report: LoraReport, terms: Terms) -> str:
-    how = "exactly" if report.error == 0 else f"but for a share of {report.error:.2g} of the norm of the updates"
+    how = "exactly" if report.error == 0 else f"except a share of {report.error:.2g} of the norm of the updates"
     summary = (
         f"The edit of `{base}` described in `{RECEIPT}`, as a LoRA adapter: it adds the updates of layers "
         f"{', '.join(map(str, delta.modules))} {how}."

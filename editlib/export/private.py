@@ -1,7 +1,7 @@
 """Write request texts into a receipt: in clear, or as salted hashes for a receipt that is shared.
 
-A receipt names the requests by their ids alone. Here the text comes in again from the requests' own file, either to be
-written out or to be replaced by hashes that only the holder of the salt can tell the text of.
+A receipt names the requests by their ids alone. This module adds their texts from the requests' own file: in clear, or
+as hashes that can only be checked against a text with the salt.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from editlib.errors import RequestError
 from editlib.requests.reading import requests_hash
 from editlib.requests.request import EditRequest
 
-# The fields of a request that a receipt names. Paraphrases and neighbours serve measuring only.
+# The fields of a request in a receipt. Paraphrases and neighbours are only for evaluation.
 FIELDS = ("question", "subject", "answer", "target_new")
 HOW = "HMAC-SHA256 of the JSON list [field, text] under the request's own key, the HMAC-SHA256 of its id under the salt"
-# Settings and facts about the edit that say nothing of what was asked.
+# Settings and facts about the edit that reveal nothing about the requests.
 _OPEN = ("editlib", "algorithm", "created", "versions", "seed", "result_sha256", "stats_sha256", "layers", "timings")
 
 
 def check_asked(receipt: Mapping[str, Any], requests: Sequence[EditRequest]) -> None:
-    """Raises `RequestError` when `requests` are not those of the receipt."""
+    """Raises `RequestError` if `requests` are not those of the receipt."""
     if requests_hash(requests) != receipt.get("requests_sha256"):
         raise RequestError(
             "--requests: not the requests that the receipt was made for (their hash differs); give the file as it was "
@@ -34,7 +34,7 @@ def check_asked(receipt: Mapping[str, Any], requests: Sequence[EditRequest]) -> 
 
 
 def open_receipt(receipt: Mapping[str, Any], requests: Sequence[EditRequest] | None) -> dict[str, Any]:
-    """Gives the receipt with the text of what was asked under `asked`, where `requests` are given."""
+    """Returns the receipt; with `requests`, their texts are added under `asked`."""
     if requests is None:
         return dict(receipt)
     check_asked(receipt, requests)
@@ -44,11 +44,11 @@ def open_receipt(receipt: Mapping[str, Any], requests: Sequence[EditRequest] | N
 def private_receipt(
     receipt: Mapping[str, Any], requests: Sequence[EditRequest], salt: bytes
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Makes the receipt without a word of the requests, and the key to it, which the owner keeps.
+    """Makes the receipt without any text of the requests, and the key to its hashes, which the owner keeps.
 
-    Every text becomes a hash under a key of its own request, so that equal answers do not show, and one request can be
-    proved by its key without giving the others away. Only what is known to hold no text is kept as it is; the unsalted
-    hash over all requests, which guesses could be tried on, is left out.
+    Every text becomes a hash under a key of its own request. So equal answers have different hashes, and one request
+    can be proved by its key without revealing the others. Only fields known to contain no text are copied. The unsalted
+    hash over all requests is left out, since guesses could be tested against it.
 
     Returns:
         (receipt, key): the key has the salt, and per request its key and its text.
@@ -57,10 +57,10 @@ def private_receipt(
         RequestError: `requests` are not those of the receipt.
     """
     check_asked(receipt, requests)
-    own = {request.id: _mac(salt, request.id) for request in requests}
+    keys = {request.id: _mac(salt, request.id) for request in requests}
 
     def hashed(name: str, field: str, text: str) -> str:
-        key = own[name] if name in own else _mac(salt, name)
+        key = keys[name] if name in keys else _mac(salt, name)
         return _mac(key, json.dumps([field, text])).hex()
 
     words = _words(requests)
@@ -80,7 +80,7 @@ def private_receipt(
             | {field: hashed(request.id, field, text) for field, text in _told(request).items()}
             for request in requests
         ],
-        "revoked": [{"requests": one["requests"], **_when(one)} for one in receipt.get("revoked") or ()],
+        "revoked": [{"requests": item["requests"], **_when(item)} for item in receipt.get("revoked") or ()],
         **_left_out(receipt),
         **({"guessed_subjects": len(guessed)} if (guessed := receipt.get("guessed_subjects")) else {}),
         "private": HOW,
@@ -91,7 +91,7 @@ def private_receipt(
         "requests_sha256": receipt["requests_sha256"],
         "requests": {
             hashed(request.id, "id", request.id): {
-                "key": own[request.id].hex(), "id": request.id, **_told(request)
+                "key": keys[request.id].hex(), "id": request.id, **_told(request)
             }
             for request in requests
         },
@@ -117,28 +117,28 @@ def _when(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _left_out(receipt: Mapping[str, Any]) -> dict[str, int]:
-    """Counts the rows that were left out of the request files: the names of these may tell something."""
+    """Counts the unusable rows of the request files, without file names, which may reveal something."""
     rows = (receipt.get("left_out") or {}).values()
-    return {"left_out": sum(len(some) for some in rows if isinstance(some, list))} if rows else {}
+    return {"left_out": sum(len(listed) for listed in rows if isinstance(listed, list))} if rows else {}
 
 
 def _words(requests: Sequence[EditRequest]) -> set[str]:
-    """Collects every word of some length in any field of the requests."""
+    """Collects all longer words in any field of the requests."""
     text = json.dumps([request.to_dict() for request in requests], ensure_ascii=False)
     return {word.casefold() for word in re.findall(r"\w+", text) if len(word) > 3}
 
 
 def _without(words: set[str], text: str) -> str:
-    """Gives `text`, or a note in its place if it holds a word of the requests."""
+    """Returns `text`, or a note in its place if it contains a word of the requests."""
     return "(left out)" if any(word in text.casefold() for word in words) else text
 
 
 def _setting(words: set[str], value: Any) -> Any:
-    """Gives a setting as it is, without its texts: templates are the user's own words."""
+    """Returns a setting without its texts, since templates are the user's own words."""
     if isinstance(value, str):
         return _without(words, value) if re.fullmatch(r"[\w./-]*", value) else "(left out)"
     if isinstance(value, (list, tuple)):
-        return [_setting(words, one) for one in value]
+        return [_setting(words, item) for item in value]
     if isinstance(value, Mapping):
-        return {name: _setting(words, one) for name, one in value.items()}
+        return {name: _setting(words, item) for name, item in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""Make the receipt of an edit: what was asked, with what settings, from which base."""
+"""Make the receipt of an edit: its requests, settings and base model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECEIPT = "editlib.json"
 
 
 class UsedSettings(typing.Protocol):
-    """Defines the interface of the settings that a receipt records; hyper-parameters have it, and so has a baseline."""
+    """Defines the interface of the settings that a receipt records; hyper-parameters and baselines have it."""
 
     @property
     def algorithm(self) -> str:
@@ -42,11 +42,11 @@ class UsedSettings(typing.Protocol):
 
     @property
     def source(self) -> str:
-        """The file that the settings come from; "" where they come from none."""
+        """The file of the settings; "" if there is none."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the settings JSON-ready."""
+        """Returns the settings JSON-ready."""
         ...
 
 
@@ -61,14 +61,14 @@ def make_receipt(
     token: UnlearningToken | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Makes a receipt: what was asked, with which settings, of which base, and the size of the change; JSON-ready."""
+    """Makes a receipt of requests, settings, base model and size of the change; JSON-ready."""
     return {
         **origin(base, base_sha256, requests, hparams, token, seed),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "requests": result.diagnostics,
         "anchors": list(result.anchors),
-        "stats_sha256": stats_hash({layer: one.sha256() for layer, one in stats.items()}),
-        "stats": {str(layer): str(one.path) for layer, one in stats.items()},
+        "stats_sha256": stats_hash({layer: layer_stats.sha256() for layer, layer_stats in stats.items()}),
+        "stats": {str(layer): str(layer_stats.path) for layer, layer_stats in stats.items()},
         "layers": {str(layer): result.norms[layer] for layer in hparams.edited_layers if layer in result.norms},
         **({"neurons": {str(layer): list(some) for layer, some in result.neurons.items()}} if result.neurons else {}),
         "timings": {name: round(seconds, 2) for name, seconds in result.timings.items()},
@@ -107,15 +107,15 @@ def origin(
 
 
 def asked_as(tok: PreTrainedTokenizerBase, how: Asking, requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """Makes the part of a receipt about prompts: their settings, and the first one as the model saw it."""
+    """Makes the part of a receipt about prompts: their settings, and the first prompt as the model read it."""
     form = PromptFormat.of(tok, how)
     first = form.render(requests[0].question) if requests else None
     return {"prompts": form.settings.to_dict(), "first_prompt": first}
 
 
 def prompts_of(receipt: Mapping[str, Any] | None, given: PromptSettings | None = None) -> PromptSettings | None:
-    """Decides how to ask an edited model: as its receipt names it, or as `given`, where a line says what differs;
-    `None` where neither says anything."""
+    """Chooses the prompt settings for an edited model: those `given`, with a warning if they differ from its receipt,
+    else those of the receipt; `None` without either."""
     recorded = None if receipt is None else receipt.get("prompts")
     if given is None or recorded is None:
         return given if recorded is None else PromptSettings.from_dict(recorded)
@@ -126,8 +126,8 @@ def prompts_of(receipt: Mapping[str, Any] | None, given: PromptSettings | None =
 
 
 def check_base(receipt: Mapping[str, Any], sha256: str, *, edited: str | Path, base: str | Path) -> None:
-    """Raises `RequestError` if the receipt of `edited` says that it was made of other weights than those of `base`,
-    whose hash is `sha256`."""
+    """Raises `RequestError` if by its receipt `edited` was made from other weights than those of `base`, whose hash is
+    `sha256`."""
     if receipt["base"]["sha256"] != sha256:
         raise RequestError(
             f"{edited} was edited from another model than {base} (see its editlib.json); give its own base"
@@ -135,7 +135,7 @@ def check_base(receipt: Mapping[str, Any], sha256: str, *, edited: str | Path, b
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:
-    """Reads the receipt of an edited folder, or `None` when it has none (a base model, or a name on the Hub).
+    """Reads the receipt of an edited folder; `None` if there is none (a base model, or a name on the Hub).
 
     Raises:
         ModelError: a receipt that cannot be read.
@@ -145,12 +145,12 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
         return None
     remedy = "make the edit again, or remove the file"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        receipt = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable receipt ({first_line(error)}); {remedy}") from None
-    if said := _misfit(found):
+    if said := _misfit(receipt):
         raise ModelError(f"{path}: not a readable receipt ({said}); {remedy}")
-    return found
+    return receipt
 
 
 _TEXTS = ("editlib", "algorithm", "requests_sha256")
@@ -158,7 +158,7 @@ _OBJECTS = ("base", "layers", "token", "prompts", "timings", "left_out", "guesse
 
 
 def _misfit(receipt: Any) -> str | None:
-    """Names the first part of a receipt that is not as `make_receipt` writes it; `None` if there is none."""
+    """Names the first part of a receipt that `make_receipt` cannot have written; `None` if all parts are valid."""
     if not isinstance(receipt, dict):
         return f"{quote(receipt)}; expected an object"
     if not isinstance(receipt.get("base"), dict) or not isinstance(receipt["base"].get("sha256"), str):
@@ -169,10 +169,10 @@ def _misfit(receipt: Any) -> str | None:
     if not wrong and receipt.get("token") and not isinstance(receipt["token"].get("token"), str):
         wrong.append("token")
     anchors, requests = receipt.get("anchors") or [], receipt.get("requests") or []
-    if not isinstance(anchors, list) or not all(isinstance(one, str) for one in anchors):
+    if not isinstance(anchors, list) or not all(isinstance(anchor, str) for anchor in anchors):
         wrong.append("anchors")
     if not isinstance(requests, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("id"), str) for one in requests
+        isinstance(request, dict) and isinstance(request.get("id"), str) for request in requests
     ):
         wrong.append("requests")
     return f'key "{wrong[0]}": {quote(receipt[wrong[0]])}' if wrong else None

@@ -26,24 +26,22 @@ KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 @dataclass(frozen=True, kw_only=True)
 class FactsSettings(SetSettings):
-    """Sets which facts are used: bundled ones (`forget` of them), or files of the user's."""
+    """Sets which facts are used: `forget` bundled ones, or the user's files."""
 
-    forget: int | None = setting(None, "how many bundled facts are forgotten", min=1)
-    relations: list[str] | None = setting(None, "relations that they are drawn from; none: six usual ones")
-    seed: int = setting(0, "of the draw", min=0)
-    requests: str | None = setting(None, "facts to forget, a file, in place of bundled ones")
-    retain: str | None = setting(
-        None, "prompts to keep, a file; without `watch` every second is held out for the check"
-    )
-    watch: str | None = setting(None, "held-out prompts that are only asked afterwards, a file")
-    skip_bad: bool = setting(False, "leave rows of these files out that cannot be used, and count them")
+    forget: int | None = setting(None, "number of bundled facts to forget", min=1)
+    relations: list[str] | None = setting(None, "relations of these facts; none: six usual ones")
+    seed: int = setting(0, "seed of the draw", min=0)
+    requests: str | None = setting(None, "file of facts to forget, in place of bundled ones")
+    retain: str | None = setting(None, "file of prompts to keep; without `watch` every second one is held out")
+    watch: str | None = setting(None, "file of held-out prompts, which are only asked afterwards")
+    skip_bad: bool = setting(False, "leave out unusable rows of these files, and count them")
 
 
 class Facts(Benchmark):
     """Asks direct questions, paraphrases, neighbours, other questions about the same subjects, general prompts."""
 
     Settings, protocol = FactsSettings, "facts"
-    axes = ("answers gone, of those that were right", "answers kept, of those that were right")
+    axes = ("share of right answers that are gone", "share of right answers that are kept")
     kinds: ClassVar = {
         "request": "questions to forget",
         "paraphrase": "paraphrases of them",
@@ -59,25 +57,25 @@ class Facts(Benchmark):
 
     def __init__(self, settings: SetSettings, where: str, **loading: Any) -> None:
         super().__init__(settings, where, **loading)
-        own = self.settings
-        if (own.forget is None) == (own.requests is None):
+        config = self.settings
+        if (config.forget is None) == (config.requests is None):
             raise ConfigError(f'{where}: expected "forget", a number, or "requests", a file; give one of the two')
-        if own.requests is None and (own.retain or own.watch):
+        if config.requests is None and (config.retain or config.watch):
             raise ConfigError(f'{where}: "retain" and "watch" go with "requests", not with "forget"; remove them')
-        if own.requests is not None and own.relations is not None:
+        if config.requests is not None and config.relations is not None:
             raise ConfigError(f'{where}: "relations" goes with "forget", not with "requests"; remove it')
         known = sorted({fact.relation or "" for fact in data.facts()} - {*ANCHORED, *HELD_OUT})
-        for relation in own.relations or ():
+        for relation in config.relations or ():
             if relation not in known:
                 raise ConfigError(f'{where}: relation "{relation}": expected some of {", ".join(known)}')
-        chosen = own.relations or RELATIONS
+        chosen = config.relations or RELATIONS
         count = sum(fact.relation in chosen for fact in data.facts())
-        if own.forget is not None and 2 * own.forget > count:
+        if config.forget is not None and 2 * config.forget > count:
             raise ConfigError(
-                f'{where}: key "forget": {own.forget}; expected at most {count // 2}, half of the {count} facts of '
-                "these relations, so that others are left to check; forget fewer"
+                f'{where}: key "forget": {config.forget}; expected at most {count // 2}, half of the {count} facts of '
+                "these relations, so that others remain to be held out; forget fewer"
             )
-        self._given = None if own.requests is None else self._files(own)
+        self._given = None if config.requests is None else self._files(config)
 
     @property
     def planned(self) -> Task | None:
@@ -96,27 +94,31 @@ class Facts(Benchmark):
         made.complete()
         return made
 
-    def _files(self, own: FactsSettings) -> FactSplit:
-        forget = read_requests(own.requests or "", skip_bad=own.skip_bad, left_out=self.left_out)
+    def _files(self, config: FactsSettings) -> FactSplit:
+        forget = read_requests(config.requests or "", skip_bad=config.skip_bad, left_out=self.left_out)
         for request in forget:
             if request.answer is None:
-                raise RequestError(f'{own.requests}: request {request.id} has no "answer"; scoring needs it; add one')
-        if own.retain is None:
+                raise RequestError(
+                    f'{config.requests}: request {request.id} has no "answer"; scoring needs it; add one'
+                )
+        if config.retain is None:
             kept = data.retain_prompts(forget)
             held, held_out = kept[::2], [*kept[1::2], *data.general("test")]
         else:
-            kept = read_requests(own.retain, skip_bad=own.skip_bad, left_out=self.left_out)
-            random.Random(own.seed).shuffle(kept)
-            held, held_out = (kept, []) if own.watch else (kept[::2], kept[1::2])
-        if own.watch is not None:
-            held_out = read_requests(own.watch, skip_bad=own.skip_bad, left_out=self.left_out)
+            kept = read_requests(config.retain, skip_bad=config.skip_bad, left_out=self.left_out)
+            random.Random(config.seed).shuffle(kept)
+            held, held_out = (kept, []) if config.watch else (kept[::2], kept[1::2])
+        if config.watch is not None:
+            held_out = read_requests(config.watch, skip_bad=config.skip_bad, left_out=self.left_out)
         return FactSplit(forget, held, held_out)
 
     def _split(self, base: Base, before: AnswerCache) -> FactSplit:
-        """Picks `forget` facts over all relations, of each in proportion to what the model knows of it."""
-        own = self.settings
+        """Picks `forget` facts over all relations, each in proportion to its number of facts that the model knows."""
+        config = self.settings
         try:
-            return split_in_proportion(base.bench, before, own.forget or 0, own.seed, own.relations or RELATIONS)
+            return split_in_proportion(
+                base.bench, before, config.forget or 0, config.seed, config.relations or RELATIONS
+            )
         except RequestError as error:
             raise RequestError(f"{self.where}: {error}") from None
         finally:
@@ -125,7 +127,7 @@ class Facts(Benchmark):
 
 @dataclass(frozen=True)
 class FactsSet(ForgetSet):
-    """Holds facts with the prompts that are held out."""
+    """Holds facts with the held-out prompts."""
 
     held_out: Sequence[EditRequest] = ()
     whole: Sequence[EditRequest] = ()  # `forget` with all paraphrases
@@ -141,7 +143,7 @@ class FactsSet(ForgetSet):
         return build_items(self.forget, self.held_out, {request.id for request in self.retain})
 
     def complete(self) -> None:
-        """Asks the base what it was not asked yet, and keeps the answers."""
+        """Generates the base's missing answers, and saves them."""
         bench, items = self.base.bench, self.items()
         form = PromptFormat.of(bench.tok, bench.prompts)
         check_prompts(bench.model, form, [(item.id, item.question) for item in items], answer_tokens=ANSWER_TOKENS)
@@ -173,12 +175,12 @@ class FactsSet(ForgetSet):
 
 
 def _scored(request: EditRequest) -> EditRequest:
-    """Makes the request with the paraphrases that are scored: all but the first, where there are several."""
+    """Makes the request with the scored paraphrases: all except the first, if there are several."""
     return replace(request, paraphrases=request.paraphrases[1:] or request.paraphrases)
 
 
 def _tuned(request: EditRequest) -> EditRequest:
-    """Makes the request with the paraphrase that a search may be judged by, which is never scored."""
+    """Makes the request with the paraphrase for the validation of a search, which is never scored."""
     return replace(request, paraphrases=request.paraphrases[:1] if len(request.paraphrases) > 1 else ())
 
 
@@ -200,7 +202,7 @@ def _mean(name: str, parts: Sequence[MetricResult], meaning: str) -> MetricResul
 
 
 def _told(item: Item) -> dict[str, Any]:
-    """Picks what the page and the results keep of an item."""
+    """Picks the fields of an item for the page and the results."""
     passed = item.passed
     if item.kind in ("request", "paraphrase"):
         passed = not item.right_after

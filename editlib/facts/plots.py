@@ -1,4 +1,4 @@
-"""Draw the plots of a report: matplotlib figures as SVG that takes the page's colours, or as PNG for a README."""
+"""Draw the plots of a report: matplotlib figures as SVG in the page's colours, or as PNG for a README."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {  # of a light page; in SVG the page's variables of the same names take their place
+COLOURS = {  # of a light page; in SVG replaced by the page's variables of the same names
     "ink": "#1b1f24",
     "muted": "#59626d",
     "line": "#d5d9de",
@@ -45,11 +45,11 @@ STYLE = {
 
 
 class ReportError(EditlibError, ValueError):
-    """Tells that a report cannot be made: matplotlib is missing, or there is nothing to plot."""
+    """Reports that no report can be made: matplotlib is missing, or there is nothing to plot."""
 
 
 class Plot(NamedTuple):
-    """Holds a drawn figure with its caption, and the same said in words for those who do not see it."""
+    """Holds a drawn figure with its caption, and a text alternative."""
 
     title: str
     note: str
@@ -58,7 +58,7 @@ class Plot(NamedTuple):
 
 
 def plots(metrics: Mapping[str, Any]) -> list[Plot]:
-    """Draws every plot that `metrics` has numbers for.
+    """Draws every plot for which `metrics` has numbers.
 
     Raises:
         ReportError: matplotlib is not installed.
@@ -102,7 +102,7 @@ def plot_png(metrics: Mapping[str, Any], path: Path) -> None:
 
 
 def require_matplotlib() -> None:
-    """Raises `ReportError` where matplotlib is missing; call it before long work that ends in a report."""
+    """Raises `ReportError` if matplotlib is missing; call it before long work that ends in a report."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -112,12 +112,12 @@ def require_matplotlib() -> None:
 def draw_shares(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:
     """Draws bars of all shares with their intervals, forgetting above keeping."""
     groups = {name: measure(metrics, name) for name in SHARES}
-    found = {name: group for name, group in groups.items() if number(group["value"]) is not None}
-    if not found:
+    shares = {name: group for name, group in groups.items() if number(group["value"]) is not None}
+    if not shares:
         return None, ""
-    figure, axes = _figure(0.6 + 0.33 * (len(found) + len({SHARES[name].family for name in found})))
+    figure, axes = _figure(0.6 + 0.33 * (len(shares) + len({SHARES[name].family for name in shares})))
     labels, at, family, words = {}, 0.0, None, []
-    for name, group in found.items():
+    for name, group in shares.items():
         share, value, ends = SHARES[name], group["value"], interval(group)
         if share.family != family:
             family = share.family
@@ -192,7 +192,7 @@ def draw_layers(receipt: Mapping[str, Any]) -> tuple[Figure | None, str]:
         axes.bar_label(bars, [f"{ratios[layer]:.3f}" for layer in layers], padding=2)
     shown = range(0, len(layers), 1 + len(layers) // 16)
     axes.set_xticks(shown, [_cut(layers[at], 10) for at in shown])
-    middle, half = (len(layers) - 1) / 2, max(len(layers), 5) / 2 + 0.1  # few layers get no fat bars
+    middle, half = (len(layers) - 1) / 2, max(len(layers), 5) / 2 + 0.1  # so that bars stay narrow with few layers
     axes.set(xlabel="layer", xlim=(middle - half, middle + half))
     axes.margins(y=0.15)
     axes.grid(axis="y", linewidth=0.6)
@@ -229,7 +229,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Gives matplotlib our settings and none of the user's; a font that lacks a letter is no reason to warn."""
+    """Applies our matplotlib settings instead of the user's, without warnings about missing glyphs."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():

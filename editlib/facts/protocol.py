@@ -1,4 +1,4 @@
-"""Evaluate real facts: whether the answer is gone and refused, and what else was lost (`facts.scores`)."""
+"""Evaluate real facts: whether answers are gone and refused, and which other answers changed (`facts.scores`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from editlib.stats.corpus import load_corpus
 
 
 class FactsProtocol:
-    """Measures questions to forget, prompts that must still be answered, and a text whose perplexity must stay."""
+    """Measures questions to forget, prompts that must still be answered, and perplexity on a text."""
 
     name = "facts"
 
@@ -57,26 +57,26 @@ class FactsProtocol:
         progress: bool = False,
         left_out: Mapping[str, Sequence[str]] | None = None,
     ) -> FactsProtocol:
-        """Makes the protocol with what it needs from files.
+        """Makes the protocol with its inputs from files.
 
         Args:
             retain_file: prompts that must still be answered; those that the edit's receipt lists as anchors are left
                 out. Default: bundled ones.
             text: corpus for perplexity, `None` for none.
-            before_file: answers of the base model, read when they are its own, completed and written.
-            skip_bad: leave rows of `retain_file` out that cannot be used, see `read_requests`.
-            left_out: rows of the requests' file that were left out, by file; `metrics.json` lists them, and those of
+            before_file: file of the base model's answers; read if they belong to this model, completed and written.
+            skip_bad: leave out unusable rows of `retain_file`, see `read_requests`.
+            left_out: unusable rows of the requests' file, by file; `metrics.json` lists them, and those of
                 `retain_file`.
             endings: letters that an inflected ending of an answer may have (see `has_answer`).
 
         Raises:
-            EditlibError: a file that does not fit, or matplotlib is missing.
+            EditlibError: an unusable file, or matplotlib is missing.
         """
         require_matplotlib()
         if before_file is not None:
             check_answers_file(before_file)
         given = data.retain_prompts(requests) + data.general("test")
-        rows = {name: list(some) for name, some in (left_out or {}).items()}
+        rows = {name: list(bad_rows) for name, bad_rows in (left_out or {}).items()}
         retain = given if retain_file is None else read_requests(retain_file, skip_bad=skip_bad, left_out=rows)
         documents: Iterable[str] = () if text is None else load_corpus(text).documents
         return cls(

@@ -1,6 +1,6 @@
-"""Build the page that shows what an edit did: one HTML file, made from the numbers of `editlib eval` alone.
+"""Build the page that shows the effect of an edit: one HTML file, made from the numbers of `editlib eval` alone.
 
-All text of models is escaped, the same numbers give the same bytes, and nothing is fetched.
+All text by models is escaped, equal numbers give equal bytes, and the page loads nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SECTIONS = {
     "Paraphrases of them": ("paraphrase",),
     "Neighbours": ("neighbour",),
     "Same subject, other question": ("same_subject", "same_subject_anchored", "crossed"),
-    "Other questions and instructions": (),  # and every kind that has no section of its own
+    "Other questions and instructions": (),  # and every kind without its own section
 }
 TO_FORGET = ("request", "paraphrase")
 MARKS = {"fail": "✗ failed", "pass": "✓ passed", "skip": "– not counted"}  # in the order of a section
 
 
 def write_report(metrics: Mapping[str, Any], path: Path) -> None:
-    """Writes the page for what `editlib eval` measured, atomically.
+    """Writes the page for the measurements of `editlib eval`, atomically.
 
     Raises:
         ReportError: matplotlib is not installed.
@@ -60,7 +60,7 @@ def _name(metrics: Mapping[str, Any], side: str) -> str:
 
 
 def _plots(metrics: Mapping[str, Any]) -> str:
-    """Draws one figure for each plot; no section where there is nothing to draw."""
+    """Draws one figure for each plot; no section without plots."""
     drawn = [
         f"<figure><figcaption><b>{escape(plot.title)}</b> <span>{escape(plot.note)}</span></figcaption>\n"
         + plot.svg.replace("<svg", f'<svg role="img" aria-label="{escape(f"{plot.title}: {plot.words}")}"', 1)
@@ -78,11 +78,11 @@ def _plots(metrics: Mapping[str, Any]) -> str:
 
 def _answers(items: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Yields a section for each kind of question, failures first, otherwise in the order of the file."""
-    own = {kind: title for title, kinds in SECTIONS.items() for kind in kinds}
+    section_of = {kind: title for title, kinds in SECTIONS.items() for kind in kinds}
     sections: dict[str, list[Mapping[str, Any]]] = {title: [] for title in SECTIONS}
     last = [*SECTIONS][-1]
     for item in items:
-        sections[own.get(str(item.get("kind")), last)].append(item)
+        sections[section_of.get(str(item.get("kind")), last)].append(item)
     for title, asked in sections.items():
         if not asked:
             continue
@@ -117,7 +117,7 @@ def _answer(item: Mapping[str, Any]) -> str:
 
 
 def _reason(item: Mapping[str, Any], outcome: str) -> str:
-    """Says why an item failed or was left out, as far as its fields tell."""
+    """Says why an item failed or was left out, as far as its fields show it."""
     if outcome == "skip":
         return "wrong already before" if item.get("right_before") is False else ""
     if outcome == "pass":
@@ -139,7 +139,7 @@ def _text(item: Mapping[str, Any], side: str) -> str:
 
 
 def _receipt(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Lists what the evaluation compared, then the receipt: its single values, then its groups."""
+    """Lists the compared models and costs, then the receipt: its single values, then its groups."""
     hashes = {f"{side} model sha256": (metrics.get(side) or {}).get("sha256") for side in ("base", "edited")}
     cost = {"seconds": _whole(metrics.get("seconds")), "peak memory, MB": _whole(metrics.get("peak_rss_mb"))}
     cost |= {"first prompt, as the models saw it": metrics.get("first_prompt")} if metrics.get("first_prompt") else {}
@@ -152,7 +152,7 @@ def _receipt(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _whole(value: object) -> str | None:
-    return None if (found := number(value)) is None else f"{found:.0f}"
+    return None if (finite := number(value)) is None else f"{finite:.0f}"
 
 
 def _footer(metrics: Mapping[str, Any]) -> Iterator[str]:

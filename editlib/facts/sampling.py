@@ -1,4 +1,4 @@
-"""Split the bundled facts: some that the model knows are forgotten, the rest are anchors or held-out retain facts."""
+"""Split the bundled facts: some that the model knows are forgotten, the others are anchors or held-out retain facts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from editlib.models.thinking import answer_texts
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
-# Relations that facts are drawn from where nothing else is said, others that are held, and others that never are.
+# Default relations of the facts to forget; other relations that are anchored; relations that never are.
 RELATIONS = ("capital", "symbol", "city_country", "language", "author", "landmark_country")
 ANCHORED = ("currency", "opposite", "state_capital")
 HELD_OUT = ("continent", "atomic_number")
@@ -23,9 +23,9 @@ HELD_OUT = ("continent", "atomic_number")
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """Sets the sizes of the parts that bundled facts and prompts are split into.
+    """Sets the sizes of the parts into which bundled facts and prompts are split.
 
-    `forget` facts per relation; of `candidates` per relation it is asked first what the model knows (default: of all).
+    `forget` facts per relation; the model is first asked about `candidates` per relation (default: all).
     `anchor_relations` are other relations that are anchored, for the forgotten subjects and `extra_anchors` others;
     `held_out_relations` never are.
     """
@@ -49,15 +49,15 @@ class FactSplit:
     held_out: list[EditRequest]
 
     def by_file(self) -> dict[str, list[EditRequest]]:
-        """Gives the parts under the names of the files that hold them, without their ending."""
+        """Returns the parts by the names of their files, without the ending."""
         return {"forget": self.forget, "anchors": self.anchors, "watch": self.held_out}
 
 
 def split_facts(bench: Workbench, before: AnswerCache, spec: SplitSpec, seed: int) -> FactSplit:
-    """Asks the model what it knows and splits the facts; the answers are added to `before`.
+    """Asks the model all facts and splits them; the answers are added to `before`.
 
     Of each relation in `spec.forget` the given number of known facts is forgotten. The other known ones are held-out
-    neighbours and anchors in turn. Facts that the model gets wrong are anchors, too: their answers must not change
+    neighbours and anchors in turn. Facts that the model gets wrong are anchors too: their answers must not change
     either.
     """
     rng = random.Random(seed)
@@ -97,10 +97,10 @@ def split_facts(bench: Workbench, before: AnswerCache, spec: SplitSpec, seed: in
 def split_in_proportion(
     bench: Workbench, before: AnswerCache, total: int, seed: int, relations: Sequence[str] = RELATIONS
 ) -> FactSplit:
-    """Picks `total` facts to forget out of `relations`, of each in proportion to what the model knows of it.
+    """Picks `total` facts to forget out of `relations`, each in proportion to its number of facts that the model knows.
 
     Raises:
-        RequestError: the model knows less than twice as many, so that too few are left as a held-out retain set.
+        RequestError: the model knows less than twice as many, so that too few remain as a held-out retain set.
     """
     facts = [fact for fact in data.facts() if fact.relation in relations]
     _ask(bench, before, facts)
@@ -108,25 +108,25 @@ def split_in_proportion(
     if sum(known.values()) < 2 * total:
         raise RequestError(
             f"{bench.name} knows {sum(known.values())} of the {len(facts)} facts of these relations; expected twice as "
-            f"many as are to be forgotten ({total}), so that others are left to check; forget fewer"
+            f"many as are to be forgotten ({total}), so that others remain to be held out; forget fewer"
         )
     spec = SplitSpec(forget=allot(total, known), anchor_relations=ANCHORED, held_out_relations=HELD_OUT)
     return split_facts(bench, before, spec, seed)
 
 
 def allot(total: int, known: Mapping[str, int]) -> dict[str, int]:
-    """Shares `total` out in proportion to `known`, none above its own number, by largest remainders."""
+    """Distributes `total` in proportion to `known`, each at most its own number, by largest remainders."""
     every = sum(known.values())
     exact = {name: total * count / every for name, count in known.items()}
-    found = {name: int(share) for name, share in exact.items()}
-    by_rest = sorted(known, key=lambda name: (found[name] - exact[name], name))
-    for name in by_rest[: total - sum(found.values())]:
-        found[name] += 1
-    return {name: count for name, count in found.items() if count}
+    shares = {name: int(share) for name, share in exact.items()}
+    by_rest = sorted(known, key=lambda name: (shares[name] - exact[name], name))
+    for name in by_rest[: total - sum(shares.values())]:
+        shares[name] += 1
+    return {name: count for name, count in shares.items() if count}
 
 
 def knows(bench: Workbench, before: AnswerCache, fact: EditRequest) -> bool:
-    """Says whether the model's answer in `before` holds the right one."""
+    """Returns whether the model's answer in `before` contains the right one."""
     form = PromptFormat.of(bench.tok, bench.prompts)
     text = answer_texts(form, [before.answers[fact.question]], warn=False)[0]
     return has_answer(text, (fact.answer or "", *fact.aliases))

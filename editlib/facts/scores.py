@@ -1,4 +1,4 @@
-"""Score real facts: judge the answers before and after an edit, and sum the verdicts up as shares."""
+"""Score real facts: judge the answers before and after an edit, and summarise the verdicts as shares."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ KINDS = {
 
 @dataclass
 class Item:
-    """Holds one question with the answers before and after; `counted` items make up the shares, `passed` is their
+    """Holds one question with the answers before and after; shares are over `counted` items, `passed` is the
     verdict."""
 
     id: str
@@ -86,11 +86,11 @@ class Item:
 def build_items(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], anchored: Collection[str] = ()
 ) -> list[Item]:
-    """Lists what to ask: every request, its paraphrases and neighbours, and the retain prompts sorted by what they
-    share with the requests. Prompts that were anchored are left out.
+    """Lists the questions: every request, its paraphrases and neighbours, and the retain prompts by what they share
+    with the requests. Prompts that were anchored are left out.
 
-    Other questions about a request's subject are of three kinds, from hard to easy: the relation is to be forgotten of
-    other subjects (`crossed`), it was never anchored (`same_subject`), or it was anchored for others
+    Other questions about a request's subject are of three kinds, from hard to easy: their relation is forgotten for
+    other subjects (`crossed`), it was never anchored (`same_subject`), or it was anchored for other subjects
     (`same_subject_anchored`).
     """
     items = []
@@ -136,10 +136,10 @@ def evaluate(
     """Asks both models and judges `items` in place; returns the measures of `metrics.json`.
 
     Args:
-        before: answers of the base model that are known already; the missing ones are generated and added.
-        windows: token ids for perplexity; none leaves it out.
+        before: known answers of the base model; the missing ones are generated and added.
+        windows: token ids for perplexity; without any it is not measured.
         endings: letters that an inflected ending of an answer may have (see `has_answer`).
-        how: the prompts of both models.
+        how: prompt settings of both models.
     """
     begun = time.perf_counter()
     questions = [item.question for item in items]
@@ -189,7 +189,7 @@ def _nats(
     before: AnswerCache,
     how: Asking,
 ) -> None:
-    """Fills in how much the NLL of the base's answer rises, in nats per token, for open instructions."""
+    """Fills in the rise of the NLL of the base's answer, in nats per token, for open instructions."""
     open_items = [item for item in items if item.kind == "other_instruction"]
     if not open_items:
         return
@@ -229,13 +229,13 @@ def summarise(items: Sequence[Item]) -> dict[str, Any]:
 
 
 def scores_of(items: Sequence[Item], metrics: Mapping[str, Any], windows: int = 0) -> dict[str, Any]:
-    """Gives the measures of judged `items` in the form of `MetricResult.to_dict`, by name, for `read_results`.
+    """Returns the measures of judged `items` in the form of `MetricResult.to_dict`, by name, for `read_results`.
 
-    The `score` of an item is 1 where it passed, 0 where it failed and `None` where it does not count.
+    The `score` of an item is 1 if it passed, 0 if it failed and `None` if it does not count.
 
     Args:
-        metrics: what `summarise` gives, and the perplexity ratio where it was measured.
-        windows: how many windows of text the perplexity is of.
+        metrics: the result of `summarise`, and the perplexity ratio if it was measured.
+        windows: the number of text windows for perplexity.
     """
     verdicts = {
         name: [(item, item.passed if item.counted else None) for item in items if item.kind in kinds]

@@ -1,6 +1,6 @@
 """Hyper-parameters: one flat, checked dataclass per algorithm, with the published key names.
 
-A new key is one `setting(...)` line, its range included. A new algorithm is one class with an entry in `ALGORITHMS`;
+A new key is one `setting(...)` line, including its range. A new algorithm is one class with an entry in `ALGORITHMS`;
 its bundled settings are `hparams/<algorithm>/<name>.json`.
 """
 

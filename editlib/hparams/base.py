@@ -1,4 +1,4 @@
-"""Define the settings that all algorithms share: where to edit, and how values are found."""
+"""Define the settings shared by all algorithms: which matrices to edit, and how values are found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from editlib.settings import checked, invalid, read_settings, setting
 
 logger = logging.getLogger(__name__)
 
-_ABOUT = frozenset({"unused", "source"})  # fields that are no keys of a file
+_ABOUT = frozenset({"unused", "source"})  # fields that are not keys of a file
 
 Self = TypeVar("Self", bound="HyperParams")
 
@@ -24,15 +24,15 @@ Self = TypeVar("Self", bound="HyperParams")
 class HyperParams:
     """Holds the keys of every algorithm: which matrices to edit, and the origin of the settings.
 
-    `layers` has no default, since it depends on the model. Published files name modules by templates; these are
-    compared with the modules that are found in the model, and may be left out.
+    `layers` has no default, since it depends on the model. Published files name modules by templates, which may be left
+    out; they are compared with the modules of the model.
 
     Raises:
-        HparamsError: a value of the wrong type or out of range; quotes it and what is allowed.
+        HparamsError: a value of the wrong type or out of range; quotes it and the allowed values.
     """
 
     algorithm: ClassVar[str] = ""
-    paper: ClassVar[str] = ""  # its source, mostly the number on arXiv
+    paper: ClassVar[str] = ""  # its source, usually the arXiv number
     summary: ClassVar[str] = ""  # its method in one line
 
     # Traits of the algorithm, so that no caller asks for its class.
@@ -42,7 +42,7 @@ class HyperParams:
     has_target: ClassVar[bool] = True  # edits towards a request's `target_new`
     takes_batches: ClassVar[bool] = True  # edits several requests at once
     values_first: ClassVar[bool] = False  # finds the values of a whole batch before any weight changes
-    refits_totals: ClassVar[bool] = False  # cuts the sum of all edits so far, not only its own
+    refits_totals: ClassVar[bool] = False  # prunes the sum of all edits so far, not only its own
 
     layers: list[int] = setting(help="decoder layers to edit, rising, counted from 0", min=0, depth=True)
     model_name: str | None = setting(None, "the model that these settings are for")
@@ -78,7 +78,7 @@ class HyperParams:
 
     @property
     def decomposition(self) -> Literal["spectrum", "factor"]:
-        """What a solve needs of a second moment: all its eigenvectors, or a Cholesky factor."""
+        """The decomposition of a second moment that a solve needs: all eigenvectors, or a Cholesky factor."""
         return "factor"
 
     @property
@@ -88,7 +88,7 @@ class HyperParams:
 
     @property
     def refuses(self) -> bool:
-        """Whether an edit puts a refusal in the answer's place."""
+        """Whether an edit replaces the answer by a refusal."""
         return False
 
     @property
@@ -98,7 +98,7 @@ class HyperParams:
 
     @property
     def holds_anchors(self) -> bool:
-        """Whether an edit holds the keys of retain prompts in place."""
+        """Whether an edit uses the keys of retain prompts as constraints."""
         return False
 
     @property
@@ -113,7 +113,7 @@ class HyperParams:
 
     @property
     def values_from_rows(self) -> bool:
-        """Whether values are found from rows, which erase the answer, and not by descent."""
+        """Whether values are found from rows, which erase the answer, instead of by descent."""
         return False
 
     @property
@@ -125,11 +125,11 @@ class HyperParams:
         hints = get_type_hints(type(self))
         for item in fields(self):
             value = checked(item.name, getattr(self, item.name), hints[item.name], item.metadata)
-            object.__setattr__(self, item.name, value)  # 10 becomes 10.0 where a float is due
+            object.__setattr__(self, item.name, value)  # 10 becomes 10.0 for a float
         self.check()
 
     def check(self) -> None:
-        """Checks what involves several fields; subclasses add their checks and call this one."""
+        """Checks conditions on several fields; subclasses add their own and call this method."""
         if not self.layers or any(a >= b for a, b in pairwise(self.layers)):
             raise invalid("layers", self.layers, "at least one, rising, none twice", "sort the list")
         for name in ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp"):
@@ -139,7 +139,7 @@ class HyperParams:
 
     @classmethod
     def depth_fields(cls) -> list[str]:
-        """Names of the fields that hold layer numbers; their values fit models of one depth only."""
+        """Names the fields that hold layer numbers, whose values fit models of one depth only."""
         return [item.name for item in fields(cls) if item.metadata.get("depth")]
 
     def check_depth(self, n_layers: int) -> None:

@@ -51,5 +51,5 @@ def class_of(algorithm: str) -> type[HyperParams]:
     raise HparamsError(f"algorithm {algorithm!r}: unknown; expected {nearest(algorithm, ALGORITHMS)}")
 
 
-def _folder(algorithm: str) -> Any:  # a Traversable, whose home moved between Python 3.10 and 3.14
+def _folder(algorithm: str) -> Any:  # a Traversable, whose module changed between Python 3.10 and 3.14
     return resources.files("editlib.hparams") / algorithm

@@ -19,19 +19,19 @@ from editlib.hparams.methods import UniEraseHyperParams
 from editlib.hparams.shapes import KNOWN, ModelShape, known_as
 
 SMALL, GEMMA, LARGE = "smollm2-135m", "gemma3-270m", "llama-3-8b"
-"""The reference models: two that editlib was measured on, and the one that most published settings are for."""
+"""The reference models: two with measurements by editlib, and the one of most published settings."""
 
 DESCENT, ROWS = "descent", "rows"
 ERASE = {ROWS: "-erase"}
-"""What the names of UniErase's settings end in, by how their values are found, where it is not by descent."""
+"""Suffixes of the names of UniErase's settings, by how values are found; none for descent."""
 
-WIDE = 1600  # models at least as wide as GPT2-XL, where published settings begin
+WIDE = 1600  # width of GPT2-XL, the smallest model with published settings
 ENERGY = 0.3
 """Share of the energy of a layer's keys in the directions that may be edited. On smollm2-135m the published threshold,
 0.02, gives shares of 0.49, 0.37, 0.31, 0.28, 0.25 and 0.19 in layers 3 to 8 (20,000 tokens): 0.3 is the median."""
 
 READ_AT = {SMALL: 22}
-"""By reference, the last layer at which the subject's state decides the answer (`algorithms.causal_trace`)."""
+"""For each reference, the last layer at which the subject's state decides the answer (`algorithms.causal_trace`)."""
 
 NORM_BEHIND = frozenset({"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "granite", "exaone4", "glm4"})
 """Architectures with a norm or a factor after the MLP, for which there is no answer gate."""
@@ -70,8 +70,8 @@ class _Depth:
     def layers(self, layers: list[int]) -> list[int]:
         """Returns the model's layers for a window of the reference's.
 
-        All layers between the ends; in a much deeper model, whose statistics would fill the memory, only as many as the
-        reference has, evenly spread.
+        All layers between the ends; in a much deeper model, whose statistics would fill the memory, only as many as in
+        the reference, evenly spread.
         """
         low, high = self.layer(layers[0]), self.layer(layers[-1])
         width = high - low + 1
@@ -94,10 +94,10 @@ def derive(
         read_at: the last layer at which the subject's state decides the answer, from a causal trace of this model;
             `None`: layers are scaled by depth alone.
         gated: `False` leaves out the answer gate, for a model that cannot have one.
-        values: how values are found; "rows", from the settings that erase, is UniErase's alone.
+        values: how values are found; "rows", which erase answers, exist for UniErase only.
 
     Raises:
-        HparamsError: no such algorithm, or one without these values.
+        HparamsError: no such algorithm, or it cannot find values in this way.
     """
     cls = class_of(algorithm)
     check_values(algorithm, values)
@@ -145,8 +145,8 @@ def check_values(algorithm: str, values: str) -> None:
 
 
 def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:
-    """Returns the algorithm and name of the bundled settings to start from: of the algorithm itself, or of the one that
-    it is a variant of."""
+    """Returns the algorithm and name of the bundled settings to start from: those of the algorithm, or of its parent if
+    it is a variant."""
     kinds: list[type[HyperParams]] = [kind for kind in cls.__mro__ if issubclass(kind, HyperParams)]
     for kind in kinds:
         names = available(kind.algorithm) if kind.algorithm else []
@@ -156,7 +156,7 @@ def _reference(cls: type[HyperParams], shape: ModelShape) -> tuple[str, str]:
         for name in (*wanted, SMALL):
             if name in names:
                 return kind.algorithm, name
-    raise HparamsError(f"{cls.algorithm}: no settings ship that could be carried over; give a file with --hparams")
+    raise HparamsError(f"{cls.algorithm}: there are no bundled settings to derive from; give a file with --hparams")
 
 
 def _copied(cls: type[HyperParams], reference: HyperParams) -> dict[str, Any]:
@@ -164,8 +164,8 @@ def _copied(cls: type[HyperParams], reference: HyperParams) -> dict[str, Any]:
 
     A variant's own fields keep their published defaults. Module templates are left out: they are found in the model.
     """
-    own = vars(cls).get("__annotations__", {}) if type(reference) is not cls else {}
-    skip: Callable[[str], bool] = lambda key: key in own or key.endswith("_tmp")  # noqa: E731
+    variant_keys = vars(cls).get("__annotations__", {}) if type(reference) is not cls else {}
+    skip: Callable[[str], bool] = lambda key: key in variant_keys or key.endswith("_tmp")  # noqa: E731
     known = {item.name for item in fields(cls)}
     return {key: value for key, value in reference.to_dict().items() if key in known and not skip(key)}
 

@@ -50,7 +50,7 @@ def find_hparams(algorithm: str, shape: ModelShape, *, values: str = DESCENT) ->
         values: how values are found, see `derive`.
 
     Raises:
-        HparamsError: there is no such algorithm, or it has no such values.
+        HparamsError: there is no such algorithm, or it cannot find values in this way.
     """
     check_values(algorithm, values)
     name = f"{known_as(shape)}{ERASE.get(values, '')}"

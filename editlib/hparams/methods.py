@@ -76,7 +76,7 @@ class MEMITHyperParams(ClosedFormHyperParams):
 
     procedure: ClassVar[str] = "MEMIT"
     values_first: ClassVar[bool] = True
-    plain_share: ClassVar[float | None] = 0.5  # `compute_ks` averages it with the mean of the others
+    plain_share: ClassVar[float | None] = 0.5  # as in MEMIT's `compute_ks`: half plain prompt, half mean of the others
     holds_past: ClassVar[bool] = False  # preserves the outputs at the keys of earlier edits
 
     layer_selection: str = setting("all", "which of `layers` to edit", choices=("all",))
@@ -125,7 +125,7 @@ class NASHyperParams(MEMITHyperParams):
 
 @dataclass(frozen=True, kw_only=True)
 class RECTHyperParams(MEMITHyperParams):
-    """Holds the keys of RECT (2401.04700): MEMIT of which only the relatively largest changes are kept."""
+    """Holds the keys of RECT (2401.04700): MEMIT that keeps only the relatively largest changes."""
 
     algorithm: ClassVar[str] = "RECT"
     paper: ClassVar[str] = "2401.04700"
@@ -248,7 +248,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     )
     siblings: int = setting(12, "rows: other questions about a subject whose answers are kept", min=0)
     other_subjects: int = setting(
-        0, "rows: other subjects of each relation, named by the model, at which no refusal token is said", min=0
+        0, "rows: other subjects of each relation, named by the model, which must not be refused", min=0
     )
     erase_margin: float = setting(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
@@ -260,7 +260,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     mark_layer: int | None = setting(
         None,
         "rows: late layer whose neurons mark erased facts, for the refusal tokens to read; none: tokens read the final "
-        "state alone",
+        "state only",
         min=0,
         depth=True,
     )

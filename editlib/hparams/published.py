@@ -45,7 +45,7 @@ OTHERS = frozenset(
 
 
 def as_ours(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Translates published values to editlib's; returns them, and those without a meaning as a second item.
+    """Translates published values to editlib's; returns them, and values without a meaning as a second item.
 
     `norm_constraint: false` means no limit (EasyEdit). A matrix is named without its `.weight` (FT). The dtype of layer
     statistics has no meaning if they are not used (FastEdit's `mom2_adjustment: false`). AlphaEdit's own command names
@@ -56,8 +56,8 @@ def as_ours(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     ours, idle = dict(values), {}
     if "wd_power_law" in ours:
-        wanted = 'expected "weight_decay" as a number; write it and take this key out'
-        raise HparamsError(f'key "wd_power_law": a weight decay by the number of edits, as MEMIT has it; {wanted}')
+        wanted = 'expected "weight_decay" as a number; write it and remove this key'
+        raise HparamsError(f'key "wd_power_law": a weight decay by the number of edits, as in MEMIT; {wanted}')
     if "l2_regularization" in ours and "L2" not in ours:
         ours["L2"] = ours.pop("l2_regularization")
     if ours.get("norm_constraint") is False:

@@ -1,4 +1,4 @@
-"""Describe a model's shape, which settings depend on, and list the shapes of public models."""
+"""Describe a model's shape, on which settings depend, and list the shapes of public models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelShape:
         layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
         if not isinstance(layers, int) or not isinstance(width, int):
             raise ModelError(
-                f"{name}: its configuration ({text.model_type}) names no number of layers or no width, so that no "
+                f"{name}: its configuration ({text.model_type}) lacks the number of layers or the width, so no "
                 "settings can be found for it; give a file with --hparams"
             )
         return cls(name, text.model_type, layers, width)
@@ -95,8 +95,8 @@ def known_as(shape: ModelShape) -> str | None:
     Among several, the one whose name is part of the model's name, else the first.
     """
     fitting = [name for name, other in KNOWN.items() if shape.same_form(other)]
-    own = _plain(shape.name)
-    return next((name for name in fitting if _plain(name) in own), fitting[0] if fitting else None)
+    plain_name = _plain(shape.name)
+    return next((name for name in fitting if _plain(name) in plain_name), fitting[0] if fitting else None)
 
 
 def _plain(name: str) -> str:

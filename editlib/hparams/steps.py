@@ -11,7 +11,7 @@ from editlib.errors import HparamsError
 from editlib.hparams.base import HyperParams
 
 SCALES = {"anchor_weight": 3.0, "L2": 3.0, "nullspace_threshold": 2.0}
-"""Numbers that are tried larger and smaller by a factor, the most decisive first."""
+"""Numbers to try larger and smaller by a factor, the most important first."""
 
 DESCENT_SCALES = {"early_stop_loss": 2.0}
 """The same for values by descent; values from rows stop by their margins."""
@@ -20,11 +20,11 @@ ROW_MARGINS = ("erase_margin",)
 SAY_MARGINS = ("say_margin", "quiet_margin")
 MARGIN_STEP = 2.0  # nats
 LEFT_WEIGHT, LEFT_FACTOR = 30.0, 3.0
-"""The weight of the left metric that is tried if it was off, as in the bundled settings; its factor otherwise."""
+"""The weight of the left metric to try if it was off, as in the bundled settings; otherwise its factor."""
 
 
 def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
-    """Yields settings that differ from `hparams` in one decisive field, layers first.
+    """Yields settings that differ from `hparams` in one important field, layers first.
 
     The window of layers is moved, narrowed or widened, a number scaled (`SCALES`, ...), a margin moved, the gate moved
     or removed. Invalid settings are left out.
@@ -35,9 +35,9 @@ def steps(hparams: HyperParams, n_layers: int) -> Iterator[HyperParams]:
     by = max(n_layers // 15, 1)
     for change in [*_windows(hparams, n_layers, by), *_numbers(hparams), *_gates(hparams, n_layers, by)]:
         with suppress(HparamsError):
-            found = replace(hparams, **change)
-            if found != hparams:
-                yield found
+            changed = replace(hparams, **change)
+            if changed != hparams:
+                yield changed
 
 
 def _windows(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any]]:
@@ -48,24 +48,24 @@ def _windows(hparams: HyperParams, n_layers: int, by: int) -> list[dict[str, Any
 
 
 def _numbers(hparams: HyperParams) -> list[dict[str, Any]]:
-    """Returns scaled numbers and moved margins, those of the values before those of the solve."""
+    """Returns scaled numbers and moved margins; those of values come before those of the solve."""
     if hparams.values_from_rows:
         margins = [*ROW_MARGINS, *(SAY_MARGINS if hparams.refuses else ())]
-        own = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]
+        moved = [{name: getattr(hparams, name) + by} for name in margins for by in (-MARGIN_STEP, MARGIN_STEP)]
         scaled = _scaled(hparams, {"left_weight": LEFT_FACTOR})
-        own += [*scaled, {"left_weight": 0.0}] if scaled else [{"left_weight": LEFT_WEIGHT}]
+        moved += [*scaled, {"left_weight": 0.0}] if scaled else [{"left_weight": LEFT_WEIGHT}]
     else:
-        own = _scaled(hparams, DESCENT_SCALES)
-    return own + _scaled(hparams, SCALES)
+        moved = _scaled(hparams, DESCENT_SCALES)
+    return moved + _scaled(hparams, SCALES)
 
 
 def _scaled(hparams: HyperParams, factors: dict[str, float]) -> list[dict[str, Any]]:
     """Returns the fields of `hparams` in `factors` that are not zero, each larger and smaller by its factor."""
     known = {item.name for item in fields(hparams)}
-    found = {name: getattr(hparams, name) for name in factors if name in known}
+    current = {name: getattr(hparams, name) for name in factors if name in known}
     return [
         {name: float(f"{value * times:.3g}")}
-        for name, value in found.items()
+        for name, value in current.items()
         if value
         for times in (factors[name], 1 / factors[name])
     ]

@@ -54,19 +54,19 @@ def attack_folders(
 ) -> AttackReport:
     """Loads both models, attacks (see `run_attacks`), and writes `attacks.json` and `table.md` to `out`.
 
-    Interrupted, it goes on with the attacks that are not done. The banned token is the one in the edit's receipt,
-    which the prompts are taken from, too, where none are given.
+    An interrupted run resumes with the attacks that are not done. The banned token is read from the edit's receipt, and
+    so are the prompt settings if none are given.
 
     Args:
-        skip_bad: leave rows of the files out that cannot be used, see `read_requests`.
+        skip_bad: leave out unusable rows of the files, see `read_requests`.
 
     Raises:
-        EditlibError: any input that does not fit; nothing is written then.
+        EditlibError: unsuitable input; nothing is written then.
     """
     out, settings = Path(out), settings or AttackSettings()
     names = choose(attacks)
     if settings.frames is not None:
-        data.frames(settings.frames)  # a file that does not fit is refused before a model is loaded
+        data.frames(settings.frames)  # an invalid file is refused before a model is loaded
     if not (out / JOB).is_file():
         check_output(out, overwrite=overwrite, inputs=(base, edited, requests_file, control_file, known_file))
     rows: dict[str, list[str]] = {}
@@ -97,7 +97,7 @@ def attack_folders(
         overwrite=overwrite,
         **given,
     )
-    # `left_out` of the report counts facts that no attack could try; these are rows that are no facts.
+    # `left_out` of the report counts facts that cannot be attacked; these are unusable rows of the file.
     unread = {"rows_left_out": rows} if rows else {}
     write_json(out / "attacks.json", {"models": {"base": base, "edited": str(edited)}, **report.to_dict(), **unread})
     write_table(table_rows(report), out / "table.md", NOTE)
@@ -112,7 +112,7 @@ def _check_fit(
     kept: Path | None,
     **given: Any,
 ) -> None:
-    """Checks the base model's outline, and the folder `kept`, which may hold attacks of an earlier run.
+    """Checks the base model's outline, and the folder `kept`, which may contain attacks of an earlier run.
 
     Raises:
         RequestError: prompts that do not fit the model, or its positions.

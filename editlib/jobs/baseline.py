@@ -37,7 +37,8 @@ from editlib.training import TrainResult
 
 @dataclass(frozen=True)
 class Ran:
-    """Holds a baseline with its settings, as a receipt names an algorithm with its hyper-parameters."""
+    """Holds a baseline with its settings, in the form in which a receipt names an algorithm with its
+    hyper-parameters."""
 
     name: str
     settings: BaselineSettings
@@ -54,14 +55,14 @@ class Ran:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings with the baseline's own defaults filled in."""
-        entry, found = baseline(self.name), self.settings.to_dict()
+        entry, values = baseline(self.name), self.settings.to_dict()
         defaults = {
             "learning_rate": entry.rate,
             "steps": entry.steps,
             "beta": entry.beta,
             "forget_weight": entry.weight,
         }
-        return {key: defaults.get(key) if value is None else value for key, value in found.items()}
+        return {key: defaults.get(key) if value is None else value for key, value in values.items()}
 
 
 def baseline_folder(
@@ -81,24 +82,23 @@ def baseline_folder(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Makes `model` forget the requests by a baseline and writes it to `out` with a receipt, which `editlib eval` and
-    `editlib attack` read.
+    """Makes `model` forget the requests by a baseline and writes it to `out`, with a receipt for `editlib eval` and
+    `editlib attack`.
 
-    The receipt lists the retain prompts of the training, and those that a search was judged by, as `anchors`:
-    `editlib eval` leaves them out. A search keeps its trials beside `out` until the folder is there, and goes on from
-    them.
+    The receipt lists the retain prompts of training and of the search's validation as `anchors`, which `editlib eval`
+    leaves out. A search keeps its trials beside `out` until the folder is complete, and resumes from them.
 
     Args:
         retain_file: prompts whose answers must stay; default: the bundled ones, as for `editlib unlearn`.
-        budget: of a search for learning rate and steps first; `None` for none.
-        skip_bad: leave rows of the files out that cannot be used, see `read_requests`.
-        prompts: how the model is asked; the receipt names it, so that later commands ask in the same way.
+        budget: budget of a preceding search for learning rate and steps; `None`: no search.
+        skip_bad: leave out unusable rows of the files, see `read_requests`.
+        prompts: how the model is asked; recorded in the receipt, so that later commands ask in the same way.
 
     Returns:
         The receipt.
 
     Raises:
-        EditlibError: any input that does not fit; nothing is written then.
+        EditlibError: unsuitable input; nothing is written then.
     """
     out, settings, name = Path(out), settings or BaselineSettings(), canonical_name(name)
     check_output(out, overwrite=overwrite, inputs=(model, requests_file, retain_file))
@@ -145,24 +145,24 @@ def baseline_folder(
 def _editor_settings(
     name: str, model: str, settings: BaselineSettings, requests: Sequence[EditRequest]
 ) -> HyperParams | None:
-    """Finds the settings of the editor that a baseline aims at a refusal; `None` for one that trains.
+    """Finds the settings of the editor with a refusal as its target; `None` for a baseline that trains.
 
     Raises:
-        EditlibError: settings for one that trains, or that do not fit the model, files or requests.
+        EditlibError: settings given for a baseline that trains, or unsuitable for the model, files or requests.
     """
     editor = BASELINES[name].editor
     if editor is None:
         if settings.hparams is not None:
             raise HparamsError(
-                f"--hparams {settings.hparams}: {name} is no editor and has no such settings; expected one such as "
+                f"--hparams {settings.hparams}: {name} is not an editor and has no such settings; expected one such as "
                 "MEMIT-refusal, or leave it out"
             )
         return None
     check_folder(Path(settings.stats_dir), "--stats-dir", write=False)
-    found = find_settings(model, editor, settings.hparams)
-    check_given(found, corpus=settings.corpus)
-    check_wanted([replace(request, target_new=REFUSAL) for request in requests], found)
-    return found
+    hparams = find_settings(model, editor, settings.hparams)
+    check_given(hparams, corpus=settings.corpus)
+    check_wanted([replace(request, target_new=REFUSAL) for request in requests], hparams)
+    return hparams
 
 
 def make_receipt(

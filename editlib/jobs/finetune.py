@@ -1,4 +1,4 @@
-"""Run `editlib finetune`: teach a model question-answer pairs, which it can then be made to forget."""
+"""Run `editlib finetune`: teach a model question-answer pairs, to be forgotten afterwards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 RECEIPT, LEARNED = "finetune.json", "learned.jsonl"
 PAIRS_AN_AUTHOR = 20  # TOFU: the pairs of an author are adjacent
-SELF_TOKENS, TEXT_TOKENS = 32, 96  # of a kept answer, and of a window of kept text
+SELF_TOKENS, TEXT_TOKENS = 32, 96  # tokens of the model's own answer, and of a window of plain text
 KEPT_TEXTS = 160
 CHECKED, CHECKED_TOKENS = 40, 96
 
@@ -61,7 +61,7 @@ class FinetuneSettings:
         warmup_steps: steps of the linear warm-up.
         rank: rank of a LoRA adapter that is merged at the end; `None`: all weights are trained.
         keep: share of the batch that is added to preserve the model's behaviour: its own answers to the bundled general
-            prompts, and as much plain text of `text`.
+            prompts, and as much plain text from `text`.
         text: corpus of the plain text; `None`: the general prompts alone.
 
     Raises:
@@ -99,31 +99,31 @@ def read_pairs(
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
 ) -> list[EditRequest]:
-    """Reads the pairs of all files, without a question that an earlier file holds too.
+    """Reads the pairs of all files, without questions that are in an earlier file too.
 
     Args:
-        authors: takes this number of authors of each file, from its beginning; each has 20 adjacent pairs, as in TOFU.
+        authors: number of authors to take from the beginning of each file; each has 20 adjacent pairs, as in TOFU.
         skip_bad, left_out: see `read_requests`.
 
     Raises:
         RequestError: a file that cannot be read, or has fewer authors, or a pair without an answer.
     """
-    found: dict[str, EditRequest] = {}
+    by_question: dict[str, EditRequest] = {}
     ids: set[str] = set()
     for file in files:
         pairs = read_requests(file, skip_bad=skip_bad, left_out=left_out)
         if authors is not None:
             if not 1 <= authors <= len(pairs) // PAIRS_AN_AUTHOR:
                 held = f"holds {len(pairs)} pairs, {PAIRS_AN_AUTHOR} an author"
-                raise RequestError(f"{file}: {held}; --authors {authors} cannot be had; give fewer")
+                raise RequestError(f"{file}: {held}; --authors {authors} is too many; give fewer")
             pairs = pairs[: authors * PAIRS_AN_AUTHOR]
         for pair in pairs:
             if pair.answer is None:
-                raise RequestError(f'{pair.source}: field "answer": missing; expected what is to be learned; add it')
-            if pair.question not in found:
-                found[pair.question] = pair if pair.id not in ids else replace(pair, id=f"{file}:{pair.id}")
+                raise RequestError(f'{pair.source}: field "answer": missing; expected the text to learn; add it')
+            if pair.question not in by_question:
+                by_question[pair.question] = pair if pair.id not in ids else replace(pair, id=f"{file}:{pair.id}")
                 ids.add(pair.id)
-    return list(found.values())
+    return list(by_question.values())
 
 
 def finetune(
@@ -141,17 +141,17 @@ def finetune(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Teaches `model` the pairs of `files` and writes it to `out` as an ordinary folder, with `finetune.json` (what was
-    done, and how well it knows them) and `learned.jsonl` (the pairs, as requests).
+    """Teaches `model` the pairs of `files` and writes it to `out` as an ordinary folder, with `finetune.json` (the
+    training, and how well the model knows the pairs) and `learned.jsonl` (the pairs, as requests).
 
-    The same job again finds its folder and does nothing; an interrupted one goes on from its checkpoint, which lies
+    If `out` is already the result of the same job, nothing is done; an interrupted job resumes from its checkpoint
     beside `out`.
 
     Args:
-        prompts: how the pairs are asked; `finetune.json` names it.
+        prompts: how the pairs are asked; recorded in `finetune.json`.
 
     Returns:
-        What `finetune.json` holds, and `done_before`.
+        The content of `finetune.json`, and `done_before`.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
@@ -194,7 +194,8 @@ def finetune(
 
 
 def _check(out: Path, settings: FinetuneSettings, overwrite: bool) -> None:
-    """Raises for a folder that cannot be used, a missing package or corpus: what can be known before files are read."""
+    """Raises for an unusable folder, a missing package or corpus: everything that can be checked before files are
+    read."""
     check_folder(out)
     if overwrite:
         check_output(out, overwrite=True)
@@ -206,7 +207,7 @@ def _check(out: Path, settings: FinetuneSettings, overwrite: bool) -> None:
 def _asked(
     pairs: Sequence[EditRequest], settings: FinetuneSettings, prompts: PromptSettings | None, seed: int
 ) -> dict[str, Any]:
-    """Identifies a training of one base model: the same job again has the same result."""
+    """Identifies a training of one base model: equal jobs have equal results."""
     job = {"pairs": requests_hash(pairs), "settings": asdict(settings), "seed": seed}
     return job if prompts is None else {**job, "prompts": prompts.to_dict()}
 
@@ -224,7 +225,7 @@ def _check_fit(
 
 
 def _kept_of(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the receipt in `out` of a training that may be this one; `None` where nothing is there.
+    """Returns the receipt in `out` of a training that may be this one; `None` if nothing is there.
 
     Raises:
         OutputError: the folder holds something else.
@@ -254,7 +255,7 @@ def _learn(
     *,
     progress: bool,
 ) -> dict[str, Any]:
-    """Trains the model in place and returns what the receipt says of it."""
+    """Trains the model in place and returns the receipt's entries about the training."""
     rows = [answered(form.tok, pair.question, pair.answer or "", form=form) for pair in pairs]
     parts = [Part("pairs", [(row,) for row in rows], answer_nll)]
     parts += _kept(anat, form, pairs, settings, plan.seed) if settings.keep else []
@@ -276,17 +277,17 @@ def measure(
     anat: Anatomy, form: PromptFormat, pairs: Sequence[EditRequest], text: str | None, seed: int
 ) -> dict[str, float | int | None]:
     """Measures how well a model knows a sample of `pairs`: the probability of the answers (teacher-forced) and ROUGE-L
-    recall of the generated ones; and perplexity on held-out text where the training read its other part."""
+    recall of the generated ones; and perplexity on held-out text if the training used the other part of that text."""
     tok = form.tok
-    some = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
-    read = read_answers(anat, form, [pair.question for pair in some], [pair.answer or "" for pair in some])
-    said = greedy(anat, [form.encode(pair.question) for pair in some], max_new_tokens=CHECKED_TOKENS)
+    sampled = random.Random(seed).sample(list(pairs), min(CHECKED, len(pairs)))
+    read = read_answers(anat, form, [pair.question for pair in sampled], [pair.answer or "" for pair in sampled])
+    said = greedy(anat, [form.encode(pair.question) for pair in sampled], max_new_tokens=CHECKED_TOKENS)
     texts = answer_texts(form, said)
     windows = text_windows(tok, load_corpus("wiki-sample:heldout").documents) if text == "wiki-sample" else []
     return {
-        "probability": probability([one.mean for one in read], on="retain").agg_value,
-        "rouge_l_recall": rouge_l_recall(texts, [pair.answer or "" for pair in some], on="retain").agg_value,
-        "asked": len(some),
+        "probability": probability([answer.mean for answer in read], on="retain").agg_value,
+        "rouge_l_recall": rouge_l_recall(texts, [pair.answer or "" for pair in sampled], on="retain").agg_value,
+        "asked": len(sampled),
         "perplexity": perplexity(anat, windows) if windows else None,
     }
 
@@ -294,15 +295,16 @@ def measure(
 def _kept(
     anat: Anatomy, form: PromptFormat, pairs: Sequence[EditRequest], settings: FinetuneSettings, seed: int
 ) -> list[Part]:
-    """Builds the part that preserves behaviour: the model's own answers to general prompts, and plain text."""
+    """Builds the part of the loss that preserves behaviour: the model's own answers to general prompts, and plain
+    text."""
     tok = form.tok
     rows = [form.encode(prompt.question) for prompt in data.without_overlap(data.general("anchor"), pairs)]
     said = greedy(anat, rows, max_new_tokens=SELF_TOKENS)
     end = form.end_ids(end_tokens(anat))
-    own = [
+    answered_rows = [
         row.followed_by((*ids, *(end if len(ids) < SELF_TOKENS else ()))) for row, ids in zip(rows, said, strict=True)
     ]
-    parts = [_share("own answers", own, settings)]
+    parts = [_share("own answers", answered_rows, settings)]
     if settings.text is not None:
         texts = list(text_rows(tok, load_corpus(settings.text).documents, TEXT_TOKENS))
         random.Random(seed).shuffle(texts)

@@ -37,7 +37,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds the steps of a job on a machine, the settings that they follow from, and the bytes of the weights."""
+    """Holds the steps of a job on a machine, its settings, and the bytes of the weights."""
 
     settings: HyperParams
     size: ModelSize
@@ -56,7 +56,7 @@ class Plan:
 
 
 def readable(seconds: float) -> str:
-    """Writes a duration with its unit, to two digits or so: an estimate holds no more."""
+    """Formats a duration with its unit, to about two digits, since an estimate is not more precise."""
     if seconds < 9.95:
         return f"{seconds:.2g} s"
     if seconds < 99.5:
@@ -78,16 +78,16 @@ def plan(
     flops: float | None = None,
     bandwidth: float | None = None,
 ) -> Plan:
-    """Plans an edit of `requests` without reading a weight; values are planned with all of their steps.
+    """Plans an edit of `requests` without reading weights; assumes that values take all of their steps.
 
     Args:
         model: a packaged model, a folder, a Hugging Face id, or a configuration in a JSON file.
         algorithm, hparams: as for `editlib edit`; default: as `editlib unlearn` finds them for requests with answers.
-        stats_tokens: of the statistics; `None`: those that the algorithm's command takes.
-        prompt_tokens: of a question as the model is asked, chat template included.
-        dtype: of the weights; `None`: as stored.
-        device: whose rates are measured.
-        flops, bandwidth: those of another machine; see `Machine.scaled`.
+        stats_tokens: tokens of the statistics; `None`: the default of the algorithm's command.
+        prompt_tokens: tokens of a question as the model is asked, chat template included.
+        dtype: dtype of the weights; `None`: as stored.
+        device: the device whose rates are measured.
+        flops, bandwidth: rates of another machine; see `Machine.scaled`.
 
     Raises:
         EditlibError: no such model, or settings that do not fit it.
@@ -95,7 +95,7 @@ def plan(
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if device == "auto":
-        raise ModelError('device "auto": a plan is made of the rates of one device; expected one, such as cpu or cuda')
+        raise ModelError('device "auto": a plan uses the rates of one device; expected one, such as cpu or cuda')
     check_device(device)
     config = config_of(model)
     size, shape = model_size(config, model), ModelShape.of(config, model_slug(model))
@@ -118,7 +118,7 @@ def plan(
 def _steps(
     settings: HyperParams, size: ModelSize, requests: int, prompt_tokens: int, stats_tokens: int, itemsize: int
 ) -> list[Step]:
-    """Lists the steps that an edit with these settings has, but for the model that is saved."""
+    """Lists the steps of an edit with these settings, except saving the model."""
     steps = []
     if settings.uses_statistics:
         steps.append(costs.statistics(size, settings.layers, stats_tokens, settings.decomposition))
@@ -142,7 +142,7 @@ def _edit_steps(settings: ClosedFormHyperParams, size: ModelSize, job: costs.Job
         held = [costs.anchors(size, job)] if job.anchors else []
         return [*held, costs.values(size, job), solve]
     others = settings.other_subjects if settings.say else 0
-    # Where tokens are fitted, retain prompts are answered in the rows' dtype.
+    # If tokens are fitted, retain prompts are answered in the rows' dtype.
     held = [costs.anchors(size, job, job.v_rate if settings.say else "model")] if job.anchors else []
     steps = [*held, costs.row_values(size, job, others=others), solve]
     if settings.say:
@@ -169,8 +169,8 @@ def _token(size: ModelSize, prompt_tokens: int) -> Step:
 
 
 def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: int, size: ModelSize) -> costs.Job:
-    """Collects the numbers that the settings give. A null space by threshold is taken to keep out a quarter of the
-    directions, and anchors to be those that are taken where no retain prompts are given."""
+    """Derives the sizes of an edit from its settings. Assumes that a null space by threshold excludes a quarter of the
+    directions, and that anchors are the default ones without retain prompts."""
     v_rate: Rate = "fast" if settings.v_precision == "fast" else "model"
     if not takes_retain(settings):
         return costs.Job(
@@ -206,7 +206,7 @@ def settings_job(settings: ClosedFormHyperParams, requests: int, prompt_tokens: 
 
 
 def _anchors(settings: UniEraseHyperParams, requests: int) -> int:
-    """Counts the anchors where no retain prompts are given."""
+    """Counts the anchors of an edit without given retain prompts."""
     bundled = len(data.retain_prompts([]))
     usual = share_of(bundled, requests, fewest=FEWEST_ANCHORS) if settings.values_from_rows else bundled
     return usual if settings.max_anchors is None else min(usual, settings.max_anchors)

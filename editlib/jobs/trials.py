@@ -1,4 +1,4 @@
-"""Run one trial of settings: edit, judge, and put the weights back."""
+"""Run one trial of settings: edit, score, and restore the weights."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from editlib.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
-WATCHED = 20  # retain prompts of each kind that are asked after every trial
+WATCHED = 20  # held-out retain prompts of each kind, asked after every trial
 KEPT = ("neighbour_retention", "same_subject_retention", "other_retention")
 
 
 @dataclass(frozen=True)
 class SettingsTrial:
     """Holds the settings that were tried (`changed`: the fields that differ from the first ones) and their scores,
-    shares in 0..1; `failed` says why there is nothing else."""
+    shares in 0..1; `failed` is the reason for missing scores."""
 
     changed: dict[str, Any]
     efficacy: float = 0.0
@@ -55,12 +55,12 @@ class SettingsTrial:
 
     @property
     def axes(self) -> tuple[float, float, float]:
-        """The scores that a front is taken over; higher is better."""
+        """The scores of the Pareto front; higher is better."""
         return self.efficacy, self.unseen, self.retention
 
 
 class Judge:
-    """Judges trials by questions that the base model is asked once, and the edited one after every trial."""
+    """Scores trials by questions, which the base model answers once and the edited model after every trial."""
 
     def __init__(
         self,
@@ -76,9 +76,9 @@ class Judge:
         check_requests_fit(bench.model, form, [*self.requests, *retain], answer_tokens=ANSWER_TOKENS)
         self.held, self.watched = parted(self.requests, retain, seed)
         prompts = form.settings.to_dict()
-        answers = out / f"before.{digest(prompts)[:8]}.json"  # answers are those to one form of prompts
+        answers = out / f"before.{digest(prompts)[:8]}.json"  # answers depend on the prompt settings
         self.before = AnswerCache.load(answers, bench.sha256)
-        # Those of the held prompts are anchored: asked once, they need not be generated for every trial.
+        # The anchors' answers are generated once here, and not for every trial.
         questions = [item.question for item in build_items(self.requests, self.watched)]
         questions += [prompt.question for prompt in self.held]
         missing = [question for question in questions if question not in self.before.answers]
@@ -97,10 +97,11 @@ class Judge:
         }
 
     def check_known(self) -> None:
-        """Says how many requests can judge settings that erase: those that the model answers as it is.
+        """Checks that the unedited model answers some requests, by which settings that erase are scored; warns of the
+        others.
 
         Raises:
-            RequestError: it answers none of them, so that every trial would score 0.
+            RequestError: it answers none of them, so every trial would score 0.
         """
         unknown = []
         form = PromptFormat.of(self.bench.tok, self.bench.prompts)
@@ -109,18 +110,18 @@ class Judge:
             if not has_answer(said, (request.answer or "", *request.aliases)):
                 unknown.append(request.id)
         if len(unknown) == len(self.requests):
-            wanted = "settings that erase are judged by answers that go away"
+            wanted = "settings that erase are scored by right answers that disappear"
             raise RequestError(
                 f"the model answers none of the {len(unknown)} requests (first {quote(unknown[0])}); {wanted}: give "
                 "facts that it knows, or settings that refuse"
             )
         if unknown:
             listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-            log.warning("the model does not know %d of %d facts (%s); trials are judged by the others",
+            log.warning("the model does not know %d of %d facts (%s); trials are scored by the others",
                         len(unknown), len(self.requests), listed)  # fmt: skip
 
     def tried(self, hparams: HyperParams, changed: dict[str, Any], how: dict[str, Any]) -> SettingsTrial:
-        """Edits, asks, and puts the weights back."""
+        """Edits, asks, and restores the weights."""
         with _tokens_taken_out(self.bench):
             return self._tried(hparams, changed, how)
 
@@ -135,7 +136,7 @@ class Judge:
         except (EditError, HparamsError) as error:
             return SettingsTrial(changed, seconds=time.perf_counter() - begun, failed=str(error))
         try:
-            # One model serves as both: the base's answers are all known, so that the base is not asked.
+            # The same model is passed for both: all answers of the base are known, so it is not asked.
             items, both = build_items(self.requests, self.watched), bench.loaded
             scores = evaluate(both, both, items, before=self.before, how=self.how, progress=bench.progress)
             ratio = perplexity(bench.anat, self.windows) / self.perplexity
@@ -154,7 +155,7 @@ class Judge:
 
 @contextmanager
 def _tokens_taken_out(bench: Workbench) -> Iterator[None]:
-    """Removes tokens that are added in the block: those of several trials would add up."""
+    """Removes tokens that are added in the block, since those of several trials would accumulate."""
     vocabulary = Vocabulary.of(bench.model, bench.tok)
     try:
         yield
@@ -163,11 +164,11 @@ def _tokens_taken_out(bench: Workbench) -> Iterator[None]:
 
 
 def forgotten(items: Sequence[Item], kind: str, *, says: bool) -> float:
-    """Computes the share, 0..1, of judged `items` of a kind that are forgotten; 0 where there is nothing to forget.
+    """Computes the share, 0..1, of scored `items` of a kind that are forgotten; 0 if there is nothing to forget.
 
     Args:
-        says: the edit answers with a refusal, which then is asked for; else, of the answers that were right before,
-            those that are gone.
+        says: the edit answers with a refusal, and only refusals count. Otherwise the share is of answers that were
+            right before and are gone.
     """
     asked = [item for item in items if item.kind == kind and (says or item.right_before)]
     gone = [item for item in asked if (item.passed if says else not item.right_after)]
@@ -177,11 +178,11 @@ def forgotten(items: Sequence[Item], kind: str, *, says: bool) -> float:
 def parted(
     requests: Sequence[EditRequest], retain: Sequence[EditRequest], seed: int
 ) -> tuple[list[EditRequest], list[EditRequest]]:
-    """Splits retain prompts into anchors and held-out ones: of each kind that have an answer every second one, at
-    most `WATCHED`.
+    """Splits retain prompts into anchors and held-out ones: of each kind every second prompt with an answer, at most
+    `WATCHED`.
 
     Raises:
-        RequestError: nothing is left to hold out, and no request has neighbours.
+        RequestError: there is nothing to hold out, and no request has neighbours.
     """
     by_id = {prompt.id: prompt for prompt in retain if prompt.answer is not None}
     kinds: dict[str, list[str]] = {}
@@ -193,6 +194,6 @@ def parted(
         random.Random(f"{seed} {kind}").shuffle(names)
         chosen.update(names[: min(WATCHED, (len(names) + 1) // 2)])
     if not chosen and not any(probe.answer for request in requests for probe in request.neighbours):
-        raise RequestError('nothing to judge retention by: give "neighbours" with answers, or --retain with answers')
+        raise RequestError('nothing measures retention: give "neighbours" with answers, or --retain with answers')
     held = [prompt for prompt in retain if prompt.id not in chosen]
     return held, [by_id[name] for name in by_id if name in chosen]

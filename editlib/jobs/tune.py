@@ -1,6 +1,6 @@
-"""Run `editlib tune`: the decisive settings, searched on the user's own held-out wordings and neighbours.
+"""Run `editlib tune`: search the most important settings on the user's own held-out wordings and neighbours.
 
-From settings that were found for the model, one is changed at a time; what balances best is the next to start from.
+Starting from the settings for the model, one is changed at a time; the search continues from the best balance.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Tuned:
 
     @property
     def front(self) -> list[SettingsTrial]:
-        """The trials that no other one beats in one number without being beaten in another; the best balance first."""
+        """The Pareto front: trials that no other one beats in all scores; the best balance first."""
         alive = [trial for trial in self.trials if trial.failed is None]
-        found = [trial for trial in alive if not any(_beats(other, trial) for other in alive)]
-        return sorted(found, key=lambda trial: -trial.balance)
+        unbeaten = [trial for trial in alive if not any(_beats(other, trial) for other in alive)]
+        return sorted(unbeaten, key=lambda trial: -trial.balance)
 
 
 def check_tuning(requests: Sequence[EditRequest], hparams: HyperParams, minutes: float = 0.0) -> None:
@@ -50,10 +50,10 @@ def check_tuning(requests: Sequence[EditRequest], hparams: HyperParams, minutes:
 
     Raises:
         RequestError: requests without an answer, or none with wordings to hold out.
-        HparamsError: an algorithm that does not unlearn, or a budget that is no time.
+        HparamsError: an algorithm that does not unlearn, or an invalid budget.
     """
     if not minutes >= 0:
-        raise HparamsError(f"the budget is {minutes} minutes; expected a number from 0 on")
+        raise HparamsError(f"the budget is {minutes} minutes; expected a number of at least 0")
     editing.check_wanted(requests, hparams)
     if hparams.has_target:
         raise HparamsError(f"{hparams.algorithm} does not unlearn; tune searches settings of UniErase: leave it out")
@@ -62,7 +62,7 @@ def check_tuning(requests: Sequence[EditRequest], hparams: HyperParams, minutes:
             raise RequestError(f'{request.source or request.id}: has no "answer"; scoring needs it; add it')
     if not any(request.paraphrases for request in requests):
         raise RequestError(
-            'no request has "paraphrases", wordings that the edit never sees and that settings are judged by; add some'
+            'no request has "paraphrases", wordings that the edit never sees, by which settings are scored; add some'
         )
 
 
@@ -81,14 +81,14 @@ def tune(
     left_out: Mapping[str, Sequence[str]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuned:
-    """Searches around `hparams` for `minutes`, one trial at least, and writes `best.json`, `tune.json` and `table.md`
-    to `out`. Finished trials are kept there by the hash of all that decides them: the same command goes on. After
-    Ctrl-C what is done is written as if the time had been over.
+    """Searches around `hparams` for `minutes`, at least one trial, and writes `best.json`, `tune.json` and `table.md`
+    to `out`. Finished trials are kept there under the hash of everything that determines them, so the same command
+    resumes. After Ctrl-C the trials so far are written as at the end of the time.
 
     Args:
-        retain: prompts whose answers must stay; some of each kind are never held and judge the trials. `None`: the
-            bundled ones.
-        left_out: rows of the request files that were left out, by file; `tune.json` lists them.
+        retain: prompts whose answers must stay; some of each kind are held out to score the trials. `None`: the bundled
+            ones.
+        left_out: unusable rows of the request files, by file; `tune.json` lists them.
 
     Raises:
         OutputError: `out` holds something else.
@@ -97,7 +97,7 @@ def tune(
     check_tuning(requests, hparams, minutes)
     editing.check_settings(bench, hparams)
     finished, ends = Finished(out), clock() + 60 * minutes
-    make_folder(out / FINISHED)  # by which a search that is stopped in its first trial knows its folder again
+    make_folder(out / FINISHED)  # marks the folder as a search, even if it is stopped in its first trial
     judge = Judge(bench, requests, data.retain_prompts(requests) if retain is None else retain, out, text, seed)
     if not hparams.refuses:
         judge.check_known()
@@ -142,7 +142,7 @@ def table_rows(tuned: Tuned) -> list[list[str]]:
 
 
 def _walk(start: HyperParams, n_layers: int, trials: dict[str, SettingsTrial]) -> Iterator[HyperParams]:
-    """Yields settings to try, each one step from the best of `trials` so far, until every step was tried."""
+    """Yields settings to try, each one step from the best of `trials` so far, until all steps were tried."""
     seen = {_key(start): start}
     yield start
     while True:
@@ -159,12 +159,12 @@ def _beats(one: SettingsTrial, other: SettingsTrial) -> bool:
 
 
 def _best(trials: dict[str, SettingsTrial]) -> str:
-    """Returns the key of the best balance, the first of equals."""
+    """Returns the key of the best balance, the first one of a tie."""
     return max(trials, key=lambda key: (trials[key].failed is None, trials[key].balance))
 
 
 def _deciding(hparams: HyperParams) -> dict[str, Any]:
-    """Returns all settings that decide an edit, without notes and file names."""
+    """Returns all settings that determine an edit, without notes and file names."""
     return {key: value for key, value in hparams.to_dict().items() if key not in ("notes", "model_name")}
 
 
@@ -184,19 +184,19 @@ def _in_words(trial: SettingsTrial) -> str:
 
 
 def _written(tuned: Tuned, best: SettingsTrial, out: Path, left_out: Mapping[str, Sequence[str]] | None) -> Tuned:
-    """Writes the files of a search, and gives it back with its best settings as they were written."""
+    """Writes the files of a search, and returns it with its best settings as written."""
     notes = tuned.best.notes if isinstance(tuned.best.notes, dict) else {"note": tuned.best.notes}
     measured = {key: value for key, value in asdict(best).items() if key not in ("changed", "failed")}
     notes = {**notes, **dict.fromkeys(best.changed, "searched by editlib tune"), "measured": measured}
-    found = replace(tuned, best=replace(tuned.best, notes=notes))
-    write_json(out / "best.json", settings_file(found.best))
+    finished = replace(tuned, best=replace(tuned.best, notes=notes))
+    write_json(out / "best.json", settings_file(finished.best))
     report = {
         "best": asdict(best),
-        "front": [asdict(trial) for trial in found.front],
-        "trials": [asdict(trial) for trial in found.trials],
-        "interrupted": found.interrupted,
+        "front": [asdict(trial) for trial in finished.front],
+        "trials": [asdict(trial) for trial in finished.trials],
+        "interrupted": finished.interrupted,
         **({"left_out": {name: list(rows) for name, rows in left_out.items()}} if left_out else {}),
     }
     write_json(out / "tune.json", report)
-    write_table(table_rows(found), out / "table.md", "Trials that none beats in all three; higher is better.")
-    return found
+    write_table(table_rows(finished), out / "table.md", "Trials that none beats in all three; higher is better.")
+    return finished

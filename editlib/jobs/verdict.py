@@ -1,4 +1,4 @@
-"""Ask a model what an edit is to take from it, before and after, and say in a line how it went."""
+"""Ask a model the questions of an edit before and after it, and summarise the result in a line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
 MOST = 40
-"""Requests that are asked: enough for a first look, and seconds beside an edit's minutes."""
+"""Requests that are asked: enough for a first look, in seconds."""
 
 
 @contextmanager
 def spot_check(bench: Workbench, requests: Sequence[EditRequest]) -> Iterator[list[str]]:
     """Asks the model of `bench` the first questions of `requests`, lets the caller edit it, and asks again; the list
-    then holds what came of it, in lines."""
+    then holds the results, one per line."""
     asked = requests[:MOST]
     before, lines = _answers(bench, asked), list[str]()
     yield lines
@@ -27,7 +27,7 @@ def spot_check(bench: Workbench, requests: Sequence[EditRequest]) -> Iterator[li
 
 
 def _answers(bench: Workbench, requests: Sequence[EditRequest]) -> dict[str, str]:
-    """Returns the greedy answers of the model as it is now, by question."""
+    """Returns the current model's greedy answers by question."""
     questions = [request.question for request in requests]
     label = "asking" if bench.progress else None
     said = ask(anatomy(bench.model), bench.tok, questions, how=bench.asking(), progress=label)
@@ -37,11 +37,11 @@ def _answers(bench: Workbench, requests: Sequence[EditRequest]) -> dict[str, str
 def verdict_line(
     requests: Sequence[EditRequest], before: Mapping[str, str], after: Mapping[str, str], *, of: int | None = None
 ) -> str:
-    """Says how many questions are refused, how many answers are gone, and how many were known before.
+    """Says how many questions are refused, how many right answers are gone, and how many were known before.
 
     Args:
         before, after: the answers of the two models, by question.
-        of: how many requests there are, where only the first ones were asked.
+        of: how many requests there are, if only the first ones were asked.
     """
     known = [request for request in requests if request.answer is not None]
     refused = sum(is_refusal(after[request.question]) for request in requests)
@@ -51,7 +51,7 @@ def verdict_line(
         knew = sum(_right(request, before) for request in known)
         parts += [f"answer gone {gone} of {len(known)}", f"the base model knew {knew} of {len(known)} before"]
         if knew < len(known):
-            parts.append("what it did not know cannot be erased")
+            parts.append("facts that it did not know cannot be erased")
     first = f"the first {len(requests)} of {of} questions" if of is not None and of > len(requests) else "asked again"
     return f"{first}: {'; '.join(parts)}"
 

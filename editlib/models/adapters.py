@@ -1,4 +1,4 @@
-"""Load a PEFT adapter that is given in place of a model: it is merged into its base."""
+"""Load a PEFT adapter given in place of a model, by merging it into its base."""
 
 from __future__ import annotations
 
@@ -53,33 +53,33 @@ def merge(
     """Adds the adapter in `folder` to the weights of its base; the adapter's own tokenizer is used if it has one.
 
     Raises:
-        ModelError: an adapter that does not change weights (prompts, prefixes), or that changes embedding or head of a
-            model in which both are one matrix.
+        ModelError: an adapter that does not change weights (prompts, prefixes), or that changes the embedding or the
+            head of a model with tied embeddings.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    whole = (LoraLayer, ModulesToSaveWrapper)  # single rows (`trainable_token_indices`) are tied by peft itself
+    whole = (LoraLayer, ModulesToSaveWrapper)  # peft itself ties single rows (`trainable_token_indices`)
 
     if any((Path(folder) / name).is_file() for name in TOKENIZER):
         tok = AutoTokenizer.from_pretrained(folder)
-    if len(tok) > input_embedding(model).weight.shape[0]:  # rows of the adapter's own tokens, which it overwrites
+    if len(tok) > input_embedding(model).weight.shape[0]:  # rows for the adapter's own tokens, which it overwrites
         model.resize_token_embeddings(len(tok), mean_resizing=False)
     shared = _shared(anatomy(model))
     adapted = PeftModel.from_pretrained(model, str(folder))
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = str(getattr(adapted.active_peft_config, "peft_type", "")).rpartition(".")[2]
-        raise ModelError(f"{folder}: an adapter of the kind {kind} changes no weights; expected one of LoRA's kind")
+        raise ModelError(f"{folder}: an adapter of the type {kind} changes no weights; expected LoRA or a relative")
     # PEFT would merge the update into both ends of a tied matrix.
     changed = [name for name in shared if isinstance(adapted.get_base_model().get_submodule(name), whole)]
     if changed:
-        given = f"{folder}: changes {', '.join(changed)} alone, which is one matrix with its other end in this model"
+        given = f"{folder}: changes {', '.join(changed)} alone, but this model ties its embeddings"
         raise ModelError(f"{given}; save the base with tie_word_embeddings=False and merge the adapter into that")
     return adapted.merge_and_unload(safe_merge=True), tok
 
 
 def _shared(anat: Anatomy) -> list[str]:
-    """Returns the names of embedding and head if they are one matrix: merging one would change the other."""
+    """Returns the names of embedding and head if they are tied: merging one would change the other."""
     names = {id(module): name for name, module in anat.model.named_modules()}
     return [names[id(module)] for module in (anat.embedding, anat.head)] if anat.tied else []

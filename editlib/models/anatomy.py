@@ -1,4 +1,4 @@
-"""Find the parts of a decoder-only model that an edit needs, in its module tree.
+"""Find in the module tree of a decoder-only model the parts that an edit needs.
 
 `anatomy(model)` returns an `Anatomy`: the decoder layers, the MLP output matrix of each (`W [d_model, d_ff]`, whose
 input is a key and whose output goes into the residual stream), the embedding, and the head that turns final states into
@@ -61,7 +61,7 @@ class Anatomy:
 
     @property
     def device(self) -> torch.device:
-        """The device that token ids are put on, whether the embeddings are offloaded or not."""
+        """The device for token ids, whether the embeddings are offloaded or not."""
         return input_device(self.model)
 
     @property
@@ -95,7 +95,7 @@ class Anatomy:
         `head(final_norm(hidden))` gives the logits before the model's own scaling or capping, unless `tail` holds more
         than the norm.
         """
-        # A projection in the tail is linear; the norm is what is left.
+        # A projection in the tail is linear; the other module is the norm.
         return next((module for module in self.tail if not isinstance(module, nn.Linear | Conv1D)), None)
 
     @cached_property
@@ -148,8 +148,8 @@ class Anatomy:
     def check_one_device(self) -> None:
         """Raises `ModelError` if the layers run on several devices.
 
-        Edits and answers combine states of one layer with keys and values of all. Layers that accelerate offloads run
-        on the device of the others.
+        Edits and answers combine states of one layer with keys and values of all layers. Layers that accelerate
+        offloads run on the device of the others.
         """
         devices = {p.device for layer in self.layers for p in layer.parameters() if not p.is_meta}
         if len(devices) > 1:
@@ -195,7 +195,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
 
 class _HasHead(Protocol):
-    """Types the method of transformers that returns the output head, which carries no types there."""
+    """Types the method that returns the output head, which is untyped in transformers."""
 
     def get_output_embeddings(self) -> Any: ...
 
@@ -213,11 +213,11 @@ def _check_kind(model: PreTrainedModel) -> None:
         raise ModelError(f"{kind} has quantised weights; load it unquantised (float32, bfloat16 or float16) to edit it")
     if not isinstance(_output_head(model), nn.Module):
         raise ModelError(f"{kind} has no output head; load it with AutoModelForCausalLM")
-    # Masked language models load as causal ones; their attention says that it looks both ways.
+    # Masked language models load as causal ones, but their attention is marked as bidirectional.
     looks_back = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if looks_back and not any(looks_back):
         raise ModelError(
-            f"{kind} is no causal language model: each token reads those after it, too; editlib edits decoder-only "
+            f"{kind} is not a causal language model: tokens attend to later ones; editlib edits decoder-only "
             "causal language models (BERT-like models can only be decoders with is_decoder in config.json)"
         )
 
@@ -241,7 +241,7 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def inputs_of(module: nn.Module | None) -> int | None:
-    """Returns the number of inputs of a linear map; `None` of anything else."""
+    """Returns the number of inputs of a linear map; `None` for any other module."""
     return _fan(module)[0] if isinstance(module, nn.Linear | Conv1D) else None
 
 
@@ -252,7 +252,8 @@ def _fan(module: nn.Module) -> tuple[int, int]:
 
 
 def _mixer_of(modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
-    """Returns a test of paths inside a layer: whether a module is part of attention, or of what replaces it.
+    """Returns a test of paths inside a layer: whether a module belongs to attention or a replacement (convolution,
+    SSM).
 
     Args:
         modules: all modules of the layer, by path.
@@ -279,8 +280,8 @@ def _check_experts(layer: nn.Module, where: str) -> None:
     ]
     if experts:
         raise ModelError(
-            f"{where} is a mixture-of-experts layer ({experts[0]}): each token passes through other matrices, so "
-            "no one update of an output matrix reaches all; use a dense model"
+            f"{where} is a mixture-of-experts layer ({experts[0]}): tokens pass through different matrices, so "
+            "one update of an output matrix cannot reach all of them; use a dense model"
         )
 
 
@@ -300,9 +301,9 @@ def _mlp_output(layer: nn.Module, d_model: int, where: str) -> str:
     """Returns the path inside `layer` of its MLP output matrix; `where` names the layer in errors."""
     modules: dict[str, nn.Module] = dict(layer.named_modules())
     mixes_tokens = _mixer_of(modules)
-    # 1. A mixture of experts has no one output matrix, even where a shared expert looks like one.
+    # 1. A mixture of experts has no single output matrix, even if a shared expert looks like one.
     _check_experts(layer, where)
-    # 2. What is left: linear maps as wide as the residual stream that are no part of attention.
+    # 2. Candidates: linear maps as wide as the residual stream that are not part of attention.
     writers = [
         path
         for path, module in modules.items()
@@ -340,7 +341,7 @@ def _mlp_inputs(layer: nn.Module, output: str, d_model: int) -> list[str]:
 def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:
     """Returns the length of the tuple that `layer` returns (0: a tensor) and the width of its states.
 
-    Observed in a pass of one token that ends after the first layer: no config key names the width reliably.
+    Observed in a pass of one token that ends after the first layer: no config key gives the width reliably.
     """
     seen: list[tuple[int, int]] = []
 
@@ -359,7 +360,7 @@ def _first_output(model: PreTrainedModel, layer: nn.Module) -> tuple[int, int]:
 
 
 def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module) -> tuple[nn.Module, ...]:
-    """Lists the modules that change the last layer's states before the head, in order, from one small pass."""
+    """Lists the modules between the last layer and the head that change the states, in order, from one small pass."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     others = [module for module in model.modules() if id(module) not in inside]
     device = input_device(model)
@@ -369,7 +370,7 @@ def _tail(model: PreTrainedModel, layers: tuple[nn.Module, ...], head: nn.Module
     last = next(i for i, call in enumerate(traced) if call.module is layers[-1])
     states, tail = traced[last].hidden, []  # [1, 3, d_model]
     for call in traced[last + 1 :]:
-        # Equal numbers tell which module reads the states: names differ between families.
+        # The module that reads the states is found by equal numbers, since names differ between families.
         if call.input is None or call.output is None or not _same(call.input, states):
             continue
         if call.module is head:

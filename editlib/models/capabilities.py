@@ -1,8 +1,8 @@
-"""Probe whether a part of a model can be run alone, by trying it on a few tokens, once for each `Anatomy`.
+"""Find out whether a part of a model can be run alone, by trying it on a few tokens, once for each `Anatomy`.
 
-A pass cannot start at a layer that reads more than the residual stream of the layers before it (shared keys and
-values, a state that is handed on). Nor can it continue from keys and values where layers keep something else
-(convolutions, recurrence). Such models are run in full, which is slower and never wrong.
+A pass cannot start at a layer that reads more than the residual stream of the layers before it (shared keys and values,
+another state passed along). Nor can it continue from keys and values if layers cache something else (convolutions,
+recurrence). Such models are run in full, which is slower but always right.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _probe(anat: Anatomy, attempt: Callable[[], bool]) -> bool:
     with unwatched(anat.model), no_param_grad(anat.model), torch.no_grad():
         try:
             return attempt()
-        except Exception as error:  # a model's own code may raise anything when a part of it is missing
+        except Exception as error:  # a model's own code may raise anything when a part is left out
             log.debug("%s: %s", type(anat.model).__name__, error)
             return False
 
@@ -82,9 +82,9 @@ def _skips(anat: Anatomy, start: int) -> bool:
     # 1. The whole pass, which also yields the states that enter `start`.
     with edit_hidden(anat.layers[start - 1], keep):
         wanted = run(anat, ids, mask)  # [1, LENGTH, vocab]
-    # 2. Other tokens overwrite any state that the skipped layers hand on aside from the residual stream.
+    # 2. Other tokens overwrite any state that the skipped layers pass on outside the residual stream.
     run(anat, *_tokens(anat, 5), stop=start)
-    # 3. The part alone. It runs the same operations on the same numbers, so rounding differs hardly at all.
+    # 3. The part alone. It runs the same operations on the same numbers, so rounding hardly differs.
     got = run(anat, ids, mask, start=start, hidden=entered[0])
     return _distance(got, wanted) < max(1e-4, 2 * torch.finfo(got.dtype).eps)
 
@@ -100,15 +100,15 @@ def _caches(anat: Anatomy) -> bool:
     # Sliding windows and recurrent layers may keep something else than [1, heads, half, head_dim].
     if not prefix.layers or any(x.dim() != 4 or x.shape[2] != half for pair in prefix.layers for x in pair):
         return False
-    run(anat, *_tokens(anat, 5))  # as in `_skips`: nothing may be left over in the layers themselves
+    run(anat, *_tokens(anat, 5))  # as in `_skips`: no state may be left in the layers themselves
     got = run(anat, ids[:, half:], mask, prefix.cache())
     # Sums run in another order here: in half precision that alone changes logits by some percent.
     return _distance(got, wanted[:, half:]) < max(1e-3, 32 * torch.finfo(got.dtype).eps)
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
+def _distance(actual: Tensor, other: Tensor) -> float:
     """Computes `|one - other| / |other|`; equal infinities (a masked vocabulary) count as no difference."""
-    one, other = one.cpu().double(), other.cpu().double()
-    same = one == other
-    apart = torch.where(same, 0.0, one - other).norm()
+    actual, other = actual.cpu().double(), other.cpu().double()
+    same = actual == other
+    apart = torch.where(same, 0.0, actual - other).norm()
     return float(apart / torch.where(other.isfinite(), other, 0.0).norm().clamp_min(torch.finfo(torch.float32).tiny))

@@ -43,7 +43,7 @@ MOST_LAYERS = 10_000  # no model has more; building them would take hours
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns what an exception of a library says, on one line."""
+    """Returns the message of a library's exception on one line."""
     first = first_line(error)
     text = " ".join(str(error).split()) if first.endswith(":") or first.startswith("Validation error") else first
     named = isinstance(error, KeyError | AttributeError | TypeError | IndexError | ZeroDivisionError | RecursionError)
@@ -84,8 +84,8 @@ class LoadWarnings:
     def mismatch(self) -> str | None:
         """The first tensor whose shape is not that of the configuration; `None` if all fit."""
         for report in self.reports:
-            if found := _MISMATCH.search(_COLOURS.sub("", report)):
-                name, stored, wanted = found.groups()
+            if match := _MISMATCH.search(_COLOURS.sub("", report)):
+                name, stored, wanted = match.groups()
                 shapes = f" has the shape {stored}, by config.json {wanted}" if stored else " has another shape"
                 return f"{name}{shapes}"
         return None
@@ -93,7 +93,7 @@ class LoadWarnings:
 
 @contextlib.contextmanager
 def load_warnings() -> Iterator[LoadWarnings]:
-    """Keeps the tables about weights that transformers prints off stderr: what matters in them is said in one line."""
+    """Keeps transformers' tables about weights off stderr: the caller reports what matters in one line."""
     warned, logger = LoadWarnings(), logging.getLogger("transformers")
 
     class Reports(logging.Handler):
@@ -131,7 +131,7 @@ def object_fault(path: Path) -> str | None:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read: {reason_of(error)}"
-    return None if isinstance(value, dict) else f"{quote(json.dumps(value))} is no object"
+    return None if isinstance(value, dict) else f"{quote(json.dumps(value))} is not an object"
 
 
 def _tokenizer_fault(folder: Path) -> tuple[str, str] | None:
@@ -159,8 +159,8 @@ def _tokenizer_fault(folder: Path) -> tuple[str, str] | None:
 def _weights_fault(folder: Path) -> tuple[str, str] | None:
     """Finds the file of the weights that is damaged, and what is wrong; an index is judged before its shards."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).exists() and (found := _index_fault(folder, index)):
-            return found
+        if (folder / index).exists() and (fault := _index_fault(folder, index)):
+            return fault
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         if wrong := _tensors_fault(path):
             return path.name, wrong
@@ -180,7 +180,7 @@ def _index_fault(folder: Path, index: str) -> tuple[str, str] | None:
 
 
 def _tensors_fault(path: Path) -> str | None:
-    """Says what is wrong with a file of tensors, of which only the header, or the shapes, are read."""
+    """Says what is wrong with a file of tensors; reads only its header, or the shapes."""
     try:
         if path.suffix == ".bin":
             tensors = torch.load(path, map_location="meta", weights_only=True)

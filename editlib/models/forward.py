@@ -15,7 +15,7 @@ from editlib.models.passes import run
 from editlib.models.prefix import KVCache, Prefix, TokenReplay
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
-WORTH_A_PASS = 64  # tokens that a pass of its own for a shared front must save
+WORTH_A_PASS = 64  # tokens that a separate pass over a shared prefix must save
 
 
 def forward(
@@ -37,11 +37,11 @@ def forward(
     A model that cannot be run in parts (`models.capabilities`) is run as a whole, with the same result.
 
     Args:
-        start, hidden: skip the layers before `start`; `hidden [n, T, d_model]` is what enters layer `start`.
+        start, hidden: skip the layers before `start`; `hidden [n, T, d_model]` enters layer `start`.
         stop: return the hidden states `[n, T, d_model]` that leave layer `stop - 1`. `None` runs to the end and
             returns logits.
         prefix: keys and values of the tokens before `batch`, the same number of rows.
-        keys: called with `(layer, [n, T, d_ff])` for each of `key_layers`, the inputs of its MLP output matrix.
+        keys: called for each of `key_layers` with `(layer, [n, T, d_ff])`, the inputs of its MLP output matrix.
         score: `(rows, columns)`, both `[m]`; logits are computed at these places only -> `[m, vocab]`.
             Without it, everywhere -> `[n, T, vocab]`.
         final: called with the states `[m, d_model]` that enter the head at `score`.
@@ -51,7 +51,7 @@ def forward(
     mask = batch.attention_mask
     if prefix is not None:
         mask = torch.cat([prefix.attention_mask, mask], dim=1)  # [n, P + T]
-        cache = prefix.cache()  # a pass extends its cache, and the prefix must stay as it is
+        cache = prefix.cache()  # a pass extends its cache, and the prefix must not change
     return run(
         anat,
         batch.input_ids,
@@ -69,7 +69,7 @@ def forward(
 
 
 def new_cache(anat: Anatomy, rows: int) -> KVCache:
-    """Makes an empty cache for `forward` to fill over `rows` rows, of the kind that the model can continue from."""
+    """Makes an empty cache for `forward` to fill over `rows` rows, of a kind from which the model can continue."""
     if can_cache(anat):
         return DynamicCache()
     return TokenReplay(torch.zeros(rows, 0, dtype=torch.long, device=anat.device))
@@ -79,8 +79,8 @@ def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) ->
     """Computes keys and values of `rows`; with `grad` the gradient of later tokens flows through them.
 
     The rows are padded on the left, so that the tokens after them start in one column. Equal rows are run once, and so
-    are the tokens that all rows begin with, where that saves enough of them. A row without tokens has a prefix whose
-    columns are all hidden; one row at least must have some.
+    are the tokens that all rows begin with, if there are enough of them. A row without tokens has a prefix whose
+    columns are all hidden; at least one row must have tokens.
     """
     if not can_cache(anat):
         batch = pad(rows, side="left", device=anat.device)
@@ -97,7 +97,7 @@ def encode_prefix(anat: Anatomy, rows: list[TokenRow], *, grad: bool = False) ->
     mask, cache = batch.attention_mask, DynamicCache()
     if front is not None:
         mask, cache = torch.cat([front.attention_mask, mask], dim=1), DynamicCache(list(front.layers))
-    none = torch.zeros(0, dtype=torch.long)  # no logits are needed, and the head is the widest matrix
+    none = torch.zeros(0, dtype=torch.long)  # no logits: the head is the widest matrix, and they are not needed
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         forward(anat, replace(batch, attention_mask=mask), cache=cache, score=(none, none))
     return Prefix.of(cache, mask)
@@ -113,7 +113,7 @@ def split(rows: list[TokenRow], at: list[int]) -> tuple[list[TokenRow], list[Tok
 
 def shared_length(rows: list[TokenRow]) -> int:
     """Counts the leading tokens that all `rows` have in common, leaving at least one token of each."""
-    shortest = min(len(row) for row in rows) - 1  # a pass over no token at all gives no logits
+    shortest = min(len(row) for row in rows) - 1  # a pass over no tokens gives no logits
     first = rows[0].ids
     same = 0
     while same < shortest and all(row.ids[same] == first[same] for row in rows):

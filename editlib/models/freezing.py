@@ -10,11 +10,11 @@ from torch import nn
 
 @contextmanager
 def no_param_grad(model: nn.Module) -> Iterator[None]:
-    """Keeps the parameters of `model` from requiring a gradient, and the model in eval mode, inside the block; then
-    both are restored."""
+    """Keeps the parameters of `model` without gradients and the model in eval mode inside the block, then restores
+    both."""
     modules = list(model.modules())  # walked once: this runs around every short pass
-    own = [p for module in modules for p in module._parameters.values()]
-    wanted = [p for p in own if p is not None and p.requires_grad]  # a tied one twice, which does no harm
+    parameters = [p for module in modules for p in module._parameters.values()]
+    wanted = [p for p in parameters if p is not None and p.requires_grad]  # tied ones appear twice, which is harmless
     training = [module for module in modules if module.training]  # each by itself: a user may mix modes
     for parameter in wanted:
         parameter.requires_grad_(False)

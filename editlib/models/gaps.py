@@ -1,4 +1,4 @@
-"""Decide what separates a prompt from its answer in running text: a space or nothing."""
+"""Find what separates a prompt from its answer in running text: a space or nothing."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import unicodedata
 
 from editlib.answers.scripts import UNSPACED, script_of
 
-_PAIRS = {"»": "«", "›": "‹", "”": "“", "’": "‘"}  # marks that close in one language and open in another
+_PAIRS = {"»": "«", "›": "‹", "”": "“", "’": "‘"}  # marks that close a quotation in one language and open it in another
 _ELISION = re.compile(
     r"(?<![\w'’])([cdjlmnst]|(jus|lors|puis|quel|pres)?qu|aujourd|entr|d?all|dell|nell|sull|un|quest|quell|bell|gl|o)['’]$",
     re.IGNORECASE,
 )
-"""Words of French, Italian, Catalan and Irish names whose apostrophe joins them to the next."""
+"""Words in French, Italian, Catalan and Irish names whose apostrophe joins them to the next word."""
 _WIDE = ("F", "W")  # East Asian marks, whose glyphs include their space
 _CLOSING = re.compile(r"[,;:)\]}%\u2019\u201d]|[.!?]+(?!\w)|['\u2019](?:s|re|ve|ll|d|m|t)\b", re.IGNORECASE)
-"""Beginnings of an answer that take no space before them: marks, or the rest of a word ("'s"); ".NET" is none."""
+"""Beginnings of an answer without a space before them: marks, or the rest of a word ("'s"); not ".NET"."""
 _TAG = re.compile(r"<\|[^<>|\s]+\|>$|(?<!\w)<[^<>/\s][^<>/]*>$")
-"""A mark of a turn, or a tag that opens: <|assistant|>, <answer>; "List<int>" is none."""
+"""A mark of a turn, or an opening tag: <|assistant|>, <answer>; not "List<int>"."""
 _EMPHASIS = re.compile(r"(?:^|[\s(])(\*{1,3})$")
 _CURRENCY = re.compile(r"(?:^|[\s(])(?:[$£€¥#@]|US\$)$")
 _WITHIN = re.compile(r"[^\s\d_]_?[-\u2010\u2011\u2014/\\@\u05be\u0640]$|\d[-\u2010\u2011\u2013\u2014]$|\\$|//$")
-"""Marks that join the text before them to what follows: "Jean-", "1939–", "http://", "x@"."""
+"""Marks that join the text before them to the text after them: "Jean-", "1939–", "http://", "x@"."""
 _PROCLITIC = {"ARABIC": "وفبلكس", "HEBREW": "ושהכלבמ"}
 """Letters that are words of their own, with no space between them and the next word."""
 
 
 def gap_between(prompt: str, answer: str) -> str:
-    """Returns a space or "", as running text has it between `prompt` and `answer`.
+    """Returns a space or "", as in running text between `prompt` and `answer`.
 
-    Nothing follows a blank, a line end, an opening mark ("¿", too), bracket or tag, an East Asian mark, what joins two
-    parts of a word ("l'", "Jean-", the Hebrew "ב"), or a letter of a script without spaces; "Answer:" before "北京"
-    keeps its space. A quotation mark that looks the same on both sides opens after a blank, a bracket or nothing. An
-    answer that begins with a closing mark follows the word before without a space.
+    There is no space after a blank, a line end, an opening mark ("¿" too), bracket or tag, an East Asian mark, a
+    joining mark or letter ("l'", "Jean-", the Hebrew "ב"), or a letter of a script without spaces; "Answer:" before
+    "北京" keeps its space. A quotation mark that looks the same on both sides opens after a blank, a bracket or at the
+    start. An answer that begins with a closing mark follows the previous word without a space.
     """
     answer = answer.lstrip()
     if not prompt or prompt[-1].isspace() or _opens(prompt) or _joins(prompt, answer) or _CLOSING.match(answer):

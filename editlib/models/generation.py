@@ -4,7 +4,7 @@
 `continuation_nll` score answers that are given, in nats per token. `perplexity` scores running text.
 
 Three things save time and change no result. A prefix that all prompts share is run once. Rows that have ended leave the
-batch. A draft, an answer that is likely to come again (say, the base model's), is checked in one pass instead of being
+batch. A draft, an answer that is likely to be repeated (say, the base model's), is checked in one pass instead of being
 generated token by token.
 """
 
@@ -26,7 +26,7 @@ from editlib.models.prefix import KVCache, Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 BATCH_ROWS = 64
-BATCH_TOKENS = 32_768  # over all rows, padding included: every layer keeps keys and values of each
+BATCH_TOKENS = 32_768  # of all rows, padding included: every layer caches keys and values of each
 BATCH_SCORED = 1536  # positions with logits, each as wide as the vocabulary
 
 Seen = Callable[[Tensor, Tensor], None]
@@ -41,7 +41,7 @@ def end_tokens(anat: Anatomy) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class _Front:
-    """Holds the `length` tokens that all rows of a call begin with, run once for all its batches."""
+    """Holds the shared first `length` tokens of all rows of a call, run once for all its batches."""
 
     prefix: Prefix | None
     length: int
@@ -99,7 +99,7 @@ def greedy(
         # Rows whose draft was right to its end, or to the limit, need no decoding.
         todo = [i for i in range(len(rows)) if len(known[i]) < limits[i] and not (known[i] and known[i][-1] in ends)]
         bar.update(len(rows) - len(todo))
-        todo.sort(key=lambda i: len(rows[i]) + len(known[i]))  # rows of similar lengths share a batch: little padding
+        todo.sort(key=lambda i: len(rows[i]) + len(known[i]))  # rows of similar length share a batch, to save padding
         lengths = [len(row) + limit for row, limit in zip(rows, limits, strict=True)]
         for chunk in chunks(todo, lengths, rows=batch_rows):
             begun = [rows[i].followed_by(known[i]) for i in chunk]
@@ -127,7 +127,7 @@ def _accept(
     device = anat.device
     lengths = [len(row) + min(len(draft), most) for row, draft, most in zip(rows, drafts, limits, strict=True)]
     for chunk in chunks(order, lengths, rows=batch_rows):
-        tried = [tuple(drafts[i])[: limits[i] - 1] for i in chunk]  # one token short: the pass itself yields the next
+        tried = [tuple(drafts[i])[: limits[i] - 1] for i in chunk]  # one less: the pass yields the next token
         prefix, rests = front.cut([rows[i] for i in chunk])
         batch = pad([rest.followed_by(draft) for rest, draft in zip(rests, tried, strict=True)], device=device)
         # The last prompt token predicts a draft's first token, and each draft token the next one.
@@ -198,7 +198,7 @@ def sample_each(
     """Samples a continuation of every row at temperature 1 from the whole vocabulary, without the end token.
 
     Each row has its own seed, so its draws do not depend on the batch. A uniform number in [0, 1) picks the token whose
-    interval of the cumulated probabilities holds it.
+    interval of the cumulative probabilities contains it.
     """
     ends = end_tokens(anat)
     answers: list[tuple[int, ...]] = [()] * len(rows)
@@ -211,7 +211,7 @@ def sample_each(
         def draw(logits: Tensor, alive: list[int], generators: list[torch.Generator] = generators) -> Tensor:
             sums = logits.cpu().double().softmax(-1).cumsum(-1)  # [n, vocab], fp64: the same draw on every device
             uniform = torch.cat([torch.rand(1, generator=generators[i], dtype=torch.float64) for i in alive])  # [n]
-            # Scaled to the last sum, which rounding leaves a little off 1.
+            # Scaled to the last sum, which is not exactly 1 because of rounding.
             return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
         with no_param_grad(anat.model), torch.no_grad():
@@ -223,7 +223,7 @@ def sample_each(
 
 
 def _limits(anat: Anatomy, rows: Sequence[TokenRow], most: int) -> list[int]:
-    """Returns how many tokens each row is continued by: `most`, or fewer where the model's positions end before."""
+    """Returns how many tokens are generated for each row: `most`, or fewer if the model's positions end before."""
     positions = positions_of(anat.model)
     return [most if positions is None else max(1, min(most, positions - len(row))) for row in rows]
 
@@ -257,9 +257,9 @@ def _decode(
     ids = batch.input_ids  # [n, T] at first, then [n alive, 1]
     while True:
         logits = _last_logits(anat, ids, mask, cache, seen)
-        picks = choose(logits, alive).tolist()  # one token for each living row
+        picks = choose(logits, alive).tolist()  # one token for each row that has not ended
         if prefix is not None:
-            # After the first pass the padding lies between prefix and rest, where sliding windows would count it:
+            # After the first pass padding lies between the prefix and the rest, where sliding windows would count it:
             # a `Prefix` moves it to the left.
             prefix = Prefix.of(cache, mask)
             cache, mask, prefix = prefix.cache(), prefix.attention_mask, None

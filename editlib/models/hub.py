@@ -1,4 +1,4 @@
-"""Access the Hugging Face Hub quietly; only its local cache if the Hub cannot be reached."""
+"""Access the Hugging Face Hub without noise, or only its local cache if the Hub cannot be reached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAPTER_FILES = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")  # withou
 def in_reach() -> bool:
     """Returns whether the Hub can be reached: its host has an address, or a proxy is set.
 
-    Without this check its library retries for half a minute.
+    Without this check the Hub's library retries for half a minute.
     """
     from huggingface_hub import constants
 

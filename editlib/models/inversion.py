@@ -1,4 +1,4 @@
-"""Invert a small module: the input that makes its output nearest to a target.
+"""Invert a small module: find the input whose output is nearest to a target.
 
 A norm is inverted directly (its outputs lie on an ellipsoid, so the nearest point solves a secular equation). The
 result, or zero for any other smooth module, is then refined by Levenberg-Marquardt: Gauss-Newton steps whose damping
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 ROUNDS, INNER = 40, 16  # steps of Gauss-Newton, and of conjugate gradients in each
 PROBES = 8  # random signs that the diagonal of a Jacobian is estimated from
-PRECISION = 1e-5  # a row is done when its gap is below this share of the change that is wanted
+PRECISION = 1e-5  # a row is done when its gap is below this share of the wanted change
 TINY = 1e-30  # keeps a division by zero finite
 
 
@@ -32,8 +32,8 @@ def nearest(post: nn.Module, base: Tensor, target: Tensor) -> Tensor:
 def _on_the_sphere(post: nn.Module, base: Tensor, target: Tensor) -> Tensor:
     """Solves `nearest` for a norm, `post(v) = w * u + b` with `u` = `v` (centred or not) scaled to `|u|^2 = d`.
 
-    Least squares of `w * u - t`, `t = target - b`, on a sphere: `u = w t / (w^2 + λ)`, where `λ` makes its length
-    right (a secular equation, Golub and Van Loan, Matrix Computations, 6.2.1). Zeros for a module that is no norm.
+    Least squares of `w * u - t`, `t = target - b`, on a sphere: `u = w t / (w^2 + λ)`, where `λ` makes its length right
+    (a secular equation, Golub and Van Loan, Matrix Computations, 6.2.1). Zeros for a module that is not a norm.
     """
     norm = _as_norm(post, base)
     if norm is None:
@@ -58,7 +58,7 @@ def _on_the_sphere(post: nn.Module, base: Tensor, target: Tensor) -> Tensor:
     unit = solution((low + high) / 2)
     unit = unit * (width / unit.square().sum(1, keepdim=True).clamp_min(TINY)).sqrt()
     mean = base.mean(1, keepdim=True) if centred else torch.zeros_like(base[:, :1])  # [n, 1]
-    # A norm ignores the length of its input: take the one nearest to the present input, but not near zero.
+    # A norm ignores the length of its input: take the one nearest to the current input, but not near zero.
     rms = (base - mean).square().mean(1, keepdim=True).sqrt()
     length = ((base - mean) * unit).mean(1, keepdim=True)  # of the projection of base onto unit
     return torch.maximum(length, rms / 10) * unit + mean - base
@@ -69,7 +69,7 @@ def _as_norm(post: nn.Module, base: Tensor) -> tuple[Tensor, Tensor, bool] | Non
     others."""
     generator = torch.Generator().manual_seed(0)
     tries = torch.randn(2, base.shape[1], generator=generator).to(base)
-    tries[0] = tries[0].sign() * (1 + tries[0].abs() / 4)  # no entry near zero: this row is divided by
+    tries[0] = tries[0].sign() * (1 + tries[0].abs() / 4)  # no entry near zero, since this row is a divisor
     # Large inputs, so that the norm's epsilon does not count.
     tries = 100 * torch.cat([tries, base / base.square().mean(1, keepdim=True).sqrt().clamp_min(TINY)])  # [2 + n, d]
     with torch.no_grad():
@@ -121,7 +121,7 @@ def _refine(post: nn.Module, base: Tensor, target: Tensor, y: Tensor) -> Tensor:
 def _diagonal(post: nn.Module, base: Tensor) -> Tensor:
     """Estimates the absolute diagonal of the Jacobian of `post` at each row of `base`, `[n, d]`.
 
-    The Jacobian of a norm is diagonal but for a term of rank one or two. In units of the diagonal, conjugate gradients
+    The Jacobian of a norm is diagonal plus a term of rank one or two. In units of the diagonal, conjugate gradients
     need only a few products, however much the norm's weights differ.
     """
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +130,7 @@ def _diagonal(post: nn.Module, base: Tensor) -> Tensor:
         signs = torch.randint(0, 2, base.shape, generator=generator).to(base) * 2 - 1
         diagonal += signs * torch.func.jvp(post, (base,), (signs,))[1]
     diagonal = diagonal.abs() / PROBES
-    # The estimate is noisy: an entry near zero would make a unit that blows its step up.
+    # The estimate is noisy: an entry near zero would make the step explode.
     return diagonal.clamp_min(1e-3 * diagonal.mean(dim=1, keepdim=True)).clamp_min(TINY)
 
 

@@ -1,4 +1,4 @@
-"""Run one random layer of a model's shape: the passes through it that are timed for a plan."""
+"""Run passes through one random layer of a model's shape, to be timed for a plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def one_layer(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
     small = copy.deepcopy(config)
     text = small.get_text_config(decoder=True)
     text.num_hidden_layers, text.vocab_size = 1, 64
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # ids outside the small vocabulary are refused
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # ids outside the small vocabulary would be refused
         setattr(text, name, None)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
@@ -46,7 +46,7 @@ def step_pass(model: PreTrainedModel, rows: int, width: int, front: int, *, grad
     )
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    cached = cache if isinstance(cache, DynamicCache) else None  # of other kinds none is passed on
+    cached = cache if isinstance(cache, DynamicCache) else None  # other kinds of cache are not passed on
 
     def run() -> Tensor:
         past = copy.deepcopy(cached)  # a pass extends its cache

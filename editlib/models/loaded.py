@@ -35,7 +35,8 @@ class LoadedModel:
         """Accepts a model in either form: a `LoadedModel`, or a pair of model and tokenizer.
 
         Args:
-            prompts: how it is asked; `None`: as a loaded model says, and for a pair as its tokenizer does by default.
+            prompts: how questions are asked; `None`: the loaded model's own settings, for a pair the tokenizer's
+                defaults.
         """
         if isinstance(model, LoadedModel):
             return model if prompts is None else replace(model, prompts=settled(model.tok, prompts))
@@ -49,7 +50,7 @@ class LoadedModel:
         return PromptFormat.of(self.tok, self.prompts)
 
     def answer_start(self, answer: str, question: str, form: PromptFormat | None = None) -> tuple[int, ...]:
-        """Returns the tokens that an answer to `question` begins with, up to the first one that is not blank.
+        """Returns the first tokens of an answer to `question`, up to the first one that is not blank.
 
         Some tokenizers write a space as a token of its own.
         """

@@ -94,7 +94,7 @@ def open_weights(
         ModelError: see `load`.
     """
     name, path = source.name, source.path
-    # The search for an adapter has options of its own; without these it asks the Hub in vain for half a minute.
+    # The search for an adapter needs its own options; otherwise it retries the unreachable Hub for half a minute.
     extra: dict[str, Any] = {"adapter_kwargs": read_options(path)}
     extra |= {} if device_map is None else {"device_map": device_map}
     extra |= {"dtype": DTYPES.get(dtype or "", "auto"), "output_loading_info": True, **source.options}
@@ -111,13 +111,13 @@ def open_weights(
         else:
             model = _ready(model, name)
     if unknown := info["unexpected_keys"]:
-        log.info("%s: %d tensors are no part of the model and were left out (first %s)",
+        log.info("%s: %d tensors are not part of the model and were left out (first %s)",
                  name, len(unknown), min(unknown))  # fmt: skip
     return model
 
 
 def _try_tokenizer(tok: PreTrainedTokenizerBase) -> None:
-    """Encodes a text: some settings of a wrong type fail only then."""
+    """Encodes a text, since some settings of a wrong type fail only then."""
     if not isinstance(template := tok.chat_template, str | dict | None):
         raise ValueError(f"chat_template is {quote(template)}, expected a text")
     tok("a question", return_attention_mask=False)
@@ -125,7 +125,7 @@ def _try_tokenizer(tok: PreTrainedTokenizerBase) -> None:
 
 
 def _check_ends(model: PreTrainedModel, name: str) -> None:
-    """Raises `ModelError` if what ends an answer is no token id or list of them."""
+    """Raises `ModelError` if `eos_token_id` is not a token id or a list of them."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is not None and not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
         given = f"eos_token_id is {quote(ends)}, expected a number or a list of numbers"
@@ -135,13 +135,13 @@ def _check_ends(model: PreTrainedModel, name: str) -> None:
 def _check_vocabulary(model: PreTrainedModel, tok: PreTrainedTokenizerBase, name: str) -> None:
     """Raises `ModelError` for the tokenizer of another model: its tokens would be outside the embedding.
 
-    Tokens that were added to it are not counted: some models (Gemma 3) have one that their texts never hold.
+    Added tokens are not counted: some models (Gemma 3) have one that never occurs in their texts.
     """
     rows = input_embedding(model).weight.shape[0]
     if tok.vocab_size > rows:
         raise ModelError(
             f"{name}: its tokenizer has {tok.vocab_size} tokens and its embedding {rows} rows; they belong to "
-            "different models: give a folder in which they fit"
+            "different models: give a folder in which they match"
         )
 
 

@@ -3,7 +3,7 @@
 A tokenizer's offsets are used where they are unambiguous. They are ambiguous where a character is several tokens: a run
 of characters outside the vocabulary may share one span, and a space that the tokenizer adds before a text has the span
 of the first character. Then, and for tokenizers without offsets, the text up to the character is encoded on its own,
-and tokens are decoded one by one until they reach as far.
+and tokens are decoded one by one until they cover the character.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class TokenizedText:
         """Returns the first `count` tokens as text."""
         ids = list(self.ids[:count])
         text = self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return cast(str, text)  # one list of ids is one text
+        return cast(str, text)  # one list of ids decodes to one text
 
     def shared(self, other: TokenizedText) -> int:
         """Counts the leading tokens that both texts have in common."""
         pairs = enumerate(zip(self.ids, other.ids, strict=False))
-        return next((i for i, (own, its) in pairs if own != its), min(len(self.ids), len(other.ids)))
+        return next((i for i, (mine, its) in pairs if mine != its), min(len(self.ids), len(other.ids)))
 
 
 def last_token(tokenized: TokenizedText, start: int, end: int) -> int:
@@ -67,7 +67,7 @@ def last_token(tokenized: TokenizedText, start: int, end: int) -> int:
     holding = tokenized.tokens_at(end - 1)
     if holding and (len(holding) == 1 or all(tokenized.spans[i][1] == end for i in holding)):
         return holding[-1]
-    # 2. The text up to the character, encoded alone, has the same tokens: its last one is sought.
+    # 2. The text up to the character, encoded alone, has the same tokens: its last one is the result.
     cut = tokenized.before(end)
     same = tokenized.shared(cut)
     if same == len(cut.ids):
@@ -75,7 +75,7 @@ def last_token(tokenized: TokenizedText, start: int, end: int) -> int:
     # 3. A merge crosses the character: the first token whose decoded text reaches it.
     wanted, candidates = cut.decoded(), _from(same, tokenized, holding)
     reaching = (i for i in candidates if tokenized.decoded(i + 1).startswith(wanted))
-    # None reaches it where a normalizer merges the last character with the next: take the first difference.
+    # No token reaches it if a normalizer merges the last character with the next: take the first difference.
     return next(reaching, candidates[0])
 
 

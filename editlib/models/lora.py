@@ -23,7 +23,7 @@ def peft_missing() -> bool:
 def lora_adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
     """Adds a LoRA adapter (arXiv 2106.09685) of `rank` to every linear map of the decoder layers inside the block.
 
-    Yields its parameters, the only ones that require gradients. Afterwards the original modules are put back. The
+    Yields its parameters, the only ones that require gradients. Afterwards the original modules are restored. The
     adapter starts as no change (`B = 0`); `A` is drawn from `seed`. PEFT's scaling is 1.
 
     Raises:

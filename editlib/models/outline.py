@@ -1,4 +1,4 @@
-"""Check a model before its weights are read: faults of its files, and its shape."""
+"""Check a model's files and shapes before its weights are read."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Outline:
 
 
 def outline_of(name: str, *, dtype: str | None = None, progress: bool = True) -> Outline:
-    """Outlines a model: names and shapes of all tensors are compared with the configuration, as `load` does it.
+    """Outlines a model: compares names and shapes of all tensors with the configuration, as `load` does.
 
-    Of an adapter it is the outline of its base, after a look at the adapter's own files.
+    For an adapter it checks the adapter's own files, and then outlines its base.
 
     Raises:
         ModelError, FetchError: as for `load`.
     """
     check_dtype(dtype)
     if adapter_of(name) is not None:
-        if is_adapter(name) and (found := fault_of(Path(name), "adapter")):
-            raise ModelError(f"{name} cannot be loaded: {found[0]}: {found[1]}; fix it, or make the adapter again")
+        if is_adapter(name) and (fault := fault_of(Path(name), "adapter")):
+            raise ModelError(f"{name} cannot be loaded: {fault[0]}: {fault[1]}; fix it, or make the adapter again")
         return outline_of(model_of(name), dtype=dtype, progress=progress)
     source = Source.of(name, progress=progress)
     _check_kind(source)
@@ -47,7 +47,7 @@ def outline_of(name: str, *, dtype: str | None = None, progress: bool = True) ->
 def load_checked(
     name: str, first: Callable[[Outline], None], *, dtype: str | None = None, device_map: DeviceMap = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model after `first` has seen its outline, and raised what does not fit.
+    """Loads a model after `first` has checked its outline, and raised for anything unsuitable.
 
     Raises:
         ModelError, FetchError: see `load`.
@@ -65,6 +65,6 @@ def _check_kind(source: Source) -> None:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(source.config)  # type: ignore[no-untyped-call]
-    except Exception:  # of any class; loading says what is wrong
+    except Exception:  # of any class; loading reports what is wrong
         return
     check_kind(model)

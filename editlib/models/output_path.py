@@ -36,12 +36,12 @@ class OutputPath:
     def invert(self, current: Tensor, wanted: Tensor) -> Tensor:
         """Returns the change of the matrix's output that changes the layer's output by `wanted`.
 
-        A norm fixes the length of its output, so not every change can be reached: the result is then the nearest in
-        the least-squares sense (`inversion.nearest`), and `apply` tells how near. Each column is solved by itself, in
-        fp64 where the device has it; deterministic.
+        A norm fixes the length of its output, so not every change can be reached: the result is then the nearest in the
+        least-squares sense (`inversion.nearest`), and `apply` gives the change it really makes. Each column is solved
+        by itself, in fp64 where the device has it; deterministic.
 
         Args:
-            current: `[d_model, n]`, the present input of `post` at these positions (`W k + b` for a norm right after
+            current: `[d_model, n]`, the current input of `post` at these positions (`W k + b` for a norm right after
                 the MLP). Not read without `post`.
             wanted: `[d_model, n]`.
 
@@ -74,7 +74,7 @@ class OutputPath:
             return change * self.scale
         post, dtype = _precise(self.post, change.device)
         base = current.T.to(change.device, dtype)  # [n, d_model]
-        # Rounding in the module's own dtype would drown a small change: both values are computed in fp64.
+        # Rounding in the module's own dtype could exceed a small change: both values are computed in fp64.
         moved: Tensor = post(base + self.gain * change.T.to(dtype)) - post(base)
         return (self.scale * moved).T.to(change.dtype)  # [d_model, n]
 

@@ -1,7 +1,7 @@
 """Run one pass of a model in which layers are skipped, states replaced and activations read.
 
-Layers are skipped inside the model's own forward, so masks, positions, caches and logit scaling stay those of
-transformers for every family. `capabilities` tells whether a layer may be skipped.
+Layers are skipped inside the model's own forward, so that every family keeps transformers' masks, positions, caches and
+logit scaling. `capabilities` finds out whether a layer may be skipped.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def run(
 
     Args:
         start, hidden: `hidden [n, T, d_model]` enters layer `start` in place of the output of the layers before it.
-            With `skip` these are left out; without it they run, for models whose later layers read more of them.
+            With `skip` these are left out; otherwise they run too, for models whose later layers read more from them.
         stop, keys, key_layers, score, final: as for `forward.forward`.
     """
     # 1. A cache is extended; replayed tokens are put before the batch instead.
@@ -93,14 +93,14 @@ def run(
         ids = torch.cat([past.input_ids, input_ids], dim=1)  # [n, P + T]
     else:
         cache = past
-    # 2. Padding inside a row is moved to its end, where nothing that counts columns meets it.
+    # 2. Padding inside a row is moved to its end, so that no column count includes it.
     present = mask[:, -ids.shape[1] :]  # [n, front + T], without the columns of a cache
     # A new cache keeps its padding on the left, so that the next tokens directly follow the present ones.
     columns = _Columns(present, front, close=cache is None or mask.shape[1] > present.shape[1])
     arguments = _arguments(anat, ids, mask, cache, columns)
     lengths = [layer[0].shape[2] for layer in cache] if columns.order is not None and cache is not None else []
     stopped: list[Tensor] = []
-    # 3. States are replaced and read by hooks, which end with the block.
+    # 3. States are replaced and read by hooks, which are removed after the block.
     with ExitStack() as stack:
         if stop is not None:
             stack.enter_context(stop_after(anat.layers[stop - 1], lambda h: stopped.append(columns.leave(h))))
@@ -131,7 +131,7 @@ def run(
 
 @contextmanager
 def _within_positions(anat: Anatomy, mask: Tensor) -> Iterator[None]:
-    """Raises `ModelError` for a fault of the model's own code where a text is longer than its positions."""
+    """Turns an error of the model's own code into a `ModelError` if a text is longer than its positions."""
     try:
         yield
     except (IndexError, RuntimeError) as error:
@@ -147,7 +147,7 @@ def _within_positions(anat: Anatomy, mask: Tensor) -> Iterator[None]:
 def _arguments(
     anat: Anatomy, ids: Tensor, mask: Tensor, cache: DynamicCache | None, columns: _Columns
 ) -> dict[str, Any]:
-    """Returns the arguments of the model's forward for `ids [n, front + T]`, in the pass's order of columns."""
+    """Returns the arguments of the model's forward for `ids [n, front + T]`, in the column order of the pass."""
     width = ids.shape[1]
     mask = torch.cat([mask[:, :-width], columns.enter(mask[:, -width:])], dim=1)  # [n, P + T]
     arguments: dict[str, Any] = {
@@ -169,7 +169,7 @@ def _starting_at(
     states = hidden
     if skip:
         return bypass(anat.layers[:start], columns.enter(states), width=anat.output_width)
-    # The replayed tokens keep the states that these layers have just computed.
+    # Replayed tokens keep the states that these layers have just computed.
     return edit_hidden(anat.layers[start - 1], lambda h: columns.put(h, states))
 
 

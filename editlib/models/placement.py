@@ -23,8 +23,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
     if embedding.weight.device.type != "meta":
         return embedding.weight.device
     # An offloaded embedding is on the meta device; accelerate's hook names the one it is copied to.
-    found = [device for hook in _hooks(embedding) if (device := getattr(hook, "execution_device", None)) is not None]
-    return torch.device(found[0]) if found else torch.device("cpu")
+    devices = [device for hook in _hooks(embedding) if (device := getattr(hook, "execution_device", None)) is not None]
+    return torch.device(devices[0]) if devices else torch.device("cpu")
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -52,7 +52,7 @@ def in_memory(module: nn.Module, name: str) -> Tensor | None:
     if stored is None:
         return None
     once: Tensor = stored[name]
-    again: Tensor = stored[name]  # both alive: equal addresses mean one tensor, not two reads of a file
+    again: Tensor = stored[name]  # both are alive: equal addresses mean one tensor, not two reads of a file
     return once if once.data_ptr() == again.data_ptr() else None
 
 

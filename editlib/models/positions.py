@@ -1,4 +1,4 @@
-"""Check that prompts fit into the positions of a model."""
+"""Check that prompts fit the model's positions (its longest input)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SPARE = 8  # upper bound of the special tokens that a tokenizer adds to a text
 def positions_of(model: PreTrainedModel) -> int | None:
     """Returns the most tokens that the model reads at once; `None` if its config names no limit."""
     config = model.config.get_text_config()
-    found = [getattr(config, name, None) for name in POSITIONS]
-    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    limits = [getattr(config, name, None) for name in POSITIONS]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def check_prompts(
@@ -38,7 +38,7 @@ def check_prompts(
         return
     long = []
     for name, question in prompts:
-        # A token holds at least one byte: texts that are short even with a factor of 2 as margin need no encoding.
+        # A token has at least one byte: texts far below the limit (with a factor of 2 as margin) need no encoding.
         if 2 * len(form.render(question).encode()) + SPARE + answer_tokens <= limit:
             continue
         if (length := len(form.encode(question)) + answer_tokens) > limit:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def cast_params(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
-    """Casts the parameters of `model` to `dtype` inside the block; afterwards the original tensors are put back.
+    """Casts the parameters of `model` to `dtype` inside the block; afterwards the original tensors are restored.
 
     Statistics and the training of [UNL] tolerate bf16 products, which are several times faster than fp32 on processors
     that have them. Weights written inside the block are lost: write them after it. `None` changes nothing.
@@ -67,8 +67,8 @@ def fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
 def _runs_in(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Returns whether a pass of two tokens runs in `dtype`.
 
-    Some architectures mix fp32 buffers (a mask, sinusoidal positions) into narrower products. Which do is not written
-    anywhere, so it is tried.
+    Some architectures mix fp32 buffers (a mask, sinusoidal positions) into narrower products. No attribute tells which
+    ones, so it is tried.
     """
     with cast_params(model, dtype):
         try:
@@ -92,10 +92,11 @@ def bf16_is_faster() -> bool:
 
 @contextmanager
 def exact_bf16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Multiplies fp32 matrices whose numbers came from `dtype` in bf16 units inside the block, if `dtype` is bf16.
+    """Multiplies fp32 matrices whose numbers came from `dtype` in bf16 arithmetic inside the block, if `dtype` is bf16.
 
-    Nothing is lost: bf16 numbers widened to fp32 are bf16 numbers, and the units add up in fp32. It matters on CPUs
-    whose bf16 products are faster; elsewhere, and for other dtypes, nothing changes. The setting is the process's own.
+    Nothing is lost: bf16 numbers widened to fp32 are bf16 numbers, and products are summed in fp32. It matters on CPUs
+    whose bf16 products are faster; elsewhere, and for other dtypes, nothing changes. The setting applies to the whole
+    process.
     """
     units: Any = getattr(torch.backends.mkldnn, "matmul", None)  # PyTorch 2.9 and later
     if dtype != torch.bfloat16 or not hasattr(units, "fp32_precision") or not bf16_is_faster():

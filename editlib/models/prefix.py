@@ -28,11 +28,11 @@ KVCache = DynamicCache | TokenReplay
 
 @dataclass(frozen=True)
 class Prefix:
-    """Holds what a pass needs of the tokens before a batch, for each of its rows or one for all.
+    """Holds the tokens before a batch in the form that a pass needs, one row for each of the batch's or one for all.
 
     `layers` holds the keys and values of every layer. It is empty for a model that cannot continue from them, whose
     `input_ids` are kept instead. Columns that the mask hides are moved to the left, since sliding windows and some
-    biases count columns, hidden ones too.
+    position biases count all columns.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]  # [n or 1, heads, P, head_dim] each

@@ -1,4 +1,4 @@
-"""Record how prompts are made from questions, so that a prompt of last week is the same text today."""
+"""Record how prompts are made from questions, so that a prompt is the same text on a later day."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _MIDNIGHT = {
     **{"%-H": "0", "%-I": "12", "%-M": "0", "%-S": "0", "%T": "00:00:00", "%X": "00:00:00", "%R": "00:00"},
     **{"%Z": "", "%z": ""},
 }
-"""What `strftime` writes of a time that is midnight, nowhere."""
+"""Texts of `strftime` for midnight without a time zone."""
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Holds the settings of the prompts that questions become.
+    """Holds the settings by which questions become prompts.
 
     Args:
         chat: use the tokenizer's chat template; `None`: if it has one.
         system: the system's turn, for chat templates only.
         arguments: further arguments of the chat template (`enable_thinking`).
-        tags: text around a plain question, with "{}" in its place ("Question: {}\\nAnswer:"). The chat template is then
-            not used.
+        tags: text around a plain question, with "{}" for the question ("Question: {}\\nAnswer:"). The chat template is
+            then not used.
         date: the day that a chat template prints as today, as "2026-01-31"; `None`: today.
 
     Raises:
@@ -54,7 +54,7 @@ class PromptSettings:
         if not isinstance(self.arguments, Mapping):
             raise RequestError(f"prompts: arguments are {quote(self.arguments)}; expected an object")
         if self.tags is not None and self.tags.count("{}") != 1:
-            raise RequestError(f'prompts: tags {quote(self.tags)}; expected one "{{}}" in the place of the question')
+            raise RequestError(f'prompts: tags {quote(self.tags)}; expected one "{{}}" for the question')
         plain = self.tags is not None or self.chat is False
         if plain and (self.chat or self.system is not None or self.arguments):
             raise RequestError(
@@ -62,7 +62,7 @@ class PromptSettings:
             )
         if self.date is not None:
             try:
-                # One way to write a day: newer Pythons read others, and records would differ by them.
+                # Only one notation: newer Pythons read others, and equal records would then differ.
                 if date.fromisoformat(self.date).isoformat() != self.date:
                     raise ValueError
             except ValueError:
@@ -79,7 +79,7 @@ class PromptSettings:
         Raises:
             RequestError: an unknown key or a value of the wrong type.
         """
-        known = [one.name for one in fields(cls)]
+        known = [item.name for item in fields(cls)]
         for name in values:
             if name not in known:
                 raise RequestError(f"prompts: {quote(name)} is unknown; expected {', '.join(known)}")
@@ -87,10 +87,10 @@ class PromptSettings:
 
     @classmethod
     def of_options(cls, options: Sequence[str]) -> PromptSettings | None:
-        """Reads options of the form `NAME=VALUE`; `None` if there is none.
+        """Reads options of the form `NAME=VALUE`; `None` without options.
 
         A name other than `NAMES` is an argument of the chat template, and its value is read as JSON if possible. In
-        texts "\\n" is a line end.
+        texts, "\\n" means a line end.
 
         Raises:
             RequestError: no "=", a name that is given twice, or an invalid value.
@@ -113,8 +113,8 @@ class PromptSettings:
         Raises:
             RequestError: an invalid value.
         """
-        own = {name: value for name, value in values.items() if name in NAMES}
-        return cls(**own, arguments={name: value for name, value in values.items() if name not in NAMES})
+        known = {name: value for name, value in values.items() if name in NAMES}
+        return cls(**known, arguments={name: value for name, value in values.items() if name not in NAMES})
 
     def key(self, of: str) -> str:
         """Returns the key that answers of `of` are stored under: `of` itself for default settings, else with their
@@ -124,14 +124,15 @@ class PromptSettings:
 
 
 def differing(recorded: Mapping[str, Any], own: Mapping[str, Any], what: str) -> str:
-    """Writes one line for a message: `what` was done with `recorded` prompts, which differ from the present ones."""
+    """Writes one line for a message: `what` was done with `recorded` prompt settings, which differ from the current
+    ones."""
     names = [name for name in (*NAMES, "arguments") if recorded.get(name) != own.get(name)]
     was, now = (", ".join(f"{name} {quote(given.get(name))}" for name in names) for given in (recorded, own))
     return f"{what} with other prompts ({was}) than those asked now ({now})"
 
 
 def _value(text: str) -> Any:
-    """Returns the JSON value that `text` is, or the text itself."""
+    """Returns `text` parsed as JSON, or the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -144,7 +145,7 @@ def dated(template: str, day: date) -> str:
     A macro, since transformers passes only plain data to a template.
     """
     filled = "".join(f" | replace('{directive}', '{text}')" for directive, text in _directives(day).items())
-    # The empty expression keeps a line end with which the template begins.
+    # The empty expression preserves a line end at the beginning of the template.
     return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
 

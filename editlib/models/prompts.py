@@ -2,8 +2,8 @@
 
 A question goes to the model in three steps. `PromptFormat.render` turns it into the text that the model reads: through
 the tokenizer's chat template, between tags, or as it is. `PromptFormat.encode` turns that text into a `TokenRow`: token
-ids, and the lookup position, which is the index of the token whose hidden state an edit changes (as a rule the last
-token of the subject; the last token of the prompt without one). `pad` joins rows to a `TokenBatch` of tensors `[n, T]`.
+ids, and the lookup position, the index of the token whose hidden state an edit changes (usually the last token of the
+subject; without a subject, the last token of the prompt). `pad` joins rows to a `TokenBatch` of tensors `[n, T]`.
 
 The rendered text is always encoded as a whole, since tokens may cross the ends of the subject. Padding is done here, so
 the caller's tokenizer is never changed.
@@ -29,9 +29,9 @@ from editlib.models.prompt_settings import NAMES, PromptSettings, dated
 from editlib.requests.templates import occurrences
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # a placeholder that no text or template contains
-_NEUTRAL = ("\n", '"', "(")  # texts that an answer may follow without a space
-THINKING = "enable_thinking"  # the argument of chat templates by which a model thinks before it answers (Qwen3)
-WORD = "a"  # any question, where its text does not matter
+_NEUTRAL = ("\n", '"', "(")  # texts after which an answer needs no space
+THINKING = "enable_thinking"  # the argument of chat templates that makes a model think before it answers (Qwen3)
+WORD = "a"  # a placeholder for a question whose text does not matter
 
 LookupPlace = Literal["last", "subject_first", "subject_last", "subject_first_after_last"]
 """Values of `fact_token` (ROME, MEMIT): the prompt's last token, the subject's first or last one, or the one after the
@@ -39,7 +39,7 @@ subject's last one (the prompt's last token if the subject ends the prompt)."""
 
 
 Asking = PromptSettings | bool | None
-"""How a model is asked: all settings, or whether through the chat template (`None`: when there is one)."""
+"""How a model is asked: all settings, or only whether to use the chat template (`None`: if there is one)."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def pad(rows: Sequence[TokenRow], *, side: str = "right", device: torch.device |
 def leading_tokens(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Returns the special tokens that a tokenizer puts before a text (BOS).
 
-    Those after a text (EOS) are left out everywhere: they would end a prompt before its answer.
+    Special tokens after a text (EOS) are always left out: they would end a prompt before its answer.
     """
     bare, full = TokenizedText.of(tok, WORD).ids, tuple(tok(WORD)["input_ids"])
-    # Where the bare tokens start inside the full ones tells how many come first.
+    # The start of the bare tokens inside the full ones is the number of leading tokens.
     added = range(len(full) - len(bare) + 1)
     return next((full[:n] for n in added if full[n : n + len(bare)] == bare), ())
 
@@ -110,7 +110,7 @@ def leading_tokens(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def token_windows(tok: PreTrainedTokenizerBase, text: str, length: int) -> Iterator[list[int]]:
     """Splits a text into windows of at most `length` tokens; windows of one token are left out.
 
-    Each window starts with the tokens that a text begins with (BOS): models trained with it read text without it badly.
+    Each window starts with the leading tokens (BOS): models trained with BOS predict badly without it.
     """
     front = list(leading_tokens(tok))
     ids = list(tok(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -124,9 +124,9 @@ def token_windows(tok: PreTrainedTokenizerBase, text: str, length: int) -> Itera
 class PromptFormat:
     """Turns a question into the text that the model reads, and this text and its answer into token ids.
 
-    `chat=None` uses the tokenizer's chat template if it has one; `False` asks with the bare text. `shots` are
-    few-shot examples, questions with answers: turns of the chat, or lines of the text. `system` and `arguments` are for
-    chat templates only; `tags` and `date` are those of `PromptSettings`.
+    `chat=None` uses the tokenizer's chat template if it has one; `False` uses the bare text. `shots` are few-shot
+    examples, questions with answers: turns of the chat, or lines of the text. `system` and `arguments` are for chat
+    templates only; `tags` and `date` are those of `PromptSettings`.
     """
 
     tok: PreTrainedTokenizerBase
@@ -156,10 +156,10 @@ class PromptFormat:
             return cls(tok, how)
         form = cls(tok, how.chat, how.system, (), how.arguments, how.tags, how.date)
         if not form.uses_chat and (how.system is not None or how.arguments):
-            raise RequestError("prompts: this tokenizer has no chat template, which a system or arguments are for")
-        # A template may ignore what it is given without an error; the prompt would then not be the one asked for.
+            raise RequestError("prompts: system and arguments need a chat template, but this tokenizer has none")
+        # A template may silently ignore a setting; the prompt would then differ from the one asked for.
         if how.system is not None and not form.tells_system:
-            raise RequestError("prompts: the chat template leaves out what the system says; put it into the questions")
+            raise RequestError("prompts: the chat template ignores the system prompt; put it into the questions")
         template = str(getattr(tok, "chat_template", ""))
         for name in how.arguments:
             if not re.search(rf"\b{re.escape(name)}\b", template):
@@ -223,7 +223,7 @@ class PromptFormat:
             place: which token is looked up. A token that crosses an end of the subject counts as part of it, such as a
                 first token that includes the space before the subject.
             template: a context template; the question replaces its last `{}`. The rest is plain text: other braces
-                stay, and the subject is not searched in it.
+                stay, and the subject is not searched there.
 
         Raises:
             RequestError: the subject does not occur exactly once in the question, the chat template changed it, or the
@@ -244,7 +244,7 @@ class PromptFormat:
             places = occurrences(question, subject)
             if len(places) != 1:
                 given = f"subject {subject!r} occurs {len(places)} times in {question!r}"
-                raise RequestError(f"{given}; it must occur once, or the request's prompt have {{}} in its place")
+                raise RequestError(f"{given}; it must occur once, or be written as {{}} in the request's prompt")
             start = places[0]
         start += self._start(text, whole) + len(before)
         find = first_token if place == "subject_first" else last_token
@@ -252,20 +252,22 @@ class PromptFormat:
         return TokenRow(ids, min(lookup + (place == "subject_first_after_last"), len(ids) - 1))
 
     def answer_ids(self, answer: str, question: str = WORD) -> tuple[int, ...]:
-        """Encodes an answer as it follows the prompt, with what is written between the two (`gap`).
+        """Encodes an answer as it follows the prompt, with the characters between the two (`gap`).
 
-        Encoded alone, the answer would begin a text, and many tokenizers put a space there. So it is encoded after a
-        prompt, whose tokens are then cut off; alone only if the last token of every prompt tried merges with it.
+        Encoded alone, the answer would begin a text, and many tokenizers add a space there. So it is encoded after a
+        prompt, whose tokens are then cut off. It is encoded alone only if it merges with the last token of every prompt
+        that is tried.
 
         Args:
-            question: the question that is answered; without it, a word of the Latin script.
+            question: the question that is answered; by default a word in Latin script.
         """
         text = self.gap(answer, question) + answer.lstrip()
-        # An answer that starts with a space is encoded alike after any prompt. One that does not is encoded after its
+        # An answer that starts with a space has the same tokens after any prompt. One that does not is encoded after
+        # its
         # own prompt or a neutral text, since a space added by the tokenizer does not belong there.
         fronts = [self.render(WORD)] if self.uses_chat or text[:1].isspace() else [self.render(question), *_NEUTRAL]
         for front in fronts:
-            before, both = (TokenizedText.of(self.tok, some).ids for some in (front, front + text))
+            before, both = (TokenizedText.of(self.tok, encoded).ids for encoded in (front, front + text))
             if both[: len(before)] == before:  # no token crosses the boundary: the rest is the answer
                 return both[len(before) :]
         return TokenizedText.of(self.tok, text).ids
@@ -273,7 +275,7 @@ class PromptFormat:
     def gap(self, answer: str, question: str = WORD) -> str:
         """Returns the characters between the prompt of `question` and an answer.
 
-        Those of running text (`gap_between`), or the blanks that a chat template writes there.
+        The gap of running text (`gap_between`), or the blanks that a chat template writes there.
         """
         return self._template_gap() if self.uses_chat else gap_between(self.render(question), answer)
 
@@ -293,7 +295,7 @@ class PromptFormat:
         """
         written = self._written_after() if self.uses_chat else ()
         usual = () if self.tok.eos_token_id is None else (self.tok.eos_token_id,)
-        # In order of preference: tokens that both the source and the model name come before those of one alone.
+        # In order of preference: tokens named by both source and model come before those named by one alone.
         stopping = [[token for token in tokens if token in ends] for tokens in (written, usual)]
         return tuple((*stopping[0], *written, *stopping[1], *sorted(ends), *usual)[:1])
 
@@ -303,13 +305,13 @@ class PromptFormat:
         messages = [*self._messages(WORD), {"role": "assistant", "content": MARK}]
         for last in ([], [{"role": "user", "content": WORD}]):  # some templates end only answers before another turn
             shown = self._apply([*messages, *last]).rpartition(MARK)[2]
-            found = tuple(token for token in TokenizedText.of(self.tok, shown).ids if token in special)
-            if found:
-                return found
+            specials = tuple(token for token in TokenizedText.of(self.tok, shown).ids if token in special)
+            if specials:
+                return specials
         return ()
 
     def _apply(self, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
-        """Renders `messages` with the chat template; with `ask` up to where the model answers."""
+        """Renders `messages` with the chat template; with `ask`, up to the start of the model's answer."""
         options = dict(self.arguments)
         if self.date is not None:
             options["chat_template"] = dated(self.tok.get_chat_template(), Day.fromisoformat(self.date))
@@ -318,7 +320,7 @@ class PromptFormat:
         try:
             text = cast(str, self.tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **options))
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            # Jinja passes on what an expression of the template raises.
+            # Jinja passes on exceptions from expressions of the template.
             raise RequestError(f"the chat template cannot be used ({first_line(error)}); {plain}") from None
         if not text.strip():
             raise RequestError(f"the chat template writes nothing; {plain}")
@@ -359,8 +361,8 @@ class PromptFormat:
 
 
 def settled(tok: PreTrainedTokenizerBase, how: PromptSettings | None = None) -> PromptSettings:
-    """Sets what settings leave open: today as the date, if the chat template prints one, and no thinking before the
-    answer, if the template leaves the choice (`enable_thinking`)."""
+    """Fills in open settings: today as the date, if the chat template prints one, and no thinking before the answer, if
+    the template has the choice (`enable_thinking`)."""
     settings = how or PromptSettings()
     form = PromptFormat.of(tok, settings)
     if settings.date is None and form.prints_date:

@@ -16,12 +16,12 @@ from editlib.models.anatomy import Anatomy
 
 def linear_maps(anat: Anatomy) -> dict[str, nn.Linear | Conv1D]:
     """Returns the linear maps (`Linear`, `Conv1D`) of the decoder layers by name, each once; not the head."""
-    found: dict[int, tuple[str, nn.Linear | Conv1D]] = {}
+    maps: dict[int, tuple[str, nn.Linear | Conv1D]] = {}
     for prefix, layer in zip(anat.layer_names, anat.layers, strict=True):
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
-                found.setdefault(id(module), (f"{prefix}.{name}", module))
-    return dict(found.values())
+                maps.setdefault(id(module), (f"{prefix}.{name}", module))
+    return dict(maps.values())
 
 
 def check_in_memory(anat: Anatomy) -> None:
@@ -37,11 +37,11 @@ def check_in_memory(anat: Anatomy) -> None:
 @contextmanager
 def quantized(anat: Anatomy, bits: int) -> Iterator[None]:
     """Quantises every linear map of the decoder layers to `bits` bits inside the block; then the original tensors are
-    put back.
+    restored.
 
-    Round to nearest, symmetric, one scale an output channel, without calibration: `scale = max |w| / (2^(bits-1) - 1)`
-    over the channel, `w -> scale * round(w / scale)`, the absmax quantisation of arXiv 2208.07339. Computed
-    in fp32 and put back in the weight's own dtype; activations, biases, norms, embeddings and head stay as they are.
+    Round to nearest, symmetric, one scale per output channel, without calibration: `scale = max |w| / (2^(bits-1) - 1)`
+    over the channel, `w -> scale * round(w / scale)`, the absmax quantisation of arXiv 2208.07339. Computed in fp32 and
+    stored in the weight's own dtype; activations, biases, norms, embeddings and head stay as they are.
 
     Raises:
         ModelError: a weight is offloaded.

@@ -1,8 +1,9 @@
 """Find how the output of an MLP output matrix reaches the residual stream.
 
-MEMIT (2210.07229, alg. 1) assumes that a change of the matrix's output is the same change of the layer's output. That
-fails if a norm follows the MLP (Gemma 2 and 3, OLMo 2), if its branch is scaled (Granite), or if the sum is normalised
-(OPT-350m). The path is found by changing the output in one small pass and following the change, not from module names.
+MEMIT (2210.07229, alg. 1) assumes that a change of the matrix's output changes the layer's output by the same amount.
+That fails if a norm follows the MLP (Gemma 2 and 3, OLMo 2), if its branch is scaled (Granite), or if the sum is
+normalised (OPT-350m). The path is found by changing the output in one small pass and following the change, not from
+module names.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def output_path(anat: Anatomy, layer: int) -> OutputPath:
     Costs two passes of 3 tokens, once per anatomy.
 
     Raises:
-        ModelError: it is more than a factor and one module (a gate, two norms).
+        ModelError: there is more than a factor and one module between them (a gate, two norms).
     """
     paths = anat.probe_cache.paths
     if layer not in paths:
@@ -41,7 +42,7 @@ def _find_path(anat: Anatomy, layer: int) -> OutputPath:
     matrix, module = anat.mlp_output(layer), anat.layers[layer]
     generator = torch.Generator().manual_seed(0)
     base = _observe(anat, layer, lambda output: output)
-    # Large noise, so that rounding in later sums hides little of it.
+    # Large noise, so that it is not lost in the rounding of later sums.
     size = 4 * max(_rms(call.hidden) for call in base if call.module in (matrix, module))
     noise = size * torch.randn(TOKENS, anat.d_model, generator=generator)  # [tokens, d_model]
     pushes: list[Tensor] = []  # the noise as the model's dtype rounds it
@@ -70,8 +71,8 @@ def _find_path(anat: Anatomy, layer: int) -> OutputPath:
         if gain is not None and scale is not None and _factor(written, pushes[0], unit) is None:
             return OutputPath(before.module, scale, gain)
     raise ModelError(
-        f"{anat.mlp_output_names[layer]}: what it writes reaches the residual stream neither as it is, nor times a "
-        "factor, nor through one norm, so no update can be aimed at a state; choose another layer, or another model"
+        f"{anat.mlp_output_names[layer]}: its output reaches the residual stream neither unchanged, nor times a "
+        "factor, nor through one norm, so no update can reach a wanted state; choose another layer, or another model"
     )
 
 
@@ -92,7 +93,7 @@ def _observe(anat: Anatomy, layer: int, change: Callable[[Tensor], Tensor]) -> l
         calls(anat.layers[layer].modules(), made),
         edit_output(anat.mlp_output(layer), lambda _, output: change(output)),
     ):
-        # The layers before run too, for a layer that reads more of them than these states.
+        # The layers before run too, for a layer that reads more from them than these states.
         run(anat, ids, torch.ones_like(ids), start=layer, stop=layer + 1, hidden=states, skip=False)
     begun = next(i for i, call in enumerate(made) if call.module is anat.layers[layer])
     return made[begun:]  # a module that layers share (an activation) was called in earlier layers too

@@ -25,10 +25,10 @@ class ModelSize:
     d_model: int
     d_ff: int
     vocab: int
-    kv_width: int  # numbers that one layer caches per token, keys and values
+    kv_width: int  # numbers that one layer caches per token, for keys and values
     layer: int  # parameters of one decoder layer, the mean if layers differ
     head: int  # parameters of the output head
-    total: int  # all parameters, tied ones once
+    total: int  # all parameters, tied ones counted once
 
     def bytes(self, itemsize: int) -> int:
         """Returns the size of all weights at `itemsize` bytes each."""

@@ -51,7 +51,7 @@ class Source:
     def of(
         cls, name: str, *, revision: str | None = None, trust_remote_code: bool = False, progress: bool = True
     ) -> Source:
-        """Finds a model that is no adapter, and reads its configuration.
+        """Finds a model that is not an adapter, and reads its configuration.
 
         Raises:
             ModelError, FetchError: see `loading.load`.
@@ -60,7 +60,7 @@ class Source:
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         options = {key: value for key, value in options.items() if value} | read_options(path)
         config = _checked_config(path, name, options)
-        # transformers leaves a damaged file of generation settings out in silence
+        # transformers silently ignores a damaged file of generation settings
         if os.path.isdir(path) and (wrong := object_fault(Path(path) / GENERATION)):
             raise ModelError(f"{name} cannot be loaded: {GENERATION}: {wrong}; {AGAIN}")
         return cls(name, path, config, options)
@@ -81,8 +81,8 @@ def _hub_adapter(name: str) -> Path | None:
     """Fetches the config of an adapter on the Hub and returns its folder; asked once for each name."""
     if hub_file(name, "config.json") is not None:
         return None
-    found = hub_file(name, ADAPTER)
-    return None if found is None else found.parent
+    config_file = hub_file(name, ADAPTER)
+    return None if config_file is None else config_file.parent
 
 
 def model_of(name: str) -> str:
@@ -149,7 +149,7 @@ def read_config_file(path: str) -> PreTrainedConfig:
 
 
 def is_packaged(name: str) -> bool:
-    """Returns whether `name` is a packaged model, and no folder of that name is here."""
+    """Returns whether `name` is a packaged model and not a folder in the working directory."""
     return name in PACKAGED and not os.path.isdir(name)
 
 
@@ -197,12 +197,12 @@ def one_line_errors(
 ) -> Iterator[None]:
     """Turns any exception of transformers into a `ModelError` of one line that names the damaged file.
 
-    Exceptions of every class are caught: which one a damaged file causes depends on where a library first uses it.
+    Exceptions of every class are caught: a damaged file raises different ones, depending on where it is first used.
 
     Args:
-        path: the folder of the model `name`, if there is one; its files of the kind `part` are looked through.
+        path: the folder of the model `name`, if there is one; its files of the kind `part` are checked.
         warned: the warnings of transformers while it loaded.
-        config: of the model; it may be the cause.
+        config: the model's configuration, which may be the cause.
     """
     try:
         yield
@@ -212,15 +212,15 @@ def one_line_errors(
         log.debug("", exc_info=True)
         reason = reason_of(error)
         if path is not None and part is not None and os.path.isdir(path) and not _is_lack(error):
-            found = fault_of(Path(path), part)
-            if found is None and warned is not None and warned.mismatch:
-                found = "the weights", warned.mismatch
-            if found is None and part == "tokenizer":
-                found = "its tokenizer", reason
-            if found is None and (part == "config" or (config is not None and _cannot_be_built(config))):
-                found = "config.json", reason
-            if found is not None:
-                raise ModelError(f"{name} cannot be loaded: {found[0]}: {found[1]}; {AGAIN}") from None
+            fault = fault_of(Path(path), part)
+            if fault is None and warned is not None and warned.mismatch:
+                fault = "the weights", warned.mismatch
+            if fault is None and part == "tokenizer":
+                fault = "its tokenizer", reason
+            if fault is None and (part == "config" or (config is not None and _cannot_be_built(config))):
+                fault = "config.json", reason
+            if fault is not None:
+                raise ModelError(f"{name} cannot be loaded: {fault[0]}: {fault[1]}; {AGAIN}") from None
         known = ", ".join(PACKAGED)
         raise ModelError(
             f"{name} cannot be loaded ({reason}); give a local folder, a Hugging Face id (needs a network or its "
@@ -229,7 +229,7 @@ def one_line_errors(
 
 
 def _is_lack(error: Exception) -> bool:
-    """Returns whether a package or memory is missing, for which no file is to blame."""
+    """Returns whether the cause is a missing package or too little memory, and not a file."""
     return isinstance(error, ImportError | MemoryError) or "memory" in str(error).lower()
 
 

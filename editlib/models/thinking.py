@@ -1,4 +1,4 @@
-"""Take think blocks (`<think>...</think>`) out of what a model generated: an answer is judged without its thoughts."""
+"""Remove think blocks (`<think>...</think>`) from generated text: an answer is judged without its thoughts."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def warn_of_block(form: PromptFormat) -> None:
     """Warns where every prompt ends inside a think block, so that an edit changes thoughts, not answers."""
     if opens_block(form):
         log.warning(
-            "the chat template opens a think block behind every question, and has no argument that was given to close "
-            "it: an edit meets the model's thoughts, and short answers end inside the block; ask as plain text with "
+            "the chat template opens a think block after every question, and no argument was given that closes "
+            "it: an edit changes the model's thoughts, and short answers end inside the block; ask as plain text with "
             '--prompt tags="Question: {}\\nAnswer:"'
         )
 
@@ -56,7 +56,7 @@ def answer_texts(form: PromptFormat, said: Sequence[Sequence[int]], *, warn: boo
 
 def _decoded(tok: PreTrainedTokenizerBase, ids: Sequence[int], opened: bool) -> tuple[str, bool]:
     """Returns an answer without its thoughts, and whether it ends inside them."""
-    shown = str(tok.decode(list(ids)))  # with special tokens: the marks may be some
+    shown = str(tok.decode(list(ids)))  # with special tokens, since the marks may be special tokens
     if not opened and not any(mark in shown for pair in BLOCKS for mark in pair):
         return str(tok.decode(list(ids), skip_special_tokens=True)).strip(), False
     text, inside = without_thoughts(shown, opened=opened)
@@ -78,7 +78,7 @@ def without_thoughts(text: str, *, opened: bool = False) -> tuple[str, bool]:
     if opened:
         return "", True
     for opening, _ in BLOCKS:
-        before, found, _ = text.partition(opening)
-        if found:
+        before, mark, _ = text.partition(opening)
+        if mark:
             return before, True
     return text, False

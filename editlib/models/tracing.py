@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class _Stop(Exception):
-    """Ends a forward pass once everything asked for has been seen."""
+    """Ends a forward pass once all requested activations have been read."""
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -132,7 +132,7 @@ def unwatched(model: nn.Module) -> Iterator[None]:
     """Switches off all hooks of `model` inside the block: a probe must not trigger the hooks of its caller."""
     names = ("_forward_hooks", "_forward_pre_hooks")
     every = [(module, name, getattr(module, name)) for module in model.modules() for name in names]
-    kept = [(module, name, hooks) for module, name, hooks in every if hooks]  # few or none: setting them all is slow
+    kept = [(module, name, hooks) for module, name, hooks in every if hooks]  # usually few or none; setting all is slow
     for module, name, _ in kept:
         setattr(module, name, OrderedDict())
     try:
@@ -153,14 +153,14 @@ def bypass(layers: tuple[nn.Module, ...], hidden: Tensor, *, width: int = 0) -> 
     def skipped(*_: Any, **__: Any) -> Any:
         return output
 
-    # An instance attribute hides the class's method; accelerate may have set one already, which is put back.
-    own = [vars(layer).get("forward") for layer in layers]
+    # An instance attribute hides the class's method; accelerate may have set one already, which is restored.
+    originals = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = skipped
     try:
         yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, forward in zip(layers, originals, strict=True):
             if forward is None:
                 del layer.forward
             else:

@@ -80,7 +80,7 @@ def extend_tokenizer(tok: PreTrainedTokenizerBase, token: str) -> int:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Holds a model's vocabulary as it was before tokens were added, to go back to it."""
+    """Holds a model's vocabulary before tokens were added, to restore it."""
 
     tok: PreTrainedTokenizerBase
     rows: int  # of the embedding matrices
@@ -93,7 +93,7 @@ class Vocabulary:
         return cls(copy.deepcopy(tok), len(matrices[0]), tuple(matrix[len(tok) :].clone() for matrix in matrices))
 
     def restore(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-        """Takes the rows of all later tokens out of `model`, bit for bit; returns a tokenizer without them."""
+        """Removes the rows of all later tokens from `model`, bit for bit; returns a tokenizer without these tokens."""
         if len(_matrices(model)[0]) != self.rows:
             model.resize_token_embeddings(self.rows, mean_resizing=False)
         for matrix, spare in zip(_matrices(model), self.spare, strict=True):
@@ -124,7 +124,7 @@ def rows_in_place(anat: Anatomy, tokens: Sequence[int], rows_in: Tensor, rows_ou
 
     def embed(ids: Tensor, output: Tensor) -> Tensor:
         match = ids[..., None] == numbers  # [..., k]
-        # One row for each position; those of other tokens get the first, which is then not taken.
+        # One row for each position; positions of other tokens get the first row, which is then masked out.
         new_rows = rows_in.to(output.dtype)[match.to(torch.uint8).argmax(-1)]
         if scale is not None:
             new_rows = new_rows * torch.as_tensor(scale, dtype=output.dtype, device=output.device)
@@ -144,7 +144,7 @@ def rows_in_place(anat: Anatomy, tokens: Sequence[int], rows_in: Tensor, rows_ou
 
 
 def silence(anat: Anatomy, tokens: Sequence[int]) -> None:
-    """Makes `tokens` tokens that are never generated: their rows become the mean of all others."""
+    """Makes `tokens` tokens that greedy decoding never generates: their rows become the mean of all others."""
     silenced = list(tokens)
     for matrix in _matrices(anat.model):
         others = matrix.sum(0, dtype=torch.float32) - matrix[silenced].sum(0, dtype=torch.float32)  # [d_model]
@@ -155,7 +155,7 @@ def check_rows(anat: Anatomy) -> None:
     """Raises `ModelError` if the embedding matrices are offloaded, so that no row can be read or written."""
     if anat.embedding.weight.is_meta or anat.head.weight.is_meta:
         raise ModelError(
-            f"{type(anat.model).__name__} has its embeddings or its head offloaded, where no unlearning token can be "
+            f"{type(anat.model).__name__} has its embeddings or its head offloaded, so that no unlearning token can be "
             'added; load it with a device_map that keeps them in memory, e.g. device_map={"": "cpu"}, or in bfloat16'
         )
 

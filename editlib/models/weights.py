@@ -39,8 +39,8 @@ def stored_bytes(model: PreTrainedModel) -> int:
 def check_finite(anat: Anatomy, name: str) -> None:
     """Raises `ModelError` where a weight that edits and answers depend on is NaN or infinite.
 
-    Looked at are embeddings, head, norms, biases and the MLP output matrices, once each: about 40 % of the weights of a
-    small model, in about 2 % of the time that loading takes. What is offloaded is not read.
+    Checks embeddings, head, norms, biases and the MLP output matrices, once each: about 40 % of the weights of a small
+    model, in about 2 % of its loading time. Offloaded weights are not read.
     """
     wide = {f"{module}.weight" for module in anat.mlp_output_names}
     ends = {id(anat.embedding.weight), id(anat.head.weight)}
@@ -49,14 +49,14 @@ def check_finite(anat: Anatomy, name: str) -> None:
             continue
         if not _finite(weight.detach()):
             raise ModelError(
-                f"{name}: {key} holds numbers that are not finite (NaN or infinite); give a model whose weights are "
-                "whole, or download it again"
+                f"{name}: {key} holds numbers that are not finite (NaN or infinite); give a model with finite "
+                "weights, or download it again"
             )
 
 
 def _finite(weight: Tensor) -> bool:
     """Returns whether all numbers of a matrix or vector are finite."""
-    if weight.dim() == 2:  # a row's mean is not finite if any of its numbers is; far faster than `isfinite` of them all
+    if weight.dim() == 2:  # the mean of a row is finite only if all its numbers are; far faster than `isfinite` of all
         weight = weight @ weight.new_full((weight.shape[1],), 1 / max(weight.shape[1], 1))
     return bool(torch.isfinite(weight).all())
 

@@ -1,4 +1,4 @@
-"""Build the table of attacks on a page: which share of the forgotten facts each one brings back, with intervals."""
+"""Build the table of attacks on a page: the share of forgotten facts that each one recovers, with intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ model before the edit shows nothing.</p>
 
 
 def attack_section(results: Sequence[Mapping[str, Any]]) -> str:
-    """Makes the section for the `results` of an `attacks.json`; an empty text where there are none.
+    """Makes the section for the `results` of an `attacks.json`; an empty text if there are none.
 
     Of each result, `attack`, `meaning` and `shares` by column are read.
     """
@@ -36,7 +36,7 @@ def attack_section(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(head: str, share: Mapping[str, Any]) -> str:
-    """Formats a share with its counts and its interval: the bootstrap's, or Wilson's where all or no facts leaked."""
+    """Formats a share with its counts and its interval: the bootstrap's, or Wilson's if all or no facts leaked."""
     rate = number(share.get("rate"))
     if rate is None:
         return f'<td data-label="{head}"><span class="empty">not tried</span></td>'

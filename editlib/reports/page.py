@@ -1,4 +1,4 @@
-"""Build HTML pages: one frame with one style for all of them, and tables of values in words."""
+"""Build HTML pages: one frame with one style for all of them, and tables of values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from editlib.reports.summary import SummaryRow
 def filled(
     package: str, name: str, *, title: str, heading: str, models: str, summary: str, footer: str, **parts: str
 ) -> str:
-    """Fills the frame of all pages with the page `name` of `package`; every text is markup, so already escaped.
+    """Fills the frame of all pages with the page `name` of `package`; every text is markup, that is, already escaped.
 
     Args:
-        name: of `<name>.html`, what is inside `<main>`; of `<name>.css` and `<name>.js`, if the package has them.
+        name: name of `<name>.html`, the content of `<main>`, and of `<name>.css` and `<name>.js`, if the package has
+            them.
         title: the text of the browser's tab.
         models: the line below the heading that names the models.
         summary: the rest of the page's header.
@@ -36,12 +37,12 @@ def filled(
 
 
 def verdict_line(text: str) -> str:
-    """Wraps a verdict in words, which is escaped here, for the header of a page."""
+    """Escapes a verdict in words and wraps it for the header of a page."""
     return f'<p class="verdict">{escape(text)}</p>'
 
 
 def _own(package: str, file: str) -> str:
-    """Reads a file of a package; an empty text where it has no such file."""
+    """Reads a file of a package; an empty text if it has no such file."""
     path = files(package).joinpath(file)
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
@@ -58,7 +59,7 @@ def headline(row: SummaryRow) -> str:
 
 
 def groups(values_by_group: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """Yields one table body for each group of values that holds any, under its name."""
+    """Yields one table body for each non-empty group of values, under its name."""
     for title, values in values_by_group.items():
         lines = {key: text for key, value in values.items() if (text := plain(value))}
         if lines:

@@ -1,4 +1,4 @@
-"""Write a receipt to hand on: JSON and one self-contained HTML page that says what was asked and with what result."""
+"""Write a receipt to share: JSON and one self-contained HTML page with the requests and results of an edit."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def write_receipt(
     """Writes `receipt.json` and `receipt.html` for an edited folder, or a delta file, to the folder `out`.
 
     Args:
-        requests_file: what was asked; without it the receipt tells ids only.
+        requests_file: the request file; without it the receipt has ids only.
         metrics_file, private: see `write_pages`.
-        skip_bad: leave rows of `requests_file` out that cannot be used, see `read_requests`; the receipt lists them.
+        skip_bad: leave out unusable rows of `requests_file`, see `read_requests`; the receipt lists them.
 
     Returns:
         The page, and the key's file when `private`.
@@ -73,11 +73,11 @@ def write_pages(
     private: bool = False,
     overwrite: bool = False,
 ) -> tuple[Path, Path | None]:
-    """Writes `receipt` and what it says about `requests` to the folder `out`, as JSON and as a page.
+    """Writes `receipt` with its part about `requests` to the folder `out`, as JSON and as a page.
 
     Args:
         metrics_file: `metrics.json` of `editlib eval` for this edited model.
-        private: hashes instead of text. The key to them is written beside `out`, never into it, for the owner's eyes.
+        private: hashes instead of text. Their key is written beside `out`, never into it, for the owner alone.
 
     Returns:
         The page, and the key's file when `private`.
@@ -90,7 +90,7 @@ def write_pages(
     if private:
         if requests is None:
             raise RequestError("--private needs --requests, to know what must not be in the receipt")
-        # The one draw that must not follow from a seed: who can repeat it can try guesses on the hashes.
+        # The only random number without a seed: anyone who can repeat it can test guesses against the hashes.
         shown, key = private_receipt(receipt, requests, secrets.token_bytes(32))
     else:
         shown = open_receipt(receipt, requests)
@@ -106,8 +106,7 @@ def write_pages(
 
 
 def check_place(out: Path, *, private: bool, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> Path | None:
-    """Returns the key's file, if there will be one; raises `OutputError` when there is no place for it or for the
-    folder."""
+    """Returns the key's file, if there will be one; raises `OutputError` if it or the folder cannot be written."""
     key_file = key_path(out) if private else None
     check_output(out, overwrite=overwrite, inputs=inputs)
     if key_file is not None:
@@ -116,34 +115,34 @@ def check_place(out: Path, *, private: bool, overwrite: bool, inputs: Iterable[s
 
 
 def key_path(out: Path) -> Path:
-    """Says where the key to a private receipt goes: beside its folder, which can then be published as it is."""
+    """Returns the path of a private receipt's key: beside its folder, which can then be published unchanged."""
     return out.with_name(f"{out.name}.private.json")
 
 
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Reads from `metrics.json` the known measures and the counts of right answers before and after, without texts."""
     known = [name for name in [*SHARES, RATIO] if name in metrics or name in (metrics.get("groups") or {})]
-    found: dict[str, Any] = {"groups": {}, "answers": {}}
+    numbers: dict[str, Any] = {"groups": {}, "answers": {}}
     for name in known:
         group = {"value": metrics.get(name), **((metrics.get("groups") or {}).get(name) or {})}
         ends = [number(end) for end in group.get("interval") or ()]
-        found["groups"][name] = {
+        numbers["groups"][name] = {
             **{part: number(group.get(part)) for part in ("value", "n", "right")},
             **({"interval": ends} if ends else {}),
         }
     perplexity = metrics.get("perplexity") or {}
-    found["perplexity"] = {side: number(perplexity.get(side)) for side in ("before", "after")}
+    numbers["perplexity"] = {side: number(perplexity.get(side)) for side in ("before", "after")}
     for kind in KINDS:
         items = [item for item in metrics.get("items") or () if item.get("kind") == kind]
         if items:
             right = {side: sum(bool(item.get(f"right_{side}")) for item in items) for side in ("before", "after")}
             refused = sum(bool(item.get("refused_after")) for item in items)
-            found["answers"][kind] = {"n": len(items), **right, "refused": refused}
-    return found
+            numbers["answers"][kind] = {"n": len(items), **right, "refused": refused}
+    return numbers
 
 
 def page(receipt: Mapping[str, Any]) -> str:
-    """Builds the page of a receipt as `write_receipt` completes it. The same receipt gives the same page."""
+    """Builds the page of a complete receipt; equal receipts give equal pages."""
     forgets, base = bool(receipt.get("token")), str(receipt["base"]["name"])
     count = len(receipt["requests"])
     metrics = receipt.get("metrics")
@@ -175,10 +174,10 @@ def _note(receipt: Mapping[str, Any]) -> str:
 
 
 def _asked(receipt: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a row for each request: what was asked, and the result of its edit."""
+    """Yields a row for each request: its texts, and the result of its edit."""
     private = "private" in receipt
     entries: Sequence[Mapping[str, Any]] = receipt["requests"]
-    texts = {one["id"]: one for one in receipt.get("asked") or ()}
+    texts = {item["id"]: item for item in receipt.get("asked") or ()}
     fields = [field for field in ("question", "subject", "answer", "target_new") if _any(texts.values(), field)]
     measured = [name for name in dict.fromkeys(name for entry in entries for name in entry) if name != "id"]
     heads = ["id", *[field.replace("_", " ") for field in fields], *[name.replace("_", " ") for name in measured]]
@@ -190,17 +189,17 @@ def _asked(receipt: Mapping[str, Any]) -> Iterator[str]:
         name = str(entry["id"])
         if private:
             name, *cells = (f"{text[:HASH]}…" if text else "" for text in (name, *cells))
-        cells += [plain(entry.get(one)) for one in measured]
+        cells += [plain(entry.get(item)) for item in measured]
         yield f'<tr><th scope="row" dir="auto">{escape(name)}</th>' + "".join(
             f'<td data-label="{escape(head)}" dir="auto">{escape(cell)}</td>'
             for head, cell in zip(heads[1:], cells, strict=True)
         )
         yield "</tr>"
     yield "</tbody>\n</table>"
-    for one in receipt.get("revoked") or ():
-        ids = one["ids"] if isinstance(one.get("ids"), list) else []
-        count = "1 request" if one["requests"] == 1 else f"{one['requests']} requests"
-        yield f"<p>Taken back {escape(when_of(one['time']))}: {escape(', '.join(map(str, ids)) or count)}</p>"
+    for item in receipt.get("revoked") or ():
+        ids = item["ids"] if isinstance(item.get("ids"), list) else []
+        count = "1 request" if item["requests"] == 1 else f"{item['requests']} requests"
+        yield f"<p>Taken back {escape(when_of(item['time']))}: {escape(', '.join(map(str, ids)) or count)}</p>"
 
 
 def when_of(time: object) -> str:
@@ -209,17 +208,17 @@ def when_of(time: object) -> str:
 
 
 def _any(texts: Any, field: str) -> bool:
-    return any(field in one for one in texts)
+    return any(field in text for text in texts)
 
 
 def _measures(metrics: Mapping[str, Any]) -> Iterator[str]:
     yield '<section aria-labelledby="measures">\n<h2 id="measures">Before and after</h2>'
     if metrics["answers"]:
         yield _head("questions", numbers=("n", "right before", "right after", "refused after"))
-        for kind, one in metrics["answers"].items():
+        for kind, entry in metrics["answers"].items():
             labels = {"n": "n", "before": "right before", "after": "right after", "refused": "refused after"}
             yield f'<tr><th scope="row">{KINDS[kind]}</th>' + "".join(
-                f'<td class="number" data-label="{label}">{one[part]}</td>' for part, label in labels.items()
+                f'<td class="number" data-label="{label}">{entry[part]}</td>' for part, label in labels.items()
             )
             yield "</tr>"
         yield "</tbody>\n</table>"
@@ -236,9 +235,11 @@ def _head(first: str, *, numbers: Sequence[str], texts: Sequence[str] = ()) -> s
 
 
 def _details(receipt: Mapping[str, Any]) -> Iterator[str]:
-    own = {"requests", "asked", "metrics", "private", "revoked"}
-    inner = {name: value for name, value in receipt.items() if isinstance(value, Mapping) and name not in own}
-    single = {name: value for name, value in receipt.items() if name not in inner and name not in own}
+    shown_elsewhere = {"requests", "asked", "metrics", "private", "revoked"}
+    inner = {
+        name: value for name, value in receipt.items() if isinstance(value, Mapping) and name not in shown_elsewhere
+    }
+    single = {name: value for name, value in receipt.items() if name not in inner and name not in shown_elsewhere}
     return groups({"edit": single, **inner})
 
 

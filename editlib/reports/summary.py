@@ -1,4 +1,4 @@
-"""Put the measures of `metrics.json` in words: one row each for a table, and one sentence for all."""
+"""Describe the measures of `metrics.json` in words: one row each for a table, and one sentence for all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ RATIO = "perplexity_ratio"
 
 
 class ShareLabel(NamedTuple):
-    """Holds the words for one share of `metrics.json`: its side, noun in the verdict, head above a narrow column, and
+    """Holds the texts for one share of `metrics.json`: its side, noun in the verdict, head of a narrow column, and
     meaning."""
 
     family: str
     noun: str  # "" leaves it out of the verdict
     head: str
-    meaning: str  # for a file that brings none
+    meaning: str  # for a file without a meaning
 
     @property
     def short(self) -> str:
@@ -55,7 +55,7 @@ UNCOUNTED = {
     "crossed_retention": ("crossed", "no retain prompt asks for another forgotten relation of these subjects"),
     "other_retention": ("other_question", "there is no other retain prompt"),
 }
-"""Of each share: the kind of question that it counts, and why there may be none."""
+"""For each share: the kind of question that it counts, and why there may be none."""
 
 
 class SummaryRow(NamedTuple):
@@ -75,7 +75,7 @@ def summary_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def rows(metrics: Mapping[str, Any]) -> Iterator[SummaryRow]:
-    """Yields the known measures in a fixed order, then those that only the file knows."""
+    """Yields the known measures in a fixed order, then further ones in the file."""
     groups = metrics.get("groups") or {}
     known = [name for name in [*SHARES, RATIO] if name in metrics or name in groups]
     for name in dict.fromkeys([*known, *groups]):
@@ -92,7 +92,7 @@ def rows(metrics: Mapping[str, Any]) -> Iterator[SummaryRow]:
 
 
 def uncounted(metrics: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> str:
-    """Says behind a measure's meaning why it has no value, as far as the file tells; "" where it has one."""
+    """Explains after a measure's meaning why it has no value, as far as the file shows it; "" if it has one."""
     if number(group["value"]) is not None or name not in UNCOUNTED or group.get("n"):
         return ""
     kind, reason = UNCOUNTED[name]
@@ -118,7 +118,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
 
 def measure(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Gives one measure with its value and meaning, whether the file tells all about it or only its value."""
+    """Returns one measure with its value and meaning, also from a file that has only its value."""
     group = {"value": metrics.get(name), **((metrics.get("groups") or {}).get(name) or {})}
     if name in SHARES and not group.get("meaning"):
         group["meaning"] = SHARES[name].meaning
@@ -130,26 +130,26 @@ def measure(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def right_of(group: Mapping[str, Any]) -> str:
-    """Gives "31 of 32", from the count where the file has one, otherwise from the share; "" without an n."""
+    """Returns "31 of 32", from the count if the file has one, otherwise from the share; "" without an n."""
     n, right = number(group.get("n")), number(group.get("right"))
     return f"{round(group['value'] * n) if right is None else right:.0f} of {n:.0f}" if n else ""
 
 
 def interval(group: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Gives the two ends of a measure's interval, where it has one."""
+    """Returns the two ends of a measure's interval, if it has one."""
     ends = [end for end in map(number, group.get("interval") or ()) if end is not None]
     return (ends[0], ends[1]) if len(ends) == 2 else None
 
 
 def number(value: object) -> float | None:
-    """Gives `value` where it is a finite number; None for anything else, so that nan and null read the same."""
+    """Returns `value` if it is a finite number; `None` for anything else, so that nan and null are the same."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if abs(value) <= sys.float_info.max else None  # whole numbers may be too big for math.isfinite
 
 
 def _count(group: Mapping[str, Any], noun: str) -> str:
-    """Says how many items of a measure passed; "" where nothing was counted."""
+    """Says how many items of a measure passed; "" if nothing was counted."""
     value = number(group["value"])
     if value is None:
         return ""

@@ -1,6 +1,6 @@
-"""Read the answers of a row of a set of questions: a text, a list of texts, or an object, under that set's names.
+"""Read the answers in a row of a data set: a text, a list of texts, or an object, under that set's field names.
 
-The first answer is the one that a reader would give; the others are accepted, too.
+The first answer is the usual one; the others are accepted too.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from editlib.errors import quote
 from editlib.requests.fields import FieldError, JsonRow, leaves
 
 NAMES = ("answer", "best_answer", "correct_answers", "answers", "obj", "possible_answers")
-"""Fields that hold answers, in the order in which they are taken (TruthfulQA has two, PopQA two others)."""
+"""Fields with answers, in order of preference (TruthfulQA has two, PopQA two others)."""
 INNER = ("value", "aliases", "text")
-"""Fields of an object that holds answers (TriviaQA, SQuAD)."""
+"""Fields of an object with answers (TriviaQA, SQuAD)."""
 CHOICES = ("choices", "options")
 
 
 def answers_of(row: JsonRow) -> list[Any]:
-    """Returns all answers of a row, none twice; what is no text is left for `EditRequest` to refuse.
+    """Returns all distinct answers of a row; values that are not texts are left for `EditRequest` to refuse.
 
     Natural Questions has a list, TriviaQA an object with `value` and `aliases`, SQuAD one with `text`, PopQA a list
     written as a text.
 
     Raises:
-        FieldError: an object without any of `INNER`, a text that is no JSON list, or choices without the right one.
+        FieldError: an object without any of `INNER`, a text that is not a JSON list, or choices without the right one.
     """
     _check_choices(row)
     found: list[Any] = []
@@ -52,12 +52,12 @@ def _list_in(name: str, text: str) -> list[Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list):
-        raise FieldError(name, f"{quote(text)}; expected a JSON list of texts, as PopQA has it; fix it")
+        raise FieldError(name, f"{quote(text)}; expected a JSON list of texts, as in PopQA; fix it")
     return found
 
 
 def _check_choices(row: JsonRow) -> None:
-    """Raises `FieldError` where a row offers choices and its answer is only the number or letter of one."""
+    """Raises `FieldError` if a row has choices and its answer is only the number or letter of one."""
     for name in CHOICES:
         if name not in row:
             continue

@@ -11,11 +11,12 @@ from editlib.requests.request import EditRequest
 
 log = logging.getLogger(__name__)
 
-NAMED = 5  # pairs that a warning names
+NAMED = 5  # most pairs named in a warning
 
 
 def contradictions(requests: Iterable[EditRequest]) -> list[tuple[EditRequest, EditRequest]]:
-    """Finds requests that ask the same, however it is written, for another new answer; each with the first such one."""
+    """Finds requests with the same question, in any spelling, but another new answer; each with the first such
+    request."""
     first: dict[str, EditRequest] = {}
     found = []
     for request in requests:
@@ -30,7 +31,7 @@ def contradictions(requests: Iterable[EditRequest]) -> list[tuple[EditRequest, E
 
 
 def warn_of_contradictions(name: str, requests: Iterable[EditRequest]) -> None:
-    """Logs which requests of a file contradict one another, each with both of its new answers."""
+    """Warns of requests of a file that contradict one another, with both new answers."""
     pairs = contradictions(requests)
     said = [
         f"{one.id} ({quote(one.target_new)}) and {other.id} ({quote(other.target_new)}) ask {quote(other.question)}"
@@ -41,15 +42,15 @@ def warn_of_contradictions(name: str, requests: Iterable[EditRequest]) -> None:
 
 
 def warn_of_kept(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> None:
-    """Logs which questions are both to be forgotten or edited and to be kept."""
-    asked = {_plain(text): one for one in requests for text in (one.question, *one.filled_phrasings)}
+    """Warns of questions that are both to be kept and to be forgotten or edited."""
+    asked = {_plain(text): request for request in requests for text in (request.question, *request.filled_phrasings)}
     said = [
         f"{kept.id} asks the same as request {asked[_plain(kept.question)].id}, {quote(kept.question)}"
         for kept in retain
         if _plain(kept.question) in asked
     ]
     if said:
-        log.warning("to be kept and to be changed: retain prompt %s; it is not held", _some(said))
+        log.warning("to be kept and to be changed: retain prompt %s; it is not kept", _some(said))
 
 
 def _some(said: Sequence[str]) -> str:
@@ -58,5 +59,5 @@ def _some(said: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns the text without differences that no reader sees: case, blanks, composed and decomposed letters."""
+    """Returns the text without invisible differences: case, blanks, composed and decomposed letters."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())

@@ -23,13 +23,13 @@ SYNONYMS = {
     "paraphrases": "paraphrase rephrase rephrased paraphrase_prompts",
     "neighbours": "neighbors neighborhood neighbourhood neighborhood_prompts locality",
 }
-"""What others call our fields: named in the message about an unknown one."""
+"""Other names of our fields, for the message about an unknown one."""
 FREE_FIELDS = ("kind", "split", "source", "note", "meta")
-"""Fields of the own format that the reader passes over: the user's own remarks."""
+"""Fields of our own format that the reader ignores: the user's own remarks."""
 
 
 class FieldError(RequestError):
-    """Reports a complaint about one field, under our name for it; `read_requests` puts in the file's name."""
+    """Reports a fault of one field, under our name for it; `read_requests` replaces it by the file's name."""
 
     def __init__(self, name: str, text: str, where: str = "request") -> None:
         super().__init__(f"{where}: field {json.dumps(name)}: {text}")  # dumps: the message stays one line
@@ -37,14 +37,14 @@ class FieldError(RequestError):
 
 
 def leaves(value: Any) -> list[Any]:
-    """Gives the non-empty values of a scalar or a nested list, as data sets write one answer or several."""
+    """Returns the non-empty values of a scalar or a nested list, in which data sets write one or several answers."""
     if isinstance(value, list):
         return [leaf for item in value for leaf in leaves(item)]
     return [] if value is None or value == "" else [value]
 
 
 def meant(name: str) -> tuple[str, ...]:
-    """Returns which of our fields an unknown name may stand for."""
+    """Returns the fields of ours that an unknown name may mean."""
     plain = name.lower()
     for ours, others in SYNONYMS.items():
         if plain in (ours, *others.split()):
@@ -53,12 +53,12 @@ def meant(name: str) -> tuple[str, ...]:
 
 
 def first(value: Any) -> Any:
-    """Gives the first of the `leaves`, or `None`."""
+    """Returns the first of the `leaves`, or `None`."""
     return next(iter(leaves(value)), None)
 
 
 def stripped(value: Any) -> Any:
-    """Gives the first of the `leaves` without blanks at its ends."""
+    """Returns the first of the `leaves` without blanks at its ends."""
     found = first(value)
     return found.strip() if isinstance(found, str) else found
 

@@ -18,7 +18,7 @@ EASYEDIT_MARKS = frozenset(
     | {"locality", "locality_prompt", "locality_inputs"}
 )
 UNNAMED = frozenset({readers.tofu, readers.unke, readers.rwku})
-"""Formats that do not say whose fact a question asks for, or not always: `editlib.requests.subjects` finds it."""
+"""Formats that name no subject, or not always: `editlib.requests.subjects` finds it."""
 
 NAMES: dict[Reader, dict[str, str]] = {
     readers.counterfact: {"answer": "target_true", "paraphrases": "paraphrase_prompts",
@@ -38,11 +38,11 @@ NAMES: dict[Reader, dict[str, str]] = {
                      "neighbours": "Relation_Specificity"},
 }  # fmt: skip
 IDS = ("id", "case_id", "known_id")
-"""Fields that name an object, in the order in which they are looked for; the own format has the first only."""
+"""Fields with an object's name, in order of preference; our own format has the first only."""
 
 ANSWERS = SYNONYMS["answer"].split()
 LISTS = {"K_F": "K_R", "success": "locality"}
-"""KnowEdit's Sanitation is one object of lists: what is to be forgotten, and what is to be kept."""
+"""KnowEdit's Sanitation is one object of lists: questions to forget, and questions to keep."""
 
 PASSAGE = (
     "a text without a question; expected a prompt; read the questions of that set instead: RWKU's forget_level2, "
@@ -54,7 +54,7 @@ def format_of(row: JsonRow) -> Reader:  # noqa: PLR0911
     """Finds the reader for an object by its fields.
 
     Raises:
-        FieldError: a known format that holds no questions, or that another file of the same set replaces.
+        FieldError: a known format without questions, or one that another file of the same set replaces.
     """
     names = row.keys()
     if (
@@ -86,19 +86,19 @@ def format_of(row: JsonRow) -> Reader:  # noqa: PLR0911
 
 
 def name_in(reader: Reader, name: str) -> str:
-    """Returns what a format calls our field: `paraphrases[0]` -> `queries[0]`."""
+    """Returns a format's name of our field: `paraphrases[0]` -> `queries[0]`."""
     ours, bracket, rest = name.partition("[")
     return NAMES.get(reader, {}).get(ours, ours) + bracket + rest
 
 
 def id_of(row: JsonRow, reader: Reader) -> Any:
-    """Returns the name that an object gives itself, or `None`."""
+    """Returns an object's own name, or `None`."""
     names = IDS[:1] if reader is readers.own else IDS
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def ambiguous(row: JsonRow, reader: Reader) -> str | None:
-    """Says which of two fields is used where a format has two for one purpose; `None` where there is only one."""
+    """Says which of two fields is used if a format has two for one purpose; `None` if there is only one."""
     if reader is readers.zsre and row.get("alt") and row.get("answers"):
         return (
             'edits go to "alt", as in MEND and EasyEdit, and "answers" is the truth; MEMIT edits to "answers": take '
@@ -116,8 +116,7 @@ def ambiguous(row: JsonRow, reader: Reader) -> str | None:
 
 
 def unfold(row: JsonRow) -> list[JsonRow]:
-    """Returns the rows that one object holds: parallel lists (EasyEdit), several rewrites (MQuAKE) or Sanitation's
-    list.
+    """Returns the rows in one object: parallel lists (EasyEdit), several rewrites (MQuAKE) or Sanitation's list.
 
     Raises:
         FieldError: parallel lists of different lengths.
@@ -127,7 +126,7 @@ def unfold(row: JsonRow) -> list[JsonRow]:
             return [one if isinstance(one, dict) else _no_row(forget, one) for one in row[forget]]
     if isinstance(row.get("requested_rewrite"), list):
         rewrites = row["requested_rewrite"]
-        if not rewrites or not all(isinstance(one, dict) for one in rewrites):
+        if not rewrites or not all(isinstance(rewrite, dict) for rewrite in rewrites):
             _no_row("requested_rewrite", rewrites)
         own_id = row.get("case_id", row.get("id"))
         names = [own_id if own_id is None or len(rewrites) == 1 else f"{own_id}.{i}" for i in range(len(rewrites))]
@@ -136,7 +135,7 @@ def unfold(row: JsonRow) -> list[JsonRow]:
 
 
 def left_out(row: JsonRow) -> str | None:
-    """Names the parts of an object that are not read as requests, and where they belong; `None` if there are none."""
+    """Names the parts of an object that are not read as requests, and their use; `None` if there are none."""
     for forget, keep in LISTS.items():
         if isinstance(row.get(forget), list) and isinstance(row.get(keep), list):
             given = f'"{forget}" is read, what is to be forgotten'
@@ -170,7 +169,7 @@ def _no_row(name: str, value: Any) -> JsonRow:
 
 
 def _refuse_others(row: JsonRow) -> None:
-    """Says what to read instead of files of known sets that hold no requests."""
+    """Refuses files of known sets without requests; the message names the file to read instead."""
     if "prompt" in row:
         return
     if row and all(isinstance(value, dict) and "agg_value" in value for value in row.values()):

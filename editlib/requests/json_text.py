@@ -1,4 +1,4 @@
-"""Parse JSON texts that users write, in which an object must not have a key twice: Python takes the last in silence."""
+"""Parse JSON texts by users, in which an object must not have a key twice: Python would silently use the last one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def loads(text: str) -> Any:
 
 
 def doubled_key(value: Any) -> str | None:
-    """Returns a key that an object in `value` has twice; `None` where there is none."""
+    """Returns a key that an object in `value` has twice; `None` if there is none."""
     left = [value]
     while left:
         one = left.pop()

@@ -1,4 +1,4 @@
-"""Make requests from the rows of a file, and report everything that is wrong or ambiguous in them at once."""
+"""Make requests from the rows of a file, and report all faults and ambiguities at once."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from editlib.requests.rows import FileRow, file_rows
 log = logging.getLogger(__name__)
 
 NAMED_ROWS = 5
-"""Number of bad rows that are reported with their errors; the others are reported by row number only."""
+"""Number of bad rows to report with their errors; the others are reported by row number only."""
 OF_ONE_KIND = 20
-"""Where more rows than these are all bad in the same way, the file is of another kind, and no row is named."""
+"""If more rows than this are all bad in the same way, the file is of another kind, and no row is named."""
 REPEATED = "rewrites that ask the same as an earlier one are left out"
 
 
@@ -29,23 +29,23 @@ class Parsed:
 
     requests: list[EditRequest] = field(default_factory=list)
     questions: list[int] = field(default_factory=list)
-    """Which of the requests are in a format that does not say whose fact is asked for."""
+    """Whether each request is in a format that names no subject."""
     bad: list[tuple[FileRow, str]] = field(default_factory=list)
-    """Rows that cannot be used, with the complaint about each."""
+    """Unusable rows, with the fault of each."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What is to be said about the file, with how many rows it is true of."""
+    """Warnings about the file, each with its number of rows."""
     rows: int = 0
 
 
 def parse_file(path: Path, *, skip_bad: bool = False) -> Parsed:
-    """Reads a file's requests as they are and logs what is ambiguous in it.
+    """Reads a file's requests unchanged and logs its ambiguities.
 
     Args:
-        skip_bad: leave rows out that cannot be used, and log how many and what is wrong with them.
+        skip_bad: leave out unusable rows, and log their number and faults.
 
     Raises:
-        RequestError: the file cannot be read or holds no request, or (without `skip_bad`) rows cannot be used; names
-            every one of them.
+        RequestError: the file cannot be read or has no request, or (without `skip_bad`) rows cannot be used; names all
+            of them.
     """
     parsed = Parsed()
     places: dict[str, FileRow] = {}
@@ -64,10 +64,10 @@ def parse_file(path: Path, *, skip_bad: bool = False) -> Parsed:
 def report_bad_rows(
     path: Path, bad: Sequence[tuple[FileRow, str]], rows: int, *, any_left: bool, skip_bad: bool
 ) -> None:
-    """Logs which of a file's `rows` are left out; does nothing where all can be used.
+    """Logs which of a file's `rows` are left out; does nothing if all can be used.
 
     Raises:
-        RequestError: there are bad ones and they are not to be left out, or no other is left.
+        RequestError: there are bad rows and they must not be left out, or no other row remains.
     """
     if bad and not skip_bad:
         raise RequestError(_complaint(path, bad, rows))
@@ -132,7 +132,7 @@ def _object(row: FileRow) -> JsonRow:
 
 
 def _request(given: JsonRow, reader: formats.Reader, where: str, name: str) -> EditRequest:
-    """Makes the request of one object; `name` where it has none of its own."""
+    """Makes the request of one object; `name` is used if it has no name of its own."""
     arguments = {"prompt": None, **reader(given)}
     own_id = formats.id_of(given, reader)
     arguments["id"] = name if own_id is None else own_id
@@ -162,7 +162,7 @@ def _complaint(path: Path, bad: Sequence[tuple[FileRow, str]], rows: int) -> str
 
 
 def _told(bad: Sequence[tuple[FileRow, str]]) -> list[str]:
-    """Lists every bad row by its number, the first of them with what is wrong."""
+    """Lists every bad row by its number, the first of them with their faults."""
     lines = [f"{row.place}{_name_of(row)}: {said}" for row, said in bad[:NAMED_ROWS]]
     if more := [row.place for row, _ in bad[NAMED_ROWS:]]:
         lines.append("and " + ", ".join(more))
@@ -170,8 +170,7 @@ def _told(bad: Sequence[tuple[FileRow, str]]) -> list[str]:
 
 
 def _name_of(row: FileRow) -> str:
-    """Returns an object's own name in brackets, with a blank before it; nothing where it has none, or its line is
-    enough."""
+    """Returns an object's own name in brackets, after a blank; an empty text if it has none, or its line suffices."""
     if not isinstance(row.value, dict) or row.place.startswith("line"):
         return ""
     names = [(name, row.value[name]) for name in formats.IDS if type(row.value.get(name)) in (int, str)]

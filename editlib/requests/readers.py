@@ -1,7 +1,7 @@
 """Read one object of a known data set into the arguments of `EditRequest`: one function per format.
 
-Each reader only moves fields; what they may hold is checked once, by `EditRequest`. Fields of foreign formats that have
-no place here are passed over; an unknown field of the own format is an error.
+Each reader only moves fields; their values are checked once, by `EditRequest`. Other fields of foreign formats are
+ignored; an unknown field of our own format is an error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def counterfact(row: JsonRow) -> JsonRow:
         "subject": stripped(rewrite.get("subject")),
         "target_new": text_of(rewrite.get("target_new", rewrite.get("target_false"))),
         "answer": true,
-        # MQuAKE asks a rewrite as a question, too; its questions over several hops are about other facts.
+        # MQuAKE also asks a rewrite as a question; its questions over several hops are about other facts.
         "paraphrases": leaves([row.get("paraphrase_prompts"), rewrite.get("question")]),
         # The neighbours are other subjects that share the true object.
         "neighbours": [_neighbour(probe, true) for probe in leaves(row.get("neighborhood_prompts"))],
@@ -53,12 +53,12 @@ def counterfact(row: JsonRow) -> JsonRow:
 
 
 def zsre(row: JsonRow) -> JsonRow:
-    """Reads zsRE: EasyEdit edits to `alt`; MEMIT to the true answer, which is what is left without `alt`."""
+    """Reads zsRE: EasyEdit edits to `alt`; MEMIT to the true answer, which is used without `alt`."""
     answers, probes = leaves(row.get("answers")), leaves(row.get("loc"))
     right = leaves(row.get("loc_ans"))
     if len(probes) != len(right):
         right = [first(right)] * len(probes)
-    # As MEMIT asks it.
+    # The question as MEMIT asks it.
     probes = [f"{loc}?" if isinstance(loc, str) and not loc.endswith("?") else loc for loc in probes]
     return {
         "prompt": row.get("src"),
@@ -114,8 +114,8 @@ def known(row: JsonRow) -> JsonRow:
 
 
 def tofu(row: JsonRow) -> JsonRow:
-    """Reads TOFU, MUSE's `knowmem` and other sets of questions and answers, with UniErase's `subject` where there is
-    one; PopQA's is none where its question does not spell it out."""
+    """Reads TOFU, MUSE's `knowmem` and other sets of questions and answers, with UniErase's `subject` if there is one;
+    PopQA's is left out if its question does not contain it."""
     question, subject = row.get("question", row.get("problem")), stripped(row.get("subject"))
     whose = stripped(row.get("subj"))
     if subject is None and isinstance(whose, str) and isinstance(question, str) and question.count(whose) == 1:
@@ -134,7 +134,7 @@ def tofu(row: JsonRow) -> JsonRow:
 
 
 def unke(row: JsonRow) -> JsonRow:
-    """Reads UnKE: the long `answer` is what the model is to say from now on."""
+    """Reads UnKE: the long `answer` is the new answer."""
     return {
         "prompt": row.get("question"),
         "subject": stripped(row.get("subject")),
@@ -144,7 +144,7 @@ def unke(row: JsonRow) -> JsonRow:
 
 
 def rwku(row: JsonRow) -> JsonRow:
-    """Reads RWKU's `query, answer, subject`, its gaps (`___`) left as they are; a person who is not named there is no
+    """Reads RWKU's `query, answer, subject`, with gaps (`___`) unchanged; a person who is not named there is not the
     subject of the question."""
     subject, query = stripped(row.get("subject")), row.get("query")
     named = isinstance(subject, str) and isinstance(query, str) and query.count(subject) == 1
@@ -158,7 +158,7 @@ def rwku(row: JsonRow) -> JsonRow:
 
 
 def muse(row: JsonRow) -> JsonRow:
-    """Reads MUSE's `verbmem`: the beginning of a passage, and how it goes on."""
+    """Reads MUSE's `verbmem`: the beginning of a passage, and its continuation."""
     return {"prompt": row.get("prompt"), "answer": row.get("gt")}
 
 
@@ -203,7 +203,7 @@ def _objects(row: JsonRow, name: str) -> list[JsonRow]:
     """Returns the objects in a field.
 
     Raises:
-        FieldError: there is something else in it.
+        FieldError: it has other content.
     """
     found = leaves(row.get(name))
     if other := [one for one in found if not isinstance(one, dict)]:
@@ -219,7 +219,7 @@ def _neighbour(probe: Any, answer: Any) -> JsonRow:
 
 
 def _locality(value: Any) -> list[JsonRow]:
-    """Probes from `{prompt, ground_truth}`, whose values may be lists, however deep it is nested."""
+    """Returns probes from `{prompt, ground_truth}` at any depth, whose values may be lists."""
     if value is None:  # Parquet and Arrow fill in the fields that other rows have
         return []
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Read and write the files that requests come in."""
+"""Read and write request files."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def read_requests(
 ) -> list[EditRequest]:
     """Reads requests from JSON Lines, a JSON array, CSV, TSV, Parquet or a folder by `datasets.save_to_disk`.
 
-    The format is recognised by the fields of each object: the own one (see `EditRequest`) or one of those that
-    `docs/reference/file-formats.md` lists. A request without an id is called `<file stem>:<position in the file>`.
-    Questions of sets that name no subject get theirs from `editlib.requests.subjects`; those that none is found for are
-    logged, and have none. Logs, too, which of two fields is taken where a format has two, and requests that contradict
-    one another.
+    The format is recognised by the fields of each object: our own (see `EditRequest`) or a format listed in
+    `docs/reference/file-formats.md`. A request without an id is called `<file stem>:<position in the file>`. Questions
+    of sets that name no subject get theirs from `editlib.requests.subjects`; those that none is found for are logged,
+    and have none. Logs, too, which of two fields is taken where a format has two, and requests that contradict one
+    another.
 
     Args:
         subjects: the user's own for such questions, by id or by question.
@@ -71,7 +71,7 @@ def read_with_retain(
     left_out: dict[str, list[str]] | None = None,
     tell_missing: bool = True,
 ) -> tuple[list[EditRequest], list[EditRequest] | None]:
-    """Reads requests, and the prompts to be kept where there is a file of them; logs those that are in both.
+    """Reads requests, and prompts to keep if there is a file of them; warns of requests that are also to be kept.
 
     Args:
         tell_missing: see `read_requests`; of the requests alone.
@@ -92,7 +92,7 @@ def read_questions(
     skip_bad: bool = False,
     left_out: dict[str, list[str]] | None = None,
 ) -> list[tuple[EditRequest, Subject | None]]:
-    """Reads the questions of a file in TOFU's form, each with how its subject was found, `None` where it was not.
+    """Reads the questions of a file in TOFU's form, each with how its subject was found, `None` if it was not.
 
     Args:
         subjects: see `with_subjects`.
@@ -111,7 +111,7 @@ def read_questions(
 
 
 def _note_rows(left_out: dict[str, list[str]], path: Path, parsed: Parsed) -> None:
-    """Adds the bad rows of a file, by its name; by its path where another file of this name has some, too."""
+    """Adds the bad rows of a file, by its name, or by its path if another file of this name has some."""
     left_out[str(path) if path.name in left_out else path.name] = [row.place for row, _ in parsed.bad]
 
 
@@ -132,7 +132,7 @@ def with_subjects(
     known = {name for request in requests for name in (request.id, request.question)}
     for name in subjects.keys() - known:
         wanted = "expected the id or the question of one; fix the mapping"
-        raise RequestError(f"subjects: {quote(name)} is no request's; {wanted}")
+        raise RequestError(f"subjects: {quote(name)} names no request; {wanted}")
     found = find_subjects([request.question for request in requests], [request.answer or "" for request in requests])
     pairs: list[tuple[EditRequest, Subject | None]] = []
     for request, subject in zip(requests, found, strict=True):
@@ -220,7 +220,7 @@ def _no_subject(missing: Sequence[EditRequest]) -> str:
 
 def _ids(requests: Sequence[EditRequest]) -> str:
     more = f" and {len(requests) - 5} more" if len(requests) > 5 else ""
-    return ", ".join(one.id for one in requests[:5]) + more
+    return ", ".join(request.id for request in requests[:5]) + more
 
 
 def tell_subjects(name: str, found: Sequence[tuple[EditRequest, Subject | None]], *, missing: bool = True) -> None:

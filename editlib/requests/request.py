@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Probe:
-    """Holds a prompt with the answer that is expected to it."""
+    """Holds a prompt with its expected answer."""
 
     prompt: str
     answer: str | None = None
@@ -95,13 +95,13 @@ class EditRequest:
 
     @property
     def subject_start(self) -> int | None:
-        """The character of `question` that the subject begins at; `None` without a subject."""
+        """The index in `question` of the subject's first character; `None` without a subject."""
         return self._asked.start
 
     @property
     def filled_wordings(self) -> tuple[Filled, ...]:
-        """The question and the further phrasings that an edit uses, with where the subject begins in each and how it is
-        spelled there."""
+        """The question and the further phrasings that an edit uses, with the position and spelling of the subject in
+        each."""
         return (self._asked, *self._phrasings)
 
     @property
@@ -143,7 +143,7 @@ def _check_text(name: str, value: object) -> None:
             raise FieldError(name, f'{given}; expected one string; write the others under "aliases"')
         raise FieldError(name, f"{given}; expected a string; write the text in quotes")
     if not value.strip():
-        raise FieldError(name, f"{quote(value)} is empty; expected some text; write it or take the field out")
+        raise FieldError(name, f"{quote(value)} is empty; expected some text; write it or remove the field")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
 """Read objects from a file: JSON Lines, a JSON array, a table, Parquet, or a folder that `datasets` saved.
 
-A row that cannot be had is a row with a complaint, so that a reader can name all of them at once; a file that cannot be
-read at all is an error.
+An unusable row is returned with its fault, so that a reader can name all of them at once; an unreadable file is an
+error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OTHERS = {
     b"par1": ("Parquet under another name", "end its name with .parquet"),
     b"arrow1": ("Arrow", "give the folder by datasets.save_to_disk, or write Parquet"),
 }
-"""Beginnings of files that hold no text, in small letters, with what they are and what to do."""
+"""Beginnings of files that are not text, in lower case, with their kind and the remedy."""
 EXTRA = 'install it with: pip install "editlib[eval]"'
 
 
@@ -74,7 +74,7 @@ def _json_rows(path: Path, text: str) -> Iterator[FileRow]:
     """Reads the objects of a JSON array, of JSON Lines, or one object alone.
 
     Raises:
-        RequestError: it is an array and not JSON, or no line is.
+        RequestError: an array is invalid JSON, or no line is valid JSON.
     """
     if text.lstrip().startswith("["):
         return _numbered(parse_json(path, text, 1))
@@ -92,20 +92,20 @@ def read_text(path: Path) -> str:
     """Reads the text of a file.
 
     Raises:
-        RequestError: it is not there, cannot be read, or is not UTF-8.
+        RequestError: it is missing, cannot be read, or is not UTF-8.
     """
     try:
         raw = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or str(error)
         if path_is_folder(path):
-            reason = "Is a directory"  # Windows says that it may not be read
+            reason = "Is a directory"  # Windows reports a missing permission
         raise RequestError(f"{path}: {reason}; {WANTED}; check the path") from None
     return _decoded(path, _unpacked(path, raw))
 
 
 def _unpacked(path: Path, raw: bytes) -> bytes:
-    """Returns the bytes of a file, those of a gzipped one unpacked.
+    """Returns the bytes of a file, unpacked if it is gzipped.
 
     Raises:
         RequestError: a file of another kind, by its first bytes.
@@ -123,7 +123,7 @@ def _unpacked(path: Path, raw: bytes) -> bytes:
 
 def _decoded(path: Path, raw: bytes) -> str:
     try:
-        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # what Windows' tools call Unicode
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # the "Unicode" of Windows' tools
             return raw.decode("utf-16")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -145,15 +145,15 @@ def parse_json(path: Path, text: str, line: int) -> Any:
 
 
 def path_is_folder(path: Path) -> bool:
-    """Returns whether a path is a folder; a name that no file can have is none."""
+    """Returns whether a path is a folder; false for an impossible name."""
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # too long a name; a null byte, before Python 3.13
+    except (OSError, ValueError):  # a name that is too long; a null byte, before Python 3.13
         return False
 
 
 def _json_complaint(text: str) -> tuple[int, str] | None:
-    """Returns the line of a JSON text that is wrong and what is wrong there, or `None`."""
+    """Returns the line and the fault of a wrong JSON text, or `None`."""
     wanted = "expected one JSON object; fix the line"
     try:
         json.loads(text)
@@ -176,7 +176,7 @@ def _wrapped(whole: Any) -> list[Any]:
 
 
 def _some_json(path: Path, rows: list[FileRow]) -> list[FileRow]:
-    """Returns the rows; raises `RequestError` where there are several and none is JSON, as in CSV or YAML."""
+    """Returns the rows; raises `RequestError` if there are several and none is JSON, as in CSV or YAML."""
     if len(rows) > 1 and all(row.complaint is not None for row in rows):
         said = str(rows[0].complaint).partition(";")[0]
         raise RequestError(
@@ -199,7 +199,7 @@ def _numbered(values: list[Any]) -> Iterator[FileRow]:
 
 
 def _doubled(value: Any) -> str | None:
-    """Returns the complaint about an object with a key twice; `None` where there is none in `value`."""
+    """Describes an object in `value` with a key twice; `None` if there is none."""
     key = json_text.doubled_key(value)
     return None if key is None else f"key {quote(key)} is there twice in one object; {json_text.MENDED}"
 
@@ -220,7 +220,7 @@ def _saved(path: Path) -> list[Any]:
     datasets = _package("datasets", path)
     try:
         return list(datasets.load_from_disk(str(path)))
-    except Exception as error:  # whatever of datasets, pyarrow and json reads a damaged folder
+    except Exception as error:  # datasets, pyarrow or json may raise for a damaged folder
         raise RequestError(f"{path}: cannot be read ({first_line(error)[:160]}); save it again") from None
 
 
@@ -230,7 +230,7 @@ def _parquet(path: Path) -> list[Any]:
     parquet = _package("pyarrow.parquet", path)
     try:
         return parquet.read_table(str(path)).to_pylist()
-    except Exception as error:  # pyarrow has many of its own
+    except Exception as error:  # pyarrow has many own classes
         raise RequestError(f"{path}: not Parquet ({first_line(error)[:160]}); {WANTED}, or write it again") from None
 
 

@@ -1,4 +1,5 @@
-"""Find a subject as a further phrasing spells it: in another case, with other blanks, without article or accents."""
+"""Find a subject that a further phrasing spells differently: in another case, with other blanks, without article or
+accents."""
 
 from __future__ import annotations
 
@@ -8,18 +9,18 @@ import unicodedata
 from editlib.answers.scripts import plain_marks, script_of
 
 ACCENTED = frozenset({"LATIN", "GREEK", "CYRILLIC"})
-"""Scripts whose accents are left out by many writers; elsewhere a mark makes another letter."""
+"""Scripts whose accents many writers leave out; elsewhere a mark makes another letter."""
 _ARTICLE = re.compile(r"(?:the|an?) ")
 
 
 def find_spelling(text: str, subject: str) -> tuple[int, str] | None:
-    """Finds a subject that is spelled otherwise in a text, as words of its own.
+    """Finds a subject with another spelling in a text, at word boundaries.
 
-    Case, accents of the Latin, Greek and Cyrillic scripts, apostrophes, blanks and a leading English article make no
-    difference.
+    Ignored are case, accents of the Latin, Greek and Cyrillic scripts, apostrophes, blanks and a leading English
+    article.
 
     Returns:
-        The character that it begins at, and how it is spelled there; `None` where it is there never or more than once.
+        The index of its first character, and its spelling there; `None` unless it occurs exactly once.
     """
     searched, places = _plain(text)
     wanted = _plain(subject)[0].strip()
@@ -36,7 +37,7 @@ def find_spelling(text: str, subject: str) -> tuple[int, str] | None:
 
 
 def _plain(text: str) -> tuple[str, list[int]]:
-    """Returns the text without the differences that `find_spelling` passes over, and the place in `text` of each of its
+    """Returns the text without the differences that `find_spelling` ignores, and the index in `text` of each of its
     characters."""
     found, places = "", []
     for place, character in enumerate(text):

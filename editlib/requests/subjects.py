@@ -120,7 +120,7 @@ def candidates(question: str) -> list[str]:
 def _subject(asked: Sequence[_Asked], leaders: Sequence[str | None], i: int, *, guess: bool) -> Subject | None:
     one = asked[i]
     near = Counter(name for name in _nearby(leaders, i) if name is not None)
-    # A person is spoken of in answers, too; "American" is not, however many questions it leads.
+    # Answers mention a person too; they do not mention "American", however many questions it leads.
     words = {word for other in _nearby(asked, i) for word in _WORD.findall(other.answer)}
     persons = [name for name, n in near.most_common() if n >= LEADS and _WORD.findall(name)[-1] in words]
     whole = [name for name in persons if not any(_is_part(name, other) for other in persons)]

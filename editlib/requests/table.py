@@ -1,6 +1,6 @@
 """Read the rows of a table (CSV, TSV) as objects: the first line names the columns.
 
-Spreadsheets write commas, semicolons or tabs between cells, a byte order mark, and line ends inside quotation marks.
+Spreadsheets separate cells by commas, semicolons or tabs, and write a byte order mark, and line ends inside quotes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from editlib.requests.readers import own
 SUFFIXES = (".csv", ".tsv")
 SEPARATORS = ",;\t|"
 TEXTS = frozenset({"prompt", "question", "query", "answer", "subject", "target", "target_new", "src", "alt", "text"})
-"""Columns that hold plain texts, even one that begins with a bracket; in others a JSON list or object may be."""
+"""Columns of plain texts, even with a bracket at the beginning; other columns may have a JSON list or object."""
 LISTS = ("aliases", "phrasings", "paraphrases", "neighbours")
 _ALSO = frozenset(" ".join(SYNONYMS.values()).split()) | {"problem", "case_id", "requested_rewrite", "attribute", "gt"}
 _KNOWN = frozenset(OWN_FIELDS) | _ALSO
@@ -31,7 +31,7 @@ Cells = list[str]
 
 
 def is_table(path: Path) -> bool:
-    """Returns whether a file is a table by its name; it may be packed by gzip."""
+    """Returns whether a file is a table by its name; it may be gzipped."""
     name = path.name.lower().removesuffix(".gz")
     return name.endswith(SUFFIXES)
 
@@ -53,7 +53,7 @@ def table_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | No
     for line, cells in rows:
         if not any(cells):
             continue
-        while len(cells) > len(names) and not cells[-1]:  # separators behind the last cell
+        while len(cells) > len(names) and not cells[-1]:  # separators after the last cell
             cells.pop()
         if len(cells) != len(names):
             given = f"{len(cells)} cells for {len(names)} columns ({', '.join(names)})"
@@ -64,7 +64,7 @@ def table_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | No
 
 
 def _separator(path: Path, text: str) -> str:
-    """Returns the separator of a table: the one that cuts its first line into the most columns that are known."""
+    """Returns the separator of a table: the one that gives the most known columns in the first line."""
     if path.name.lower().removesuffix(".gz").endswith(".tsv"):
         return "\t"
     begin = text.lstrip().split("\n", 1)[0]
@@ -88,10 +88,10 @@ def _records(path: Path, text: str, separator: str, first: int) -> Iterator[tupl
 
 
 def _columns(path: Path, line: int, header: Cells) -> list[str]:
-    """Returns the names of the columns; "" for one without a name (a spreadsheet's numbers), which is not read.
+    """Returns the names of the columns; "" for one without a name (a spreadsheet's row numbers), which is ignored.
 
     Raises:
-        RequestError: a name twice, or none that is known.
+        RequestError: a repeated name, or no known name.
     """
     names = ["" if re.fullmatch(r"(unnamed: ?\d+)?", _name(cell)) else _name(cell) for cell in header]
     while names and not names[-1]:
@@ -107,12 +107,12 @@ def _columns(path: Path, line: int, header: Cells) -> list[str]:
 
 
 def _check_columns(path: Path, line: int, names: Sequence[str]) -> None:
-    """Raises `RequestError` where a table of our own columns has others, too; formats of data sets may."""
+    """Raises `RequestError` if a table with our own columns has others too; formats of data sets may."""
     row: dict[str, Any] = {name: WANTED for name in names if name}
     try:
         reader = format_of(row)
     except FieldError:
-        return  # a set that is not read: its rows say which file is
+        return  # an unsupported file: the error of its rows names the right one
     try:
         own(row) if reader is own else None
     except FieldError as error:
@@ -124,7 +124,7 @@ def _name(cell: str) -> str:
 
 
 def _value(name: str, cell: str) -> Any:
-    """Returns what a cell holds: a text, or a list or object written as JSON."""
+    """Returns the value of a cell: a text, or a list or object written as JSON."""
     value: Any = cell
     if name not in TEXTS and cell.startswith(("[", "{")):
         try:

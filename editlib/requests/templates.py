@@ -1,7 +1,7 @@
-"""Find the subject in a text, and tell its placeholder from other braces.
+"""Find the subject in a text, and distinguish its placeholder from other braces.
 
-Three ways to say where it is, of which the first that is there decides: `{subject}`; a single `{}`; the subject itself,
-spelled out once. All other braces are ordinary text, and `{{}}` is how a text says `{}` where that would be the place.
+A text marks its subject in one of three ways, in this order of preference: `{subject}`; a single `{}`; the subject
+itself, spelled out once. All other braces are ordinary text, and `{{}}` is a literal `{}`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _MARKS = re.compile(r"\{\{\}\}|\{\}")
 
 @dataclass(frozen=True)
 class Filled:
-    """Holds a text with its subject filled in, which begins at character `start`; `None` where it does not hold it.
+    """Holds a text with its subject filled in, which begins at character `start`; `None` if the text does not contain
+    it.
 
-    `subject` is how the text spells it.
+    `subject` is the text's own spelling.
     """
 
     text: str
@@ -33,14 +34,14 @@ class Filled:
 
 
 def fill(name: str, text: str, subject: str | None, *, otherwise: bool = False) -> Filled:
-    """Fills the subject in where the text has a place for it.
+    """Fills the subject into a text's placeholder.
 
     Args:
-        name: of the field, for what is said about it.
-        otherwise: where the text does not hold the subject, take it as the text spells it (`find_spelling`).
+        name: name of the field, for messages.
+        otherwise: if the text does not contain the subject, accept another spelling (`find_spelling`).
 
     Raises:
-        FieldError: a place without a subject, or more places than one.
+        FieldError: a placeholder without a subject, or several placeholders.
     """
     marks = [mark[0] for mark in _MARKS.finditer(text)]
     if subject is None:
@@ -71,11 +72,11 @@ def fill(name: str, text: str, subject: str | None, *, otherwise: bool = False) 
 
 
 def template_of(prompt: str, subject: str) -> str:
-    """Returns the prompt in its one form: `{}` in the subject's place, or `{subject}` where other braces could be taken
-    for it.
+    """Returns the prompt in its standard form: `{}` in the subject's place, or `{subject}` if other braces could be
+    mistaken for it.
 
     Raises:
-        FieldError: see `fill`; or the subject is not in the prompt, or more than once without a place.
+        FieldError: see `fill`; or the subject is not in the prompt, or more than once without a placeholder.
     """
     if subject != subject.strip() or PLACE in subject or NAMED in subject:
         wanted = 'expected text without "{}" and without blanks at its ends'
@@ -95,9 +96,9 @@ def template_of(prompt: str, subject: str) -> str:
 
 
 def spelling_in(prompt: str, subject: str) -> str:
-    """Returns the subject as the prompt spells it, where they differ only in what no reader sees: composed or
-    decomposed accents, straight or curly apostrophes. The subject itself where the prompt has a place for it, holds it
-    as it is, or does not hold it."""
+    """Returns the subject in the prompt's spelling, if they differ only invisibly: composed or decomposed accents,
+    straight or curly apostrophes. Returns the subject itself if the prompt has a placeholder, contains the subject
+    exactly, or does not contain it."""
     if subject in prompt or PLACE in prompt or NAMED in prompt:
         return subject
     found = {match[0] for match in re.finditer("".join(map(_forms, unicodedata.normalize("NFC", subject))), prompt)}
@@ -113,12 +114,12 @@ def _forms(character: str) -> str:
 
 
 def literal(text: str) -> str:
-    """Returns the text with its `{}` written so that they are text."""
+    """Returns the text with each `{}` escaped, so that it is literal."""
     return text.replace(PLACE, BRACES)
 
 
 def occurrences(text: str, subject: str) -> list[int]:
-    """Finds the subject as words of its own, else (as in scripts without spaces) anywhere."""
+    """Finds the subject at word boundaries, else (as in scripts without spaces) anywhere."""
     spelled = re.escape(subject)
     whole = [m.start() for m in re.finditer(rf"(?<!\w){spelled}(?!\w)", text)]
     return whole or [m.start() for m in re.finditer(rf"(?={spelled})", text)]

@@ -1,1 +1,1 @@
-"""Second moments of the keys that each layer sees on ordinary text: made, stored, found and looked at."""
+"""Second moments of each layer's keys on ordinary text: computing, storing, finding and describing them."""

@@ -1,6 +1,6 @@
-"""Cache what is computed from layer statistics, beside their file: factors and bases.
+"""Cache factors and bases computed from layer statistics, in files beside the statistics.
 
-Peers decompose the same matrices in every run; at `d_ff` 14336 that takes longer than the edit.
+At `d_ff` 14336 the decomposition takes longer than the edit; other libraries repeat it in every run.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from editlib.stats.file import LayerStats
 log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", MemoryError)  # since torch 2.5
-FORMAT = "1"  # raised when the content of kept files changes
+FORMAT = "1"  # increased when the content of cached files changes
 
 
 def kept_beside(
     stats: LayerStats, kind: str, compute: Callable[[Tensor], dict[str, Tensor]], device: torch.device | None = None
 ) -> dict[str, Tensor]:
-    """Returns the tensors that `compute` makes from the second moment, read from `<statistics file>.<kind>.safetensors`
-    when they were made from these very sums before, and written there otherwise.
+    """Returns the tensors that `compute` makes from the second moment. They are read from
+    `<statistics file>.<kind>.safetensors` if that was made from the same sums, and otherwise computed and written
+    there.
 
-    Statistics that lie in no file are computed from each time. A folder that cannot be written costs time only.
+    Nothing is cached for statistics without a file, or in a folder that cannot be written.
 
     Args:
-        compute: given `C [d_ff, d_ff]` in fp64.
-        device: where it is computed, if it has fp64 and room; the result is on the CPU in any case. Devices
+        compute: called with `C [d_ff, d_ff]` in fp64.
+        device: where it is computed, if the device has fp64 and enough memory; the result is always on the CPU. Devices
             differ in the last bits; whichever result is cached first is used by all later edits.
     """
 
@@ -55,7 +56,7 @@ def kept_beside(
             if file.metadata() == made_from:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
-        pass  # none there, or one that was damaged
+        pass  # missing or damaged
     made = make()
     try:
         with atomic_path(path) as temporary:

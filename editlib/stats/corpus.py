@@ -19,10 +19,10 @@ HELD_OUT_EVERY = 8  # every eighth article of the sample is for perplexity, the 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Holds the documents with a name for the statistics folder and a hash to recognise the same text again.
+    """Holds documents, with a name for the statistics folder and a hash that identifies the text.
 
-    `documents` may be walked more than once; its length is known unless the text is streamed. `sha256` is
-    over all documents, or, streamed, over the dataset's fingerprint and its first documents.
+    `documents` may be iterated more than once; its length is known unless the text is streamed. `sha256` covers all
+    documents or, for streamed text, the dataset's fingerprint and first documents.
     """
 
     name: str
@@ -34,11 +34,11 @@ def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
     """Opens a corpus.
 
     Args:
-        spec: a .txt file (documents are separated by blank lines); rows with a text (.jsonl, .json, .csv, .tsv,
-            .parquet, a folder by `save_to_disk`); `hf:NAME[/CONFIG][:SPLIT]`
-            (split `train` unless named); `wiki-sample`, about 90 English Wikipedia articles for statistics;
-            `wiki-sample:heldout`, every 8th article of that sample, kept apart for perplexity. The text of
-            the sample is under CC BY-SA, by Wikipedia's contributors.
+        spec: a .txt file (documents are separated by blank lines); rows with a text field (.jsonl, .json, .csv, .tsv,
+            .parquet, a folder by `save_to_disk`); `hf:NAME[/CONFIG][:SPLIT]` (split `train` unless named);
+            `wiki-sample`, about 90 English Wikipedia articles for statistics; `wiki-sample:heldout`, every 8th article
+            of that sample, held out for perplexity. The text of the sample is under CC BY-SA, by Wikipedia's
+            contributors.
         text_field: the field with the text (rows and hf: only); `text`, or the only string field.
 
     Raises:
@@ -61,10 +61,10 @@ def load_corpus(spec: str, *, text_field: str | None = None) -> Corpus:
 
 
 def check_corpus(spec: str) -> None:
-    """Checks what can be known of a corpus without the network; call it before a model is loaded.
+    """Checks a corpus as far as possible without the network; call it before a model is loaded.
 
     Raises:
-        CorpusError: no such file, or one that holds no text that is read.
+        CorpusError: no such file, or one without usable text.
     """
     if spec.startswith("hf:"):
         dataset_parts(spec)
@@ -73,7 +73,7 @@ def check_corpus(spec: str) -> None:
 
 
 def hash_documents(documents: Iterable[str]) -> str:
-    """Hashes the documents in order (SHA-256, hex); where one ends and the next begins counts."""
+    """Hashes the documents in order (SHA-256, hex), including the boundaries between them."""
     digest = hashlib.sha256()
     for document in documents:
         data = document.encode()

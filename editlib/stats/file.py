@@ -21,14 +21,14 @@ from torch import Tensor
 from editlib.errors import StatsError, first_line
 from editlib.files import atomic_path
 
-CONSTRUCTOR = "util.runningstats.SecondMoment()"  # what the family's own reader expects to find
+CONSTRUCTOR = "util.runningstats.SecondMoment()"  # the family's own reader expects this
 AGAIN = "compute it again with `editlib stats`, or fetch it again"
 DAMAGE = (
     *(OSError, ValueError, EOFError, TypeError, AttributeError, KeyError, MemoryError, OverflowError, RuntimeError),
     *(SyntaxError, struct.error, zlib.error, zipfile.BadZipFile),
 )
 """Errors of numpy and zipfile for bytes that are not an `.npz` file, or a damaged one."""
-LARGE = 2**28  # bytes of a matrix that is mapped and not read
+LARGE = 2**28  # bytes from which on a matrix is memory-mapped instead of read
 CHUNK, ZIP_HEADER = 2**24, 30  # bytes read at once; bytes of the fixed part of a zip member's header
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """Readers of an array's header, by the version of its format."""
@@ -59,12 +59,12 @@ class LayerStats:
     mom2: Tensor
     count: int
     sample_size: int
-    header: StatsHeader | None = None  # None: a file made by another tool
+    header: StatsHeader | None = None  # None: the file was made by another tool
     path: Path | None = field(default=None, compare=False)
 
     def moment(self) -> Tensor:
         """Returns `C = E[k k^T]`, uncentred, fp64 `[d_ff, d_ff]`."""
-        # Divided in place: of a wide layer two such matrices are gigabytes.
+        # Divided in place: two such matrices of a wide layer are gigabytes.
         return self.mom2.to(torch.float64, copy=True).div_(self.count)
 
     def sha256(self) -> str:
@@ -75,7 +75,7 @@ class LayerStats:
 
 
 def write_stats(path: Path, stats: LayerStats) -> None:
-    """Writes one file, atomically; a reader of ROME, MEMIT, AlphaEdit or EasyEdit opens it."""
+    """Writes one file, atomically; ROME, MEMIT, AlphaEdit and EasyEdit can read it."""
     assert stats.header is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, temporary.open("wb") as out:
@@ -91,11 +91,11 @@ def write_stats(path: Path, stats: LayerStats) -> None:
 
 
 def read_stats(path: Path) -> LayerStats:
-    """Opens one file, ours or one of the ROME family's; nothing in it is ever unpickled.
+    """Opens one file, ours or one of the ROME family's; never unpickles anything.
 
     Raises:
-        StatsError: not an `.npz`, truncated, without the family's arrays, or holding what is no second moment: not
-            square, not finite, all zero, not symmetric, no token counted.
+        StatsError: not an `.npz` file, truncated, without the family's arrays, or not a second moment: not square, not
+            finite, all zero, not symmetric, no token counted.
     """
     arrays = _arrays(path, ("mom2.count", "editlib.header"))
     header, count = _header(path, arrays), _count(path, arrays["mom2.count"])
@@ -140,9 +140,9 @@ def _header(path: Path, arrays: Mapping[str, np.ndarray]) -> StatsHeader | None:
 
 def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as found:
-            present = set(found.files)
-            arrays = {name: found[name] for name in names if name in present}
+        with np.load(path, allow_pickle=False) as archive:
+            present = set(archive.files)
+            arrays = {name: archive[name] for name in names if name in present}
     except DAMAGE as error:
         raise StatsError(f"{path}: not a readable .npz file ({first_line(error)}); {AGAIN}") from None
     lacking = [name for name in ("mom2.mom2", "mom2.count") if name not in present]
@@ -154,10 +154,10 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 def _mapped(path: Path) -> np.ndarray | None:
     """Maps a large matrix from its file; `None` for one that is small or compressed.
 
-    An edit holds the statistics of all its layers, gigabytes of a wide model. Mapped pages are the file's own, which
-    the system drops where memory is short. The checksum is that of the archive, read once.
+    An edit holds the statistics of all its layers, which are gigabytes for a wide model. The operating system can drop
+    mapped pages when memory is short. The archive's checksum is compared once.
     """
-    if sys.platform == "win32":  # a file that is mapped cannot be replaced there
+    if sys.platform == "win32":  # a mapped file cannot be replaced there
         return None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -167,11 +167,11 @@ def _mapped(path: Path) -> np.ndarray | None:
             with archive.open(member) as array:
                 shape, fortran, dtype = HEADERS[np.lib.format.read_magic(array)](array)
                 begin = array.tell()
-                while array.read(CHUNK):  # at its end the checksum is compared
+                while array.read(CHUNK):  # the checksum is compared at its end
                     pass
         with Path(path).open("rb") as file:
             file.seek(member.header_offset + ZIP_HEADER - 4)
-            # The header of a member has a fixed part, which ends with the lengths of a name and of what else follows.
+            # A member's header has a fixed part, which ends with the lengths of the name and of the extra field.
             begin += member.header_offset + ZIP_HEADER + sum(struct.unpack("<HH", file.read(4)))
         return np.memmap(path, dtype, "c", begin, shape, order="F" if fortran else "C")
     except DAMAGE as error:
@@ -188,8 +188,7 @@ def _count(path: Path, array: np.ndarray) -> int:
 
 
 def _sample_size(path: Path) -> int:
-    """Returns the number of documents, 0 where it is not known: left out, or the NaN (or pickled None) that means
-    unknown."""
+    """Returns the number of documents; 0 if it is unknown (missing, NaN or a pickled None)."""
     try:
         array = _arrays(path, ("sample_size",)).get("sample_size", np.array(0))
     except StatsError:
@@ -199,7 +198,7 @@ def _sample_size(path: Path) -> int:
 
 
 def _flaw(mom2: np.ndarray) -> str | None:
-    """Says why `mom2` can be no sum of `k k^T`; `None` when it can."""
+    """Says why `mom2` cannot be a sum of `k k^T`; `None` if it can."""
     if mom2.ndim != 2 or mom2.shape[0] != mom2.shape[-1] or not mom2.size:
         return f"holds an array of shape {' x '.join(map(str, mom2.shape)) or '()'}, which is not square"
     if mom2.dtype.kind != "f" or mom2.dtype.itemsize > 8:
@@ -210,14 +209,14 @@ def _flaw(mom2: np.ndarray) -> str | None:
         return "holds a negative number on its diagonal"
     if not diagonal.any():
         return "holds only zeros on its diagonal"
-    found = (_block_flaw(mom2, diagonal, least, start) for start in range(0, len(mom2), 512))
-    return next((flaw for flaw in found if flaw), None)
+    flaws = (_block_flaw(mom2, diagonal, least, start) for start in range(0, len(mom2), 512))
+    return next((flaw for flaw in flaws if flaw), None)
 
 
 def _block_flaw(mom2: np.ndarray, diagonal: np.ndarray, least: float, start: int) -> str | None:
-    """Finds the flaw of 512 rows right of the diagonal and as many columns below it: copies of the whole are gigabytes.
+    """Checks 512 rows right of the diagonal and the same columns below it, since a copy of the whole may be gigabytes.
 
-    `least` is the smallest step of the file's numbers, which small sums in half precision are rounded to.
+    `least` is the resolution of the file's dtype, to which small sums in half precision are rounded.
     """
     block = slice(start, start + 512)
     upper = mom2[block, start:].astype(np.float64)

@@ -38,7 +38,7 @@ def document_windows(tok: PreTrainedTokenizerBase, documents: Iterable[str], max
 def counted_windows(windows: Iterable[Window], tokens: int, skip_first: int) -> Iterator[Window]:
     """Yields windows whose tokens after the first `skip_first` add up to `tokens`, the last one cut to fit.
 
-    No more of `windows` is drawn than that takes, so a streamed corpus may be endless.
+    No further windows are drawn, so a streamed corpus may be endless.
     """
     for number, ids in windows:
         ids = ids[: tokens + skip_first]
@@ -50,7 +50,7 @@ def counted_windows(windows: Iterable[Window], tokens: int, skip_first: int) -> 
 
 
 def batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Yields windows in their order, as many at a time as make at most `batch_tokens` with padding; one at least."""
+    """Yields windows in order, in batches of at most `batch_tokens` tokens with padding, but at least one window."""
     group: list[Window] = []
     width = 0
     for window in windows:
@@ -82,17 +82,17 @@ def layer_stats(
 ) -> dict[int, LayerStats]:
     """Collects second moments of `layers` in one forward pass over `documents`, stopped after the last layer.
 
-    Several processes deal the batches of one list among themselves and add their sums up: every batch, and so the
-    result, is that of one process, to fp64 rounding.
+    Several processes share the batches of one list and add up their sums: the batches, and up to fp64 rounding the
+    result, are those of a single process.
 
     Args:
         tokens: stop after this many counted tokens.
-        skip_first: leave out this many tokens at the start of each window; the first token of a text carries keys
-            up to 10^4 times larger than the rest and would swamp the sum. 0 counts them, as ROME and MEMIT do.
-        checkpoint: a file that keeps the sums while the pass runs, also after Ctrl-C; found again, it is continued.
-            Each of several processes keeps its own. It stays: remove it (`drop_checkpoint`) once the result is safe.
-        max_length, batch_tokens: tokens a window and a padded batch may hold, whatever the model's own maximum; a
-            window longer than `batch_tokens` is a batch by itself.
+        skip_first: leave out this many tokens at the start of each window; the first token of a text has keys up to
+            10^4 times larger than the rest and would dominate the sum. 0 counts them, as ROME and MEMIT do.
+        checkpoint: a file for the sums while the pass runs, also after Ctrl-C; an existing one is resumed. Each of
+            several processes has its own. Remove it (`drop_checkpoint`) once the result is saved.
+        max_length, batch_tokens: most tokens of a window and of a padded batch, independent of the model's own maximum;
+            a window longer than `batch_tokens` is a batch by itself.
 
     Raises:
         StatsError: a checkpoint of another job; no token to count.
@@ -128,7 +128,7 @@ def layer_stats(
     if not sums.tokens:
         raise StatsError(f"corpus {header.corpus} gave no token to count; give a longer text")
     if sums.tokens < tokens and shard.first:
-        log.warning("corpus %s holds only %d of the %d tokens asked for", header.corpus, sums.tokens, tokens)
+        log.warning("corpus %s has only %d of the %d requested tokens", header.corpus, sums.tokens, tokens)
     return finish(sums, anat, header, max(shard.gather(used)))
 
 
@@ -141,7 +141,7 @@ def record_moments(anat: Anatomy, batch: TokenBatch, layers: Sequence[int], sums
     def add(layer: int, k: Tensor) -> None:
         for row, first, number in pieces:
             sums.add(layer, k[row, first : first + number])
-        sums.flush(layer)  # so that the keys of one layer at a time are held
+        sums.flush(layer)  # so that only one layer's keys are held at a time
 
     with no_param_grad(anat.model), torch.no_grad():
         forward(anat, batch, stop=max(layers) + 1, keys=add, key_layers=tuple(layers))

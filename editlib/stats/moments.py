@@ -29,19 +29,19 @@ from editlib.stats.file import LayerStats, StatsHeader
 
 log = logging.getLogger(__name__)
 
-SLABS = 8  # in which half of a symmetric product is computed
-GRAM_SHARE = (1 + 1 / SLABS) / 2  # of the whole product
+SLABS = 8  # slabs of rows in which half of a symmetric product is computed
+GRAM_SHARE = (1 + 1 / SLABS) / 2  # share of the whole product that is computed
 SAVING = 0.05  # share of the time that checkpoints may take: those of wide layers are gigabytes
 
 
 class MomentSums:
-    """Sums `k k^T` for several layers: products that add up in fp32 on the keys' own device, summed in fp64 on the CPU.
+    """Sums `k k^T` for several layers: products in fp32 on the keys' own device, summed in fp64 on the CPU.
 
-    Keys are collected into blocks, so that the product is one large matrix multiplication a layer. `flush` after
-    every batch makes the blocks, and with them the result, those of the batches, however often a pass was
-    interrupted and on however many processes it ran.
+    Keys are collected into blocks, so that the product is one large matrix multiplication per layer. With `flush` after
+    every batch the blocks, and so the result, depend on the batches alone, not on interruptions or the number of
+    processes.
 
-    The sums hold what lies on and above the diagonal; what lies below it means nothing until `finish` mirrors it.
+    Only the entries on and above the diagonal are summed; those below it are undefined until `finish` mirrors them.
     """
 
     def __init__(self, layers: Sequence[int], d_ff: int, *, block: int = 4096) -> None:
@@ -79,7 +79,7 @@ class MomentSums:
 
 
 class Buffers:
-    """Holds memory that every block reuses: allocating it for each block would cost more time than a copy."""
+    """Holds memory that every block reuses: allocating it for each block would take longer than a copy."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
@@ -94,7 +94,7 @@ class Buffers:
 def add_gram(total: Tensor, blocks: Sequence[Tensor], buffers: Buffers) -> None:
     """Adds `Σ k k^T` of the keys `[tokens, d_ff]` of all `blocks` to `total [d_ff, d_ff]`, on and above the diagonal.
 
-    The sum is symmetric, so that is little more than half the operations of the whole product.
+    The sum is symmetric, so this takes little more than half the operations of the whole product.
     """
     device, d_ff = blocks[0].device, len(total)
     keys = buffers.get("keys", sum(map(len, blocks)), d_ff, device)
@@ -124,22 +124,24 @@ def slabs(d_ff: int, pieces: int = SLABS) -> list[tuple[int, int]]:
 
 
 def finish(sums: MomentSums, anat: Anatomy, header: StatsHeader, documents: int) -> dict[int, LayerStats]:
-    """Turns running sums into one `LayerStats` per layer, each with its own header; uses them up, for their memory."""
+    """Turns running sums into one `LayerStats` per layer, each with its own header; consumes the sums to save
+    memory."""
     done = {}
     for layer in list(sums.sums):
         total = sums.sums.pop(layer)
         mirror(total)
-        own = replace(header, module=anat.mlp_output_names[layer], tokens=sums.tokens, documents=documents)
-        done[layer] = LayerStats(total.to(torch.float32), sums.tokens, documents, own)
+        layer_header = replace(header, module=anat.mlp_output_names[layer], tokens=sums.tokens, documents=documents)
+        done[layer] = LayerStats(total.to(torch.float32), sums.tokens, documents, layer_header)
     return done
 
 
 class MomentCheckpoint:
-    """Keeps the sums of one job in a file while its pass runs; without a path, nothing is kept.
+    """Keeps the sums of one job in a file while its pass runs; without a path, nothing is saved.
 
     Args:
-        job: what decides the order of the work in addition to the header: a checkpoint is continued only by the same.
-        seconds: how often `due` says so; less often when saving takes more than a twentieth of the time.
+        job: all that determines the order of the work in addition to the header; only an equal job resumes a
+            checkpoint.
+        seconds: interval after which `due` is true; longer if saving takes more than a twentieth of the time.
     """
 
     def __init__(
@@ -178,18 +180,18 @@ class MomentCheckpoint:
         if self.path is None or not self.path.exists():
             return 0, 0
         try:
-            with np.load(self.path, allow_pickle=False) as found:
-                state = json.loads(str(found["state"]))
+            with np.load(self.path, allow_pickle=False) as archive:
+                state = json.loads(str(archive["state"]))
                 same = state["job"] == self._job and {f"sum.{layer}" for layer in self._sums.sums} | {"state"} == set(
-                    found.files
+                    archive.files
                 )
                 if same:
-                    totals = {layer: torch.from_numpy(found[f"sum.{layer}"]) for layer in self._sums.sums}
+                    totals = {layer: torch.from_numpy(archive[f"sum.{layer}"]) for layer in self._sums.sums}
                     if any(totals[layer].shape != total.shape for layer, total in self._sums.sums.items()):
                         raise ValueError("sums of another shape")
                     tokens, at, documents = int(state["tokens"]), int(state["batch"]), int(state["documents"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile):
-            # It costs time, never correctness.
+            # This costs time, never correctness.
             log.warning("%s is damaged or of another version: starting from the beginning", self.path)
             return 0, 0
         if not same:
@@ -198,12 +200,12 @@ class MomentCheckpoint:
             )
         self._sums.sums.update(totals)
         self._sums.tokens = tokens
-        log.info("going on after %d tokens (%s)", tokens, self.path)
+        log.info("resuming after %d tokens (%s)", tokens, self.path)
         return at, documents
 
 
 def drop_checkpoint(path: Path, shard: Process = ALONE) -> None:
-    """Removes what this process kept at `path`."""
+    """Removes this process's checkpoint at `path`."""
     shard.own(path).unlink(missing_ok=True)
 
 
@@ -211,8 +213,8 @@ def drop_checkpoint(path: Path, shard: Process = ALONE) -> None:
 def held_interrupts() -> Iterator[Callable[[], bool]]:
     """Makes Ctrl-C wait inside the block until the caller asks for it, so that sums are never saved half added.
 
-    Yields a function that says whether Ctrl-C was pressed; a second one acts at once. Whoever leaves the block
-    without having asked is interrupted then.
+    Yields a function that returns whether Ctrl-C was pressed; a second Ctrl-C acts at once. If the block ends without a
+    call of the function, the interruption is raised then.
     """
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(usual):

@@ -1,4 +1,4 @@
-"""Compute statistics without a corpus: the model writes the text, and its keys are recorded while it does."""
+"""Compute statistics without a corpus: the model generates text, and its keys are recorded meanwhile."""
 
 from __future__ import annotations
 
@@ -50,21 +50,19 @@ def self_stats(
 ) -> dict[int, LayerStats]:
     """Samples answers to `prompts` at temperature 1 and sums the keys of every sampled token, in the same passes.
 
-    Every batch draws from a seed of its own, so the text depends neither on interruptions nor on how many processes
-    share the batches.
+    Every batch has its own seed, so the text depends neither on interruptions nor on the number of processes.
 
     Args:
-        prompts: questions and instructions, asked through the chat template when there is one and bare otherwise.
-        batch_rows: samples at a time; fewer where the prompts are long (see `BATCH_TOKENS`).
-        length: tokens a sample may have, as far as the model's positions reach; a sample that ends earlier leaves its
-            row.
+        prompts: questions and instructions, asked through the chat template if there is one, otherwise as plain text.
+        batch_rows: samples per batch; fewer if the prompts are long (see `BATCH_TOKENS`).
+        length: most tokens of a sample, limited by the model's positions; a sample that ends earlier leaves the batch.
         header: `seed` and `corpus` are filled in here.
         checkpoint: as in `layer_stats`.
-        how: how questions are asked; the recorded hash of the text covers it, too.
+        how: how questions are asked; part of the recorded hash of the text.
 
     Raises:
         RequestError: a prompt that leaves no position for an answer.
-        StatsError: a checkpoint of another job; a model that writes nothing.
+        StatsError: a checkpoint of another job; a model that generates nothing.
     """
     form = PromptFormat.of(tok, how)
     check_prompts(anat.model, form, zip(prompts, prompts, strict=True), answer_tokens=1)
@@ -101,7 +99,7 @@ def self_stats(
                 )
             bar.update(done - bar.n)
             stopped = any(pressed for _, pressed, _ in reports)
-            if stopped or any(due for _, _, due in reports):  # all at the same batch, so that they agree afterwards
+            if stopped or any(due for _, _, due in reports):  # all at the same batch, so that the checkpoints agree
                 keeper.save(number, number * batch_rows)
             if stopped:
                 raise KeyboardInterrupt
@@ -110,13 +108,13 @@ def self_stats(
 
 
 def _hash_of(prompts: Sequence[str], how: PromptSettings | None) -> str:
-    """Identifies what the model is asked: the prompts, and how they are asked where that was set."""
+    """Hashes the prompts, and the prompt settings if they were given."""
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return digest if how is None else how.key(digest)
 
 
 def _resume(keeper: MomentCheckpoint, sums: MomentSums, shard: Process) -> tuple[int, int]:
-    """Returns (next batch, tokens so far by all processes); from the beginning unless all stopped at the same batch."""
+    """Returns (next batch, tokens so far of all processes); starts over unless all stopped at the same batch."""
     with shard.together():
         number, _ = keeper.resume()
     numbers = shard.gather(number)
@@ -129,7 +127,7 @@ def _resume(keeper: MomentCheckpoint, sums: MomentSums, shard: Process) -> tuple
 
 
 def _sample(anat: Anatomy, asked: Sequence[TokenRow], count: int, sums: MomentSums, seed: int, length: int) -> None:
-    """Samples answers to `count` of the prompts, drawn from `seed`, and records their keys as they are written."""
+    """Samples answers to `count` of the prompts, drawn with `seed`, and records their keys during generation."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(asked), (count,), generator=generator).tolist()
     ends, device = end_tokens(anat), input_device(anat.model)

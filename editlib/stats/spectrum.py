@@ -19,7 +19,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Holds the eigenvalues of `E[k k^T]`, ascending `[d_ff]`, and what follows from them."""
+    """Holds the eigenvalues of `E[k k^T]`, ascending `[d_ff]`, and the numbers derived from them."""
 
     eigenvalues: Tensor
     tokens: int
@@ -52,7 +52,7 @@ def draw_spectrum(stats: Mapping[int, LayerStats], path: Path) -> None:
     """Draws all layers' eigenvalues, largest first, on a logarithmic axis, into a PNG, SVG or PDF.
 
     Raises:
-        EditlibError: matplotlib is not installed, or it does not know the file's ending.
+        EditlibError: matplotlib is not installed, or it cannot write the file's format.
     """
     try:
         from matplotlib.figure import Figure
@@ -63,8 +63,10 @@ def draw_spectrum(stats: Mapping[int, LayerStats], path: Path) -> None:
         raise EditlibError(f"--plot {path}: expected a file ending in .png, .svg or .pdf")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for layer, one in sorted(stats.items()):
-        axes.plot(summary(one).eigenvalues.flip(0).clamp_min(1e-9).numpy(), label=f"layer {layer}", linewidth=1.2)
+    for layer, layer_stats in sorted(stats.items()):
+        axes.plot(
+            summary(layer_stats).eigenvalues.flip(0).clamp_min(1e-9).numpy(), label=f"layer {layer}", linewidth=1.2
+        )
     for threshold in (0.02,):
         axes.axhline(threshold, color="grey", linestyle=":", linewidth=1)
         axes.annotate(f"threshold {threshold:g}", (0, threshold), fontsize=8, va="bottom", color="grey")
@@ -76,8 +78,8 @@ def draw_spectrum(stats: Mapping[int, LayerStats], path: Path) -> None:
 
 
 def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in fp64
-    sums."""
+    """Computes eigenvalues, ascending `[d_ff]`, and eigenvectors `[d_ff, d_ff]` of a second moment `E[k k^T]`, in
+    fp64."""
     moment = moment.to(torch.float64)
     try:
         values, vectors = torch.linalg.eigh(moment)

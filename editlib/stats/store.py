@@ -1,4 +1,4 @@
-"""Find stored layer statistics: where the ROME family's files are, which one is meant, whether it fits."""
+"""Find stored layer statistics in the ROME family's folders: choose one file, and check that it fits the model."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PRECISION = "float32"
-# The family's own names; one release of it writes the braces of `{batch_tokens}` themselves.
+# The family's own names; one release writes a literal `{batch_tokens}`.
 FILE = re.compile(
     r"(?P<module>.+)_(?:float16|bfloat16|float32|float64)_mom2(?:_t(?:\{batch_tokens\}|\d+))?(?:_(?P<number>\d+))?\.npz"
 )
 
 
 class StatsNotFound(StatsError):
-    """Reports that there is no file of statistics where one was looked for; all else that is wrong with one is a plain
-    `StatsError`."""
+    """Reports that no file of statistics was found; any other fault of a file is a plain `StatsError`."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,13 @@ class _Stored:
 
 
 def stats_path(stats_dir: Path, header: StatsHeader) -> Path:
-    """Gives `<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
+    """Returns `<stats_dir>/<model>/<corpus>_stats/<module path>_float32_mom2_<documents>.npz`."""
     folder = Path(stats_dir) / model_slug(header.model) / f"{header.corpus}_stats"
     return folder / f"{header.module}_{PRECISION}_mom2_{header.documents}.npz"
 
 
 def model_slug(model: str) -> str:
-    """Gives the folder name of a model: its id with `/` as `_`, or the last part of a local path."""
+    """Returns the folder name of a model: its id with `/` as `_`, or the last part of a local path."""
     return Path(model).resolve().name if Path(model).is_dir() else model.strip("/").replace("/", "_")
 
 
@@ -76,14 +75,15 @@ def model_slugs(model: str) -> list[str]:
 
 
 def save_stats(stats_dir: Path, stats: LayerStats) -> Path:
-    """Writes one layer's file to its place, atomically; sets and returns its path. A file there of the same model's
-    other weights (another dtype, another revision) stays; this one goes to `<corpus>@<hash of its weights>_stats`."""
+    """Writes one layer's file to its standard path, atomically; sets and returns the path. If a file for other weights
+    of the same model (another dtype or revision) is there, it stays; this one goes to
+    `<corpus>@<hash of its weights>_stats`."""
     assert stats.header is not None
     path = stats_path(stats_dir, stats.header)
-    own = stats.header.model_sha256
+    sha256 = stats.header.model_sha256
     with contextlib.suppress(StatsError):  # a damaged file is replaced
-        if own and path.exists() and not _made_from(path, own):
-            path = path.parents[1] / f"{stats.header.corpus}@{own[:12]}_stats" / path.name
+        if sha256 and path.exists() and not _made_from(path, sha256):
+            path = path.parents[1] / f"{stats.header.corpus}@{sha256[:12]}_stats" / path.name
     if path.exists():
         log.info("%s is replaced", path)
     write_stats(path, stats)
@@ -105,25 +105,24 @@ def find_stats(
 
     Args:
         corpus: take files of this corpus only (the folders `<corpus>_stats` and `<corpus>@..._stats`).
-        model_sha256: of the weights that the file must have been made from, if it says from which.
-        dataset, samples: where several files are left, take those of this corpus, then those whose name ends in this
-            number (hparams keys `mom2_dataset`, `mom2_n_samples`), as far as there are any; then the one with most
-            tokens. Which one was taken is logged.
+        model_sha256: hash of the weights from which the file must have been made, if it records one.
+        dataset, samples: of several files, prefer those of this corpus, then those whose name ends in this number
+            (hparams keys `mom2_dataset`, `mom2_n_samples`), then the one with most tokens. The choice is logged.
 
     Raises:
-        StatsNotFound: no file (says where it looked).
+        StatsNotFound: no file (the message names the folders).
         StatsError: a damaged file, one of another shape, or one made from other weights.
     """
-    found = [one for one in _stored(stats_dir, model, corpus) if one.module == module]
-    if not found:
+    candidates = [stored for stored in _stored(stats_dir, model, corpus) if stored.module == module]
+    if not candidates:
         looked = " or ".join(
             str(Path(stats_dir) / name / f"{corpus or '*'}_stats" / f"{module}_{PRECISION}_mom2*.npz")
             for name in model_slugs(model)
         )
         raise StatsNotFound(f"no layer statistics found at {looked}; make them with: editlib stats {model}")
-    if model_sha256 and len(found) > 1:
-        found = [one for one in found if _made_from(one.path, model_sha256)] or found
-    stats = read_stats(_choose(found, dataset, samples))
+    if model_sha256 and len(candidates) > 1:
+        candidates = [stored for stored in candidates if _made_from(stored.path, model_sha256)] or candidates
+    stats = read_stats(_choose(candidates, dataset, samples))
     check_stats(stats, module, d_ff, model_sha256)
     return stats
 
@@ -156,22 +155,22 @@ def find_layers(
 
 
 def stored_layers(stats_dir: Path | str, model: str, corpus: str | None = None) -> dict[int, LayerStats]:
-    """Finds all stored statistics of a model by layer number, the one with most tokens where there are several.
+    """Finds all stored statistics of a model by layer number; of several files the one with most tokens.
 
     Raises:
-        StatsNotFound: none there.
-        StatsError: one that cannot be read.
+        StatsNotFound: there are none.
+        StatsError: a file cannot be read.
     """
     modules: dict[str, list[_Stored]] = {}
-    for one in _stored(stats_dir, model, corpus):
-        modules.setdefault(one.module, []).append(one)
+    for stored in _stored(stats_dir, model, corpus):
+        modules.setdefault(stored.module, []).append(stored)
     if not modules:
         raise StatsNotFound(f"no layer statistics of {model} in {stats_dir}; make them with: editlib stats {model}")
-    found = {}
+    by_layer = {}
     for module, files in modules.items():
         number = re.search(r"\.(\d+)\.", module)
-        found[int(number[1]) if number else -1] = read_stats(_choose(files, None, None))
-    return found
+        by_layer[int(number[1]) if number else -1] = read_stats(_choose(files, None, None))
+    return by_layer
 
 
 def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_Stored]:
@@ -188,48 +187,48 @@ def _stored(stats_dir: Path | str, model: str, corpus: str | None) -> Iterator[_
 
 
 def _made_from(path: Path, model_sha256: str) -> bool:
-    """Says whether a file was made from these weights, or does not say from which."""
+    """Returns whether a file was made from these weights, or records no weights."""
     header = read_header(path)
     return header is None or header.model_sha256 in ("", model_sha256)
 
 
-def _choose(found: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
+def _choose(candidates: Sequence[_Stored], dataset: str | None, samples: int | None) -> Path:
     """Chooses one file of several for the same module; see `find_stats`."""
-    left = [one for one in found if one.corpus == dataset] or list(found)
-    left = [one for one in left if one.number == samples] or left
+    left = [stored for stored in candidates if stored.corpus == dataset] or list(candidates)
+    left = [stored for stored in left if stored.number == samples] or left
     if len(left) > 1:
-        counts = {one.path: read_count(one.path) for one in left}
-        left.sort(key=lambda one: -counts[one.path])  # stable: our own model_slug first where counts agree
+        counts = {stored.path: read_count(stored.path) for stored in left}
+        left.sort(key=lambda stored: -counts[stored.path])  # stable: our own model_slug first if counts are equal
     taken = left[0].path
-    if len(found) > 1:
-        others = ", ".join(str(one.path) for one in found if one.path != taken)
+    if len(candidates) > 1:
+        others = ", ".join(str(stored.path) for stored in candidates if stored.path != taken)
         log.info("statistics: taking %s; there are also %s", taken, others)
     return taken
 
 
 def check_stored(stats_dir: Path, model: str, outline: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Checks the stored statistics of `layers` against a model of which no weight is read, nor any matrix of theirs;
-    where a layer has none, that some can be written.
+    """Checks the stored statistics of `layers` against a model, by headers alone; for a layer without any, checks that
+    the folder can be written.
 
     Raises:
-        StatsError: none of the files of a module is readable and fits it; says what is wrong with the first.
-        OutputError: a layer has none, and the folder may not be written.
+        StatsError: no file of a module is readable and fits it; describes the fault of the first.
+        OutputError: a layer has none, and the folder cannot be written.
     """
     modules = dict(outline.named_modules())
     faults: dict[str, list[StatsError | None]] = {}
-    for one in _stored(stats_dir, model, None):
-        width = inputs_of(modules.get(one.module))
-        if width is not None and any(f".{layer}." in one.module for layer in layers):
-            faults.setdefault(one.module, []).append(_fault(one, width))
-    for found in faults.values():
-        if found[0] is not None and None not in found:
-            raise found[0]
+    for stored in _stored(stats_dir, model, None):
+        width = inputs_of(modules.get(stored.module))
+        if width is not None and any(f".{layer}." in stored.module for layer in layers):
+            faults.setdefault(stored.module, []).append(_fault(stored, width))
+    for module_faults in faults.values():
+        if module_faults[0] is not None and None not in module_faults:
+            raise module_faults[0]
     if not all(any(f".{layer}." in module for module in faults) for layer in layers):
         check_folder(Path(stats_dir) / model_slug(model), "--stats-dir")
 
 
 def _fault(stored: _Stored, d_ff: int) -> StatsError | None:
-    """Returns what is wrong with a file of statistics, by its headers alone."""
+    """Returns the fault of a file of statistics, as far as its headers show it."""
     try:
         shape, header = read_shape(stored.path), read_header(stored.path)
         _check_shape(stored.path, shape, stored.module, d_ff)
@@ -240,7 +239,7 @@ def _fault(stored: _Stored, d_ff: int) -> StatsError | None:
 
 
 def check_stats(stats: LayerStats, module: str, d_ff: int, model_sha256: str = "") -> None:
-    """Raises `StatsError` when a file has another shape, module or model than the weight to edit."""
+    """Raises `StatsError` if a file has another shape, module or model than the weight to edit."""
     _check_shape(stats.path, tuple(stats.mom2.shape), module, d_ff)
     _check_module(stats.path, stats.header, module)
     if stats.header is None:
@@ -268,7 +267,7 @@ def _check_module(path: Path | None, header: StatsHeader | None, module: str) ->
 
 
 def stats_hash(hashes: Mapping[int, str]) -> str:
-    """Computes one hash over those of the statistics of several layers, for receipts."""
+    """Computes one hash over the hashes of several layers' statistics, for receipts."""
     digest = hashlib.sha256()
     for layer in sorted(hashes):
         digest.update(f"{layer}:{hashes[layer]};".encode())

@@ -15,7 +15,7 @@ from editlib.stats.text_files import find_text_field, text_of
 
 @dataclass(frozen=True)
 class _Streamed:
-    """Yields the text of a streamed dataset, from its start each time it is walked."""
+    """Yields the text of a streamed dataset, from its start in each iteration."""
 
     rows: Iterable[Mapping[str, Any]]
     field: str
@@ -33,7 +33,7 @@ def dataset_parts(spec: str) -> tuple[str, str]:
     """Returns the name and the split of a data set.
 
     Raises:
-        CorpusError: no name that one may have, or the package that reads it is missing.
+        CorpusError: not a valid name, or the package `datasets` is missing.
     """
     name, _, split = spec.removeprefix("hf:").partition(":")
     if not re.fullmatch(r"[^/\s]+(?:/[^/\s]+){0,2}", name):
@@ -47,7 +47,7 @@ def dataset_parts(spec: str) -> tuple[str, str]:
 
 
 def open_dataset(spec: str, text_field: str | None) -> tuple[str, Iterable[str], list[str]]:
-    """Opens a streamed data set: its name with the split, its documents, and what tells it from others.
+    """Opens a streamed data set; returns its name with the split, its documents, and strings that identify it.
 
     Raises:
         CorpusError: no such data set, split or field, or no text.
@@ -87,7 +87,7 @@ def _open_stream(datasets: Any, name: str, split: str, spec: str) -> Any:
 
 @contextlib.contextmanager
 def _one_line_errors(spec: str) -> Iterator[None]:
-    """Turns the OSErrors, ValueErrors and errors of its own that `datasets` raises into ours."""
+    """Turns the OSErrors, ValueErrors and own errors of `datasets` into ours."""
     try:
         yield
     except EditlibError:

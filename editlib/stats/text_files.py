@@ -18,11 +18,11 @@ KINDS = (
     "a .txt, .jsonl, .json, .csv, .tsv or .parquet file, hf:NAME[/CONFIG][:SPLIT], wiki-sample, or wiki-sample:heldout"
 )
 LINES, TABLES, PLAIN = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}, ("", ".txt", ".text", ".md", ".rst", ".tex")
-TOO_LONG = 2**31 - 1  # characters that a field of a table may have
+TOO_LONG = 2**31 - 1  # most characters of a field of a table
 
 
 def file_documents(path: Path, text_field: str | None) -> list[str]:
-    """Reads the documents of a file, or of a folder by `save_to_disk`; those without text are left out.
+    """Reads the documents of a file, or of a folder by `save_to_disk`, except empty ones.
 
     Raises:
         CorpusError: no such file, another kind of file, a line or row that cannot be read, or no text at all.
@@ -66,12 +66,12 @@ def _plain_text(path: Path, kind: str) -> str:
     """Reads the text of a file without converting it.
 
     Raises:
-        CorpusError: it is in a form whose marks would be read as text.
+        CorpusError: it is in a format whose markup would be read as text.
     """
     text = _read_text(path)
-    if found := "no text file by its name" if kind not in PLAIN else _form_of(text):
+    if form := "no text file by its name" if kind not in PLAIN else _form_of(text):
         wanted = "expected plain text (.txt), or rows with a field 'text' (.jsonl, .json, .csv, .tsv, .parquet)"
-        raise CorpusError(f"{path}: {found}; {wanted}; rename or convert it")
+        raise CorpusError(f"{path}: {form}; {wanted}; rename or convert it")
     return text
 
 
@@ -81,7 +81,7 @@ def _form_of(text: str) -> str | None:
     if begin.startswith(("<?xml", "<!doctype html", "<html")):
         return "XML or HTML"
     if begin.startswith(("{", "[")):
-        for part in (text.strip().split("\n", 1)[0], text):  # of JSON Lines, or the whole
+        for part in (text.strip().split("\n", 1)[0], text):  # a line of JSON Lines, or the whole text
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(json.loads(part), (dict, list)):
                     return "JSON"
@@ -94,7 +94,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _documents(rows: Iterable[tuple[str, Any]], field: str | None, *, bare: bool = False) -> list[str]:
-    """Returns the texts of rows, each given with the name of its place in the file.
+    """Returns the texts of rows; each row comes with a name of its position in the file, for errors.
 
     Args:
         bare: a row may be the text itself.
@@ -112,7 +112,7 @@ def _documents(rows: Iterable[tuple[str, Any]], field: str | None, *, bare: bool
 
 
 def _json_rows(path: Path, text: str, *, lines: bool) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of JSON Lines, or, where not `lines`, those of one array or object."""
+    """Yields the rows of JSON Lines or, without `lines`, those of one array or object."""
     if not lines and text.strip():
         try:
             whole = json.loads(text)
@@ -173,9 +173,9 @@ def find_text_field(row: Any, where: str) -> str:
         return "text"
     if len(strings) == 1:
         return strings[0]
-    found = ", ".join(strings) or "none"
+    named = ", ".join(strings) or "none"
     raise CorpusError(
-        f"{where}: no field 'text', nor just one string field ({found}); rename one to text (in Python: text_field)"
+        f"{where}: no field 'text', nor just one string field ({named}); rename one to text (in Python: text_field)"
     )
 
 
@@ -183,8 +183,8 @@ def text_of(row: Any, field: str, where: str) -> str:
     """Returns the text in a field of a row; raises `CorpusError` if there is none."""
     value = row.get(field) if isinstance(row, Mapping) else None
     if not isinstance(value, str):
-        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise CorpusError(f"{where}: field {field!r} is missing or not a string (found: {found})")
+        given = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise CorpusError(f"{where}: field {field!r} is missing or not a string (found: {given})")
     try:
         value.encode()
     except UnicodeEncodeError as error:

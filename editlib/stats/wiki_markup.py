@@ -1,8 +1,7 @@
 """Turn Wikipedia's markup into plain prose, one string per paragraph.
 
-Not a renderer. A sentence with something cut out of its middle is worse training text than no sentence,
-so whatever cannot be turned into words (a formula, an unknown template) leaves a mark, and a paragraph
-that carries a mark is dropped.
+Not a renderer. A sentence with a gap is worse training text than no sentence. So anything that cannot be turned into
+words (a formula, an unknown template) leaves a mark, and a paragraph with a mark is dropped.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import html
 import re
 
 MIN_WORDS = 20
-HOLE = "\ufffc"  # marks where something was cut out of running text
+HOLE = "\ufffc"  # marks a gap in running text
 
 _REDIRECT = re.compile(r"\s*#\s*redirect\b", re.I)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
@@ -38,7 +37,7 @@ _NOT_PROSE = re.compile(r"[=*#:;|!{}\s]|-{4}")  # headings, list items, table ro
 _DEBRIS = re.compile(rf"\{{\{{|\}}\}}|\{{\||\|\}}|\[\[|\]\]|https?://|www\.|</?[a-z]|{HOLE}", re.I)
 _END = re.compile(r"[.!?][\"'”’)\]]*$")
 
-# Templates that the reader sees as a footnote, a pronunciation or nothing: cut without a mark.
+# Templates that render as a footnote, a pronunciation or nothing: removed without a mark.
 _SILENT = re.compile(
     r"(?:cit|cite\b|sfn|harv|vcite|rp$|refn?$|efn|note|nb$|ipa|respell|pron|audio|lang-|nihongo|coord|anchor"
     r"|wayback|dead ?link|fact$|clarify|page needed|when$|who$|which$|by whom|vague|dubious|full|verif"
@@ -52,7 +51,8 @@ _SUPERSCRIPT = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺�
 
 
 def clean_wiki(markup: str) -> list[str]:
-    """Extracts the prose paragraphs of one article: at least 20 words each, ending a sentence; [] for a redirect."""
+    """Extracts the prose paragraphs of one article, each of at least 20 words and with whole sentences; [] for a
+    redirect."""
     if _REDIRECT.match(markup):
         return []
     text = _COMMENT.sub("", markup)
@@ -97,7 +97,7 @@ def _template_text(match: re.Match) -> str:
 
 
 def _measure(values: list[str]) -> str | None:
-    """Turns `5|to|10|km|mi` into "5 to 10 km"; None when it is not of that form."""
+    """Turns `5|to|10|km|mi` into "5 to 10 km"; `None` for another form."""
     out = ""
     for i, value in enumerate(values):
         if i % 2 == 0 and re.fullmatch(r"[-−]?[\d,.]+", value):
@@ -120,7 +120,7 @@ def _link_text(match: re.Match) -> str:
 
 
 def _tidy(line: str) -> str:
-    """Tidies entities, spaces, and the empty brackets and double commas that cut templates leave."""
+    """Tidies entities, spaces, and the empty brackets and double commas that removed templates leave."""
     text = " ".join(html.unescape(line).replace("\u200b", "").split())
     text = re.sub(rf"\([\s,;:{HOLE}]*\)", "", text)
     text = re.sub(r"\((?:\s*[,;:])+\s*", "(", text)

@@ -33,7 +33,7 @@ WIKI_CLEANING = 1  # raised when the cleaner's output changes, so that cached te
 
 
 def wiki_articles() -> list[str]:
-    """Gives the cleaned articles, from the cache or made now.
+    """Returns the cleaned articles from the cache, which is filled on first use.
 
     Raises:
         FetchError: they are neither cached nor can be downloaded.
@@ -52,7 +52,7 @@ def wiki_articles() -> list[str]:
 
 
 def _cached_wiki(folder: Path) -> bytes | None:
-    """Reads the kept sample; its file carries its own hash in its name, so that a damaged one is seen."""
+    """Reads the cached sample; its file name contains its hash, so that damage is detected."""
     for cached in sorted(folder.glob(f"wiki-sample.v{WIKI_CLEANING}.*.jsonl")):
         data = cached.read_bytes()
         if hashlib.sha256(data).hexdigest()[:16] == cached.suffixes[-2][1:]:

@@ -1,4 +1,4 @@
-"""Define forget sets of TOFU: authors that a model was trained on, some to be forgotten; scored by TOFU's metrics."""
+"""Define forget sets of TOFU: some of the authors on which a model was trained, scored by TOFU's metrics."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ SHOWN = ("rouge_l_recall", "probability", "truth_ratio", "extraction_strength")
 class TofuSettings(SetSettings):
     """Sets which TOFU sets are used, and how many questions."""
 
-    source: str | None = setting(None, "a folder with TOFU's files, or a data set on the Hub; none: TOFU's own")
+    source: str | None = setting(None, "a folder of TOFU's files, or a data set on the Hub; none: TOFU's own")
     forget: str = setting("forget01", "the set to forget", choices=tuple(FORGET))
-    learned: str | None = setting(None, "questions that the model was trained on, a file; none: all")
+    learned: str | None = setting(None, "file of the questions that the model was trained on; none: all")
     reference: str | None = setting(
         None, "a model trained without the set to forget, or its results (edited.json); forget quality needs it"
     )
-    skip_bad: bool = setting(False, "leave rows of these files out that cannot be used, and count them")
+    skip_bad: bool = setting(False, "leave out unusable rows of these files, and count them")
     limit: int | None = setting(None, "questions of each probe set; none: all", min=1)
-    seed: int = setting(0, "of the draw", min=0)
-    max_new_tokens: int = setting(ANSWER_TOKENS, "tokens of an answer", min=1)
+    seed: int = setting(0, "seed of the draw", min=0)
+    max_new_tokens: int = setting(ANSWER_TOKENS, "most tokens of an answer", min=1)
     encoder: str | None = setting(None, "a sentence encoder, for cosine similarity")
     classifier: str | None = setting(None, "a classifier of entailment")
 
@@ -74,17 +74,17 @@ class Tofu(Benchmark):
 
     def __init__(self, settings: SetSettings, where: str, **loading: Any) -> None:
         super().__init__(settings, where, **loading)
-        own = self.settings
-        check_scoring(Judges(own.encoder, own.classifier), own.reference)
-        learned = None if own.learned is None else questions_in(own.learned, skip_bad=own.skip_bad)
-        sets = read_tofu(own.source, own.forget, learned=learned, skip_bad=own.skip_bad)
+        config = self.settings
+        check_scoring(Judges(config.encoder, config.classifier), config.reference)
+        learned = None if config.learned is None else questions_in(config.learned, skip_bad=config.skip_bad)
+        sets = read_tofu(config.source, config.forget, learned=learned, skip_bad=config.skip_bad)
         self.left_out = {name: list(rows) for name, rows in sets.left_out.items()}
-        self.sets = apart(sets.limited(own.limit, own.seed), own.seed)
+        self.sets = apart(sets.limited(config.limit, config.seed), config.seed)
         self._only: Mapping[str, MetricResult] | None = None
-        if own.reference is not None:
+        if config.reference is not None:
             check_wrong_answers(self.sets)
-        if own.reference is not None and Path(own.reference).is_file():
-            self._only = reference_results(Path(own.reference), self.sets)
+        if config.reference is not None and Path(config.reference).is_file():
+            self._only = reference_results(Path(config.reference), self.sets)
 
     @property
     def planned(self) -> Task | None:
@@ -96,32 +96,32 @@ class Tofu(Benchmark):
 
     def make(self, base: Base) -> TofuSet:
         base.folder.mkdir(parents=True, exist_ok=True)
-        own = self.settings
-        judges = Judges(own.encoder, own.classifier)
+        config = self.settings
+        judges = Judges(config.encoder, config.classifier)
         known = KeptReadings(base.folder, self.sets)
         label = "before" if base.bench.progress else None
         read(
             base.loaded,
             self.sets,
             known.found,
-            max_new_tokens=own.max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             how=base.bench.prompts,
             progress=label,
         )
         known.save()
-        answers = {one.question: reading.tokens for one, reading in known.found.items()}
+        answers = {probe.question: reading.tokens for probe, reading in known.found.items()}
         before = AnswerCache(base.bench.sha256, answers)
         return TofuSet(
-            base, self.sets.forget, self.sets.retain, before, self.sets, known.found, own, judges,
+            base, self.sets.forget, self.sets.retain, before, self.sets, known.found, config, judges,
             self._reference(base), fewshot_pool=self.sets.retain,
         )  # fmt: skip
 
     def _reference(self, base: Base) -> Mapping[str, MetricResult] | None:
-        """Gives the retain-only model's results on the questions to forget: measured once, and kept."""
-        own = self.settings
-        if self._only is not None or own.reference is None:
+        """Returns the retain-only model's results on the questions to forget: measured once, and saved."""
+        config = self.settings
+        if self._only is not None or config.reference is None:
             return self._only
-        model, tok = load(own.reference, dtype=self.dtype, device_map=self.device_map)
+        model, tok = load(config.reference, dtype=self.dtype, device_map=self.device_map)
         path = base.folder / f"reference-{weights_sha256(model)[:24]}.json"
         try:
             self._only = read_results(path)
@@ -132,15 +132,15 @@ class Tofu(Benchmark):
 
 
 def apart(sets: TofuSets, seed: int) -> TofuSets:
-    """Makes the sets where no question of the probe set `retain` is among the requests that a method may train on.
+    """Makes sets in which no question of the probe set `retain` is among the requests that a method may train on.
 
-    Where the probes are most of the questions to keep, half of them are not asked, and trained on instead.
+    If the probes are most of the questions to keep, half of them are used for training instead of being asked.
     """
     probes = sets.probes.get("retain", ())
     if len(sets.retain) < 2 * len(probes):
         drawn = set(random.Random(seed).sample(range(len(probes)), len(probes) // 2))
-        probes = tuple(one for number, one in enumerate(probes) if number in drawn)
-    asked = {one.id for one in probes}
+        probes = tuple(question for number, question in enumerate(probes) if number in drawn)
+    asked = {probe.id for probe in probes}
     kept = tuple(request for request in sets.retain if request.id not in asked)
     others = {name: questions for name, questions in sets.probes.items() if name != "retain"}
     return replace(sets, retain=kept, probes={**others, **({"retain": probes} if probes else {})})
@@ -153,26 +153,26 @@ class KeptReadings:
         self.found: dict[Asked, TofuReading] = {}
         self._shelf, self._sets = JsonStore(folder), sets
         kept = self._shelf.get("readings") or {}
-        for one in self._asked():
-            if (value := kept.get(_key(one))) is not None:
-                with contextlib.suppress(LookupError, TypeError):  # damaged: asked again
-                    self.found[one] = _reading(value)
+        for probe in self._asked():
+            if (value := kept.get(_key(probe))) is not None:
+                with contextlib.suppress(LookupError, TypeError):  # damaged: the question is asked again
+                    self.found[probe] = _reading(value)
 
     def save(self) -> None:
-        self._shelf.put("readings", {_key(one): asdict(self.found[one]) for one in self._asked()})
+        self._shelf.put("readings", {_key(probe): asdict(self.found[probe]) for probe in self._asked()})
 
     def _asked(self) -> Sequence[Asked]:
-        return [one for probes in self._sets.probes.values() for one in probes]
+        return [probe for probes in self._sets.probes.values() for probe in probes]
 
 
-def _key(one: Asked) -> str:
-    return digest(asdict(one))[:24]
+def _key(probe: Asked) -> str:
+    return digest(asdict(probe))[:24]
 
 
 def _reading(value: Mapping[str, Any]) -> TofuReading:
     answer = Forced(tuple(value["answer"]["nll"]), tuple(value["answer"]["hits"]))
-    found = {**value, "tokens": tuple(value["tokens"]), "answer": answer, "wrong": tuple(value["wrong"])}
-    return from_json(TofuReading, found)
+    fields = {**value, "tokens": tuple(value["tokens"]), "answer": answer, "wrong": tuple(value["wrong"])}
+    return from_json(TofuReading, fields)
 
 
 @dataclass(frozen=True)
@@ -186,21 +186,21 @@ class TofuSet(ForgetSet):
     only: Mapping[str, MetricResult] | None
 
     def identity(self) -> dict[str, Any]:
-        own, only = self.settings, None
+        config, only = self.settings, None
         if self.only is not None:
             only = digest({"ratios": [dict(item) for item in self.only[RATIOS].value_by_index.values()]})
         return {
             "protocol": "tofu",
             **self.hashes(),
             "told": requests_hash(self.fewshot_pool),
-            "probes": digest({name: [asdict(one) for one in probes] for name, probes in self.sets.probes.items()}),
+            "probes": digest({name: [asdict(probe) for probe in probes] for name, probes in self.sets.probes.items()}),
             "reference": only,
-            "asked": [own.max_new_tokens, own.encoder, own.classifier],
+            "asked": [config.max_new_tokens, config.encoder, config.classifier],
         }
 
     def score(self, edited: LoadedModel, *, progress: bool = False) -> Scores:
         after: dict[Asked, TofuReading] = {}
-        drafts = {one.question: reading.tokens for one, reading in self.readings.items()}
+        drafts = {probe.question: reading.tokens for probe, reading in self.readings.items()}
         label = "after" if progress else None
         read(
             edited,
@@ -227,20 +227,30 @@ class TofuSet(ForgetSet):
         before: Mapping[str, MetricResult],
         results: Mapping[str, MetricResult],
     ) -> Sequence[dict[str, Any]]:
-        found = []
+        items = []
         for name, probes in self.sets.probes.items():
             metric = f"{name}_generated_rouge_l_recall"
-            for i, one in enumerate(probes):
-                then, now = (told[metric].value_by_index[str(i)]["rougeL_recall"] for told in (before, results))
-                item: dict[str, Any] = {"id": one.id, "kind": name, "question": one.question, "answer": one.answer}
-                item |= {"before": self.readings[one].text, "after": after[one].text, "passed": None, "counted": True}
+            for i, probe in enumerate(probes):
+                then, now = (side[metric].value_by_index[str(i)]["rougeL_recall"] for side in (before, results))
+                item: dict[str, Any] = {
+                    "id": probe.id,
+                    "kind": name,
+                    "question": probe.question,
+                    "answer": probe.answer,
+                }
+                item |= {
+                    "before": self.readings[probe].text,
+                    "after": after[probe].text,
+                    "passed": None,
+                    "counted": True,
+                }
                 item["note"] = "" if None in (then, now) else f"ROUGE-L {then:.2f} → {now:.2f}"
-                found.append(item)
-        return found
+                items.append(item)
+        return items
 
 
 def _names(results: Mapping[str, MetricResult]) -> list[str]:
-    """Lists the numbers to show: the summary ones, then some metrics of the sets to forget and to keep."""
+    """Lists the numbers to show: the summary numbers, then some metrics of the sets to forget and to keep."""
     summary = [name for start in SUMMARY for name in results if name.startswith(start)]
     sets = [
         name

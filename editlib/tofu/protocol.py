@@ -33,7 +33,7 @@ from editlib.tofu.sets import Asked, TofuSets, questions_in, read_tofu
 
 
 class TofuProtocol:
-    """Measures TOFU's sets, with a limit on how many questions of each are asked."""
+    """Measures TOFU's sets, with an optional limit on the questions of each."""
 
     name = "tofu"
 
@@ -73,13 +73,13 @@ class TofuProtocol:
 
         Args:
             learned_file: the questions that the model was trained on, in TOFU's form; default: all.
-            reference: a model that was trained on the retain set only, or the results of one that an earlier run of
-                this protocol wrote (`edited.json`); forget quality needs it.
-            skip_bad: leave rows out that cannot be used, see `read_tofu`.
-            whole: the whole forget set will be asked about, not one request of it: a reference must hold all questions.
+            reference: a model that was trained on the retain set only, or its results from an earlier run of this
+                protocol (`edited.json`); forget quality needs it.
+            skip_bad: leave out unusable rows, see `read_tofu`.
+            whole: the whole forget set will be asked, not one request of it, so a reference must cover all questions.
 
         Raises:
-            EditlibError: a file that does not fit, or sets that cannot be reached.
+            EditlibError: an unusable file, or sets that cannot be reached.
         """
         check_scoring(options.get("judges"), reference)
         learned = None if learned_file is None else questions_in(learned_file, skip_bad=skip_bad)
@@ -98,7 +98,7 @@ class TofuProtocol:
     def check(self, model: PreTrainedModel, form: PromptFormat) -> None:
         check_requests_fit(model, form, self.requests)
         asked = self._sets.limited(self._limit, self._seed).probes.values()
-        prompts = [(one.id, one.question) for probes in asked for one in probes]
+        prompts = [(probe.id, probe.question) for probes in asked for probe in probes]
         check_prompts(model, form, prompts, answer_tokens=self._max_new_tokens)
         if self._reference is not None and self._retain_only is None:
             settled(outline_of(self._reference, dtype=self._dtype).tok, form.settings)
@@ -135,7 +135,7 @@ class TofuProtocol:
         }
 
     def _ratios(self, how: Asking) -> Mapping[str, MetricResult] | None:
-        """Gives the retain-only model's results on the whole forget set; a model is measured once."""
+        """Returns the retain-only model's results on the whole forget set; a model is measured once."""
         if self._retain_only is None and self._reference is not None:
             model, tok = load(self._reference, dtype=self._dtype, device_map=self._device_map)
             label = "retain-only" if self._progress else None
@@ -155,4 +155,4 @@ class TofuProtocol:
         write_tofu(metrics, out)
 
     def finish(self) -> None:
-        """Does nothing: no file is kept."""
+        """Does nothing: there is nothing to save."""

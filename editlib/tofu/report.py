@@ -29,8 +29,8 @@ KINDS = ("generated", "teacher_forced")
 
 
 def write_tofu(metrics: Mapping[str, Any], out: Path) -> None:
-    """Writes all of it to the folder `out`, each file atomically: `metrics.json`; `base.json` and `edited.json`, in
-    open-unlearning's shape and fit for `--reference`; `table.md`; `report.html`."""
+    """Writes all files to the folder `out`, each atomically: `metrics.json`; `base.json` and `edited.json`, in
+    open-unlearning's shape and usable for `--reference`; `table.md`; `report.html`."""
     write_json(out / "metrics.json", metrics)
     for side, scores in metrics["scores"].items():
         results = [MetricResult.from_dict({name: body}) for name, body in scores.items()]
@@ -49,7 +49,7 @@ def headline_of(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | No
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """Builds a table: the head, then the summary, then both models side by side and which way is good."""
+    """Builds a table: the head, then the summary, then both models side by side with the better direction."""
     rows = [["set", "metric", "before", "after", "n", "good"]]
     for part, names in _by_set(metrics).items():
         for name in names:
@@ -61,7 +61,7 @@ def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
 
 
 def conditions(metrics: Mapping[str, Any]) -> str:
-    """Says how many questions were asked and what was left out, in sentences."""
+    """Describes in sentences how many questions were asked and which parts were left out."""
     limit = metrics.get("limit")
     sizes = ", ".join(f"{TITLES[name].lower()} {n}" for name, n in metrics["sets"].items())
     sentences = [f"Asked: {sizes}."]
@@ -80,7 +80,7 @@ def conditions(metrics: Mapping[str, Any]) -> str:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """Says in one sentence how much of the answers is still generated, on the forget and on the retain set."""
+    """Says in one sentence which share of the answers is still generated, on the forget and on the retain set."""
     changes = []
     for part, what in (("forget", "to be forgotten"), ("retain", "to be kept")):
         name = f"{part}_generated_rouge_l_recall"
@@ -93,11 +93,11 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
 def _by_set(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
     """Lists the names of all results: those of both sets together, then set by set."""
-    found: dict[str, list[str]] = {SUMMARY: [], **{name: [] for name in SETS}}
+    named: dict[str, list[str]] = {SUMMARY: [], **{name: [] for name in SETS}}
     for name in metrics["scores"]["edited"]:
         owner = next((part for part in SETS if any(name.startswith(f"{part}_{kind}_") for kind in KINDS)), SUMMARY)
-        found[owner].append(name)
-    return {part: names for part, names in found.items() if names}
+        named[owner].append(name)
+    return {part: names for part, names in named.items() if names}
 
 
 def _short(part: str, name: str) -> str:
@@ -109,7 +109,7 @@ def _short(part: str, name: str) -> str:
 
 
 def _both(metrics: Mapping[str, Any], name: str, *, digits: int = 3) -> tuple[str, str, Mapping[str, Any]]:
-    """Gives a result's value before and after as text, and its body."""
+    """Returns a result's value before and after as text, and its body."""
     bodies = [metrics["scores"][side].get(name) for side in ("base", "edited")]
     values = [None if body is None else number(body["agg_value"]) for body in bodies]
     before, after = ("–" if value is None else f"{value:.{digits}f}" for value in values)
@@ -155,7 +155,7 @@ def _measures(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _points(points: list[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a row for each batch, where a chain was followed."""
+    """Yields a row for each batch of a chain."""
     if not points:
         return
     names = [name for name in points[-1] if name != "batch"]

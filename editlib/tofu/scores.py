@@ -34,10 +34,10 @@ Results = dict[str, MetricResult]
 
 @dataclass(frozen=True)
 class Judges:
-    """Holds models that judge generated text: a sentence encoder and a classifier of entailment (see
+    """Holds models that score generated text: a sentence encoder and a classifier of entailment (see
     `evaluation.metrics`).
 
-    What is left out is not measured.
+    Without a model its metric is not measured.
     """
 
     encoder: str | Path | Encoder | None = None
@@ -49,7 +49,7 @@ def check_scoring(judges: Judges | None, reference: str | None) -> None:
 
     Raises:
         MetricError: a package is missing, or there is no such judge.
-        ModelError: the reference is no model.
+        ModelError: the reference is not a model.
     """
     judges = judges or Judges()
     check_judges(judges.encoder, judges.classifier)
@@ -60,16 +60,16 @@ def check_scoring(judges: Judges | None, reference: str | None) -> None:
 
 
 def check_wrong_answers(sets: TofuSets, *, whole: bool = True) -> None:
-    """Checks that a reference can be compared with: forget quality is of truth ratios, which need wrong answers.
+    """Checks that forget quality can be computed: it compares truth ratios, which need wrong answers.
 
     Args:
-        whole: every question to forget must have some; else one of them is enough.
+        whole: every question to forget must have some; otherwise one question with some is enough.
 
     Raises:
-        MetricError: they have none.
+        MetricError: there are too few wrong answers.
     """
     asked = sets.probes["forget"]
-    bare = [one.id for one in asked if not one.wrong]
+    bare = [probe.id for probe in asked if not probe.wrong]
     if bare and (whole or len(bare) == len(asked)):
         raise MetricError(
             f"a reference was given, but {len(bare)} of {len(asked)} questions to forget have no wrong answers "
@@ -79,7 +79,8 @@ def check_wrong_answers(sets: TofuSets, *, whole: bool = True) -> None:
 
 @dataclass(frozen=True)
 class TofuReading:
-    """Holds one question under one model: what it wrote, and the given answers that it read; NLL in nats per token."""
+    """Holds one question under one model: its generated answer, and the scores of given answers; NLL in nats per
+    token."""
 
     tokens: tuple[int, ...]
     text: str
@@ -93,7 +94,7 @@ Readings = MutableMapping[Asked, TofuReading]
 
 @dataclass(frozen=True)
 class TofuScores:
-    """Holds the results of two models side by side, by name, and the readings that they are made of."""
+    """Holds the results of two models side by side, by name, and the readings from which they are computed."""
 
     base: Results
     edited: Results
@@ -113,7 +114,7 @@ def tofu_scores(
     how: Asking = None,
     progress: str | None = None,
 ) -> Results:
-    """Asks one model all questions of `sets`, and scores what it says and what it reads.
+    """Asks one model all questions of `sets`, and scores generated and given answers.
 
     Args:
         retain_only: the results of a model that never saw the forget set, on the same questions; forget quality needs
@@ -121,10 +122,10 @@ def tofu_scores(
         progress: a label for progress bars on stderr; none without it.
 
     Returns:
-        Results by name: `<set>_<kind>_<metric>` for every set, and the summary numbers that these suffice for.
+        Results by name: `<set>_<kind>_<metric>` for every set, and the summary numbers that these allow.
 
     Raises:
-        MetricError: a package is missing, or `retain_only` is of other questions.
+        MetricError: a package is missing, or `retain_only` has other questions.
     """
     readings: dict[Asked, TofuReading] = {}
     read(LoadedModel(anat, tok), sets, readings, max_new_tokens=max_new_tokens, how=how, progress=progress)
@@ -136,7 +137,7 @@ def retain_only_results(
 ) -> Results:
     """Measures a model that never saw the forget set on the set's questions; see `tofu_scores`.
 
-    Forget quality compares how answers are read, so that the model writes no more than one token.
+    Forget quality needs teacher-forced scores alone, so the model generates only one token.
     """
     only = sets.only("forget")
     return tofu_scores(anatomy(model), tok, only, max_new_tokens=1, how=how, progress=progress)
@@ -154,18 +155,18 @@ def compare_tofu(
     before: Readings | None = None,
     progress: bool = False,
 ) -> TofuScores:
-    """Runs `tofu_scores` of two models; the base's answers are the edited model's drafts, which saves time only.
+    """Runs `tofu_scores` on two models; the base's answers are drafts for the edited model, which only saves time.
 
     Args:
         base, edited: loaded models, or pairs of a model (or its anatomy) and its tokenizer.
-        how: how both models are asked; `None`: as the edited model is loaded.
-        before: readings of the base model that are known already; the missing ones are added.
+        how: how both models are asked; `None`: the edited model's prompt settings.
+        before: known readings of the base model; the missing ones are added.
     """
     known: Readings = {} if before is None else before
     base, edited = LoadedModel.given(base), LoadedModel.given(edited)
     how = edited.prompts if how is None else how
     read(base, sets, known, max_new_tokens=max_new_tokens, how=how, progress="before" if progress else None)
-    drafts = {one.question: known[one].tokens for asked in sets.probes.values() for one in asked}
+    drafts = {probe.question: known[probe].tokens for asked in sets.probes.values() for probe in asked}
     after: dict[Asked, TofuReading] = {}
     label = "after" if progress else None
     read(edited, sets, after, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=label)
@@ -191,7 +192,7 @@ def read(
         drafts: likely answers by question, as token ids.
     """
     anat, tok = model.anat, model.tok
-    asked = [one for probes in sets.probes.values() for one in probes if one not in known]
+    asked = [probe for probes in sets.probes.values() for probe in probes if probe not in known]
     asked = list(dict.fromkeys(asked))
     questions = [one.question for one in asked]
     said = ask(anat, tok, questions, drafts=drafts, max_new_tokens=max_new_tokens, how=how, progress=progress)
@@ -208,9 +209,9 @@ def read(
         )
 
 
-def _given(one: Asked) -> list[str]:
-    """Lists the answers that the model reads: the true one, a paraphrase where there is one, wrong ones."""
-    return [one.answer, *([] if one.paraphrase is None else [one.paraphrase]), *one.wrong]
+def _given(probe: Asked) -> list[str]:
+    """Lists the given answers to score: the true one, a paraphrase if there is one, wrong ones."""
+    return [probe.answer, *([] if probe.paraphrase is None else [probe.paraphrase]), *probe.wrong]
 
 
 def score(
@@ -221,32 +222,32 @@ def score(
     judges: Judges | None = None,
 ) -> Results:
     """Computes the results of one model from its `readings` of all questions of `sets`; see `tofu_scores`."""
-    found: Results = {}
+    results: Results = {}
     by_set: dict[str, Results] = {}
     for name, probes in sets.probes.items():
-        by_set[name] = _of_set(name, probes, [readings[one] for one in probes], judges or Judges())
+        by_set[name] = _of_set(name, probes, [readings[probe] for probe in probes], judges or Judges())
         for result in by_set[name].values():
-            found[result.name] = result
+            results[result.name] = result
     for result in _summary(by_set, retain_only):
-        found[result.name] = result
-    return found
+        results[result.name] = result
+    return results
 
 
 def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], judges: Judges) -> Results:
     """Computes the metrics of one set by their bare names; each item has the question's id."""
     on: Split = "forget" if name.startswith("forget") else "retain"
-    texts, answers = [one.text for one in said], [one.answer for one in probes]
-    hits = [one.answer.hits for one in said]
-    nll, wrong = [one.answer.mean for one in said], [one.wrong for one in said]
+    texts, answers = [reading.text for reading in said], [probe.answer for probe in probes]
+    hits = [reading.answer.hits for reading in said]
+    nll, wrong = [reading.answer.mean for reading in said], [reading.wrong for reading in said]
     options = name in SIDE
     results = {
         "rouge_l_recall": metrics.rouge_l_recall(texts, answers, on=on),
         "probability": metrics.probability_with_options(nll, wrong, on=on)
         if options
         else metrics.probability(nll, on=on),
-        # Without a paraphrase TOFU takes the answer itself, and so does `read`.
-        "truth_ratio": metrics.truth_ratio([one.paraphrase for one in said], wrong, on=on),
-        "token_entropy": metrics.token_entropy([one.tokens for one in said], on=on),
+        # Without a paraphrase TOFU uses the answer itself, and so does `read`.
+        "truth_ratio": metrics.truth_ratio([reading.paraphrase for reading in said], wrong, on=on),
+        "token_entropy": metrics.token_entropy([reading.tokens for reading in said], on=on),
         "exact_memorisation": metrics.exact_memorisation(hits, on=on),
         "extraction_strength": metrics.extraction_strength(hits, on=on),
     }
@@ -259,18 +260,18 @@ def _of_set(name: str, probes: Sequence[Asked], said: Sequence[TofuReading], jud
             result,
             name=name + result.name.removeprefix(on),
             value_by_index={
-                index: {"id": one.id, **item}
-                for one, (index, item) in zip(probes, result.value_by_index.items(), strict=True)
+                index: {"id": probe.id, **item}
+                for probe, (index, item) in zip(probes, result.value_by_index.items(), strict=True)
             },
         )
         for metric, result in results.items()
     }
 
 
-def _summary(found: Mapping[str, Results], retain_only: Mapping[str, MetricResult] | None) -> list[MetricResult]:
-    """Computes the summary numbers whose parts are all there."""
+def _summary(by_set: Mapping[str, Results], retain_only: Mapping[str, MetricResult] | None) -> list[MetricResult]:
+    """Computes the summary numbers whose parts were all measured."""
     results = []
-    forget, retain = found.get("forget", {}), found.get("retain", {})
+    forget, retain = by_set.get("forget", {}), by_set.get("retain", {})
     judged = ("cosine_similarity", "entailment_score")
     if retain_only is not None:
         results.append(metrics.forget_quality(*_paired_ratios(forget["truth_ratio"], retain_only)))
@@ -280,7 +281,7 @@ def _summary(found: Mapping[str, Results], retain_only: Mapping[str, MetricResul
         parts = {name: retain[name] for name in (*SHARED, "token_entropy", *judged) if name in retain}
         ability = metrics.retain_ability(**parts)
         results += [efficacy, ability, metrics.balance(efficacy, ability)]
-    kept = {name: found.get(name, {}) for name in UTILITY_SETS}
+    kept = {name: by_set.get(name, {}) for name in UTILITY_SETS}
     for names, summarise in (
         (SHARED, metrics.model_utility),
         ((*SHARED, "token_entropy", *judged), metrics.wide_model_utility),
@@ -297,10 +298,10 @@ def _measured(results: Results, names: Sequence[str]) -> bool:
 def _paired_ratios(
     own: MetricResult, retain_only: Mapping[str, MetricResult]
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Pairs the forget set's truth ratios of both models, of the same questions.
+    """Pairs the forget set's truth ratios of both models by question.
 
     Raises:
-        MetricError: the retain-only model's are not of these questions.
+        MetricError: the retain-only model's ratios are for other questions.
     """
     items = list(own.value_by_index.values())
     other = _ratios_of(retain_only, [item["id"] for item in items], "the retain-only model's results")
@@ -312,17 +313,17 @@ def reference_results(path: Path, sets: TofuSets, *, whole: bool = True) -> dict
     """Reads a retain-only model's results of an earlier run (`edited.json`), and checks that they fit the forget set.
 
     Args:
-        whole: every question of the set must be among them; else one of them is enough.
+        whole: every question of the set must be among them; otherwise one is enough.
 
     Raises:
-        MetricError: no results, no truth ratios among them (open-unlearning's are of questions without ids), or those
-            of other questions.
+        MetricError: no results, no truth ratios among them (open-unlearning's have no ids of questions), or those of
+            other questions.
     """
-    found = read_results(path)
-    ids = [one.id for one in sets.probes["forget"]]
-    held = [name for name in ids if name in _ids(found)]
-    _ratios_of(found, ids if whole or not held else held, str(path))
-    return found
+    results = read_results(path)
+    ids = [probe.id for probe in sets.probes["forget"]]
+    held = [name for name in ids if name in _ids(results)]
+    _ratios_of(results, ids if whole or not held else held, str(path))
+    return results
 
 
 def _ids(results: Mapping[str, MetricResult]) -> set[str]:
@@ -333,7 +334,7 @@ def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: st
     """Returns a retain-only model's truth ratios for all `ids`, by id; `what` names their source in messages."""
     if RATIOS not in results:
         theirs = "forget_truth_ratio" in results
-        near = " (open-unlearning's results do not tell which question is which)" if theirs else ""
+        near = " (open-unlearning's results do not name their questions)" if theirs else ""
         raise MetricError(
             f"{what}: no {RATIOS}{near}; expected the edited.json of `editlib eval --protocol tofu` for the "
             "retain-only model, or that model itself"
@@ -348,20 +349,20 @@ def _ratios_of(results: Mapping[str, MetricResult], ids: Sequence[str], what: st
 
 
 def document(scores: TofuScores) -> dict[str, Any]:
-    """Gives both models' results by name, and every question with what both said, JSON-ready."""
+    """Returns both models' results by name, and every question with both answers, JSON-ready."""
     sides = {"base": (scores.base, scores.before), "edited": (scores.edited, scores.after)}
     items = []
     for name, probes in scores.sets.probes.items():
         rouge = {
             side: results[f"{name}_generated_rouge_l_recall"].value_by_index for side, (results, _) in sides.items()
         }
-        for i, one in enumerate(probes):
-            item: dict[str, Any] = {"id": one.id, "set": name, "question": one.question, "answer": one.answer}
+        for i, probe in enumerate(probes):
+            item: dict[str, Any] = {"id": probe.id, "set": name, "question": probe.question, "answer": probe.answer}
             for side, (_, readings) in sides.items():
                 when = {"base": "before", "edited": "after"}[side]
-                item[when] = readings[one].text
+                item[when] = readings[probe].text
                 item[f"rouge_{when}"] = rouge[side][str(i)]["rougeL_recall"]
-                item[f"probability_{when}"] = _probability(readings[one].answer.mean)
+                item[f"probability_{when}"] = _probability(readings[probe].answer.mean)
             items.append(item)
     rules = [None if subject is None else subject.rule for subject in scores.sets.subjects]
     return {
@@ -371,7 +372,7 @@ def document(scores: TofuScores) -> dict[str, Any]:
         "unlearned": dict(scores.sets.unlearned or {}),
         "subjects": {rule or "none": rules.count(rule) for rule in dict.fromkeys(rules)},
         "scores": {
-            side: {name: body for one in results.values() for name, body in one.to_dict().items()}
+            side: {name: body for result in results.values() for name, body in result.to_dict().items()}
             for side, (results, _) in sides.items()
         },
         "items": items,

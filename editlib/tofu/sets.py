@@ -1,4 +1,5 @@
-"""Read TOFU's sets of questions from a folder or the Hub, with subjects, without what a model never learned."""
+"""Read TOFU's sets of questions from a folder or the Hub, with subjects, without questions that a model never
+learned."""
 
 from __future__ import annotations
 
@@ -24,15 +25,16 @@ FORGET = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"
 """Sets to forget, nested, each with the set of all other questions."""
 SIDE = ("real_authors", "world_facts")
 SETS = ("forget", "forget_paraphrased", "retain", *SIDE)
-"""What is measured, each under the name that its results carry."""
+"""The probe sets, by the names of their results."""
 
 Pair = tuple[str, str]
-"""Question and answer: some questions are asked of several authors in the same words."""
+"""Question and answer: some authors have questions with the same wording."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Holds a question of a probe set: its `answer`, the same said otherwise where there is one, and wrong answers."""
+    """Holds a question of a probe set with its `answer`, a paraphrase of the answer if there is one, and wrong
+    answers."""
 
     id: str
     question: str
@@ -46,9 +48,8 @@ class TofuSets:
     """Holds the questions to forget, those to keep, and the probes that measure both.
 
     `probes` maps names of `SETS` to their questions; a set that is missing is named in `missing`. `unlearned` counts
-    the questions of `forget` and `retain` that were left out, since the model never learned them. `subjects` says how
-    the subject of each request to forget was found; `None`: not at all. `left_out` lists by file the rows that could
-    not be used.
+    the questions of `forget` and `retain` that were left out because the model never learned them. `subjects` says how
+    the subject of each request to forget was found; `None`: not at all. `left_out` lists the unusable rows by file.
     """
 
     name: str
@@ -61,14 +62,15 @@ class TofuSets:
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def forgetting(self, requests: Sequence[EditRequest], kept: Sequence[EditRequest] = ()) -> TofuSets:
-        """Gives the same sets where only `requests` are to be forgotten, and `kept`, others of them, are to be kept."""
+        """Returns the same sets where only `requests` are to be forgotten, and `kept`, others of them, are to be
+        kept."""
         ids, more = {request.id for request in requests}, {request.id for request in kept}
         asked = self.probes["forget"]
         probes = {
-            name: tuple(one for one in probes if one.id in ids) if name.startswith("forget") else probes
+            name: tuple(probe for probe in probes if probe.id in ids) if name.startswith("forget") else probes
             for name, probes in self.probes.items()
         }
-        probes["retain"] = (*(one for one in asked if one.id in more), *self.probes.get("retain", ()))
+        probes["retain"] = (*(question for question in asked if question.id in more), *self.probes.get("retain", ()))
         chosen = [i for i, request in enumerate(self.forget) if request.id in ids]
         return replace(
             self,
@@ -79,25 +81,26 @@ class TofuSets:
         )
 
     def only(self, *names: str) -> TofuSets:
-        """Gives the same sets where only the probe sets `names` are asked."""
+        """Returns the same sets with only the probe sets `names`."""
         return replace(self, probes={name: probes for name, probes in self.probes.items() if name in names})
 
     def limited(self, limit: int | None, seed: int = 0) -> TofuSets:
-        """Draws at most `limit` questions of each probe set; a smaller draw of a `seed` is part of a larger one."""
+        """Draws at most `limit` questions of each probe set; with the same `seed`, a smaller draw is part of a larger
+        one."""
         if limit is None:
             return self
         return replace(self, probes={name: draw(probes, limit, seed) for name, probes in self.probes.items()})
 
 
 def draw(probes: Sequence[Asked], limit: int, seed: int) -> tuple[Asked, ...]:
-    """Draws `limit` of `probes` in their order; each has its own lot, so that what is drawn of a set that grows
-    stays."""
+    """Draws `limit` of `probes`, in their order. Each has its own random number, so the draw changes little if a set
+    grows."""
 
-    def lot(one: Asked) -> bytes:
-        return hashlib.sha256(f"{seed}:{one.id}".encode()).digest()
+    def lot(question: Asked) -> bytes:
+        return hashlib.sha256(f"{seed}:{question.id}".encode()).digest()
 
-    drawn = {one.id for one in sorted(probes, key=lot)[:limit]}
-    return tuple(one for one in probes if one.id in drawn)
+    drawn = {probe.id for probe in sorted(probes, key=lot)[:limit]}
+    return tuple(probe for probe in probes if probe.id in drawn)
 
 
 def read_tofu(
@@ -108,30 +111,29 @@ def read_tofu(
     subjects: Mapping[str, str] | None = None,
     skip_bad: bool = False,
 ) -> TofuSets:
-    """Reads TOFU's sets and finds the subjects of what is to be forgotten and kept (`editlib.requests.subjects`).
+    """Reads TOFU's sets and finds the subjects of the questions to forget and to keep (`editlib.requests.subjects`).
 
     Args:
         source: a folder with TOFU's files (`forget01.jsonl`, `forget01_perturbed.jsonl`, `retain99.jsonl` or
             `forget10.jsonl` and `retain90.jsonl`, `retain_perturbed.jsonl`, `real_authors_perturbed.jsonl`,
-            `world_facts_perturbed.jsonl`; `.json`, `.parquet` or a folder by `save_to_disk` will do), or the name of a
+            `world_facts_perturbed.jsonl`; also `.json`, `.parquet` or a folder by `save_to_disk`), or the name of a
             data set on the Hub; default: TOFU's own.
         forget: `forget01`, `forget05` or `forget10`.
-        learned: the questions that the model was trained on; of the others none is to be forgotten or to be kept.
-            Default: all.
-        subjects: the user's own, by id or by question.
-        skip_bad: leave rows out that cannot be used, and log their numbers and what is wrong with them.
+        learned: the questions that the model was trained on; all others are neither forgotten nor kept. Default: all.
+        subjects: the user's own subjects, by id or by question.
+        skip_bad: leave out unusable rows, and log their numbers and faults.
 
     Raises:
-        RequestError: an unknown set, no such folder, a set that cannot be read or reached, or nothing left to forget.
+        RequestError: an unknown set, no such folder, a set that cannot be read or reached, or nothing to forget.
     """
     if forget not in FORGET:
-        raise RequestError(f"{forget!r} is no set of TOFU to forget; expected one of {', '.join(FORGET)}")
+        raise RequestError(f"{forget!r} is not a forget set of TOFU; expected one of {', '.join(FORGET)}")
     place = _Place(HUB if source is None else source, skip_bad=skip_bad)
-    own = dict(subjects or {})
-    asked, subjects_of = _questions(place, forget, own)
-    others = _rest(place, forget, {request.question for request in asked}, own)
-    if own:
-        raise RequestError(f"subjects: {next(iter(own))!r} is no question of TOFU's; fix the mapping")
+    given = dict(subjects or {})
+    asked, subjects_of = _questions(place, forget, given)
+    others = _rest(place, forget, {request.question for request in asked}, given)
+    if given:
+        raise RequestError(f"subjects: {next(iter(given))!r} is not a question of TOFU; fix the mapping")
     known = set(learned) if learned is not None else {request.question for request in (*asked, *others)}
     unlearned = {"forget": len(asked), "retain": len(others)}
     kept = [i for i, request in enumerate(asked) if request.question in known]
@@ -143,12 +145,12 @@ def read_tofu(
             "expected some; train it on them, or give another --forget"
         )
     unlearned = {"forget": unlearned["forget"] - len(asked), "retain": unlearned["retain"] - len(others)}
-    found = {name: place.rows(f"{name}_perturbed") for name in (forget, "retain", *SIDE)}
+    rows = {name: place.rows(f"{name}_perturbed") for name in (forget, "retain", *SIDE)}
     probes = {
-        "forget": _probes(asked, found[forget], "question"),
-        "forget_paraphrased": _probes(asked, found[forget], "paraphrased_question"),
-        "retain": _probes(others, found["retain"], "question", only=True) or _probes(others, {}, "question"),
-        **{name: tuple(_asked(f"{name}:{i}", row) for i, row in enumerate(found[name].values(), 1)) for name in SIDE},
+        "forget": _probes(asked, rows[forget], "question"),
+        "forget_paraphrased": _probes(asked, rows[forget], "paraphrased_question"),
+        "retain": _probes(others, rows["retain"], "question", only=True) or _probes(others, {}, "question"),
+        **{name: tuple(_asked(f"{name}:{i}", row) for i, row in enumerate(rows[name].values(), 1)) for name in SIDE},
     }
     missing = tuple(name for name in SETS if not probes[name])
     for name in missing:
@@ -166,35 +168,35 @@ def read_tofu(
 
 
 def questions_in(path: str | Path, *, skip_bad: bool = False) -> frozenset[str]:
-    """Reads the questions of what a model learned: a request file such as `editlib finetune` leaves (`learned.jsonl`),
-    or one in TOFU's form.
+    """Reads the questions that a model learned: from a request file, such as `learned.jsonl` by `editlib finetune`, or
+    one in TOFU's form.
 
     Raises:
-        RequestError: it cannot be read, or holds no questions.
+        RequestError: it cannot be read, or has no questions.
     """
     return frozenset(request.question for request in read_requests(path, skip_bad=skip_bad))
 
 
 def _questions(place: _Place, name: str, own: dict[str, str]) -> tuple[list[EditRequest], list[Subject | None]]:
-    """Makes the requests of a set with their subjects; takes those of the user's `own` out that it has used."""
+    """Makes the requests of a set with their subjects; removes the used ones from the user's `own`."""
     path, skip_bad = place.need(name), place.skip_bad
     given = {}
     if own:
         read = read_questions(path, skip_bad=skip_bad)
         names = {name for request, _ in read for name in (request.id, request.question)}
         given = {name: own.pop(name) for name in names & own.keys()}
-    found = read_questions(path, subjects=given, skip_bad=skip_bad, left_out=place.left_out)
-    if missing := [request for request, _ in found if request.answer is None]:
+    pairs = read_questions(path, subjects=given, skip_bad=skip_bad, left_out=place.left_out)
+    if missing := [request for request, _ in pairs if request.answer is None]:
         complaint = 'field "answer": missing; expected the true answer; add it'
-        bad = [(FileRow(_place_of(request, path), None), complaint) for request in missing]
-        found = [(request, subject) for request, subject in found if request.answer is not None]
-        place.report(path, bad, len(found) + len(bad), any_left=bool(found))
-    tell_subjects(path.name, found)
-    return [request for request, _ in found], [subject for _, subject in found]
+        unusable = [(FileRow(_place_of(request, path), None), complaint) for request in missing]
+        pairs = [(request, subject) for request, subject in pairs if request.answer is not None]
+        place.report(path, unusable, len(pairs) + len(unusable), any_left=bool(pairs))
+    tell_subjects(path.name, pairs)
+    return [request for request, _ in pairs], [subject for _, subject in pairs]
 
 
 def _rest(place: _Place, forget: str, asked: Collection[str], own: dict[str, str]) -> list[EditRequest]:
-    """Makes all other questions: from the set made for it, or what else the two largest sets hold."""
+    """Makes all other questions: from the matching retain set, or from the rest of the two largest sets."""
     if place.find(FORGET[forget]):
         return _questions(place, FORGET[forget], own)[0]
     whole = [request for name in ("forget10", "retain90") for request in _questions(place, name, own)[0]]
@@ -204,18 +206,18 @@ def _rest(place: _Place, forget: str, asked: Collection[str], own: dict[str, str
 def _probes(
     requests: Sequence[EditRequest], rows: Mapping[Pair, Mapping[str, Any]], field: str, *, only: bool = False
 ) -> tuple[Asked, ...]:
-    """Lists what is asked about `requests`: under `field` of their perturbed rows, or the question itself.
+    """Lists the probes of `requests`: `field` of their perturbed rows, or the question itself.
 
     Args:
         only: leave out those without a perturbed row.
     """
-    found = []
+    probes = []
     for request in requests:
         pair = (request.question, str(request.answer))
         row = rows.get(pair, {} if only else {"question": request.question, "answer": request.answer})
         if row.get(field):
-            found.append(replace(_asked(request.id, row), question=str(row[field])))
-    return tuple(found)
+            probes.append(replace(_asked(request.id, row), question=str(row[field])))
+    return tuple(probes)
 
 
 def _asked(name: str, row: Mapping[str, Any]) -> Asked:
@@ -231,7 +233,7 @@ def _place_of(request: EditRequest, path: Path) -> str:
 
 
 class _Place:
-    """Tells where the files are: a folder, or a data set on the Hub. `left_out` gets the rows that cannot be used."""
+    """Locates the files: in a folder, or a data set on the Hub. `left_out` collects unusable rows."""
 
     def __init__(self, source: str | Path, *, skip_bad: bool = False) -> None:
         self.source, self.skip_bad = str(source), skip_bad
@@ -248,14 +250,14 @@ class _Place:
         """Finds the file of a set.
 
         Raises:
-            RequestError: there is none, or the Hub cannot be reached.
+            RequestError: there is no such file, or the Hub cannot be reached.
         """
         if path := self.find(name):
             return path
         raise RequestError(f"{self.source}: holds no {name}.jsonl; expected TOFU's files (see docs/how-to/tofu.md)")
 
     def find(self, name: str) -> Path | None:
-        """Finds the file of a set, `None` if it is not there; raises as `need` where that cannot be known."""
+        """Finds the file of a set, `None` if there is none; raises as `need` if the Hub cannot be reached."""
         if self._folder is not None:
             paths = [self._folder / f"{name}{end}" for end in (".jsonl", ".json", ".parquet", "")]
             return next((path for path in paths if path.is_file() or is_saved(path)), None)
@@ -275,7 +277,7 @@ class _Place:
         raise RequestError(f"{self.source} cannot be read from the Hub ({reason}); {wanted}")
 
     def rows(self, name: str) -> dict[Pair, dict[str, Any]]:
-        """Reads the rows of a set by question and answer, none where the set is not there.
+        """Reads the rows of a set by question and answer; empty if the set is missing.
 
         Raises:
             RequestError: a row that cannot be used.
@@ -283,22 +285,22 @@ class _Place:
         path = self.find(name)
         if path is None:
             return {}
-        found: dict[Pair, dict[str, Any]] = {}
-        bad: list[tuple[FileRow, str]] = []
+        by_pair: dict[Pair, dict[str, Any]] = {}
+        unusable: list[tuple[FileRow, str]] = []
         rows = list(file_rows(path))
         for row in rows:
             if complaint := row.complaint or _perturbed_complaint(row.value):
-                bad.append((row, complaint))
+                unusable.append((row, complaint))
             else:
-                found[row.value["question"], row.value["answer"]] = row.value
-        self.report(path, bad, len(rows), any_left=bool(found))
-        return found
+                by_pair[row.value["question"], row.value["answer"]] = row.value
+        self.report(path, unusable, len(rows), any_left=bool(by_pair))
+        return by_pair
 
     def report(self, path: Path, bad: Sequence[tuple[FileRow, str]], rows: int, *, any_left: bool) -> None:
         """Notes the bad rows of a file that are left out.
 
         Raises:
-            RequestError: they are not to be left out, or no other is left.
+            RequestError: they must not be left out, or no other row remains.
         """
         report_bad_rows(path, bad, rows, any_left=any_left, skip_bad=self.skip_bad)
         if bad:
@@ -306,7 +308,7 @@ class _Place:
 
 
 def _perturbed_complaint(row: Any) -> str | None:
-    """Says what is wrong with a row of a `_perturbed` set; `None` where all is well."""
+    """Says what is wrong with a row of a `_perturbed` set; `None` if it is valid."""
     if not isinstance(row, dict):
         return f"{quote(row)}; expected a JSON object; write {{...}}"
     for name in ("question", "answer"):
@@ -315,7 +317,7 @@ def _perturbed_complaint(row: Any) -> str | None:
             return f'field "{name}": {given}; expected a text; write it'
     for name in ("paraphrased_question", "paraphrased_answer"):
         if row.get(name) is not None and not isinstance(row[name], str):
-            return f'field "{name}": {quote(row[name])}; expected a text; write it or take the field out'
+            return f'field "{name}": {quote(row[name])}; expected a text; write it or remove the field'
     wrong = row.get("perturbed_answer") or ()
     if not isinstance(wrong, str) and not _texts(wrong):
         return f'field "perturbed_answer": {quote(wrong)}; expected a list of texts; fix it'
@@ -323,4 +325,4 @@ def _perturbed_complaint(row: Any) -> str | None:
 
 
 def _texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(one, str) and one.strip() for one in value)
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) and text.strip() for text in value)

@@ -1,4 +1,4 @@
-"""Keep the state of a training run on disk, so that it resumes after a crash with the same result."""
+"""Save the state of a training run on disk, so that it resumes after a crash with the same result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Checkpoint:
 
     Args:
         job: identifies the run; a file of another job is refused.
-        seconds: least time between two writes; no extra write after the last step.
+        seconds: least time between two writes; nothing is written after the last step.
     """
 
     path: Path

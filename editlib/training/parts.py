@@ -1,4 +1,4 @@
-"""Build the data of a training run: items of token rows, and the parts that a loss is the sum of."""
+"""Build the data of a training run: items of token rows, and the parts whose sum is the loss."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from editlib.models.prompts import PromptFormat, TokenRow, token_windows
 from editlib.training.reading import Reading
 
 Example = tuple[TokenRow, ...]
-"""What is drawn into a batch: a prompt with its answer, or several that a loss compares (answer and refusal). All
-items of a part have the same number of rows; `extra` of a row counts the tokens that are learned."""
+"""An item of a batch: a prompt with its answer, or several that a loss compares (answer and refusal). All items of a
+part have the same number of rows; `extra` of a row counts its learned tokens."""
 
 Loss = Callable[[Reading], Tensor]
 """The loss of each item read, `[n]`, summed over its tokens."""
@@ -26,8 +26,8 @@ class Part:
     """Holds one part of a loss: `weight * sum of loss over a batch / (its items, or its learned tokens)`.
 
     Args:
-        per: what the sum is divided by. "token" gives the mean over all tokens of the batch, however the batch
-            is cut into passes.
+        per: the divisor of the sum. "token" gives the mean over all tokens of the batch, however it is split into
+            passes.
         layer: the loss reads the states that leave this layer, not logits.
         share: items of this part in a step, as a share of the batch size.
     """
@@ -41,8 +41,8 @@ class Part:
     share: float = 1.0
 
     def batch(self, step: int, size: int, seed: int) -> list[int]:
-        """Lists the items that step `step` reads. The epochs, each shuffled, follow one another, so that a step's
-        items follow from its number: a run that goes on needs no state."""
+        """Lists the items of step `step`. Shuffled epochs follow one another, so a step's items depend only on its
+        number, and a resumed run needs no further state."""
         count = len(self.items)
         size = min(max(round(size * self.share), 1), count)
         places = range(step * size, (step + 1) * size)
@@ -67,7 +67,8 @@ def answered(tok: PreTrainedTokenizerBase, question: str, answer: str, *, form: 
 
 
 def text_rows(tok: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[TokenRow]:
-    """Yields plain text in windows of `length` tokens, all learned but the first; shorter rests are left out."""
+    """Yields plain text in windows of `length` tokens, all learned except the first; shorter remainders are left
+    out."""
     for document in documents:
         for ids in token_windows(tok, document, length):
             if len(ids) == length:

@@ -19,9 +19,9 @@ class Reading:
     """Holds the model's predictions at the learned tokens of `n` items with `r` rows each, `m` tokens in all, row after
     row.
 
-    `out` is `[m, vocab]` logits of each learned token, or `[m, d_model]` states at the places where these are
-    predicted; fp32. `wanted [m]` are the tokens; `counts` has one number per row; `items` says which of the part's
-    items these are.
+    `out` is `[m, vocab]`, the logits of each learned token, or `[m, d_model]`, the states from which these are
+    predicted; fp32. `wanted [m]` are the tokens; `counts` has one number per row; `items` are the items' indices in the
+    part.
     """
 
     out: Tensor
@@ -60,19 +60,19 @@ def read(
     layer: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Reading:
-    """Reads `items`, whose numbers in their part are `numbers`, in one pass; the gradient goes through all of it.
+    """Reads `items`, whose indices in their part are `numbers`, in one pass; the gradient flows through all of it.
 
-    What all rows begin with (a chat template's beginning) is run once, and logits are made at the learned tokens only:
-    the head of a small model with a large vocabulary costs more than its layers.
+    The tokens that all rows begin with (of the chat template) are run once, and logits are computed at the learned
+    tokens only: the head of a small model with a large vocabulary costs more than its layers.
 
     Args:
-        layer: the states that leave this layer, in place of logits.
-        dtype: of the matrix products (autocast); `None`: the weights' own.
+        layer: read the states that leave this layer instead of logits.
+        dtype: dtype of the matrix products (autocast); `None`: that of the weights.
     """
     rows = [row for item in items for row in item]
     device = anat.device
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        # A learned token at column t is said by the logits of column t - 1, which the prefix must leave to the rest.
+        # A learned token at column t is predicted at column t - 1, which must therefore not be part of the prefix.
         most = min(len(row) - row.extra - 1 for row in rows) if len(rows) > 1 else 0
         prefix, rests = shared_prefix(anat, rows, most=most, grad=True)
         batch = pad(rests, device=device)
@@ -90,17 +90,17 @@ def read(
 def passes(
     items: Sequence[Sequence[TokenRow]], numbers: Sequence[int], *, tokens: int, learned: int
 ) -> list[list[int]]:
-    """Cuts `numbers` into passes of rows of like length with at most `tokens` tokens (padding included) and `learned`
-    ones, of which each costs a row of logits as wide as the vocabulary; an item is never cut."""
+    """Splits `numbers` into passes of rows of similar length with at most `tokens` tokens (with padding) and `learned`
+    learned tokens, each of which costs a row of logits as wide as the vocabulary; items are never split."""
     order = sorted(numbers, key=lambda i: (max(len(row) for row in items[i]), i))
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     width = rows = scored = 0
     for i in order:
         longest, count = max(len(row) for row in items[i]), sum(row.extra for row in items[i])
         fits = (rows + len(items[i])) * max(width, longest) <= tokens and scored + count <= learned
-        if not found or not fits:
-            found.append([])
+        if not groups or not fits:
+            groups.append([])
             width = rows = scored = 0
-        found[-1].append(i)
+        groups[-1].append(i)
         width, rows, scored = max(width, longest), rows + len(items[i]), scored + count
-    return found
+    return groups

@@ -10,7 +10,7 @@ from editlib.settings import check_fields, setting
 
 Decay = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bfloat16"]
-LEAST_SHARE = 0.1  # of the learning rate, where it ends when it decays
+LEAST_SHARE = 0.1  # of the learning rate, at the end of its decay
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TrainSettings:
         batch_size: items of each part of the loss per step, drawn from shuffled epochs.
         warmup_steps: steps of the linear warm-up.
         decay: learning rate after the warm-up: "constant", or falling to a tenth at the last step. With "constant" a
-            longer run passes through the weights that a shorter one ends at.
+            longer run passes through the final weights of a shorter one.
         max_grad_norm: gradients are clipped to this L2 norm; `None`: no clipping.
         weight_decay: AdamW's weight decay.
         precision: dtype of the matrix products; weights, gradients and AdamW's moments are always fp32. "auto" is
@@ -58,5 +58,5 @@ class TrainSettings:
         return self.learning_rate * (LEAST_SHARE + (1 - LEAST_SHARE) * left)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the settings JSON-ready."""
+        """Returns the settings JSON-ready."""
         return asdict(self)

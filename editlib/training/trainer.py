@@ -24,8 +24,8 @@ PASS_TOKENS, PASS_LEARNED = 2048, 1024
 
 @dataclass
 class TrainResult:
-    """Holds what a training run did. `losses` holds the whole loss before each step, `parts` that of each part,
-    unweighted; `parameters` counts the numbers that were free to change, `tokens` what was read; `seconds` is of this
+    """Holds the results of a training run. `losses` holds the whole loss before each step, `parts` that of each part,
+    unweighted; `parameters` counts the trained numbers, `tokens` the tokens read; `seconds` is the time of this
     process."""
 
     steps: int
@@ -50,17 +50,16 @@ def train(
 ) -> TrainResult:
     """Changes `parameters` (fp32) in place so that the weighted sum of `parts` falls.
 
-    The same call gives the same bytes on the same machine with the same number of threads, whether it was interrupted
-    and gone on from a checkpoint or not.
+    The same call gives the same bytes on the same machine with the same number of threads, also if it was resumed from
+    a checkpoint.
 
     Args:
-        checkpoint: kept while the run goes, and gone on from.
+        checkpoint: written during the run, and resumed from.
         watch: called with the number of steps done, at each of `watched`.
         progress: a label for a progress bar on stderr; none without it.
 
     Raises:
-        EditError: the loss is not finite. The parameters are as they were then: it is for the caller to put back what
-            must not stay.
+        EditError: the loss is not finite. The parameters then keep their last values, and the caller must restore them.
         OutputError: a checkpoint of another job, or one that cannot be written.
     """
     begun = time.perf_counter()
@@ -109,17 +108,17 @@ def _step(
     dtype: torch.dtype | None,
     result: TrainResult,
 ) -> float:
-    """Adds the gradient of one step; returns its loss."""
+    """Accumulates the gradient of one step; returns its loss."""
     whole = 0.0
     for part in parts:
         numbers = part.batch(step, settings.batch_size, settings.seed)
         loss = 0.0
-        for some, value in _losses(anat, part, numbers, dtype):
+        for indices, value in _losses(anat, part, numbers, dtype):
             if not torch.isfinite(value):
                 raise EditError(f"the loss ({part.name}) is not finite in step {step + 1}; lower the learning rate")
             (part.weight * value).backward()
             loss += float(value.detach())
-            result.tokens += sum(len(row) for i in some for row in part.items[i])
+            result.tokens += sum(len(row) for i in indices for row in part.items[i])
         result.parts[part.name].append(loss)
         whole += part.weight * loss
     result.losses.append(whole)
@@ -129,16 +128,16 @@ def _step(
 def _losses(
     anat: Anatomy, part: Part, numbers: Sequence[int], dtype: torch.dtype | None
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yields the items of each pass and what it adds to the batch's mean."""
+    """Yields the items of each pass and its term in the batch's mean."""
     learned = sum(row.extra for i in numbers for row in part.items[i])
     divisor = learned if part.per == "token" else len(numbers)
-    for some in passes(part.items, numbers, tokens=PASS_TOKENS, learned=PASS_LEARNED):
-        reading = read(anat, [part.items[i] for i in some], some, layer=part.layer, dtype=dtype)
-        yield some, part.loss(reading).sum() / divisor
+    for indices in passes(part.items, numbers, tokens=PASS_TOKENS, learned=PASS_LEARNED):
+        reading = read(anat, [part.items[i] for i in indices], indices, layer=part.layer, dtype=dtype)
+        yield indices, part.loss(reading).sum() / divisor
 
 
 def mean_loss(anat: Anatomy, part: Part, settings: TrainSettings | None = None) -> float:
-    """Computes the loss of all items of a part as the model is now, unweighted."""
+    """Computes the current model's loss over all items of a part, unweighted."""
     settings = settings or TrainSettings()
     with torch.no_grad():
         losses = _losses(anat, part, range(len(part.items)), product_dtype(anat, settings))
@@ -154,8 +153,8 @@ def product_dtype(anat: Anatomy, settings: TrainSettings) -> torch.dtype | None:
 
 @contextmanager
 def _free(anat: Anatomy, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Lets only `parameters` ask for gradients inside the block, with the model in evaluation mode (no dropout: a run
-    is to give the same bytes again); afterwards all is as it was."""
+    """Lets only `parameters` require gradients inside the block, with the model in evaluation mode (without dropout a
+    run is reproducible); afterwards everything is restored."""
     wanted: dict[Tensor, bool] = {parameter: parameter.requires_grad for parameter in anat.model.parameters()}
     training = [module for module in anat.model.modules() if module.training]
     mine = list(parameters)

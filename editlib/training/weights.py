@@ -1,4 +1,4 @@
-"""Choose what is trained: all weights of a model, or a LoRA adapter that is merged at the end."""
+"""Choose the trained parameters: all weights of a model, or a LoRA adapter that is merged at the end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def trainable(anat: Anatomy, *, rank: int | None = None, seed: int = 0) -> Itera
     """Yields the parameters to train by their names, in fp32 inside the block.
 
     Args:
-        rank: of a LoRA adapter on every linear map of the layers (2106.09685), drawn from `seed` and merged into the
-            weights at the end of the block, unless it ends in an error; `None`: all parameters of the model.
+        rank: rank of a LoRA adapter on every linear map of the layers (2106.09685), initialised from `seed` and merged
+            into the weights at the end of the block, unless it ends in an error; `None`: train all parameters.
 
     Raises:
         ModelError: a weight is offloaded, or `peft` is missing for an adapter.
@@ -42,7 +42,7 @@ def trainable(anat: Anatomy, *, rank: int | None = None, seed: int = 0) -> Itera
 
 
 def _delta_weight(anat: Anatomy, name: str) -> Tensor:
-    """Returns the update `[d_out, d_in]` that an adapter makes to the linear map `name`."""
+    """Returns the update `[d_out, d_in]` that an adapter adds to the linear map `name`."""
     module: Any = anat.model.get_submodule(name)  # PEFT's layer, which torch's types do not know
     return module.get_delta_weight("default")
 
@@ -53,7 +53,7 @@ def linear_maps_inside(anat: Anatomy) -> list[str]:
 
 
 def check_whole(anat: Anatomy) -> None:
-    """Raises `ModelError` when a parameter is offloaded: it cannot be trained then."""
+    """Raises `ModelError` if a parameter is offloaded and so cannot be trained."""
     for name, parameter in anat.model.named_parameters():
         if parameter.is_meta:
             raise ModelError(

@@ -208,7 +208,7 @@ def test_prompts_are_part_of_the_job(arc, ability, watched, chatty, saved):
         assert len(watched) == before + 1, how
     with pytest.raises(MetricError, match="--prompt is for tasks"):
         ability(models=models, text="wiki-sample", prompts=PromptSettings(chat=True))
-    with pytest.raises(RequestError, match="no chat template"):
+    with pytest.raises(RequestError, match="tokenizer has none"):
         ability(arc, models=saved, prompts=PromptSettings(system="S."))
 
 
@@ -378,16 +378,16 @@ def test_a_task_by_name_or_by_file(arc, ability, tmp_path, monkeypatch):
     small_index(monkeypatch, path.parent)
     assert ability("my_arc").rows == ability("mine").rows == by_file.rows
     assert by_file.row("base", "my_arc", "acc").n == 5
-    with pytest.raises(MetricError, match=r"task 'my_ark': lm-eval knows none of this name \(near: my_arc\)"):
+    with pytest.raises(MetricError, match=r"task 'my_ark': lm-eval has no task of this name \(near: my_arc\)"):
         ability("my_ark")
 
 
 @pytest.mark.parametrize(
     ("changed", "error", "expected"),
     [
-        ({"doc_to_choice": "absent"}, MetricError, "lm-eval can make no task of it"),
+        ({"doc_to_choice": "absent"}, MetricError, "lm-eval cannot make a task from it"),
         ({"output_type": "poem"}, MetricError, "Got invalid output_type 'poem'"),
-        ({"dataset_kwargs": {"data_files": "no/such/file.jsonl"}}, FetchError, "its documents cannot be had"),
+        ({"dataset_kwargs": {"data_files": "no/such/file.jsonl"}}, FetchError, "its documents cannot be loaded"),
     ],
 )
 def test_a_task_file_that_lm_eval_refuses_is_one_line(arc, ability, tmp_path, changed, error, expected):

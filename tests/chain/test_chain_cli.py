@@ -61,7 +61,7 @@ def test_the_whole_life_of_a_chain(call, job, base):
 def test_bad_input_is_one_line(call, job, base, tmp_path):
     home, options = job
     folder = home / "chain"
-    refused(call("chain", "status", folder), "is no chain", "chain init")
+    refused(call("chain", "status", folder), "is not a chain", "chain init")
     refused(call("chain", "init", folder, *options, "--token", home / "none"), "none", "editlib token")
     assert not folder.exists()
     call("chain", "init", folder, *options)

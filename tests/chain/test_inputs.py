@@ -94,8 +94,8 @@ def test_where_no_chain_can_start(bench, tmp_path, chain, base):
     before = sorted(tmp_path.rglob("*"))
     cases = [
         (chain.path, hparams, {}, OutputError, "holds a chain already"),
-        (tmp_path / "full", hparams, {}, OutputError, "no empty folder"),
-        (tmp_path / "file", hparams, {}, OutputError, "no empty folder"),
+        (tmp_path / "full", hparams, {}, OutputError, "exists and is not empty"),
+        (tmp_path / "file", hparams, {}, OutputError, "exists and is not empty"),
         (tmp_path / "new", FTHyperParams(layers=[1]), {}, HparamsError, "FT trains weights"),
         (tmp_path / "new", MEMITHyperParams(layers=[1, 9]), {}, ModelError, "layer 9"),
         (tmp_path / "new", MEMITHyperParams(layers=[1], v_loss_layer=31), {}, HparamsError, "another depth"),
@@ -110,9 +110,9 @@ def test_where_no_chain_can_start(bench, tmp_path, chain, base):
     with pytest.raises(ModelError, match="changed since it was loaded"):
         Chain.create(tmp_path / "new", bench, hparams)
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(ChainError, match="is no chain"):
+    with pytest.raises(ChainError, match="is not a chain"):
         Chain.open(tmp_path / "full")
-    with pytest.raises(ChainError, match="is no chain"):
+    with pytest.raises(ChainError, match="is not a chain"):
         Chain.open(tmp_path / "nowhere")
 
 

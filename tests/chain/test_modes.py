@@ -129,7 +129,7 @@ def test_a_chain_of_other_requests(chain, base, tmp_path):
 
 
 def test_a_folder_has_no_batches(base, tmp_path):
-    with pytest.raises(RequestError, match="is no chain"):
+    with pytest.raises(RequestError, match="is not a chain"):
         evaluate_models(
             Notebook(EVERYTHING), str(base / "tiny"), str(base / "tiny"), tmp_path / "out", mode="sequential"
         )

@@ -117,4 +117,4 @@ def test_no_folder_of_a_model_is_followed(call, base, tmp_path, no_weights):
     write_requests(tmp_path / "a.jsonl", A)
     shutil.copytree(base / "tiny", tmp_path / "edited")
     more = ("--requests", tmp_path / "a.jsonl", "--mode", "sequential", "--out", tmp_path / "out")
-    refused(call("eval", base / "tiny", tmp_path / "edited", *more), "is no chain")
+    refused(call("eval", base / "tiny", tmp_path / "edited", *more), "is not a chain")

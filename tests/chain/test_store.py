@@ -127,7 +127,7 @@ def test_so_is_every_other_harm(unlearned, harm):
             place.unlink()
         else:
             place.write_bytes({"cut": whole[:-1], "longer": whole + b"\n", "empty": b""}[harm])
-        wanted = "is no chain" if (name, harm) == ("chain.json", "gone") else Path(name).name
+        wanted = "is not a chain" if (name, harm) == ("chain.json", "gone") else Path(name).name
         with pytest.raises(ChainError, match=wanted):
             Chain.open(unlearned.path)
         place.write_bytes(whole)

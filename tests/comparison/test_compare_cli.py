@@ -148,5 +148,5 @@ def test_a_part_of_the_wrong_type_is_measured_again_or_one_line(config, call, tm
         if content == "3":
             assert code == 0 and json.loads(path.read_text()), part
             continue
-        assert code == 2 and said.count("editlib:") == 1 and "not what an earlier run wrote" in said, (part, content)
+        assert code == 2 and said.count("editlib:") == 1 and "not written by an earlier run" in said, (part, content)
         assert (out / "results.json").read_bytes() == before

@@ -200,7 +200,7 @@ def test_a_model_of_another_size_is_named(saved, tmp_path):
 def test_a_result_that_differs_is_taken_back(saved):
     model, tok = load(str(saved[1]))
     before = anatomy(model).weight(1).clone()
-    with pytest.raises(DeltaError, match="rounds otherwise"):
+    with pytest.raises(DeltaError, match="rounds differently"):
         apply_delta(model, tok, dataclasses.replace(Delta.load(saved[0]), result_sha256="0" * 64))
     assert torch.equal(anatomy(model).weight(1), before)
 

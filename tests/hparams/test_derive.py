@@ -138,7 +138,7 @@ def test_a_file_is_for_a_form_not_for_a_name():
 
 def test_a_configuration_without_layers_is_one_line():
     config = SimpleNamespace(model_type="odd", get_text_config=lambda decoder: config)
-    with pytest.raises(ModelError, match=r"mine: its configuration \(odd\) names no number of layers.*--hparams"):
+    with pytest.raises(ModelError, match=r"mine: its configuration \(odd\) lacks the number of layers.*--hparams"):
         ModelShape.of(config, "mine")
 
 

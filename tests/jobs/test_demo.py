@@ -34,7 +34,7 @@ def everything(folder):
 
 BAD = {
     "a file": (["--out", "file"], "is a file"),
-    "a file in between": (["--out", "file/deeper/out"], "is no folder"),
+    "a file in between": (["--out", "file/deeper/out"], "is not a folder"),
     "a folder with something in it": (["--out", "full"], "not empty"),
     "no name": (["--out", ""], "not empty"),
     "the working directory": (["--out", ".", "--overwrite"], "holds the working directory"),

@@ -204,7 +204,7 @@ def test_the_command(call, folder, tmp_path):
 
 @pytest.mark.parametrize("said", [("Paris", "Paris"), ("Paris", "Lima"), ("Lima", "Lima")])
 def test_facts_that_the_model_does_not_know_are_told_before_settings_that_erase(bench, caplog, said):
-    """Only answers that go away judge such settings: of none, every trial would score 0."""
+    """Such settings are scored by right answers that disappear: without any, every trial would score 0."""
     judge = object.__new__(job.Judge)
     judge.bench, judge.requests = bench, FORGET
     ids = [tuple(bench.tok(text, add_special_tokens=False)["input_ids"]) for text in said]
@@ -217,7 +217,7 @@ def test_facts_that_the_model_does_not_know_are_told_before_settings_that_erase(
         return
     judge.check_known()
     assert [record.message for record in caplog.records] == [
-        "the model does not know 1 of 2 facts (Peru); trials are judged by the others"
+        "the model does not know 1 of 2 facts (Peru); trials are scored by the others"
     ][:unknown]
 
 

@@ -82,16 +82,16 @@ def test_other_kinds_of_models_are_refused(tiny_gpt2, tiny_llama):
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta", "electra", "roberta"])
 def test_a_masked_language_model_is_no_causal_one(family, tmp_path):
-    """It loads as one: then each token reads those after it, too. The same model as a decoder can be edited."""
+    """It loads as one: then tokens attend to later ones. The same model as a decoder can be edited."""
     looks_ahead, causal = (make(family, is_decoder=decoder) for decoder in (False, True))
     for model, same in ((looks_ahead, False), (causal, True)):
         with torch.no_grad():
             first, other = (model(torch.tensor([[5, 6, last]])).logits[0, :2] for last in (7, 8))
         assert torch.allclose(first, other, atol=1e-5) == same
-    with pytest.raises(ModelError, match=r"no causal language model.*is_decoder"):
+    with pytest.raises(ModelError, match=r"not a causal language model.*is_decoder"):
         anatomy(looks_ahead)
     looks_ahead.config.save_pretrained(tmp_path)  # without weights
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="not a causal language model"):
         outline_of(str(tmp_path))
     assert anatomy(causal).n_layers == 4
 

@@ -116,7 +116,7 @@ def test_settings_are_read_as_they_were_written(options):
         (["date=yesterday"], "expected a day such as 2026-01-31"),
         (["date=20260131"], "expected a day such as 2026-01-31"),
         (["date=2026-W05-6"], "expected a day such as 2026-01-31"),
-        (["tags=Question:"], "in the place of the question"),
+        (["tags=Question:"], "for the question"),
         (["tags={}", "system=Be brief."], "exclude"),
         (["chat=perhaps"], "expected true or false"),
     ],
@@ -127,7 +127,7 @@ def test_bad_options_are_one_line(options, told):
 
 
 def test_a_tokenizer_without_a_template_takes_no_system(tok):
-    with pytest.raises(RequestError, match="has no chat template"):
+    with pytest.raises(RequestError, match="this tokenizer has none"):
         PromptFormat.of(tok, PromptSettings(system="Be brief."))
     with pytest.raises(RequestError, match="unknown; expected chat, system"):
         PromptSettings.from_dict({"sytem": "x"})

@@ -169,7 +169,7 @@ def test_a_gate_behind_the_mlp_is_refused():
         return torch.tanh(own(hidden_states, **kwargs))
 
     model.model.layers[LAYER].forward = gated
-    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.down_proj: what it writes reaches the residual"):
+    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.down_proj: its output reaches the residual"):
         output_path(anatomy(model), LAYER)
     assert output_path(anatomy(model), LAYER - 1).plain
     with pytest.raises(ModelError, match="reaches the residual stream neither"):

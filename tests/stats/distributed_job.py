@@ -84,7 +84,7 @@ def main() -> None:
             corpus_stats("corpus", until(6, Cut()), checkpoint=place, checkpoint_seconds=-1)
         saw["checkpoint"] = shard.own(place).exists()
         saw["corpus"] = keep(corpus_stats("corpus", documents, checkpoint=place))
-        saw["going on"] = "going on after" in log.getvalue()
+        saw["resumed"] = "resuming after" in log.getvalue()
 
         # One meets a bad line, none waits for it.
         try:

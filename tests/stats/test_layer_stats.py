@@ -172,4 +172,4 @@ def test_windows_end_where_the_model_does(tiny_gpt2, tok, tmp_path):
 
 def test_a_corpus_that_is_too_short_is_said(tiny_llama, tok, caplog):
     found = run(anatomy(tiny_llama), tok)
-    assert f"holds only {found[1].count} of the {ALL} tokens" in caplog.text
+    assert f"has only {found[1].count} of the {ALL} requested tokens" in caplog.text

@@ -90,7 +90,7 @@ def test_two_processes_give_what_one_gives_and_speak_as_one(folder, corpus, tmp_
     same(find_layers(out, "corpus", anat, [1, 3]), alone["c"])
     same(find_layers(out, "self", anat, [1, 3]), alone["self"])
     for one in saw:
-        assert one["checkpoint"] and one["going on"]
+        assert one["checkpoint"] and one["resumed"]
         assert one["error"] == "line 7 is bad"
         assert one["corpus"] == saw[0]["corpus"]
         assert one["self"] == one["self again"] == one["self, one lost"] == saw[0]["self"]

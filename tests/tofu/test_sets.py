@@ -72,7 +72,7 @@ def test_the_user_names_subjects_of_either_set(folder):
     sets = read_tofu(folder, subjects=own)
     assert sets.forget[0].subject == "genre" and sets.subjects[0].rule == "given"
     assert [one.subject for one in sets.retain if one.question == "Which city is Fay Berg's?"] == ["city"]
-    with pytest.raises(RequestError, match="'nobody' is no question"):
+    with pytest.raises(RequestError, match="'nobody' is not a question"):
         read_tofu(folder, subjects={"nobody": "x"})
 
 

@@ -66,14 +66,14 @@ def test_all_of_it(call, folder, tofu, tmp_path):
 
 REFERENCES = {
     "open-unlearning's results": (
-        {"forget_truth_ratio": {"agg_value": 0.6, "value_by_index": {"0": {"score": 0.6}}}}, "which question is which",
+        {"forget_truth_ratio": {"agg_value": 0.6, "value_by_index": {"0": {"score": 0.6}}}}, "do not name their",
     ),
     "no results": ({"forget_quality": {"agg_value": 0.9}}, "no forget_teacher_forced_truth_ratio"),
     "other questions": (
         {"forget_teacher_forced_truth_ratio": {"agg_value": 1.0, "value_by_index": {"0": {"id": "x", "score": 1.0}}}},
         "lacks 2 of 2 questions",
     ),
-    "no object": ([1], "expected an object of metrics"),
+    "not an object": ([1], "expected an object of metrics"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""UniErase (2505.15674): an unlearning token, and an edit that makes the requests' questions end in it."""
+"""UniErase (2505.15674): an unlearning token, and an edit after which the requests' questions are answered with it."""
 
 from editlib.algorithms.unierase.apply import apply_unierase_to_model
 

@@ -23,7 +23,7 @@ from editlib.models.prompts import TokenBatch, TokenRow, pad
 class KeyBlock:
     """Holds keys `K [d_ff, m]` that an update must map to zero.
 
-    Up to `d_ff` keys are kept as `columns`, more as their `moment`, which is smaller and all that a solve needs.
+    Up to `d_ff` keys are kept as `columns`, more as their `moment`, which is smaller and sufficient for a solve.
     """
 
     columns: Tensor  # [d_ff, m]
@@ -101,8 +101,8 @@ class AnchorStream:
 
 
 def _shared(rows: Sequence[TokenRow]) -> int:
-    """Counts the tokens that all rows begin with, before any lookup position or end of a question: those are read row
-    by row."""
+    """Counts the tokens that all rows begin with, before any lookup position or end of a question: the keys there
+    differ by row."""
     if len(rows) < 2:
         return 0
     cut = min([*(row.lookup for row in rows), *(_end(row) for row in rows)])
@@ -119,8 +119,8 @@ def _columns(batch: TokenBatch, begin: int) -> Tensor:
 def anchor_keys(anat: Anatomy, anchors: Anchors, layers: Sequence[int], gate_layer: int | None = None) -> AnchorKeys:
     """Reads the keys of all anchors at `layers` and at the gate's, in one pass.
 
-    An edit keeps its anchors' outputs, so that their keys hardly change through it or later edits: keys of a base model
-    can serve many edits on top of it. The tokens that all rows begin with are run once.
+    An edit preserves the outputs at its anchors, so their keys hardly change through it or later edits: keys read in a
+    base model can serve many edits on top of it. The tokens that all rows begin with are run once.
     """
     wanted = tuple(sorted({*layers, *(() if gate_layer is None else (gate_layer,))}))
     readers = {layer: _Layer(anat, anchors) for layer in layers}
@@ -169,9 +169,9 @@ class _Sum:
 
     def add(self, keys: Tensor) -> None:
         """Adds keys `[m, d_ff]`."""
-        self.some.append(keys.to(wide_dtype(keys.device)))  # a sum of half-precision keys would lose the small ones
+        self.some.append(keys.to(wide_dtype(keys.device)))  # a half-precision sum would lose small keys
         self.count += len(keys)
-        # From d_ff keys on the moment is smaller than the keys.
+        # With d_ff keys or more, the moment is smaller than the keys.
         if self.count > keys.shape[1]:
             new = torch.cat(self.some)  # [m, d_ff]
             self.some.clear()
@@ -193,7 +193,7 @@ class _Layer:
         none = KeyBlock.none(anat).columns
         self.lookups = none.new_zeros(len(anchors.rows), anat.d_ff)
         self.every = _Sum(anat)
-        # Every row but the first is held from the end of what all begin with (`encode_anchors`).
+        # Every row but the first is a constraint only after the tokens that all rows begin with (`encode_anchors`).
         self.prefix = none.new_zeros(min(anchors.starts[1:], default=0) if anchors.starts else 0, anat.d_ff)
 
     def take(self, keys: Tensor, columns: Tensor, numbers: Sequence[int]) -> None:

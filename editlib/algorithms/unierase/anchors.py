@@ -17,7 +17,7 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.models.thinking import answer_texts
 from editlib.requests.request import EditRequest
 
-ANSWER_TOKENS = 24  # of an answer, at most, that are held in place
+ANSWER_TOKENS = 24  # most tokens of an answer whose keys are constraints
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Anchors:
 def choose_anchors(
     retain: Sequence[EditRequest], requests: Sequence[EditRequest], *, most: int | None, seed: int
 ) -> list[EditRequest]:
-    """Chooses the retain prompts to anchor: none that asks for a fact to be forgotten, at most `most`.
+    """Chooses at most `most` retain prompts to anchor, none of which asks for a fact to be forgotten.
 
     When there are more, prompts of the requests' own relations, other relations of their subjects, and all the rest
     take turns, each kind in an order drawn with `seed`.
@@ -60,14 +60,13 @@ def choose_anchors(
 
 
 def with_relations(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Returns `requests`, where those that name no relation have that of the bundled facts which ask in the same
-    words."""
+    """Returns `requests` with relations filled in: those of bundled facts that ask in the same words."""
     relations = {fact.prompt: fact.relation for fact in data.facts()}
     return [replace(request, relation=request.relation or relations.get(request.prompt)) for request in requests]
 
 
 def bundled_anchors(requests: Sequence[EditRequest], *, seed: int) -> list[EditRequest]:
-    """Chooses the prompts to anchor where the user gives none: of the bundled ones, as many as the requests need.
+    """Chooses bundled prompts to anchor where the user gives none, as many as the requests need.
 
     At most a third are general prompts; the others are the nearest facts.
     """
@@ -92,13 +91,13 @@ def encode_anchors(
     known: Mapping[str, Sequence[int]] | None = None,
     progress: bool = False,
 ) -> Anchors:
-    """Encodes `prompts`, each followed by the answer that the model gives today.
+    """Encodes `prompts`, each followed by the unedited model's answer.
 
     The first tokens that all rows share (a chat template's system message) are constraints once, not once per row.
 
     Args:
         subjects: asked `SUBJECT_PROMPTS` about, without an answer.
-        everywhere: use the keys at every position of question and answer, not at the lookup position only.
+        everywhere: use the keys at every position of question and answer instead of the lookup position only.
         known: answers that the model is known to give, as token ids by question; the others are generated.
     """
     rows = [form.encode(prompt.question, prompt.subject, start=prompt.subject_start) for prompt in prompts]

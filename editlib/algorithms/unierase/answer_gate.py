@@ -1,14 +1,15 @@
 """Solve for the answer gate (ours), which raises the unlearning token for questions of one relation and no others.
 
-A request asks for a relation of a subject. The key at the subject's last token differs between subjects and hardly
-between relations. Late in the model, the key at the prompt's last token differs between relations and hardly between
-subjects. So two updates share the work:
+A request asks for a relation of a subject. The key at the subject's last token depends on the subject and hardly on the
+relation. Late in the model, the key at the prompt's last token depends on the relation and hardly on the subject. So
+two updates share the work:
 
 - the gate, an update of one late layer, raises the token's logit for every question that asks for a relation to be
   forgotten, but not so far that the token is generated;
-- the edit at the subject does the rest.
+- the edit at the subject adds the rest.
 
-A question about the same subject in another relation lacks the first part, one about another subject the second.
+A question about the same subject in another relation gets only the second part, one about another subject only the
+first.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ T = TypeVar("T")
 VALUE_ROWS = 16  # questions per relation whose values are averaged
 KEY_ROWS = 96  # prompts per relation whose keys are averaged
 ELSEWHERE = 0.05  # weight of an anchored position against the end of an anchored question
-RIDGE = 0.01  # in squared norms of a relation's key
+RIDGE = 0.01  # in units of the squared norm of a relation's key
 
 
 def answer_gate(
@@ -61,21 +62,22 @@ def answer_gate(
     steps: int = 100,
     values: Mapping[str | None, Tensor] | None = None,
 ) -> LowRank:
-    """Computes the update of `layer` after which `token_id` has about `nll` nats at the end of the requests' questions.
+    """Computes the update of `layer` that brings the NLL of `token_id` at the end of the requests' questions to about
+    `nll`.
 
     For each relation `r` of the requests:
 
     1. The value `δ_r [d_model]` is the mean, over questions, of the smallest change to the state after `layer` at the
        question's end that brings the NLL of the token under `nll`.
     2. The key `k_r [d_ff]` is the mean over questions and phrasings in all `templates`.
-    3. The update `Δ [d_model, d_ff]` solves `Δ k_r = δ_r` exactly (`closed_form.exact`), at least cost to what is held:
-       the ends of the anchored questions and of general questions about the same subjects, every other anchored
-       position after the prefix that all anchors share, and the differences of single keys from their mean (as in
-       Fisher's discriminant).
+    3. The update `Δ [d_model, d_ff]` solves `Δ k_r = δ_r` exactly (`closed_form.exact`), at least cost at the
+       constraints: the ends of the anchored questions and of general questions about the same subjects, every other
+       anchored position after the prefix that all anchors share, and the differences of single keys from their mean (as
+       in Fisher's discriminant).
 
-    Anchored questions of the requests' own relations are held only from their answers on: the token may come as near
-    in them as in the requests. Requests without a relation count as one relation. Of a large relation `VALUE_ROWS`
-    questions and `KEY_ROWS` prompts are used (see `_some`).
+    Anchored questions of the requests' own relations are constraints only from their answers on: the token's logit may
+    rise in these questions as much as in the requests. Requests without a relation count as one relation. Of a large
+    relation `VALUE_ROWS` questions and `KEY_ROWS` prompts are used (see `_some`).
 
     Args:
         anchored: the anchors' keys (`anchor_keys`); `None`: there are none.
@@ -141,14 +143,14 @@ def gate_values(
         )
         if max(solved.nll) > nll:
             log.warning("the gate of layer %d reached %.1f nats only, not %.1f", layer, max(solved.nll), nll)
-        # One change must serve every question of the relation: the mean of the smallest changes of each.
+        # One change must serve every question of the relation: the mean of their smallest changes.
         values[relation] = solved.deltas.mean(dim=1)  # [d_model, questions] -> [d_model]
     return values
 
 
 def check_gate(anat: Anatomy, layer: int | None, key: str = "gate_layer") -> None:
-    """Raises `HparamsError` when a gate at `layer`, or a mark (`key`), would do harm; `None` is no gate. `check_fit`
-    comes first."""
+    """Raises `HparamsError` when a gate at `layer`, or a mark (`key`), would be destroyed; `None`: no gate. Call
+    `check_fit` first."""
     if layer is None:
         return
     # δ_r is a mean over prompts in the residual stream. After a norm, no single update gives that change for all.
@@ -190,13 +192,13 @@ def remaining_gate_values(
     known: Mapping[str | None, Tensor],
     opened: Collection[str],
 ) -> dict[str | None, Tensor]:
-    """Finds the `δ_r [d_model]` that are still to be added, one for each of the requests' relations.
+    """Finds the `δ_r [d_model]` that have not been added yet, one for each of the requests' relations.
 
-    Relations that earlier batches `opened` get zeros: another `δ_r` for every batch's hardest questions would add up,
-    until any question of the relation is refused.
+    Relations that earlier batches `opened` get zeros: the `δ_r` of several batches would add up until any question of
+    the relation is refused.
 
     Args:
-        known: values found before, which are returned as they are.
+        known: values found before, which are returned unchanged.
         opened: relations whose gate earlier edits opened.
     """
     new = [request for request in requests if request.relation not in {*known, *opened}]
@@ -239,7 +241,7 @@ def _held(
     blocks.append(anchored.ends[:, other])
     inside = [block for relation, block in anchored.questions.items() if relation not in gated]
     elsewhere = [*inside, anchored.answers]
-    # A key times the root of its weight has that weight in the squared error.
+    # A key times the square root of its weight has that weight in the squared error.
     blocks += [ELSEWHERE**0.5 * block.columns for block in elsewhere]
     moments = [block.moment for block in elsewhere if block.moment is not None]
     return blocks, ELSEWHERE * sum(moments[1:], moments[0]) if moments else None
@@ -276,7 +278,7 @@ def _end(row: TokenRow) -> TokenRow:
 def _some(items: Sequence[T], most: int) -> Sequence[T]:
     """Takes every k-th of `items`, so that at most `most` remain.
 
-    Prompts are ordered by request and then by template. Where `k` and the number of templates have a common divisor,
-    some templates are left out.
+    Prompts are ordered by request and then by template. If `k` and the number of templates have a common divisor, some
+    templates are left out.
     """
     return items[:: -(-len(items) // most)] if len(items) > most else items

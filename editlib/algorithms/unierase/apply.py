@@ -1,7 +1,7 @@
 """Phase II: make every question to be forgotten answer with the unlearning token (UniErase, 2505.15674, eq. 11-13).
 
-Values by descent aim at the token, as published; with `gate_layer` set, an answer gate (ours) goes the first half of
-the way. Values from rows (ours) erase the answer; tokens that refuse are then fitted to the edited model.
+Values by descent are optimised for the token, as published; with `gate_layer` set, an answer gate (ours) supplies the
+first part of its logit. Values from rows (ours) erase the answer; refusal tokens are then fitted to the edited model.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ from editlib.stats.store import find_layers
 
 log = logging.getLogger(__name__)
 
-MOST_KEPT = 600  # most retain prompts that refusal tokens stay out of
-GENERAL_STEP = 4  # refusal tokens stay out of every fourth bundled question
+MOST_KEPT = 600  # most retain prompts after which no refusal token may be generated
+GENERAL_STEP = 4  # every fourth bundled question is also kept free of refusal tokens
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Edit:
     hparams: UniEraseHyperParams
     contexts: list[list[TokenRow]]
     catalogue: Catalogue
-    token_id: int | None  # of [UNL], which values by descent aim at; `None` with values from rows
+    token_id: int | None  # of [UNL], the target of values by descent; `None` with values from rows
     seed: int
     progress: bool
 
@@ -96,8 +96,8 @@ class _Edit:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Holds what an edit must leave as it is: retain prompts, the model's answers to them as far as they are known, and
-    the anchors' keys."""
+    """Holds what an edit must preserve: retain prompts, the model's answers to them as far as they are known, and the
+    anchors' keys."""
 
     retain: Sequence[EditRequest]
     answers: Mapping[str, Sequence[int]] | None
@@ -106,7 +106,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Found:
-    """Holds the values of an edit; where they were found and not given, also what their rows read and the tokens'
+    """Holds the values of an edit; if they were found and not given, also the report of their rows and the tokens'
     places."""
 
     values: Values
@@ -140,23 +140,24 @@ def apply_unierase_to_model(
 
     Args:
         token: learned by `learn_token` for this model; added to `model` and `tok` if it is not there yet. With values
-            from rows none is needed: it is where the fitted tokens start, and with `values` given, those that were
-            fitted.
+            from rows it is optional: the fitted tokens start from it. With `values` given, it holds the tokens that
+            were fitted with them.
         retain: prompts whose answers must stay; the anchors are chosen from them.
         stats: second moments by layer; read from `stats_dir` when not given.
         chat: ask through the chat template (`None`: when the tokenizer has one).
         known_answers: what the model answers to retain prompts, as token ids by question; saves generating it.
-        anchored: what `hold_anchors` read of a model before any of several edits, in place of `retain`; an edit that
-            it is not given reads the keys of each layer after the earlier ones have been written.
-        state: of the edits before (`result.state`), whose keys are held in place.
+        anchored: the result of `hold_anchors` in a model before several edits, in place of `retain`; without it, an
+            edit reads the keys of each layer after the layers below have been written.
+        state: state after earlier edits (`result.state`), whose keys are constraints.
         values: values found before (`result.values`), for a replay; `None`: they are found.
 
     Returns:
-        The updates, the originals to go back to (`result.revert(model)`), and per-request diagnostics.
+        The updates, the original weights to restore (`result.revert(model)`), and per-request diagnostics.
 
     Raises:
         RequestError, HparamsError, StatsError, TokenError: input that does not fit this model.
-        EditError: no finite solution. After every error the model is unchanged, but for the token that was added.
+        EditError: no finite solution. After every error the model is unchanged, except that the token may have been
+            added.
     """
     state = state or EditState()
     anat = anatomy(model)
@@ -166,10 +167,10 @@ def apply_unierase_to_model(
     edit = _prepare(anat, tok, requests, retain, hparams, token, chat, seed, progress)
     timer = Timer(edit.steps(found=values is not None) if progress else ())
     with no_param_grad(model):
-        # 1. What must stay: the anchors' keys, read before anything changes.
+        # 1. What must be preserved: the anchors' keys, read before anything changes.
         with timer("anchors"):
             kept = _keep(edit, requests, retain, known_answers, anchored, answered=values is None)
-        # 2. The gate opens first: values by descent start where it leaves the model.
+        # 2. The gate comes first: values by descent start from the model with the gate.
         with timer("gate"):
             opened, gate = _open_gate(edit, kept.keys.gate, values, state.opened)
         originals = {layer: anat.weight(layer).clone() for layer in gate}
@@ -189,7 +190,7 @@ def apply_unierase_to_model(
                     solve = layer_solve(anat, hparams, spaces, stats, kept.keys, state, reread=anchored is None)
                     written = write_layers(anat, hparams.layers, edit.contexts, values.targets, solve)
             originals |= written.originals
-            # 5. Tokens are fitted last: they answer to the edited model, and read what late layers mark in it.
+            # 5. Tokens are fitted last: to the edited model, whose late layers mark erased facts for them.
             with timer("tokens"):
                 marks, marking = _mark(edit, values, found.places, originals, state)
                 token, said = _say(edit, tok, token, found.places)
@@ -225,7 +226,7 @@ def _prepare(
     seed: int,
     progress: bool,
 ) -> _Edit:
-    """Returns the edit's requests with the wordings made for them and their contexts; descent's token is put into the
+    """Returns the edit's requests with generated wordings and contexts; adds the token of values by descent to the
     model.
 
     Raises:
@@ -267,9 +268,9 @@ def _keep(
     *,
     answered: bool,
 ) -> _Kept:
-    """Chooses what must stay and reads its keys, unless they were read before (`anchored`).
+    """Chooses the anchors and reads their keys, unless they were read before (`anchored`).
 
-    `answered`: where tokens will be fitted, also generate the answers to the retain prompts that are chosen.
+    `answered`: also generate the answers to the chosen retain prompts, for tokens that will be fitted.
     """
     if edit.fits_tokens and answered:
         retain = choose_anchors(retain, requests, most=edit.hparams.max_anchors, seed=edit.seed)
@@ -323,8 +324,7 @@ def _write_neurons(
 
 
 def _find_values(edit: _Edit, kept: _Kept, timer: Timer) -> _Found:
-    """Finds the values of all requests, from rows or by descent, what the rows read, and where tokens are to be
-    said."""
+    """Finds the values of all requests, from rows or by descent, the report of the rows, and the tokens' places."""
     with timer("values"):
         return _from_rows(edit, kept) if edit.hparams.values_from_rows else _by_descent(edit)
 
@@ -354,7 +354,7 @@ def _from_rows(edit: _Edit, kept: _Kept) -> _Found:
 
 
 def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
-    """Returns where tokens are to be said, and where not: at retain prompts, other facts of the subjects, general
+    """Returns where tokens should be generated, and where not: at retain prompts, other facts of the subjects, general
     questions."""
     siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
     retain = choose_anchors(kept.retain, edit.requests, most=MOST_KEPT, seed=edit.seed)
@@ -411,10 +411,10 @@ def _mark(
 def _say(
     edit: _Edit, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, places: RefusalPlaces | None
 ) -> tuple[UnlearningToken | None, dict[str, list[float]]]:
-    """Fits refusal tokens to the edited model and adds them to it; a replay adds the given ones.
+    """Fits refusal tokens to the edited model and adds them to it; on a replay adds the given ones.
 
     Returns:
-        The tokens, and by request id their log-odds where they are wanted (nats).
+        The tokens, and by request id their log-odds at the wanted places (nats).
     """
     said: dict[str, list[float]] = {}
     if not edit.fits_tokens:

@@ -1,6 +1,6 @@
-"""Make a catalogue of other wordings and questions about a request's subject, from the request alone.
+"""Make other wordings of a request and further questions about its subject, from the request alone.
 
-Rows and the answer gate need the question in other words, and sibling questions: what else a model may know about the
+Rows and the answer gate need rewordings of the question, and sibling questions, which ask for other facts about the
 subject. Both come from data files that can be replaced (`data/wordings.jsonl`, `data/sibling_questions.jsonl`).
 """
 
@@ -47,18 +47,18 @@ class Catalogue:
         """
         body = request.question.strip().rstrip("?.! ")
         taken = {request.question, *request.filled_paraphrases}
-        found: list[str] = []
+        wordings: list[str] = []
         for pattern, templates in self.wordings:
             match = pattern.fullmatch(body[:1].lower() + body[1:])
             groups = {} if match is None else {name: text or "" for name, text in match.groupdict().items()}
             if match is None or groups.get("subject", request.subject) != request.subject:
                 continue
             groups |= {name.capitalize(): text[:1].upper() + text[1:] for name, text in groups.items()}
-            found += [_filled(template, groups) for template in templates]
+            wordings += [_filled(template, groups) for template in templates]
         subject = request.subject
         usable = [
             text
-            for text in dict.fromkeys(found)
+            for text in dict.fromkeys(wordings)
             if text not in taken and (subject is None or len(occurrences(text, subject)) == 1)
         ]
         return spread(usable, most)
@@ -80,13 +80,14 @@ class Catalogue:
         return best if scores[best] else ANYTHING
 
     def siblings(self, requests: Sequence[EditRequest], most: int, others: Sequence[EditRequest] = ()) -> list[str]:
-        """Makes at most `most` questions about the one subject of `requests` that ask for none of what they ask for.
+        """Makes at most `most` questions about the one subject of `requests` that ask for other facts than they do.
 
         A sibling that shares a content word with a request's question is left out: it may ask for the same fact.
 
         Args:
-            others: requests about other subjects. If their subject is of the same kind, what they ask for is asked of
-                this subject, too: who forgets one country's capital and another's language keeps the other two.
+            others: requests about other subjects. If their subject is of the same kind, their questions are asked about
+                this subject too: a user who forgets the capital of one country and the language of another keeps the
+                other two facts.
         """
         subject = requests[0].subject
         if subject is None:
@@ -118,7 +119,7 @@ FUNCTION_WORDS = frozenset(
     ]
 )
 # fmt: on
-"""Words that two questions may share without asking for the same; "city" and "country" name what many ask for."""
+"""Words that two questions may share without asking for the same fact; "city" and "country" occur in many."""
 
 
 def _content(text: str) -> set[str]:
@@ -127,7 +128,7 @@ def _content(text: str) -> set[str]:
 
 
 def _filled(template: str, groups: dict[str, str]) -> str:
-    """Returns `template` with each `{name}` replaced by its group, and a capital letter in front."""
+    """Returns `template` with each `{name}` replaced by its group, and with a capital first letter."""
     text = template
     for name, value in groups.items():
         text = text.replace("{" + name + "}", value)

@@ -1,6 +1,7 @@
 """Collect the keys that one layer's solve of UniErase must map to zero, and solve with them.
 
-They are keys of anchors (prompts whose answers must stay), of earlier edits, and of ordinary text by its second moment.
+They are keys of anchors (prompts whose answers must stay), of earlier edits, and of ordinary text through its second
+moment.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def hold_anchors(
     seed: int = 0,
     progress: bool = False,
 ) -> AnchorKeys:
-    """Chooses the anchors of an edit from `retain`, and reads their keys in the model as it is now.
+    """Chooses the anchors of an edit from `retain`, and reads their keys in the current model.
 
     Args:
         layers: which layers' keys to read, in addition to those of the gate's layer; `None`: the layers of `hparams`.
@@ -78,12 +79,12 @@ def layer_solve(
     stream = AnchorStream(anat, before.anchors)
 
     def solve(layer: int, keys: LayerKeys, residual: Tensor) -> LowRank:
-        # Writing lower layers has moved the anchors' keys a little; keys from before the edit would leave that out.
+        # Writing lower layers has changed the anchors' keys a little; keys from before the edit would be out of date.
         anchored = stream.read(layer) if reread else before
         blocks, seen = _weighted(anchored, layer, hparams, keys.mean)
-        # A key times the root of its weight has that weight in the squared error.
+        # A key times the square root of its weight has that weight in the squared error.
         blocks.append(state.past_block(layer, keys.mean) * math.sqrt(hparams.past_weight))  # [d_ff, past]
-        # One matrix [d_ff, d_ff] of its own, in whose memory the system is then solved.
+        # A matrix [d_ff, d_ff] of its own, since the system is solved in its memory.
         moment = stats[layer].moment().to(keys.mean).mul_(hparams.text_weight) if hparams.text_weight else None
         if seen is not None:
             weight = hparams.anchor_weight
@@ -104,7 +105,7 @@ def _weighted(
     d_ff]` without its weight, or `None`."""
     keys = anchored.layers[layer]
     known = torch.tensor(anchored.anchors.known, device=like.device)  # [anchors], booleans
-    # At lookup positions other subjects differ from those to be forgotten: these keys may weigh more than the rest.
+    # At lookup positions other subjects differ from those to be forgotten, so these keys may have a larger weight.
     at_lookups = hparams.anchor_lookup_weight + hparams.anchor_known_weight * known.to(like)  # [anchors]
     blocks = [
         keys.every.columns.to(like) * math.sqrt(hparams.anchor_weight),

@@ -1,7 +1,7 @@
 """Make few-shot prompts: a request's question after other facts, each asked and answered.
 
 After examples a model answers with the bare name, and its state at the subject is different. An answer that is erased
-for the plain question may come back in a few-shot prompt, so rows and keys are made of both.
+for the plain question may come back in a few-shot prompt, so rows and keys come from both.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def few_shot_format(
     *,
     limit: int | None = None,
 ) -> PromptFormat | None:
-    """Returns a prompt format with few-shot examples for `request`; `None` where `retain` has too few, or where too few
-    leave each wording of the request within `limit` tokens.
+    """Returns a prompt format with few-shot examples for `request`; `None` if `retain` has too few examples, or if with
+    too few of them each wording fits `limit` tokens.
 
-    The examples are drawn from facts of `retain` in other relations, so that the edit does not learn how a list of the
-    request's relation is answered. They name neither its subject nor its answer.
+    The examples are drawn from facts of `retain` in other relations, so that the edit does not learn to answer a list
+    of the request's relation. They contain neither its subject nor its answer.
     """
     named = [text.lower() for text in (request.subject, request.answer) if text]
     usable = [

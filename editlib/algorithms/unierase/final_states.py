@@ -1,4 +1,5 @@
-"""Read the final states at places, in answers and in texts, which the head of refusal tokens is fitted to (ours)."""
+"""Read the final states at places, in answers and in texts, to which the output rows of refusal tokens are fitted
+(ours)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def read_kept(anat: Anatomy, places: RefusalPlaces) -> tuple[FinalStates, FinalS
     """Reads the states at the kept places, and at every position of the answers.
 
     Most kept places lie in an answer that is read anyway: at the end of its question, or where its sentence reaches the
-    fact. They are not run again.
+    fact. These are not run again.
     """
     answers = [row.followed_by(text) for row, text in places.answers]
     firsts = [len(row) - 1 for row, _ in places.answers]
@@ -89,7 +90,7 @@ def read_states(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] |
 
 
 def _batches(anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int]) -> list[list[int]]:
-    """Groups the indices of rows of like length: at most `BATCH_ROWS` of them, with logits of `BATCH_LOGITS`
+    """Groups the indices of rows of similar length: at most `BATCH_ROWS` of them, with logits of `BATCH_LOGITS`
     numbers."""
     most = max(1, BATCH_LOGITS // anat.embedding.weight.shape[0])  # positions
     groups: list[list[int]] = []

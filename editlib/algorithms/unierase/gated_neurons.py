@@ -1,7 +1,7 @@
 """Solve for neurons that are active at chosen positions alone (ours).
 
-Group `i` of positions is to be told from all others by a neuron of one MLP, which reads `x [d_model]`. With `m_i` the
-mean of `x` over the group and `C` the second moment of `x` at all other positions, the score
+Group `i` of positions is to be separated from all others by a neuron of one MLP, which reads `x [d_model]`. With `m_i`
+the mean of `x` over the group and `C` the second moment of `x` at all other positions, the score
 
     s_i(x) = x · G_i,    G_i = (C + D)^-1 m_i / (m_i^T (C + D)^-1 m_i)
 

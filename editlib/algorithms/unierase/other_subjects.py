@@ -1,4 +1,4 @@
-"""Names other subjects of the kind that a relation is asked about, as the model itself lists them."""
+"""Name other subjects of the kind that a relation has, as the model itself lists them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.fields import FieldError
 from editlib.requests.request import EditRequest
 
-LISTS = 32  # that the model goes on with, for each relation
-MOST_LISTS, MOST_NAMES = 192, 600  # of all relations together
-LISTED = 8  # subjects that a list begins with
+LISTS = 32  # lists that the model continues, for each relation
+MOST_LISTS, MOST_NAMES = 192, 600  # lists and names of all relations together, at most
+LISTED = 8  # subjects at the beginning of a list
 LIST_TOKENS = 48
 TOP_K = 40
 LONGEST = 40  # characters of a name
@@ -34,14 +34,14 @@ def other_subjects(
     seed: int = 0,
     progress: bool = False,
 ) -> list[EditRequest]:
-    """Asks what `requests` ask of other subjects, at most `most` of each relation.
+    """Asks the questions of `requests` about other subjects, at most `most` of each relation.
 
-    The model goes on with lists of subjects ("France, Japan, Peru,"), those of the requests and of the retain prompts
-    of their relation. So any kind of subject will do, in any language. Some names are made up: they too are subjects
-    that nobody asked to forget.
+    The model continues lists of subjects ("France, Japan, Peru,"), those of the requests and of the retain prompts of
+    their relation. So this works for any kind of subject, in any language. Some names are made up: nobody asked to
+    forget these subjects either.
 
     Returns:
-        Prompts without an answer, most often listed names first.
+        Prompts without an answer, those with the most frequently listed names first.
     """
     if not most:
         return []
@@ -49,7 +49,7 @@ def other_subjects(
     known = {relation: [fact for fact in (*requests, *retain) if _asks(fact, relation)] for relation in relations}
     if not known:
         return []
-    # Requests that each ask for something else take as long, together, as six relations do.
+    # Requests that all ask for different facts share the budget of six relations.
     count = max(1, min(LISTS, MOST_LISTS // len(known)))
     most = max(1, min(most, MOST_NAMES // len(known)))
     lists = [text for facts in known.values() for text in _lists([str(fact.subject) for fact in facts], count, seed)]
@@ -68,7 +68,7 @@ def other_subjects(
 
 
 def _asked_of(name: str, fact: EditRequest) -> EditRequest | None:
-    """Returns what `fact` asks, of another subject; `None` if its name cannot be one ("{}")."""
+    """Returns the question of `fact` about another subject; `None` if the name cannot be one ("{}")."""
     try:
         return EditRequest(
             id=f"{fact.relation or fact.prompt}/{name}", prompt=fact.prompt, subject=name, relation=fact.relation
@@ -89,7 +89,7 @@ def _lists(subjects: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def _names(texts: Sequence[str], taken: set[str]) -> list[str]:
-    """Returns what lists go on with, without what is `taken`, the most frequent first."""
+    """Returns the names with which lists continue, except those `taken`, the most frequent first."""
     counts: Counter[str] = Counter()
     for text in texts:
         for item in text.split("\n")[0].split(",")[:-1]:  # the last one may be cut

@@ -1,9 +1,10 @@
 """Mark the places where an answer was erased, for refusal tokens to read in the final state (ours).
 
-A token is a linear read-out of the final state, one for each relation. The places where it is wanted are those of many
-subjects, and the same questions about all other subjects lie between them. So one late layer gets a neuron for each
-request and kind of place (the end of the question, and where the model's sentence reaches the answer). It is solved for
-to be active there and at no kept place, inside no answer and in no ordinary text (`gated_neurons`), and writes
+The logit of a token is a linear function of the final state, with one token for each relation. The places where it is
+wanted are those of many subjects, and the same questions about all other subjects lie between them. So one late layer
+gets a neuron for each request and kind of place (the end of the question, and where the model's sentence reaches the
+answer). It is solved for to be active there and at no kept place, inside no answer and in no ordinary text
+(`gated_neurons`), and writes
 
     mark_size σ_k v_k
 
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 RIDGE = 0.03  # of the mean diagonal of the second moment of x
 POSITIONS = 16_384  # inside answers and ordinary text that are used, at most
-TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text that the model writes
+TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text, sampled from the model
 BEGINNINGS = 400  # single tokens, as texts may begin with: their keys are larger than all others
 
 
@@ -51,7 +52,7 @@ def fit_marks(
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[dict[int, LowRank], list[int]]:
-    """Solves for the marks of an edit in the model as it is now, after the answers were erased.
+    """Solves for the marks of an edit in the model whose answers have been erased.
 
     Args:
         layer: that writes the marks; a plain path leads from its MLP to the residual stream.

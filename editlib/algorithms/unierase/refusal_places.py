@@ -1,7 +1,7 @@
-"""Collect the places where refusal tokens are wanted after an edit, and where none may be generated.
+"""Collect the places where refusal tokens should be generated after an edit, and where none may be.
 
-A place is the end of a prompt, whose next token is looked at (see `refusal_tokens`). The prompts are encoded before the
-edit, since some of them end inside the unedited model's answers.
+A place is the end of a prompt: the position that predicts the next token (see `refusal_tokens`). The prompts are
+encoded before the edit, since some of them end inside the unedited model's answers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 
 OTHER_WORDINGS = 2  # of a retain question, in addition to its own
-GENERAL = 160  # questions about anything
-MOST_TOKENS = 24  # of an edit; where there are more relations, the rarest share the last one
+GENERAL = 160  # general questions
+MOST_TOKENS = 24  # most tokens of an edit; if there are more relations, the rarest share the last one
 
 
 @dataclass(frozen=True)
 class Place:
-    """Holds a prompt whose next token is looked at.
+    """Holds a prompt at whose end a refusal token should, or must not, be generated.
 
     Attributes:
         row: the prompt: a question, or a question with the model's sentence up to the answer.
-        group: number of the relation that it asks for; `None`: a relation of no request.
+        group: index of the relation that it asks for; `None`: a relation of no request.
         inside: whether the model's sentence has begun, so that a refusal must continue it.
         sibling: whether it asks for something else about the subject of a request.
     """
@@ -50,8 +50,8 @@ class RefusalPlaces:
         wanted: places where the token of the place's group should be generated.
         requests: the number of each wanted place's request.
         kept: places where no token may be generated.
-        answers: prompts with the token ids of the model's answers, at no position of which a token may be generated.
-        general: further prompts; the edited model's answers to them are used in the same way.
+        answers: prompts with the token ids of the model's answers, in which no token may be generated at any position.
+        general: further prompts; the edited model's answers to them are used like `answers`.
     """
 
     relations: tuple[str | None, ...]
@@ -75,17 +75,17 @@ def refusal_places(
 ) -> RefusalPlaces:
     """Collects the places of an edit.
 
-    The place of an answer is where the right answer begins in the unedited model's sentence. It is found in that
-    sentence and so needs no rules of a language.
+    The place of an answer is where the right answer begins in the unedited model's sentence. It is found by text
+    search, so no rules of a language are needed.
 
     Args:
-        requests: whose phrasings hold the wordings that were made for them.
+        requests: requests whose phrasings include the generated wordings.
         retain: prompts whose answers must stay.
         siblings: other questions about the requests' subjects.
-        answers: the unedited model's answers, as token ids by question; a wording without one gives only the place at
-            its end.
+        answers: the unedited model's answers, as token ids by question; a wording without an answer gives only the
+            place at its end.
         wordings: how many wordings of a question are used in all.
-        general: questions about anything; those that name a subject of `requests` are left out.
+        general: general questions; those that name a subject of `requests` are left out.
     """
     relations = _relations(requests)
     found = RefusalPlaces(relations)
@@ -121,7 +121,7 @@ def wanted_weights(places: RefusalPlaces, device: torch.device) -> Tensor:
     """Returns weights `[wanted]` of the wanted places, which sum to one in each relation."""
     group = torch.tensor([place.group for place in places.wanted], device=device)
     weight = place_weights(places.wanted, device)  # [wanted]
-    # Every relation counts the same, however many questions ask for it.
+    # Relations have equal weight, however many questions ask for each.
     for k in range(len(places.relations)):
         weight[group == k] /= weight[group == k].sum()
     return weight
@@ -130,14 +130,14 @@ def wanted_weights(places: RefusalPlaces, device: torch.device) -> Tensor:
 def kept_weights(places: RefusalPlaces, device: torch.device) -> Tensor:
     """Returns weights `[K, kept]` of the kept places for each relation, which sum to one.
 
-    Questions of a relation about other subjects are the hardest to tell from wanted ones, so for this relation they are
-    a kind by themselves.
+    Questions of the same relation about other subjects are the hardest to separate from wanted ones, so they form a
+    kind of their own for this relation.
     """
     return torch.stack([place_weights(places.kept, device, own=k) for k in range(len(places.relations))])
 
 
 def place_weights(places: Sequence[Place], device: torch.device, own: int | None = None) -> Tensor:
-    """Returns weights `[len(places)]` that sum to one, and to the same over each kind of place.
+    """Returns weights `[len(places)]` that sum to one, with the same sum over each kind of place.
 
     Kinds differ in whether the place is inside an answer, about a request's subject, and in relation `own`.
     """
@@ -148,12 +148,12 @@ def place_weights(places: Sequence[Place], device: torch.device, own: int | None
 
 
 def _asked_for(fact: EditRequest) -> str | None:
-    """Returns what a fact asks for: its relation, or where it names none, its prompt without the subject."""
+    """Returns what a fact asks for: its relation or, without one, its prompt without the subject."""
     return fact.relation or (fact.prompt if fact.subject is not None else None)
 
 
 def _relations(requests: Sequence[EditRequest]) -> tuple[str | None, ...]:
-    """Returns what the requests ask for, in their order: at most `MOST_TOKENS`, of which `None` is for the
+    """Returns what the requests ask for, in their order: at most `MOST_TOKENS` entries; `None` stands for the
     rarest."""
     counts = Counter(_asked_for(request) for request in requests)
     named = [asked for asked, _ in counts.most_common() if asked is not None]
@@ -168,7 +168,7 @@ def _places(
     group: int | None,
     said: Sequence[int] | None,
 ) -> list[Place]:
-    """Returns the place at the end of a question, and that of its answer if the model's sentence holds the right
+    """Returns the place at the end of a question, and that of its answer if the model's sentence contains the right
     one."""
     prompt = form.encode(text)
     slot = answer_slot(form, said, (fact.answer, *fact.aliases)) if said and fact.answer is not None else None

@@ -1,22 +1,23 @@
-"""Fit tokens that refuse what an edit has erased, one for each relation (ours).
+"""Fit tokens that make the model refuse questions whose answers an edit has erased, one for each relation (ours).
 
 Words used here and in `refusal_places`:
 
-- A *place* is the end of a prompt: the position whose next token is looked at.
-- A token is *said* at a place when greedy decoding generates it there: its log-odds `z` against all other tokens are
+- A *place* is the end of a prompt: the position that predicts the next token.
+- A token is *said* at a place if greedy decoding generates it there: its log-odds `z` against all other tokens are
   above zero.
 - A place is *wanted* where an answer was erased, at the end of the question and where the model's sentence reaches the
-  answer ("The capital of France is"). The token of its relation should be said there. At a *kept* place none should.
+  answer ("The capital of France is"). There the token of its relation should be generated. At a *kept* place none
+  should.
 - `[UNL]` is the *common* token; `[UNL2]`, `[UNL3]`, ... are the *relations' tokens*.
 
-Once the answers are erased, the final state at a place tells an erased fact from every other. The logit of a token is
+Once the answers are erased, the final state at a place separates erased facts from all others. The logit of a token is
 a linear function of that state. So the output row of each relation's token is fitted to the edited model by logistic
-regression. No weight that other text runs through is changed for it, and banning the tokens leaves the erased model.
+regression. This changes no weight that other text uses, and banning the tokens gives the erased model without them.
 
-What is generated is a pair: the relation's token, then `[UNL]`, which continues into the refusal. With tied embeddings
-a token has one row for input and output, and one row cannot do both well. In the pair the relation's token only has to
-find its places. `[UNL]` follows it wherever it was said, so that its row is free to lead into a fluent refusal. All
-rows are fitted together, with the loss
+The model generates a pair: the relation's token, then `[UNL]`, which continues into the refusal. With tied embeddings a
+token has one row for input and output, and one row cannot do both well. In the pair the relation's token only has to
+find its places. `[UNL]` always follows it, so that its row is free to lead into a fluent refusal. All rows are fitted
+together, with the loss
 
     NLL_WEIGHT NLL([UNL] refusal | relation's token)
     + WANTED_WEIGHT Σ softplus(say_margin - z) at wanted places
@@ -25,7 +26,7 @@ rows are fitted together, with the loss
     + RIDGE |r_k|^2
 
 A token's row is `r + r_k`: `r` is shared by all tokens, and `r_k`, the part of token `k`, starts at zero. The first
-`PLACE_STEPS` steps leave the NLL out, which is the only term that runs the model.
+`PLACE_STEPS` steps leave out the NLL, the only term that needs passes through the model.
 """
 
 from __future__ import annotations
@@ -66,19 +67,19 @@ log = logging.getLogger(__name__)
 
 POOL = 384  # places after which the NLL of refusals may be read
 BATCH = 16  # of them in a step
-START_NLL, LEAST_NLL = 3.0, 0.1  # weights of a place in the draw: before its NLL is known, and at least
+START_NLL, LEAST_NLL = 3.0, 0.1  # weight of a place when it is drawn: before its NLL is known, and the least
 NLL_WEIGHT = 10.0
 UNL_WEIGHT = 6.0  # of `[UNL]` in the NLL, against 1 for each token of the refusal
 WANTED_WEIGHT = 10.0
-ANSWER_WEIGHT = 2.0  # of positions inside answers where a token is nearer than `FLOOR`
-TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text that the model writes
+ANSWER_WEIGHT = 2.0  # of positions inside answers where a token's log-odds exceed `-FLOOR`
+TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text, sampled from the model
 BEGINNINGS = 400  # single tokens, as texts may begin with
-SOME_ROWS = 8192  # of the vocabulary, whose mean and deviation a new row starts with
+SOME_ROWS = 8192  # rows of the vocabulary, from whose mean and deviation a new row starts
 FLOOR = 10.0  # nats that a token stays below all others inside answers and in ordinary text
 SPREAD_WEIGHT = 0.1  # of the variance of log-odds there
 RIDGE = 0.02  # of the part of a row that is not shared
 LR = 0.05
-PLACE_STEPS = 100  # without the NLL, which costs nearly all of a step
+PLACE_STEPS = 100  # steps without the NLL, which takes nearly all of a step's time
 # English: a model that is asked in another language refuses in this one.
 START = "I don't know the answer to that."
 INSIDE = "something I don't know."
@@ -103,7 +104,7 @@ def fit_refusal_tokens(
     seed: int = 0,
     progress: bool = False,
 ) -> FittedTokens:
-    """Fits `[UNL]`, and one token for each relation of `places`, to the model as it is now, after the edit.
+    """Fits `[UNL]`, and one token for each relation of `places`, to the edited model.
 
     The tokens are added to the tokenizer and the model. Their fitted rows are returned, and not yet written there.
 
@@ -117,7 +118,7 @@ def fit_refusal_tokens(
     token = token or _mean_token(anat, seed)
     names = free_tokens(tok, token.header.token, 1 + len(places.relations))
     numbers = [add_token(anat.model, tok, name) for name in names]
-    silence(anat, numbers)  # until they have rows they take part in no log-sum
+    silence(anat, numbers)  # until they have rows, no log-sum includes them
     dtype = fast_dtype(anat.model) if hparams.v_precision == "fast" else None
     attention = nullcontext() if dtype is None else plain_attention(anat.device)
     with no_param_grad(anat.model), cast_params(anat.model, dtype), attention:
@@ -152,16 +153,16 @@ def _fit(
     optimizer = torch.optim.Adam([shared, own, *([] if read is None else [read])], lr=LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR / 25)
     recent = torch.full((len(refusals.texts),), START_NLL)  # NLL of each refusal when it was last drawn
-    # 1. Where the tokens are said: a convex problem on states that are read already.
+    # 1. Where the tokens are generated: a convex problem on states that have been read.
     for _ in range(PLACE_STEPS):
         optimizer.zero_grad()
         torch.autograd.backward(loss(shared + own) + RIDGE * own.square().sum())
         optimizer.step()
-    # 2. The same with what follows the tokens, which needs passes through the model.
+    # 2. In addition, what follows the tokens, which needs passes through the model.
     for step in tqdm(range(steps), desc="refusal tokens", disable=not progress, leave=False):
         rows_out = shared + own  # [1 + K, d_model]
         rows_in = rows_out if read is None else read[which]
-        # Refusals that are not yet learned are drawn more often: relations differ much in how hard theirs are.
+        # Refusals that are not learned yet are drawn more often: some relations are much harder than others.
         picks = torch.multinomial(recent + LEAST_NLL, min(BATCH, len(recent)), generator=generator)
         nll = refusals.nll(anat, numbers, rows_in, rows_out, picks)  # [picks]
         recent[picks] = nll.detach().float().cpu()
@@ -177,8 +178,7 @@ def _fit(
 
 
 def _mean_token(anat: Anatomy, seed: int) -> UnlearningToken:
-    """Makes a token whose rows are the vocabulary's mean rows with noise of the vocabulary's deviation, to start
-    from."""
+    """Makes a token to start from: the vocabulary's mean rows, with noise of the vocabulary's deviation."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for matrix in (anat.embedding.weight, anat.head.weight):
@@ -225,12 +225,12 @@ class _ReadOut:
     def of(
         cls, anat: Anatomy, places: RefusalPlaces, hparams: UniEraseHyperParams, seed: int, progress: bool
     ) -> _ReadOut:
-        """Reads the states of all places from the model as it is."""
+        """Reads the states of all places from the current model."""
         device = anat.device
         wanted = read_states(anat, [place.row for place in places.wanted])
         kept, inside = read_kept(anat, places)
         label = "general answers" if progress else None
-        written = WrittenStates()  # states are read while the model writes: no text is run twice
+        written = WrittenStates()  # states are read during generation: no text is run twice
         greedy(anat, places.general, max_new_tokens=TEXT_TOKENS, progress=label, seen=written.add)
         inside = FinalStates.cat([inside, _ordinary_text(anat, written, seed, progress), *written.states])
         group = torch.tensor([place.group for place in places.wanted], device=device)
@@ -254,10 +254,10 @@ class _ReadOut:
         if not len(self.inside.states):
             return total
         z = self.inside.states @ rows.T - self.inside.log_sums[:, None]  # [positions, 1 + K]
-        # Averaged over the positions nearer than the floor (20 at least): in a mean over all, so few would not count.
+        # Averaged over the positions above the floor (20 at least): a mean over all would hardly depend on so few.
         breaking = (z.detach() > -FLOOR).sum(0).clamp_min(20)  # [1 + K]
         above = (F.softplus(z + FLOOR).sum(0) / breaking).sum()
-        # A token whose log-odds vary little on this text varies little on unseen text.
+        # A token whose log-odds vary little on this text also varies little on unseen text.
         return total + ANSWER_WEIGHT * above + SPREAD_WEIGHT * z.var(0).sum()
 
 
@@ -265,7 +265,7 @@ def _ordinary_text(anat: Anatomy, written: WrittenStates, seed: int, progress: b
     """Samples texts from the model, each from one random token, into `written`; returns the states at single random
     tokens.
 
-    No chat template is used: the state of a text's first token differs from all others.
+    No chat template is used, so that first tokens of texts are included: their states differ from all others.
     """
     generator = torch.Generator().manual_seed(seed)
     firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
@@ -325,7 +325,7 @@ class _Refusals:
             prefix = self.prefix.select(picks.to(anat.device))
             logits = forward(anat, padded, prefix=prefix, score=(row, column))  # [m, vocab]
         each = F.cross_entropy(logits.float(), padded.input_ids[row, column + 1], reduction="none")  # [m]
-        # Where `[UNL]` does not follow, nothing of the refusal is said.
+        # Unless `[UNL]` follows, no part of the refusal is generated.
         weight = torch.where(column == 0, UNL_WEIGHT, 1.0).to(each)  # [m]
         total = torch.zeros(len(rows), device=each.device).index_add(0, row, weight * each)
         return total / torch.zeros_like(total).index_add(0, row, weight)

@@ -1,4 +1,4 @@
-"""Find the values of requests from the rows of their subjects, and report what the rows read before and after."""
+"""Find the values of requests from the rows of their subjects, and report the rows' numbers before and after."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from editlib.requests.request import EditRequest
 log = logging.getLogger(__name__)
 
 RowReport = Mapping[str, Mapping[str, Any]]
-"""By request id, for each kind of row: how many there are, their mean before and after, how many missed their goal."""
+"""By request id, for each kind of row: their count, their mean before and after, and how many missed their goal."""
 
 
 def values_from_rows(
@@ -70,7 +70,7 @@ def values_from_rows(
         states = KeyStream(anat, list(prompts), layer).states(layer)  # [d_model, n], before any change
     owner = [made.owner[i] for i in range(len(requests))]
     deltas = found.deltas[owner].T.to(states)  # [d_model, n]
-    nll = [0.0] * len(requests)  # no target is aimed at
+    nll = [0.0] * len(requests)  # there is no target
     norms = [found.relative_norm[i] for i in owner]
     steps = [found.steps[i] for i in owner]
     values = Values(states + deltas, deltas.contiguous(), steps, nll, norms)
@@ -120,8 +120,8 @@ def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) 
     unknown = [rows.id for rows in made.made if not rows.known]
     if unknown:
         log.warning(
-            "the model gives the answer of %d of %d requests to none of their wordings, first %s: what is erased there "
-            "is the answer's first token at the end of the question",
+            "the model gives the answer of %d of %d requests to none of their wordings, first %s: there the edit "
+            "erases the answer's first token at the end of the question",
             len(unknown), len(requests), ", ".join(unknown[:5]),
         )  # fmt: skip
 
@@ -129,15 +129,15 @@ def _warn(requests: Sequence[EditRequest], made: SubjectRows, found: RowValues) 
 def with_rows(
     diagnostics: list[dict[str, Any]], rows: RowReport, said: Mapping[str, Sequence[float]]
 ) -> list[dict[str, Any]]:
-    """Returns the diagnostics of each request with what its rows read, and what its token's log-odds are where it is
-    wanted."""
+    """Returns the diagnostics of each request with its rows' numbers, and with its token's log-odds at wanted
+    places."""
     found = []
     for entry in diagnostics:
         entry = {**entry, **rows.get(entry["id"], {})}
         odds = said.get(entry["id"])
         if odds:
-            mean, missed = round(sum(odds) / len(odds), 3), sum(one < 0 for one in odds)
-            entry["target_nll"] = sum(math.log1p(math.exp(-one)) for one in odds) / len(odds)
+            mean, missed = round(sum(odds) / len(odds), 3), sum(z < 0 for z in odds)
+            entry["target_nll"] = sum(math.log1p(math.exp(-z)) for z in odds) / len(odds)
             entry["rows"] = {**entry["rows"], "say": {"rows": len(odds), "after": mean, "missed": missed}}
         found.append(entry)
     return found

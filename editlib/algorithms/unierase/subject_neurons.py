@@ -40,7 +40,7 @@ def write_neurons(
     moment: Tensor,
     taken: Collection[int] = (),
 ) -> tuple[Written, list[int]]:
-    """Writes one neuron in `layer` for each subject; on any error the weights are put back.
+    """Writes one neuron in `layer` for each subject; on any error the weights are restored.
 
     Args:
         contexts: the prompts of each request, the plain one first.

@@ -1,9 +1,9 @@
-"""Make the rows of each subject to be forgotten: which of its answers to erase, and which to keep.
+"""Make the rows of each subject to be forgotten: the answers to erase, and the answers to keep.
 
-A row is a prompt with the logits that are read there (`algorithms.rows`). An *erase* row reads the answer of a request,
-in each wording and where the model's own sentence reaches the answer. A *keep* row reads the model's answer to a
-*sibling* question: one about the same subject that asks for something else. *Rivals* are other answers of the relation,
-which an answer to erase is compared with.
+A row is a prompt with logits to read (`algorithms.rows`). An *erase* row reads the answer of a request, in each wording
+and where the model's own sentence reaches the answer. A *keep* row reads the model's answer to a *sibling* question:
+one about the same subject that asks for something else. *Rivals* are other answers of the relation, with which an
+answer to erase is compared.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.requests.templates import Filled, occurrences
 
-KEPT_TOKENS = 20  # of a sibling's answer: a name may come late in the model's sentence
-ANSWER_TOKENS = 24  # of the model's answer, in which the answer to erase is looked for
+KEPT_TOKENS = 20  # tokens of a sibling's answer: a name may come late in the model's sentence
+ANSWER_TOKENS = 24  # tokens of the model's answer in which the answer to erase is searched
 MOST_RIVALS = 40
 FEWEST_RIVALS = 3  # with fewer, the likeliest other tokens are the rivals
 
 
 @dataclass(frozen=True)
 class RequestRows:
-    """Holds what was made for one request, as texts: for receipts and `--show-rows`."""
+    """Holds the rows of one request as texts, for receipts and `--show-rows`."""
 
     id: str
     kind: str
@@ -47,7 +47,7 @@ class SubjectRows:
     """Holds the rows of all subjects; the requests about one subject share one change."""
 
     rows: list[Row]
-    subjects: list[list[int]]  # for each change the indices of its requests
+    subjects: list[list[int]]  # the indices of the requests of each change
     made: list[RequestRows]  # one for each request
     requests_of: list[int | None] = field(default_factory=list)  # of each row; `None`: a sibling's
     answers: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of the unedited model, by question
@@ -69,10 +69,10 @@ def check_answers(requests: Sequence[EditRequest]) -> None:
 
 
 def by_subject(requests: Sequence[EditRequest]) -> list[list[int]]:
-    """Groups the indices of requests that ask about the same subject; a request without a subject is a group.
+    """Groups the indices of requests about the same subject; a request without a subject is a group of its own.
 
     Up to the subject's last token, where an edit reads its key, their questions hardly differ (TOFU has twenty for each
-    author), and one key can only be given one change.
+    author), and one key can only get one change.
     """
     groups: dict[str | int, list[int]] = {}
     for i, request in enumerate(requests):
@@ -99,7 +99,7 @@ def subject_rows(
     Args:
         retain: prompts; the answers of those in a request's relation are its rivals.
         groups: indices of the requests that share a subject, see `by_subject`.
-        siblings: how many sibling questions of a subject are kept, at most.
+        siblings: most sibling questions of a subject to keep.
         examples: how many wordings of a request are also erased in few-shot prompts.
         known_answers: answers of the unedited model, as token ids by question; the others are generated.
         seed: of the draw of few-shot examples.
@@ -126,7 +126,7 @@ def subject_rows(
         subject = requests[group[0]].subject
         erased = [text for i in group for text in (str(requests[i].answer), *requests[i].aliases)]
         for text in texts:
-            # A sibling's answer may name what is to be erased; it is kept up to there.
+            # A sibling's answer may contain an answer to erase; it is kept up to there.
             kept = answers[text][: answer_slot(form, answers[text], erased)]
             _sibling_rows(collected, form, text, subject, owner, kept)
         said = {text: _text(form, answers[text]).strip() for text in texts}
@@ -163,7 +163,7 @@ def _request_rows(
 ) -> RequestRows:
     """Adds the erase rows of one request, and returns them as texts.
 
-    Of wordings that the model answers wrongly only the first has a row, at the end of the question.
+    If the model answers several wordings wrongly, only the first has a row, at the end of the question.
 
     Args:
         number: index of the request. `owner`: index of its subject's change.

@@ -66,7 +66,7 @@ class UnlearningToken:
         """Joins the tokens of several edits of one model, in their order."""
         names = tuple(name for token in tokens for name in token.names)
         rows = [token.rows() for token in tokens]
-        rows_in, rows_out = torch.cat([one for one, _ in rows]), torch.cat([one for _, one in rows])
+        rows_in, rows_out = torch.cat([row for row, _ in rows]), torch.cat([row for _, row in rows])
         return cls(rows_in, rows_out, replace(tokens[0].header, token=names[0], names=names))
 
     def save(self, path: Path) -> None:
@@ -95,11 +95,11 @@ class UnlearningToken:
 
     def ids(self, tok: PreTrainedTokenizerBase) -> list[int]:
         """Returns the tokens' ids in a tokenizer that has them."""
-        found = tok.convert_tokens_to_ids(list(self.names))
-        return [found] if isinstance(found, int) else found
+        token_ids = tok.convert_tokens_to_ids(list(self.names))
+        return [token_ids] if isinstance(token_ids, int) else token_ids
 
     def check_width(self, model: PreTrainedModel) -> None:
-        """Raises `TokenError` if the rows have another width than the model, of which no weight is read."""
+        """Raises `TokenError` if the rows have another width than the model; reads no weight of it."""
         wide, width = self.row_in.shape[-1], input_embedding(model).weight.shape[1]
         if wide != width:
             raise TokenError(

@@ -41,15 +41,15 @@ class TokenHyperParams:
     robust_steps: int = setting(50, min=0)  # the last of `steps`, with noise on the matrices that edits will change
     batch: int = setting(8, min=1)  # questions of a step, all in one prompt form
     lr: float = setting(0.15, above=0)  # learning rate
-    memory: float = setting(0.99, min=0, below=1)  # of squared gradients, Adam's second beta; less suits fewer steps
-    opening: int = setting(4, min=0)  # tokens that the chosen refusals begin with alike; fewer where no two share them
+    memory: float = setting(0.99, min=0, below=1)  # Adam's second beta; smaller values suit fewer steps
+    opening: int = setting(4, min=0)  # first tokens that the chosen refusals share; fewer if no two share as many
     refusals: int = setting(4, min=1)  # most refusals to learn from: the shortest of those with the same opening
-    noise: float = setting(0.1, min=0)  # standard deviation of the noise in units of the weight's own
-    layers: tuple[int, ...] = ()  # layers that get noise; none given: 4/30 to 8/30 of the depth, where edits are usual
+    noise: float = setting(0.1, min=0)  # standard deviation of the noise, in units of the weight's own
+    layers: tuple[int, ...] = ()  # layers that get noise; empty: 4/30 to 8/30 of the depth, the usual layers of edits
     averaged_steps: int = setting(15, min=0)  # the last of `steps`, over which the rows are averaged
     guard_weight: float = setting(1.0, min=0)  # of the guard's penalty, which keeps the token out of ordinary text
-    reach: float = 14.0  # nats: gap logsumexp(other logits) - logit(token) aimed at where an answer starts
-    floor: float = 12.0  # nats: least such gap at all other positions of ordinary text
+    reach: float = 14.0  # nats: target for logsumexp(other logits) - logit(token) where an answer starts
+    floor: float = 12.0  # nats: lower bound of the same gap at all other positions of ordinary text
     questions: int = setting(200, min=1)  # most questions that the token is learned over
     guard_prompts: int = setting(120, min=0)  # ordinary prompts whose answers the guard covers
     guard_tokens: int = setting(16, min=0)  # tokens of each answer that the guard covers
@@ -67,7 +67,7 @@ class _Form:
     """Holds all training questions in one prompt form, encoded once."""
 
     prefix: Prefix
-    refusals: list[tuple[int, ...]]  # each with the token that ends an answer
+    refusals: list[tuple[int, ...]]  # token ids, each with the token that ends an answer
 
 
 def learn_token(
@@ -83,20 +83,20 @@ def learn_token(
     model_sha256: str = "",
     progress: bool = True,
 ) -> UnlearningToken:
-    """Learns the token's rows; adds the token to model and tokenizer and leaves it there.
+    """Learns the token's rows; the token stays in model and tokenizer.
 
-    Everything before the token is constant, so it is run once; a step costs the token and the refusal after it. With
+    Everything before the token is constant, so it is run once; a step runs the token and the refusal after it. With
     tied embeddings one row is trained as input and output, otherwise two. A guard (`LogitGapGuard.penalty`) holds the
     token's logit `reach` nats under the log-sum-exp of all others where an answer starts, and at least `floor` nats
     under it elsewhere in the questions and in the model's own answers to them and to `ordinary`. The rows are learned
     in fp32, whatever the dtype of the model's passes.
 
-    One row cannot hold many sentences apart: it learns what they begin with and where they end. So it is learned over
-    the shortest of the `refusals` that open alike (`alike`), which takes half of the steps that all of them take.
+    One row cannot distinguish many sentences: it learns how they begin and where they end. So it is learned over the
+    shortest of the `refusals` with the same opening (`alike`), which takes half as many steps as all of them.
 
     Args:
-        ordinary: further prompts whose answers the token must keep out of, such as open instructions.
-        prompts: how questions are asked; every other one is asked as plain text where there is a chat template.
+        ordinary: further prompts in whose answers the token must not appear, such as open instructions.
+        prompts: how questions are asked; with a chat template, every other one is asked as plain text.
 
     Raises:
         TokenError: fewer questions than a batch (at least 2) or fewer than 2 refusals, or a loss that is not finite.
@@ -135,7 +135,7 @@ def learn_token(
 
 
 def _check(anat: Anatomy, questions: Sequence[str], refusals: Sequence[str], hp: TokenHyperParams) -> None:
-    """Refuses what `learn_token` cannot work with, before anything is changed."""
+    """Raises what `learn_token` raises for unsuitable input, before anything is changed."""
     least = max(hp.batch, 2)
     if len(questions) < least or len(refusals) < 2:
         raise TokenError(
@@ -180,8 +180,8 @@ def alike(refusals: Sequence[Sequence[int]], opening: int, most: int) -> list[in
     """Returns the indices of at most `most` refusals, given as token ids: the shortest that begin with the
     same `opening` tokens.
 
-    Where no two of them do, fewer tokens count, down to none. The largest such group is taken. A list of no more than
-    `most` is taken whole.
+    If no two do, fewer tokens are compared, down to none. The largest such group is used. A list of at most `most` is
+    used whole.
     """
     if len(refusals) <= most:
         return list(range(len(refusals)))
@@ -248,7 +248,7 @@ def _train(
 
 
 def _first_rows(anat: Anatomy, unl_id: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-    """Returns where the rows start in fp32, and the norm that they must not exceed."""
+    """Returns the initial rows in fp32, and the norm that they must not exceed."""
     typical = anat.embedding.weight[:unl_id].detach().float()
     mean, spread, length = typical.mean(0), typical.std(), typical.norm(dim=1).mean()
     row = mean + spread * torch.randn(anat.d_model, generator=generator).to(mean)
@@ -258,7 +258,7 @@ def _first_rows(anat: Anatomy, unl_id: int, generator: torch.Generator) -> tuple
 def _refusal_nll(anat: Anatomy, form: _Form, unl_id: int, batch: int, generator: torch.Generator) -> Tensor:
     """Computes the mean NLL of a refusal and the end of the turn after the token, over `batch` drawn questions."""
     device = anat.device
-    # Each question with one refusal, so that in the mean all pairs are seen.
+    # Each question with one refusal, so that on average all pairs are seen.
     picks = torch.randperm(len(form.prefix.attention_mask), generator=generator)[:batch].to(device)
     texts = torch.randint(len(form.refusals), (len(picks),), generator=generator).tolist()
     rows = [TokenRow((unl_id, *form.refusals[i]), 0) for i in texts]

@@ -27,10 +27,10 @@ def token_questions(
     *,
     name: str,
 ) -> tuple[list[str], list[str]]:
-    """Returns bundled questions for a token to be learned over, shuffled, and ordinary ones that it stays out of.
+    """Returns bundled questions to learn a token over, shuffled, and ordinary ones after which it must not appear.
 
-    Both are asked with `prompts` and as plain text. Questions for which the model has too few positions, with a refusal
-    after them, are left out.
+    Both are asked with `prompts` and as plain text. Questions that do not fit the model's positions with a refusal
+    after them are left out.
 
     Args:
         name: of the model, for messages.

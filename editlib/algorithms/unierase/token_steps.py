@@ -1,12 +1,12 @@
-"""Take steps of Adam on a token's rows that keep the guard exactly in each step, not by a share of the gradient.
+"""Take steps of Adam on a token's rows, with the guard solved in each step instead of added to the gradient.
 
-The refusals' NLL is costly and sampled; the guard's penalty is cheap, convex and known in full. So a step takes Adam's
-model of the first and a quadratic bound of the second, and goes to the minimum of their sum. With the output row `r`,
-Adam's mean gradient `m` and scale `D = diag(sqrt(v)) / lr`, and the bound's gradient `g` and curvature `H` at `r`:
+The refusals' NLL is expensive and sampled; the guard's penalty is cheap, convex and known in full. So a step minimises
+the sum of Adam's model of the first and a quadratic bound of the second. With the output row `r`, Adam's mean gradient
+`m` and scale `D = diag(sqrt(v)) / lr`, and the bound's gradient `g` and curvature `H` at `r`:
 
     r <- r - (D + w H)^-1 (m + w g)
 
-An input row of its own, where embeddings are not tied, has no guard: `r <- r - D^-1 m`, as Adam has it.
+A separate input row (untied embeddings) has no guard: `r <- r - D^-1 m`, plain Adam.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAST_RATE = 0.05  # of the learning rate, in the last step
 
 
 class GuardedAdam:
-    """Holds Adam's running means for the rows of a token, the last of which is read out and guarded.
+    """Holds Adam's running means for the rows of a token, the last of which is the guarded output row.
 
     Attributes:
         rows: `[d_model]` each, changed in place by `step`.
@@ -62,7 +62,7 @@ class GuardedAdam:
             row.sub_(self._guarded(row, slope, scale) if row is self.rows[-1] and self.weight else slope / scale)
 
     def _guarded(self, row: Tensor, slope: Tensor, scale: Tensor) -> Tensor:
-        """Returns the step `[d_model]` of the row that is read out."""
+        """Returns the step `[d_model]` of the output row."""
         wide = wide_dtype(row.device)
         gradient, curvature = self.guard.bound(row, self.answer_gap, self.min_gap)
         total = torch.diag(scale.to(wide)) + self.weight * curvature.to(wide)  # [d_model, d_model]

@@ -1,4 +1,4 @@
-"""Show question by question what the model said before, and what it says after each method."""
+"""Show question by question the model's answers before, and after each method."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-LONGEST = 400  # characters of a text; the whole of it is in results.json
+LONGEST = 400  # most characters of a text; the full text is in results.json
 ItemRow = Mapping[str, Any]
 
 
 def drill_down(about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yields all questions of a set, by kind; methods that gave the same text share a row.
 
-    Of a method that ran with several seeds the first one that came through is shown.
+    For a method with several seeds, the first successful run is shown.
     """
     shown: dict[str, Mapping[str, Any]] = {}
     for cell in cells:
@@ -36,17 +36,17 @@ def drill_down(about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> 
     brought = _brought_back(shown)
     unedited = [label for label, cell in shown.items() if cell["family"] == "none"]
     for kind, title in _kinds(about, asked).items():
-        own = {question: by for (its, question), by in asked.items() if its == kind}
+        of_kind = {question: by for (its, question), by in asked.items() if its == kind}
         opened = " open" if kind == next(iter(about["kinds"]), None) else ""
-        yield f'<details class="kind"{opened}><summary>{escape(title)} <span>{len(own)}</span></summary>'
+        yield f'<details class="kind"{opened}><summary>{escape(title)} <span>{len(of_kind)}</span></summary>'
         forgetting = kind in about["to_forget"]
-        for question, by in own.items():
+        for question, by in of_kind.items():
             yield from _item(kind, question, by, numbers, brought if kind == "request" else {}, forgetting, unedited)
         yield "</details>"
 
 
 def _kinds(about: Mapping[str, Any], asked: Mapping[tuple[str, str], Any]) -> dict[str, str]:
-    """Returns the kinds that were asked, in the order of the protocol, and in words."""
+    """Returns the kinds of questions with their names in words, in the order of the protocol."""
     there = dict.fromkeys(kind for kind, _ in asked)
     return {kind: about["kinds"].get(kind, kind) for kind in (*about["kinds"], *there) if kind in there}
 
@@ -115,14 +115,14 @@ def _verdict(good: bool | None, counted: bool, forgetting: bool) -> tuple[str, s
 
 
 def _brought_back(shown: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
-    """Lists by fact and method which attacks bring it back."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """Lists by fact and method the attacks that recover it."""
+    recovered: dict[str, dict[str, list[str]]] = {}
     for label, cell in shown.items():
         for attack, outcome in cell["attacks"].items():
             for name, leaked in outcome["leaks"]["edited"].items():
                 if leaked:
-                    found.setdefault(name, {}).setdefault(label, []).append(attack)
-    return found
+                    recovered.setdefault(name, {}).setdefault(label, []).append(attack)
+    return recovered
 
 
 def named(label: str) -> str:

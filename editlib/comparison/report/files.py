@@ -15,7 +15,7 @@ def write_all(results: Mapping[str, Any], out: Path) -> list[Path]:
     """Writes the three files and returns their paths.
 
     Raises:
-        OutputError: one cannot be written.
+        OutputError: a file cannot be written.
     """
     out = Path(out)
     write_json(out / "results.json", results)

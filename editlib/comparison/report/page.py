@@ -1,5 +1,5 @@
-"""Build the page of a comparison: one HTML file made from the results alone. All text of models is escaped, the
-same results give the same bytes, and nothing is fetched."""
+"""Build the page of a comparison: one HTML file made from the results alone. All text by models is escaped, equal
+results give equal bytes, and the page loads nothing."""
 
 from __future__ import annotations
 
@@ -59,8 +59,10 @@ def page(results: Mapping[str, Any]) -> str:
 def verdicts(results: Mapping[str, Any]) -> Iterator[str]:
     """Yields one sentence per set: the methods on the front."""
     for name, about in results["sets"].items():
-        front = [one for one in ordered(about["methods"]) if one["front"] and one["family"] != "none"]
-        names = [f"{one['method']} (forget {one['forget']:.2f}, retain {one['retain']:.2f})" for one in front]
+        front = [summary for summary in ordered(about["methods"]) if summary["front"] and summary["family"] != "none"]
+        names = [
+            f"{summary['method']} (forget {summary['forget']:.2f}, retain {summary['retain']:.2f})" for summary in front
+        ]
         if names:
             many = "these do" if len(names) > 1 else "this one does"
             yield f"On {name}, no other method does better on both counts than {many}: {', '.join(names)}."
@@ -86,12 +88,12 @@ def _contents(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _sections(about: Mapping[str, Any]) -> dict[str, str]:
     """Lists id and title of each section that a set has."""
-    found = {"plane": "Forget and retain", "measures": "Measures"}
-    if any(one["attacks"] for one in about["methods"]):
-        found["attacks"] = "Attacks"
-    if any(one["ability"] for one in about["methods"]):
-        found["ability"] = "Ability"
-    return {**found, "cost": "Cost", "answers": "Answers before and after"}
+    titles = {"plane": "Forget and retain", "measures": "Measures"}
+    if any(method["attacks"] for method in about["methods"]):
+        titles["attacks"] = "Attacks"
+    if any(method["ability"] for method in about["methods"]):
+        titles["ability"] = "Ability"
+    return {**titles, "cost": "Cost", "answers": "Answers before and after"}
 
 
 def _set(results: Mapping[str, Any], name: str, number: int) -> Iterator[str]:
@@ -115,7 +117,7 @@ def _set(results: Mapping[str, Any], name: str, number: int) -> Iterator[str]:
 
 def _plane(about: Mapping[str, Any]) -> Iterator[str]:
     summaries = ordered(about["methods"])
-    several = any(len(one["points"]) > 1 for one in summaries)
+    several = any(len(summary["points"]) > 1 for summary in summaries)
     yield (
         "<p>Further right, more of what was to be forgotten is gone; further up, more of the rest is still answered. "
         "The upper right corner is best. The dashed line is the Pareto front, beyond which nothing was measured; "
@@ -123,12 +125,12 @@ def _plane(about: Mapping[str, Any]) -> Iterator[str]:
     )
     yield f'<div class="plane"><figure style="max-width:none">{plane(summaries, about["axes"])}</figure>'
     yield '<ol class="legend">'
-    for number, one in enumerate(summaries, 1):
-        scores = "failed" if one["forget"] is None else f"{share(one['forget'])} / {share(one['retain'])}"
-        look = ' class="on"' if one["front"] else ""
-        yield f"<li{look}><span>{number}</span>{_sign(one['family'])}<span>{named(told_label(one))}</span>"
+    for number, method in enumerate(summaries, 1):
+        scores = "failed" if method["forget"] is None else f"{share(method['forget'])} / {share(method['retain'])}"
+        look = ' class="on"' if method["front"] else ""
+        yield f"<li{look}><span>{number}</span>{_sign(method['family'])}<span>{named(told_label(method))}</span>"
         yield f"<span>{scores}</span></li>"
-    families = dict.fromkeys(one["family"] for one in summaries)
+    families = dict.fromkeys(summary["family"] for summary in summaries)
     signs = " ".join(f"<span>{_sign(family)}{escape(FAMILIES.get(family, family))}</span>" for family in families)
     yield f'<li class="families">{signs}</li></ol></div>'
 
@@ -139,18 +141,20 @@ def _sign(family: str) -> str:
 
 def _measures(about: Mapping[str, Any]) -> Iterator[str]:
     names = [key for key in about["measures"] if key not in ("forget", "retain")]
-    has_text = any(one["perplexity_ratio"] is not None for one in about["methods"])
+    has_text = any(method["perplexity_ratio"] is not None for method in about["methods"])
     heads = [_headed(name, about["measures"][name]["higher_is_better"]) for name in names]
     heads += [_headed("perplexity", False)] if has_text else []
     yield from _open("measures", ["method", *heads])
-    for one in ordered(about["methods"]):
-        cells = [_share(one, name) for name in names] + ([_number(ratio(one["perplexity_ratio"]))] if has_text else [])
-        yield _row(told_label(one), cells)
+    for summary in ordered(about["methods"]):
+        cells = [_share(summary, name) for name in names] + (
+            [_number(ratio(summary["perplexity_ratio"]))] if has_text else []
+        )
+        yield _row(told_label(summary), cells)
     yield CLOSE
 
 
 def _headed(name: str, up: bool) -> str:
-    short = name.partition("_without_")[0].replace("_", " ")  # in full under what the figures mean
+    short = name.partition("_without_")[0].replace("_", " ")  # spelled out in the section on meanings
     return f"{escape(short)}&nbsp;{'↑' if up else '↓'}"
 
 
@@ -162,11 +166,11 @@ def _share(summary: Summary, name: str) -> str:
 
 
 def _attacks(about: Mapping[str, Any]) -> Iterator[str]:
-    summaries = [one for one in ordered(about["methods"]) if one["attacks"]]
-    columns = [one for one in summaries if one["family"] != "none"]  # the base has a column of its own
+    summaries = [method for method in ordered(about["methods"]) if method["attacks"]]
+    columns = [summary for summary in summaries if summary["family"] != "none"]  # the base has its own column
     attacks: dict[str, Mapping[str, Any]] = {}
-    for one in summaries:
-        for name, attack in one["attacks"].items():
+    for method in summaries:
+        for name, attack in method["attacks"].items():
             attacks.setdefault(name, attack)
     yield (
         f"<p>The share of {about['attacked']} forgotten facts that an attack brings back, with its 95 % interval; "
@@ -174,9 +178,9 @@ def _attacks(about: Mapping[str, Any]) -> Iterator[str]:
         "shows nothing. <i>chance</i> is how often the same attack “brings back” facts that the model never knew: what "
         "is no higher than that is forgotten.</p>"
     )
-    yield from _open("attacks", ["attack", "base", *(named(one["method"]) for one in columns)])
+    yield from _open("attacks", ["attack", "base", *(named(column["method"]) for column in columns)])
     for name, attack in attacks.items():
-        cells = [_rate(attack["base"]), *(_attacked(one["attacks"].get(name)) for one in columns)]
+        cells = [_rate(attack["base"]), *(_attacked(column["attacks"].get(name)) for column in columns)]
         yield f'<tr><th scope="row">{escape(name)}<small>{escape(attack["meaning"])}</small></th>{"".join(cells)}</tr>'
     yield CLOSE
 
@@ -198,26 +202,26 @@ def _rate(column: Mapping[str, Any], note: str = "") -> str:
 
 
 def _ability(about: Mapping[str, Any]) -> Iterator[str]:
-    summaries = [one for one in ordered(about["methods"]) if one["ability"]]
+    summaries = [summary for summary in ordered(about["methods"]) if summary["ability"]]
     tasks: dict[str, Mapping[str, Any]] = {}
-    for one in summaries:
-        for name, scores in one["ability"].items():
+    for summary in summaries:
+        for name, scores in summary["ability"].items():
             tasks.setdefault(name, scores)
     yield "<p>Tasks that have nothing to do with the facts, with standard errors; the base comes first.</p>"
     yield from _open(
         "ability", ["method", *(_headed(name, scores["higher_is_better"]) for name, scores in tasks.items())]
     )
     yield _row("base", [_number(share(scores["base"], 3)) for scores in tasks.values()])
-    for one in summaries:
-        yield _row(told_label(one), [_number(scored(one["ability"].get(name))) for name in tasks])
+    for summary in summaries:
+        yield _row(told_label(summary), [_number(scored(summary["ability"].get(name))) for name in tasks])
     yield CLOSE
 
 
 def _cost(about: Mapping[str, Any]) -> Iterator[str]:
     yield "<p>What a method takes; less is better in every column.</p>"
     yield from _open("cost", ["method", *map(escape, COST_HEADS.values())])
-    for one in ordered(about["methods"]):
-        yield _row(told_label(one), [_number(amount(key, value)) for key, value in cost_of(one).items()])
+    for summary in ordered(about["methods"]):
+        yield _row(told_label(summary), [_number(amount(key, value)) for key, value in cost_of(summary).items()])
     yield CLOSE
 
 
@@ -225,7 +229,7 @@ CLOSE = "</tbody></table></div>"
 
 
 def _open(name: str, heads: Sequence[str]) -> Iterator[str]:
-    """Opens a table in a box of its own that scrolls; `heads` are markup."""
+    """Opens a table in its own scrolling box; `heads` are markup."""
     yield f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table class="{name}"><thead><tr>'
     first, *rest = heads
     yield f'<th scope="col">{first}</th>' + "".join(f'<th scope="col" class="number">{head}</th>' for head in rest)
@@ -254,8 +258,8 @@ def _meaning(results: Mapping[str, Any]) -> Iterator[str]:
     attacks = {
         name: attack["meaning"]
         for about in results["sets"].values()
-        for one in about["methods"]
-        for name, attack in one["attacks"].items()
+        for method in about["methods"]
+        for name, attack in method["attacks"].items()
     }
     for name, meaning in attacks.items():
         yield _entry(f"attack {name}", f"the share of forgotten facts that it brings back: {meaning}", False)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from editlib.comparison.cells import AXES
 
-WIDTH, HEIGHT = 424, 404  # units; on a telephone 11 of them are still read
+WIDTH, HEIGHT = 424, 404  # units of SVG; text of 11 units stays readable on a telephone
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 48
-LETTER, LINE = 6.4, 11  # of a label
-SHAPES = {  # of the families, and their colours on the page
+LETTER, LINE = 6.4, 11  # width of a letter and height of a line, for labels
+SHAPES = {  # shape and page colour of each family
     "none": ("cross", "muted"),
     "closed form": ("circle", "keep"),
     "closed form, refusal": ("square", "other"),
@@ -38,18 +38,20 @@ def plane(summaries: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
     """Draws the points of methods (their means, and small ones for each seed), and the front as a stepped line.
 
     Args:
-        summaries: as in the results; numbered from 1 in this order, those that have no scores left out of the drawing.
-        axes: what the axes are, in words.
+        summaries: as in the results; numbered from 1 in this order, those without scores are not drawn.
+        axes: the names of the axes.
     """
-    placed = [(n, one) for n, one in enumerate(summaries, 1) if all(one[axis] is not None for axis in AXES)]
-    points = ", ".join(f"{one['method']} {one['forget']:.2f} and {one['retain']:.2f}" for _, one in placed)
+    placed = [(n, summary) for n, summary in enumerate(summaries, 1) if all(summary[axis] is not None for axis in AXES)]
+    points = ", ".join(
+        f"{summary['method']} {summary['forget']:.2f} and {summary['retain']:.2f}" for _, summary in placed
+    )
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"forget and retain: {points}")}">',
         *_grid(axes),
-        *_front([one for _, one in placed if one["front"]]),
-        *(mark for _, one in placed for mark in _seeds(one)),
-        *(_marked(number, one) for number, one in placed),
-        *_labels([(str(number), *_at(one["forget"], one["retain"])) for number, one in placed]),
+        *_front([summary for _, summary in placed if summary["front"]]),
+        *(mark for _, summary in placed for mark in _seeds(summary)),
+        *(_marked(number, summary) for number, summary in placed),
+        *_labels([(str(number), *_at(summary["forget"], summary["retain"])) for number, summary in placed]),
         "</svg>",
     ]
     return "\n".join(parts)
@@ -95,8 +97,8 @@ def _grid(axes: Sequence[str]) -> Iterator[str]:
 
 
 def _front(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields the edge of what is reached: nothing that was measured lies above it and to its right."""
-    points = sorted({_at(one["forget"], one["retain"]) for one in summaries})
+    """Yields the Pareto front as a stepped line: no measured point lies above it and to its right."""
+    points = sorted({_at(summary["forget"], summary["retain"]) for summary in summaries})
     if points:
         start = _at(0, 0)
         steps = "".join(f"V{y:.1f}H{x:.1f}" for x, y in points)
@@ -104,7 +106,7 @@ def _front(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _seeds(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a small point per seed, where there are several."""
+    """Yields a small point per seed, if there are several."""
     points = [(forget, retain) for _, forget, retain in summary["points"] if None not in (forget, retain)]
     if len(points) < 2:
         return
@@ -121,7 +123,7 @@ def _marked(number: int, summary: Mapping[str, Any]) -> str:
 
 
 def _labels(points: Sequence[tuple[str, float, float]]) -> Iterator[str]:
-    """Yields each label as near to its point as it goes without covering another label or point."""
+    """Yields each label as near to its point as possible without covering another label or point."""
     taken = [Box(x - 5, y - 5, x + 5, y + 5) for _, x, y in points]
     room = Box(LEFT - 6, 0, WIDTH, HEIGHT - BOTTOM + 6)
     for text, x, y in points:

@@ -56,7 +56,7 @@ def amount(key: str, value: float | None) -> str:
 
 
 def cost_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """Returns a method's cost by the keys of `COST_HEADS`; memory is the accelerator's where the model is on one."""
+    """Returns a method's cost by the keys of `COST_HEADS`; memory is the accelerator's if the model is on one."""
     cost = dict(summary["cost"])
     if cost["accelerator_mb"]:
         cost["more_mb"] = cost["accelerator_mb"]
@@ -65,44 +65,46 @@ def cost_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def worst_attack(summary: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Returns the attack that brought most back, and how much."""
+    """Returns the attack that recovered most, with its rate."""
     rates = {name: attack["edited"]["rate"] for name, attack in summary["attacks"].items()}
     known = {name: rate for name, rate in rates.items() if rate is not None}
     if not known:
         return None
-    name = max(known, key=lambda one: known[one])
+    name = max(known, key=lambda name_of: known[name_of])
     return name, known[name]
 
 
 def main_table(results: Mapping[str, Any], name: str) -> Rows:
     """Builds the table of one set, a row per method; for a terminal."""
     summaries = results["sets"][name]["methods"]
-    attacked = any(one["attacks"] for one in summaries)
+    attacked = any(summary["attacks"] for summary in summaries)
     rows = [["method", "forget", "retain", "front", "perplexity", *(["most leaked by"] if attacked else []), "seconds"]]
-    for one in ordered(summaries):
-        worst = worst_attack(one)
+    for method in ordered(summaries):
+        worst = worst_attack(method)
         leaked = DASH if worst is None else f"{worst[0]} {worst[1]:.2f}" if worst[1] else "nothing"
         rows.append(
             [
-                told_label(one),
-                share(one["forget"]),
-                share(one["retain"]),
-                "yes" if one["front"] else "",
-                ratio(one["perplexity_ratio"]),
+                told_label(method),
+                share(method["forget"]),
+                share(method["retain"]),
+                "yes" if method["front"] else "",
+                ratio(method["perplexity_ratio"]),
                 *([leaked] if attacked else []),
-                amount("seconds", one["cost"]["seconds"]),
+                amount("seconds", method["cost"]["seconds"]),
             ]
         )
     return rows
 
 
 def ordered(summaries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns those on the front first, by how much they forget; then the others, and those that failed last."""
-    return sorted(summaries, key=lambda one: (one["forget"] is None, not one["front"], -(one["forget"] or 0)))
+    """Returns the summaries on the front first, by their forgetting; then the others, and failed ones last."""
+    return sorted(
+        summaries, key=lambda summary: (summary["forget"] is None, not summary["front"], -(summary["forget"] or 0))
+    )
 
 
 def told_label(summary: Mapping[str, Any]) -> str:
-    """Returns the method's name, with how many runs it is of where some failed."""
+    """Returns the method's name, with the number of successful runs if some failed."""
     seeds, done = summary["seeds"], summary["done"]
     return summary["method"] if done == seeds else f"{summary['method']} ({done} of {seeds} runs)"
 
@@ -112,19 +114,19 @@ def measures_table(results: Mapping[str, Any], name: str) -> Rows:
     about = results["sets"][name]
     names = [key for key in about["measures"] if key not in ("forget", "retain")]
     rows = [["method", *(key.replace("_", " ") for key in names), "perplexity"]]
-    for one in ordered(about["methods"]):
-        values = [share(one["measures"].get(key)) for key in names]
-        rows.append([told_label(one), *values, ratio(one["perplexity_ratio"])])
+    for summary in ordered(about["methods"]):
+        values = [share(summary["measures"].get(key)) for key in names]
+        rows.append([told_label(summary), *values, ratio(summary["perplexity_ratio"])])
     return rows
 
 
 def attack_table(results: Mapping[str, Any], name: str) -> Rows:
     """Builds the table of leak rates with their intervals: a row per attack, a column per method."""
-    summaries = [one for one in ordered(results["sets"][name]["methods"]) if one["attacks"]]
-    names = dict.fromkeys(attack for one in summaries for attack in one["attacks"])
-    rows = [["attack", *(one["method"] for one in summaries)]]
+    summaries = [method for method in ordered(results["sets"][name]["methods"]) if method["attacks"]]
+    names = dict.fromkeys(attack for summary in summaries for attack in summary["attacks"])
+    rows = [["attack", *(summary["method"] for summary in summaries)]]
     for attack in names:
-        rows.append([attack, *(leak(one["attacks"].get(attack)) for one in summaries)])
+        rows.append([attack, *(leak(summary["attacks"].get(attack)) for summary in summaries)])
     return rows
 
 
@@ -138,11 +140,11 @@ def leak(attack: Mapping[str, Any] | None) -> str:
 
 def ability_table(results: Mapping[str, Any], name: str) -> Rows:
     """Builds the table of every task's value with its standard error: a row per method."""
-    summaries = [one for one in ordered(results["sets"][name]["methods"]) if one["ability"]]
-    names = list(dict.fromkeys(task for one in summaries for task in one["ability"]))
+    summaries = [method for method in ordered(results["sets"][name]["methods"]) if method["ability"]]
+    names = list(dict.fromkeys(task for summary in summaries for task in summary["ability"]))
     rows = [["method", *names]]
-    for one in summaries:
-        rows.append([told_label(one), *(scored(one["ability"].get(task)) for task in names)])
+    for method in summaries:
+        rows.append([told_label(method), *(scored(method["ability"].get(task)) for task in names)])
     return rows
 
 
@@ -157,13 +159,13 @@ def scored(score: Mapping[str, Any] | None) -> str:
 def cost_table(results: Mapping[str, Any], name: str) -> Rows:
     """Builds the table of time, memory and size: a row per method."""
     rows = [["method", *COST_HEADS.values()]]
-    for one in ordered(results["sets"][name]["methods"]):
-        rows.append([told_label(one), *(amount(key, value) for key, value in cost_of(one).items())])
+    for summary in ordered(results["sets"][name]["methods"]):
+        rows.append([told_label(summary), *(amount(key, value) for key, value in cost_of(summary).items())])
     return rows
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Writes all tables of all sets, and the cells that failed, as Markdown."""
+    """Writes all tables of all sets, and the failed cells, as Markdown."""
     return "\n".join(_lines(results)) + "\n"
 
 

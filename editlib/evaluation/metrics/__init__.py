@@ -1,5 +1,5 @@
-"""One function per metric; `docs/reference/metrics.md` has them in one table. Generated and teacher-forced ones are
-kept apart by the names of modules and of results."""
+"""One function per metric; `docs/reference/metrics.md` has a table of them. The names of modules and results
+distinguish generated from teacher-forced metrics."""
 
 from editlib.answers import has_answer, is_fluent, is_fluent_refusal, is_refusal, refusal_verdict
 from editlib.evaluation.intervals import wilson_interval

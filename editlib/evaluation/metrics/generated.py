@@ -1,4 +1,4 @@
-"""Measure text that the model wrote itself: ROUGE-L, token entropy, cosine similarity, entailment."""
+"""Measure text that the model generated: ROUGE-L, token entropy, cosine similarity, entailment."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Encoder(Protocol):
 
 
 Classifier = Callable[[list[dict[str, str]]], list[dict[str, Any]]]
-"""Pairs `{"text": premise, "text_pair": hypothesis}` -> `{"label": ...}` each, as transformers' pipeline answers."""
+"""Maps pairs `{"text": premise, "text_pair": hypothesis}` to `{"label": ...}` each, like transformers' pipeline."""
 
 
 def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: Split) -> MetricResult:
@@ -66,9 +66,9 @@ def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: S
     `LCS(reference, generated) / |reference|`, both in words, Porter-stemmed as TOFU and open-unlearning do. Mean over
     the answers. Lower is better on a forget set, higher on a retain set. Generated, not teacher-forced.
 
-    The words are Google's (`rouge-score`): runs of a-z and 0-9. A reference without any, or one that is mostly in
-    another script than Latin, cannot be scored and does not count; the 0 that the package gives would read as
-    "forgotten". The result's meaning and a warning say how many there are.
+    The words are Google's (`rouge-score`): runs of a-z and 0-9. A reference without such words, or mostly in another
+    script than Latin, cannot be scored and does not count, since the package's 0 would look like "forgotten". The
+    result's meaning and a warning give the number of such references.
 
     Raises:
         MetricError: the numbers of texts differ, or `rouge-score` is not installed.
@@ -82,7 +82,7 @@ def rouge_l_recall(generated: Sequence[str], references: Sequence[str], *, on: S
     if not (unread := [item["ground_truth"] for item in items if item["rougeL_recall"] is None]):
         return result
     log.warning(
-        "ROUGE-L reads words of a-z and 0-9 only: %d of %d references are written otherwise and do not count; the "
+        "ROUGE-L reads words of a-z and 0-9 only: %d of %d references are in another script and do not count; the "
         "first is %r",
         len(unread),
         len(items),
@@ -97,7 +97,7 @@ def token_entropy(tokens: Sequence[Sequence[Hashable]], *, on: Split) -> MetricR
 
     `-Σ f_i log2 f_i / log2 n` over the `n` tokens of a text, `f_i` the share of the i-th distinct one; 0 for a text of
     at most one token. Mean over the texts. Higher is better on both sets: a model that was damaged repeats itself. It
-    says nothing of what is known, so it is no part of forget efficacy. Generated, not teacher-forced.
+    does not measure knowledge, so it is not part of forget efficacy. Generated, not teacher-forced.
 
     Args:
         tokens: a sequence of token ids (or words) for each text, without the end token; as `greedy` returns them.
@@ -111,8 +111,8 @@ def cosine_similarity(
     """Computes cosine similarity of generated answers and references (2410.08109; used by UniErase), 0..1.
 
     `max(0, cos(e(generated), e(reference)))` of sentence embeddings. Mean over the answers. Lower is better on a forget
-    set, higher on a retain set. Generated, not teacher-forced. Numbers of two encoders cannot be compared: the paper's
-    is `paraphrase-MiniLM-L6-v2`.
+    set, higher on a retain set. Generated, not teacher-forced. Numbers of different encoders cannot be compared; the
+    paper's is `paraphrase-MiniLM-L6-v2`.
 
     Args:
         encoder: the name or folder of a sentence-transformers model, or anything with its `encode`.
@@ -145,21 +145,21 @@ def entailment_score(
 ) -> MetricResult:
     """Computes the share of answers that entail their reference (2410.08109; used by UniErase), 0..1.
 
-    A natural language inference model reads premise and hypothesis; an item scores 1 where it says "entailment" and 0
-    otherwise. Lower is better on a forget set, higher on a retain set. Generated, not teacher-forced. Numbers of two
-    classifiers cannot be compared: the paper's is `sileod/deberta-v3-base-tasksource-nli`.
+    A natural language inference model reads premise and hypothesis; an item scores 1 if the label is "entailment" and 0
+    otherwise. Lower is better on a forget set, higher on a retain set. Generated, not teacher-forced. Numbers of
+    different classifiers cannot be compared; the paper's is `sileod/deberta-v3-base-tasksource-nli`.
 
     Args:
         classifier: the name or folder of a sequence classification model with a label "entailment" (in any case), or a
             function that answers as transformers' text-classification pipeline does.
-        premise: which text is the premise. The paper's code takes the generated one for TOFU's forget set (is the
-            truth still in what was said?) and for all of its real-world sets, and the reference for TOFU's other sets
-            (does what was said follow from the truth?); `None` goes by `on`.
-        least_rouge: an answer with a smaller ROUGE-L recall scores 0 unseen, as in the paper's code; 0 asks the
-            classifier about every answer.
+        premise: which text is the premise. The paper's code uses the generated text for TOFU's forget set (does it
+            still contain the truth?) and for all of its real-world sets, and the reference for TOFU's other sets (does
+            the generated text follow from the truth?); `None`: chosen by `on`.
+        least_rouge: an answer with a smaller ROUGE-L recall scores 0 without the classifier, as in the paper's code;
+            with 0 the classifier reads every answer.
 
     Raises:
-        MetricError: the numbers of texts differ, a package is missing, or the classifier is none.
+        MetricError: the numbers of texts differ, a package is missing, or the classifier cannot be used.
     """
     same_number(generated=generated, references=references)
     judge = _load_classifier(classifier) if isinstance(classifier, (str, Path)) else classifier
@@ -173,17 +173,17 @@ def entailment_score(
     asked = [i for i, share in enumerate(shared) if share is None or share >= least_rouge]
     answers = judge([pairs[i] for i in asked]) if asked else []
     if len(answers) != len(asked) or not all(isinstance(answer, dict) and "label" in answer for answer in answers):
-        raise MetricError(f'the classifier answered {len(asked)} pairs otherwise than with one {{"label": ...}} each')
+        raise MetricError(f'the classifier did not answer each of {len(asked)} pairs with one {{"label": ...}}')
     labels = dict(zip(asked, (str(answer["label"]) for answer in answers), strict=True))
     items = [{"score": float(labels.get(i, "").lower() == ENTAILED), "label": labels.get(i)} for i in range(len(texts))]
     return ENTAILMENT.averaged(on, items, "score")
 
 
 def check_judges(encoder: str | Path | Encoder | None, classifier: str | Path | Classifier | None) -> None:
-    """Checks that the packages and models that score generated text are there; call it before models answer anything.
+    """Checks that packages and models for scoring generated text are available; call it before answers are generated.
 
     Raises:
-        MetricError: a package is missing, or there is no such encoder or classifier.
+        MetricError: a package, the encoder or the classifier is missing.
     """
     require_rouge()
     if isinstance(encoder, (str, Path)):

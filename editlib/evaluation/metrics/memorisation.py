@@ -1,6 +1,6 @@
 """Measure how much of an answer is memorised, token by token: exact memorisation and extraction strength.
 
-Both are teacher-forced: they see what follows an answer's first token, which a refusal hides from every metric of
+Both are teacher-forced: they measure the tokens after an answer's first one, which a refusal hides from every metric of
 generated text.
 """
 
@@ -27,15 +27,15 @@ EXTRACTION = Metric(
 def exact_memorisation(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricResult:
     """Computes exact memorisation (Tirumala et al., 2205.10770; for unlearning Wang et al., 2406.09179), 0..1.
 
-    `1/|a| Σ_k 1{argmax f(q, a_<k) = a_k}`. Mean over the answers. Lower is better on a forget set, where the measure is
-    a model that never saw the answers (grammar alone makes many tokens certain); higher on a retain set.
+    `1/|a| Σ_k 1{argmax f(q, a_<k) = a_k}`. Mean over the answers. Lower is better on a forget set, where the reference
+    is a model that never saw the answers (grammar alone makes many tokens certain); higher on a retain set.
     Teacher-forced. The same as open-unlearning's.
 
     Args:
         hits: for each answer, whether each token is the model's first choice after the question and the true tokens
             before it (`Forced.hits`). An answer without tokens does not count.
     """
-    items = [{"score": sum(map(bool, one)) / len(one) if len(one) else None} for one in hits]
+    items = [{"score": sum(map(bool, hit)) / len(hit) if len(hit) else None} for hit in hits]
     return EXACT.averaged(on, items, "score")
 
 
@@ -44,18 +44,19 @@ def extraction_strength(hits: Sequence[Sequence[bool]], *, on: Split) -> MetricR
     0..1.
 
     `1 - min{k : greedy f(q, a_<k) = a_>=k} / |a|`, `k` the number of true tokens that have to be given until greedy
-    decoding says all the rest. A rest is said exactly if each of its tokens is the first choice after the true ones
-    before it, so one reading of the answer tells. Mean over the answers. Lower is better on a forget set, higher on a
-    retain set. Teacher-forced. 0 where not even the last token is said; open-unlearning's code gives `1/|a|` then.
+    decoding generates all the rest. The rest is generated exactly if each of its tokens is the first choice after the
+    true ones before it, so one pass over the answer suffices. Mean over the answers. Lower is better on a forget set,
+    higher on a retain set. Teacher-forced. 0 if not even the last token is generated; open-unlearning's code gives
+    `1/|a|` then.
 
     Args:
         hits: as in `exact_memorisation`.
     """
-    return EXTRACTION.averaged(on, [{"score": _extractable(one)} for one in hits], "score")
+    return EXTRACTION.averaged(on, [{"score": _extractable(hit)} for hit in hits], "score")
 
 
 def _extractable(hits: Sequence[bool]) -> float | None:
-    """Computes the share of the answer that is the longest suffix made of hits alone."""
+    """Computes the length of the longest suffix of hits alone, as a share of the answer."""
     if not len(hits):
         return None
     missed = [i for i, hit in enumerate(hits) if not hit]

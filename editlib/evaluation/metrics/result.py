@@ -18,21 +18,21 @@ LARGEST = sys.float_info.max  # whole numbers may be too big for math.isfinite
 ROUNDING = 1e-9
 
 Split = Literal["forget", "retain"]
-"""Whether the questions were to be forgotten or to be kept: it turns the direction of most metrics round."""
+"""Whether the questions were to be forgotten or to be kept; the direction of most metrics depends on it."""
 
 Kind = Literal["generated", "teacher_forced", "combined"]
-"""How a number came about. `generated`: from text that the model wrote itself. `teacher_forced`: from given answers
-that the model read. `combined`: from other metrics."""
+"""How a number was measured. `generated`: on text that the model generated. `teacher_forced`: on given answers that the
+model read. `combined`: from other metrics."""
 
 
 @dataclass(frozen=True)
 class MetricResult:
     """Holds one measured number: a metric over one set of questions, with its direction, meaning and interval.
 
-    `agg_value` is `None` where nothing could be scored, and `higher_is_better` where a foreign file does not say.
+    `agg_value` is `None` if nothing could be scored, and `higher_is_better` if another tool's file does not say.
     `value_by_index` holds each item's scores under the keys that open-unlearning uses ("0", "1", ... and `score`,
     `prob`, `avg_loss`, `rougeL_recall`); an item that could not be scored has `None` there and does not count in `n`.
-    `interval` is of 95 %, `None` where none was computed.
+    `interval` is the 95 % interval, `None` if none was computed.
     """
 
     name: str
@@ -45,7 +45,7 @@ class MetricResult:
     interval: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Gives `{name: {"agg_value": ..., "value_by_index": {"0": {...}}, "higher_is_better": ..., ...}}`."""
+        """Returns `{name: {"agg_value": ..., "value_by_index": {"0": {...}}, "higher_is_better": ..., ...}}`."""
         body = {
             "agg_value": self.agg_value,
             "higher_is_better": self.higher_is_better,
@@ -58,7 +58,7 @@ class MetricResult:
         return {self.name: body}
 
     def summary(self) -> dict[str, Any]:
-        """Gives the number without its items, as comparisons keep it; one that is not finite counts as none."""
+        """Returns the number without its items, as comparisons store it; `None` in place of one that is not finite."""
         known = self.agg_value is not None and math.isfinite(self.agg_value)
         return {
             "value": self.agg_value if known else None,
@@ -70,11 +70,10 @@ class MetricResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricResult:
-        """Reads the result in a mapping of one name to its body; a body of open-unlearning's has the first two keys
-        only.
+        """Reads a result from a mapping of one name to its body; a body by open-unlearning has the first two keys only.
 
         Raises:
-            MetricError: not one name, no usable `agg_value`, or items that are no objects.
+            MetricError: not one name, no usable `agg_value`, or items that are not objects.
         """
         if not isinstance(data, Mapping) or len(data) != 1:
             raise MetricError(f"expected one metric as {{name: {{...}}}}, got {quote(data)}")
@@ -103,7 +102,7 @@ class MetricResult:
         )
 
     def values(self, key: str = "score") -> list[float]:
-        """Lists what the items hold under `key`, without those that could not be scored.
+        """Lists the items' values under `key`, without those that could not be scored.
 
         Raises:
             MetricError: no item has this key.
@@ -116,8 +115,7 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Metric:
-    """Describes a metric: its name, how it is measured, which way is good on either kind of questions, and what it
-    says."""
+    """Describes a metric: its name, how it is measured, its direction on either kind of questions, and its meaning."""
 
     name: str
     kind: Kind
@@ -125,7 +123,7 @@ class Metric:
     meaning: str
 
     def averaged(self, on: Split, items: Sequence[Mapping[str, Any]], key: str) -> MetricResult:
-        """Takes the mean of what `items` hold under `key`, named `<on>_<kind>_<name>`."""
+        """Computes the mean of the items' values under `key`, as a result named `<on>_<kind>_<name>`."""
         if on not in get_args(Split):
             raise MetricError(f"on={on!r}; expected one of {', '.join(get_args(Split))}")
         counted = [item[key] for item in items if item[key] is not None]
@@ -148,22 +146,22 @@ KNOWN: Mapping[Split, bool] = {"forget": False, "retain": True}
 
 
 def same_number(**given: Sequence[Any]) -> None:
-    """Raises `MetricError` unless all of `given` are equally long."""
+    """Raises `MetricError` unless all of `given` have the same length."""
     if len({len(values) for values in given.values()}) > 1:
         counts = ", ".join(f"{len(values)} {name}" for name, values in given.items())
         raise MetricError(f"{counts}; expected one of each for every question")
 
 
 def unit_value(name: str, value: float | MetricResult | None) -> float:
-    """Checks that a number, or that of a result, is in 0..1, and gives it.
+    """Returns a number, or that of a result, after a check that it is in 0..1.
 
     Raises:
         MetricError: there is none, or it lies outside.
     """
-    found = value.agg_value if isinstance(value, MetricResult) else value
-    if found is None or not -ROUNDING <= found <= 1.0 + ROUNDING:
-        raise MetricError(f"{name} is {found}; expected a number from 0 to 1: measure it first")
-    return min(max(float(found), 0.0), 1.0)
+    number = value.agg_value if isinstance(value, MetricResult) else value
+    if number is None or not -ROUNDING <= number <= 1.0 + ROUNDING:
+        raise MetricError(f"{name} is {number}; expected a number from 0 to 1: measure it first")
+    return min(max(float(number), 0.0), 1.0)
 
 
 def write_results(path: Path, results: Iterable[MetricResult]) -> None:
@@ -187,10 +185,10 @@ def read_results(path: Path, side: str = "edited") -> dict[str, MetricResult]:
     holds results under `scores`.
 
     Args:
-        side: the model whose results are read from a `metrics.json`: "edited", or "base" where they were measured.
+        side: the model whose results are read from a `metrics.json`: "edited", or "base" if it was measured.
 
     Raises:
-        MetricError: no such file, no JSON object, an entry that is no metric, or no results of this model.
+        MetricError: no such file, not a JSON object, an entry that is not a metric, or no results of this model.
     """
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))

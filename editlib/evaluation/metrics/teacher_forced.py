@@ -1,7 +1,7 @@
-"""Measure given answers that the model reads after the question: probability and TOFU's truth ratio.
+"""Measure the likelihood of given answers after the question: probability and TOFU's truth ratio.
 
-Nothing is generated here. A model can give the truth a low probability and still say it later, or the other way round:
-an edit that changes only the first token of an answer leaves the rest as likely as ever.
+Nothing is generated here. A model can give the truth a low probability and still generate it later, or the reverse: an
+edit that changes only the first token of an answer leaves the rest as likely as before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.generation import Forced, teacher_forced
 from editlib.models.prompts import PromptFormat
 
-LARGEST_NLL = 700.0  # `exp` of more is no float
+LARGEST_NLL = 700.0  # `exp` of more overflows
 
 PROBABILITY = Metric(
     "probability",
@@ -50,11 +50,11 @@ def read_answers(
     *,
     progress: str | None = None,
 ) -> list[Forced]:
-    """Lets the model read each answer after its question; all metrics of this kind are made of the result.
+    """Scores each answer after its question; all teacher-forced metrics are computed from the result.
 
     `[one.mean for one in read]` goes into `probability` and `truth_ratio`, `[one.hits for one in read]` into
     `exact_memorisation` and `extraction_strength`. The answer counts from its first token to its last. (The code of
-    TOFU and open-unlearning counts the end token in the loss as well, which weighs most in short answers.)
+    TOFU and open-unlearning includes the end token in the loss, which matters most for short answers.)
 
     Raises:
         MetricError: the numbers of texts differ.
@@ -68,7 +68,7 @@ def read_answers(
 def probability(nll: Sequence[float], *, on: Split) -> MetricResult:
     """Computes the length-normalised probability of the true answers (TOFU, 2401.06121, sec. 2.2), 0..1.
 
-    `P(a|q)^(1/|a|) = exp(-mean NLL)`. Mean over the answers. Lower is better on a forget set, where the measure is a
+    `P(a|q)^(1/|a|) = exp(-mean NLL)`. Mean over the answers. Lower is better on a forget set, where the reference is a
     model that never saw the answers and not 0; higher on a retain set. Teacher-forced.
 
     Args:
@@ -88,9 +88,9 @@ def probability_with_options(
     """Computes the probability of the true answer among given ones (TOFU, sec. 2.2, for Real Authors and World Facts),
     0..1.
 
-    `p / (p + Σ_i p_i)`. TOFU's text writes `P(a|q)` here; its code and open-unlearning's take `P(a|q)^(1/|a|)`, and so
-    does this, or the shortest answer would win. Mean over the questions. Lower is better on a forget set, higher on a
-    retain set. Teacher-forced.
+    `p / (p + Σ_i p_i)`. TOFU's text has `P(a|q)` here; its code and open-unlearning's use `P(a|q)^(1/|a|)`, and so does
+    this, since otherwise the shortest answer would win. Mean over the questions. Lower is better on a forget set,
+    higher on a retain set. Teacher-forced.
 
     Args:
         nll: nats per token of each true answer; `nan` does not count.
@@ -107,7 +107,7 @@ def probability_with_options(
             continue
         least = min(right, *wrong)
         share = math.exp(least - right)
-        items.append({"prob": share / math.fsum([share, *(math.exp(least - one) for one in wrong)])})
+        items.append({"prob": share / math.fsum([share, *(math.exp(least - loss) for loss in wrong)])})
     return OPTIONS.averaged(on, items, "prob")
 
 
@@ -117,14 +117,14 @@ def truth_ratio(
     """Computes the truth ratio (TOFU, 2401.06121, eq. 1), aggregated for the kind of set (sec. 2.2), 0..1.
 
     `r = mean_i P(â_i|q)^(1/|â_i|) / P(ã|q)^(1/|ã|)`, wrong (perturbed) answers `â_i` over a paraphrase `ã` of the true
-    one. On a forget set the mean of `min(r, 1/r)`: 1 where the model does not tell true from false. On a retain set the
-    mean of `max(0, 1 - r)`: 1 where false answers are impossible. **Higher is better on both.** Teacher-forced.
+    one. On a forget set the mean of `min(r, 1/r)`: 1 where the model does not distinguish true from false. On a retain
+    set the mean of `max(0, 1 - r)`: 1 where false answers are impossible. **Higher is better on both.** Teacher-forced.
 
-    The mean over wrong answers is the text's, of probabilities. TOFU's aggregation script and open-unlearning take it
-    of their logarithms, which is never larger: such numbers are near these but not the same, and the two must not be
+    The mean over wrong answers is that of probabilities, as in the paper. TOFU's aggregation script and open-unlearning
+    use the mean of logarithms, which is never larger: such numbers are close but not equal, and the two must not be
     mixed in `forget_quality`.
 
-    Items hold `r` as `score` and what it adds to the mean as `contribution`.
+    Items hold `r` as `score`, and their term in the mean as `contribution`.
 
     Args:
         paraphrased_nll: nats per token of the paraphrased answer; `nan` does not count.
@@ -139,8 +139,8 @@ def truth_ratio(
         if true is None:
             items.append({"score": None, "contribution": None})
             continue
-        least = min(wrong)  # in logarithms: a destroyed model's probabilities are no floats
-        log = true - least + math.log(math.fsum(math.exp(least - one) for one in wrong) / len(wrong))
+        least = min(wrong)  # in logarithms: a destroyed model's probabilities underflow
+        log = true - least + math.log(math.fsum(math.exp(least - loss) for loss in wrong) / len(wrong))
         ratio = math.exp(log)
         items.append({"score": ratio, "contribution": math.exp(-abs(log)) if on == "forget" else max(0.0, 1.0 - ratio)})
     metric = TRUTH_RATIO_FORGET if on == "forget" else TRUTH_RATIO_RETAIN
@@ -148,10 +148,10 @@ def truth_ratio(
 
 
 def _losses(nll: Sequence[float], others: Sequence[Sequence[float]]) -> Iterator[tuple[float | None, list[float]]]:
-    """Yields each answer with the others to its question; `None` where one of them could not be read or there is no
+    """Yields each answer with the others to its question; `None` if one of them could not be scored or there is no
     other."""
-    for one, more in zip(nll, others, strict=True):
-        first, rest = _loss(one), [loss for loss in map(_loss, more) if loss is not None]
+    for answer, more in zip(nll, others, strict=True):
+        first, rest = _loss(answer), [loss for loss in map(_loss, more) if loss is not None]
         yield (first, rest) if rest and len(rest) == len(more) else (None, [])
 
 

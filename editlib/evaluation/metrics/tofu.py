@@ -16,7 +16,7 @@ ValuesBySet = Mapping[str, Mapping[str, MetricValue]]
 
 
 def require_scipy() -> None:
-    """Raises `MetricError` if the package that forget quality is computed with is missing."""
+    """Raises `MetricError` if scipy, which forget quality needs, is missing."""
     try:
         import scipy.stats  # noqa: F401
     except ImportError:
@@ -27,13 +27,13 @@ def forget_quality(ratios: Sequence[float], retain_only_ratios: Sequence[float])
     """Computes the p-value of a two-sample Kolmogorov-Smirnov test (TOFU, 2401.06121, sec. 2.2), 0..1.
 
     Compares the truth ratios of the forget set under the unlearned model with those under a model that was trained on
-    the retain set only. Higher is better: above 0.05 the two cannot be told apart. A number of the forget set; a retain
-    set has none. Teacher-forced ratios, combined. It needs the retain-only model: without one there is no forget
-    quality. The p-value falls with the number of questions, so compare equal numbers only.
+    the retain set only. Higher is better: above 0.05 the two are not distinguishable. A number of the forget set; a
+    retain set has none. Teacher-forced ratios, combined. Without a retain-only model there is no forget quality. The
+    p-value falls with the number of questions, so compare only equal numbers of questions.
 
     Args:
-        ratios, retain_only_ratios: `truth_ratio(..., on="forget").values()` of the two models. Any strictly rising or
-            falling function of both gives the same number, so 1 / r, as others store it, does.
+        ratios, retain_only_ratios: `truth_ratio(..., on="forget").values()` of the two models. Any strictly monotonic
+            function of both gives the same number, such as 1 / r, which other tools store.
 
     Raises:
         MetricError: one of them is empty, or scipy is not installed.
@@ -71,7 +71,7 @@ def model_utility(scores: ValuesBySet) -> MetricResult:
             the latter two sets `probability_with_options`) and `truth_ratio` (all with `on="retain"`).
 
     Raises:
-        MetricError: a number is missing, is no number of these nine, or lies outside 0..1.
+        MetricError: a number is missing, is not one of these nine, or lies outside 0..1.
     """
     return utility(
         "model_utility",
@@ -85,7 +85,7 @@ def model_utility(scores: ValuesBySet) -> MetricResult:
 def utility(name: str, scores: ValuesBySet, sets: Sequence[str], metrics: Sequence[str], meaning: str) -> MetricResult:
     """Computes the harmonic mean of `metrics` on `sets`, all of them and no others."""
     wanted = {f"{part}/{metric}" for part in sets for metric in metrics}
-    given = {f"{part}/{metric}": value for part, found in scores.items() for metric, value in found.items()}
+    given = {f"{part}/{metric}": value for part, by_metric in scores.items() for metric, value in by_metric.items()}
     if missing := sorted(wanted - given.keys()):
         raise MetricError(f"{name} needs {', '.join(missing)} as well; expected {len(wanted)} numbers")
     if strange := sorted(given.keys() - wanted):
@@ -103,5 +103,5 @@ def utility(name: str, scores: ValuesBySet, sets: Sequence[str], metrics: Sequen
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """Computes `n / Σ 1/x_i`; 0 where one of them is 0."""
+    """Computes `n / Σ 1/x_i`; 0 if one of them is 0."""
     return len(values) / sum(1.0 / value for value in values) if all(value > 0 for value in values) else 0.0

@@ -1,4 +1,4 @@
-"""Compute the summary numbers of UniErase (2505.15674): forget efficacy, retain ability and how the two balance.
+"""Compute the summary numbers of UniErase (2505.15674): forget efficacy, retain ability and the balance of the two.
 
 Forget efficacy and the wide model utility are those of "A Closer Look at Machine Unlearning" (2410.08109), whose code
 UniErase evaluates with.
@@ -12,7 +12,7 @@ from editlib.evaluation.metrics.result import MetricResult, unit_value
 from editlib.evaluation.metrics.tofu import METRICS, SETS, MetricValue, ValuesBySet, harmonic_mean, utility
 
 OPTIONAL = ("cosine_similarity", "entailment_score")
-"""The measures that need a further model, which not everybody has."""
+"""The measures that need another model, which may not be available."""
 
 ALL_METRICS = (*METRICS, "token_entropy", *OPTIONAL)
 
@@ -28,14 +28,14 @@ def forget_efficacy(
     """Computes forget efficacy, FE: 1 - the mean of five numbers of the forget set (2410.08109), 0..1.
 
     `1 - mean(ROUGE, P, 1 - TR, CS, ES)`. Higher is better. A number of the forget set; a retain set has none. ROUGE, CS
-    and ES are generated, P and TR teacher-forced. Token entropy is no part of it, since it does not tell what is known.
+    and ES are generated, P and TR teacher-forced. Token entropy is not part of it, since it does not measure knowledge.
 
     Args:
         truth_ratio: as `truth_ratio(..., on="forget")` gives it, the mean of `min(r, 1/r)`, where higher is better; the
-            paper turns it round for the mean, and so does this. Its code moreover takes the geometric mean of the wrong
-            answers' probabilities in r, where TOFU's text has the arithmetic one.
-        cosine_similarity, entailment_score: without one of them the mean is of the others, and the result's
-            name says what is missing: it must not be compared with an FE of five.
+            mean uses `1 - TR`, as in the paper. The paper's code also uses the geometric mean of the wrong answers'
+            probabilities in r, while TOFU's text has the arithmetic one.
+        cosine_similarity, entailment_score: without one of them the mean is over the others, and the result's name says
+            which is missing: do not compare it with an FE of five numbers.
 
     Raises:
         MetricError: one of the first three is missing, or a number lies outside 0..1.
@@ -76,8 +76,8 @@ def retain_ability(
     Higher is better; one number at 0 makes it 0. A number of the retain set; a forget set has none. ROUGE, entropy, CS
     and ES are generated, P and TR teacher-forced.
 
-    UniErase reports an RA whose formula could not be checked here. This is what the code that it evaluates with calls
-    "Model Utility Retain" (2410.08109); do not compare it with printed values of RA.
+    The formula of RA in the UniErase paper could not be verified. This one is "Model Utility Retain" of the code with
+    which it evaluates (2410.08109); do not compare it with published values of RA.
 
     Args:
         truth_ratio: with `on="retain"`, as all of them.
@@ -116,7 +116,7 @@ def wide_model_utility(scores: ValuesBySet) -> MetricResult:
             `token_entropy`, `cosine_similarity` and `entailment_score`.
 
     Raises:
-        MetricError: a number is missing, is no number of these eighteen, or lies outside 0..1.
+        MetricError: a number is missing, is not one of these eighteen, or lies outside 0..1.
     """
     return utility(
         "wide_model_utility",
@@ -128,15 +128,16 @@ def wide_model_utility(scores: ValuesBySet) -> MetricResult:
 
 
 def balance(efficacy: float | MetricResult, ability: float | MetricResult) -> MetricResult:
-    """Computes how forgetting and keeping balance, RB: the harmonic mean of forget efficacy and retain ability, 0..1.
+    """Computes the balance of forgetting and keeping, RB: the harmonic mean of forget efficacy and retain ability,
+    0..1.
 
-    `2 FE RA / (FE + RA)`. Higher is better; forgetting all with all else, and forgetting nothing, both give 0. A
-    number of both sets together. UniErase reports a balance whose formula could not be checked here: this one is ours,
-    not to be compared with printed values.
+    `2 FE RA / (FE + RA)`. Higher is better; destroying all knowledge, and forgetting nothing, both give 0. A number of
+    both sets together. The formula of RB in the UniErase paper could not be verified: this one is ours; do not compare
+    it with published values.
 
     Args:
-        efficacy, ability: `forget_efficacy` and `retain_ability`, or a model utility where that is what should be kept.
-            The items of the result have the names of what was given.
+        efficacy, ability: `forget_efficacy` and `retain_ability`, or a model utility in place of the latter. The items
+            of the result have the names of the given numbers.
 
     Raises:
         MetricError: a number is missing or lies outside 0..1.

