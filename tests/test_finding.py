@@ -12,7 +12,7 @@ from tiny_models import make_llama, train_tokenizer
 
 from editlib import data
 from editlib.algorithms.edit import EditState
-from editlib.algorithms.unierase import apply as apply_module
+from editlib.algorithms.unierase import finding as finding_module
 from editlib.algorithms.unierase import refusal_tokens
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.baselines.refusal_edit import editor_hparams
@@ -78,7 +78,7 @@ ARCHITECTURES = [
 @pytest.fixture
 def little_text(monkeypatch):
     """Refusal tokens are held back from little ordinary text: where they are said is not what is looked at here."""
-    monkeypatch.setattr(apply_module, "GENERAL_STEP", 100)
+    monkeypatch.setattr(finding_module, "GENERAL_STEP", 100)
     for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
         monkeypatch.setattr(refusal_tokens, name, 4)
 

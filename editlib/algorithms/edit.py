@@ -151,12 +151,13 @@ Solve = Callable[[int, LayerKeys, Tensor], LowRank]
 
 @dataclass(frozen=True)
 class Written:
-    """Holds the updates that were written, the weights before `[d_model, d_ff]` and the requests' keys `[d_ff, n]`, by
-    layer."""
+    """Holds the updates that were written and the matrices before, by number; by layer, the requests' keys `[d_ff, n]`
+    and the neurons that were written whole."""
 
     deltas: dict[int, LowRank]
     originals: dict[int, Tensor]
-    keys: dict[int, Tensor]
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    neurons: dict[int, Sequence[int]] = field(default_factory=dict)
 
 
 def write_layers(
@@ -218,6 +219,12 @@ def write(anat: Anatomy, layer: int, delta: LowRank) -> None:
             f"the update of layer {layer} is not finite in {weight.dtype}; the model is unchanged: "
             "lower `v_lr` or raise `L2`"
         )
+
+
+def write_all(anat: Anatomy, deltas: Mapping[int, LowRank]) -> None:
+    """Adds updates to their matrices, by number; see `write`."""
+    for number, delta in deltas.items():
+        write(anat, number, delta)
 
 
 def _averaging(counts: Sequence[int], weights: Sequence[Sequence[float]] | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from editlib.errors import HparamsError, StatsError
-from editlib.hparams.methods import NullSpaceHyperParams
+from editlib.hparams.null_space import NullSpaceHyperParams
 from editlib.stats.cache import kept_beside
 from editlib.stats.file import LayerStats
 from editlib.stats.spectrum import eigen, kept_dimensions

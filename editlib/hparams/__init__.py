@@ -10,20 +10,18 @@ from editlib.hparams.derive import derive
 from editlib.hparams.loading import algorithm_of, find_hparams, load_hparams
 from editlib.hparams.methods import (
     ALGORITHMS,
-    AlphaEditHyperParams,
     EMMETHyperParams,
     FTHyperParams,
     MEMITHyperParams,
     MEMITSeqHyperParams,
     NASHyperParams,
-    NullSpaceHyperParams,
     PRUNEHyperParams,
     RECTHyperParams,
     ROMEHyperParams,
-    UniEraseHyperParams,
     finds_values,
     takes_retain,
 )
+from editlib.hparams.null_space import AlphaEditHyperParams, NullSpaceHyperParams, UniEraseHyperParams
 from editlib.hparams.shapes import KNOWN, ModelShape
 
 __all__ = [

@@ -15,7 +15,7 @@ from typing import Any
 from editlib.errors import HparamsError
 from editlib.hparams.base import HyperParams
 from editlib.hparams.bundled import available, bundled, class_of
-from editlib.hparams.methods import UniEraseHyperParams
+from editlib.hparams.null_space import UniEraseHyperParams
 from editlib.hparams.shapes import KNOWN, ModelShape, known_as
 
 SMALL, GEMMA, LARGE = "smollm2-135m", "gemma3-270m", "llama-3-8b"

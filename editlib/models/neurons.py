@@ -26,7 +26,7 @@ TOKENS = 4  # of a probe
 
 
 @dataclass(frozen=True)
-class Rows:
+class NeuronRows:
     """Names the rows of one matrix that belong to a layer's neurons: `d_ff` of them, from row `first` on."""
 
     number: int  # of the matrix, see `Anatomy.matrix_names`
@@ -38,8 +38,8 @@ class Neurons:
     """Holds what the neurons of one layer compute with: the rows `g_j` and `u_j`, and `act`."""
 
     layer: int
-    gate: Rows
-    up: Rows | None
+    gate: NeuronRows
+    up: NeuronRows | None
     act: nn.Module
 
     def keys(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Neurons:
         activated: Tensor = self.act(gate)
         return activated if self.up is None else activated * up
 
-    def bias(self, anat: Anatomy, rows: Rows | None) -> Tensor:
+    def bias(self, anat: Anatomy, rows: NeuronRows | None) -> Tensor:
         """Returns the biases `[d_ff]` of the neurons' rows in a matrix; zeros where it has none."""
         found = None if rows is None else getattr(anat.matrix(rows.number), "bias", None)
         if rows is None or found is None:
@@ -84,15 +84,15 @@ def find_neurons(anat: Anatomy, layer: int) -> Neurons:
 def _kinds(anat: Anatomy, layer: int) -> Iterator[Neurons]:
     """Yields all ways in which the neurons of `layer` may compute: each order of gate and up, each activation."""
     numbers = anat.input_numbers(layer)
-    ways: list[tuple[Rows, Rows | None]]
+    ways: list[tuple[NeuronRows, NeuronRows | None]]
     if len(numbers) == 2:
-        first, second = Rows(numbers[0]), Rows(numbers[1])
+        first, second = NeuronRows(numbers[0]), NeuronRows(numbers[1])
         ways = [(first, second), (second, first)]
     elif len(anat.weight(numbers[0])) == 2 * anat.d_ff:  # both in one matrix
-        first, second = Rows(numbers[0]), Rows(numbers[0], anat.d_ff)
+        first, second = NeuronRows(numbers[0]), NeuronRows(numbers[0], anat.d_ff)
         ways = [(first, second), (second, first)]
     else:
-        ways = [(Rows(numbers[0]), None)]
+        ways = [(NeuronRows(numbers[0]), None)]
     inside = [module for module in anat.layers[layer].modules() if not any(True for _ in module.parameters())]
     # Some models call a function in place of a module.
     common: list[nn.Module] = [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU()]
@@ -105,7 +105,7 @@ def _kinds(anat: Anatomy, layer: int) -> Iterator[Neurons]:
 def _computes(anat: Anatomy, neurons: Neurons, x: Tensor, key: Tensor) -> bool:
     """Returns whether `neurons` compute the layer's `key [..., d_ff]` from `x [..., d_model]`."""
 
-    def out(rows: Rows) -> Tensor:
+    def out(rows: NeuronRows) -> Tensor:
         whole: Tensor = anat.matrix(rows.number)(x)
         return whole[..., rows.first : rows.first + anat.d_ff]
 

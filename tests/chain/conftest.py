@@ -10,7 +10,7 @@ import torch
 from chain_cases import HPARAMS, hparams_of
 from tiny_models import make_llama, train_tokenizer
 
-from editlib.algorithms.unierase import apply, refusal_tokens
+from editlib.algorithms.unierase import finding, refusal_tokens
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.chain import Chain
 from editlib.models.anatomy import anatomy
@@ -23,7 +23,7 @@ from editlib.workbench import Workbench
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch):
     """Refusal tokens are held back from little ordinary text: where they are said is not what these tests are about."""
-    monkeypatch.setattr(apply, "GENERAL_STEP", 100)
+    monkeypatch.setattr(finding, "GENERAL_STEP", 100)
     for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
         monkeypatch.setattr(refusal_tokens, name, 4)
 

@@ -8,43 +8,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib import data
-from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.edit import (
     EditResult,
     EditState,
     Timer,
-    Written,
     layer_norms,
     restored_on_error,
-    write,
-    write_layers,
+    write_all,
 )
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.null_space import null_spaces
-from editlib.algorithms.pipeline import EncodedEdit, check_fit, find_values, value_diagnostics
+from editlib.algorithms.pipeline import check_fit, value_diagnostics
 from editlib.algorithms.unierase.anchor_keys import AnchorKeys, GateAnchors
 from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
 from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, relations_of, remaining_gate_values
 from editlib.algorithms.unierase.catalogue import Catalogue
-from editlib.algorithms.unierase.constraints import hold_anchors, layer_solve
+from editlib.algorithms.unierase.constraints import hold_anchors
 from editlib.algorithms.unierase.examples import contexts_of
+from editlib.algorithms.unierase.finding import edit_values
 from editlib.algorithms.unierase.gated_neurons import check_neurons
-from editlib.algorithms.unierase.other_subjects import other_subjects
-from editlib.algorithms.unierase.refusal_marks import fit_marks
-from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
+from editlib.algorithms.unierase.inputs import FoundValues, KeptInputs, UniEraseInputs
+from editlib.algorithms.unierase.refusal_places import RefusalPlaces
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
-from editlib.algorithms.unierase.row_values import RowReport, values_from_rows, with_rows
-from editlib.algorithms.unierase.subject_neurons import write_neurons
-from editlib.algorithms.unierase.subject_rows import SubjectRows, by_subject, check_answers, subject_rows
+from editlib.algorithms.unierase.row_values import with_rows
+from editlib.algorithms.unierase.subject_rows import by_subject, check_answers
 from editlib.algorithms.unierase.token import UnlearningToken
+from editlib.algorithms.unierase.writing import write_marks, write_values
 from editlib.algorithms.values import Values
 from editlib.errors import HparamsError, RequestError, TokenError
 from editlib.hparams import UniEraseHyperParams
@@ -52,8 +47,7 @@ from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import no_param_grad
 from editlib.models.neurons import find_neurons
 from editlib.models.positions import positions_of
-from editlib.models.precision import cast_params, fast_dtype
-from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
@@ -62,56 +56,6 @@ log = logging.getLogger(__name__)
 
 MOST_KEPT = 600  # most retain prompts after which no refusal token may be generated
 GENERAL_STEP = 4  # every fourth bundled question is also kept free of refusal tokens
-
-
-@dataclass(frozen=True)
-class _Edit:
-    """Holds one edit's inputs, ready for the model: requests with the wordings made for them, and encoded contexts."""
-
-    anat: Anatomy
-    form: PromptFormat
-    requests: list[EditRequest]
-    hparams: UniEraseHyperParams
-    contexts: list[list[TokenRow]]
-    catalogue: Catalogue
-    token_id: int | None  # of [UNL], the target of values by descent; `None` with values from rows
-    seed: int
-    progress: bool
-
-    @property
-    def fits_tokens(self) -> bool:
-        """Whether tokens are fitted to the edited model."""
-        return self.hparams.values_from_rows and self.hparams.say
-
-    def steps(self, *, found: bool) -> list[str]:
-        """Lists the steps of the edit as its timer names them; values that were `found` before are none."""
-        gate, tokens = self.hparams.gate_at is not None, self.fits_tokens
-        wanted = {"anchors": True, "gate": gate, "values": not found, "write": True, "tokens": tokens}
-        return [name for name, is_one in wanted.items() if is_one]
-
-    def fast(self) -> AbstractContextManager[None]:
-        """Runs the model in the dtype that the processor is fast in, where the settings allow it (`v_precision`)."""
-        return cast_params(self.anat.model, fast_dtype(self.anat.model) if self.hparams.v_precision == "fast" else None)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Holds what an edit must preserve: retain prompts, the model's answers to them as far as they are known, and the
-    anchors' keys."""
-
-    retain: Sequence[EditRequest]
-    answers: Mapping[str, Sequence[int]] | None
-    keys: AnchorKeys
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Holds the values of an edit; if they were found and not given, also the report of their rows and the tokens'
-    places."""
-
-    values: Values
-    rows: RowReport = field(default_factory=dict)
-    places: RefusalPlaces | None = None
 
 
 def apply_unierase_to_model(
@@ -175,27 +119,21 @@ def apply_unierase_to_model(
             opened, gate = _open_gate(edit, kept.keys.gate, values, state.opened)
         originals = {layer: anat.weight(layer).clone() for layer in gate}
         with restored_on_error(anat, originals):
-            for layer, delta in gate.items():
-                write(anat, layer, delta)
+            write_all(anat, gate)
             # 3. The values, unless they are given for a replay.
-            found = _find_values(edit, kept, timer) if values is None else _Found(values)
+            found = edit_values(edit, kept, timer) if values is None else FoundValues(values)
             values = replace(found.values, gate=opened)
             diagnostics = value_diagnostics(requests, values)
             # 4. One solve per layer reaches them.
             with timer("write"):
-                neurons: dict[int, Sequence[int]] = {}
-                if hparams.neurons:
-                    written, neurons = _write_neurons(edit, kept, values, stats, state)
-                else:
-                    solve = layer_solve(anat, hparams, spaces, stats, kept.keys, state, reread=anchored is None)
-                    written = write_layers(anat, hparams.layers, edit.contexts, values.targets, solve)
+                written = write_values(edit, kept, values, spaces, stats, state, reread=anchored is None)
             originals |= written.originals
             # 5. Tokens are fitted last: to the edited model, whose late layers mark erased facts for them.
             with timer("tokens"):
-                marks, marking = _mark(edit, values, found.places, originals, state)
+                originals |= (marked := write_marks(edit, values, found.places, state)).originals
                 token, said = _say(edit, tok, token, found.places)
-    deltas = {**written.deltas, **gate, **marks}
-    neurons |= marking
+    deltas = {**written.deltas, **gate, **marked.deltas}
+    neurons = {**written.neurons, **marked.neurons}
     return EditResult(
         deltas,
         originals,
@@ -203,11 +141,8 @@ def apply_unierase_to_model(
         norms=layer_norms(deltas, originals),
         timings=timer.seconds,
         anchors=kept.keys.anchors.ids,
-        state=replace(
-            state.with_keys(written.keys).with_neurons(neurons),
-            opened=state.opened | relations_of(opened),
-        ),
-        values=replace(values, marks=marks, marking=marking),
+        state=replace(state.with_keys(written.keys).with_neurons(neurons), opened=state.opened | relations_of(opened)),
+        values=replace(values, marks=marked.deltas, marking=marked.neurons),
         keys=written.keys,
         token=token,
         token_ids=token.ids(tok) if token is not None and edit.fits_tokens else [],
@@ -225,7 +160,7 @@ def _prepare(
     chat: bool | None,
     seed: int,
     progress: bool,
-) -> _Edit:
+) -> UniEraseInputs:
     """Returns the edit's requests with generated wordings and contexts; adds the token of values by descent to the
     model.
 
@@ -241,7 +176,7 @@ def _prepare(
     contexts = [contexts_of(form, request, retain, hparams, seed, limit) for request in reworded]
     descends = not hparams.values_from_rows and token is not None
     token_id = token.add_to(anat.model, tok)[0] if descends and token is not None else None
-    return _Edit(anat, form, reworded, hparams, contexts, catalogue, token_id, seed, progress)
+    return UniEraseInputs(anat, form, reworded, hparams, contexts, catalogue, token_id, seed, progress)
 
 
 def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHyperParams, state: EditState) -> None:
@@ -260,14 +195,14 @@ def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHype
 
 
 def _keep(
-    edit: _Edit,
+    edit: UniEraseInputs,
     requests: Sequence[EditRequest],
     retain: Sequence[EditRequest],
     known_answers: Mapping[str, Sequence[int]] | None,
     anchored: AnchorKeys | None,
     *,
     answered: bool,
-) -> _Kept:
+) -> KeptInputs:
     """Chooses the anchors and reads their keys, unless they were read before (`anchored`).
 
     `answered`: also generate the answers to the chosen retain prompts, for tokens that will be fitted.
@@ -287,11 +222,11 @@ def _keep(
         seed=edit.seed,
         progress=edit.progress,
     )
-    return _Kept(retain, known_answers, keys)
+    return KeptInputs(retain, known_answers, keys)
 
 
 def _open_gate(
-    edit: _Edit, anchored: GateAnchors | None, values: Values | None, opened: Collection[str]
+    edit: UniEraseInputs, anchored: GateAnchors | None, values: Values | None, opened: Collection[str]
 ) -> tuple[dict[str | None, Tensor], dict[int, LowRank]]:
     """Returns the gate's values by relation, and its update by layer; both are empty without a gate."""
     if edit.hparams.gate_layer is None or edit.token_id is None:
@@ -303,113 +238,8 @@ def _open_gate(
     return found, gate_update(*common, anchored, edit.token_id, layer, edit.hparams, found)
 
 
-def _write_neurons(
-    edit: _Edit, kept: _Kept, values: Values, stats: Mapping[int, LayerStats], state: EditState
-) -> tuple[Written, dict[int, Sequence[int]]]:
-    """Writes each subject's change into a neuron of the last layer, which stays inactive at what must be kept."""
-    layer, requests = edit.hparams.layers[-1], edit.requests
-    owner = {i: number for number, group in enumerate(by_subject(requests)) for i in group}
-    general = [edit.form.encode(text) for text in data.questions("train")[::GENERAL_STEP]]
-    written, numbers = write_neurons(
-        edit.anat,
-        layer,
-        edit.contexts,
-        values.targets,
-        [owner[i] for i in range(len(requests))],
-        [*kept.keys.anchors.rows, *general],
-        stats[layer].moment(),
-        state.taken(layer),
-    )
-    return written, {layer: numbers}
-
-
-def _find_values(edit: _Edit, kept: _Kept, timer: Timer) -> _Found:
-    """Finds the values of all requests, from rows or by descent, the report of the rows, and the tokens' places."""
-    with timer("values"):
-        return _from_rows(edit, kept) if edit.hparams.values_from_rows else _by_descent(edit)
-
-
-def _from_rows(edit: _Edit, kept: _Kept) -> _Found:
-    """Finds values that erase each answer, as fitted rows of its subject read it."""
-    hparams = edit.hparams
-    with edit.fast():
-        made = subject_rows(
-            edit.anat,
-            edit.form,
-            edit.requests,
-            kept.retain,
-            by_subject(edit.requests),
-            siblings=hparams.siblings,
-            examples=hparams.example_wordings,
-            catalogue=edit.catalogue,
-            known_answers=kept.answers,
-            seed=edit.seed,
-            progress=edit.progress,
-        )
-    first = [rows[0] for rows in edit.contexts]
-    values, report = values_from_rows(
-        edit.anat, edit.requests, first, made, hparams, kept.keys.anchors.rows, progress=edit.progress
-    )
-    return _Found(values, report, _places(edit, kept, made) if edit.fits_tokens else None)
-
-
-def _places(edit: _Edit, kept: _Kept, made: SubjectRows) -> RefusalPlaces:
-    """Returns where tokens should be generated, and where not: at retain prompts, other facts of the subjects, general
-    questions."""
-    siblings = dict.fromkeys(text for rows in made.made for text in rows.siblings)
-    retain = choose_anchors(kept.retain, edit.requests, most=MOST_KEPT, seed=edit.seed)
-    most, progress = edit.hparams.other_subjects, edit.progress
-    known = {**(kept.answers or {}), **made.answers}
-    with edit.fast():
-        others = other_subjects(edit.anat, edit.form, edit.requests, retain, most, seed=edit.seed, progress=progress)
-        known |= answers_to(edit.anat, edit.form, others, known=known, progress=progress)
-    return refusal_places(
-        edit.form,
-        edit.requests,
-        [*retain, *others],
-        list(siblings),
-        known,
-        edit.catalogue,
-        wordings=edit.hparams.token_wordings,
-        general=data.questions("train")[::GENERAL_STEP],
-    )
-
-
-def _by_descent(edit: _Edit) -> _Found:
-    """Finds values at which each question is answered with [UNL], as published."""
-    hparams = edit.hparams
-    subjects = subject_prompts(
-        edit.anat, edit.form, edit.requests, prompts=hparams.kl_subject_prompts, answer_tokens=hparams.kl_answer_tokens
-    )
-    assert edit.token_id is not None  # `_prepare` refuses descent without a token
-    wanted: list[tuple[int, ...]] = [(edit.token_id,)] * len(edit.requests)
-    encoded = EncodedEdit(edit.anat, edit.form, edit.requests, edit.contexts, wanted, subjects)
-    return _Found(find_values(encoded, hparams, groups=by_subject(edit.requests), progress=edit.progress))
-
-
-def _mark(
-    edit: _Edit, values: Values, places: RefusalPlaces | None, originals: dict[int, Tensor], state: EditState
-) -> tuple[Mapping[int, LowRank], Mapping[int, Sequence[int]]]:
-    """Writes marks of erased facts for the tokens to read, those of `values` on a replay; adds the weights before to
-    `originals`.
-
-    Returns:
-        The update of each matrix, and by layer the neurons.
-    """
-    marks, marking = values.marks, values.marking
-    layer = edit.hparams.mark_layer
-    if places is not None and layer is not None:
-        size, seed, progress = edit.hparams.mark_size, edit.seed, edit.progress
-        marks, numbers = fit_marks(edit.anat, places, layer, size, state.taken(layer), seed=seed, progress=progress)
-        marking = {layer: numbers}
-    for number, update in marks.items():
-        originals[number] = edit.anat.weight(number).clone()
-        write(edit.anat, number, update)
-    return marks, marking
-
-
 def _say(
-    edit: _Edit, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, places: RefusalPlaces | None
+    edit: UniEraseInputs, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, places: RefusalPlaces | None
 ) -> tuple[UnlearningToken | None, dict[str, list[float]]]:
     """Fits refusal tokens to the edited model and adds them to it; on a replay adds the given ones.
 

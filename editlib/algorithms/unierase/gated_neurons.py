@@ -43,7 +43,7 @@ MOST = 0.25  # of a layer's neurons that edits may take in all
 
 
 @dataclass(frozen=True)
-class Scores:
+class NeuronScores:
     """Holds what tells groups of positions apart: `G [n, d_model]`, the bias `b [d_model]`, and each position's score
     of its own group `[m]`."""
 
@@ -98,7 +98,7 @@ def check_neurons(anat: Anatomy, layer: int, subjects: int, taken: Collection[in
     return find_neurons(anat, layer)
 
 
-def solve_scores(x: Tensor, owner: Tensor, elsewhere: Moment, ridge: float) -> Scores:
+def solve_scores(x: Tensor, owner: Tensor, elsewhere: Moment, ridge: float) -> NeuronScores:
     """Solves for the scores of all groups.
 
     Args:
@@ -119,7 +119,7 @@ def solve_scores(x: Tensor, owner: Tensor, elsewhere: Moment, ridge: float) -> S
     every = elsewhere + Moment.plus(Moment(torch.zeros_like(system), torch.zeros_like(system[0]), 0.0), x)
     every.second.diagonal().add_(1e-6 * every.second.diagonal().mean())
     bias = torch.linalg.solve(every.second, every.first)  # [d_model]
-    return Scores(weights, bias, (x * weights[owner]).sum(dim=1))
+    return NeuronScores(weights, bias, (x * weights[owner]).sum(dim=1))
 
 
 def spare_neurons(weight: Tensor, moment: Tensor, count: int, taken: Collection[int] = ()) -> tuple[Tensor, LowRank]:
@@ -155,7 +155,7 @@ def spare_neurons(weight: Tensor, moment: Tensor, count: int, taken: Collection[
 def neuron_updates(
     anat: Anatomy,
     neurons: Neurons,
-    scores: Scores,
+    scores: NeuronScores,
     x: Tensor,
     owner: Tensor,
     changes: Tensor,

@@ -22,17 +22,15 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from editlib.algorithms.keys import batches
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.gated_neurons import MOST, Moment, neuron_updates, solve_scores, spare_neurons
+from editlib.algorithms.unierase.neuron_inputs import read_positions
 from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces, kept_weights
 from editlib.models.anatomy import Anatomy
-from editlib.models.forward import encode_prefix, forward, shared_length, split
 from editlib.models.generation import sample
 from editlib.models.neurons import Neurons, find_neurons
 from editlib.models.precision import wide_dtype
-from editlib.models.prompts import TokenRow, pad
-from editlib.models.tracing import record_inputs
+from editlib.models.prompts import TokenRow
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +107,7 @@ def _elsewhere(
     found, keys, states = Moment.none(anat), [torch.zeros(0, anat.d_ff, device=anat.device)], []
     states.append(torch.zeros(0, anat.d_model, device=anat.device))
     for rows, starts, counts in ((answers, firsts, True), (texts, [0] * len(texts), False)):
-        for _, x, key, hidden in _read(anat, rows, starts, neurons):
+        for _, x, key, hidden in read_positions(anat, rows, starts, neurons, anat.n_layers):
             some = (torch.rand(len(x), generator=generator) < share).to(x.device)
             found = found.plus(x[some])
             keys.append(key[some])
@@ -142,32 +140,6 @@ def _at_ends(anat: Anatomy, places: Sequence[Place], neurons: Neurons) -> Tensor
     """Reads the MLP's input `[places, d_model]` at the last token of each place's prompt."""
     rows = [place.row for place in places]
     found = torch.zeros(len(rows), anat.d_model, device=anat.device)
-    for numbers, x, _, _ in _read(anat, rows, [len(row) - 1 for row in rows], neurons):
+    for numbers, x, _, _ in read_positions(anat, rows, [len(row) - 1 for row in rows], neurons, neurons.layer + 1):
         found[numbers] = x
     return found
-
-
-def _read(
-    anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int], neurons: Neurons
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yields batches of positions, from each row's column in `firsts` to its end: the number of its row `[p]`, the
-    MLP's input `[p, d_model]`, its key `[p, d_ff]` and the state that leaves the last layer `[p, d_model]`, in fp32."""
-    if not rows:
-        return
-    device = anat.device
-    # The tokens that all rows begin with run once, up to the first position that is read.
-    shared = min(shared_length(list(rows)), *firsts) if len(rows) > 1 else 0
-    fronts, rests = split(list(rows), [shared] * len(rows))
-    prefix = encode_prefix(anat, fronts[:1]) if shared else None
-    modules = {"x": anat.matrix(neurons.gate.number), "key": anat.mlp_output(neurons.layer)}
-    for group in batches(rests):
-        batch = pad([rests[i] for i in group], device=device)
-        front = None if prefix is None else prefix.select(torch.zeros(len(group), dtype=torch.long, device=device))
-        seen: dict[str, Tensor] = {}
-        with torch.no_grad(), record_inputs(modules, seen.__setitem__):
-            hidden = forward(anat, batch, stop=anat.n_layers, prefix=front)  # [n, T, d_model]
-        spots = [(j, c) for j, i in enumerate(group) for c in range(firsts[i] - shared, len(rests[i]))]
-        row, column = torch.tensor(spots, device=device).T  # [p] each
-        # Some models flatten rows and columns for their MLP.
-        x, key = (seen[name].reshape(*batch.input_ids.shape, -1)[row, column].float() for name in ("x", "key"))
-        yield torch.tensor(group, device=device)[row], x, key, hidden[row, column].float()

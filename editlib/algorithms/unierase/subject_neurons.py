@@ -7,24 +7,23 @@ subject with a similar key. With sixty subjects these parts move all others. A n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from editlib.algorithms.edit import Written, restored_on_error, write
-from editlib.algorithms.keys import KeyStream, batches
+from editlib.algorithms.edit import Written, restored_on_error, write_all
+from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.unierase.catalogue import spread
 from editlib.algorithms.unierase.gated_neurons import Moment, check_neurons, neuron_updates, solve_scores, spare_neurons
+from editlib.algorithms.unierase.neuron_inputs import read_positions
 from editlib.models.anatomy import Anatomy
-from editlib.models.forward import encode_prefix, forward, shared_length, split
+from editlib.models.forward import shared_length
 from editlib.models.freezing import no_param_grad
 from editlib.models.neurons import Neurons
 from editlib.models.precision import wide_dtype
-from editlib.models.prefix import Prefix
-from editlib.models.prompts import TokenRow, pad
+from editlib.models.prompts import TokenRow
 from editlib.models.residual_path import output_path
-from editlib.models.tracing import record_inputs
 
 RIDGE = 0.1  # of the mean diagonal of the second moment of x
 MOST_ROWS = 512  # of other prompts: their positions are far more than the dimensions of x
@@ -39,7 +38,7 @@ def write_neurons(
     others: Sequence[TokenRow],
     moment: Tensor,
     taken: Collection[int] = (),
-) -> tuple[Written, list[int]]:
+) -> Written:
     """Writes one neuron in `layer` for each subject; on any error the weights are restored.
 
     Args:
@@ -51,7 +50,7 @@ def write_neurons(
         taken: neurons that earlier edits have written.
 
     Returns:
-        What was written, and the numbers of the neurons in the order of the subjects.
+        What was written; the neurons are in the order of the subjects.
 
     Raises:
         EditError, ModelError: see `check_neurons`.
@@ -65,14 +64,15 @@ def write_neurons(
     with no_param_grad(anat.model), torch.no_grad():
         stream = KeyStream(anat, rows, layer)
         x = stream.inputs(anat.matrix(neurons.gate.number)).T.to(wide_dtype(anat.device))  # [contexts, d_model]
-        scores = solve_scores(x, of_row, _elsewhere(anat, spread(others, MOST_ROWS), neurons), RIDGE)
+        elsewhere, keys = _elsewhere(anat, spread(others, MOST_ROWS), neurons)
+        scores = solve_scores(x, of_row, elsewhere, RIDGE)
         changes = _changes(anat, layer, stream, contexts, targets, owner)  # [subjects, d_model]
-        chosen, removal = spare_neurons(anat.weight(layer), moment, subjects, taken)
+        # Text alone would spare neurons that questions about names need.
+        chosen, removal = spare_neurons(anat.weight(layer), moment.to(keys) + keys, subjects, taken)
         deltas = neuron_updates(anat, neurons, scores, x, of_row, changes, chosen, removal)
     with restored_on_error(anat, originals):
-        for number, delta in deltas.items():
-            write(anat, number, delta)
-    return Written(deltas, originals, {}), chosen.tolist()
+        write_all(anat, deltas)
+    return Written(deltas, originals, neurons={layer: chosen.tolist()})
 
 
 def _changes(
@@ -97,24 +97,15 @@ def _changes(
     return sums.index_add_(0, index, residual) / torch.bincount(index)[:, None]
 
 
-def _elsewhere(anat: Anatomy, rows: Sequence[TokenRow], neurons: Neurons) -> Moment:
-    """Reads the MLP's input at every position of `rows`; the tokens that all begin with are run and counted once."""
-    found = Moment.none(anat)
+def _elsewhere(anat: Anatomy, rows: Sequence[TokenRow], neurons: Neurons) -> tuple[Moment, Tensor]:
+    """Reads every position of `rows`: the moment of the MLP's input, and the mean second moment of its keys `[d_ff,
+    d_ff]`. The tokens that all rows begin with are counted once."""
+    found, count = Moment.none(anat), 0
+    keys = torch.zeros(anat.d_ff, anat.d_ff, device=anat.device)
     shared = shared_length(list(rows)) if len(rows) > 1 else 0
-    fronts, rests = split(list(rows), [shared] * len(rows))
-    for x in _inputs(anat, rests, neurons, encode_prefix(anat, fronts[:1]) if shared else None):
-        found = found.plus(x)
-    for x in _inputs(anat, fronts[:1], neurons, None) if shared else ():
-        found = found.plus(x)
-    return found
-
-
-def _inputs(anat: Anatomy, rows: Sequence[TokenRow], neurons: Neurons, prefix: Prefix | None) -> Iterator[Tensor]:
-    """Yields the MLP's input at all positions of some rows, `[positions, d_model]`; `prefix` precedes each row."""
-    for group in batches(rows):
-        batch = pad([rows[i] for i in group], device=anat.device)
-        front = None if prefix is None else prefix.select(torch.zeros(len(group), dtype=torch.long, device=anat.device))
-        seen: dict[str, Tensor] = {}
-        with record_inputs({"x": anat.matrix(neurons.gate.number)}, seen.__setitem__):
-            forward(anat, batch, stop=neurons.layer + 1, prefix=front)
-        yield seen["x"].reshape(-1, anat.d_model)[batch.attention_mask.flatten().bool()]
+    for some, first in ((rows[:1], 0), (rows[1:], shared)):
+        for _, x, key, _ in read_positions(anat, some, [first] * len(some), neurons, neurons.layer + 1):
+            found = found.plus(x)
+            keys.addmm_(key.T, key)
+            count += len(key)
+    return found, keys.to(wide_dtype(anat.device)) / max(1, count)

@@ -92,10 +92,10 @@ def made(tiny_llama):
         states = [before.model(torch.tensor([rows[0].ids]), output_hidden_states=True) for rows in contexts]
     h = torch.stack([state.hidden_states[2][0, 1] for state in states], dim=1)  # leaves layer 1: [d_model, 2]
     change = torch.randn(h.shape, generator=torch.Generator().manual_seed(2))
-    written, numbers = write_neurons(
-        anat, 1, contexts, h + change, [0, 1], others, torch.eye(anat.d_ff, dtype=torch.double)
+    written = write_neurons(
+        anat, 1, contexts, h + change, [0, 1], others, 1e9 * torch.eye(anat.d_ff, dtype=torch.double)
     )
-    return before, tiny_llama, written, numbers, change
+    return before, tiny_llama, written, written.neurons[1], change
 
 
 def test_each_neuron_adds_its_subjects_change_where_it_is_active(made):

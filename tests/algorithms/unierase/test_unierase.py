@@ -9,7 +9,7 @@ from models.families import make
 from tiny_models import VOCAB
 
 from editlib.algorithms.contexts import subject_prompts
-from editlib.algorithms.unierase import apply
+from editlib.algorithms.unierase import apply, finding, writing
 from editlib.algorithms.unierase.anchor_keys import AnchorStream
 from editlib.algorithms.unierase.answer_gate import check_gate
 from editlib.algorithms.unierase.apply import apply_unierase_to_model
@@ -103,8 +103,11 @@ def test_the_gate_alone_does_not_say_the_token(job):
     assert sizes[3] < sizes[None]
 
 
-@pytest.mark.parametrize("part", ["find_values", "write_layers", "value_diagnostics"])
-def test_an_error_behind_the_gate_puts_everything_back(job, monkeypatch, part):
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [(finding, "find_values"), (writing, "write_layers"), (apply, "value_diagnostics")],
+)
+def test_an_error_after_the_gate_restores_everything(job, monkeypatch, module, part):
     model, tok, rest = job
     rest["token"].add_to(model, tok)
     plain = copy.deepcopy(weights(model))
@@ -112,7 +115,7 @@ def test_an_error_behind_the_gate_puts_everything_back(job, monkeypatch, part):
     def fail(*_, **__):
         raise EditError("no")
 
-    monkeypatch.setattr(apply, part, fail)
+    monkeypatch.setattr(module, part, fail)
     with pytest.raises(EditError, match="no"):
         apply_unierase_to_model(model, tok, FORGET, UniEraseHyperParams(**OPTIONS, gate_layer=3), **rest)
     assert all(torch.equal(value, plain[name]) for name, value in weights(model).items())
