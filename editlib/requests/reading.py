@@ -14,10 +14,11 @@ from pathlib import Path
 from editlib.errors import OutputError, RequestError, quote
 from editlib.requests.contradictions import warn_of_contradictions, warn_of_kept
 from editlib.requests.json_text import MENDED, doubled_key
+from editlib.requests.names import candidates
 from editlib.requests.parsing import Parsed, parse_file
 from editlib.requests.request import EditRequest
 from editlib.requests.rows import parse_json, read_text
-from editlib.requests.subjects import Subject, candidates, find_subjects
+from editlib.requests.subjects import Subject, find_subjects
 from editlib.requests.templates import literal
 
 log = logging.getLogger(__name__)
