@@ -137,6 +137,8 @@ def edit(
     delta: Path | None = None,
     overwrite: bool = False,
     left_out: Mapping[str, Sequence[str]] | None = None,
+    as_given: Sequence[EditRequest] | None = None,
+    guessed: Mapping[str, str] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
     """Edits `requests` towards their `target_new` by the algorithm that `hparams` are for, and writes the edited model
     with its receipt to `out`, and the edit alone to the file `delta` when one is given; returns the edit and the
@@ -146,7 +148,7 @@ def edit(
         corpus: what statistics are made from where there are none. Of those that are there, the ones of the corpus that
             `hparams` names (`mom2_dataset`) come first; which were taken is logged.
         chat: ask through the chat template (`None`: when the tokenizer has one).
-        left_out: see `unlearn`.
+        left_out, as_given, guessed: see `unlearn`.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
@@ -160,17 +162,9 @@ def edit(
     timer = Timer()
     means = load_inputs(bench, hparams, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     return _edited(
-        bench,
-        requests,
-        hparams,
-        means,
-        out,
-        timer,
-        {"chat": bench.asking(chat), "seed": seed},
-        delta,
-        overwrite=overwrite,
-        left_out=left_out,
-    )
+        bench, requests, hparams, means, out, timer, {"chat": bench.asking(chat), "seed": seed}, delta,
+        recorded=as_given, overwrite=overwrite, left_out=left_out, guessed=guessed,
+    )  # fmt: skip
 
 
 def _edited(

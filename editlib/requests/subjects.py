@@ -21,7 +21,7 @@ RULES = {
     "title": "no name, but the title of a work in quotation marks; of several the one that the answer repeats",
     "description": "no name and no title, but words that pick out one person: the author born in ..., known for ...",
     "shared name": "no name leads the questions nearby: the longest name in both question and answer",
-    "only name": "a guess, by `editlib unlearn` alone: no name leads nearby, and the prompt holds one name or title",
+    "only name": "a guess, where subjects are needed: no name leads nearby, and the prompt holds one name or title",
 }
 
 GUESS = "only name"

@@ -217,7 +217,7 @@ UNSURE = {
 def test_no_subject_is_guessed_where_there_is_a_choice_or_none(prompt, caplog):
     requests = [EditRequest(id="a", prompt="Who is {}?", subject="Bob"), EditRequest(id="b", prompt=prompt)]
     with pytest.raises(RequestError, match=r'request b: no "subject".*--last-token'):
-        guess_subjects(requests)
+        guess_subjects(requests, remedy="give --last-token")
     assert guess_subjects(requests, otherwise_last=True) == (requests, {})
 
 
