@@ -20,6 +20,7 @@ from typing import Any
 from editlib.errors import RequestError, first_line, quote
 from editlib.requests import json_text
 from editlib.requests.table import is_table, table_rows
+from editlib.version import install_line
 
 WANTED = "expected a JSONL, JSON, CSV or TSV file"
 GZIP = b"\x1f\x8b"
@@ -36,7 +37,6 @@ _OTHERS = {
     b"arrow1": ("Arrow", "give the folder by datasets.save_to_disk, or write Parquet"),
 }
 """Beginnings of files that hold no text, in small letters, with what they are and what to do."""
-EXTRA = 'install it with: pip install "editlib[eval]"'
 
 
 @dataclass(frozen=True)
@@ -238,4 +238,6 @@ def _package(name: str, path: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise RequestError(f"{path}: needs the package datasets to be read; {EXTRA}, or give JSONL") from None
+        raise RequestError(
+            f"{path}: needs the package datasets to be read: {install_line('eval')}, or give JSONL"
+        ) from None
