@@ -174,4 +174,10 @@ def _misfit(receipt: Any) -> str | None:
         isinstance(one, dict) and isinstance(one.get("id"), str) for one in requests
     ):
         wrong.append("requests")
-    return f'key "{wrong[0]}": {quote(receipt[wrong[0]])}' if wrong else None
+    if wrong:
+        return f'key "{wrong[0]}": {quote(receipt[wrong[0]])}'
+    try:
+        PromptSettings.from_dict(receipt.get("prompts") or {})
+    except RequestError as error:
+        return str(error)
+    return None
