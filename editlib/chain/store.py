@@ -171,6 +171,7 @@ def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
             "ratio": max(float(layer["ratio"]) for layer in entry.layers.values()),
             "file": entry.file,
             "left_out": {name: list(rows) for name, rows in entry.left_out.items()},
+            "guessed_subjects": dict(entry.guessed_subjects),
             "bytes": store.size(entry),
         }
         for entry in record.batches
