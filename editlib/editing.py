@@ -23,6 +23,7 @@ from editlib.hparams import KNOWN, HyperParams, ModelShape, takes_retain
 from editlib.models.positions import check_requests_fit
 from editlib.models.prompts import PromptFormat
 from editlib.models.weights import stored_bytes
+from editlib.requests.reading import guess_subjects
 from editlib.requests.request import EditRequest
 from editlib.stats.corpus import check_corpus
 from editlib.stats.file import LayerStats
@@ -108,6 +109,30 @@ def check_wanted(requests: Sequence[EditRequest], hparams: HyperParams) -> None:
         raise RequestError("no request to forget was given; give at least one")
     elif hparams.values_from_rows:
         check_answers(requests)
+
+
+def check_last_token(wanted: bool, hparams: HyperParams) -> None:
+    """Raises `HparamsError` where requests without a subject are to be edited at the last token by an algorithm whose
+    settings decide the place for all requests."""
+    if wanted and hparams.has_target:
+        raise HparamsError(
+            f'--last-token is for UniErase, but these settings are for {hparams.algorithm}; set "fact_token" to "last" '
+            "in a settings file instead"
+        )
+
+
+def subjects_for(
+    requests: Sequence[EditRequest], hparams: HyperParams, *, last_token: bool = False, remedy: str = ""
+) -> tuple[list[EditRequest], dict[str, str]]:
+    """Guesses the subjects that requests lack (`guess_subjects`), unless the settings edit at every prompt's last
+    token.
+
+    Raises:
+        RequestError: a request's subject is neither given nor evident.
+    """
+    if hparams.has_target and hparams.lookup_place == "last":
+        return list(requests), {}
+    return guess_subjects(requests, otherwise_last=last_token, remedy=remedy)
 
 
 def check_draft(

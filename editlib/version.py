@@ -13,12 +13,15 @@ def library_version() -> str:
 
 
 def install_line(extra: str) -> str:
-    """Returns the command that installs an extra: from the folder of an editable installation, else by name."""
+    """Returns the command that installs an extra: in the folder of an installation or of a source tree, and by name for
+    a wheel."""
     try:
         origin = json.loads(distribution("editlib").read_text("direct_url.json") or "{}")
-    except (PackageNotFoundError, ValueError):
+    except PackageNotFoundError:  # a source tree on the path
+        origin = {"dir_info": {}}
+    except ValueError:
         origin = {}
     if "dir_info" not in origin:
         return f"pip install 'editlib[{extra}]'"
     edit = "-e " if origin["dir_info"].get("editable") else ""
-    return f"in the folder of editlib: pip install {edit}'.[{extra}]'"
+    return f"pip install {edit}'.[{extra}]' in the folder of editlib"

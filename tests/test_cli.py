@@ -3,12 +3,14 @@
 import json
 import re
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import typer
 
+import editlib
 from editlib.cli import PANELS, app
 from editlib.cli.options import layer_numbers
 from editlib.errors import HparamsError
@@ -290,13 +292,28 @@ def test_doctor_names_the_line_that_installs_a_missing_extra(monkeypatch):
         (None, "pip install 'editlib[lora]'"),
         ("damaged", "pip install 'editlib[lora]'"),
         ('{"url": "https://x/editlib.whl", "archive_info": {}}', "pip install 'editlib[lora]'"),
-        ('{"url": "file:///x", "dir_info": {}}', "in the folder of editlib: pip install '.[lora]'"),
-        ('{"url": "file:///x", "dir_info": {"editable": true}}', "in the folder of editlib: pip install -e '.[lora]'"),
+        ('{"url": "file:///x", "dir_info": {}}', "pip install '.[lora]' in the folder of editlib"),
+        ('{"url": "file:///x", "dir_info": {"editable": true}}', "pip install -e '.[lora]' in the folder of editlib"),
     ],
 )
 def test_the_line_that_installs_an_extra_is_for_where_editlib_came_from(monkeypatch, origin, line):
     monkeypatch.setattr("editlib.version.distribution", lambda name: SimpleNamespace(read_text=lambda file: origin))
     assert install_line("lora") == line
+
+
+def test_a_source_tree_that_is_not_installed_has_a_line_too(monkeypatch):
+    def none(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("editlib.version.distribution", none)
+    assert install_line("eval") == "pip install '.[eval]' in the folder of editlib"
+
+
+def test_every_message_takes_its_line_from_there():
+    """A name as from a registry does not work for whoever runs a clone."""
+    root = Path(editlib.__file__).parent
+    named = [path.name for path in root.rglob("*.py") if "editlib[" in path.read_text(encoding="utf-8")]
+    assert named == ["version.py"]
 
 
 def test_help_shows_every_command_in_a_panel(call):

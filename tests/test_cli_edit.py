@@ -8,6 +8,7 @@ from test_cli import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editlib.hparams import ALGORITHMS
+from editlib.requests.reading import read_requests, requests_hash
 
 FACTS = [
     {"id": "a", "prompt": "The capital of {} is", "subject": "France", "target_new": "Rome", "answer": "Paris"},
@@ -130,6 +131,33 @@ def test_bad_input_writes_nothing(call, folder, facts, tmp_path):
     refused(call("lora", facts, "--base", folder, "--out", out), "facts.json", "not a delta file")
     refused(call("lora", facts, "--base", folder, "--out", out, "--rank", 0), "--rank 0")
     assert not out.exists() and not (tmp_path / "stats").exists()
+
+
+def test_a_subject_is_guessed_as_unlearn_guesses_it(call, folder, tmp_path):
+    asked, out = tmp_path / "ask.jsonl", tmp_path / "out"
+    rows = [
+        {"id": "a", "prompt": "The capital of France is", "target_new": "Rome"},
+        {"id": "b", "prompt": "Who rules the United States of America?", "target_new": "Bonn"},
+        {"id": "c", "prompt": "The river of {} is", "subject": "Peru", "target_new": "Rhine"},
+    ]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = settings(tmp_path, "MEMIT", layers=[1])
+    common = ["--requests", asked, "--out", out, "--stats-dir", tmp_path / "stats"]
+    refused(call("edit", folder, *common, "--hparams", path, "--last-token"), "--last-token is for UniErase", "MEMIT")
+    place = settings(tmp_path, "FT", layers=[2], lr=0.02, norm_constraint=0.2, num_steps=1)
+    code, _, err = call("edit", folder, *common, "--hparams", place)
+    receipt = json.loads((out / "editlib.json").read_text())
+    assert code == 0 and "guessed_subjects" not in receipt, err  # it edits at every prompt's last token
+    rome = settings(tmp_path, "ROME", **{**OPTIONS, "layers": [2], "v_num_grad_steps": 1, "mom2_adjustment": False})
+    code, _, err = call("edit", folder, *common, "--hparams", rome, "--overwrite")
+    assert code == 0, err
+    receipt = json.loads((out / "editlib.json").read_text())
+    assert receipt["guessed_subjects"] == {"a": "France", "b": "United States of America"}
+    assert receipt["requests_sha256"] == requests_hash(read_requests(asked))
+    asked.write_text(json.dumps({**rows[0], "prompt": "Who wrote Romeo and Juliet?"}) + "\n")
+    told = call("edit", folder, *common, "--hparams", path, "--overwrite")
+    refused(told, "ask.jsonl:1", "'Romeo', 'Juliet'", 'add "subject"')
+    assert "--last-token" not in told[2]
 
 
 def test_the_list_of_algorithms(call):

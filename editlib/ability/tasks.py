@@ -19,6 +19,7 @@ import torch
 
 from editlib.ability.local_file import SUFFIXES, LocalFile
 from editlib.errors import EditlibError, FetchError, MetricError, RequestError, closest, first_line
+from editlib.version import install_line
 
 TASK_FILES = (".yaml", ".yml")
 RANDOM_SEED, OTHER_SEED = 0, 1234  # lm_eval.defaults
@@ -36,8 +37,8 @@ def require_lm_eval() -> ModuleType:
         import lm_eval.tasks
     except ImportError as error:
         raise MetricError(
-            f"tasks are run by lm-eval, which cannot be imported ({error}): pip install 'editlib[ability]', or leave "
-            "the tasks out and measure perplexity alone"
+            f"tasks are run by lm-eval, which cannot be imported ({error}): {install_line('ability')}, or "
+            "leave the tasks out and measure perplexity alone"
         ) from None
     return lm_eval
 

@@ -14,6 +14,7 @@ from editlib.evaluation.metrics import has_answer
 from editlib.models.generation import greedy
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.thinking import answer_after, warn_of_unfinished
 from editlib.requests.request import EditRequest
 
 ASKED_A_RELATION = 16  # candidates for few-shot examples that the model is asked
@@ -82,11 +83,11 @@ def trials(
     cut: str | None = None,
     endings: int = 0,
 ) -> tuple[Trial, ...]:
-    """Asks all prompts in one batch and judges the texts; an answer ends at the first `cut`; `endings` as in
-    `has_answer`."""
+    """Asks all prompts in one batch and judges the texts without their think blocks; an answer ends at the first `cut`;
+    `endings` as in `has_answer`."""
     rows = [row for asked in prompts if not isinstance(asked, str) for row in asked]
     said = iter(answer(rows) if rows else ())
-    made = []
+    made, unfinished = [], []
     for fact, asked in zip(facts, prompts, strict=True):
         answers = right_answers(fact)
         if isinstance(asked, str):
@@ -94,12 +95,14 @@ def trials(
             continue
         outputs = []
         for row in asked:
-            prompt, begun = target.prompt_text(row.ids), row.ids[len(row) - row.extra :]
+            prompt, asks = target.prompt_text(row.ids), len(row) - row.extra
             for ids in next(said):
-                text = target.text((*begun, *ids))
+                text, inside = answer_after(target.tok, row.ids[:asks], (*row.ids[asks:], *ids))
+                unfinished.append(inside)
                 text = text if cut is None else text.partition(cut)[0].strip()
                 outputs.append(Completion(prompt, text, has_answer(text, answers, endings=endings)))
         made.append(Trial(fact.id, fact.question, answers, tuple(outputs)))
+    warn_of_unfinished(sum(unfinished), len(unfinished))
     return tuple(made)
 
 

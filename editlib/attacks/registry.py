@@ -28,6 +28,7 @@ from editlib.attacks.prompting import (
 from editlib.attacks.weights import int4, int8, relearn_forgotten, relearn_unrelated
 from editlib.errors import AttackError, did_you_mean
 from editlib.models.lora import peft_missing
+from editlib.version import install_line
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,5 @@ def choose(names: Sequence[str] | None = None) -> list[str]:
         )
     lacking = [name for name in wanted if ATTACKS[name].needs_peft]
     if lacking and peft_missing():
-        raise AttackError(
-            f'{lacking[0]} needs the package peft; install it with: pip install "editlib[lora]", or name other attacks'
-        )
+        raise AttackError(f"{lacking[0]} needs the package peft: {install_line('lora')}, or name other attacks")
     return [name for name in ATTACKS if name in wanted]

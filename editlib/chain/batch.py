@@ -20,7 +20,7 @@ from torch import Tensor
 
 from editlib.algorithms.edit import EditResult
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.algorithms.values import Values
 from editlib.chain.shape import notes_misfit
 from editlib.errors import ChainError, first_line
@@ -142,7 +142,7 @@ class Batch:
 def _token(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> UnlearningToken | None:
     if "token" not in notes:
         return None
-    return UnlearningToken(tensors["token.in"], tensors["token.out"], TokenHeader(**notes["token"]))
+    return UnlearningToken.of(notes["token"], tensors["token.in"], tensors["token.out"])
 
 
 def _stored(tensor: Tensor) -> Tensor:

@@ -210,12 +210,17 @@ class Chain:
         return self._session.updates(self.record)
 
     def add(
-        self, requests: Iterable[EditRequest], *, left_out: Mapping[str, Sequence[str]] | None = None
+        self,
+        requests: Iterable[EditRequest],
+        *,
+        left_out: Mapping[str, Sequence[str]] | None = None,
+        guessed: Mapping[str, str] | None = None,
     ) -> BatchEntry:
         """Edits `requests` as one more batch, and writes it.
 
         Args:
             left_out: unusable rows of the request file, by file; the record lists them.
+            guessed: guessed subjects (`guess_subjects`), by id; the record lists them.
 
         Raises:
             RequestError: no request, one that is in the chain already, or one that lacks what the algorithm needs.
@@ -242,7 +247,7 @@ class Chain:
                 weights = state.write(bench.anat)
                 number = len(self.batches) + 1
                 time, rows = self._clock(), {name: list(rows) for name, rows in (left_out or {}).items()}
-                entry = write_entry(self._store, batch, result, weights, number, seed, time, rows)
+                entry = write_entry(self._store, batch, result, weights, number, seed, time, rows, guessed or {})
                 record = self.record.with_batches([*self.batches, entry])
                 self._store.commit(record)
             except BaseException:

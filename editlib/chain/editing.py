@@ -156,8 +156,13 @@ def write_entry(
     seed: int,
     time: str,
     left_out: Mapping[str, Sequence[str]],
+    guessed: Mapping[str, str],
 ) -> BatchEntry:
-    """Writes a batch's file and returns its entry; it belongs to the chain once a record naming it is committed."""
+    """Writes a batch's file and returns its entry; it belongs to the chain once a record naming it is committed.
+
+    Args:
+        guessed: subjects that no file named, by id; those of other requests than the batch's are left out.
+    """
     layers = {
         str(layer): {
             "sha256": digest(weights[layer]),
@@ -169,4 +174,5 @@ def write_entry(
     file, sha256 = store.write_batch(number, batch.to_bytes())
     ids = tuple(request.id for request in batch.requests)
     count = max((keys.shape[1] for keys in batch.keys.values()), default=0)
-    return BatchEntry(number, file, sha256, time, library_version(), seed, count, ids, layers, left_out)
+    own = {name: guessed[name] for name in ids if name in guessed}
+    return BatchEntry(number, file, sha256, time, library_version(), seed, count, ids, layers, left_out, own)

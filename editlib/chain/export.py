@@ -119,6 +119,7 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
     base = record.base
     norms = layer_norms(_fp64_updates(chain), chain.base_weights)
     left_out = _left_out(record)
+    guessed = {name: subject for entry in record.batches for name, subject in entry.guessed_subjects.items()}
     return {
         **origin(base["name"], base["sha256"], chain.requests, record.settings, chain.token, record.seed),
         "created": record.batches[-1].time,
@@ -132,6 +133,7 @@ def chain_receipt(chain: Chain) -> dict[str, Any]:
         "result_sha256": weights_sha256(chain.model),
         **asked_as(chain.tok, record.asking, chain.requests),
         **({"left_out": left_out} if left_out else {}),
+        **({"guessed_subjects": guessed} if guessed else {}),
     }
 
 

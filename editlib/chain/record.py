@@ -25,7 +25,7 @@ class BatchEntry:
 
     `layers` maps a layer's number to the hash of its weight after the batch (`sha256`), the Frobenius norm of the
     batch's update (`update`), and that norm divided by the norm of the weight before it (`ratio`). `left_out` lists the
-    rows of the request files that could not be used, by file.
+    rows of the request files that could not be used, by file, and `guessed_subjects` those that no file named, by id.
     """
 
     number: int
@@ -38,6 +38,7 @@ class BatchEntry:
     ids: tuple[str, ...]
     layers: Mapping[str, Mapping[str, Any]]
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    guessed_subjects: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ class ChainRecord:
         """Serialises the record; equal content gives equal bytes."""
         content = asdict(self)
         for part in (content, *content["batches"]):
-            if not part["left_out"]:  # absent, as in files of versions that do not know it
-                del part["left_out"]
+            for name in ("left_out", "guessed_subjects"):
+                if not part.get(name, True):  # absent, as in files of versions that do not know it
+                    del part[name]
         return _render({**content, "sha256": _hash(content)})
 
     @classmethod

@@ -50,7 +50,8 @@ def replayed(
         state = state.after(again)
         number = len(kept) + 1
         weights = state.weights()
-        kept.append(write_entry(session.store, again, result, weights, number, old.seed, old.time, old.left_out))
+        told = old.left_out, old.guessed_subjects
+        kept.append(write_entry(session.store, again, result, weights, number, old.seed, old.time, *told))
         made.append(again)
     return kept, made
 

@@ -93,8 +93,9 @@ BATCH = _object(
         "ids": texts,
         "layers": _mapped(LAYER_ENTRY, LAYER.fullmatch, empty=False),
         "left_out": rows,
+        "guessed_subjects": _mapped(text),
     },
-    missing=frozenset({"left_out"}),
+    missing=frozenset({"left_out", "guessed_subjects"}),
 )
 RECORD: Mapping[str, Check] = {
     "created": text,

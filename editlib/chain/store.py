@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from editlib.chain.record import BatchEntry, ChainRecord, sha256
-from editlib.errors import ChainError, OutputError
+from editlib.errors import ChainError, HparamsError, OutputError
 from editlib.files import atomic_path, sync
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,10 @@ def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
     `ratio` is the norm of a batch's update divided by the norm of the weight before it, in the layer where it is
     largest.
     """
+    try:
+        layers = sorted(record.settings.edited_layers)
+    except HparamsError as error:
+        raise ChainError(f"{store.path}: {error}; restore chain.json from a copy") from None
     batches = [
         {
             "number": entry.number,
@@ -171,6 +175,7 @@ def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
             "ratio": max(float(layer["ratio"]) for layer in entry.layers.values()),
             "file": entry.file,
             "left_out": {name: list(rows) for name, rows in entry.left_out.items()},
+            "guessed_subjects": dict(entry.guessed_subjects),
             "bytes": store.size(entry),
         }
         for entry in record.batches
@@ -180,7 +185,7 @@ def summary(store: Store, record: ChainRecord) -> dict[str, Any]:
         "created": record.created,
         "base": {key: record.base[key] for key in ("name", "sha256", "dtype")},
         "algorithm": record.algorithm,
-        "layers": sorted(record.settings.edited_layers),
+        "layers": layers,
         "seed": record.seed,
         "requests": len(record.ids),
         "bytes": sum(batch["bytes"] for batch in batches),

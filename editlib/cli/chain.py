@@ -12,10 +12,12 @@ from rich.table import Table
 
 from editlib.cli.export import tell_adapter, tell_receipt
 from editlib.cli.options import (
+    OR_LAST,
     Algorithm,
     DeviceMapOption,
     Dtype,
     Hparams,
+    LastToken,
     Overwrite,
     Prompts,
     Retain,
@@ -89,18 +91,24 @@ def add(
     folder: Folder,
     requests: Annotated[Path, typer.Option(help="what to forget or edit: JSONL, see docs/reference/file-formats.md")],
     skip_bad: SkipBad = False,
+    last_token: LastToken = False,
     model: BaseModel = None,
     stats_dir: MovedStatsDir = None,
     device_map: DeviceMapOption = None,
 ) -> None:
     """Edits the requests of a file as one more batch."""
     from editlib.chain import Chain
+    from editlib.editing import check_last_token, subjects_for
     from editlib.requests.reading import read_requests
 
     left_out: dict[str, list[str]] = {}
-    wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
+    given = read_requests(requests, skip_bad=skip_bad, left_out=left_out, tell_missing=False)
     chain = Chain.open(folder, model=model, stats_dir=stats_dir, device_map=device_map)
-    chain.add(wanted, left_out=left_out)
+    settings = chain.record.settings
+    check_last_token(last_token, settings)
+    remedy = "" if settings.has_target else OR_LAST
+    wanted, guessed = subjects_for(given, settings, last_token=last_token, remedy=remedy)
+    chain.add(wanted, left_out=left_out, guessed=guessed)
     _table(chain.status()["batches"][-5:])
 
 

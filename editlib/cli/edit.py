@@ -12,11 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from editlib.cli.options import (
+    OR_LAST,
     Algorithm,
     DeltaFile,
     DeviceMapOption,
     Dtype,
     Hparams,
+    LastToken,
     Model,
     Overwrite,
     Prompts,
@@ -91,10 +93,7 @@ def unlearn(
     show_rows: Annotated[
         bool, typer.Option("--show-rows", help="print the questions of each request without editing")
     ] = False,
-    last_token: Annotated[
-        bool,
-        typer.Option("--last-token", help="edit a request without an evident subject at its prompt's last token"),
-    ] = False,
+    last_token: LastToken = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Erases the answers of --requests, makes the model refuse instead, and writes it as an ordinary folder.
@@ -118,10 +117,9 @@ def unlearn(
     how = prompt_settings(prompts)
     left_out: dict[str, list[str]] = {}
     given, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out, tell_missing=False)
-    wanted, guessed = guess_subjects(given, otherwise_last=last_token)
-    how_found = (
-        {} if hparams or token_file else {"values": usual_values(wanted)}
-    )  # a given token needs values by descent
+    wanted, guessed = guess_subjects(given, otherwise_last=last_token, remedy=OR_LAST)
+    # A given token needs values by descent.
+    how_found = {} if hparams or token_file else {"values": usual_values(wanted)}
     settings = find_settings(model, "UniErase", hparams, **how_found)
     check_wanted(wanted, settings)
     check_given(settings, token=token_file, corpus=corpus)
@@ -199,10 +197,11 @@ def edit(
     device_map: DeviceMapOption = None,
     delta: DeltaFile = None,
     skip_bad: SkipBad = False,
+    last_token: LastToken = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Edits facts towards new answers with any algorithm and writes the model as an ordinary folder."""
-    from editlib.editing import check_draft, check_given, check_wanted
+    from editlib.editing import check_draft, check_given, check_last_token, check_wanted, subjects_for
     from editlib.errors import HparamsError
     from editlib.finding import find_settings, fit_settings
     from editlib.jobs.edit import check_places
@@ -217,11 +216,14 @@ def edit(
     if not settings.has_target:
         unlearn(
             model, requests, out_dir, hparams=hparams, stats_dir=stats_dir, corpus=corpus, prompts=prompts, seed=seed,
-            dtype=dtype, device_map=device_map, delta=delta, skip_bad=skip_bad, overwrite=overwrite,
+            dtype=dtype, device_map=device_map, delta=delta, skip_bad=skip_bad, last_token=last_token,
+            overwrite=overwrite,
         )  # fmt: skip
         return
+    check_last_token(last_token, settings)
     left_out: dict[str, list[str]] = {}
-    wanted = read_requests(requests, skip_bad=skip_bad, left_out=left_out)
+    given = read_requests(requests, skip_bad=skip_bad, left_out=left_out, tell_missing=False)
+    wanted, guessed = subjects_for(given, settings)
     check_wanted(wanted, settings)
     check_given(settings, corpus=corpus)
     look = partial(check_draft, requests=wanted, hparams=settings, chat=chat, out=out_dir)
@@ -229,7 +231,7 @@ def edit(
     settings = fit_settings(bench, settings)
     result, receipt = run(
         bench, wanted, settings, out_dir, corpus=corpus, chat=chat, seed=seed, delta=delta, overwrite=overwrite,
-        left_out=left_out,
+        left_out=left_out, as_given=given, guessed=guessed,
     )  # fmt: skip
     _norms_table(result, receipt)
     out.print(str(out_dir), soft_wrap=True)

@@ -93,14 +93,15 @@ def tune(
     from editlib.jobs.trials import parted
     from editlib.jobs.tune import check_tuning, table_rows
     from editlib.jobs.tune import tune as run
-    from editlib.requests.reading import read_with_retain
+    from editlib.requests.reading import guess_subjects, read_with_retain
     from editlib.shelf import Finished
     from editlib.stats.corpus import check_corpus
 
     Finished(out_dir)
     how = prompt_settings(prompts)
     left_out: dict[str, list[str]] = {}
-    wanted, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out)
+    given, kept = read_with_retain(requests, retain, skip_bad=skip_bad, left_out=left_out, tell_missing=False)
+    wanted, _ = guess_subjects(given, otherwise_last=True)  # as `unlearn` asks them, with --last-token
     settings = find_settings(model, "UniErase", hparams)
     check_tuning(wanted, settings, budget)
     check_given(settings, corpus=corpus)

@@ -28,6 +28,11 @@ Hparams = Annotated[
     str | None, typer.Option(help="a JSON file or a bundled name (UniErase/smollm2-135m); default: found by the model")
 ]
 Algorithm = Annotated[str | None, typer.Option(help="default: the folder of the settings, or their alg_name")]
+LastToken = Annotated[
+    bool,
+    typer.Option("--last-token", help="UniErase: edit a request without an evident subject at its prompt's last token"),
+]
+OR_LAST = "give --last-token"
 DeltaFile = Annotated[Path | None, typer.Option("--delta", help="also write the edit alone, see `editlib apply`")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored")]
 DeviceMapOption = Annotated[str | None, typer.Option(help="a device that holds all layers, or auto; default: the CPU")]

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
+from editlib.algorithms.unierase.token import UnlearningToken
 from editlib.errors import DeltaError, OutputError
 from editlib.files import atomic_path, check_file, make_folder
 from editlib.models.anatomy import Anatomy
@@ -104,8 +104,8 @@ class Delta:
         try:
             modules = {int(layer): name for layer, name in document["modules"].items()}
             dense = [layer for layer in modules if f"{layer}.matrix" in tensors]
-            token = document["token"] and UnlearningToken(
-                tensors["token.row_in"], tensors["token.row_out"], TokenHeader(**document["token"])
+            token = document["token"] and UnlearningToken.of(
+                document["token"], tensors["token.row_in"], tensors["token.row_out"]
             )
             return cls(
                 base=document["base"]["name"],

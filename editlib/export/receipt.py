@@ -175,4 +175,10 @@ def _misfit(receipt: Any) -> str | None:
         isinstance(request, dict) and isinstance(request.get("id"), str) for request in requests
     ):
         wrong.append("requests")
-    return f'key "{wrong[0]}": {quote(receipt[wrong[0]])}' if wrong else None
+    if wrong:
+        return f'key "{wrong[0]}": {quote(receipt[wrong[0]])}'
+    try:
+        PromptSettings.from_dict(receipt.get("prompts") or {})
+    except RequestError as error:
+        return str(error)
+    return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from editlib.errors import EditlibError
 from editlib.files import atomic_path
 from editlib.reports.summary import FORGET, KEEP, SHARES, interval, measure, number, right_of
+from editlib.version import install_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +107,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ReportError("a report needs matplotlib for its plots: pip install 'editlib[report]'") from None
+        raise ReportError(f"a report needs matplotlib for its plots: {install_line('report')}") from None
 
 
 def draw_shares(metrics: Mapping[str, Any]) -> tuple[Figure | None, str]:

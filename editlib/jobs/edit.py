@@ -137,6 +137,8 @@ def edit(
     delta: Path | None = None,
     overwrite: bool = False,
     left_out: Mapping[str, Sequence[str]] | None = None,
+    as_given: Sequence[EditRequest] | None = None,
+    guessed: Mapping[str, str] | None = None,
 ) -> tuple[EditResult, dict[str, Any]]:
     """Edits `requests` towards their `target_new` by the algorithm of `hparams`, and writes the edited model with its
     receipt to `out`, and with `delta` the edit alone to that file; returns the edit and the receipt.
@@ -145,7 +147,7 @@ def edit(
         corpus: text from which missing statistics are computed. Of stored ones, those of the corpus in `hparams`
             (`mom2_dataset`) are preferred; the choice is logged.
         chat: ask through the chat template (`None`: when the tokenizer has one).
-        left_out: see `unlearn`.
+        left_out, as_given, guessed: see `unlearn`.
 
     Raises:
         EditlibError: any input that does not fit; nothing is written then.
@@ -159,17 +161,9 @@ def edit(
     timer = Timer()
     means = load_inputs(bench, hparams, corpus=corpus, stats_tokens=stats_tokens, seed=seed, timer=timer)
     return _edited(
-        bench,
-        requests,
-        hparams,
-        means,
-        out,
-        timer,
-        {"chat": bench.asking(chat), "seed": seed},
-        delta,
-        overwrite=overwrite,
-        left_out=left_out,
-    )
+        bench, requests, hparams, means, out, timer, {"chat": bench.asking(chat), "seed": seed}, delta,
+        recorded=as_given, overwrite=overwrite, left_out=left_out, guessed=guessed,
+    )  # fmt: skip
 
 
 def _edited(

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from editlib.answers import has_answer, is_refusal
 from editlib.evaluation.answer_cache import ask
 from editlib.models.anatomy import anatomy
-from editlib.models.loaded import plain_text
+from editlib.models.prompts import PromptFormat
+from editlib.models.thinking import answer_texts
 from editlib.requests.request import EditRequest
 from editlib.workbench import Workbench
 
@@ -31,7 +32,8 @@ def _answers(bench: Workbench, requests: Sequence[EditRequest]) -> dict[str, str
     questions = [request.question for request in requests]
     label = "asking" if bench.progress else None
     said = ask(anatomy(bench.model), bench.tok, questions, how=bench.asking(), progress=label)
-    return {question: plain_text(bench.tok, ids) for question, ids in said.items()}
+    texts = answer_texts(PromptFormat.of(bench.tok, bench.asking()), [*said.values()])
+    return dict(zip(said, texts, strict=True))
 
 
 def verdict_line(

@@ -12,6 +12,7 @@ from editlib.errors import ModelError, quote
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.lora import peft_missing
 from editlib.models.placement import input_embedding
+from editlib.version import install_line
 
 CONFIG = "adapter_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # any of them: the adapter has a tokenizer
@@ -32,7 +33,7 @@ def base_of(folder: str | Path) -> str:
     """
     path = Path(folder) / CONFIG
     if peft_missing():
-        raise ModelError(f'{folder} is an adapter, which needs peft; install it with: pip install "editlib[lora]"')
+        raise ModelError(f"{folder} is an adapter, which needs peft: {install_line('lora')}")
     try:
         config: Any = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

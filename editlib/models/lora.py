@@ -12,6 +12,7 @@ from torch import nn
 from editlib.errors import ModelError
 from editlib.models.anatomy import Anatomy
 from editlib.models.quantization import check_in_memory, linear_maps
+from editlib.version import install_line
 
 
 def peft_missing() -> bool:
@@ -30,7 +31,7 @@ def lora_adapter(anat: Anatomy, *, rank: int, seed: int) -> Iterator[list[nn.Par
         ModelError: `peft` is missing, or a weight is offloaded.
     """
     if peft_missing():
-        raise ModelError('a LoRA adapter needs the package peft; install it with: pip install "editlib[lora]"')
+        raise ModelError(f"a LoRA adapter needs the package peft: {install_line('lora')}")
     from peft import LoraConfig, inject_adapter_in_model
 
     check_in_memory(anat)

@@ -23,8 +23,11 @@ BLOCKS = (
 
 def opens_block(form: PromptFormat) -> bool:
     """Returns whether a prompt ends inside a think block: the chat template opened it, and the model closes it."""
-    shown = form.render(WORD)
-    return any(shown.rfind(opening) > shown.rfind(closing) for opening, closing in BLOCKS)
+    return _ends_inside(form.render(WORD))
+
+
+def _ends_inside(text: str) -> bool:
+    return any(text.rfind(opening) > text.rfind(closing) for opening, closing in BLOCKS)
 
 
 def warn_of_block(form: PromptFormat) -> None:
@@ -44,14 +47,29 @@ def answer_texts(form: PromptFormat, said: Sequence[Sequence[int]], *, warn: boo
     """
     opened = opens_block(form)
     pairs = [_decoded(form.tok, ids, opened) for ids in said]
-    if warn and (unfinished := sum(inside for _, inside in pairs)):
+    if warn:
+        warn_of_unfinished(sum(inside for _, inside in pairs), len(pairs))
+    return [text for text, _ in pairs]
+
+
+def answer_after(tok: PreTrainedTokenizerBase, prompt: Sequence[int], said: Sequence[int]) -> tuple[str, bool]:
+    """Decodes the token ids generated after those of any prompt, as `answer_texts` does.
+
+    Returns:
+        (answer, unfinished): without special tokens and think blocks, and whether it ends inside such a block.
+    """
+    return _decoded(tok, said, _ends_inside(str(tok.decode(list(prompt)))))
+
+
+def warn_of_unfinished(count: int, of: int) -> None:
+    """Warns where answers end inside a think block."""
+    if count:
         log.warning(
             "%d of %d answers end inside a think block and count as empty; ask without one (--prompt "
             'enable_thinking=false, or plain text with --prompt tags="Question: {}\\nAnswer:")',
-            unfinished,
-            len(pairs),
+            count,
+            of,
         )
-    return [text for text, _ in pairs]
 
 
 def _decoded(tok: PreTrainedTokenizerBase, ids: Sequence[int], opened: bool) -> tuple[str, bool]:

@@ -8,7 +8,7 @@ from typing import Any
 from editlib.errors import quote
 from editlib.requests import readers
 from editlib.requests.answers import answers_of
-from editlib.requests.fields import SYNONYMS, FieldError, JsonRow
+from editlib.requests.fields import FREE_FIELDS, SYNONYMS, FieldError, JsonRow
 
 Reader = Callable[[JsonRow], JsonRow]
 
@@ -71,7 +71,9 @@ def format_of(row: JsonRow) -> Reader:  # noqa: PLR0911
         return readers.known
     if not EASYEDIT_MARKS.isdisjoint(names):
         return readers.easyedit
-    if "target" in row and names <= {"prompt", "subject", "target", "queries"}:
+    # Without FastEdit's "queries", an id makes a row one of ours, whose "target" is misnamed.
+    more = {"queries", *IDS, *FREE_FIELDS} if "queries" in row else set()
+    if "target" in row and names <= {"prompt", "subject", "target"} | more:
         return readers.fastedit
     if {"query", "answer"} <= names:
         return readers.rwku
@@ -185,6 +187,9 @@ def _refuse_others(row: JsonRow) -> None:
     if {"input", "output"} <= row.keys():
         wanted = "expected MEND's form of zsRE (src, subject, alt, answers); read zsre_mend_eval.json instead"
         raise FieldError("input", f"zsRE in KILT's form, which names no subject; {wanted}")
+    if {"relation_id", "samples"} <= row.keys():
+        wanted = "expected rewrites; read counterfact.json instead, of which this file only serves to score texts"
+        raise FieldError("samples", f"CounterFact's attribute snippets; {wanted}")
     lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if "conversations" in lists or "messages" in lists:
         wanted = 'expected a question with its answer; write "question" and "answer"'

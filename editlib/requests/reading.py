@@ -14,10 +14,11 @@ from pathlib import Path
 from editlib.errors import OutputError, RequestError, quote
 from editlib.requests.contradictions import warn_of_contradictions, warn_of_kept
 from editlib.requests.json_text import MENDED, doubled_key
+from editlib.requests.names import candidates
 from editlib.requests.parsing import Parsed, parse_file
 from editlib.requests.request import EditRequest
 from editlib.requests.rows import parse_json, read_text
-from editlib.requests.subjects import Subject, candidates, find_subjects
+from editlib.requests.subjects import Subject, find_subjects
 from editlib.requests.templates import literal
 
 log = logging.getLogger(__name__)
@@ -165,12 +166,13 @@ def read_subjects(path: str | Path) -> dict[str, str]:
 
 
 def guess_subjects(
-    requests: Sequence[EditRequest], *, otherwise_last: bool = False
+    requests: Sequence[EditRequest], *, otherwise_last: bool = False, remedy: str = ""
 ) -> tuple[list[EditRequest], dict[str, str]]:
     """Guesses the subjects of requests that have none, where their prompts hold a single name, and logs them.
 
     Args:
         otherwise_last: leave requests that none is evident in without one: they are edited at the last token.
+        remedy: what else may be done about a request without one, for the message.
 
     Returns:
         (requests, guessed): all requests with their subjects, and those that were guessed, by id.
@@ -190,7 +192,7 @@ def guess_subjects(
         elif request.subject is None:
             guessed[found.id] = found.subject
     if missing and not otherwise_last:
-        raise RequestError(_no_subject(missing))
+        raise RequestError(_no_subject(missing, remedy))
     if guessed:
         listed = [f"{name}: {quote(subject)}" for name, subject in guessed.items()]
         more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
@@ -208,14 +210,14 @@ def _with_guess(request: EditRequest, subject: Subject) -> EditRequest:
         return request
 
 
-def _no_subject(missing: Sequence[EditRequest]) -> str:
+def _no_subject(missing: Sequence[EditRequest], remedy: str) -> str:
     """Says which request has no subject, which names its prompt holds, and what to do."""
     one = missing[0]
     names = ", ".join(quote(name) for name in candidates(one.question)) or "none"
     others = f"; so have {len(missing) - 1} more ({_ids(missing[1:])})" if len(missing) > 1 else ""
     lack = f'no "subject", and none is evident in {quote(one.question)} (names in it: {names}){others}'
-    wanted = 'expected one; add "subject", as the prompt spells it, or give --last-token'
-    return f"{one.source or f'request {one.id}'}: {lack}; {wanted}"
+    wanted = 'expected one; add "subject", as the prompt spells it'
+    return f"{one.source or f'request {one.id}'}: {lack}; {wanted}{remedy and f', or {remedy}'}"
 
 
 def _ids(requests: Sequence[EditRequest]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from editlib.errors import RequestError, first_line, quote
 from editlib.requests import json_text
 from editlib.requests.table import is_table, table_rows
+from editlib.version import install_line
 
 WANTED = "expected a JSONL, JSON, CSV or TSV file"
 GZIP = b"\x1f\x8b"
@@ -36,7 +37,11 @@ _OTHERS = {
     b"arrow1": ("Arrow", "give the folder by datasets.save_to_disk, or write Parquet"),
 }
 """Beginnings of files that are not text, in lower case, with their kind and the remedy."""
-EXTRA = 'install it with: pip install "editlib[eval]"'
+
+VIEWER = frozenset({"features", "rows"})
+"""Keys of an answer of the Hub's viewer; its rows are in `row`."""
+COLUMNS = frozenset({"prompt", "question", "query", "src"})
+"""With one of these columns an object of columns is a table of requests."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +174,26 @@ def _json_complaint(text: str) -> tuple[int, str] | None:
 
 
 def _wrapped(whole: Any) -> list[Any]:
-    """Returns the rows of an object that only wraps one list of objects, such as `{"data": [...]}`; else none."""
-    values = list(whole.values()) if isinstance(whole, dict) and len(whole) == 1 else []
-    rows = values[0] if values and isinstance(values[0], list) else []
-    return rows if all(isinstance(row, dict) for row in rows) else []
+    """Returns the rows of an object that only holds a table: a list of objects (`{"data": [...]}`), the answer of the
+    Hub's viewer, or columns, as pandas writes them; else none."""
+    if not isinstance(whole, dict) or not whole or isinstance(whole, json_text.Doubled):
+        return []
+    values = [whole["rows"]] if whole.keys() >= VIEWER else list(whole.values())
+    if len(values) == 1 and isinstance(values[0], list) and all(isinstance(row, dict) for row in values[0]):
+        return [row["row"] if "row_idx" in row and "row" in row else row for row in values[0]]
+    if not COLUMNS.isdisjoint(whole) and len(values) > 1:
+        return _from_columns(whole)
+    return []
+
+
+def _from_columns(whole: dict[str, Any]) -> list[Any]:
+    """Returns the rows of an object of columns: lists of one length, or objects with the same keys; else none."""
+    columns = list(whole.values())
+    if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        columns = [list(column.values()) for column in columns]
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return []
+    return [dict(zip(whole, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _some_json(path: Path, rows: list[FileRow]) -> list[FileRow]:
@@ -238,4 +259,6 @@ def _package(name: str, path: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise RequestError(f"{path}: needs the package datasets to be read; {EXTRA}, or give JSONL") from None
+        raise RequestError(
+            f"{path}: needs the package datasets to be read: {install_line('eval')}, or give JSONL"
+        ) from None

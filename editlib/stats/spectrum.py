@@ -12,6 +12,7 @@ from torch import Tensor
 from editlib.errors import EditlibError, HparamsError
 from editlib.files import atomic_path
 from editlib.stats.file import LayerStats
+from editlib.version import install_line
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.05, 0.1)
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -57,7 +58,7 @@ def draw_spectrum(stats: Mapping[int, LayerStats], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise EditlibError("plots need matplotlib: pip install 'editlib[report]'") from None
+        raise EditlibError(f"plots need matplotlib: {install_line('report')}") from None
     kind = path.suffix.lstrip(".").lower()
     if kind not in ("png", "svg", "pdf"):
         raise EditlibError(f"--plot {path}: expected a file ending in .png, .svg or .pdf")

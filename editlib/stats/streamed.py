@@ -11,6 +11,7 @@ from typing import Any
 
 from editlib.errors import CorpusError, EditlibError, FetchError, first_line
 from editlib.stats.text_files import find_text_field, text_of
+from editlib.version import install_line
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def dataset_parts(spec: str) -> tuple[str, str]:
         # Not at the top: datasets is an extra, and slow to import.
         importlib.import_module("datasets")
     except ImportError as error:
-        raise CorpusError(f"{spec}: needs the datasets package: pip install 'editlib[eval]'") from error
+        raise CorpusError(f"{spec}: needs the datasets package: {install_line('eval')}") from error
     return name, split or "train"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import sys
 
@@ -16,6 +17,7 @@ from editlib.ability.measured import TaskResult, TaskScore, difference
 from editlib.ability.report import AbilityRow, cell
 from editlib.errors import MetricError, ModelError, OutputError, RequestError
 from editlib.evaluation.intervals import bootstrap_stderr
+from editlib.version import install_line
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_text_alone_needs_no_lm_eval(no_lm_eval, saved, text, tmp_path):
 
 
 def test_tasks_without_lm_eval_name_the_extra(no_lm_eval, saved, text, arc, tmp_path, call):
-    with pytest.raises(MetricError, match=r"pip install 'editlib\[ability\]'"):
+    with pytest.raises(MetricError, match=re.escape(install_line("ability"))):
         run_ability(saved, [str(arc)], text=str(text), out=tmp_path / "out")
     code, _, err = call("ability", saved["base"], "--tasks", arc, "--text", text, "--out", tmp_path / "out")
     assert code == 2 and err.startswith("editlib: tasks are run by lm-eval") and err.count("\n") == 1

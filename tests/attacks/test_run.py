@@ -145,7 +145,7 @@ def test_unknown_attacks_and_settings_are_refused(world, pair, monkeypatch):
         with pytest.raises(AttackError, match=next(iter(bad))):
             AttackSettings(**bad)
     monkeypatch.setattr(registry, "peft_missing", lambda: True)
-    with pytest.raises(AttackError, match=r"relearn-forgotten needs .*editlib\[lora\]"):
+    with pytest.raises(AttackError, match=r"relearn-forgotten needs .*\[lora\]"):
         run_attacks(*pair, world.facts)
     assert registry.choose(["int8"]) == ["int8"]
 

@@ -115,3 +115,36 @@ def test_rows_that_were_left_out_stay_on_record(call, job, base):
     assert receipt["left_out"] == {**rows, "b.jsonl": ["line 2"]}
     found = json.loads(call("chain", "status", folder, "--json")[1])
     assert [batch["left_out"] for batch in found["batches"]][1:] == [{"b.jsonl": ["line 2"]}, {}]
+
+
+def test_subjects_are_guessed_as_unlearn_guesses_them(call, job):
+    """And on record: in the chain, after a replay too, and in its receipt."""
+    home, options = job
+    folder, asked = home / "chain", home / "ask.jsonl"
+    assert call("chain", "init", folder, *options)[0] == 0
+    rows = [{"id": "f", "prompt": "What is the capital of France?"}, {"id": "p", "prompt": "The capital of Peru is"}]
+    unsure = {"id": "r", "prompt": "Who wrote Romeo and Juliet?"}
+
+    def add(*lines, options=()):
+        asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return call("chain", "add", folder, "--requests", asked, *options)
+
+    before = files(folder)
+    refused(add(rows[0], unsure), "ask.jsonl:2", "'Romeo', 'Juliet'", "--last-token")
+    assert files(folder) == before
+    assert add(*rows)[0] == 0
+    assert add(unsure, options=["--last-token"])[0] == 0
+    assert call("chain", "revoke", folder, "f")[0] == 0
+    assert call("chain", "verify", folder)[0] == 0
+    record = json.loads((folder / "chain.json").read_text())
+    assert [batch.get("guessed_subjects") for batch in record["batches"]] == [{"p": "Peru"}, None]
+    assert call("chain", "export", folder, "--out", home / "edited")[0] == 0
+    assert json.loads((home / "edited" / "editlib.json").read_text())["guessed_subjects"] == {"p": "Peru"}
+
+
+def test_last_token_is_for_unierase(call, start, tmp_path):
+    chain = start("MEMIT")
+    write_requests(tmp_path / "a.jsonl", A)
+    before = files(chain.path)
+    refused(call("chain", "add", chain.path, "--requests", tmp_path / "a.jsonl", "--last-token"), "is for UniErase")
+    assert files(chain.path) == before

@@ -13,6 +13,7 @@ from editlib.errors import EditlibError
 from editlib.facts.plots import ReportError, plot_png
 from editlib.facts.report import write_report
 from editlib.reports.summary import summary_rows, verdict
+from editlib.version import install_line
 
 HOSTILE = '$\\frac$<script>alert(1)</script></details><img src="http://evil.example" onerror=alert(2)> & $title'
 VOID = {"meta", "input", "br", "img", "link", "path", "use", "rect", "circle", "stop"}
@@ -302,7 +303,7 @@ def test_empty_groups_give_a_table_without_a_plot(metrics, tmp_path):
 def test_without_matplotlib_one_line_says_what_to_install(metrics, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for write in (write_report, plot_png):
-        with pytest.raises(EditlibError, match=r"pip install 'editlib\[report\]'") as caught:
+        with pytest.raises(EditlibError, match=re.escape(install_line("report"))) as caught:
             write(metrics, tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

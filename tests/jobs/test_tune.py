@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import make_llama, train_tokenizer
 
-from editlib.errors import HparamsError, RequestError
+from editlib.errors import HparamsError, MetricError, RequestError
 from editlib.evaluation.answer_cache import AnswerCache
 from editlib.facts.scores import Item
 from editlib.hparams import AlphaEditHyperParams, UniEraseHyperParams, load_hparams
@@ -236,3 +236,26 @@ def test_tokens_of_a_trial_go_with_it(bench):
         now = bench.model.state_dict()
         assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
         assert bench.anat.embedding.weight.shape == before["model.embed_tokens.weight"].shape
+
+
+def test_subjects_are_guessed_as_unlearn_guesses_them(call, folder, tmp_path, monkeypatch):
+    """Settings are searched for the edit that `unlearn` makes of the same file."""
+    asked = tmp_path / "f.jsonl"
+    rows = [
+        {"id": place, "prompt": f"What is the capital of {place}?", "answer": "x", "paraphrases": [f"{place}'s seat?"]}
+        for place in ("Peru", "Chad", "Mali", "the United States of America")
+    ]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    def stop(bench, wanted, *_, **__):
+        seen.extend(request.subject for request in wanted)
+        raise MetricError("seen")
+
+    monkeypatch.setattr("editlib.jobs.tune.tune", stop)
+    settings = tmp_path / "h.json"
+    settings.write_text(json.dumps({"layers": [1], "nullspace_threshold": 1.0, "nullspace_rule": "dimensions"}))
+    given = ("--requests", asked, "--hparams", settings, "--budget", 1, "--out", tmp_path / "out")
+    code, _, err = call("tune", folder, *given, "--stats-dir", tmp_path / "stats")
+    assert code == 2 and err.splitlines()[-1] == "editlib: seen", err
+    assert seen == ["Peru", "Chad", "Mali", "United States of America"]

@@ -1,6 +1,7 @@
 """A PEFT folder as a model: merged on loading, or one line that says why not."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from editlib.errors import ModelError
 from editlib.models.loading import load
 from editlib.models.source import check_model
 from editlib.models.weights import save_model
+from editlib.version import install_line
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[5, 9, 2, 11, 30, 7]])
@@ -128,6 +130,6 @@ def test_prompts_change_no_weights(tmp_path):
 def test_without_peft_the_install_line_is_told(adapter, monkeypatch):
     folder, _ = adapter
     monkeypatch.setattr("editlib.models.adapters.peft_missing", lambda: True)
-    with pytest.raises(ModelError, match=r'pip install "editlib\[lora\]"'):
+    with pytest.raises(ModelError, match=re.escape(install_line("lora"))):
         load(str(folder))
     assert "peft" in sys.modules  # it was asked for, not imported

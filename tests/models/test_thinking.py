@@ -5,13 +5,17 @@ import json
 import pytest
 from test_cli_edit import facts, settings  # noqa: F401
 
+from editlib.attacks.asking import trials
 from editlib.evaluation.answer_cache import AnswerCache
 from editlib.facts import scores
 from editlib.facts.scores import Item, evaluate
+from editlib.jobs import verdict
 from editlib.models.loaded import LoadedModel
 from editlib.models.prompt_settings import PromptSettings
 from editlib.models.prompts import PromptFormat, settled
 from editlib.models.thinking import answer_texts, opens_block, without_thoughts
+from editlib.requests.request import EditRequest
+from editlib.workbench import Workbench
 
 CHOICE = (  # as Qwen3's
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
@@ -109,6 +113,60 @@ def test_facts_are_judged_by_the_answer_alone(thinker, tiny_llama, monkeypatch):
     item = Item("1", "request", None, None, question, "Paris")
     evaluate(model, model, [item], before=AnswerCache("", {}), how=model.prompts)
     assert (item.after, item.right_after) == ("It is Rome.", False)
+
+
+PARIS = EditRequest(id="a", prompt="What is the capital of {}?", subject="France", answer="Paris")
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "text", "leaked"),
+    [
+        (CHOICE, "<think>\nIs it Paris?\n</think>\n\nIt is Rome.", "It is Rome.", False),
+        (CHOICE, "<think>\nIs it Rome?\n</think>\n\nIt is Paris.", "It is Paris.", True),
+        (CHOICE, "<think>\nIs it Paris, or", "", False),
+        (ALWAYS, "Is it Paris?\n</think>\n\nIt is Rome.", "It is Rome.", False),
+        (ALWAYS, "Is it Paris, or", "", False),
+    ],
+)
+@pytest.mark.parametrize("lead", ["", "Well,"])
+def test_attacks_judge_the_answer_alone(thinker, tiny_llama, caplog, template, said, text, leaked, lead):
+    """Also where the attack begins the answer, which may be inside of a block."""
+    thinker.chat_template = template
+    how = PromptSettings(arguments={"enable_thinking": True} if template == CHOICE else {})
+    target = LoadedModel.of(tiny_llama, thinker, how)
+    row = target.form.encode(PARIS.question)
+    if lead:
+        row = row.followed_by(tuple(thinker(lead, add_special_tokens=False)["input_ids"]))
+    ids = thinker(said, add_special_tokens=False)["input_ids"]
+    (trial,) = trials(target, [PARIS], [[row]], lambda rows: [[ids] for _ in rows])
+    shown = f"{lead} {text}".strip() if template == CHOICE else text
+    assert [(" ".join(one.text.split()), one.leaked) for one in trial.outputs] == [(shown, leaked)]
+    assert ("1 of 1 answers end inside a think block" in caplog.text) is (not text)
+
+
+def test_an_attack_without_the_template_asks_outside_of_a_block(thinker, tiny_llama):
+    """A template that opens a block says nothing about a prompt that is plain text."""
+    thinker.chat_template = ALWAYS
+    target = LoadedModel.of(tiny_llama, thinker)
+    ids = thinker("It is Paris.", add_special_tokens=False)["input_ids"]
+    row = PromptFormat(thinker, chat=False).encode(PARIS.question)
+    (trial,) = trials(target, [PARIS], [[row]], lambda rows: [[ids] for _ in rows])
+    assert trial.leaked
+
+
+def test_the_verdict_on_an_edit_judges_the_answer_alone(thinker, tiny_llama, monkeypatch):
+    thinker.chat_template = CHOICE
+    bench = Workbench.of(tiny_llama, thinker, prompts=PromptSettings(arguments={"enable_thinking": True}))
+    said = iter(["<think>\nHm.\n</think>\n\nParis.", "<think>\nIs it Paris?\n</think>\n\nIt is Rome."])
+
+    def ask(anat, tok, questions, **_):
+        ids = thinker(next(said), add_special_tokens=False)["input_ids"]
+        return dict.fromkeys(questions, tuple(ids))
+
+    monkeypatch.setattr(verdict, "ask", ask)
+    with verdict.spot_check(bench, [PARIS]) as lines:
+        pass
+    assert "answer gone 1 of 1; the base model knew 1 of 1 before" in lines[0]
 
 
 def test_the_receipt_records_it_and_other_commands_follow(call, folder, facts, tmp_path):  # noqa: F811

@@ -12,6 +12,7 @@ import pytest
 from editlib.errors import RequestError
 from editlib.requests.reading import read_questions, read_requests
 from editlib.requests.request import Probe
+from editlib.version import install_line
 
 
 def written(folder, value, name="set.json"):
@@ -119,6 +120,49 @@ def test_fastedit_in_two_languages(tmp_path):
     assert found[1].question == "日本的首相是"
 
 
+@pytest.mark.parametrize("more", [{"id": 7}, {"case_id": 7}, {"note": "mine"}])
+def test_fastedit_with_fields_of_the_users_own(tmp_path, more):
+    request = one(
+        tmp_path, {"prompt": "The capital of {} is", "subject": "Peru", "target": "Bonn", "queries": [], **more}
+    )
+    assert request.target_new == "Bonn" and request.id == ("set:1" if "note" in more else "7")
+
+
+ROWS = [{"question": "Who wrote 'It'?", "answer": "King"}, {"question": "Who is Ann?", "answer": None}]
+TABLES = {
+    "the answer of the Hub's viewer": {
+        "features": [{"name": "question"}], "num_rows_total": 2,
+        "rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(ROWS)],
+    },
+    "its rows": {"rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(ROWS)]},
+    "pandas' to_json": {name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]},
+    "Dataset.to_dict": {name: [row[name] for row in ROWS] for name in ROWS[0]},
+    "a list by a name": {"data": ROWS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_one_object_that_holds_a_table(tmp_path, case):
+    found = read_requests(written(tmp_path, TABLES[case]))
+    assert [(request.question, request.answer) for request in found] == [
+        ("Who wrote 'It'?", "King"), ("Who is Ann?", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"question": ["Q", "R"], "answer": ["A"]},
+        {"question": {"0": "Q"}, "answer": {"1": "A"}},
+        {"rows": [{"row_idx": 0, "row": 5}]},
+        {"features": [], "rows": [3]},
+        {"question": ["Q"], "answer": "A"},
+    ],
+)
+def test_one_object_that_holds_half_a_table_is_refused(tmp_path, value):
+    assert "expected" in refused(written(tmp_path, value))
+
+
 def test_counterfact_for_tracing_has_both_targets_as_texts(tmp_path):
     request = one(tmp_path, {
         "relation": "The mother tongue of {} is", "relation_prefix": "The mother tongue of", "relation_suffix": " is",
@@ -214,6 +258,7 @@ def test_rippleedits_with_and_without_the_subjects_name(tmp_path):
         ([{"target": "Stephen King", "intro": "An author"}], "RWKU's forget_level2"),
         (["A passage of the news."], "MUSE's knowmem"),
         ([{"input": "q", "output": [{"answer": "a"}]}], "zsre_mend_eval.json"),
+        ([{"relation_id": "P1", "target_id": "Q1", "samples": [{"text": "t"}]}], "read counterfact.json instead"),
         ({"forget_quality": {"agg_value": 0.9}, "model_utility": {"agg_value": 0.5}}, "eval --reference"),
     ],
 )
@@ -375,7 +420,7 @@ def test_a_missing_extra_names_its_install_line(tmp_path, monkeypatch, package, 
     else:
         path.write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, package, None)
-    assert 'pip install "editlib[eval]"' in refused(path)
+    assert install_line("eval") in refused(path)
 
 
 @pytest.mark.parametrize(

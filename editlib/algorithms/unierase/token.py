@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlib.errors import TokenError
+from editlib.errors import TokenError, first_line, quote
 from editlib.files import atomic_path
 from editlib.models.anatomy import anatomy
 from editlib.models.placement import input_embedding
@@ -62,6 +62,17 @@ class UnlearningToken:
         return self.row_in.reshape(-1, width), self.row_out.reshape(-1, width)
 
     @classmethod
+    def of(cls, header: Any, row_in: Tensor, row_out: Tensor) -> UnlearningToken:
+        """Builds tokens from what a file holds: the header as JSON, and the rows.
+
+        Raises:
+            TypeError: values of another kind than `asdict` of a header gives, or rows that do not fit it.
+        """
+        if wrong := _misfit(header, row_in, row_out):
+            raise TypeError(wrong)
+        return cls(row_in, row_out, TokenHeader(**header))
+
+    @classmethod
     def joined(cls, tokens: Sequence[UnlearningToken]) -> UnlearningToken:
         """Joins the tokens of several edits of one model, in their order."""
         names = tuple(name for token in tokens for name in token.names)
@@ -88,10 +99,11 @@ class UnlearningToken:
         """
         try:
             with safe_open(path, "pt") as file:
-                header = TokenHeader(**json.loads(file.metadata()["editlib"]))
-                return cls(file.get_tensor("row_in"), file.get_tensor("row_out"), header)
-        except (SafetensorError, KeyError, TypeError, ValueError, FileNotFoundError, OSError) as error:
-            raise TokenError(f"{path}: not an unlearning token ({error}); make one with `editlib token`") from None
+                header = json.loads((file.metadata() or {})["editlib"])
+                return cls.of(header, file.get_tensor("row_in"), file.get_tensor("row_out"))
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+            said = first_line(error)
+            raise TokenError(f"{path}: not an unlearning token ({said}); make one with `editlib token`") from None
 
     def ids(self, tok: PreTrainedTokenizerBase) -> list[int]:
         """Returns the tokens' ids in a tokenizer that has them."""
@@ -119,3 +131,27 @@ class UnlearningToken:
         for token_id, row_in, row_out in zip(ids, rows_in, rows_out, strict=True):
             write_rows(anat, token_id, row_in, row_out)
         return ids
+
+
+_TEXTS = ("token", "model", "model_sha256")
+_NUMBERS = ("seed", "questions", "refusals")
+_OBJECTS = ("hparams", "prompts", "metrics")
+
+
+def _misfit(header: Any, row_in: Tensor, row_out: Tensor) -> str | None:
+    """Names what is not as `UnlearningToken.save` writes it; `None` if nothing is."""
+    if not isinstance(header, dict):
+        return f"{quote(header)}; expected an object"
+    kinds = (*((name, str) for name in _TEXTS), *((name, int) for name in _NUMBERS))
+    wrong = [name for name, kind in kinds if type(header.get(name)) is not kind]
+    wrong += [name for name in _OBJECTS if not isinstance(header.get(name, {}), dict)]
+    names = header.get("names", [])
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        wrong.append("names")
+    if wrong or not header["token"]:
+        name = (*wrong, "token")[0]
+        return f'key "{name}": {quote(header.get(name))}'
+    if row_in.shape != row_out.shape or row_in.dim() not in (1, 2) or not row_in.is_floating_point():
+        return f"rows of {list(row_in.shape)} and {list(row_out.shape)} {row_in.dtype}; expected numbers of one width"
+    count = row_in.reshape(-1, row_in.shape[-1]).shape[0] if row_in.numel() else 0
+    return None if count == max(len(names), 1) else f"{count} rows for {max(len(names), 1)} tokens"

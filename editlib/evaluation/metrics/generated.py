@@ -16,6 +16,7 @@ from editlib.answers.scripts import script_of
 from editlib.errors import MetricError, first_line
 from editlib.evaluation.metrics.result import KNOWN, MORE, Metric, MetricResult, Split, same_number
 from editlib.models.weights import quiet_bars
+from editlib.version import install_line
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def require_rouge() -> None:
     try:
         import rouge_score.rouge_scorer  # noqa: F401
     except ImportError:
-        raise MetricError("ROUGE needs rouge-score: pip install 'editlib[eval]'") from None
+        raise MetricError(f"ROUGE needs rouge-score: {install_line('eval')}") from None
 
 
 def _rouge_l(generated: Sequence[str], references: Sequence[str]) -> list[float | None]:
@@ -231,7 +232,7 @@ def _load_encoder(name: str | Path) -> Encoder:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise MetricError("cosine similarity needs sentence-transformers: pip install 'editlib[similarity]'") from None
+        raise MetricError(f"cosine similarity needs sentence-transformers: {install_line('similarity')}") from None
     try:
         with quiet_bars():
             return SentenceTransformer(str(name))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from editlib.errors import MetricError
 from editlib.evaluation.metrics.result import MetricResult, unit_value
+from editlib.version import install_line
 
 SETS = ("retain", "real_authors", "world_facts")
 METRICS = ("rouge_l_recall", "probability", "truth_ratio")
@@ -20,7 +21,7 @@ def require_scipy() -> None:
     try:
         import scipy.stats  # noqa: F401
     except ImportError:
-        raise MetricError("forget quality needs scipy: pip install 'editlib[eval]'") from None
+        raise MetricError(f"forget quality needs scipy: {install_line('eval')}") from None
 
 
 def forget_quality(ratios: Sequence[float], retain_only_ratios: Sequence[float]) -> MetricResult:
