@@ -57,25 +57,31 @@ def test_a_24_layer_qwen_by_hand():
     assert (found.layers, found.gate_layer) == ([2, 3, 4, 5, 6], 20)
     assert (found.nullspace_rule, found.nullspace_threshold) == ("energy", 0.3)
     assert set(found.notes) >= {"layers", "gate_layer", "nullspace_threshold", "from", "measured"}
-    assert "3-8 of 30" in found.notes["layers"] and "1.00" in found.notes["measured"]
+    assert "8 of 30" in found.notes["layers"] and "1.00" in found.notes["measured"]
     assert "not on this model" in derive("MEMIT", ModelShape("mine", "qwen2", 24, 896)).notes["measured"]
     deep = derive("UniErase", ModelShape("mine", "llama", 80, 8192))
     assert deep.layers == [8, 11, 14, 16, 19, 22]  # as many as there were, not 15 matrices
 
 
 def test_settings_that_erase_are_carried_over_too():
-    """3 to 8 of 29 are 2.4 and 6.3 of 23; the weights are relative to the model's own keys, and stay."""
+    """8 of 29 is 6.3 of 23, and the last layer stays the last; all else is relative to the model's own states."""
     found = derive("UniErase", ModelShape("mine", "qwen2", 24, 896), values="rows")
     reference = load_hparams("UniErase/smollm2-135m-erase")
-    assert (found.values, found.layers, found.gate_layer) == ("rows", [2, 3, 4, 5, 6], None)
+    assert (found.values, found.neurons, found.layers, found.mark_layer) == ("rows", True, [6], 23)
     assert (found.nullspace_rule, found.nullspace_threshold) == ("dimensions", 1.0)  # ordinary text is held by weight
-    moved = {"layers", *ABOUT}
+    moved = {"layers", "mark_layer", *ABOUT}
     kept = {key: value for key, value in reference.to_dict().items() if key not in moved}
     assert kept == {key: value for key, value in found.to_dict().items() if key not in moved}
-    assert "3-8 of 30" in found.notes["layers"] and "nullspace_threshold" not in found.notes
+    assert "8 of 30" in found.notes["layers"] and "nullspace_threshold" not in found.notes
     assert found.notes["all else"] == "as in UniErase/smollm2-135m-erase.json"
     assert "not on this model" in found.notes["measured"]  # what was measured is for values by descent
     assert derive("UniErase", ModelShape("mine", "qwen2", 24, 896), read_at=10, values="rows").layers < found.layers
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "granite"])
+def test_no_layer_marks_where_a_norm_or_a_factor_follows_the_mlp(kind):
+    found = derive("UniErase", ModelShape("mine", kind, 24, 896), values="rows")
+    assert found.neurons and found.mark_layer is None and "follows the MLP" in found.notes["mark_layer"]
 
 
 def test_settings_that_erase_ship_for_the_form_that_they_were_measured_on():

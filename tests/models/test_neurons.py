@@ -7,9 +7,12 @@ import torch
 from families import FAMILIES, make
 from test_residual_path import observe
 
+from editlib.algorithms.unierase.subject_neurons import write_neurons
 from editlib.errors import ModelError
 from editlib.models.anatomy import anatomy
 from editlib.models.neurons import find_neurons
+from editlib.models.prompts import TokenRow
+from editlib.models.tracing import hidden_of
 
 LAYER = 1
 IDS = torch.tensor([[5, 9, 200, 17, 33, 8]])
@@ -69,3 +72,28 @@ def test_an_mlp_of_another_kind_is_refused():
     with pytest.raises(ModelError, match='leave "neurons" out') as error:
         find_neurons(anat, LAYER)
     assert "down_proj" in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "opt", "olmo2", "gemma3_text", "granite", "falcon", "gpt_neox"])
+def test_the_change_arrives_in_every_kind_of_layer(family):
+    """Gates and biases, one matrix for gate and up, norms and factors after the MLP: by plain passes."""
+    model = make(family)
+    before, anat = copy.deepcopy(model), anatomy(model)
+    contexts, others = [[TokenRow((5, 30, 11), 1)]], [TokenRow((5, n, 11, n + 1), 1) for n in range(40, 90)]
+    ids = torch.tensor([contexts[0][0].ids])
+
+    def state(one):
+        seen = {}
+        hook = anatomy(one).layers[1].register_forward_hook(lambda *given: seen.__setitem__("h", hidden_of(given[2])))
+        with torch.no_grad():
+            one(ids, use_cache=False)
+        hook.remove()
+        return seen["h"].reshape(-1, anat.d_model)[1]
+
+    was = state(before)
+    change = torch.randn(anat.d_model, generator=torch.Generator().manual_seed(4)) * was.norm() / 8
+    write_neurons(anat, 1, contexts, (was + change)[:, None], [0], others, 1e9 * torch.eye(anat.d_ff).double())
+    moved = state(model) - was
+    assert torch.nn.functional.cosine_similarity(moved, change, dim=0) > 0.85
+    # A norm after the MLP fixes the length of what it adds.
+    assert moved.norm() / change.norm() == pytest.approx(1, abs=0.5 if family in {"olmo2", "gemma3_text"} else 0.35)
