@@ -166,7 +166,8 @@ def test_a_file_of_settings_for_each_architecture(call, tmp_path, name):
         assert set(written["notes"]) >= {"from", "layers", "templates", "all else", "measured"}
         # Settings that erase take no null space, whose threshold would be another model's.
         assert ("nullspace_threshold" in written["notes"]) == (values == "descent")
-        reference = "2-5 of 18" if "gemma" in name and values == "descent" else "3-8 of 30"
+        descent = "2-5 of 18" if "gemma" in name else "3-8 of 30"
+        reference = descent if values == "descent" else "8 of 30"
         assert written["notes"]["layers"].startswith(f"{reference} layers, by share of depth")
         read.check_depth(KNOWN[name].n_layers)
         for file in (tmp_path / "model").glob("*.safetensors"):

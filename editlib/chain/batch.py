@@ -1,6 +1,7 @@
 """Keep one batch of a chain as one safetensors file, with everything that later batches, a replay or an audit need.
 
-The update of each layer (`left.<layer> [d_model, r]`, `right.<layer> [r, d_ff]`), the requests' keys
+The update of each matrix by its number, a layer's for its MLP output matrix (`left.<number> [outputs, r]`,
+`right.<number> [r, inputs]`; `Anatomy.matrix_names`), the requests' keys
 (`keys.<layer> [d_ff, n]`), their values (`targets`, `deltas [d_model, n]`; `gate.<i> [d_model]`), and `notes`: the
 requests, diagnostics and anchors' answers as JSON. If tokens were fitted to the batch, their rows too (`token.in`,
 `token.out [k, d_model]`).

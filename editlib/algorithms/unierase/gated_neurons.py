@@ -16,9 +16,9 @@ parabola whose top, at `s = PEAK`, is flat. The column is what shall be added at
 there. Below the threshold the neuron adds nothing, where a linear update would add a part. (One fact, one neuron:
 Transformer-Patcher, 2301.09785, which trains it; here it is solved for.)
 
-The neurons taken are those that ordinary text can spare: with `S` the second moment of the keys, removing neuron `j`
-and letting all others make up for it changes the output by `|w_j|^2 / (S^-1)_jj` (optimal brain surgeon). What the
-removed ones wrote is given to the others by least squares.
+The neurons taken are those that can best be spared: with `S` the second moment of the keys at all that must stay,
+removing neuron `j` and letting all others make up for it changes the output by `|w_j|^2 / (S^-1)_jj` (optimal brain
+surgeon). What the removed ones wrote is given to the others by least squares.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from editlib.models.precision import wide_dtype
 
 THRESHOLD = 0.5  # score above which a neuron is active: unseen wordings have .8 and more, other subjects below .4
 PEAK = 0.95  # score at which a gated neuron is most active
-SHARP = 60.0  # of the ramp: at a score .1 below the threshold an activation is .03 % of its largest
+SHARP = 60.0  # of the ramp: at a score .1 below the threshold an activation is .1 % of its largest
 KEY_RIDGE = 1e-4  # of the mean diagonal of the second moment of keys
 MOST = 0.25  # of a layer's neurons that edits may take in all
 
