@@ -1,6 +1,8 @@
 """Settings that are carried over to another form of model."""
 
+import dataclasses
 import json
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -64,12 +66,12 @@ def test_a_24_layer_qwen_by_hand():
 
 
 def test_settings_that_erase_are_carried_over_too():
-    """8 of 29 is 6.3 of 23, and the last layer stays the last; all else is relative to the model's own states."""
+    """8 of 29 is 6.3 of 23; all else is relative to the model's own states, and stays."""
     found = derive("UniErase", ModelShape("mine", "qwen2", 24, 896), values="rows")
     reference = load_hparams("UniErase/smollm2-135m-erase")
-    assert (found.values, found.neurons, found.layers, found.mark_layer) == ("rows", True, [6], 23)
+    assert (found.values, found.neurons, found.layers, found.gate_layer) == ("rows", True, [6], None)
     assert (found.nullspace_rule, found.nullspace_threshold) == ("dimensions", 1.0)  # ordinary text is held by weight
-    moved = {"layers", "mark_layer", *ABOUT}
+    moved = {"layers", *ABOUT}
     kept = {key: value for key, value in reference.to_dict().items() if key not in moved}
     assert kept == {key: value for key, value in found.to_dict().items() if key not in moved}
     assert "8 of 30" in found.notes["layers"] and "nullspace_threshold" not in found.notes
@@ -78,10 +80,14 @@ def test_settings_that_erase_are_carried_over_too():
     assert derive("UniErase", ModelShape("mine", "qwen2", 24, 896), read_at=10, values="rows").layers < found.layers
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "granite"])
-def test_no_layer_marks_where_a_norm_or_a_factor_follows_the_mlp(kind):
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "granite", "qwen2"])
+def test_no_layer_marks_where_a_norm_or_a_factor_follows_the_mlp(monkeypatch, kind):
+    marked = dataclasses.replace(load_hparams("UniErase/smollm2-135m-erase"), mark_layer=29)
+    # The package's `derive` is the function; the module of that name is found by its path.
+    monkeypatch.setattr(import_module("editlib.hparams.derive"), "bundled", lambda *_: marked)
     found = derive("UniErase", ModelShape("mine", kind, 24, 896), values="rows")
-    assert found.neurons and found.mark_layer is None and "follows the MLP" in found.notes["mark_layer"]
+    assert found.mark_layer == (23 if kind == "qwen2" else None)
+    assert ("follows the MLP" in found.notes["mark_layer"]) == (kind != "qwen2")
 
 
 def test_settings_that_erase_ship_for_the_form_that_they_were_measured_on():
