@@ -44,12 +44,10 @@ MOST = 0.25  # of a layer's neurons that edits may take in all
 
 @dataclass(frozen=True)
 class NeuronScores:
-    """Holds what tells groups of positions apart: `G [n, d_model]`, the bias `b [d_model]`, and each position's score
-    of its own group `[m]`."""
+    """Holds what tells groups of positions apart: `G [n, d_model]`, and the bias `b [d_model]`."""
 
     weights: Tensor
     bias: Tensor
-    own: Tensor
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def solve_scores(x: Tensor, owner: Tensor, elsewhere: Moment, ridge: float) -> N
     every = elsewhere + Moment.plus(Moment(torch.zeros_like(system), torch.zeros_like(system[0]), 0.0), x)
     every.second.diagonal().add_(1e-6 * every.second.diagonal().mean())
     bias = torch.linalg.solve(every.second, every.first)  # [d_model]
-    return NeuronScores(weights, bias, (x * weights[owner]).sum(dim=1))
+    return NeuronScores(weights, bias)
 
 
 def spare_neurons(weight: Tensor, moment: Tensor, count: int, taken: Collection[int] = ()) -> tuple[Tensor, LowRank]:
