@@ -9,6 +9,7 @@ import pytest
 from editlib.errors import CorpusError, FetchError
 from editlib.stats import wiki_sample
 from editlib.stats.corpus import check_corpus, hash_documents, load_corpus
+from editlib.version import install_line
 
 
 def one_line(info) -> str:
@@ -194,7 +195,7 @@ def test_hf_errors_are_one_line(dataset_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CorpusError) as info:
         load_corpus("hf:own/data")
-    assert "editlib[eval]" in one_line(info)
+    assert install_line("eval") in one_line(info)
 
 
 def test_hf_reads_two_parts_as_owner_and_name_first(monkeypatch):
