@@ -35,8 +35,8 @@ from editlib.models.prompts import TokenRow
 log = logging.getLogger(__name__)
 
 RIDGE = 0.03  # of the mean diagonal of the second moment of x
-POSITIONS = 16_384  # inside answers and ordinary text that are used, at most
-TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text, sampled from the model
+POSITIONS = 8_192  # that are read inside answers, and as many in ordinary text, at most
+TEXTS, TEXT_TOKENS, TEXT_TOP_K = 160, 48, 50  # of ordinary text, sampled from the model
 BEGINNINGS = 400  # single tokens, as texts may begin with: their keys are larger than all others
 
 
@@ -99,20 +99,29 @@ def _elsewhere(
 ) -> tuple[Moment, Tensor, Tensor]:
     """Reads positions where no mark belongs, inside answers and in ordinary text: the moment of `x`, the layer's keys
     `[p, d_ff]`, and, of the answers alone, the states that leave the last layer `[p, d_model]`."""
-    answers = [row.followed_by(text) for row, text in places.answers]
-    firsts = [len(row) - 1 for row, _ in places.answers]
-    texts = _ordinary_text(anat, seed, progress)
-    share = POSITIONS / max(POSITIONS, sum(map(len, (*answers, *texts))) - sum(firsts))
     generator = torch.Generator().manual_seed(seed)
+    answers = _drawn([(row.followed_by(text), len(row) - 1) for row, text in places.answers], generator)
+    texts = _drawn([(row, 0) for row in _ordinary_text(anat, seed, progress)], generator)
     found, keys, states = Moment.none(anat), [torch.zeros(0, anat.d_ff, device=anat.device)], []
     states.append(torch.zeros(0, anat.d_model, device=anat.device))
-    for rows, starts, counts in ((answers, firsts, True), (texts, [0] * len(texts), False)):
+    for drawn, counts in ((answers, True), (texts, False)):
+        rows, starts = [row for row, _ in drawn], [start for _, start in drawn]
         for _, x, key, hidden in read_positions(anat, rows, starts, neurons, anat.n_layers):
-            some = (torch.rand(len(x), generator=generator) < share).to(x.device)
-            found = found.plus(x[some])
-            keys.append(key[some])
-            states += [hidden[some]] if counts else []
+            found = found.plus(x)
+            keys.append(key)
+            states += [hidden] if counts else []
     return found, torch.cat(keys), torch.cat(states)
+
+
+def _drawn(rows: Sequence[tuple[TokenRow, int]], generator: torch.Generator) -> list[tuple[TokenRow, int]]:
+    """Draws rows, each with the column it is read from, until `POSITIONS` positions are read."""
+    drawn, left = [], POSITIONS
+    for i in torch.randperm(len(rows), generator=generator).tolist():
+        drawn.append(rows[i])
+        left -= len(rows[i][0]) - rows[i][1]
+        if left <= 0:
+            break
+    return drawn
 
 
 def _quiet_directions(states: Tensor, count: int) -> tuple[Tensor, Tensor]:

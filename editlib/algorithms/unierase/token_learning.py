@@ -43,7 +43,7 @@ class TokenHyperParams:
     lr: float = setting(0.15, above=0)  # learning rate
     memory: float = setting(0.99, min=0, below=1)  # Adam's second beta; smaller values suit fewer steps
     opening: int = setting(4, min=0)  # first tokens that the chosen refusals share; fewer if no two share as many
-    refusals: int = setting(4, min=1)  # most refusals to learn from: the shortest of those with the same opening
+    refusals: int = setting(1, min=1)  # most refusals to learn from: the shortest of those with the same opening
     noise: float = setting(0.1, min=0)  # standard deviation of the noise, in units of the weight's own
     layers: tuple[int, ...] = ()  # layers that get noise; empty: 4/30 to 8/30 of the depth, the usual layers of edits
     averaged_steps: int = setting(15, min=0)  # the last of `steps`, over which the rows are averaged
@@ -91,8 +91,8 @@ def learn_token(
     under it elsewhere in the questions and in the model's own answers to them and to `ordinary`. The rows are learned
     in fp32, whatever the dtype of the model's passes.
 
-    One row cannot distinguish many sentences: it learns how they begin and where they end. So it is learned over the
-    shortest of the `refusals` with the same opening (`alike`), which takes half as many steps as all of them.
+    One row cannot lead into many sentences: it learns how they begin, and then mixes them. So it is learned over the
+    shortest of the `refusals` with the most common opening (`alike`), by default over a single one.
 
     Args:
         ordinary: further prompts in whose answers the token must not appear, such as open instructions.
