@@ -240,7 +240,7 @@ def test_save_and_load(learned, tiny_llama_untied, tok, tmp_path):
     assert torch.equal(found.row_in, learned.row_in)
     assert torch.equal(found.row_out, learned.row_out)
     assert found.header.token == "[UNL]"
-    assert (found.header.model_sha256, found.header.questions, found.header.refusals) == ("ab" * 32, 32, 3)
+    assert (found.header.model_sha256, found.header.questions, found.header.refusals) == ("ab" * 32, 32, 1)
     again = tmp_path / "again.safetensors"
     found.save(again)
     assert again.read_bytes() == path.read_bytes()
