@@ -33,6 +33,7 @@ from editlib.algorithms.unierase.constraints import hold_anchors
 from editlib.algorithms.unierase.examples import contexts_of
 from editlib.algorithms.unierase.finding import edit_values
 from editlib.algorithms.unierase.gated_neurons import check_neurons
+from editlib.algorithms.unierase.held_rows import HeldPlaces
 from editlib.algorithms.unierase.inputs import FoundValues, KeptInputs, UniEraseInputs
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
@@ -130,8 +131,9 @@ def apply_unierase_to_model(
             originals |= written.originals
             # 5. Tokens are fitted last: to the edited model, whose late layers mark erased facts for them.
             with timer("tokens"):
-                originals |= (marked := write_marks(edit, values, found.places, state)).originals
-                token, said = _say(edit, tok, token, found.places)
+                held = _hold(edit, found.places)
+                originals |= (marked := write_marks(edit, values, held, state)).originals
+                token, said = _say(edit, tok, token, held)
     deltas = {**written.deltas, **gate, **marked.deltas}
     neurons = {**written.neurons, **marked.neurons}
     return EditResult(
@@ -238,8 +240,16 @@ def _open_gate(
     return found, gate_update(*common, anchored, edit.token_id, layer, edit.hparams, found)
 
 
+def _hold(edit: UniEraseInputs, places: RefusalPlaces | None) -> HeldPlaces | None:
+    """Runs the layers below the marks over all places; without marks, nothing is run yet."""
+    if places is None or not edit.fits_tokens:
+        return None
+    with edit.fast():
+        return HeldPlaces.of(edit.anat, places, start=edit.hparams.mark_layer or 0)
+
+
 def _say(
-    edit: UniEraseInputs, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, places: RefusalPlaces | None
+    edit: UniEraseInputs, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, held: HeldPlaces | None
 ) -> tuple[UnlearningToken | None, dict[str, list[float]]]:
     """Fits refusal tokens to the edited model and adds them to it; on a replay adds the given ones.
 
@@ -249,12 +259,12 @@ def _say(
     said: dict[str, list[float]] = {}
     if not edit.fits_tokens:
         return (None if edit.token_id is None else token), said
-    if places is not None:
+    if held is not None:
         fitted = fit_refusal_tokens(
-            edit.anat, tok, edit.form, token, places, edit.hparams, seed=edit.seed, progress=edit.progress
+            edit.anat, tok, edit.form, token, held, edit.hparams, seed=edit.seed, progress=edit.progress
         )
         token = fitted.token
-        for number, log_odds in zip(places.requests, fitted.log_odds.tolist(), strict=True):
+        for number, log_odds in zip(held.places.requests, fitted.log_odds.tolist(), strict=True):
             said.setdefault(edit.requests[number].id, []).append(log_odds)
         unsaid = [name for name, found in said.items() if max(found) < 0]
         if unsaid:

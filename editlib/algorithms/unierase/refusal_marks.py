@@ -17,14 +17,14 @@ shows well.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.unierase.gated_neurons import MOST, Moment, neuron_updates, solve_scores, spare_neurons
-from editlib.algorithms.unierase.neuron_inputs import read_positions
+from editlib.algorithms.unierase.held_rows import HeldPlaces, HeldRows
 from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces, kept_weights
 from editlib.models.anatomy import Anatomy
 from editlib.models.generation import sample
@@ -35,14 +35,13 @@ from editlib.models.prompts import TokenRow
 log = logging.getLogger(__name__)
 
 RIDGE = 0.03  # of the mean diagonal of the second moment of x
-POSITIONS = 8_192  # that are read inside answers, and as many in ordinary text, at most
 TEXTS, TEXT_TOKENS, TEXT_TOP_K = 160, 48, 50  # of ordinary text, sampled from the model
 BEGINNINGS = 400  # single tokens, as texts may begin with: their keys are larger than all others
 
 
 def fit_marks(
     anat: Anatomy,
-    places: RefusalPlaces,
+    held: HeldPlaces,
     layer: int,
     size: float,
     taken: Collection[int] = (),
@@ -53,6 +52,7 @@ def fit_marks(
     """Solves for the marks of an edit in the model whose answers have been erased.
 
     Args:
+        held: all places; the layers below `layer` have run.
         layer: that writes the marks; a plain path leads from its MLP to the residual stream.
         size: of a mark, in standard deviations of the states along its direction.
         taken: neurons of the layer that earlier edits have written.
@@ -61,6 +61,7 @@ def fit_marks(
         The update of each matrix, and the numbers of the neurons; both empty where the layer has too few of them.
         Nothing is written.
     """
+    places = held.places
     groups = list(dict.fromkeys(_group(place, number) for place, number in _wanted(places)))
     if len(groups) + len(taken) > MOST * anat.d_ff:
         log.warning(
@@ -70,16 +71,13 @@ def fit_marks(
         return {}, []
     neurons = find_neurons(anat, layer)
     owner = torch.tensor([groups.index(_group(*pair)) for pair in _wanted(places)], device=anat.device)
-    wanted = _at_ends(anat, places.wanted, neurons)  # x [wanted, d_model]
-    at_kept = kept_weights(places, anat.device).mean(dim=0)  # [kept], sums to one
-    elsewhere = Moment.none(anat).plus(_at_ends(anat, places.kept, neurons), at_kept)
-    inside, keys, states = _elsewhere(anat, places, neurons, seed, progress)
-    scores = solve_scores(wanted, owner, elsewhere + inside.mean, RIDGE)
+    wanted = held.wanted.mlp_inputs(neurons)  # x [wanted, d_model]
+    elsewhere, keys, states = _elsewhere(anat, held, neurons, _ordinary_text(anat, seed, progress))
+    scores = solve_scores(wanted, owner, elsewhere, RIDGE)
     directions, deviations = _quiet_directions(states, len(places.relations))  # [d_model, K], [K]
     relation = [places.wanted[int((owner == i).nonzero()[0])].group or 0 for i in range(len(groups))]
     marks = (directions * (size * deviations))[:, relation].T  # [groups, d_model]
-    moment = (keys.T @ keys).to(wide_dtype(anat.device)) / max(1, len(keys))  # S [d_ff, d_ff]
-    chosen, removal = spare_neurons(anat.weight(layer), moment, len(groups), taken)
+    chosen, removal = spare_neurons(anat.weight(layer), keys, len(groups), taken)
     updates = neuron_updates(anat, neurons, scores, wanted, owner, marks, chosen, removal)
     return updates, chosen.tolist()
 
@@ -94,46 +92,39 @@ def _group(place: Place, request: int) -> tuple[int, bool]:
     return request, place.inside
 
 
-def _elsewhere(
-    anat: Anatomy, places: RefusalPlaces, neurons: Neurons, seed: int, progress: bool
-) -> tuple[Moment, Tensor, Tensor]:
-    """Reads positions where no mark belongs, inside answers and in ordinary text: the moment of `x`, the layer's keys
-    `[p, d_ff]`, and, of the answers alone, the states that leave the last layer `[p, d_model]`."""
-    generator = torch.Generator().manual_seed(seed)
-    answers = _drawn([(row.followed_by(text), len(row) - 1) for row, text in places.answers], generator)
-    texts = _drawn([(row, 0) for row in _ordinary_text(anat, seed, progress)], generator)
-    found, keys, states = Moment.none(anat), [torch.zeros(0, anat.d_ff, device=anat.device)], []
-    states.append(torch.zeros(0, anat.d_model, device=anat.device))
-    for drawn, counts in ((answers, True), (texts, False)):
-        rows, starts = [row for row, _ in drawn], [start for _, start in drawn]
-        for _, x, key, hidden in read_positions(anat, rows, starts, neurons, anat.n_layers):
-            found = found.plus(x)
-            keys.append(key)
-            states += [hidden] if counts else []
-    return found, torch.cat(keys), torch.cat(states)
+def _elsewhere(anat: Anatomy, held: HeldPlaces, neurons: Neurons, texts: HeldRows) -> tuple[Moment, Tensor, Moment]:
+    """Reads where no mark belongs: the kept places, all positions of answers, and ordinary text.
+
+    Returns:
+        The moment of `x`, with equal weight on the kept places and on all other positions; the second moment of the
+        layer's keys, `[d_ff, d_ff]`; and the moment of the states that leave the last layer inside answers.
+    """
+    found, states, count = Moment.none(anat), Moment.none(anat), 0
+    keys = torch.zeros(anat.d_ff, anat.d_ff, device=anat.device)
+    x = torch.zeros(held.answers.count, anat.d_model, device=anat.device)
+    for rows in (held.answers, texts):
+        for seen in rows.seen_by(neurons, anat.n_layers):
+            found = found.plus(seen.x)
+            keys.addmm_(seen.keys.T, seen.keys)
+            count += len(seen.keys)
+            if rows is held.answers:
+                x[seen.positions] = seen.x
+                states = states.plus(seen.hidden)
+    at_kept = torch.cat([x, held.others.mlp_inputs(neurons)])[held.kept]  # [kept, d_model]
+    weights = kept_weights(held.places, anat.device).mean(dim=0)  # [kept], sums to one
+    kept = Moment.none(anat).plus(at_kept, weights)
+    return kept + found.mean, keys.to(wide_dtype(anat.device)) / max(1, count), states
 
 
-def _drawn(rows: Sequence[tuple[TokenRow, int]], generator: torch.Generator) -> list[tuple[TokenRow, int]]:
-    """Draws rows, each with the column it is read from, until `POSITIONS` positions are read."""
-    drawn, left = [], POSITIONS
-    for i in torch.randperm(len(rows), generator=generator).tolist():
-        drawn.append(rows[i])
-        left -= len(rows[i][0]) - rows[i][1]
-        if left <= 0:
-            break
-    return drawn
+def _quiet_directions(states: Moment, count: int) -> tuple[Tensor, Tensor]:
+    """Returns `count` orthonormal directions in which states vary least, `[d_model, count]`, and their standard
+    deviations, `[count]`."""
+    mean = states.mean
+    variances, vectors = torch.linalg.eigh(mean.second - torch.outer(mean.first, mean.first))  # rising
+    return vectors[:, :count].float(), variances[:count].clamp_min(0).sqrt().float()
 
 
-def _quiet_directions(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns `count` orthonormal directions in which `states [p, d_model]` vary least, `[d_model, count]`, and their
-    standard deviations, `[count]`."""
-    wide = states.to(wide_dtype(states.device))
-    centred = wide - wide.mean(dim=0)
-    variances, vectors = torch.linalg.eigh(centred.T @ centred / max(1, len(wide)))  # rising
-    return vectors[:, :count].to(states), variances[:count].clamp_min(0).sqrt().to(states)
-
-
-def _ordinary_text(anat: Anatomy, seed: int, progress: bool) -> list[TokenRow]:
+def _ordinary_text(anat: Anatomy, seed: int, progress: bool) -> HeldRows:
     """Samples texts from the model, each from one random token, and adds single random tokens."""
     generator = torch.Generator().manual_seed(seed)
     firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
@@ -142,13 +133,5 @@ def _ordinary_text(anat: Anatomy, seed: int, progress: bool) -> list[TokenRow]:
     written = sample(
         anat, rows[:TEXTS], max_new_tokens=TEXT_TOKENS, top_k=TEXT_TOP_K, generator=generator, progress=label
     )
-    return [*(row.followed_by(text) for row, text in zip(rows, written, strict=False)), *rows[TEXTS:]]
-
-
-def _at_ends(anat: Anatomy, places: Sequence[Place], neurons: Neurons) -> Tensor:
-    """Reads the MLP's input `[places, d_model]` at the last token of each place's prompt."""
-    rows = [place.row for place in places]
-    found = torch.zeros(len(rows), anat.d_model, device=anat.device)
-    for numbers, x, _, _ in read_positions(anat, rows, [len(row) - 1 for row in rows], neurons, neurons.layer + 1):
-        found[numbers] = x
-    return found
+    texts = [row.followed_by(text) for row, text in zip(rows, written, strict=False)]
+    return HeldRows(anat, [*texts, *rows[TEXTS:]], [0] * len(rows))

@@ -43,7 +43,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from editlib.algorithms.unierase.final_states import FinalStates, WrittenStates, read_kept, read_states
+from editlib.algorithms.unierase.final_states import FinalStates, WrittenStates
+from editlib.algorithms.unierase.held_rows import HeldPlaces, HeldRows
 from editlib.algorithms.unierase.refusal_places import (
     Place,
     RefusalPlaces,
@@ -98,24 +99,24 @@ def fit_refusal_tokens(
     tok: PreTrainedTokenizerBase,
     form: PromptFormat,
     token: UnlearningToken | None,
-    places: RefusalPlaces,
+    held: HeldPlaces,
     hparams: UniEraseHyperParams,
     *,
     seed: int = 0,
     progress: bool = False,
 ) -> FittedTokens:
-    """Fits `[UNL]`, and one token for each relation of `places`, to the edited model.
+    """Fits `[UNL]`, and one token for each relation of the places, to the edited model.
 
     The tokens are added to the tokenizer and the model. Their fitted rows are returned, and not yet written there.
 
     Args:
         token: learned by `learn_token`: all rows start at its rows; `None`: at the mean row of the vocabulary.
-        places: see `refusal_places`; read in the model before the edit.
+        held: the places (see `refusal_places`), which were encoded before the edit.
 
     Raises:
         EditError: a loss that is not finite.
     """
-    token = token or _mean_token(anat, seed)
+    token, places = token or _mean_token(anat, seed), held.places
     names = free_tokens(tok, token.header.token, 1 + len(places.relations))
     numbers = [add_token(anat.model, tok, name) for name in names]
     silence(anat, numbers)  # until they have rows, no log-sum includes them
@@ -123,7 +124,7 @@ def fit_refusal_tokens(
     attention = nullcontext() if dtype is None else plain_attention(anat.device)
     with no_param_grad(anat.model), cast_params(anat.model, dtype), attention:
         refusals = _Refusals.of(anat, form, places, numbers, seed)
-        loss = _ReadOut.of(anat, places, hparams, seed, progress)
+        loss = _ReadOut.of(anat, held, hparams, seed, progress)
         rows_in, rows_out, nll = _fit(anat, token, numbers, refusals, loss, hparams.token_steps, seed, progress)
     log_odds = loss.log_odds(rows_out)
     metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
@@ -222,13 +223,10 @@ class _ReadOut:
     quiet: float
 
     @classmethod
-    def of(
-        cls, anat: Anatomy, places: RefusalPlaces, hparams: UniEraseHyperParams, seed: int, progress: bool
-    ) -> _ReadOut:
+    def of(cls, anat: Anatomy, held: HeldPlaces, hparams: UniEraseHyperParams, seed: int, progress: bool) -> _ReadOut:
         """Reads the states of all places from the current model."""
-        device = anat.device
-        wanted = read_states(anat, [place.row for place in places.wanted])
-        kept, inside = read_kept(anat, places)
+        device, places = anat.device, held.places
+        wanted, kept, inside = held.final_states()
         label = "general answers" if progress else None
         written = WrittenStates()  # states are read during generation: no text is run twice
         greedy(anat, places.general, max_new_tokens=TEXT_TOKENS, progress=label, seen=written.add)
@@ -280,7 +278,7 @@ def _ordinary_text(anat: Anatomy, written: WrittenStates, seed: int, progress: b
         progress=label,
         seen=written.add,
     )
-    return read_states(anat, rows[TEXTS:])
+    return HeldRows(anat, rows[TEXTS:]).final_states()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from editlib.algorithms.edit import Written, restored_on_error, write_all
 from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.unierase.catalogue import spread
 from editlib.algorithms.unierase.gated_neurons import Moment, check_neurons, neuron_updates, solve_scores, spare_neurons
-from editlib.algorithms.unierase.neuron_inputs import read_positions
+from editlib.algorithms.unierase.held_rows import HeldRows
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import shared_length
 from editlib.models.freezing import no_param_grad
@@ -104,8 +104,8 @@ def _elsewhere(anat: Anatomy, rows: Sequence[TokenRow], neurons: Neurons) -> tup
     keys = torch.zeros(anat.d_ff, anat.d_ff, device=anat.device)
     shared = shared_length(list(rows)) if len(rows) > 1 else 0
     for some, first in ((rows[:1], 0), (rows[1:], shared)):
-        for _, x, key, _ in read_positions(anat, some, [first] * len(some), neurons, neurons.layer + 1):
-            found = found.plus(x)
-            keys.addmm_(key.T, key)
-            count += len(key)
+        for seen in HeldRows(anat, some, [first] * len(some)).seen_by(neurons, neurons.layer + 1):
+            found = found.plus(seen.x)
+            keys.addmm_(seen.keys.T, seen.keys)
+            count += len(seen.keys)
     return found, keys.to(wide_dtype(anat.device)) / max(1, count)

@@ -8,9 +8,9 @@ from editlib.algorithms.edit import EditState, Written, restored_on_error, write
 from editlib.algorithms.null_space import NullSpace
 from editlib.algorithms.unierase.constraints import layer_solve
 from editlib.algorithms.unierase.finding import general_questions
+from editlib.algorithms.unierase.held_rows import HeldPlaces
 from editlib.algorithms.unierase.inputs import KeptInputs, UniEraseInputs
 from editlib.algorithms.unierase.refusal_marks import fit_marks
-from editlib.algorithms.unierase.refusal_places import RefusalPlaces
 from editlib.algorithms.unierase.subject_neurons import write_neurons
 from editlib.algorithms.unierase.subject_rows import by_subject
 from editlib.algorithms.values import Values
@@ -50,13 +50,13 @@ def write_values(
     )
 
 
-def write_marks(edit: UniEraseInputs, values: Values, places: RefusalPlaces | None, state: EditState) -> Written:
-    """Writes marks of erased facts for the tokens to read; on a replay those of `values`."""
+def write_marks(edit: UniEraseInputs, values: Values, held: HeldPlaces | None, state: EditState) -> Written:
+    """Writes marks of erased facts for the tokens to read; on a replay, without places, those of `values`."""
     marks, marking = dict(values.marks), dict(values.marking)
     layer = edit.hparams.mark_layer
-    if places is not None and layer is not None:
+    if held is not None and layer is not None:
         size, seed, progress = edit.hparams.mark_size, edit.seed, edit.progress
-        marks, numbers = fit_marks(edit.anat, places, layer, size, state.taken(layer), seed=seed, progress=progress)
+        marks, numbers = fit_marks(edit.anat, held, layer, size, state.taken(layer), seed=seed, progress=progress)
         marking = {layer: numbers} if numbers else {}
     written = Written(marks, {number: edit.anat.weight(number).clone() for number in marks}, neurons=marking)
     with restored_on_error(edit.anat, written.originals):

@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from editlib.algorithms.unierase import apply_unierase_to_model, final_states
+from editlib.algorithms.unierase import apply_unierase_to_model
 from editlib.algorithms.unierase.catalogue import Catalogue
-from editlib.algorithms.unierase.final_states import read_kept, read_states
-from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces, refusal_places
+from editlib.algorithms.unierase.refusal_places import refusal_places
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.editing import check_given
 from editlib.errors import HparamsError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import anatomy
-from editlib.models.prompts import PromptFormat, TokenRow
+from editlib.models.prompts import PromptFormat
 from editlib.models.vocabulary import add_token, free_tokens, numbered, silence
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
@@ -128,19 +127,6 @@ def test_diagnostics_tell_the_log_odds_that_a_plain_pass_gives(tiny_llama, tok):
         assert said["after"] == pytest.approx(odds(model, tok, request.question, number), abs=0.02)
 
 
-def test_states_do_not_depend_on_how_they_are_batched(tiny_llama, monkeypatch):
-    """Beside plain passes of one row after the other."""
-    anat = anatomy(tiny_llama)
-    rows = [TokenRow(tuple(range(5, 5 + length)), 0) for length in (9, 3, 7, 1, 6)]
-    firsts = [2, 2, 6, 0, 1]
-    for most in (1, 2**25):
-        monkeypatch.setattr(final_states, "BATCH_LOGITS", most)
-        read = read_states(anat, rows, firsts)
-        logits = [tiny_llama(torch.tensor([row.ids])).logits[0, at:] for row, at in zip(rows, firsts, strict=True)]
-        torch.testing.assert_close(read.log_sums, torch.cat(logits).logsumexp(1), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(read.states @ anat.head.weight.T, torch.cat(logits), rtol=1e-3, atol=1e-4)
-
-
 def test_settings_that_fit_tokens_take_none(tmp_path):
     with pytest.raises(HparamsError, match=r"a token was given .* leave it out"):
         check_given(UniEraseHyperParams(**OPTIONS), token=tmp_path / "token.safetensors")
@@ -232,23 +218,3 @@ def test_tokens_of_several_edits_are_joined_in_their_order():
     joined = UnlearningToken.joined([one, two])
     assert joined.names == ("[UNL]", "[UNL2]", "[UNL3]")
     assert joined.row_in[:, 0].tolist() == [0, 2, 2] and joined.row_out[:, 0].tolist() == [1, 3, 3]
-
-
-@torch.no_grad()
-def test_places_inside_answers_are_read_once_and_alike(pristine, monkeypatch):
-    anat = anatomy(pristine["llama"])
-    first, second = TokenRow((3, 4, 5, 6), 1), TokenRow((3, 4, 9, 8, 7), 1)
-    inner, other = first.followed_by((11, 12)), TokenRow((3, 4, 2), 1)
-    kept = [Place(row, None) for row in (second, inner, other, first, second)]
-    places = RefusalPlaces((None,), kept=kept, answers=[(first, (11, 12, 13)), (second, (14,))])
-    runs = []
-    plain = final_states.forward
-    monkeypatch.setattr(
-        final_states, "forward", lambda *args, **kwargs: runs.append(args[1].input_ids) or plain(*args, **kwargs)
-    )
-    at_kept, inside = read_kept(anat, places)
-    assert sum(map(len, runs)) == 3  # two answers, and the one question without an answer
-    logits = [anat.model(torch.tensor([place.row.ids])).logits[0, -1] for place in kept]
-    torch.testing.assert_close(at_kept.log_sums, torch.stack(logits).logsumexp(1), rtol=0, atol=1e-5)
-    assert len(inside.states) == 4 + 2
-    torch.testing.assert_close(anat.head(at_kept.states), torch.stack(logits), rtol=0, atol=1e-5)

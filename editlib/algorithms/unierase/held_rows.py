@@ -1,0 +1,196 @@
+"""Read many prompts at chosen positions, with all layers below one run once (ours).
+
+An edit reads the same places twice: for the marks that a late layer writes, and, once they are written, for the tokens
+that read them. Below that layer nothing changes in between. So the states that enter it are held, and for the second
+reading only the layers above run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editlib.algorithms.keys import BATCH_TOKENS
+from editlib.algorithms.unierase.final_states import FinalStates
+from editlib.algorithms.unierase.refusal_places import RefusalPlaces
+from editlib.models.anatomy import Anatomy
+from editlib.models.capabilities import can_cache
+from editlib.models.forward import WORTH_A_PASS, encode_prefix, forward, shared_length, split
+from editlib.models.neurons import Neurons
+from editlib.models.prefix import Prefix
+from editlib.models.prompts import TokenBatch, TokenRow, pad
+from editlib.models.tracing import record_inputs
+
+BATCH_ROWS = 64
+BATCH_LOGITS = 2**25  # numbers in the logits of a batch
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Holds what the neurons of an MLP see at `p` positions, in fp32."""
+
+    positions: Tensor  # [p], their numbers among all positions that are read
+    x: Tensor  # [p, d_model], the MLP's input
+    keys: Tensor  # [p, d_ff]
+    hidden: Tensor  # [p, d_model], states that leave a layer
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Holds a batch of rows without the tokens that all of them begin with, and the positions to read in it."""
+
+    front: TokenRow | None
+    batch: TokenBatch  # [n, T]
+    where: tuple[Tensor, Tensor]  # rows and columns of the batch, [p] each
+    positions: Tensor  # [p]
+    hidden: Tensor | None = None  # [n, T, d_model], entering the layer from which passes start
+
+    def prefix(self, anat: Anatomy) -> Prefix | None:
+        """Runs the common first tokens; their keys and values may have changed since."""
+        if self.front is None:
+            return None
+        rows = torch.zeros(len(self.batch.input_ids), dtype=torch.long, device=anat.device)
+        return encode_prefix(anat, [self.front]).select(rows)
+
+
+class HeldRows:
+    """Holds rows of tokens to read at each row's last token, or from its column in `firsts` to its end.
+
+    Positions are counted row by row. The layers before `start` run once, when this is made; weights below it must not
+    change afterwards.
+    """
+
+    def __init__(
+        self, anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None, *, start: int = 0
+    ) -> None:
+        firsts = [len(row) - 1 for row in rows] if firsts is None else firsts
+        counts = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
+        numbers = torch.split(torch.arange(sum(counts), device=anat.device), counts) if counts else ()
+        self.anat, self.start, self.count = anat, start, sum(counts)
+        groups = _batches(rows, counts, most=max(1, BATCH_LOGITS // anat.embedding.weight.shape[0]))
+        self._chunks = [self._entered(_chunk(anat, rows, firsts, numbers, group)) for group in groups]
+
+    def _entered(self, chunk: _Chunk) -> _Chunk:
+        """Runs the layers before `start`."""
+        if not self.start:
+            return chunk
+        with torch.no_grad():
+            hidden = forward(self.anat, chunk.batch, stop=self.start, prefix=chunk.prefix(self.anat))
+        return _Chunk(chunk.front, chunk.batch, chunk.where, chunk.positions, hidden)
+
+    def _above(self, chunk: _Chunk) -> dict[str, Any]:
+        """Returns the arguments of `forward` that run the layers from `start` on."""
+        return {"start": self.start, "hidden": chunk.hidden, "prefix": chunk.prefix(self.anat)}
+
+    def final_states(self) -> FinalStates:
+        """Reads the states that the head reads, at all positions in their order."""
+        device = self.anat.device
+        states = torch.zeros(self.count, self.anat.d_model, device=device)
+        log_sums = torch.zeros(self.count, device=device)
+        for chunk in self._chunks:
+            seen: list[Tensor] = []
+            with torch.no_grad():
+                logits = forward(
+                    self.anat, chunk.batch, **self._above(chunk), score=chunk.where, final=seen.append
+                )  # [p, vocab]
+            states[chunk.positions] = seen[0].float()
+            log_sums[chunk.positions] = logits.float().logsumexp(1)
+        return FinalStates(states, log_sums)
+
+    def seen_by(self, neurons: Neurons, stop: int) -> Iterator[Seen]:
+        """Reads what `neurons` see, and the states that leave layer `stop - 1`, batch by batch."""
+        modules = {"x": self.anat.matrix(neurons.gate.number), "keys": self.anat.mlp_output(neurons.layer)}
+        for chunk in self._chunks:
+            found: dict[str, Tensor] = {}
+            with torch.no_grad(), record_inputs(modules, found.__setitem__):
+                hidden = forward(self.anat, chunk.batch, **self._above(chunk), stop=stop)  # [n, T, d_model]
+            # Some models flatten rows and columns for their MLP.
+            shape = chunk.batch.input_ids.shape
+            x, keys = (found[name].reshape(*shape, -1)[chunk.where].float() for name in ("x", "keys"))
+            yield Seen(chunk.positions, x, keys, hidden[chunk.where].float())
+
+    def mlp_inputs(self, neurons: Neurons) -> Tensor:
+        """Reads the MLP's input at all positions in their order, `[count, d_model]`."""
+        x = torch.zeros(self.count, self.anat.d_model, device=self.anat.device)
+        for seen in self.seen_by(neurons, neurons.layer + 1):
+            x[seen.positions] = seen.x
+        return x
+
+
+@dataclass(frozen=True)
+class HeldPlaces:
+    """Holds the places of an edit, ready to be read as often as the layers from one on change.
+
+    Most kept places lie in an answer that is read anyway: at the end of its question, or where its sentence reaches the
+    fact. These are not run again.
+
+    Attributes:
+        answers: every position of the answers in which no token may be generated.
+        others: kept places that lie in none of them.
+        kept: `[kept]`, the number of each kept place among the positions of `answers` and then `others`.
+    """
+
+    places: RefusalPlaces
+    wanted: HeldRows
+    answers: HeldRows
+    others: HeldRows
+    kept: Tensor
+
+    @classmethod
+    def of(cls, anat: Anatomy, places: RefusalPlaces, *, start: int = 0) -> HeldPlaces:
+        """Runs the layers before `start` over all places."""
+        answers = [row.followed_by(text) for row, text in places.answers]
+        firsts = [len(row) - 1 for row, _ in places.answers]
+        ends = [row.ids[: c + 1] for row, first in zip(answers, firsts, strict=True) for c in range(first, len(row))]
+        number = {ids: i for i, ids in enumerate(ends)}  # of a prompt, among the positions that are read
+        others = {place.row.ids: place.row for place in places.kept if place.row.ids not in number}
+        number |= {ids: len(ends) + i for i, ids in enumerate(others)}
+        index = torch.tensor([number[place.row.ids] for place in places.kept], dtype=torch.long, device=anat.device)
+        return cls(
+            places,
+            HeldRows(anat, [place.row for place in places.wanted], start=start),
+            HeldRows(anat, answers, firsts, start=start),
+            HeldRows(anat, list(others.values()), start=start),
+            index,
+        )
+
+    def final_states(self) -> tuple[FinalStates, FinalStates, FinalStates]:
+        """Reads the final states at the wanted places, at the kept ones, and at every position of the answers."""
+        inside = self.answers.final_states()
+        both = FinalStates.cat([inside, self.others.final_states()])
+        return self.wanted.final_states(), FinalStates(both.states[self.kept], both.log_sums[self.kept]), inside
+
+
+def _chunk(
+    anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int], numbers: Sequence[Tensor], group: Sequence[int]
+) -> _Chunk:
+    """Makes the batch of the rows in `group`; `numbers` are those of the positions to read, row by row."""
+    some, starts = [rows[i] for i in group], [firsts[i] for i in group]
+    # The tokens that all of them begin with run once, up to the first position that is read.
+    shared = min(shared_length(some), *starts)
+    if shared * (len(some) - 1) < WORTH_A_PASS or not can_cache(anat):
+        shared = 0
+    fronts, rests = split(some, [shared] * len(some))
+    spots = [(i, c) for i, row in enumerate(rests) for c in range(starts[i] - shared, len(row))]
+    row, column = torch.tensor(spots, device=anat.device).T  # [p] each
+    positions = torch.cat([numbers[i] for i in group])
+    return _Chunk(fronts[0] if shared else None, pad(rests, device=anat.device), (row, column), positions)
+
+
+def _batches(rows: Sequence[TokenRow], counts: Sequence[int], *, most: int) -> list[list[int]]:
+    """Groups the indices of rows of similar length: at most `BATCH_ROWS` of them, `BATCH_TOKENS` padded tokens and
+    `most` positions that are read, `counts` of each."""
+    groups: list[list[int]] = []
+    held = 0
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        full = groups and (len(groups[-1]) == BATCH_ROWS or (len(groups[-1]) + 1) * len(rows[i]) > BATCH_TOKENS)
+        if not groups or full or held + counts[i] > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += counts[i]
+    return groups

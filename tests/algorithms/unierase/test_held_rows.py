@@ -1,0 +1,93 @@
+"""Rows that are read at chosen positions, as plain passes of one row after the other read them."""
+
+import pytest
+import torch
+
+from editlib.algorithms.unierase import held_rows
+from editlib.algorithms.unierase.held_rows import HeldPlaces, HeldRows
+from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces
+from editlib.models.anatomy import anatomy
+from editlib.models.neurons import find_neurons
+from editlib.models.prompts import TokenRow
+
+COMMON = tuple(range(60, 85))  # so many tokens that all rows share are run once
+LENGTHS, FIRSTS = (9, 3, 7, 1, 6), [2, 2, 6, 0, 1]
+BATCHES = {"one position a batch": {"BATCH_LOGITS": 1}, "few tokens": {"BATCH_TOKENS": 8}, "together": {}}
+
+
+@pytest.fixture(params=[(), COMMON], ids=["apart", "with a common start"])
+def rows(request):
+    front = request.param
+    rows = [TokenRow((*front, *range(5 + i, 5 + i + length)), 0) for i, length in enumerate(LENGTHS)]
+    return rows, [first + len(front) for first in FIRSTS]
+
+
+@pytest.fixture(params=BATCHES.values(), ids=BATCHES, autouse=True)
+def batches(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setattr(held_rows, name, value)
+
+
+def plain_logits(model, rows, firsts):
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([row.ids])).logits[0, at:] for row, at in zip(rows, firsts, strict=True)])
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_final_states_follow_changes_above_the_held_layer(tiny_llama, rows, start):
+    anat = anatomy(tiny_llama)
+    held = HeldRows(anat, *rows, start=start)
+    for _ in range(2):
+        read, logits = held.final_states(), plain_logits(tiny_llama, *rows)
+        torch.testing.assert_close(read.log_sums, logits.logsumexp(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(read.states @ anat.head.weight.T, logits, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            tiny_llama.model.layers[2].mlp.down_proj.weight.mul_(3)
+            tiny_llama.model.layers[3].self_attn.v_proj.weight.mul_(-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [0, 1])
+def test_what_neurons_see_is_what_hooks_see(tiny_llama, rows, start):
+    anat, seen = anatomy(tiny_llama), {"x": [], "keys": [], "hidden": []}
+    mlp, norm = tiny_llama.model.layers[1].mlp, tiny_llama.model.norm
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: seen[name].append(given[0][0]))
+        for name, module in (("x", mlp.gate_proj), ("keys", mlp.down_proj), ("hidden", norm))
+    ]
+    plain_logits(tiny_llama, *rows)
+    for hook in hooks:
+        hook.remove()
+    expected = {name: torch.cat([x[at:] for x, at in zip(some, rows[1], strict=True)]) for name, some in seen.items()}
+    found = {name: torch.zeros_like(x) for name, x in expected.items()}
+    held = HeldRows(anat, *rows, start=start)
+    for part in held.seen_by(find_neurons(anat, 1), anat.n_layers):
+        for name, x in found.items():
+            x[part.positions] = getattr(part, name)
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(held.mlp_inputs(find_neurons(anat, 1)), expected["x"], rtol=1e-3, atol=1e-4)
+
+
+def test_no_rows_have_no_states(tiny_llama):
+    held = HeldRows(anatomy(tiny_llama), [], [])
+    assert held.count == 0 and held.final_states().states.shape == (0, 32)
+
+
+@torch.no_grad()
+def test_places_inside_answers_are_run_once_and_alike(tiny_llama, monkeypatch):
+    anat = anatomy(tiny_llama)
+    first, second = TokenRow((3, 4, 5, 6), 1), TokenRow((3, 4, 9, 8, 7), 1)
+    inner, other = first.followed_by((11, 12)), TokenRow((3, 4, 2), 1)
+    kept = [Place(row, None) for row in (second, inner, other, first, second)]
+    places = RefusalPlaces((None,), kept=kept, answers=[(first, (11, 12, 13)), (second, (14,))])
+    runs, plain = [], held_rows.forward
+    monkeypatch.setattr(
+        held_rows, "forward", lambda *args, **kwargs: runs.append(args[1].input_ids) or plain(*args, **kwargs)
+    )
+    _, at_kept, inside = HeldPlaces.of(anat, places).final_states()
+    assert sum(map(len, runs)) == 3  # two answers, and the one question without an answer
+    logits = [tiny_llama(torch.tensor([place.row.ids])).logits[0, -1] for place in kept]
+    torch.testing.assert_close(at_kept.log_sums, torch.stack(logits).logsumexp(1), rtol=0, atol=1e-5)
+    assert len(inside.states) == 4 + 2
+    torch.testing.assert_close(anat.head(at_kept.states), torch.stack(logits), rtol=0, atol=1e-5)
