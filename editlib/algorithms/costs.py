@@ -309,7 +309,7 @@ def token(
     guard_prompts: int = 120,
     question_tokens: int = 20,
     answer_tokens: int = 16,
-    refusal_tokens: int = 9,
+    refusal_tokens: int = 6,
 ) -> Step:
     """Estimates phase I: prefixes of the questions, the guard's answers, and `steps` forward and backward passes."""
     seen = questions * question_tokens
