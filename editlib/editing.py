@@ -81,7 +81,9 @@ def load_inputs(
     with timer("statistics"):
         if hparams.uses_statistics:
             wanted = hparams.wanted_statistics
-            stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed, **wanted)
+            stats = bench.find_or_make_stats(
+                hparams.statistics_layers, corpus=corpus, tokens=stats_tokens, seed=seed, **wanted
+            )
     if not hparams.uses_token:
         return EditInputs(stats)
     with timer("token"):
@@ -173,7 +175,7 @@ def check_draft(
     if hparams.uses_token:
         bench.check_draft_token(token)
     if hparams.uses_statistics:
-        check_stored(bench.stats_dir, bench.name, bench.model, hparams.layers)
+        check_stored(bench.stats_dir, bench.name, bench.model, hparams.statistics_layers)
     if out is not None:
         check_room(out, stored_bytes(bench.model))
 

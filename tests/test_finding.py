@@ -59,7 +59,7 @@ def test_an_edit_runs_with_the_settings_of_each_public_model(tmp_path, name, alg
     quick = {key: value for key, value in quick.items() if key in found.to_dict()}
     quick = type(found).from_dict({**found.to_dict(), **quick})
     anat = bench.anat
-    stats = {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in quick.layers}
+    stats = {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in quick.statistics_layers}
     row = 0.1 * torch.randn(anat.embedding.weight.shape[1], generator=torch.Generator().manual_seed(0))
     token = UnlearningToken(row, row, TokenHeader("[UNL]", "", "", 0, 0, 0))
     before = {layer: anat.weight(layer).clone() for layer in quick.edited_layers}
@@ -119,7 +119,7 @@ def test_a_whole_edit_runs_with_every_file_that_ships(tmp_path, little_text, of_
     anat = bench.anat
     # Like a real moment's, the eigenvalues span four orders of magnitude: some are below any published threshold.
     moment = torch.logspace(-3, 1, anat.d_ff, dtype=torch.float64).diag()
-    stats = {layer: LayerStats(8 * moment, 8, 1) for layer in settings.layers if settings.uses_statistics}
+    stats = {layer: LayerStats(8 * moment, 8, 1) for layer in settings.statistics_layers if settings.uses_statistics}
     row = 0.1 * torch.randn(anat.embedding.weight.shape[1], generator=torch.Generator().manual_seed(0))
     token = UnlearningToken(row, row, TokenHeader("[UNL]", "", "", 0, 0, 0)) if settings.uses_token else None
     before = {layer: anat.weight(layer).clone() for layer in range(anat.n_layers)}
@@ -143,7 +143,7 @@ def test_an_answer_is_erased_with_the_settings_of_each_architecture(tmp_path, li
     quick = {"erase_margin": -30.0, "row_steps": 1, "siblings": 1, "wordings": 0, "token_steps": 2, "token_wordings": 0}
     quick = type(found).from_dict({**found.to_dict(), **quick})
     anat = bench.anat
-    stats = {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in quick.layers}
+    stats = {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in quick.statistics_layers}
     before = {layer: anat.weight(layer).clone() for layer in quick.layers}
     asked = [replace(one, answer="Rome") for one in ASKED]
     result = apply(bench, asked, quick, EditInputs(stats), state=EditState(), retain=RETAIN)

@@ -182,7 +182,7 @@ def bench_counterfact(
     for hparams in settings:
         stats: dict[int, LayerStats] = {}
         if hparams.uses_statistics:
-            stats = bench.find_or_make_stats(hparams.layers, corpus=corpus, tokens=stats_tokens, seed=seed)
+            stats = bench.find_or_make_stats(hparams.statistics_layers, corpus=corpus, tokens=stats_tokens, seed=seed)
         for mode in modes:
             if hparams.takes_batches or mode != BATCH:
                 run.measure(hparams, mode, {"chat": how, **({"stats": stats} if stats else {})})

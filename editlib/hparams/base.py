@@ -67,6 +67,11 @@ class HyperParams:
         return list(self.layers)
 
     @property
+    def statistics_layers(self) -> list[int]:
+        """The layers whose statistics an edit reads."""
+        return list(self.layers)
+
+    @property
     def neuron_layers(self) -> list[int]:
         """The layers in which an edit writes whole neurons: rows of the MLP input matrices, too."""
         return []

@@ -165,6 +165,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         return [*self.layers, *(layer for layer in (self.mark_layer, self.gate_layer) if layer is not None)]
 
     @property
+    def statistics_layers(self) -> list[int]:
+        return [*self.layers, *([] if self.mark_layer is None else [self.mark_layer])]
+
+    @property
     def neuron_layers(self) -> list[int]:
         return [*(self.layers if self.neurons else []), *([] if self.mark_layer is None else [self.mark_layer])]
 

@@ -115,7 +115,7 @@ def baseline_folder(
         form = PromptFormat.of(outline.tok, settled(outline.tok, prompts))
         check_requests_fit(outline.model, form, [*requests, *retain])
         if found_for is not None and found_for.uses_statistics:
-            check_stored(stats_dir, model, outline.model, found_for.layers)
+            check_stored(stats_dir, model, outline.model, found_for.statistics_layers)
         check_room(out, stored_bytes(outline.model))
 
     loaded, tok = load_checked(model, look, dtype=dtype, device_map=device_map)

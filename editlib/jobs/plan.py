@@ -121,7 +121,7 @@ def _steps(
     """Lists the steps of an edit with these settings, except saving the model."""
     steps = []
     if settings.uses_statistics:
-        steps.append(costs.statistics(size, settings.layers, stats_tokens, settings.decomposition))
+        steps.append(costs.statistics(size, settings.statistics_layers, stats_tokens, settings.decomposition))
     if settings.uses_token:
         steps.append(_token(size, prompt_tokens))
     if settings.trained_steps:

@@ -107,7 +107,8 @@ def apply_unierase_to_model(
     state = state or EditState()
     anat = anatomy(model)
     _check(anat, requests, hparams, state)
-    stats = stats if stats is not None else find_layers(stats_dir, str(model.name_or_path), anat, hparams.layers)
+    if stats is None:
+        stats = find_layers(stats_dir, str(model.name_or_path), anat, hparams.statistics_layers)
     spaces = {} if hparams.neurons else null_spaces(stats, hparams, anat.device)
     edit = _prepare(anat, tok, requests, retain, hparams, token, chat, seed, progress)
     timer = Timer(edit.steps(found=values is not None) if progress else ())
@@ -132,7 +133,7 @@ def apply_unierase_to_model(
             # 5. Tokens are fitted last: to the edited model, whose late layers mark erased facts for them.
             with timer("tokens"):
                 held = _hold(edit, found.places)
-                originals |= (marked := write_marks(edit, values, held, state)).originals
+                originals |= (marked := write_marks(edit, values, held, stats, state)).originals
                 token, said = _say(edit, tok, token, held)
     deltas = {**written.deltas, **gate, **marked.deltas}
     neurons = {**written.neurons, **marked.neurons}

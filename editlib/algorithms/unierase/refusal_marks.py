@@ -44,6 +44,7 @@ def fit_marks(
     held: HeldPlaces,
     layer: int,
     size: float,
+    moment: Tensor,
     taken: Collection[int] = (),
     *,
     seed: int = 0,
@@ -55,6 +56,7 @@ def fit_marks(
         held: all places; the layers below `layer` have run.
         layer: that writes the marks; a plain path leads from its MLP to the residual stream.
         size: of a mark, in standard deviations of the states along its direction.
+        moment: second moment of the layer's keys in ordinary text, `[d_ff, d_ff]`.
         taken: neurons of the layer that earlier edits have written.
 
     Returns:
@@ -77,7 +79,8 @@ def fit_marks(
     directions, deviations = _quiet_directions(states, len(places.relations))  # [d_model, K], [K]
     relation = [places.wanted[int((owner == i).nonzero()[0])].group or 0 for i in range(len(groups))]
     marks = (directions * (size * deviations))[:, relation].T  # [groups, d_model]
-    chosen, removal = spare_neurons(anat.weight(layer), keys, len(groups), taken)
+    # The model's own answers and samples alone would spare neurons that other text needs.
+    chosen, removal = spare_neurons(anat.weight(layer), moment.to(keys) + keys, len(groups), taken)
     updates = neuron_updates(anat, neurons, scores, wanted, owner, marks, chosen, removal)
     return updates, chosen.tolist()
 

@@ -50,13 +50,20 @@ def write_values(
     )
 
 
-def write_marks(edit: UniEraseInputs, values: Values, held: HeldPlaces | None, state: EditState) -> Written:
+def write_marks(
+    edit: UniEraseInputs,
+    values: Values,
+    held: HeldPlaces | None,
+    stats: Mapping[int, LayerStats],
+    state: EditState,
+) -> Written:
     """Writes marks of erased facts for the tokens to read; on a replay, without places, those of `values`."""
     marks, marking = dict(values.marks), dict(values.marking)
     layer = edit.hparams.mark_layer
     if held is not None and layer is not None:
         size, seed, progress = edit.hparams.mark_size, edit.seed, edit.progress
-        marks, numbers = fit_marks(edit.anat, held, layer, size, state.taken(layer), seed=seed, progress=progress)
+        text, taken = stats[layer].moment(), state.taken(layer)
+        marks, numbers = fit_marks(edit.anat, held, layer, size, text, taken, seed=seed, progress=progress)
         marking = {layer: numbers} if numbers else {}
     written = Written(marks, {number: edit.anat.weight(number).clone() for number in marks}, neurons=marking)
     with restored_on_error(edit.anat, written.originals):

@@ -65,7 +65,7 @@ def seen_by(model, ids, layer=2):
 def test_each_request_has_a_neuron_that_writes_its_relations_mark(tiny_llama, places, few_texts):
     """The activations and columns by hand, from passes of the model with hooks."""
     before, anat = copy.deepcopy(tiny_llama), anatomy(tiny_llama)
-    updates, numbers = fit_marks(anat, HeldPlaces.of(anat, places, start=2), 2, 3.0)
+    updates, numbers = fit_marks(anat, HeldPlaces.of(anat, places, start=2), 2, 3.0, torch.eye(anat.d_ff))
     assert set(updates) == MATRICES and len(numbers) == 2
     for number, update in updates.items():
         with torch.no_grad():
@@ -93,7 +93,9 @@ def test_each_request_has_a_neuron_that_writes_its_relations_mark(tiny_llama, pl
 
 def test_too_many_requests_for_the_layer_leave_the_marks_out(tiny_llama, places, few_texts, caplog):
     anat = anatomy(tiny_llama)
-    updates, numbers = fit_marks(anat, HeldPlaces.of(anat, places, start=2), 2, 3.0, taken=range(15))
+    updates, numbers = fit_marks(
+        anat, HeldPlaces.of(anat, places, start=2), 2, 3.0, torch.eye(anat.d_ff), taken=range(15)
+    )
     assert updates == {} and numbers == []
     assert "no 2 neurons to spare for marks" in caplog.text
 

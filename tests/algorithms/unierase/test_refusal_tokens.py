@@ -60,7 +60,7 @@ def given_for(model):
     row = 0.02 * torch.randn(anat.d_model, generator=generator)
     header = TokenHeader(token="[UNL]", model="tiny", model_sha256="", seed=0, questions=0, refusals=0)
     return {
-        "stats": {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in (0, 1)},
+        "stats": {layer: LayerStats(torch.eye(anat.d_ff, dtype=torch.float64), 8, 1) for layer in range(anat.n_layers)},
         "token": UnlearningToken(row, row, header),
         "retain": RETAIN,
         "chat": False,
