@@ -66,12 +66,13 @@ def test_a_24_layer_qwen_by_hand():
 
 
 def test_settings_that_erase_are_carried_over_too():
-    """8 of 29 is 6.3 of 23; all else is relative to the model's own states, and stays."""
+    """8 and 26 of 29 are 6.3 and 20.6 of 23; all else is relative to the model's own states, and stays."""
     found = derive("UniErase", ModelShape("mine", "qwen2", 24, 896), values="rows")
     reference = load_hparams("UniErase/smollm2-135m-erase")
     assert (found.values, found.neurons, found.layers, found.gate_layer) == ("rows", True, [6], None)
     assert (found.nullspace_rule, found.nullspace_threshold) == ("dimensions", 1.0)  # ordinary text is held by weight
-    moved = {"layers", *ABOUT}
+    assert found.mark_layer == 21
+    moved = {"layers", "mark_layer", *ABOUT}
     kept = {key: value for key, value in reference.to_dict().items() if key not in moved}
     assert kept == {key: value for key, value in found.to_dict().items() if key not in moved}
     assert "8 of 30" in found.notes["layers"] and "nullspace_threshold" not in found.notes

@@ -18,6 +18,7 @@ from editlib.algorithms.edit import (
     EditResult,
     EditState,
     Timer,
+    Written,
     layer_norms,
     restored_on_error,
     write_all,
@@ -107,8 +108,7 @@ def apply_unierase_to_model(
     state = state or EditState()
     anat = anatomy(model)
     _check(anat, requests, hparams, state)
-    if stats is None:
-        stats = find_layers(stats_dir, str(model.name_or_path), anat, hparams.statistics_layers)
+    stats = stats or find_layers(stats_dir, str(model.name_or_path), anat, hparams.statistics_layers)
     spaces = {} if hparams.neurons else null_spaces(stats, hparams, anat.device)
     edit = _prepare(anat, tok, requests, retain, hparams, token, chat, seed, progress)
     timer = Timer(edit.steps(found=values is not None) if progress else ())
@@ -132,9 +132,8 @@ def apply_unierase_to_model(
             originals |= written.originals
             # 5. Tokens are fitted last: to the edited model, whose late layers mark erased facts for them.
             with timer("tokens"):
-                held = _hold(edit, found.places)
-                originals |= (marked := write_marks(edit, values, held, stats, state)).originals
-                token, said = _say(edit, tok, token, held)
+                marked, token, said = _refuse(edit, tok, token, values, found.places, stats, state)
+                originals |= marked.originals
     deltas = {**written.deltas, **gate, **marked.deltas}
     neurons = {**written.neurons, **marked.neurons}
     return EditResult(
@@ -241,12 +240,26 @@ def _open_gate(
     return found, gate_update(*common, anchored, edit.token_id, layer, edit.hparams, found)
 
 
-def _hold(edit: UniEraseInputs, places: RefusalPlaces | None) -> HeldPlaces | None:
-    """Runs the layers below the marks over all places; without marks, nothing is run yet."""
-    if places is None or not edit.fits_tokens:
-        return None
-    with edit.fast():
-        return HeldPlaces.of(edit.anat, places, start=edit.hparams.mark_layer or 0)
+def _refuse(
+    edit: UniEraseInputs,
+    tok: PreTrainedTokenizerBase,
+    token: UnlearningToken | None,
+    values: Values,
+    places: RefusalPlaces | None,
+    stats: Mapping[int, LayerStats],
+    state: EditState,
+) -> tuple[Written, UnlearningToken | None, dict[str, list[float]]]:
+    """Marks erased facts and fits the tokens that read the marks; returns the marks, and what `_say` returns.
+
+    On any error the marks are taken back.
+    """
+    held = None
+    if places is not None and edit.fits_tokens:
+        with edit.fast():  # the layers below the marks run once; without marks, nothing is run yet
+            held = HeldPlaces.of(edit.anat, places, start=edit.hparams.mark_layer or 0)
+    marked = write_marks(edit, values, held, stats, state)
+    with restored_on_error(edit.anat, marked.originals):
+        return marked, *_say(edit, tok, token, held)
 
 
 def _say(

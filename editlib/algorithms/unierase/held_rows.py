@@ -30,8 +30,8 @@ BATCH_LOGITS = 2**25  # numbers in the logits of a batch
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Holds what the neurons of an MLP see at `p` positions, in fp32."""
+class NeuronInputs:
+    """Holds what the neurons of an MLP read at `p` positions, in fp32."""
 
     positions: Tensor  # [p], their numbers among all positions that are read
     x: Tensor  # [p, d_model], the MLP's input
@@ -40,7 +40,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _RowBatch:
     """Holds a batch of rows without the tokens that all of them begin with, and the positions to read in it."""
 
     front: TokenRow | None
@@ -72,17 +72,17 @@ class HeldRows:
         numbers = torch.split(torch.arange(sum(counts), device=anat.device), counts) if counts else ()
         self.anat, self.start, self.count = anat, start, sum(counts)
         groups = _batches(rows, counts, most=max(1, BATCH_LOGITS // anat.embedding.weight.shape[0]))
-        self._chunks = [self._entered(_chunk(anat, rows, firsts, numbers, group)) for group in groups]
+        self._chunks = [self._entered(_row_batch(anat, rows, firsts, numbers, group)) for group in groups]
 
-    def _entered(self, chunk: _Chunk) -> _Chunk:
+    def _entered(self, chunk: _RowBatch) -> _RowBatch:
         """Runs the layers before `start`."""
         if not self.start:
             return chunk
         with torch.no_grad():
             hidden = forward(self.anat, chunk.batch, stop=self.start, prefix=chunk.prefix(self.anat))
-        return _Chunk(chunk.front, chunk.batch, chunk.where, chunk.positions, hidden)
+        return _RowBatch(chunk.front, chunk.batch, chunk.where, chunk.positions, hidden)
 
-    def _above(self, chunk: _Chunk) -> dict[str, Any]:
+    def _above(self, chunk: _RowBatch) -> dict[str, Any]:
         """Returns the arguments of `forward` that run the layers from `start` on."""
         return {"start": self.start, "hidden": chunk.hidden, "prefix": chunk.prefix(self.anat)}
 
@@ -101,8 +101,8 @@ class HeldRows:
             log_sums[chunk.positions] = logits.float().logsumexp(1)
         return FinalStates(states, log_sums)
 
-    def seen_by(self, neurons: Neurons, stop: int) -> Iterator[Seen]:
-        """Reads what `neurons` see, and the states that leave layer `stop - 1`, batch by batch."""
+    def inputs_of(self, neurons: Neurons, stop: int) -> Iterator[NeuronInputs]:
+        """Yields what `neurons` read, and the states that leave layer `stop - 1`, batch by batch."""
         modules = {"x": self.anat.matrix(neurons.gate.number), "keys": self.anat.mlp_output(neurons.layer)}
         for chunk in self._chunks:
             found: dict[str, Tensor] = {}
@@ -111,12 +111,12 @@ class HeldRows:
             # Some models flatten rows and columns for their MLP.
             shape = chunk.batch.input_ids.shape
             x, keys = (found[name].reshape(*shape, -1)[chunk.where].float() for name in ("x", "keys"))
-            yield Seen(chunk.positions, x, keys, hidden[chunk.where].float())
+            yield NeuronInputs(chunk.positions, x, keys, hidden[chunk.where].float())
 
     def mlp_inputs(self, neurons: Neurons) -> Tensor:
         """Reads the MLP's input at all positions in their order, `[count, d_model]`."""
         x = torch.zeros(self.count, self.anat.d_model, device=self.anat.device)
-        for seen in self.seen_by(neurons, neurons.layer + 1):
+        for seen in self.inputs_of(neurons, neurons.layer + 1):
             x[seen.positions] = seen.x
         return x
 
@@ -165,9 +165,9 @@ class HeldPlaces:
         return self.wanted.final_states(), FinalStates(both.states[self.kept], both.log_sums[self.kept]), inside
 
 
-def _chunk(
+def _row_batch(
     anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int], numbers: Sequence[Tensor], group: Sequence[int]
-) -> _Chunk:
+) -> _RowBatch:
     """Makes the batch of the rows in `group`; `numbers` are those of the positions to read, row by row."""
     some, starts = [rows[i] for i in group], [firsts[i] for i in group]
     # The tokens that all of them begin with run once, up to the first position that is read.
@@ -178,7 +178,7 @@ def _chunk(
     spots = [(i, c) for i, row in enumerate(rests) for c in range(starts[i] - shared, len(row))]
     row, column = torch.tensor(spots, device=anat.device).T  # [p] each
     positions = torch.cat([numbers[i] for i in group])
-    return _Chunk(fronts[0] if shared else None, pad(rests, device=anat.device), (row, column), positions)
+    return _RowBatch(fronts[0] if shared else None, pad(rests, device=anat.device), (row, column), positions)
 
 
 def _batches(rows: Sequence[TokenRow], counts: Sequence[int], *, most: int) -> list[list[int]]:

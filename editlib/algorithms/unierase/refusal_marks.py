@@ -106,7 +106,7 @@ def _elsewhere(anat: Anatomy, held: HeldPlaces, neurons: Neurons, texts: HeldRow
     keys = torch.zeros(anat.d_ff, anat.d_ff, device=anat.device)
     x = torch.zeros(held.answers.count, anat.d_model, device=anat.device)
     for rows in (held.answers, texts):
-        for seen in rows.seen_by(neurons, anat.n_layers):
+        for seen in rows.inputs_of(neurons, anat.n_layers):
             found = found.plus(seen.x)
             keys.addmm_(seen.keys.T, seen.keys)
             count += len(seen.keys)

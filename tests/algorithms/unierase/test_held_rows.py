@@ -61,7 +61,7 @@ def test_what_neurons_see_is_what_hooks_see(tiny_llama, rows, start):
     expected = {name: torch.cat([x[at:] for x, at in zip(some, rows[1], strict=True)]) for name, some in seen.items()}
     found = {name: torch.zeros_like(x) for name, x in expected.items()}
     held = HeldRows(anat, *rows, start=start)
-    for part in held.seen_by(find_neurons(anat, 1), anat.n_layers):
+    for part in held.inputs_of(find_neurons(anat, 1), anat.n_layers):
         for name, x in found.items():
             x[part.positions] = getattr(part, name)
     for name, x in found.items():
