@@ -51,7 +51,7 @@ def apply_alphaedit_to_model(
     """
     state = state or EditState()
     encoded = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
-    stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
+    stats = find_statistics(model, hparams, stats_dir, stats)
     spaces = null_spaces(stats, hparams, encoded.anat.device)
     # None unless `left_weight` is set: the published solve weighs all output directions equally.
     metric = find_left_metric(encoded.anat, encoded.form, encoded.requests, hparams.layers, hparams.left_weight)

@@ -59,7 +59,7 @@ def apply_memit_to_model(
     """
     state = state or EditState()
     encoded = prepare(model, tok, requests, hparams, templates=state.templates, chat=chat, seed=seed)
-    stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
+    stats = find_statistics(model, hparams, stats_dir, stats)
     device = encoded.anat.device
     covariances = {layer: covariance_of(stats[layer], device=device) for layer in hparams.layers}
     # λ in the paper: how much ordinary text weighs against the requests.

@@ -235,14 +235,18 @@ def value_diagnostics(requests: Sequence[EditRequest], values: Values) -> list[d
 
 
 def find_statistics(
-    model: PreTrainedModel, hparams: ClosedFormHyperParams, stats_dir: str | Path
+    model: PreTrainedModel,
+    hparams: ClosedFormHyperParams,
+    stats_dir: str | Path,
+    given: Mapping[int, LayerStats] | None = None,
 ) -> Mapping[int, LayerStats]:
-    """Finds the stored statistics of the layers to edit, chosen and refused as by `find_layers`."""
+    """Returns the statistics of the layers to edit: those `given`, or stored ones, as by `find_layers`."""
     return find_layers(
         stats_dir,
         str(model.name_or_path),
         anatomy(model),
         hparams.layers,
+        given=given,
         dataset=hparams.mom2_dataset,
         samples=hparams.mom2_n_samples,
     )

@@ -61,7 +61,7 @@ def apply_rome_to_model(
     layer = hparams.layers[0]
     covariance = None
     if hparams.mom2_adjustment:
-        stats = stats if stats is not None else find_statistics(model, hparams, stats_dir)
+        stats = find_statistics(model, hparams, stats_dir, stats)
         covariance = covariance_of(stats[layer], device=encoded.anat.device)
 
     def solve(_: int, keys: LayerKeys, residual: Tensor) -> LowRank:

@@ -133,12 +133,27 @@ def find_layers(
     anat: Anatomy,
     layers: Sequence[int],
     *,
+    given: Mapping[int, LayerStats] | None = None,
     corpus: str | None = None,
     model_sha256: str = "",
     dataset: str | None = None,
     samples: int | None = None,
-) -> dict[int, LayerStats]:
-    """Finds the statistics of several layers of one model; chooses and raises like `find_stats`."""
+) -> Mapping[int, LayerStats]:
+    """Returns the statistics `given` by the caller, or finds those of several layers of one model.
+
+    It chooses and raises like `find_stats`.
+
+    Raises:
+        StatsError: statistics are given, but not for all `layers`.
+    """
+    if given is not None:
+        missing = sorted(set(layers) - set(given))
+        if missing:
+            raise StatsError(
+                f"statistics were given for layers {sorted(given)}; the settings also need layers {missing}: "
+                "give theirs, or none, to read all from `stats_dir`"
+            )
+        return given
     return {
         layer: find_stats(
             Path(stats_dir),

@@ -14,7 +14,7 @@ from editlib.algorithms.ft import apply_ft_to_model
 from editlib.algorithms.memit import apply_memit_to_model
 from editlib.algorithms.registry import apply_function
 from editlib.algorithms.rome import apply_rome_to_model
-from editlib.errors import EditError, HparamsError, ModelError, RequestError
+from editlib.errors import EditError, HparamsError, ModelError, RequestError, StatsError
 from editlib.hparams import (
     ALGORITHMS,
     AlphaEditHyperParams,
@@ -355,6 +355,16 @@ def test_bad_input_is_one_line_and_changes_nothing(tiny_llama, tok, stats, kind,
         hparams = kind(**{"layers": [1], **OPTIONS, **options})
         apply_function(hparams)(tiny_llama, tok, [request], hparams, stats=stats)
     assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in weights(tiny_llama).items())
+
+
+@pytest.mark.parametrize("kind", [ROMEHyperParams, MEMITHyperParams, AlphaEditHyperParams])
+def test_statistics_of_other_layers_are_named(tiny_llama, tok, stats, kind):
+    options = {"layers": [0], **({"mom2_adjustment": True} if kind is ROMEHyperParams else {})}
+    given = {9: next(iter(stats.values()))}
+    before = weights(tiny_llama)
+    with pytest.raises(StatsError, match=r"given for layers \[9\]; .* need layers \[0\]"):
+        apply_function(kind(**options))(tiny_llama, tok, [REQUESTS[0]], kind(**options), stats=given)
     assert all(torch.equal(value, before[name]) for name, value in weights(tiny_llama).items())
 
 
