@@ -13,7 +13,7 @@ from tiny_models import make_llama, train_tokenizer
 from editlib import data
 from editlib.algorithms.edit import EditState
 from editlib.algorithms.unierase import finding as finding_module
-from editlib.algorithms.unierase import refusal_marks, refusal_tokens
+from editlib.algorithms.unierase import held_places
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.baselines.refusal_edit import editor_hparams
 from editlib.baselines.settings import BaselineSettings
@@ -79,9 +79,8 @@ ARCHITECTURES = [
 def little_text(monkeypatch):
     """Refusal tokens are held back from little ordinary text: where they are said is not what is looked at here."""
     monkeypatch.setattr(finding_module, "GENERAL_STEP", 100)
-    for module in (refusal_marks, refusal_tokens):
-        for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
-            monkeypatch.setattr(module, name, 4)
+    for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
+        monkeypatch.setattr(held_places, name, 4)
 
 
 SHIPPED = [f"{algorithm}/{name}" for algorithm in sorted(ALGORITHMS) for name in available(algorithm)]

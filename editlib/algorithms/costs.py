@@ -38,6 +38,7 @@ BEGINNINGS = 400  # single tokens, each as the beginning of a text
 PLACE_STEPS = 100  # steps of refusal tokens without a pass
 TOKEN_BATCH = 16  # refusals per step
 LISTS, RELATION_LISTS = 192, 32  # most lists of subjects that the model continues, in all and for each relation
+OTHER_ROWS = 512  # prompts of others at which a subject's neuron must not be active, at most
 MOST_NAMES = 600  # other subjects that it names, at most
 
 
@@ -227,6 +228,35 @@ def solve(size: ModelSize, job: Job, *, itemsize: int = ITEM) -> Step:
     return Step("solve", work, added + system_bytes + layers * square * itemsize)
 
 
+def neurons(size: ModelSize, job: Job, *, itemsize: int = ITEM) -> Step:
+    """Estimates values written into one neuron of the last layer for each request: what it reads, and which neurons can
+    be spared. Three matrices of `itemsize` bytes a number are kept to go back to."""
+    layer, square = max(job.layers), size.d_model * size.d_ff
+    tokens = job.requests * (job.contexts * job.prompt_tokens + job.shot_tokens)
+    others = min(job.anchors, OTHER_ROWS) * (job.prompt_tokens + job.answer_tokens)
+    passes = max(1, round((tokens + others) / KEY_TOKENS))
+    return Step(
+        "solve",
+        [
+            forward_pass(size, tokens + others, layer + 1, "model", passes=passes),
+            *_spared(size, job.requests, others),
+            *probes(size, PROBES_LAYER, "model"),
+        ],
+        3 * size.d_ff**2 * WIDE + 3 * square * itemsize,
+    )
+
+
+def _spared(size: ModelSize, neurons: int, positions: int) -> list[Work]:
+    """Estimates the choice of `neurons` to replace: the second moment of keys at `positions`, its inverse by a Cholesky
+    factor, what the others take over, and the updates of three matrices."""
+    square = size.d_ff**2
+    updates = 2 * 3 * neurons * size.d_model * size.d_ff
+    return [
+        Work("product", 2 * square * positions, square * ITEM),
+        Work("wide", size.d_ff**3 + neurons**2 * size.d_ff + updates, 6 * square * WIDE),
+    ]
+
+
 def descent(size: ModelSize, requests: int, prompt_tokens: int, steps: int) -> Step:
     """Estimates fine-tuning: `steps` forward and backward passes through the whole model, over all requests."""
     tokens = requests * (prompt_tokens + 2)
@@ -250,18 +280,19 @@ def refusal_tokens(
     general: int,
     others: int = 0,
     kept: int = 600,
+    mark_layer: int | None = None,
 ) -> Step:
     """Estimates the fit of refusal tokens to the edited model: the states of all places, and `steps` passes and
     gradients.
 
-    Each request is assumed to have its own relation. Texts are read while the model generates them. Answers are run
-    again after their questions.
+    Each request is assumed to have its own relation. Texts and answers are run again after they were generated.
 
     Args:
         wordings: wordings of each question after which the tokens should be generated.
         general: general questions, which the edited model answers first.
         others: other subjects of each relation, as named in `row_values`.
         kept: retain prompts after which no token may be generated; each is asked in two further wordings.
+        mark_layer: that marks erased facts: layers from it on run twice, and two neurons a request are written.
     """
     kept, rate = min(job.anchors, kept), job.v_rate
     siblings = job.requests * job.siblings
@@ -269,18 +300,22 @@ def refusal_tokens(
     ends = job.requests * (1 + wordings + job.wordings) + 2 * (kept + named)
     answers = kept + named + siblings
     answer_tokens = answers * job.answer_tokens
-    run = (ends + answers) * job.prompt_tokens + answer_tokens + BEGINNINGS
-    positions = ends + answer_tokens + (general + TEXTS) * TEXT_TOKENS + BEGINNINGS
-    passes = max(1, -(-(ends + answers) // DECODE_ROWS))
+    texts = (general + TEXTS) * TEXT_TOKENS + BEGINNINGS  # tokens
+    run = (ends + answers + general) * job.prompt_tokens + answer_tokens + texts
+    positions = ends + answer_tokens + texts
+    passes = max(1, -(-(ends + answers + general + TEXTS) // DECODE_ROWS))
     trained = TOKEN_BATCH * (REFUSAL_TOKENS + 2)  # the relation's token, [UNL] and the refusal
     read_out = (PLACE_STEPS + steps) * positions * size.d_model
+    above = 0 if mark_layer is None else size.n_layers - mark_layer
+    marks = [] if mark_layer is None else _spared(size, 2 * job.requests, answer_tokens + texts)
     return Step(
         "tokens",
         [
             *answered(size, general, job.prompt_tokens, TEXT_TOKENS, rate),
             *answered(size, TEXTS, 1, TEXT_TOKENS, rate),
-            forward_pass(size, run, size.n_layers, rate, passes=passes),
-            head_pass(size, ends + answer_tokens + BEGINNINGS, rate, passes=passes, kind="step"),
+            forward_pass(size, run, size.n_layers + above, rate, passes=passes),
+            *marks,
+            head_pass(size, positions, rate, passes=passes, kind="step"),
             forward_pass(size, steps * trained, size.n_layers, rate, passes=steps, kind="gradient"),
             head_pass(size, steps * trained, rate, passes=steps, kind="gradient"),
             # Log-odds of all tokens at all positions, and their gradient, from states in fp32.
@@ -288,7 +323,8 @@ def refusal_tokens(
         ],
         TOKEN_BATCH * job.prompt_tokens * size.n_layers * size.kv_width * ITEM
         + 6 * ITEM * trained * size.vocab
-        + positions * size.d_model * ITEM,
+        + (positions + (run if above else 0)) * size.d_model * ITEM  # held where the mark layer begins
+        + (3 * size.d_ff**2 * WIDE if above else 0),
     )
 
 

@@ -138,6 +138,8 @@ def _steps(
 def _edit_steps(settings: ClosedFormHyperParams, size: ModelSize, job: costs.Job, itemsize: int) -> list[Step]:
     """Lists the steps from the retain prompts' answers to the refusal tokens."""
     solve = costs.solve(size, job, itemsize=itemsize)
+    if takes_retain(settings) and settings.neurons:
+        solve = costs.neurons(size, job, itemsize=itemsize)
     if not takes_retain(settings) or not settings.values_from_rows:
         held = [costs.anchors(size, job)] if job.anchors else []
         return [*held, costs.values(size, job), solve]
@@ -148,7 +150,13 @@ def _edit_steps(settings: ClosedFormHyperParams, size: ModelSize, job: costs.Job
     if settings.say:
         general = len(data.questions("train")) // GENERAL_STEP
         tokens = costs.refusal_tokens(
-            size, job, steps=settings.token_steps, wordings=settings.token_wordings, general=general, others=others
+            size,
+            job,
+            steps=settings.token_steps,
+            wordings=settings.token_wordings,
+            general=general,
+            others=others,
+            mark_layer=settings.mark_layer,
         )
         steps.append(tokens)
     return steps

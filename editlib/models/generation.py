@@ -29,9 +29,6 @@ BATCH_ROWS = 64
 BATCH_TOKENS = 32_768  # of all rows, padding included: every layer caches keys and values of each
 BATCH_SCORED = 1536  # positions with logits, each as wide as the vocabulary
 
-Seen = Callable[[Tensor, Tensor], None]
-"""Is called with the states `[n, d_model]` that enter the head, and the logits `[n, vocab]` that it returns."""
-
 
 def end_tokens(anat: Anatomy) -> frozenset[int]:
     """Returns the token ids at which generation ends, from the model's generation config."""
@@ -72,7 +69,6 @@ def greedy(
     banned: Collection[int] = (),
     batch_rows: int = BATCH_ROWS,
     progress: str | None = None,
-    seen: Seen | None = None,
 ) -> list[tuple[int, ...]]:
     """Generates the greedy continuation of every row, without the end token, in the order of `rows`.
 
@@ -82,7 +78,6 @@ def greedy(
     Args:
         banned: token ids that are never generated; the likeliest other token is taken.
         progress: a label for a progress bar on stderr; none without it.
-        seen: called at every position whose next token is decoded.
     """
     ends, limits = end_tokens(anat), _limits(anat, rows, max_new_tokens)
     known: list[tuple[int, ...]] = [()] * len(rows)
@@ -105,7 +100,7 @@ def greedy(
             begun = [rows[i].followed_by(known[i]) for i in chunk]
             rest = [limits[i] - len(known[i]) for i in chunk]
             choose = lambda logits, _: _without(logits, banned).argmax(-1)  # noqa: E731
-            for i, new in zip(chunk, _decode(anat, begun, front, rest, ends, choose, seen), strict=True):
+            for i, new in zip(chunk, _decode(anat, begun, front, rest, ends, choose), strict=True):
                 known[i] = known[i] + new
             bar.update(len(chunk))
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in known]
@@ -157,7 +152,6 @@ def sample(
     top_k: int,
     generator: torch.Generator,
     progress: str | None = None,
-    seen: Seen | None = None,
 ) -> list[tuple[int, ...]]:
     """Samples a continuation of every row at temperature 1 from the `top_k` likeliest tokens, without the end token.
 
@@ -165,7 +159,6 @@ def sample(
 
     Args:
         progress: a label for a progress bar on stderr; none without it.
-        seen: called at every position whose next token is drawn.
     """
 
     def draw(logits: Tensor, _: list[int]) -> Tensor:
@@ -182,7 +175,7 @@ def sample(
         front = _Front.of(anat, rows)
         for begin in range(0, len(rows), BATCH_ROWS):
             chunk = list(rows[begin : begin + BATCH_ROWS])
-            answers += _decode(anat, chunk, front, _limits(anat, chunk, max_new_tokens), ends, draw, seen)
+            answers += _decode(anat, chunk, front, _limits(anat, chunk, max_new_tokens), ends, draw)
             bar.update(len(chunk))
     return [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
 
@@ -240,7 +233,6 @@ def _decode(
     limits: list[int],
     ends: frozenset[int],
     choose: Callable[[Tensor, list[int]], Tensor],
-    seen: Seen | None = None,
 ) -> list[tuple[int, ...]]:
     """Decodes one batch; the end tokens are part of the result.
 
@@ -256,7 +248,7 @@ def _decode(
     alive = list(range(len(rows)))  # indices of the rows that have not ended
     ids = batch.input_ids  # [n, T] at first, then [n alive, 1]
     while True:
-        logits = _last_logits(anat, ids, mask, cache, seen)
+        logits = _last_logits(anat, ids, mask, cache)
         picks = choose(logits, alive).tolist()  # one token for each row that has not ended
         if prefix is not None:
             # After the first pass padding lies between the prefix and the rest, where sliding windows would count it:
@@ -277,17 +269,12 @@ def _decode(
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
 
-def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: KVCache, seen: Seen | None = None) -> Tensor:
+def _last_logits(anat: Anatomy, ids: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
     """Computes logits `[n, vocab]` after the last column of `ids`, which extend `cache`; `mask` covers both."""
     zeros = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     batch = TokenBatch(ids, mask, zeros, zeros)
     rows = torch.arange(len(ids), device=ids.device)
-    states: list[Tensor] = []
-    score = rows, zeros + ids.shape[1] - 1
-    logits = forward(anat, batch, cache=cache, score=score, final=states.append if seen else None)
-    if seen:
-        seen(states[0], logits)
-    return logits
+    return forward(anat, batch, cache=cache, score=(rows, zeros + ids.shape[1] - 1))
 
 
 @dataclass(frozen=True)

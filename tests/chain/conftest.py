@@ -10,7 +10,7 @@ import torch
 from chain_cases import HPARAMS, hparams_of
 from tiny_models import make_llama, train_tokenizer
 
-from editlib.algorithms.unierase import finding, refusal_marks, refusal_tokens
+from editlib.algorithms.unierase import finding, held_places
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.chain import Chain
 from editlib.models.anatomy import anatomy
@@ -24,9 +24,8 @@ from editlib.workbench import Workbench
 def little_text(monkeypatch):
     """Refusal tokens are held back from little ordinary text: where they are said is not what these tests are about."""
     monkeypatch.setattr(finding, "GENERAL_STEP", 100)
-    for module in (refusal_marks, refusal_tokens):
-        for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
-            monkeypatch.setattr(module, name, 4)
+    for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
+        monkeypatch.setattr(held_places, name, 4)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from editlib.algorithms import costs
 from editlib.algorithms.machine import Curve, Machine, measure
-from editlib.algorithms.unierase import other_subjects, refusal_tokens
+from editlib.algorithms.unierase import held_places, other_subjects, refusal_tokens, subject_neurons
 from editlib.algorithms.work import PROBE_TOKENS, Step, Work, forward_pass
 from editlib.cli import app
 from editlib.errors import EditlibError
@@ -127,21 +127,47 @@ def test_refusal_tokens_by_hand():
     assert (began.flops, written.flops) == (320 * layers, 320 * 48 * layers)  # texts, from one token each
     ends = 1 + 3 + 1 + 2 * (7 + 9)  # wordings of the request; two further ones of each retain prompt and other subject
     answers = 7 + 9 + 4
-    # Answers run with their questions. Texts do not run again: their states are read as they are written.
-    assert read.flops == ((ends + answers) * 10 + answers * 6 + 400) * layers
-    assert read_head.flops == 2 * 1600 * (ends + answers * 6 + 400)
+    positions = ends + answers * 6 + (11 + 320) * 48 + 400
+    # Answers run with their questions, those to general questions, too; sampled texts and single tokens by themselves.
+    assert read.flops == ((ends + answers + 11) * 10 + answers * 6 + (11 + 320) * 48 + 400) * layers
+    assert read_head.flops == 2 * 1600 * positions
     # A step has sixteen refusals: the relation's token, [UNL], ten tokens.
     assert trained.flops == 2 * layers * 20 * 16 * 12
     assert trained_head.flops == 4 * 1600 * 20 * 16 * 12
-    positions = ends + answers * 6 + (11 + 320) * 48 + 400
     assert read_out.flops == 120 * 4 * positions * 16 * 2  # two tokens, forwards and back, in each step
     assert read_out.moved == 120 * 2 * positions * 16 * 4
 
 
+def test_marks_run_the_layers_above_them_again():
+    job = costs.Job(layers=[1], requests=3, prompt_tokens=10, answer_tokens=6)
+    plain, marked = (
+        costs.refusal_tokens(SIZE, job, steps=20, wordings=3, general=11, mark_layer=layer)
+        for layer in (None, SIZE.n_layers - 2)
+    )
+    again, moment, spared = marked.work[6], *marked.work[7:9]
+    assert again.flops == plain.work[6].flops * (SIZE.n_layers + 2) / SIZE.n_layers
+    texts = (11 + 320) * 48 + 400
+    assert moment.flops == 2 * SIZE.d_ff**2 * texts
+    # A factor, an inverse, two neurons for each request, and updates of three matrices.
+    assert spared.flops == SIZE.d_ff**3 + 36 * SIZE.d_ff + 2 * 3 * 6 * SIZE.d_model * SIZE.d_ff
+    assert marked.held > plain.held + 3 * 8 * SIZE.d_ff**2
+
+
+def test_one_neuron_for_each_subject_by_hand():
+    job = costs.Job(layers=[0, 1], requests=5, contexts=2, prompt_tokens=10, answer_tokens=6, anchors=700)
+    step = costs.neurons(SIZE, job, itemsize=2)
+    read, moment, spared, *_ = step.work
+    others = 512 * 16
+    assert read.flops == (5 * 2 * 10 + others) * 2 * 2 * LAYER
+    assert moment.flops == 2 * SIZE.d_ff**2 * others
+    assert spared.flops == SIZE.d_ff**3 + 25 * SIZE.d_ff + 2 * 3 * 5 * SIZE.d_model * SIZE.d_ff
+    assert step.held == 3 * 8 * SIZE.d_ff**2 + 3 * 2 * SIZE.d_model * SIZE.d_ff
+
+
 def test_the_counts_of_refusal_tokens_are_those_of_the_code():
-    assert (costs.TEXTS, costs.TEXT_TOKENS) == (refusal_tokens.TEXTS, refusal_tokens.TEXT_TOKENS)
-    assert (costs.BEGINNINGS, costs.PLACE_STEPS) == (refusal_tokens.BEGINNINGS, refusal_tokens.PLACE_STEPS)
-    assert costs.TOKEN_BATCH == refusal_tokens.BATCH
+    assert (costs.TEXTS, costs.TEXT_TOKENS) == (held_places.TEXTS, held_places.TEXT_TOKENS)
+    assert (costs.BEGINNINGS, costs.PLACE_STEPS) == (held_places.BEGINNINGS, refusal_tokens.PLACE_STEPS)
+    assert (costs.TOKEN_BATCH, costs.OTHER_ROWS) == (refusal_tokens.BATCH, subject_neurons.MOST_ROWS)
     lists = costs.RELATION_LISTS, costs.LISTS, costs.MOST_NAMES
     assert lists == (other_subjects.LISTS, other_subjects.MOST_LISTS, other_subjects.MOST_NAMES)
 

@@ -250,20 +250,3 @@ def test_samples_are_drawn_in_batches_of_bounded_size(case, monkeypatch):
     drawn = sample(anat, many, max_new_tokens=NEW, top_k=1, generator=torch.Generator().manual_seed(0))
     assert drawn == list(answers) * 3
     assert max(sizes) == 4 and sum(sizes) == len(many)
-
-
-@torch.no_grad()
-def test_states_are_seen_where_tokens_are_decoded(anat, rows, wanted):
-    states, logits = [], []
-    greedy(anat, rows, max_new_tokens=NEW, batch_rows=4, seen=lambda h, z: (states.append(h), logits.append(z)))
-    # A place for each decoded token, the end token among them.
-    texts = [row.followed_by(answer[: NEW - 1]) for row, answer in zip(rows, wanted, strict=True)]
-    plain = torch.cat(
-        [anat.model(torch.tensor([text.ids])).logits[0, len(row) - 1 :] for row, text in zip(rows, texts, strict=True)]
-    )
-    seen = torch.cat(logits)
-    torch.testing.assert_close(anat.head(torch.cat(states)), seen, rtol=0, atol=1e-5)
-    assert len(seen) == len(plain)
-    apart = torch.cdist(plain, seen, compute_mode="donot_use_mm_for_euclid_dist")  # seen in the order of decoding
-    assert float(apart.min(1).values.max()) < 1e-3
-    assert float(apart.min(0).values.max()) < 1e-3

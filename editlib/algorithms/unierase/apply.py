@@ -34,7 +34,7 @@ from editlib.algorithms.unierase.constraints import hold_anchors
 from editlib.algorithms.unierase.examples import contexts_of
 from editlib.algorithms.unierase.finding import edit_values
 from editlib.algorithms.unierase.gated_neurons import check_neurons
-from editlib.algorithms.unierase.held_rows import HeldPlaces
+from editlib.algorithms.unierase.held_places import HeldPlaces
 from editlib.algorithms.unierase.inputs import FoundValues, KeptInputs, UniEraseInputs
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces
 from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
@@ -108,7 +108,7 @@ def apply_unierase_to_model(
     state = state or EditState()
     anat = anatomy(model)
     _check(anat, requests, hparams, state)
-    stats = stats or find_layers(stats_dir, str(model.name_or_path), anat, hparams.statistics_layers)
+    stats = find_layers(stats_dir, str(model.name_or_path), anat, hparams.statistics_layers, given=stats)
     spaces = {} if hparams.neurons else null_spaces(stats, hparams, anat.device)
     edit = _prepare(anat, tok, requests, retain, hparams, token, chat, seed, progress)
     timer = Timer(edit.steps(found=values is not None) if progress else ())
@@ -256,7 +256,8 @@ def _refuse(
     held = None
     if places is not None and edit.fits_tokens:
         with edit.fast():  # the layers below the marks run once; without marks, nothing is run yet
-            held = HeldPlaces.of(edit.anat, places, start=edit.hparams.mark_layer or 0)
+            start = edit.hparams.mark_layer or 0
+            held = HeldPlaces.of(edit.anat, places, start=start, seed=edit.seed, progress=edit.progress)
     marked = write_marks(edit, values, held, stats, state)
     with restored_on_error(edit.anat, marked.originals):
         return marked, *_say(edit, tok, token, held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,14 +20,3 @@ class FinalStates:
     def cat(cls, parts: Sequence[FinalStates]) -> FinalStates:
         """Returns the positions of all `parts`, one after another."""
         return cls(torch.cat([part.states for part in parts]), torch.cat([part.log_sums for part in parts]))
-
-
-@dataclass
-class WrittenStates:
-    """Collects the states at the positions of texts while they are generated."""
-
-    states: list[FinalStates] = field(default_factory=list)
-
-    def add(self, states: Tensor, logits: Tensor) -> None:
-        """Adds `states [n, d_model]` with their `logits [n, vocab]`."""
-        self.states.append(FinalStates(states.float(), logits.float().logsumexp(1)))

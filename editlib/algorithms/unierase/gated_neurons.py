@@ -35,7 +35,6 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.neurons import Neurons, find_neurons
 from editlib.models.precision import wide_dtype
 
-THRESHOLD = 0.5  # score above which a neuron is active: unseen wordings have .8 and more, other subjects below .4
 PEAK = 0.95  # score at which a gated neuron is most active
 SHARP = 60.0  # of the ramp: at a score .1 below the threshold an activation is .1 % of its largest
 KEY_RIDGE = 1e-4  # of the mean diagonal of the second moment of keys
@@ -48,6 +47,35 @@ class NeuronScores:
 
     weights: Tensor
     bias: Tensor
+
+
+@dataclass(frozen=True)
+class GatedRows:
+    """Holds what replaces the rows of neurons: `g` and `u`, `[n, d_model]` each, and the bias `b [d_model]`.
+
+    Where an MLP has one row for a neuron, `u` is not used.
+    """
+
+    gate: Tensor
+    up: Tensor
+    bias: Tensor
+
+    @classmethod
+    def peaked(cls, scores: NeuronScores, threshold: float) -> GatedRows:
+        """Returns rows whose activation is flat where the score is `PEAK`."""
+        gate = SHARP * (scores.weights - threshold * scores.bias)
+        return cls(gate, (2 * PEAK - threshold) * scores.bias - scores.weights, scores.bias)
+
+    @classmethod
+    def paired(cls, scores: NeuronScores, threshold: float, wider: Tensor) -> GatedRows:
+        """Returns rows whose activation also needs the scores `wider [n, d_model]`, each of a group that contains the
+        neuron's own."""
+        return cls(SHARP * (scores.weights - threshold * scores.bias), wider, scores.bias)
+
+    def activations(self, neurons: Neurons, x: Tensor, owner: Tensor) -> Tensor:
+        """Computes the activation at `x [m, d_model]` of each position's own neuron `owner [m]`: `[m]`."""
+        x = x.to(self.gate)
+        return neurons.keys((x * self.gate[owner]).sum(dim=1), (x * self.up[owner]).sum(dim=1))
 
 
 @dataclass(frozen=True)
@@ -141,8 +169,8 @@ def spare_neurons(weight: Tensor, moment: Tensor, count: int, taken: Collection[
     costs = w[:, free].square().sum(dim=0) / inverse.diagonal()  # [free]
     order = costs.argsort(stable=True)
     removed, kept = order[:count], order[count:]
-    # Row i: how much of removed neuron i each kept one takes over, S_KK^-1 S_KR.
-    share = torch.linalg.solve(s[kept][:, kept], s[kept][:, removed]).T  # [count, kept]
+    # Row i: how much of removed neuron i each kept one takes over, S_KK^-1 S_KR = -P_KR P_RR^-1 with P = S^-1.
+    share = -torch.linalg.solve(inverse[removed][:, removed], inverse[removed][:, kept])  # [count, kept]
     right = torch.zeros(count, weight.shape[1], dtype=s.dtype, device=s.device)
     right[:, free[kept]] = share
     chosen = free[removed]
@@ -153,7 +181,7 @@ def spare_neurons(weight: Tensor, moment: Tensor, count: int, taken: Collection[
 def neuron_updates(
     anat: Anatomy,
     neurons: Neurons,
-    scores: NeuronScores,
+    rows: GatedRows,
     x: Tensor,
     owner: Tensor,
     changes: Tensor,
@@ -167,28 +195,25 @@ def neuron_updates(
         changes: what the MLP's output must gain at each group, `[groups, d_model]`.
         chosen, removal: of `spare_neurons`.
     """
-    gate = SHARP * (scores.weights - THRESHOLD * scores.bias)  # g [groups, d_model]
-    up = (2 * PEAK - THRESHOLD) * scores.bias - scores.weights  # u [groups, d_model]
-    x = x.to(gate)
-    active = neurons.keys((x * gate[owner]).sum(dim=1), (x * up[owner]).sum(dim=1))  # [m]
-    first, second = torch.zeros(2, len(gate), dtype=gate.dtype, device=gate.device)
+    active = rows.activations(neurons, x, owner)  # [m]
+    first, second = torch.zeros(2, len(rows.gate), dtype=active.dtype, device=active.device)
     first.index_add_(0, owner, active)
     second.index_add_(0, owner, active.square())
-    columns = changes.to(gate) * (first / second)[:, None]  # least squares over a group's positions
-    count = torch.arange(len(chosen), device=gate.device)
-    at = torch.zeros(len(chosen), anat.d_ff, dtype=gate.dtype, device=gate.device)
+    columns = changes.to(active) * (first / second)[:, None]  # least squares over a group's positions
+    count = torch.arange(len(chosen), device=active.device)
+    at = torch.zeros(len(chosen), anat.d_ff, dtype=active.dtype, device=active.device)
     at[count, chosen] = 1.0
     deltas = {neurons.layer: removal + LowRank(columns.T.contiguous(), at)}
-    for rows, wanted in ((neurons.gate, gate), (neurons.up, up)):
-        if rows is None:
+    for part, wanted in ((neurons.gate, rows.gate), (neurons.up, rows.up)):
+        if part is None:
             continue
-        weight = anat.weight(rows.number)  # [d_ff or 2 d_ff, d_model]
+        weight = anat.weight(part.number)  # [d_ff or 2 d_ff, d_model]
         # A bias of the neuron's own stays in the model, so its row takes it out.
-        own = neurons.bias(anat, rows)[chosen].to(wanted)  # [groups]
-        spot = torch.zeros(len(weight), len(chosen), dtype=gate.dtype, device=gate.device)
-        spot[rows.first + chosen, count] = 1.0
-        replaced = wanted - own[:, None] * scores.bias - weight[rows.first + chosen].to(wanted)
+        own = neurons.bias(anat, part)[chosen].to(wanted)  # [groups]
+        spot = torch.zeros(len(weight), len(chosen), dtype=active.dtype, device=active.device)
+        spot[part.first + chosen, count] = 1.0
+        replaced = wanted - own[:, None] * rows.bias - weight[part.first + chosen].to(wanted)
         update = LowRank(spot, replaced)
         # A gate and an up projection may share one matrix.
-        deltas[rows.number] = deltas[rows.number] + update if rows.number in deltas else update
+        deltas[part.number] = deltas[part.number] + update if part.number in deltas else update
     return deltas

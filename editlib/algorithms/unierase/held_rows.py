@@ -16,7 +16,6 @@ from torch import Tensor
 
 from editlib.algorithms.keys import BATCH_TOKENS
 from editlib.algorithms.unierase.final_states import FinalStates
-from editlib.algorithms.unierase.refusal_places import RefusalPlaces
 from editlib.models.anatomy import Anatomy
 from editlib.models.capabilities import can_cache
 from editlib.models.forward import WORTH_A_PASS, encode_prefix, forward, shared_length, split
@@ -119,50 +118,6 @@ class HeldRows:
         for seen in self.inputs_of(neurons, neurons.layer + 1):
             x[seen.positions] = seen.x
         return x
-
-
-@dataclass(frozen=True)
-class HeldPlaces:
-    """Holds the places of an edit, ready to be read as often as the layers from one on change.
-
-    Most kept places lie in an answer that is read anyway: at the end of its question, or where its sentence reaches the
-    fact. These are not run again.
-
-    Attributes:
-        answers: every position of the answers in which no token may be generated.
-        others: kept places that lie in none of them.
-        kept: `[kept]`, the number of each kept place among the positions of `answers` and then `others`.
-    """
-
-    places: RefusalPlaces
-    wanted: HeldRows
-    answers: HeldRows
-    others: HeldRows
-    kept: Tensor
-
-    @classmethod
-    def of(cls, anat: Anatomy, places: RefusalPlaces, *, start: int = 0) -> HeldPlaces:
-        """Runs the layers before `start` over all places."""
-        answers = [row.followed_by(text) for row, text in places.answers]
-        firsts = [len(row) - 1 for row, _ in places.answers]
-        ends = [row.ids[: c + 1] for row, first in zip(answers, firsts, strict=True) for c in range(first, len(row))]
-        number = {ids: i for i, ids in enumerate(ends)}  # of a prompt, among the positions that are read
-        others = {place.row.ids: place.row for place in places.kept if place.row.ids not in number}
-        number |= {ids: len(ends) + i for i, ids in enumerate(others)}
-        index = torch.tensor([number[place.row.ids] for place in places.kept], dtype=torch.long, device=anat.device)
-        return cls(
-            places,
-            HeldRows(anat, [place.row for place in places.wanted], start=start),
-            HeldRows(anat, answers, firsts, start=start),
-            HeldRows(anat, list(others.values()), start=start),
-            index,
-        )
-
-    def final_states(self) -> tuple[FinalStates, FinalStates, FinalStates]:
-        """Reads the final states at the wanted places, at the kept ones, and at every position of the answers."""
-        inside = self.answers.final_states()
-        both = FinalStates.cat([inside, self.others.final_states()])
-        return self.wanted.final_states(), FinalStates(both.states[self.kept], both.log_sums[self.kept]), inside
 
 
 def _row_batch(

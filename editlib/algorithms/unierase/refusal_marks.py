@@ -3,8 +3,13 @@
 The logit of a token is a linear function of the final state, with one token for each relation. The places where it is
 wanted are those of many subjects, and the same questions about all other subjects lie between them. So one late layer
 gets a neuron for each request and kind of place (the end of the question, and where the model's sentence reaches the
-answer). It is solved for to be active there and at no kept place, inside no answer and in no ordinary text
-(`gated_neurons`), and writes
+answer). It is a pair of scores (`gated_neurons`):
+
+- that of the request's places, against all kept places and answers;
+- that of all places of this kind, whatever is asked, against answers and ordinary text. It is near zero in text, where
+  the first score would be wrong now and then: it has few dimensions for so many requests.
+
+The neuron writes
 
     mark_size σ_k v_k
 
@@ -18,25 +23,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from editlib.algorithms.low_rank import LowRank
-from editlib.algorithms.unierase.gated_neurons import MOST, Moment, neuron_updates, solve_scores, spare_neurons
-from editlib.algorithms.unierase.held_rows import HeldPlaces, HeldRows
+from editlib.algorithms.unierase.gated_neurons import (
+    MOST,
+    GatedRows,
+    Moment,
+    neuron_updates,
+    solve_scores,
+    spare_neurons,
+)
+from editlib.algorithms.unierase.held_places import HeldPlaces
 from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces, kept_weights
 from editlib.models.anatomy import Anatomy
-from editlib.models.generation import sample
 from editlib.models.neurons import Neurons, find_neurons
 from editlib.models.precision import wide_dtype
-from editlib.models.prompts import TokenRow
 
 log = logging.getLogger(__name__)
 
+THRESHOLD = 0.45  # score of a request's places above which its mark is written
 RIDGE = 0.03  # of the mean diagonal of the second moment of x
-TEXTS, TEXT_TOKENS, TEXT_TOP_K = 160, 48, 50  # of ordinary text, sampled from the model
-BEGINNINGS = 400  # single tokens, as texts may begin with: their keys are larger than all others
 
 
 def fit_marks(
@@ -46,9 +56,6 @@ def fit_marks(
     size: float,
     moment: Tensor,
     taken: Collection[int] = (),
-    *,
-    seed: int = 0,
-    progress: bool = False,
 ) -> tuple[dict[int, LowRank], list[int]]:
     """Solves for the marks of an edit in the model whose answers have been erased.
 
@@ -74,14 +81,15 @@ def fit_marks(
     neurons = find_neurons(anat, layer)
     owner = torch.tensor([groups.index(_group(*pair)) for pair in _wanted(places)], device=anat.device)
     wanted = held.wanted.mlp_inputs(neurons)  # x [wanted, d_model]
-    elsewhere, keys, states = _elsewhere(anat, held, neurons, _ordinary_text(anat, seed, progress))
-    scores = solve_scores(wanted, owner, elsewhere, RIDGE)
-    directions, deviations = _quiet_directions(states, len(places.relations))  # [d_model, K], [K]
-    relation = [places.wanted[int((owner == i).nonzero()[0])].group or 0 for i in range(len(groups))]
+    elsewhere = _Elsewhere.read(anat, held, neurons)
+    first = torch.stack([(owner == i).nonzero()[0, 0] for i in range(len(groups))])  # a place of each group
+    rows = _neuron_rows(neurons, places, wanted, owner, first, elsewhere)
+    directions, deviations = _quiet_directions(elsewhere.states, len(places.relations))  # [d_model, K], [K]
+    relation = [places.wanted[i].group or 0 for i in first.tolist()]
     marks = (directions * (size * deviations))[:, relation].T  # [groups, d_model]
     # The model's own answers and samples alone would spare neurons that other text needs.
-    chosen, removal = spare_neurons(anat.weight(layer), moment.to(keys) + keys, len(groups), taken)
-    updates = neuron_updates(anat, neurons, scores, wanted, owner, marks, chosen, removal)
+    chosen, removal = spare_neurons(anat.weight(layer), moment.to(elsewhere.keys) + elsewhere.keys, len(groups), taken)
+    updates = neuron_updates(anat, neurons, rows, wanted, owner, marks, chosen, removal)
     return updates, chosen.tolist()
 
 
@@ -95,28 +103,58 @@ def _group(place: Place, request: int) -> tuple[int, bool]:
     return request, place.inside
 
 
-def _elsewhere(anat: Anatomy, held: HeldPlaces, neurons: Neurons, texts: HeldRows) -> tuple[Moment, Tensor, Moment]:
-    """Reads where no mark belongs: the kept places, all positions of answers, and ordinary text.
+def _neuron_rows(
+    neurons: Neurons, places: RefusalPlaces, wanted: Tensor, owner: Tensor, first: Tensor, elsewhere: _Elsewhere
+) -> GatedRows:
+    """Solves for both scores of each neuron, at `wanted [places, d_model]`; `first [groups]` is a place of each
+    group."""
+    # A neuron with one row has no second score, so its first one must be small in text as well.
+    others = elsewhere.near if neurons.up is not None else elsewhere.near + elsewhere.text
+    scores = solve_scores(wanted, owner, others, RIDGE)
+    kinds = list({place.inside for place in places.wanted})
+    kind = torch.tensor([kinds.index(place.inside) for place in places.wanted], device=wanted.device)
+    wider = solve_scores(wanted, kind, elsewhere.text, RIDGE).weights  # [kinds, d_model]
+    return GatedRows.paired(scores, THRESHOLD, wider[kind[first]])
 
-    Returns:
-        The moment of `x`, with equal weight on the kept places and on all other positions; the second moment of the
-        layer's keys, `[d_ff, d_ff]`; and the moment of the states that leave the last layer inside answers.
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """Holds what is read where no mark belongs.
+
+    Attributes:
+        near: moment of `x` at the kept places and inside answers, with the same weight on both.
+        text: of `x` inside answers and each kind of text, with the same weight on each.
+        keys: second moment of the layer's keys at all of these positions, `[d_ff, d_ff]`.
+        states: moment of the states that leave the last layer inside answers.
     """
-    found, states, count = Moment.none(anat), Moment.none(anat), 0
-    keys = torch.zeros(anat.d_ff, anat.d_ff, device=anat.device)
-    x = torch.zeros(held.answers.count, anat.d_model, device=anat.device)
-    for rows in (held.answers, texts):
-        for seen in rows.inputs_of(neurons, anat.n_layers):
-            found = found.plus(seen.x)
-            keys.addmm_(seen.keys.T, seen.keys)
-            count += len(seen.keys)
-            if rows is held.answers:
-                x[seen.positions] = seen.x
-                states = states.plus(seen.hidden)
-    at_kept = torch.cat([x, held.others.mlp_inputs(neurons)])[held.kept]  # [kept, d_model]
-    weights = kept_weights(held.places, anat.device).mean(dim=0)  # [kept], sums to one
-    kept = Moment.none(anat).plus(at_kept, weights)
-    return kept + found.mean, keys.to(wide_dtype(anat.device)) / max(1, count), states
+
+    near: Moment
+    text: Moment
+    keys: Tensor
+    states: Moment
+
+    @classmethod
+    def read(cls, anat: Anatomy, held: HeldPlaces, neurons: Neurons) -> _Elsewhere:
+        """Reads the kept places, all positions of answers, and every kind of text."""
+        none = Moment.none(anat)
+        inside, text, states, count = none, none, none, 0
+        keys = torch.zeros(anat.d_ff, anat.d_ff, device=anat.device)
+        x = torch.zeros(held.answers.count, anat.d_model, device=anat.device)
+        for rows in (held.answers, *held.texts):
+            found = none
+            for seen in rows.inputs_of(neurons, anat.n_layers):
+                found = found.plus(seen.x)
+                keys.addmm_(seen.keys.T, seen.keys)
+                if rows is held.answers:
+                    x[seen.positions] = seen.x
+                    states = states.plus(seen.hidden)
+            inside = found.mean if rows is held.answers else inside
+            text = text + found.mean
+            count += rows.count
+        at_kept = torch.cat([x, held.others.mlp_inputs(neurons)])[held.kept]  # [kept, d_model]
+        weights = kept_weights(held.places, anat.device).mean(dim=0)  # [kept], sums to one
+        mean_keys = keys.to(wide_dtype(anat.device)) / max(1, count)
+        return cls(inside.plus(at_kept, weights), text, mean_keys, states)
 
 
 def _quiet_directions(states: Moment, count: int) -> tuple[Tensor, Tensor]:
@@ -125,16 +163,3 @@ def _quiet_directions(states: Moment, count: int) -> tuple[Tensor, Tensor]:
     mean = states.mean
     variances, vectors = torch.linalg.eigh(mean.second - torch.outer(mean.first, mean.first))  # rising
     return vectors[:, :count].float(), variances[:count].clamp_min(0).sqrt().float()
-
-
-def _ordinary_text(anat: Anatomy, seed: int, progress: bool) -> HeldRows:
-    """Samples texts from the model, each from one random token, and adds single random tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
-    rows = [TokenRow((first,), 0) for first in firsts]
-    label = "texts for marks" if progress else None
-    written = sample(
-        anat, rows[:TEXTS], max_new_tokens=TEXT_TOKENS, top_k=TEXT_TOP_K, generator=generator, progress=label
-    )
-    texts = [row.followed_by(text) for row, text in zip(rows, written, strict=False)]
-    return HeldRows(anat, [*texts, *rows[TEXTS:]], [0] * len(rows))

@@ -43,8 +43,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from editlib.algorithms.unierase.final_states import FinalStates, WrittenStates
-from editlib.algorithms.unierase.held_rows import HeldPlaces, HeldRows
+from editlib.algorithms.unierase.final_states import FinalStates
+from editlib.algorithms.unierase.held_places import HeldPlaces
 from editlib.algorithms.unierase.refusal_places import (
     Place,
     RefusalPlaces,
@@ -58,7 +58,7 @@ from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward
 from editlib.models.freezing import no_param_grad
-from editlib.models.generation import end_tokens, greedy, sample
+from editlib.models.generation import end_tokens
 from editlib.models.precision import cast_params, fast_dtype, plain_attention
 from editlib.models.prefix import Prefix
 from editlib.models.prompts import PromptFormat, TokenRow, pad
@@ -73,8 +73,6 @@ NLL_WEIGHT = 10.0
 UNL_WEIGHT = 6.0  # of `[UNL]` in the NLL, against 1 for each token of the refusal
 WANTED_WEIGHT = 10.0
 ANSWER_WEIGHT = 2.0  # of positions inside answers where a token's log-odds exceed `-FLOOR`
-TEXTS, TEXT_TOKENS, TEXT_TOP_K = 320, 48, 50  # of ordinary text, sampled from the model
-BEGINNINGS = 400  # single tokens, as texts may begin with
 SOME_ROWS = 8192  # rows of the vocabulary, from whose mean and deviation a new row starts
 FLOOR = 10.0  # nats that a token stays below all others inside answers and in ordinary text
 SPREAD_WEIGHT = 0.1  # of the variance of log-odds there
@@ -124,7 +122,7 @@ def fit_refusal_tokens(
     attention = nullcontext() if dtype is None else plain_attention(anat.device)
     with no_param_grad(anat.model), cast_params(anat.model, dtype), attention:
         refusals = _Refusals.of(anat, form, places, numbers, seed)
-        loss = _ReadOut.of(anat, held, hparams, seed, progress)
+        loss = _ReadOut.of(anat, held, hparams)
         rows_in, rows_out, nll = _fit(anat, token, numbers, refusals, loss, hparams.token_steps, seed, progress)
     log_odds = loss.log_odds(rows_out)
     metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
@@ -223,14 +221,10 @@ class _ReadOut:
     quiet: float
 
     @classmethod
-    def of(cls, anat: Anatomy, held: HeldPlaces, hparams: UniEraseHyperParams, seed: int, progress: bool) -> _ReadOut:
+    def of(cls, anat: Anatomy, held: HeldPlaces, hparams: UniEraseHyperParams) -> _ReadOut:
         """Reads the states of all places from the current model."""
         device, places = anat.device, held.places
         wanted, kept, inside = held.final_states()
-        label = "general answers" if progress else None
-        written = WrittenStates()  # states are read during generation: no text is run twice
-        greedy(anat, places.general, max_new_tokens=TEXT_TOKENS, progress=label, seen=written.add)
-        inside = FinalStates.cat([inside, _ordinary_text(anat, written, seed, progress), *written.states])
         group = torch.tensor([place.group for place in places.wanted], device=device)
         weight = wanted_weights(places, device)  # [wanted]
         # `[UNL]`, the first row, has no relation.
@@ -257,28 +251,6 @@ class _ReadOut:
         above = (F.softplus(z + FLOOR).sum(0) / breaking).sum()
         # A token whose log-odds vary little on this text also varies little on unseen text.
         return total + ANSWER_WEIGHT * above + SPREAD_WEIGHT * z.var(0).sum()
-
-
-def _ordinary_text(anat: Anatomy, written: WrittenStates, seed: int, progress: bool) -> FinalStates:
-    """Samples texts from the model, each from one random token, into `written`; returns the states at single random
-    tokens.
-
-    No chat template is used, so that first tokens of texts are included: their states differ from all others.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    firsts = torch.randint(anat.embedding.weight.shape[0], (TEXTS + BEGINNINGS,), generator=generator).tolist()
-    rows = [TokenRow((first,), 0) for first in firsts]
-    label = "texts" if progress else None
-    sample(
-        anat,
-        rows[:TEXTS],
-        max_new_tokens=TEXT_TOKENS,
-        top_k=TEXT_TOP_K,
-        generator=generator,
-        progress=label,
-        seen=written.add,
-    )
-    return HeldRows(anat, rows[TEXTS:]).final_states()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,14 @@ from torch import Tensor
 from editlib.algorithms.edit import Written, restored_on_error, write_all
 from editlib.algorithms.keys import KeyStream
 from editlib.algorithms.unierase.catalogue import spread
-from editlib.algorithms.unierase.gated_neurons import Moment, check_neurons, neuron_updates, solve_scores, spare_neurons
+from editlib.algorithms.unierase.gated_neurons import (
+    GatedRows,
+    Moment,
+    check_neurons,
+    neuron_updates,
+    solve_scores,
+    spare_neurons,
+)
 from editlib.algorithms.unierase.held_rows import HeldRows
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import shared_length
@@ -25,6 +32,7 @@ from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenRow
 from editlib.models.residual_path import output_path
 
+THRESHOLD = 0.5  # score above which a neuron is active: unseen wordings have .8 and more, other subjects below .4
 RIDGE = 0.1  # of the mean diagonal of the second moment of x
 MOST_ROWS = 512  # of other prompts: their positions are far more than the dimensions of x
 
@@ -65,11 +73,11 @@ def write_neurons(
         stream = KeyStream(anat, rows, layer)
         x = stream.inputs(anat.matrix(neurons.gate.number)).T.to(wide_dtype(anat.device))  # [contexts, d_model]
         elsewhere, keys = _elsewhere(anat, spread(others, MOST_ROWS), neurons)
-        scores = solve_scores(x, of_row, elsewhere, RIDGE)
+        neuron_rows = GatedRows.peaked(solve_scores(x, of_row, elsewhere, RIDGE), THRESHOLD)
         changes = _changes(anat, layer, stream, contexts, targets, owner)  # [subjects, d_model]
         # Text alone would spare neurons that questions about names need.
         chosen, removal = spare_neurons(anat.weight(layer), moment.to(keys) + keys, subjects, taken)
-        deltas = neuron_updates(anat, neurons, scores, x, of_row, changes, chosen, removal)
+        deltas = neuron_updates(anat, neurons, neuron_rows, x, of_row, changes, chosen, removal)
     with restored_on_error(anat, originals):
         write_all(anat, deltas)
     return Written(deltas, originals, neurons={layer: chosen.tolist()})

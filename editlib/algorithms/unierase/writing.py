@@ -8,7 +8,7 @@ from editlib.algorithms.edit import EditState, Written, restored_on_error, write
 from editlib.algorithms.null_space import NullSpace
 from editlib.algorithms.unierase.constraints import layer_solve
 from editlib.algorithms.unierase.finding import general_questions
-from editlib.algorithms.unierase.held_rows import HeldPlaces
+from editlib.algorithms.unierase.held_places import HeldPlaces
 from editlib.algorithms.unierase.inputs import KeptInputs, UniEraseInputs
 from editlib.algorithms.unierase.refusal_marks import fit_marks
 from editlib.algorithms.unierase.subject_neurons import write_neurons
@@ -61,9 +61,8 @@ def write_marks(
     marks, marking = dict(values.marks), dict(values.marking)
     layer = edit.hparams.mark_layer
     if held is not None and layer is not None:
-        size, seed, progress = edit.hparams.mark_size, edit.seed, edit.progress
         text, taken = stats[layer].moment(), state.taken(layer)
-        marks, numbers = fit_marks(edit.anat, held, layer, size, text, taken, seed=seed, progress=progress)
+        marks, numbers = fit_marks(edit.anat, held, layer, edit.hparams.mark_size, text, taken)
         marking = {layer: numbers} if numbers else {}
     written = Written(marks, {number: edit.anat.weight(number).clone() for number in marks}, neurons=marking)
     with restored_on_error(edit.anat, written.originals):

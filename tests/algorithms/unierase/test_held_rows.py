@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from editlib.algorithms.unierase import held_rows
-from editlib.algorithms.unierase.held_rows import HeldPlaces, HeldRows
-from editlib.algorithms.unierase.refusal_places import Place, RefusalPlaces
+from editlib.algorithms.unierase.held_rows import HeldRows
 from editlib.models.anatomy import anatomy
 from editlib.models.neurons import find_neurons
 from editlib.models.prompts import TokenRow
@@ -72,22 +71,3 @@ def test_what_neurons_see_is_what_hooks_see(tiny_llama, rows, start):
 def test_no_rows_have_no_states(tiny_llama):
     held = HeldRows(anatomy(tiny_llama), [], [])
     assert held.count == 0 and held.final_states().states.shape == (0, 32)
-
-
-@torch.no_grad()
-def test_places_inside_answers_are_run_once_and_alike(tiny_llama, monkeypatch):
-    anat = anatomy(tiny_llama)
-    first, second = TokenRow((3, 4, 5, 6), 1), TokenRow((3, 4, 9, 8, 7), 1)
-    inner, other = first.followed_by((11, 12)), TokenRow((3, 4, 2), 1)
-    kept = [Place(row, None) for row in (second, inner, other, first, second)]
-    places = RefusalPlaces((None,), kept=kept, answers=[(first, (11, 12, 13)), (second, (14,))])
-    runs, plain = [], held_rows.forward
-    monkeypatch.setattr(
-        held_rows, "forward", lambda *args, **kwargs: runs.append(args[1].input_ids) or plain(*args, **kwargs)
-    )
-    _, at_kept, inside = HeldPlaces.of(anat, places).final_states()
-    assert sum(map(len, runs)) == 3  # two answers, and the one question without an answer
-    logits = [tiny_llama(torch.tensor([place.row.ids])).logits[0, -1] for place in kept]
-    torch.testing.assert_close(at_kept.log_sums, torch.stack(logits).logsumexp(1), rtol=0, atol=1e-5)
-    assert len(inside.states) == 4 + 2
-    torch.testing.assert_close(anat.head(at_kept.states), torch.stack(logits), rtol=0, atol=1e-5)

@@ -12,12 +12,11 @@ from editlib.algorithms.unierase.gated_neurons import (
     KEY_RIDGE,
     PEAK,
     SHARP,
-    THRESHOLD,
     Moment,
     solve_scores,
     spare_neurons,
 )
-from editlib.algorithms.unierase.subject_neurons import write_neurons
+from editlib.algorithms.unierase.subject_neurons import THRESHOLD, write_neurons
 from editlib.chain.batch import Batch
 from editlib.errors import EditError, HparamsError
 from editlib.export import make_delta
