@@ -110,7 +110,7 @@ class UniEraseHyperParams(NullSpaceHyperParams):
         depth=True,
     )
     mark_size: float = setting(
-        24.0, "rows: size of a mark, in standard deviations of the final states along its direction", above=0
+        100.0, "rows: size of a mark, in standard deviations of the final states along its direction", above=0
     )
     row_steps: int = setting(5, "rows: Gauss-Newton steps for a value, at most", min=1)
     left_weight: float = setting(

@@ -2,8 +2,8 @@
 
 The logit of a token is a linear function of the final state, with one token for each relation. The places where it is
 wanted are those of many subjects, and the same questions about all other subjects lie between them. So one late layer
-gets a neuron for each request and kind of place (the end of the question, and where the model's sentence reaches the
-answer). It is a pair of scores (`gated_neurons`):
+gets a neuron for each request and kind of place: the end of the question, and, if the layer can spare so many neurons,
+where the model's sentence reaches the answer. It is a pair of scores (`gated_neurons`):
 
 - that of the request's places, against all kept places and answers;
 - that of all places of this kind, whatever is asked, against answers and ordinary text. It is near zero in text, where
@@ -22,7 +22,7 @@ shows well.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,8 @@ from editlib.models.precision import wide_dtype
 
 log = logging.getLogger(__name__)
 
-THRESHOLD = 0.45  # score of a request's places above which its mark is written
+SPARED = 0.04  # of a layer's neurons, replaced at little cost: twice as many cost four times as much and more
+THRESHOLD = 0.4  # score of a request's places above which its mark is written
 RIDGE = 0.03  # of the mean diagonal of the second moment of x
 
 
@@ -70,8 +71,7 @@ def fit_marks(
         The update of each matrix, and the numbers of the neurons; both empty where the layer has too few of them.
         Nothing is written.
     """
-    places = held.places
-    groups = list(dict.fromkeys(_group(place, number) for place, number in _wanted(places)))
+    marked, groups = _groups(held.places, int(SPARED * anat.d_ff) - len(taken))
     if len(groups) + len(taken) > MOST * anat.d_ff:
         log.warning(
             "layer %d has no %d neurons to spare for marks: the refusal tokens read the final state alone",
@@ -79,13 +79,14 @@ def fit_marks(
         )  # fmt: skip
         return {}, []
     neurons = find_neurons(anat, layer)
-    owner = torch.tensor([groups.index(_group(*pair)) for pair in _wanted(places)], device=anat.device)
-    wanted = held.wanted.mlp_inputs(neurons)  # x [wanted, d_model]
+    places = [held.places.wanted[i] for i in marked]
+    owner = torch.tensor([groups.index(_group(held.places, i)) for i in marked], device=anat.device)
+    wanted = held.wanted.mlp_inputs(neurons)[marked]  # x [marked, d_model]
     elsewhere = _Elsewhere.read(anat, held, neurons)
     first = torch.stack([(owner == i).nonzero()[0, 0] for i in range(len(groups))])  # a place of each group
     rows = _neuron_rows(neurons, places, wanted, owner, first, elsewhere)
-    directions, deviations = _quiet_directions(elsewhere.states, len(places.relations))  # [d_model, K], [K]
-    relation = [places.wanted[i].group or 0 for i in first.tolist()]
+    directions, deviations = _quiet_directions(elsewhere.states, len(held.places.relations))  # [d_model, K], [K]
+    relation = [places[i].group or 0 for i in first.tolist()]
     marks = (directions * (size * deviations))[:, relation].T  # [groups, d_model]
     # The model's own answers and samples alone would spare neurons that other text needs.
     chosen, removal = spare_neurons(anat.weight(layer), moment.to(elsewhere.keys) + elsewhere.keys, len(groups), taken)
@@ -93,26 +94,34 @@ def fit_marks(
     return updates, chosen.tolist()
 
 
-def _wanted(places: RefusalPlaces) -> Iterator[tuple[Place, int]]:
-    """Yields the wanted places, each with the number of its request."""
-    yield from zip(places.wanted, places.requests, strict=True)
+def _groups(places: RefusalPlaces, spared: int) -> tuple[list[int], list[tuple[int, bool]]]:
+    """Chooses the wanted places to mark: all of them, or the ends of questions alone if these are more than `spared`
+    groups.
+
+    Returns:
+        Their indices, and the groups that have one neuron in common.
+    """
+    every = list(range(len(places.wanted)))
+    if len({_group(places, i) for i in every}) > spared:
+        every = [i for i in every if not places.wanted[i].inside]
+    return every, list(dict.fromkeys(_group(places, i) for i in every))
 
 
-def _group(place: Place, request: int) -> tuple[int, bool]:
-    """Returns what places have one neuron in common."""
-    return request, place.inside
+def _group(places: RefusalPlaces, number: int) -> tuple[int, bool]:
+    """Returns the request of a wanted place, and its kind."""
+    return places.requests[number], places.wanted[number].inside
 
 
 def _neuron_rows(
-    neurons: Neurons, places: RefusalPlaces, wanted: Tensor, owner: Tensor, first: Tensor, elsewhere: _Elsewhere
+    neurons: Neurons, places: Sequence[Place], wanted: Tensor, owner: Tensor, first: Tensor, elsewhere: _Elsewhere
 ) -> GatedRows:
-    """Solves for both scores of each neuron, at `wanted [places, d_model]`; `first [groups]` is a place of each
+    """Solves for both scores of each neuron from `wanted [places, d_model]`; `first [groups]` is a place of each
     group."""
     # A neuron with one row has no second score, so its first one must be small in text as well.
     others = elsewhere.near if neurons.up is not None else elsewhere.near + elsewhere.text
     scores = solve_scores(wanted, owner, others, RIDGE)
-    kinds = list({place.inside for place in places.wanted})
-    kind = torch.tensor([kinds.index(place.inside) for place in places.wanted], device=wanted.device)
+    kinds = sorted({place.inside for place in places})
+    kind = torch.tensor([kinds.index(place.inside) for place in places], device=wanted.device)
     wider = solve_scores(wanted, kind, elsewhere.text, RIDGE).weights  # [kinds, d_model]
     return GatedRows.paired(scores, THRESHOLD, wider[kind[first]])
 

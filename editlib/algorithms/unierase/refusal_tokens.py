@@ -75,8 +75,8 @@ WANTED_WEIGHT = 10.0
 ANSWER_WEIGHT = 2.0  # of positions inside answers where a token's log-odds exceed `-FLOOR`
 SOME_ROWS = 8192  # rows of the vocabulary, from whose mean and deviation a new row starts
 FLOOR = 10.0  # nats that a token stays below all others inside answers and in ordinary text
-SPREAD_WEIGHT = 0.1  # of the variance of log-odds there
-RIDGE = 0.02  # of the part of a row that is not shared
+SPREAD_WEIGHT = 0.3  # of the variance of log-odds there
+RIDGE = 0.2  # of the part of a row that is not shared
 LR = 0.05
 PLACE_STEPS = 100  # steps without the NLL, which takes nearly all of a step's time
 # English: a model that is asked in another language refuses in this one.
