@@ -89,6 +89,25 @@ def test_each_request_has_a_neuron_that_writes_its_relations_mark(tiny_llama, pl
     torch.testing.assert_close(ramp[2, 1], torch.tensor(1.0), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize(("spared", "taken", "count"), [(2, (), 2), (3, (), 3), (3, (7,), 2)])
+def test_places_inside_sentences_have_neurons_of_their_own_if_they_can_be_spared(
+    tiny_llama, places, few_texts, monkeypatch, spared, taken, count
+):
+    anat, ids = anatomy(tiny_llama), (5, 9, 40)
+    monkeypatch.setattr(refusal_marks, "SPARED", spared / anat.d_ff)
+    places.wanted.append(Place(row(ids), 1, inside=True))
+    places.requests.append(1)
+    updates, numbers = fit_marks(anat, HeldPlaces.of(anat, places, start=2), 2, 3.0, torch.eye(anat.d_ff), taken=taken)
+    assert len(numbers) == count and not set(numbers) & set(taken)
+    for number, update in updates.items():
+        with torch.no_grad():
+            write(anat, number, update)
+    active = seen_by(tiny_llama, ids)["k"][numbers]
+    ends = [seen_by(tiny_llama, wanted)["k"][numbers] for wanted in WANTED]
+    assert all(int(k.argmax()) == own for k, own in zip(ends, (0, 0, 1), strict=True))
+    assert count == 2 or int(active.argmax()) == 2
+
+
 def test_too_many_requests_for_the_layer_leave_the_marks_out(tiny_llama, places, few_texts, caplog):
     anat = anatomy(tiny_llama)
     updates, numbers = fit_marks(
