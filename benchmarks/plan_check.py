@@ -137,9 +137,9 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
     anat, size = anatomy(model), model_size(model.config)
     facts = [fact for fact in data.facts() if fact.subject and fact.relation][:: len(data.facts()) // args.facts]
     facts, retain = facts[: args.facts], data.retain_prompts(facts)[: args.retain]
-    hparams = replace(
-        cast(UniEraseHyperParams, load_hparams("UniErase/smollm2-135m-erase")), layers=args.layers, token_steps=20
-    )
+    shipped = cast(UniEraseHyperParams, load_hparams("UniErase/smollm2-135m-erase"))
+    # The shapes have other depths than the model that the settings ship for.
+    hparams = replace(shipped, layers=args.layers, mark_layer=anat.n_layers - 2, token_steps=20)
     stats = statistics(anat, tok, hparams)
     run = partial(apply_unierase_to_model, model, tok, facts, hparams, retain=retain, stats=stats, chat=False)
     whole = measured(run, args.device)
@@ -151,7 +151,7 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
     planned = [
         costs.anchors(size, job, job.v_rate),
         costs.row_values(size, job, others=others),
-        costs.solve(size, job),
+        costs.neurons(size, job) if hparams.neurons else costs.solve(size, job),
         costs.refusal_tokens(
             size,
             job,
@@ -159,6 +159,7 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
             wordings=hparams.token_wordings,
             general=general,
             others=others,
+            mark_layer=hparams.mark_layer,
         ),
     ]
     planned = copied(model, planned)
@@ -182,8 +183,11 @@ def statistics(anat: Anatomy, tok: PreTrainedTokenizerBase, hparams: NullSpaceHy
     text, model = corpus(), anat.model
     header = StatsHeader("random", "", anat.d_ff, TOKENS, 0, text.name, text.sha256, 512, 0, 0, "")
     with cast_params(model, fast_dtype(model)):
-        made = layer_stats(anat, tok, hparams.layers, text.documents, tokens=TOKENS, header=header, progress=False)
-    null_spaces(made, hparams, anat.device)
+        made = layer_stats(
+            anat, tok, hparams.statistics_layers, text.documents, tokens=TOKENS, header=header, progress=False
+        )
+    if hparams.decomposition == "spectrum":
+        null_spaces(made, hparams, anat.device)
     return made
 
 
