@@ -85,8 +85,8 @@ def test_each_request_has_a_neuron_that_writes_its_relations_mark(tiny_llama, pl
     x = torch.stack([seen_by(before, ids)["x"] for ids in WANTED])  # [wanted, d_model]
     torch.testing.assert_close((x @ up.T).mean(dim=0), torch.ones(2), rtol=1e-2, atol=1e-2)
     ramp = x @ gate.T / gated_neurons.SHARP + refusal_marks.THRESHOLD  # the bias is one, but for least squares
-    torch.testing.assert_close(ramp[:2, 0].mean(), torch.tensor(1.0), rtol=0.1, atol=0.1)
-    torch.testing.assert_close(ramp[2, 1], torch.tensor(1.0), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(ramp[:2, 0].mean(), torch.tensor(1.0), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(ramp[2, 1], torch.tensor(1.0), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(("spared", "taken", "count"), [(2, (), 2), (3, (), 3), (3, (7,), 2)])
