@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,7 +64,7 @@ def compare_edits(
     layers: Sequence[int],
     count: int,
     repeats: int = 1,
-    stats: dict[int, Any] | None = None,
+    stats: Mapping[int, Any] | None = None,
 ) -> dict[str, float]:
     """Both sides' seconds, MiB, steps and the targets' NLL, and the ratios; the weights are restored.
 
