@@ -139,7 +139,7 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
     facts, retain = facts[: args.facts], data.retain_prompts(facts)[: args.retain]
     shipped = cast(UniEraseHyperParams, load_hparams("UniErase/smollm2-135m-erase"))
     # The shapes have other depths than the model that the settings ship for.
-    hparams = replace(shipped, layers=args.layers, mark_layer=anat.n_layers - 2, token_steps=20)
+    hparams = replace(shipped, layers=args.layers, token_steps=20)
     stats = statistics(anat, tok, hparams)
     run = partial(apply_unierase_to_model, model, tok, facts, hparams, retain=retain, stats=stats, chat=False)
     whole = measured(run, args.device)
@@ -148,10 +148,11 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
     length = mean_tokens(tok, [prompt.question for prompt in retain])
     job = replace(settings_job(hparams, args.facts, length, size), anchors=len(retain))
     general, others = len(data.questions("train")) // GENERAL_STEP, hparams.other_subjects
+    solve = costs.neurons(size, job) if hparams.neurons else costs.solve(size, job)
     planned = [
         costs.anchors(size, job, job.v_rate),
-        costs.row_values(size, job, others=others),
-        costs.neurons(size, job) if hparams.neurons else costs.solve(size, job),
+        costs.row_values(size, job, others=others, say=True),
+        replace(solve, work=[*solve.work, *solve.work]),  # values are written again when tokens have moved them
         costs.refusal_tokens(
             size,
             job,
@@ -159,7 +160,6 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
             wordings=hparams.token_wordings,
             general=general,
             others=others,
-            mark_layer=hparams.mark_layer,
         ),
     ]
     planned = copied(model, planned)

@@ -35,7 +35,7 @@ EXAMPLES, EXAMPLE_ANSWER = 3, 4  # examples of a few-shot prompt, and tokens of 
 REFUSAL_TOKENS = 10  # tokens of a refusal
 TEXTS, TEXT_TOKENS = 320, 48  # texts by the edited model, without refusal tokens; tokens of each
 BEGINNINGS = 400  # single tokens, each as the beginning of a text
-PLACE_STEPS = 100  # steps of refusal tokens without a pass
+PLACE_STEPS = 300  # steps on states that have been read
 TOKEN_BATCH = 16  # refusals per step
 LISTS, RELATION_LISTS = 192, 32  # most lists of subjects that the model continues, in all and for each relation
 OTHER_ROWS = 512  # prompts of others at which a subject's neuron must not be active, at most
@@ -157,12 +157,12 @@ def anchors(size: ModelSize, job: Job, rate: Rate = "model") -> Step:
     return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, rate), prefix)
 
 
-def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: int = 0) -> Step:
+def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: int = 0, say: bool = False) -> Step:
     """Estimates values from rows: the model's answers, the metric of the anchors' answers, and readings of the rows.
 
     Three of the `steps` Gauss-Newton steps compute a Jacobian; the others, and one reading at the end, read the rows
-    alone. If refusal tokens follow, the model names `others` subjects for each relation and answers questions about
-    them.
+    alone. If refusal tokens follow (`say`), all of it is done again with further rows that read these tokens, and the
+    model names `others` subjects for each relation and answers questions about them.
     """
     last, above = max(job.layers), size.n_layers - max(job.layers) - 1
     asked, keep = job.requests * (1 + job.wordings), job.requests * job.siblings
@@ -172,17 +172,18 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: in
     scored = asked + shots + keep * KEPT_TOKENS
     fronts = prompts * job.prompt_tokens + shots * job.shot_tokens
     passes = max(1, -(-tokens // batch_tokens))
-    jacobians = min(3, job.steps)
-    readings = job.steps + 1 - jacobians
     rate = job.v_rate
     work = [
         *answered(size, prompts, job.prompt_tokens, job.answer_tokens, rate),
         forward_pass(size, fronts, size.n_layers, rate, passes=passes),
-        forward_pass(size, tokens * jacobians, above, rate, passes=passes * jacobians, kind="gradient"),
-        head_pass(size, scored * jacobians, rate, passes=passes * jacobians, kind="gradient"),
-        forward_pass(size, tokens * readings, above, rate, passes=passes * readings, kind="step"),
-        head_pass(size, scored * readings, rate, passes=passes * readings, kind="step"),
+        *_row_readings(size, job, tokens, scored, batch_tokens),
     ]
+    if say:
+        more = 2 * asked + shots  # at the end of each wording, and at each erase row
+        work += [
+            forward_pass(size, fronts + asked * job.prompt_tokens, size.n_layers, rate, passes=passes),
+            *_row_readings(size, job, tokens + more * job.suffix_tokens, scored + more, batch_tokens),
+        ]
     if job.left_metric:
         read = share_of(job.anchors, job.requests, fewest=FEWEST_READ)
         batches, tokens = max(1, -(-read // METRIC_ROWS)), read * (job.prompt_tokens + job.answer_tokens)
@@ -195,6 +196,20 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: in
     logits = 3 * ITEM * size.vocab * max(scored / passes, METRIC_ROWS * job.answer_tokens * job.left_metric)
     graph = max(batch_tokens, METRIC_ROWS * 40 * job.left_metric) * above * (12 * size.d_model + 6 * size.d_ff) * ITEM
     return Step("values", work, logits + graph + fronts * size.n_layers * size.kv_width * ITEM)
+
+
+def _row_readings(size: ModelSize, job: Job, tokens: int, scored: int, batch_tokens: int) -> list[Work]:
+    """Estimates Gauss-Newton steps over rows of `tokens` tokens from the subjects on, with logits at `scored`
+    positions."""
+    above, passes = size.n_layers - max(job.layers) - 1, max(1, -(-tokens // batch_tokens))
+    jacobians = min(3, job.steps)
+    readings = job.steps + 1 - jacobians
+    return [
+        forward_pass(size, tokens * jacobians, above, job.v_rate, passes=passes * jacobians, kind="gradient"),
+        head_pass(size, scored * jacobians, job.v_rate, passes=passes * jacobians, kind="gradient"),
+        forward_pass(size, tokens * readings, above, job.v_rate, passes=passes * readings, kind="step"),
+        head_pass(size, scored * readings, job.v_rate, passes=passes * readings, kind="step"),
+    ]
 
 
 def solve(size: ModelSize, job: Job, *, itemsize: int = ITEM) -> Step:
@@ -280,7 +295,6 @@ def refusal_tokens(
     general: int,
     others: int = 0,
     kept: int = 600,
-    mark_layer: int | None = None,
 ) -> Step:
     """Estimates the fit of refusal tokens to the edited model: the states of all places, and `steps` passes and
     gradients.
@@ -292,7 +306,6 @@ def refusal_tokens(
         general: general questions, which the edited model answers first.
         others: other subjects of each relation, as named in `row_values`.
         kept: retain prompts after which no token may be generated; each is asked in two further wordings.
-        mark_layer: that marks erased facts: layers from it on run twice, and two neurons a request are written.
     """
     kept, rate = min(job.anchors, kept), job.v_rate
     siblings = job.requests * job.siblings
@@ -306,16 +319,14 @@ def refusal_tokens(
     passes = max(1, -(-(ends + answers + general + TEXTS) // DECODE_ROWS))
     trained = TOKEN_BATCH * (REFUSAL_TOKENS + 2)  # the relation's token, [UNL] and the refusal
     read_out = (PLACE_STEPS + steps) * positions * size.d_model
-    above = 0 if mark_layer is None else size.n_layers - mark_layer
-    marks = [] if mark_layer is None else _spared(size, 2 * job.requests, answer_tokens + texts)
     return Step(
         "tokens",
         [
             *answered(size, general, job.prompt_tokens, TEXT_TOKENS, rate),
             *answered(size, TEXTS, 1, TEXT_TOKENS, rate),
-            forward_pass(size, run, size.n_layers + above, rate, passes=passes),
-            *marks,
-            head_pass(size, positions, rate, passes=passes, kind="step"),
+            # Read twice: when values erase, and when they were moved for the tokens.
+            forward_pass(size, 2 * run, size.n_layers, rate, passes=2 * passes),
+            head_pass(size, 2 * positions, rate, passes=2 * passes, kind="step"),
             forward_pass(size, steps * trained, size.n_layers, rate, passes=steps, kind="gradient"),
             head_pass(size, steps * trained, rate, passes=steps, kind="gradient"),
             # Log-odds of all tokens at all positions, and their gradient, from states in fp32.
@@ -323,8 +334,7 @@ def refusal_tokens(
         ],
         TOKEN_BATCH * job.prompt_tokens * size.n_layers * size.kv_width * ITEM
         + 6 * ITEM * trained * size.vocab
-        + (positions + (run if above else 0)) * size.d_model * ITEM  # held where the mark layer begins
-        + (3 * size.d_ff**2 * WIDE if above else 0),
+        + positions * size.d_model * ITEM,
     )
 
 

@@ -40,12 +40,12 @@ class Row:
     """Holds one scalar to be read, and the positions at which the change is added.
 
     Args:
-        kind: "erase" or "keep", see `read_logits`.
+        kind: "erase", "keep" or "say", see `read_logits`.
         owner: number of the subject whose change is added to the row's states.
         ids: all tokens of the row.
         places: columns of the subject's last token, at each of which the change is added.
         columns: columns whose logits are read.
-        targets: the token whose logit is read, for each of `columns`.
+        targets: the token whose logit is read, for each of `columns`; those after the vocabulary are the new tokens.
         rivals: tokens that an answer to erase competes with; none: the likeliest others before any change.
     """
 
@@ -63,9 +63,11 @@ class Goals:
     """Holds the numbers that rows should reach, in nats.
 
     erased: logit of the answer less the log-sum-exp of its rivals, at most this.
+    said: log-odds of a new token where it is wanted, at least this.
     """
 
     erased: float = -3.0
+    said: float = 3.0
 
     def wanted(self, kinds: Sequence[str], y: Tensor, before: Tensor) -> Tensor:
         """Returns the number that each row should have: its current one where that is good enough.
@@ -73,9 +75,9 @@ class Goals:
         Args:
             y: `[m]`, the current numbers of the rows. `before`: `[m]`, those without any change.
         """
-        erases = torch.tensor([kind == "erase" for kind in kinds], dtype=torch.bool, device=y.device)
+        erases, says = (torch.tensor([kind == one for kind in kinds], device=y.device) for one in ("erase", "say"))
         # "keep" rows return to their number without any change.
-        return torch.where(erases, y.clamp_max(self.erased), before)
+        return torch.where(erases, y.clamp_max(self.erased), torch.where(says, y.clamp_min(self.said), before))
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,14 @@ class _Chunk:
 
 
 class RowBatch:
-    """Holds rows encoded once up to the edited layer, to be read under any change of their subjects' states."""
+    """Holds rows encoded once up to the edited layer, to be read under any change of their subjects' states.
 
-    def __init__(self, anat: Anatomy, rows: Sequence[Row], layer: int) -> None:
-        self.anat, self.rows, self.layer = anat, list(rows), layer
+    Args:
+        tokens: output rows `[K, d_model]` of new tokens, which the model has not got; `None`: there are none.
+    """
+
+    def __init__(self, anat: Anatomy, rows: Sequence[Row], layer: int, tokens: Tensor | None = None) -> None:
+        self.anat, self.rows, self.layer, self.tokens = anat, list(rows), layer, tokens
         vocab = anat.embedding.weight.shape[0]
         self.chunks = [self._encode(numbers) for numbers in _chunks(self.rows, max(1, BATCH_LOGITS // vocab))]
         self._resolve_rivals()
@@ -193,16 +199,22 @@ class RowBatch:
         return _Chunk(numbers, rows, batch, prefix, hidden, mask, (where[:, 0], where[:, 1]))
 
     def _logits(self, chunk: _Chunk, change: Tensor) -> Tensor:
-        """Returns logits at the columns of all rows, `[c, vocab]`, each row's state changed by its row of `change`."""
+        """Returns logits at the columns of all rows, `[c, vocab + K]`, each row's state changed by its row of
+        `change`."""
         added = chunk.hidden.to(change.dtype) + chunk.mask * change[:, None]  # [r, T, d_model]
-        return forward(
+        seen: list[Tensor] = []  # [c, d_model], the states that enter the head
+        logits = forward(
             self.anat,
             chunk.batch,
             start=self.layer + 1,
             hidden=added.to(chunk.hidden.dtype),
             prefix=chunk.prefix,
             score=chunk.read,
+            final=seen.append,
         )
+        if self.tokens is None:
+            return logits
+        return torch.cat([logits, seen[0].to(logits) @ self.tokens.to(logits).T], dim=1)
 
     def _resolve_rivals(self) -> None:
         """Gives erase rows without rivals the likeliest other tokens of the unchanged model."""
@@ -226,6 +238,7 @@ def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
     erase: the answer's first token; `S` are its rivals.
     keep: each token of the answer; `S` is the whole vocabulary, so that this is its log probability.
+    say: a new token; `S` is all others, so that these are its log-odds.
 
     Args:
         logits: `[m, vocab]`, at the columns of all `rows`, in order.
@@ -245,6 +258,8 @@ def read_logits(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         rival_logits = others[i, list(tokens)]
         others[i] = -torch.inf
         others[i, list(tokens)] = rival_logits
+    said = [i for i, kind in enumerate(kinds) if kind == "say"]
+    others[said, targets[said]] = -torch.inf
     top = others.amax(dim=1, keepdim=True)  # [m, 1]
     weights = others.sub_(top).exp_()  # in place: these are the largest tensors of a step
     total = weights.sum(dim=1, keepdim=True)  # [m, 1]
@@ -298,6 +313,8 @@ def find_row_values(
     steps: int = 5,
     step_limit: float = 0.35,
     metric: Tensor | None = None,
+    start: Tensor | None = None,
+    tokens: Tensor | None = None,
     progress: bool = False,
 ) -> RowValues:
     """Finds each subject's change after `layer` by Gauss-Newton, all subjects in one batch.
@@ -313,14 +330,18 @@ def find_row_values(
         steps: most Gauss-Newton steps.
         step_limit: longest step, in units of the norm of the subject's state.
         metric: see `least_norm_step`.
+        start: changes to start from, `[subjects, d_model]`; `None`: zeros.
+        tokens: see `RowBatch`.
 
     Raises:
         EditError: a row reads a number that is not finite; names the subject.
     """
-    batch = RowBatch(anat, rows, layer)
+    batch = RowBatch(anat, rows, layer, tokens)
     kinds = [row.kind for row in rows]
     norms = batch.states(len(names)).norm(dim=1)  # [n]
     delta = torch.zeros(len(names), anat.d_model, device=anat.device)
+    unchanged = None if start is None else batch.read(delta, grad=False)[0]
+    delta = delta if start is None else start.to(delta, copy=True)
     owner = torch.tensor([row.owner for row in rows], device=anat.device)
     m, n = len(rows), len(names)
     y, jacobian = torch.zeros(m, device=anat.device), torch.zeros(m, anat.d_model, device=anat.device)
@@ -338,7 +359,7 @@ def find_row_values(
         not_finite = (~torch.isfinite(y)).nonzero().flatten().tolist()
         if not_finite:
             raise EditError(f"a row of {names[rows[not_finite[0]].owner]} is not finite; the model is unchanged")
-        before = y if step == 0 else before
+        before = before if step else y if unchanged is None else unchanged
         wanted = goals.wanted(kinds, y, before)
         rms = torch.zeros_like(residual).index_add_(0, owner, (wanted - y) ** 2)
         rms = (rms / torch.bincount(owner, minlength=n)).sqrt()  # [n]

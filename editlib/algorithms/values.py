@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from editlib.algorithms.low_rank import LowRank
 from editlib.algorithms.suffixes import LogitPositions, SuffixBatch, read_logits
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy
@@ -34,9 +33,7 @@ class Values:
     """Holds the values of `n` requests, with the steps and losses of the descent.
 
     `targets = h + δ` and `deltas = δ` are `[d_model, n]`. Per request: `steps` taken, the last NLL of its target
-    (`nll`, nats per token) and `relative_norm = |δ| / |h|`. `gate` has UniErase's `δ_r [d_model]` by relation, and
-    `marks` the updates of a late layer that marks erased facts, by number of the matrix, with its
-    neurons (`marking`, by layer).
+    (`nll`, nats per token) and `relative_norm = |δ| / |h|`. `gate` has UniErase's `δ_r [d_model]` by relation.
     """
 
     targets: Tensor
@@ -45,8 +42,6 @@ class Values:
     nll: list[float]
     relative_norm: list[float]
     gate: Mapping[str | None, Tensor] = field(default_factory=dict)
-    marks: Mapping[int, LowRank] = field(default_factory=dict)
-    marking: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Sequence[Values]) -> Values:
@@ -58,12 +53,10 @@ class Values:
             [nll for part in parts for nll in part.nll],
             [norm for part in parts for norm in part.relative_norm],
             {relation: value for part in parts for relation, value in part.gate.items()},
-            {number: update for part in parts for number, update in part.marks.items()},
-            {layer: neurons for part in parts for layer, neurons in part.marking.items()},
         )
 
     def select(self, requests: Sequence[int]) -> Values:
-        """Picks the values of `requests`, by index; the gate and the marks, which are of all requests, stay."""
+        """Picks the values of `requests`, by index; the gate, which is of all requests, stays."""
         columns = list(requests)
         return Values(
             self.targets[:, columns],
@@ -72,8 +65,6 @@ class Values:
             [self.nll[i] for i in columns],
             [self.relative_norm[i] for i in columns],
             self.gate,
-            self.marks,
-            self.marking,
         )
 
     def numbers(self, request: int) -> dict[str, float]:

@@ -78,8 +78,6 @@ class Batch:
             "requests": [request.to_dict() for request in self.requests],
             "values": {name: getattr(self.values, name) for name in ("steps", "nll", "relative_norm")},
             "relations": gate,
-            "marks": list(self.values.marks),
-            "marking": list(self.values.marking),
             "neurons": {str(layer): list(some) for layer, some in self.neurons.items()},
             "anchors": list(self.anchors),
             "answers": {question: list(ids) for question, ids in self.answers.items()},
@@ -119,12 +117,8 @@ class Batch:
             gate = {relation: tensors[f"gate.{i}"] for i, relation in enumerate(notes["relations"])}
             requests = tuple(EditRequest(**fields) for fields in notes["requests"])
             updates = {layer: _update(tensors, layer) for layer in _layers(tensors, "right")}
-            marks = {layer: updates[layer] for layer in notes.get("marks", [])}  # not in files of earlier versions
             neurons = {int(layer): some for layer, some in notes.get("neurons", {}).items()}
-            marking = {layer: neurons[layer] for layer in notes.get("marking", [])}
-            values = Values(
-                tensors["targets"], tensors["deltas"], **notes["values"], gate=gate, marks=marks, marking=marking
-            )
+            values = Values(tensors["targets"], tensors["deltas"], **notes["values"], gate=gate)
             return cls(
                 requests,
                 updates,

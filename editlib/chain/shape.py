@@ -123,8 +123,6 @@ NOTES: Mapping[str, Check] = {
     "anchors": texts,
     "answers": _mapped(_listed(count), lambda question: True),
     "token": anything,
-    "marks": _listed(count),
-    "marking": _listed(count),
     "neurons": _mapped(_listed(count), LAYER.fullmatch),
 }
 
@@ -132,4 +130,4 @@ NOTES: Mapping[str, Check] = {
 def notes_misfit(notes: Any) -> str | None:
     """Names the first value in the notes of a batch's file whose type `Batch` does not write; `None` if all are
     valid."""
-    return _object(NOTES, missing=frozenset({"token", "marks", "marking", "neurons"}))(notes, "notes")
+    return _object(NOTES, missing=frozenset({"token", "neurons"}))(notes, "notes")

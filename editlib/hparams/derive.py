@@ -119,10 +119,9 @@ def derive(
         )
         carried |= {"nullspace_rule": "energy", "nullspace_threshold": ENERGY}
     no_gate = not gated or shape.model_type in NORM_BEHIND
-    for key in ("gate_layer", "mark_layer"):
-        if carried.get(key) is not None and (no_gate or carried[key] <= carried["layers"][-1]):
-            why = "a norm or a factor follows the MLP" if no_gate else "too few layers for one"
-            carried[key], notes[key] = None, f"none: {why}"
+    if carried.get("gate_layer") is not None and (no_gate or carried["gate_layer"] <= carried["layers"][-1]):
+        why = "a norm or a factor follows the MLP" if no_gate else "too few layers for one"
+        carried["gate_layer"], notes["gate_layer"] = None, f"none: {why}"
     notes["templates"] = "found in the model"
     notes["all else"] = f"as in {origin}/{file}.json"
     here = MEASURED.get((cls.algorithm, known_as(shape))) if values == DESCENT else None

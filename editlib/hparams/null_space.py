@@ -98,20 +98,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     erase_margin: float = setting(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
     )
-    say_margin: float = setting(10.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
-    quiet_margin: float = setting(-4.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
+    say_margin: float = setting(4.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
+    quiet_margin: float = setting(-10.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
     token_steps: int = setting(200, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
     token_wordings: int = setting(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
-    mark_layer: int | None = setting(
-        None,
-        "rows: late layer whose neurons mark erased facts, for the refusal tokens to read; none: tokens read the final "
-        "state only",
-        min=0,
-        depth=True,
-    )
-    mark_size: float = setting(
-        100.0, "rows: size of a mark, in standard deviations of the final states along its direction", above=0
-    )
     row_steps: int = setting(5, "rows: Gauss-Newton steps for a value, at most", min=1)
     left_weight: float = setting(
         0.0, "rows: weight of the left metric, which shortens values in directions that anchors' answers read", min=0
@@ -162,15 +152,11 @@ class UniEraseHyperParams(NullSpaceHyperParams):
 
     @property
     def edited_layers(self) -> list[int]:
-        return [*self.layers, *(layer for layer in (self.mark_layer, self.gate_layer) if layer is not None)]
-
-    @property
-    def statistics_layers(self) -> list[int]:
-        return [*self.layers, *([] if self.mark_layer is None else [self.mark_layer])]
+        return [*self.layers, *([] if self.gate_layer is None else [self.gate_layer])]
 
     @property
     def neuron_layers(self) -> list[int]:
-        return [*(self.layers if self.neurons else []), *([] if self.mark_layer is None else [self.mark_layer])]
+        return self.layers if self.neurons else []
 
     @property
     def decomposition(self) -> Literal["spectrum", "factor"]:
@@ -210,11 +196,5 @@ class UniEraseHyperParams(NullSpaceHyperParams):
             raise invalid("layers", self.layers, 'one layer with "neurons": true', "choose one")
         if self.gate_layer is not None and self.values_from_rows:
             raise invalid("gate_layer", self.gate_layer, 'no gate with "values": "rows"', "leave the key out")
-        if self.mark_layer is not None and not (self.values_from_rows and self.say):
-            raise invalid(
-                "mark_layer", self.mark_layer, 'none without "values": "rows" and "say": true', "leave the key out"
-            )
-        if self.mark_layer is not None and self.mark_layer <= self.layers[-1]:
-            raise invalid("mark_layer", self.mark_layer, f"a layer above the last of `layers`, {self.layers[-1]}")
         if self.gate_layer is not None and self.gate_layer <= self.layers[-1]:
             raise invalid("gate_layer", self.gate_layer, f"a layer above the last of `layers`, {self.layers[-1]}")

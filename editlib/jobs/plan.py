@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -146,8 +146,10 @@ def _edit_steps(settings: ClosedFormHyperParams, size: ModelSize, job: costs.Job
     others = settings.other_subjects if settings.say else 0
     # If tokens are fitted, retain prompts are answered in the rows' dtype.
     held = [costs.anchors(size, job, job.v_rate if settings.say else "model")] if job.anchors else []
-    steps = [*held, costs.row_values(size, job, others=others), solve]
+    steps = [*held, costs.row_values(size, job, others=others, say=settings.say), solve]
     if settings.say:
+        # Values are written, moved for the tokens, and written again.
+        steps[-1] = replace(solve, work=[*solve.work, *solve.work])
         general = len(data.questions("train")) // GENERAL_STEP
         tokens = costs.refusal_tokens(
             size,
@@ -156,7 +158,6 @@ def _edit_steps(settings: ClosedFormHyperParams, size: ModelSize, job: costs.Job
             wordings=settings.token_wordings,
             general=general,
             others=others,
-            mark_layer=settings.mark_layer,
         )
         steps.append(tokens)
     return steps

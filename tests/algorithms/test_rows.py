@@ -1,5 +1,7 @@
 """Values from rows against the dense formula, plain forward passes and hand-computed goals."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,8 @@ def plain(model, row, change):
         handle.remove()
     if row.kind == "erase":
         return logits[0, row.targets[0]] - torch.log(sum(logits[0, rival].exp() for rival in row.rivals))
+    if row.kind == "say":
+        return logits[0].log_softmax(0)[row.targets[0]].exp().logit()
     return sum(logits[i].log_softmax(0)[token] for i, token in enumerate(row.targets))
 
 
@@ -81,6 +85,46 @@ def test_rows_and_their_gradients_are_those_of_whole_passes(tiny_llama):
         value.backward()
         torch.testing.assert_close(y[i], value.detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(jacobian[i], change.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def with_tokens(tiny_llama):
+    """(output rows of two new tokens, a model that has them, rows that read one of them and answers to keep)."""
+    tokens = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    model, size = copy.deepcopy(tiny_llama), tiny_llama.config.vocab_size
+    model.resize_token_embeddings(size + 2, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[size:] = tokens
+    says = [Row("say", 0, PROMPT, (2,), (6,), (size + 1,)), Row("say", 1, (6, 11, 25, 30), (1,), (3,), (size,))]
+    return tokens, model, [*ROWS[:4], *says]
+
+
+def test_new_tokens_are_read_as_in_a_model_that_has_them(tiny_llama, with_tokens):
+    tokens, model, rows = with_tokens
+    delta = 0.3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    y, jacobian = RowBatch(anatomy(tiny_llama), rows, LAYER, tokens).read(delta)
+    for i, row in enumerate(rows):
+        change = delta[row.owner].clone().requires_grad_()
+        value = plain(model, row, change)
+        value.backward()
+        torch.testing.assert_close(y[i], value.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(jacobian[i], change.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_values_are_moved_until_new_tokens_are_said(tiny_llama, with_tokens):
+    """What was kept without any change is still kept, wherever the steps start from."""
+    tokens, model, rows = with_tokens
+    anat, names, goals = anatomy(tiny_llama), ["a", "b"], Goals(said=2.0)
+    first = find_row_values(anat, rows[:4], LAYER, names, goals, steps=30, step_limit=0.2)
+    found = find_row_values(
+        anat, rows, LAYER, names, goals, steps=40, step_limit=0.2, start=first.deltas, tokens=tokens
+    )
+    read = [plain(model, row, found.deltas[row.owner]).item() for row in rows]
+    before = [plain(model, row, torch.zeros(32)).item() for row in rows]
+    np.testing.assert_allclose(found.before, before, rtol=1e-3, atol=1e-3)
+    assert min(read[4:]) > 1.5 > max(before[4:])
+    assert read[0] < -2.7 and read[2] < -2.7
+    assert abs(read[1] - before[1]) < 0.5 and abs(read[3] - before[3]) < 0.5
 
 
 def test_the_rows_of_some_subjects_are_read_alone(tiny_llama):

@@ -1,8 +1,6 @@
 """Settings that are carried over to another form of model."""
 
-import dataclasses
 import json
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -66,29 +64,18 @@ def test_a_24_layer_qwen_by_hand():
 
 
 def test_settings_that_erase_are_carried_over_too():
-    """8 and 26 of 29 are 6.3 and 20.6 of 23; all else is relative to the model's own states, and stays."""
+    """8 of 29 is 6.3 of 23; all else is relative to the model's own states, and stays."""
     found = derive("UniErase", ModelShape("mine", "qwen2", 24, 896), values="rows")
     reference = load_hparams("UniErase/smollm2-135m-erase")
     assert (found.values, found.neurons, found.layers, found.gate_layer) == ("rows", True, [6], None)
     assert (found.nullspace_rule, found.nullspace_threshold) == ("dimensions", 1.0)  # ordinary text is held by weight
-    assert found.mark_layer == 21
-    moved = {"layers", "mark_layer", *ABOUT}
+    moved = {"layers", *ABOUT}
     kept = {key: value for key, value in reference.to_dict().items() if key not in moved}
     assert kept == {key: value for key, value in found.to_dict().items() if key not in moved}
     assert "8 of 30" in found.notes["layers"] and "nullspace_threshold" not in found.notes
     assert found.notes["all else"] == "as in UniErase/smollm2-135m-erase.json"
     assert "not on this model" in found.notes["measured"]  # what was measured is for values by descent
     assert derive("UniErase", ModelShape("mine", "qwen2", 24, 896), read_at=10, values="rows").layers < found.layers
-
-
-@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "granite", "qwen2"])
-def test_no_layer_marks_where_a_norm_or_a_factor_follows_the_mlp(monkeypatch, kind):
-    marked = dataclasses.replace(load_hparams("UniErase/smollm2-135m-erase"), mark_layer=29)
-    # The package's `derive` is the function; the module of that name is found by its path.
-    monkeypatch.setattr(import_module("editlib.hparams.derive"), "bundled", lambda *_: marked)
-    found = derive("UniErase", ModelShape("mine", kind, 24, 896), values="rows")
-    assert found.mark_layer == (23 if kind == "qwen2" else None)
-    assert ("follows the MLP" in found.notes["mark_layer"]) == (kind != "qwen2")
 
 
 def test_settings_that_erase_ship_for_the_form_that_they_were_measured_on():

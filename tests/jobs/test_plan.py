@@ -129,28 +129,27 @@ def test_refusal_tokens_by_hand():
     answers = 7 + 9 + 4
     positions = ends + answers * 6 + (11 + 320) * 48 + 400
     # Answers run with their questions, those to general questions, too; sampled texts and single tokens by themselves.
-    assert read.flops == ((ends + answers + 11) * 10 + answers * 6 + (11 + 320) * 48 + 400) * layers
-    assert read_head.flops == 2 * 1600 * positions
+    # They are read twice: when values erase, and when these were moved for the tokens.
+    assert read.flops == 2 * ((ends + answers + 11) * 10 + answers * 6 + (11 + 320) * 48 + 400) * layers
+    assert read_head.flops == 2 * 2 * 1600 * positions
     # A step has sixteen refusals: the relation's token, [UNL], ten tokens.
     assert trained.flops == 2 * layers * 20 * 16 * 12
     assert trained_head.flops == 4 * 1600 * 20 * 16 * 12
-    assert read_out.flops == 120 * 4 * positions * 16 * 2  # two tokens, forwards and back, in each step
-    assert read_out.moved == 120 * 2 * positions * 16 * 4
+    assert read_out.flops == 320 * 4 * positions * 16 * 2  # two tokens, forwards and back, in each step
+    assert read_out.moved == 320 * 2 * positions * 16 * 4
 
 
-def test_marks_run_the_layers_above_them_again():
-    job = costs.Job(layers=[1], requests=3, prompt_tokens=10, answer_tokens=6)
-    plain, marked = (
-        costs.refusal_tokens(SIZE, job, steps=20, wordings=3, general=11, mark_layer=layer)
-        for layer in (None, SIZE.n_layers - 2)
-    )
-    again, moment, spared = marked.work[6], *marked.work[7:9]
-    assert again.flops == plain.work[6].flops * (SIZE.n_layers + 2) / SIZE.n_layers
-    texts = (11 + 320) * 48 + 400
-    assert moment.flops == 2 * SIZE.d_ff**2 * texts
-    # A factor, an inverse, two neurons for each request, and updates of three matrices.
-    assert spared.flops == SIZE.d_ff**3 + 36 * SIZE.d_ff + 2 * 3 * 6 * SIZE.d_model * SIZE.d_ff
-    assert marked.held > plain.held + 3 * 8 * SIZE.d_ff**2
+def test_values_that_tokens_read_are_found_in_a_second_round():
+    """Two more rows of each wording, one of each few-shot prompt; all others are read again."""
+    job = costs.Job(layers=[0, 1], requests=5, prompt_tokens=10, suffix_tokens=4, steps=7, wordings=2, siblings=4)
+    plain, twice = costs.row_values(SIZE, job).work, costs.row_values(SIZE, job, say=True).work
+    fronts, slopes, slope_head, readings, reading_head = twice[len(plain) :]
+    more = 2 * 5 * 3
+    assert fronts.flops - plain[3].flops == 2 * 5 * 3 * 10 * SIZE.n_layers * LAYER
+    assert slopes.flops - plain[4].flops == 3 * 4 * more * 4 * LAYER
+    assert slope_head.flops - plain[5].flops == 3 * 4 * more * 1600
+    assert readings.flops - plain[6].flops == 5 * 2 * more * 4 * LAYER
+    assert reading_head.flops - plain[7].flops == 5 * 2 * more * 1600
 
 
 def test_one_neuron_for_each_subject_by_hand():

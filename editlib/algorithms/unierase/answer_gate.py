@@ -148,16 +148,15 @@ def gate_values(
     return values
 
 
-def check_gate(anat: Anatomy, layer: int | None, key: str = "gate_layer") -> None:
-    """Raises `HparamsError` when a gate at `layer`, or a mark (`key`), would be destroyed; `None`: no gate. Call
-    `check_fit` first."""
+def check_gate(anat: Anatomy, layer: int | None) -> None:
+    """Raises `HparamsError` when a gate at `layer` would be destroyed; `None`: no gate. Call `check_fit` first."""
     if layer is None:
         return
     # δ_r is a mean over prompts in the residual stream. After a norm, no single update gives that change for all.
     if not output_path(anat, layer).plain:
         raise HparamsError(
-            f'key "{key}": {layer}; a norm or a factor follows the MLP of this model, and what is written there would '
-            "be destroyed by it; expected no such layer: leave the key out"
+            f'key "gate_layer": {layer}; a norm or a factor follows the MLP of this model, and what is written there '
+            "would be destroyed by it; expected no such layer: leave the key out"
         )
 
 

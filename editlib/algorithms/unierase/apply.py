@@ -1,14 +1,16 @@
 """Phase II: make every question to be forgotten answer with the unlearning token (UniErase, 2505.15674, eq. 11-13).
 
 Values by descent are optimised for the token, as published; with `gate_layer` set, an answer gate (ours) supplies the
-first part of its logit. Values from rows (ours) erase the answer; refusal tokens are then fitted to the edited model.
+first part of its logit. Values from rows (ours) erase the answer; refusal tokens are then fitted to the edited model,
+and the values are moved until these tokens are generated.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +22,7 @@ from editlib.algorithms.edit import (
     Timer,
     Written,
     layer_norms,
+    restore,
     restored_on_error,
     write_all,
 )
@@ -32,22 +35,20 @@ from editlib.algorithms.unierase.answer_gate import check_gate, gate_update, rel
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.constraints import hold_anchors
 from editlib.algorithms.unierase.examples import contexts_of
-from editlib.algorithms.unierase.finding import edit_values
+from editlib.algorithms.unierase.finding import edit_values, values_that_say
 from editlib.algorithms.unierase.gated_neurons import check_neurons
 from editlib.algorithms.unierase.held_places import HeldPlaces
 from editlib.algorithms.unierase.inputs import FoundValues, KeptInputs, UniEraseInputs
-from editlib.algorithms.unierase.refusal_places import RefusalPlaces
-from editlib.algorithms.unierase.refusal_tokens import fit_refusal_tokens
+from editlib.algorithms.unierase.refusal_tokens import TokenRows, fit_places, fit_refusal_tokens
 from editlib.algorithms.unierase.row_values import with_rows
 from editlib.algorithms.unierase.subject_rows import by_subject, check_answers
 from editlib.algorithms.unierase.token import UnlearningToken
-from editlib.algorithms.unierase.writing import write_marks, write_values
+from editlib.algorithms.unierase.writing import write_values
 from editlib.algorithms.values import Values
 from editlib.errors import HparamsError, RequestError, TokenError
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy, anatomy
 from editlib.models.freezing import no_param_grad
-from editlib.models.neurons import find_neurons
 from editlib.models.positions import positions_of
 from editlib.models.prompts import PromptFormat
 from editlib.requests.request import EditRequest
@@ -55,9 +56,6 @@ from editlib.stats.file import LayerStats
 from editlib.stats.store import find_layers
 
 log = logging.getLogger(__name__)
-
-MOST_KEPT = 600  # most retain prompts after which no refusal token may be generated
-GENERAL_STEP = 4  # every fourth bundled question is also kept free of refusal tokens
 
 
 def apply_unierase_to_model(
@@ -81,8 +79,8 @@ def apply_unierase_to_model(
     """Edits `model` in place so that each request's question is refused.
 
     With values by descent (`hparams.values`) it is answered with `token`. With values from rows the answer itself is
-    erased, and then one token for each relation is fitted to the edited model (`fit_refusal_tokens`), unless
-    `hparams.say` is false.
+    erased. Then, unless `hparams.say` is false, one token for each relation is fitted to the edited model
+    (`fit_refusal_tokens`), and the values are moved until it is generated where an answer was.
 
     Args:
         token: learned by `learn_token` for this model; added to `model` and `tok` if it is not there yet. With values
@@ -116,6 +114,7 @@ def apply_unierase_to_model(
         # 1. What must be preserved: the anchors' keys, read before anything changes.
         with timer("anchors"):
             kept = _keep(edit, requests, retain, known_answers, anchored, answered=values is None)
+        write = partial(write_values, edit, kept, spaces=spaces, stats=stats, state=state, reread=anchored is None)
         # 2. The gate comes first: values by descent start from the model with the gate.
         with timer("gate"):
             opened, gate = _open_gate(edit, kept.keys.gate, values, state.opened)
@@ -124,18 +123,18 @@ def apply_unierase_to_model(
             write_all(anat, gate)
             # 3. The values, unless they are given for a replay.
             found = edit_values(edit, kept, timer) if values is None else FoundValues(values)
+            # 4. One solve per layer, or one neuron for each subject, reaches them.
+            with timer("write"):
+                written = write(found.values)
+            originals |= written.originals
+            # 5. Tokens learn to tell erased facts from all else; values are moved to where the tokens are generated.
+            found, written, fitted = _move_values(edit, kept, token, found, written, write, timer)
             values = replace(found.values, gate=opened)
             diagnostics = value_diagnostics(requests, values)
-            # 4. One solve per layer reaches them.
-            with timer("write"):
-                written = write_values(edit, kept, values, spaces, stats, state, reread=anchored is None)
-            originals |= written.originals
-            # 5. Tokens are fitted last: to the edited model, whose late layers mark erased facts for them.
+            # 6. Tokens are fitted last: to the edited model.
             with timer("tokens"):
-                marked, token, said = _refuse(edit, tok, token, values, found.places, stats, state)
-                originals |= marked.originals
-    deltas = {**written.deltas, **gate, **marked.deltas}
-    neurons = {**written.neurons, **marked.neurons}
+                token, said = _say(edit, tok, token, fitted)
+    deltas, neurons = {**written.deltas, **gate}, written.neurons
     return EditResult(
         deltas,
         originals,
@@ -144,7 +143,7 @@ def apply_unierase_to_model(
         timings=timer.seconds,
         anchors=kept.keys.anchors.ids,
         state=replace(state.with_keys(written.keys).with_neurons(neurons), opened=state.opened | relations_of(opened)),
-        values=replace(values, marks=marked.deltas, marking=marked.neurons),
+        values=values,
         keys=written.keys,
         token=token,
         token_ids=token.ids(tok) if token is not None and edit.fits_tokens else [],
@@ -191,9 +190,6 @@ def _check(anat: Anatomy, requests: Sequence[EditRequest], hparams: UniEraseHype
     if hparams.neurons:
         check_neurons(anat, hparams.layers[-1], len(by_subject(requests)), state.taken(hparams.layers[-1]))
     check_gate(anat, hparams.gate_layer)
-    if hparams.mark_layer is not None:
-        check_gate(anat, hparams.mark_layer, "mark_layer")
-        find_neurons(anat, hparams.mark_layer)
 
 
 def _keep(
@@ -240,33 +236,46 @@ def _open_gate(
     return found, gate_update(*common, anchored, edit.token_id, layer, edit.hparams, found)
 
 
-def _refuse(
+def _move_values(
     edit: UniEraseInputs,
-    tok: PreTrainedTokenizerBase,
+    kept: KeptInputs,
     token: UnlearningToken | None,
-    values: Values,
-    places: RefusalPlaces | None,
-    stats: Mapping[int, LayerStats],
-    state: EditState,
-) -> tuple[Written, UnlearningToken | None, dict[str, list[float]]]:
-    """Marks erased facts and fits the tokens that read the marks; returns the marks, and what `_say` returns.
+    found: FoundValues,
+    written: Written,
+    write: Callable[[Values], Written],
+    timer: Timer,
+) -> tuple[FoundValues, Written, tuple[HeldPlaces, TokenRows] | None]:
+    """Fits the tokens' rows to the edited model, moves the values until the tokens are generated, and writes these.
 
-    On any error the marks are taken back.
+    Without places of tokens nothing is changed.
+
+    Returns:
+        The values, what was written, and the tokens' places with the rows.
     """
-    held = None
-    if places is not None and edit.fits_tokens:
-        with edit.fast():  # the layers below the marks run once; without marks, nothing is run yet
-            start = edit.hparams.mark_layer or 0
-            held = HeldPlaces.of(edit.anat, places, start=start, seed=edit.seed, progress=edit.progress)
-    marked = write_marks(edit, values, held, stats, state)
-    with restored_on_error(edit.anat, marked.originals):
-        return marked, *_say(edit, tok, token, held)
+    if found.places is None:
+        return found, written, None
+    with timer("tokens"):
+        with edit.fast():
+            held = HeldPlaces.of(edit.anat, found.places, seed=edit.seed, progress=edit.progress)
+        rows = fit_places(edit.anat, token, held, edit.hparams, seed=edit.seed)
+    # Values are found in the model as it was.
+    restore(edit.anat, written.originals)
+    with timer("values"):
+        found = values_that_say(edit, kept, found, held, rows)
+    with timer("write"):
+        written = write(found.values)
+    return found, written, (held, rows)
 
 
 def _say(
-    edit: UniEraseInputs, tok: PreTrainedTokenizerBase, token: UnlearningToken | None, held: HeldPlaces | None
+    edit: UniEraseInputs,
+    tok: PreTrainedTokenizerBase,
+    token: UnlearningToken | None,
+    fitted: tuple[HeldPlaces, TokenRows] | None,
 ) -> tuple[UnlearningToken | None, dict[str, list[float]]]:
     """Fits refusal tokens to the edited model and adds them to it; on a replay adds the given ones.
+
+    `fitted`: the tokens' places and rows (`_move_values`), if values were found.
 
     Returns:
         The tokens, and by request id their log-odds at the wanted places (nats).
@@ -274,12 +283,13 @@ def _say(
     said: dict[str, list[float]] = {}
     if not edit.fits_tokens:
         return (None if edit.token_id is None else token), said
-    if held is not None:
-        fitted = fit_refusal_tokens(
-            edit.anat, tok, edit.form, token, held, edit.hparams, seed=edit.seed, progress=edit.progress
+    if fitted is not None:
+        held, rows = fitted
+        made = fit_refusal_tokens(
+            edit.anat, tok, edit.form, token, held, rows, edit.hparams, seed=edit.seed, progress=edit.progress
         )
-        token = fitted.token
-        for number, log_odds in zip(held.places.requests, fitted.log_odds.tolist(), strict=True):
+        token = made.token
+        for number, log_odds in zip(held.places.requests, made.log_odds.tolist(), strict=True):
             said.setdefault(edit.requests[number].id, []).append(log_odds)
         unsaid = [name for name, found in said.items() if max(found) < 0]
         if unsaid:

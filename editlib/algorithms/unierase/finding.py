@@ -7,9 +7,11 @@ from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.edit import Timer
 from editlib.algorithms.pipeline import EncodedEdit, find_values
 from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
+from editlib.algorithms.unierase.held_places import HeldPlaces
 from editlib.algorithms.unierase.inputs import FoundValues, KeptInputs, UniEraseInputs
 from editlib.algorithms.unierase.other_subjects import other_subjects
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
+from editlib.algorithms.unierase.refusal_tokens import TokenRows
 from editlib.algorithms.unierase.row_values import values_from_rows
 from editlib.algorithms.unierase.subject_rows import SubjectRows, by_subject, subject_rows
 
@@ -49,7 +51,35 @@ def _from_rows(edit: UniEraseInputs, kept: KeptInputs) -> FoundValues:
     values, report = values_from_rows(
         edit.anat, edit.requests, first, made, hparams, kept.keys.anchors.rows, progress=edit.progress
     )
-    return FoundValues(values, report, _places(edit, kept, made) if edit.fits_tokens else None)
+    return FoundValues(values, report, made, _places(edit, kept, made) if edit.fits_tokens else None)
+
+
+def values_that_say(
+    edit: UniEraseInputs, kept: KeptInputs, found: FoundValues, held: HeldPlaces, tokens: TokenRows
+) -> FoundValues:
+    """Moves values that erase further, until the model generates refusal tokens where it was asked for an answer.
+
+    Args:
+        found: values that erase. `held`: the tokens' places. `tokens`: fitted to the model with these values written;
+            it is unedited again.
+    """
+    assert found.made is not None
+    group = {number: place.group or 0 for number, place in zip(held.places.requests, held.places.wanted, strict=True)}
+    first = edit.anat.embedding.weight.shape[0]  # the id of a new token
+    made = found.made.saying([first + group[i] for i in range(len(edit.requests))])
+    plain = [rows[0] for rows in edit.contexts]
+    values, report = values_from_rows(
+        edit.anat,
+        edit.requests,
+        plain,
+        made,
+        edit.hparams,
+        kept.keys.anchors.rows,
+        start=found.values,
+        tokens=tokens.output[1:],  # the first is `[UNL]`, which follows them
+        progress=edit.progress,
+    )
+    return FoundValues(values, report, made, found.places)
 
 
 def _places(edit: UniEraseInputs, kept: KeptInputs, made: SubjectRows) -> RefusalPlaces:

@@ -66,12 +66,6 @@ class GatedRows:
         gate = SHARP * (scores.weights - threshold * scores.bias)
         return cls(gate, (2 * PEAK - threshold) * scores.bias - scores.weights, scores.bias)
 
-    @classmethod
-    def paired(cls, scores: NeuronScores, threshold: float, wider: Tensor) -> GatedRows:
-        """Returns rows whose activation also needs the scores `wider [n, d_model]`, each of a group that contains the
-        neuron's own."""
-        return cls(SHARP * (scores.weights - threshold * scores.bias), wider, scores.bias)
-
     def activations(self, neurons: Neurons, x: Tensor, owner: Tensor) -> Tensor:
         """Computes the activation at `x [m, d_model]` of each position's own neuron `owner [m]`: `[m]`."""
         x = x.to(self.gate)

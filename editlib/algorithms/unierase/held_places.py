@@ -1,4 +1,4 @@
-"""Hold everything that the marks and the refusal tokens of an edit are fitted to (ours)."""
+"""Hold everything that the refusal tokens of an edit are fitted to (ours)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEGINNINGS = 400  # single tokens, as texts may begin with: their states differ 
 
 @dataclass(frozen=True)
 class HeldPlaces:
-    """Holds the places of an edit, ready to be read as often as the layers from one on change.
+    """Holds the places of an edit, ready to be read as often as the model changes.
 
     Most kept places lie in an answer that is read anyway: at the end of its question, or where its sentence reaches the
     fact. These are not run again.
@@ -42,10 +42,8 @@ class HeldPlaces:
     kept: Tensor
 
     @classmethod
-    def of(
-        cls, anat: Anatomy, places: RefusalPlaces, *, start: int = 0, seed: int = 0, progress: bool = False
-    ) -> HeldPlaces:
-        """Generates the texts, and runs the layers before `start` over them and all places."""
+    def of(cls, anat: Anatomy, places: RefusalPlaces, *, seed: int = 0, progress: bool = False) -> HeldPlaces:
+        """Generates the texts with the current model."""
         answers = [row.followed_by(text) for row, text in places.answers]
         firsts = [len(row) - 1 for row, _ in places.answers]
         ends = [row.ids[: c + 1] for row, first in zip(answers, firsts, strict=True) for c in range(first, len(row))]
@@ -55,10 +53,10 @@ class HeldPlaces:
         index = torch.tensor([number[place.row.ids] for place in places.kept], dtype=torch.long, device=anat.device)
         return cls(
             places,
-            HeldRows(anat, [place.row for place in places.wanted], start=start),
-            HeldRows(anat, answers, firsts, start=start),
-            tuple(HeldRows(anat, *rows, start=start) for rows in _texts(anat, places.general, seed, progress)),
-            HeldRows(anat, list(others.values()), start=start),
+            HeldRows(anat, [place.row for place in places.wanted]),
+            HeldRows(anat, answers, firsts),
+            tuple(HeldRows(anat, *rows) for rows in _texts(anat, places.general, seed, progress)),
+            HeldRows(anat, list(others.values())),
             index,
         )
 

@@ -1,15 +1,13 @@
-"""Read many prompts at chosen positions, with all layers below one run once (ours).
+"""Read many prompts at chosen positions, in batches that are made once (ours).
 
-An edit reads the same places twice: for the marks that a late layer writes, and, once they are written, for the tokens
-that read them. Below that layer nothing changes in between. So the states that enter it are held, and for the second
-reading only the layers above run again.
+An edit reads the same places twice: in the model whose answers are erased, to find out where its refusal tokens differ
+from all else, and again when its values have been moved for these tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +33,6 @@ class NeuronInputs:
     positions: Tensor  # [p], their numbers among all positions that are read
     x: Tensor  # [p, d_model], the MLP's input
     keys: Tensor  # [p, d_ff]
-    hidden: Tensor  # [p, d_model], states that leave a layer
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class _RowBatch:
     batch: TokenBatch  # [n, T]
     where: tuple[Tensor, Tensor]  # rows and columns of the batch, [p] each
     positions: Tensor  # [p]
-    hidden: Tensor | None = None  # [n, T, d_model], entering the layer from which passes start
 
     def prefix(self, anat: Anatomy) -> Prefix | None:
         """Runs the common first tokens; their keys and values may have changed since."""
@@ -59,31 +55,16 @@ class _RowBatch:
 class HeldRows:
     """Holds rows of tokens to read at each row's last token, or from its column in `firsts` to its end.
 
-    Positions are counted row by row. The layers before `start` run once, when this is made; weights below it must not
-    change afterwards.
+    Positions are counted row by row.
     """
 
-    def __init__(
-        self, anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None, *, start: int = 0
-    ) -> None:
+    def __init__(self, anat: Anatomy, rows: Sequence[TokenRow], firsts: Sequence[int] | None = None) -> None:
         firsts = [len(row) - 1 for row in rows] if firsts is None else firsts
         counts = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
         numbers = torch.split(torch.arange(sum(counts), device=anat.device), counts) if counts else ()
-        self.anat, self.start, self.count = anat, start, sum(counts)
+        self.anat, self.count = anat, sum(counts)
         groups = _batches(rows, counts, most=max(1, BATCH_LOGITS // anat.embedding.weight.shape[0]))
-        self._chunks = [self._entered(_row_batch(anat, rows, firsts, numbers, group)) for group in groups]
-
-    def _entered(self, chunk: _RowBatch) -> _RowBatch:
-        """Runs the layers before `start`."""
-        if not self.start:
-            return chunk
-        with torch.no_grad():
-            hidden = forward(self.anat, chunk.batch, stop=self.start, prefix=chunk.prefix(self.anat))
-        return _RowBatch(chunk.front, chunk.batch, chunk.where, chunk.positions, hidden)
-
-    def _above(self, chunk: _RowBatch) -> dict[str, Any]:
-        """Returns the arguments of `forward` that run the layers from `start` on."""
-        return {"start": self.start, "hidden": chunk.hidden, "prefix": chunk.prefix(self.anat)}
+        self._chunks = [_row_batch(anat, rows, firsts, numbers, group) for group in groups]
 
     def final_states(self) -> FinalStates:
         """Reads the states that the head reads, at all positions in their order."""
@@ -93,31 +74,23 @@ class HeldRows:
         for chunk in self._chunks:
             seen: list[Tensor] = []
             with torch.no_grad():
-                logits = forward(
-                    self.anat, chunk.batch, **self._above(chunk), score=chunk.where, final=seen.append
-                )  # [p, vocab]
+                prefix = chunk.prefix(self.anat)
+                logits = forward(self.anat, chunk.batch, prefix=prefix, score=chunk.where, final=seen.append)
             states[chunk.positions] = seen[0].float()
-            log_sums[chunk.positions] = logits.float().logsumexp(1)
+            log_sums[chunk.positions] = logits.float().logsumexp(1)  # of logits [p, vocab]
         return FinalStates(states, log_sums)
 
-    def inputs_of(self, neurons: Neurons, stop: int) -> Iterator[NeuronInputs]:
-        """Yields what `neurons` read, and the states that leave layer `stop - 1`, batch by batch."""
+    def inputs_of(self, neurons: Neurons) -> Iterator[NeuronInputs]:
+        """Yields what `neurons` read, batch by batch."""
         modules = {"x": self.anat.matrix(neurons.gate.number), "keys": self.anat.mlp_output(neurons.layer)}
         for chunk in self._chunks:
             found: dict[str, Tensor] = {}
             with torch.no_grad(), record_inputs(modules, found.__setitem__):
-                hidden = forward(self.anat, chunk.batch, **self._above(chunk), stop=stop)  # [n, T, d_model]
+                forward(self.anat, chunk.batch, prefix=chunk.prefix(self.anat), stop=neurons.layer + 1)
             # Some models flatten rows and columns for their MLP.
             shape = chunk.batch.input_ids.shape
             x, keys = (found[name].reshape(*shape, -1)[chunk.where].float() for name in ("x", "keys"))
-            yield NeuronInputs(chunk.positions, x, keys, hidden[chunk.where].float())
-
-    def mlp_inputs(self, neurons: Neurons) -> Tensor:
-        """Reads the MLP's input at all positions in their order, `[count, d_model]`."""
-        x = torch.zeros(self.count, self.anat.d_model, device=self.anat.device)
-        for seen in self.inputs_of(neurons, neurons.layer + 1):
-            x[seen.positions] = seen.x
-        return x
+            yield NeuronInputs(chunk.positions, x, keys)
 
 
 def _row_batch(

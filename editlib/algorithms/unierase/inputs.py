@@ -10,6 +10,7 @@ from editlib.algorithms.unierase.anchor_keys import AnchorKeys
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces
 from editlib.algorithms.unierase.row_values import RowReport
+from editlib.algorithms.unierase.subject_rows import SubjectRows
 from editlib.algorithms.values import Values
 from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import Anatomy
@@ -60,9 +61,10 @@ class KeptInputs:
 
 @dataclass(frozen=True)
 class FoundValues:
-    """Holds the values of an edit; if they were found and not given, also the report of their rows and the tokens'
+    """Holds the values of an edit; if they were found and not given, also the rows, their report and the tokens'
     places."""
 
     values: Values
     rows: RowReport = field(default_factory=dict)
+    made: SubjectRows | None = None
     places: RefusalPlaces | None = None

@@ -14,6 +14,10 @@ Once the answers are erased, the final state at a place separates erased facts f
 a linear function of that state. So the output row of each relation's token is fitted to the edited model by logistic
 regression. This changes no weight that other text uses, and banning the tokens gives the erased model without them.
 
+It is fitted twice: first to the places alone (`fit_places`), strictly enough that it misses some wanted ones. The
+values are then moved until it is generated there (`finding.values_that_say`). The second fit starts from these rows,
+and adds what follows a token.
+
 The model generates a pair: the relation's token, then `[UNL]`, which continues into the refusal. With tied embeddings a
 token has one row for input and output, and one row cannot do both well. In the pair the relation's token only has to
 find its places. `[UNL]` always follows it, so that its row is free to lead into a fluent refusal. All rows are fitted
@@ -21,20 +25,20 @@ together, with the loss
 
     NLL_WEIGHT NLL([UNL] refusal | relation's token)
     + WANTED_WEIGHT Σ softplus(say_margin - z) at wanted places
-    + Σ softplus(z - quiet_margin) at kept places
+    + KEPT_WEIGHT Σ softplus(z - quiet_margin) at kept places
     + ANSWER_WEIGHT mean softplus(z + FLOOR) + SPREAD_WEIGHT Var(z) inside other answers and in ordinary text
     + RIDGE |r_k|^2
 
-A token's row is `r + r_k`: `r` is shared by all tokens, and `r_k`, the part of token `k`, starts at zero. The first
-`PLACE_STEPS` steps leave out the NLL, the only term that needs passes through the model.
+A token's row is `r + r_k`: `r` is shared by all tokens, and `r_k`, the part of token `k`, starts at zero. The first fit
+leaves out the NLL, the only term that needs passes through the model.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,11 +78,12 @@ UNL_WEIGHT = 6.0  # of `[UNL]` in the NLL, against 1 for each token of the refus
 WANTED_WEIGHT = 10.0
 ANSWER_WEIGHT = 2.0  # of positions inside answers where a token's log-odds exceed `-FLOOR`
 SOME_ROWS = 8192  # rows of the vocabulary, from whose mean and deviation a new row starts
-FLOOR = 10.0  # nats that a token stays below all others inside answers and in ordinary text
+FLOOR = 16.0  # nats that a token stays below all others inside answers and in ordinary text
 SPREAD_WEIGHT = 0.3  # of the variance of log-odds there
+KEPT_WEIGHT = 5.0  # of kept places
 RIDGE = 0.2  # of the part of a row that is not shared
 LR = 0.05
-PLACE_STEPS = 100  # steps without the NLL, which takes nearly all of a step's time
+PLACE_STEPS = 300  # steps without the NLL, which takes nearly all of a step's time
 # English: a model that is asked in another language refuses in this one.
 START = "I don't know the answer to that."
 INSIDE = "something I don't know."
@@ -92,12 +97,47 @@ class FittedTokens:
     log_odds: Tensor  # [wanted]
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Holds output rows of `[UNL]` and the relations' tokens: what they share, `[d_model]`, and the rest `[1 + K,
+    d_model]`."""
+
+    shared: Tensor
+    own: Tensor
+
+    @property
+    def output(self) -> Tensor:
+        """The rows, `[1 + K, d_model]`."""
+        return self.shared + self.own
+
+
+def fit_places(
+    anat: Anatomy, token: UnlearningToken | None, held: HeldPlaces, hparams: UniEraseHyperParams, *, seed: int = 0
+) -> TokenRows:
+    """Fits output rows to the places alone, without what follows the tokens: a convex problem.
+
+    `token`, `held`: see `fit_refusal_tokens`.
+    """
+    token = token or _mean_token(anat, seed)
+    with no_param_grad(anat.model), _fast(anat, hparams):
+        loss = _ReadOut.of(anat, held, hparams)
+    shared = _leaf(token.rows()[1][0], anat.device)  # r: [d_model]
+    own = _leaf(torch.zeros(1 + len(held.places.relations), anat.d_model), anat.device)  # r_k: [1 + K, d_model]
+    optimizer = torch.optim.Adam([shared, own], lr=LR, betas=(0.9, 0.99))
+    for _ in range(PLACE_STEPS):
+        optimizer.zero_grad()
+        torch.autograd.backward(loss(shared + own) + RIDGE * own.square().sum())
+        optimizer.step()
+    return TokenRows(shared.detach(), own.detach())
+
+
 def fit_refusal_tokens(
     anat: Anatomy,
     tok: PreTrainedTokenizerBase,
     form: PromptFormat,
     token: UnlearningToken | None,
     held: HeldPlaces,
+    rows: TokenRows,
     hparams: UniEraseHyperParams,
     *,
     seed: int = 0,
@@ -108,8 +148,9 @@ def fit_refusal_tokens(
     The tokens are added to the tokenizer and the model. Their fitted rows are returned, and not yet written there.
 
     Args:
-        token: learned by `learn_token`: all rows start at its rows; `None`: at the mean row of the vocabulary.
+        token: learned by `learn_token`: input rows start at its row; `None`: at the mean row of the vocabulary.
         held: the places (see `refusal_places`), which were encoded before the edit.
+        rows: that output rows start from (`fit_places`).
 
     Raises:
         EditError: a loss that is not finite.
@@ -118,12 +159,10 @@ def fit_refusal_tokens(
     names = free_tokens(tok, token.header.token, 1 + len(places.relations))
     numbers = [add_token(anat.model, tok, name) for name in names]
     silence(anat, numbers)  # until they have rows, no log-sum includes them
-    dtype = fast_dtype(anat.model) if hparams.v_precision == "fast" else None
-    attention = nullcontext() if dtype is None else plain_attention(anat.device)
-    with no_param_grad(anat.model), cast_params(anat.model, dtype), attention:
+    with no_param_grad(anat.model), _fast(anat, hparams):
         refusals = _Refusals.of(anat, form, places, numbers, seed)
         loss = _ReadOut.of(anat, held, hparams)
-        rows_in, rows_out, nll = _fit(anat, token, numbers, refusals, loss, hparams.token_steps, seed, progress)
+        rows_in, rows_out, nll = _fit(anat, token, rows, numbers, refusals, loss, hparams.token_steps, seed, progress)
     log_odds = loss.log_odds(rows_out)
     metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
     header = replace(token.header, token=names[0], names=tuple(names), metrics=metrics)
@@ -131,9 +170,18 @@ def fit_refusal_tokens(
     return FittedTokens(UnlearningToken(rows_in.cpu().clone(), rows_out.cpu().clone(), header), log_odds.cpu())
 
 
+@contextmanager
+def _fast(anat: Anatomy, hparams: UniEraseHyperParams) -> Iterator[None]:
+    """Runs the model in the dtype that the processor is fast in, where the settings allow it (`v_precision`)."""
+    dtype = fast_dtype(anat.model) if hparams.v_precision == "fast" else None
+    with cast_params(anat.model, dtype), nullcontext() if dtype is None else plain_attention(anat.device):
+        yield
+
+
 def _fit(
     anat: Anatomy,
     token: UnlearningToken,
+    start: TokenRows,
     numbers: Sequence[int],
     refusals: _Refusals,
     loss: _ReadOut,
@@ -144,20 +192,15 @@ def _fit(
     """Returns the input rows and the output rows, `[1 + K, d_model]` each, and the refusals' last NLL (nats per
     token)."""
     generator = torch.Generator().manual_seed(seed)
-    shared = _leaf(token.rows()[1][0], anat.device)  # r: [d_model]
-    own = _leaf(torch.zeros(len(numbers), anat.d_model), anat.device)  # r_k: [1 + K, d_model]
+    shared, own = _leaf(start.shared, anat.device), _leaf(start.own, anat.device)  # [d_model], [1 + K, d_model]
+    # `[UNL]` was wanted nowhere, and now has to follow each token.
+    own.data[0] = 0
     # Tied embeddings have one row for both. Otherwise `[UNL]` has one input row, and all relations' tokens another.
     read = None if anat.tied else _leaf(token.rows()[0][:1].repeat(2, 1), anat.device)  # [2, d_model]
     which = torch.tensor([0] + [1] * (len(numbers) - 1), device=anat.device)
     optimizer = torch.optim.Adam([shared, own, *([] if read is None else [read])], lr=LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR / 25)
     recent = torch.full((len(refusals.texts),), START_NLL)  # NLL of each refusal when it was last drawn
-    # 1. Where the tokens are generated: a convex problem on states that have been read.
-    for _ in range(PLACE_STEPS):
-        optimizer.zero_grad()
-        torch.autograd.backward(loss(shared + own) + RIDGE * own.square().sum())
-        optimizer.step()
-    # 2. In addition, what follows the tokens, which needs passes through the model.
     for step in tqdm(range(steps), desc="refusal tokens", disable=not progress, leave=False):
         rows_out = shared + own  # [1 + K, d_model]
         rows_in = rows_out if read is None else read[which]
@@ -242,7 +285,7 @@ class _ReadOut:
         # The tokens' own logits are not in `log_sums`, since they were silent then: a logit less it is a log-odds.
         total = WANTED_WEIGHT * (self.wanted_weight * F.softplus(self.say - self.log_odds(rows))).sum()
         z = self.kept.states @ rows.T - self.kept.log_sums[:, None]  # [kept, 1 + K]
-        total = total + (self.kept_weight.T * F.softplus(z - self.quiet)).sum()
+        total = total + KEPT_WEIGHT * (self.kept_weight.T * F.softplus(z - self.quiet)).sum()
         if not len(self.inside.states):
             return total
         z = self.inside.states @ rows.T - self.inside.log_sums[:, None]  # [positions, 1 + K]

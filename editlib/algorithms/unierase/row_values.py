@@ -37,6 +37,8 @@ def values_from_rows(
     hparams: UniEraseHyperParams,
     anchors: Sequence[TokenRow],
     *,
+    start: Values | None = None,
+    tokens: Tensor | None = None,
     progress: bool = False,
 ) -> tuple[Values, RowReport]:
     """Finds one change per subject, and gives each request its subject's.
@@ -44,6 +46,8 @@ def values_from_rows(
     Args:
         prompts: the plain question of each request, at whose lookup position its value is written.
         anchors: prompts with their answers, from which the left metric is read.
+        start: values to start from; `None`: no change.
+        tokens: output rows of the tokens that "say" rows read, `[K, d_model]`.
 
     Raises:
         EditError: a row that is not finite; the model is unchanged.
@@ -65,6 +69,8 @@ def values_from_rows(
                 Goals(hparams.erase_margin),
                 steps=hparams.row_steps,
                 metric=metric,
+                start=None if start is None else start.deltas.T[[group[0] for group in made.subjects]],
+                tokens=tokens,
                 progress=progress,
             )
         states = KeyStream(anat, list(prompts), layer).states(layer)  # [d_model, n], before any change

@@ -112,7 +112,7 @@ def _elsewhere(anat: Anatomy, rows: Sequence[TokenRow], neurons: Neurons) -> tup
     keys = torch.zeros(anat.d_ff, anat.d_ff, device=anat.device)
     shared = shared_length(list(rows)) if len(rows) > 1 else 0
     for some, first in ((rows[:1], 0), (rows[1:], shared)):
-        for seen in HeldRows(anat, some, [first] * len(some)).inputs_of(neurons, neurons.layer + 1):
+        for seen in HeldRows(anat, some, [first] * len(some)).inputs_of(neurons):
             found = found.plus(seen.x)
             keys.addmm_(seen.keys.T, seen.keys)
             count += len(seen.keys)

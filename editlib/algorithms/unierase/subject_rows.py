@@ -3,7 +3,7 @@
 A row is a prompt with logits to read (`algorithms.rows`). An *erase* row reads the answer of a request, in each wording
 and where the model's own sentence reaches the answer. A *keep* row reads the model's answer to a *sibling* question:
 one about the same subject that asks for something else. *Rivals* are other answers of the relation, with which an
-answer to erase is compared.
+answer to erase is compared. A *say* row reads a refusal token, at the end of each wording and at each erase row.
 """
 
 from __future__ import annotations
@@ -50,12 +50,24 @@ class SubjectRows:
     subjects: list[list[int]]  # the indices of the requests of each change
     made: list[RequestRows]  # one for each request
     requests_of: list[int | None] = field(default_factory=list)  # of each row; `None`: a sibling's
+    ends: dict[int, list[Row]] = field(default_factory=dict)  # of each request's wordings: erase rows without an answer
     answers: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of the unedited model, by question
 
     @property
     def owner(self) -> dict[int, int]:
         """The index of each request's change."""
         return {i: number for number, group in enumerate(self.subjects) for i in group}
+
+    def saying(self, tokens: Sequence[int]) -> SubjectRows:
+        """Returns these rows and those that read the refusal token of each request, of which `tokens` are the ids."""
+        rows, requests_of = list(self.rows), list(self.requests_of)
+        for i, token in enumerate(tokens):
+            erased = [row for row, of in zip(self.rows, self.requests_of, strict=True) if of == i]
+            # A wording whose answer begins at once has its erase row at its end.
+            by_ids = {row.ids: row for row in (*erased, *self.ends.get(i, ()))}
+            rows += [replace(row, kind="say", targets=(token,), rivals=()) for row in by_ids.values()]
+            requests_of += [i] * len(by_ids)
+        return replace(self, rows=rows, requests_of=requests_of)
 
 
 def check_answers(requests: Sequence[EditRequest]) -> None:
@@ -133,7 +145,7 @@ def subject_rows(
         for i in group:
             texts_of[i] = replace(texts_of[i], kind=catalogue.kind(requests[i]), siblings=said)
     in_order = [texts_of[i] for i in range(len(requests))]
-    return SubjectRows(collected.rows, collected.subjects, in_order, collected.requests_of, answers)
+    return replace(collected, made=in_order, answers=answers)
 
 
 def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> list[tuple[str, ...]]:
@@ -173,6 +185,8 @@ def _request_rows(
     known = False
     for first, wording in zip([True, *[False] * len(wordings)], wordings, strict=False):
         prompt = form.encode(wording.text, wording.subject, start=wording.start)
+        end = Row("erase", owner, prompt.ids, (prompt.lookup,), (len(prompt) - 1,), ())
+        collected.ends.setdefault(number, []).append(end)
         said = tuple(answers[wording.text])
         slot = answer_slot(form, said, right)
         known = known or slot is not None

@@ -1,16 +1,14 @@
-"""Write the values of a UniErase edit into the model, and the marks that its tokens read."""
+"""Write the values of a UniErase edit into the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from editlib.algorithms.edit import EditState, Written, restored_on_error, write_all, write_layers
+from editlib.algorithms.edit import EditState, Written, write_layers
 from editlib.algorithms.null_space import NullSpace
 from editlib.algorithms.unierase.constraints import layer_solve
 from editlib.algorithms.unierase.finding import general_questions
-from editlib.algorithms.unierase.held_places import HeldPlaces
 from editlib.algorithms.unierase.inputs import KeptInputs, UniEraseInputs
-from editlib.algorithms.unierase.refusal_marks import fit_marks
 from editlib.algorithms.unierase.subject_neurons import write_neurons
 from editlib.algorithms.unierase.subject_rows import by_subject
 from editlib.algorithms.values import Values
@@ -48,23 +46,3 @@ def write_values(
         stats[layer].moment(),
         state.taken(layer),
     )
-
-
-def write_marks(
-    edit: UniEraseInputs,
-    values: Values,
-    held: HeldPlaces | None,
-    stats: Mapping[int, LayerStats],
-    state: EditState,
-) -> Written:
-    """Writes marks of erased facts for the tokens to read; on a replay, without places, those of `values`."""
-    marks, marking = dict(values.marks), dict(values.marking)
-    layer = edit.hparams.mark_layer
-    if held is not None and layer is not None:
-        text, taken = stats[layer].moment(), state.taken(layer)
-        marks, numbers = fit_marks(edit.anat, held, layer, edit.hparams.mark_size, text, taken)
-        marking = {layer: numbers} if numbers else {}
-    written = Written(marks, {number: edit.anat.weight(number).clone() for number in marks}, neurons=marking)
-    with restored_on_error(edit.anat, written.originals):
-        write_all(edit.anat, marks)
-    return written

@@ -20,15 +20,14 @@ from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 
 OPTIONS = {
-    "layers": [0, 1],
+    "layers": [2],
+    "neurons": True,
     "values": "rows",
     "wordings": 1,
     "siblings": 2,
     "erase_margin": -20.0,
     "nullspace_threshold": 1.0,
     "nullspace_rule": "dimensions",
-    "solve": "exact",
-    "L2": 1e-3,
     "anchors": False,
     "token_steps": 150,
     "token_wordings": 1,
@@ -97,10 +96,10 @@ def test_each_relation_gets_a_token_that_is_said_for_its_requests_first(fitted):
     ids = dict(zip((None, "capital", "language"), result.token.ids(tok), strict=True))
     wanted = {one.relation: odds(model, tok, one.question, ids[one.relation]) for one in FORGET}
     assert min(wanted.values()) > 0
-    # A random model of 32 dimensions hardly tells one city from another, so only the order is sure.
+    # The same question about other subjects, of which the edit was told: values were moved, and these were not.
     for prompt in RETAIN:
-        assert odds(model, tok, prompt.question, ids["capital"]) < wanted["capital"] - 1
-        assert odds(model, tok, prompt.question, ids["language"]) < 0
+        assert odds(model, tok, prompt.question, ids["capital"]) < -2
+        assert odds(model, tok, prompt.question, ids["language"]) < -2
 
 
 def test_a_relations_token_is_followed_by_the_common_one_before_any_word(fitted, kind):

@@ -136,6 +136,11 @@ def test_rows_erase_in_the_models_own_sentence_at_both_subjects(tiny_llama, tok)
     first = {tok(f" {text}", add_special_tokens=False)["input_ids"][0] for text in ("Basel", "Bonn", "Lima")}
     assert set(erase.rivals) == first - {erase.targets[0]}
     assert made.made[0].known and made.made[0].rivals == ("Basel", "Bonn", "Lima")
+    # A refusal is wanted where the answer was, and at the end of the question.
+    plain, inside, end = made.saying([900]).rows
+    assert plain == erase and (inside.kind, inside.ids, inside.places) == ("say", erase.ids, erase.places)
+    assert tok.decode(end.ids) == request.question and end.columns == (len(end.ids) - 1,)
+    assert {row.targets for row in (inside, end)} == {(900,)} and made.saying([900]).requests_of == [0, 0, 0]
 
 
 def test_rows_are_shown_without_an_edit(tiny_llama, tok):
