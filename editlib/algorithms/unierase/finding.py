@@ -49,7 +49,14 @@ def _from_rows(edit: UniEraseInputs, kept: KeptInputs) -> FoundValues:
         )
     first = [rows[0] for rows in edit.contexts]
     values, report = values_from_rows(
-        edit.anat, edit.requests, first, made, hparams, kept.keys.anchors.rows, progress=edit.progress
+        edit.anat,
+        edit.requests,
+        first,
+        made,
+        hparams,
+        kept.keys.anchors.rows,
+        warn=not edit.fits_tokens,
+        progress=edit.progress,
     )
     return FoundValues(values, report, made, _places(edit, kept, made) if edit.fits_tokens else None)
 

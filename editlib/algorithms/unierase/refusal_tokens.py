@@ -83,7 +83,7 @@ SPREAD_WEIGHT = 0.3  # of the variance of log-odds there
 KEPT_WEIGHT = 5.0  # of kept places
 RIDGE = 0.2  # of the part of a row that is not shared
 LR = 0.05
-PLACE_STEPS = 300  # steps without the NLL, which takes nearly all of a step's time
+PLACE_STEPS = 300  # of the first fit
 # English: a model that is asked in another language refuses in this one.
 START = "I don't know the answer to that."
 INSIDE = "something I don't know."

@@ -39,6 +39,7 @@ def values_from_rows(
     *,
     start: Values | None = None,
     tokens: Tensor | None = None,
+    warn: bool = True,
     progress: bool = False,
 ) -> tuple[Values, RowReport]:
     """Finds one change per subject, and gives each request its subject's.
@@ -48,6 +49,7 @@ def values_from_rows(
         anchors: prompts with their answers, from which the left metric is read.
         start: values to start from; `None`: no change.
         tokens: output rows of the tokens that "say" rows read, `[K, d_model]`.
+        warn: of requests whose rows are not met; `False`: the values will be moved further.
 
     Raises:
         EditError: a row that is not finite; the model is unchanged.
@@ -80,7 +82,8 @@ def values_from_rows(
     norms = [found.relative_norm[i] for i in owner]
     steps = [found.steps[i] for i in owner]
     values = Values(states + deltas, deltas.contiguous(), steps, nll, norms)
-    _warn(requests, made, found)
+    if warn:
+        _warn(requests, made, found)
     return values, _report(requests, made, found)
 
 
