@@ -39,7 +39,7 @@ def test_values_from_rows_have_steps_of_their_own():
     assert values(ROWS, "left_weight") == {30.0}
     assert values(replace(ROWS, left_weight=30.0), "left_weight") == {0.0, 10.0, 90.0}
     assert not {"early_stop_loss", "say_margin", "quiet_margin", "gate_layer"} & {key for key, _ in changes(ROWS)}
-    assert values(replace(ROWS, say=True), "say_margin") == {8.0, 12.0}
+    assert values(replace(ROWS, say=True), "say_margin") == {2.0, 6.0}
     assert not {"erase_margin", "left_weight", "say_margin"} & {key for key, _ in changes(START)}
 
 
