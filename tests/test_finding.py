@@ -312,11 +312,8 @@ def test_an_unseen_model_is_made_to_forget_by_erasing(call, little_text, tmp_pat
     code, _, err = call("unlearn", unseen, *given, *common)
     assert code == 0 and "found for" not in err, err
     receipt = json.loads((tmp_path / "out" / "editlib.json").read_text())
-    assert (
-        receipt["hparams"]["values"] == "rows"
-        and receipt["neurons"].keys() == {"2", "6"}
-        and receipt["hparams"]["layers"] == [2]
-    )
+    assert (receipt["hparams"]["values"], receipt["hparams"]["layers"]) == ("rows", [2])
+    assert receipt["neurons"].keys() == {"2"}
     code, _, err = call("hparams", "new", unseen, "--algorithm", "ROME", "--values", "rows")
     assert code == 2 and "ROME finds none in this way" in err and err.count("\n") == 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from editlib import data
 from editlib.algorithms.contexts import subject_prompts
 from editlib.algorithms.edit import Timer
@@ -12,8 +14,9 @@ from editlib.algorithms.unierase.inputs import FoundValues, KeptInputs, UniErase
 from editlib.algorithms.unierase.other_subjects import other_subjects
 from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
 from editlib.algorithms.unierase.refusal_tokens import TokenRows
-from editlib.algorithms.unierase.row_values import values_from_rows
+from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
 from editlib.algorithms.unierase.subject_rows import SubjectRows, by_subject, subject_rows
+from editlib.algorithms.values import Values
 
 MOST_KEPT = 600  # most retain prompts that refusal tokens stay out of
 GENERAL_STEP = 4  # refusal tokens stay out of every fourth bundled question
@@ -47,18 +50,17 @@ def _from_rows(edit: UniEraseInputs, kept: KeptInputs) -> FoundValues:
             seed=edit.seed,
             progress=edit.progress,
         )
-    first = [rows[0] for rows in edit.contexts]
-    values, report = values_from_rows(
-        edit.anat,
-        edit.requests,
-        first,
-        made,
-        hparams,
-        kept.keys.anchors.rows,
-        warn=not edit.fits_tokens,
-        progress=edit.progress,
-    )
+    values, report = _values(edit, kept, made, warn=not edit.fits_tokens)
     return FoundValues(values, report, made, _places(edit, kept, made) if edit.fits_tokens else None)
+
+
+def _values(edit: UniEraseInputs, kept: KeptInputs, made: SubjectRows, **given: Any) -> tuple[Values, RowReport]:
+    """Finds values that meet the rows `made`; `given`: keywords of `values_from_rows`."""
+    plain = [rows[0] for rows in edit.contexts]
+    anchors = kept.keys.anchors.rows
+    return values_from_rows(
+        edit.anat, edit.requests, plain, made, edit.hparams, anchors, progress=edit.progress, **given
+    )
 
 
 def values_that_say(
@@ -74,18 +76,8 @@ def values_that_say(
     group = {number: place.group or 0 for number, place in zip(held.places.requests, held.places.wanted, strict=True)}
     first = edit.anat.embedding.weight.shape[0]  # the id of a new token
     made = found.made.saying([first + group[i] for i in range(len(edit.requests))])
-    plain = [rows[0] for rows in edit.contexts]
-    values, report = values_from_rows(
-        edit.anat,
-        edit.requests,
-        plain,
-        made,
-        edit.hparams,
-        kept.keys.anchors.rows,
-        start=found.values,
-        tokens=tokens.output[1:],  # the first is `[UNL]`, which follows them
-        progress=edit.progress,
-    )
+    # The first row is `[UNL]`'s, which follows the others.
+    values, report = _values(edit, kept, made, start=found.values, tokens=tokens.output[1:])
     return FoundValues(values, report, made, found.places)
 
 
