@@ -151,7 +151,7 @@ def rows(model: PreTrainedModel, tok: PreTrainedTokenizerBase, args: argparse.Na
     solve = costs.neurons(size, job) if hparams.neurons else costs.solve(size, job)
     planned = [
         costs.anchors(size, job, job.v_rate),
-        costs.row_values(size, job, others=others, say=True),
+        costs.row_values(size, job, others=others, said=hparams.token_wordings),
         replace(solve, work=[*solve.work, *solve.work]),  # values are written again when tokens have moved them
         costs.refusal_tokens(
             size,

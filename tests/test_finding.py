@@ -13,7 +13,7 @@ from tiny_models import make_llama, train_tokenizer
 from editlib import data
 from editlib.algorithms.edit import EditState
 from editlib.algorithms.unierase import finding as finding_module
-from editlib.algorithms.unierase import held_places
+from editlib.algorithms.unierase import held_places, refusal_tokens
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.baselines.refusal_edit import editor_hparams
 from editlib.baselines.settings import BaselineSettings
@@ -77,10 +77,11 @@ ARCHITECTURES = [
 
 @pytest.fixture
 def little_text(monkeypatch):
-    """Refusal tokens are held back from little ordinary text: where they are said is not what is looked at here."""
+    """Refusal tokens are fitted to little text, in few steps: no test here looks at where they are generated."""
     monkeypatch.setattr(finding_module, "GENERAL_STEP", 100)
     for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
         monkeypatch.setattr(held_places, name, 4)
+    monkeypatch.setattr(refusal_tokens, "PLACE_STEPS", 20)
 
 
 SHIPPED = [f"{algorithm}/{name}" for algorithm in sorted(ALGORITHMS) for name in available(algorithm)]

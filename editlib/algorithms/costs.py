@@ -157,12 +157,15 @@ def anchors(size: ModelSize, job: Job, rate: Rate = "model") -> Step:
     return Step("anchors", answered(size, job.anchors, job.prompt_tokens, job.answer_tokens, rate), prefix)
 
 
-def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: int = 0, say: bool = False) -> Step:
+def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: int = 0, said: int | None = None) -> Step:
     """Estimates values from rows: the model's answers, the metric of the anchors' answers, and readings of the rows.
 
     Three of the `steps` Gauss-Newton steps compute a Jacobian; the others, and one reading at the end, read the rows
-    alone. If refusal tokens follow (`say`), all of it is done again with further rows that read these tokens, and the
-    model names `others` subjects for each relation and answers questions about them.
+    alone. If refusal tokens follow, all of it is done again with further rows that read these tokens, and the model
+    names `others` subjects for each relation and answers questions about them.
+
+    Args:
+        said: further wordings of each request that refusal tokens are fitted to; `None`: there are no tokens.
     """
     last, above = max(job.layers), size.n_layers - max(job.layers) - 1
     asked, keep = job.requests * (1 + job.wordings), job.requests * job.siblings
@@ -178,10 +181,10 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: in
         forward_pass(size, fronts, size.n_layers, rate, passes=passes),
         *_row_readings(size, job, tokens, scored, batch_tokens),
     ]
-    if say:
-        more = 2 * asked + shots  # at the end of each wording, and at each erase row
+    if said is not None:
+        more = 2 * asked + said * job.requests  # at the end of each wording, and where the answer was, if it is known
         work += [
-            forward_pass(size, fronts + asked * job.prompt_tokens, size.n_layers, rate, passes=passes),
+            forward_pass(size, fronts + more * job.prompt_tokens, size.n_layers, rate, passes=passes),
             *_row_readings(size, job, tokens + more * job.suffix_tokens, scored + more, batch_tokens),
         ]
     if job.left_metric:

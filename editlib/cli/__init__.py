@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from enum import Enum
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -66,10 +67,16 @@ def _main(
     logging.getLogger("editlib").setLevel(level)
 
 
+@cache
+def _command() -> Any:
+    """Returns the command line with all its commands, made once: it takes longer than many a command."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Runs the command; a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
     try:
-        code = app(standalone_mode=False)
+        code = _command()(standalone_mode=False)
     except (EditlibError, BadUse) as error:
         if said := _in_one_line(error):
             sys.stderr.write(f"editlib: {said}\n")

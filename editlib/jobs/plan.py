@@ -143,10 +143,10 @@ def _edit_steps(settings: ClosedFormHyperParams, size: ModelSize, job: costs.Job
     if not takes_retain(settings) or not settings.values_from_rows:
         held = [costs.anchors(size, job)] if job.anchors else []
         return [*held, costs.values(size, job), solve]
-    others = settings.other_subjects if settings.say else 0
+    others, said = (settings.other_subjects, settings.token_wordings) if settings.say else (0, None)
     # If tokens are fitted, retain prompts are answered in the rows' dtype.
     held = [costs.anchors(size, job, job.v_rate if settings.say else "model")] if job.anchors else []
-    steps = [*held, costs.row_values(size, job, others=others, say=settings.say), solve]
+    steps = [*held, costs.row_values(size, job, others=others, said=said), solve]
     if settings.say:
         # Values are written, moved for the tokens, and written again.
         steps[-1] = replace(solve, work=[*solve.work, *solve.work])

@@ -36,10 +36,12 @@ def check_prompts(
     limit = positions_of(model)
     if limit is None:
         return
+    named = list(prompts)
+    if _surely_fit(form, [question for _, question in named], limit - answer_tokens):
+        return
     long = []
-    for name, question in prompts:
-        # A token has at least one byte: texts far below the limit (with a factor of 2 as margin) need no encoding.
-        if 2 * len(form.render(question).encode()) + SPARE + answer_tokens <= limit:
+    for name, question in named:
+        if _surely_fit(form, [question], limit - answer_tokens):
             continue
         if (length := len(form.encode(question)) + answer_tokens) > limit:
             long.append((name, length))
@@ -57,15 +59,24 @@ def fitting(
     model: PreTrainedModel, form: PromptFormat, questions: Iterable[str], *, answer_tokens: int = 0
 ) -> list[str]:
     """Returns the questions whose prompts, with an answer of `answer_tokens`, fit the model's positions."""
-    limit = positions_of(model)
-    if limit is None:
-        return list(questions)
+    limit, asked = positions_of(model), list(questions)
+    if limit is None or _surely_fit(form, asked, limit - answer_tokens):
+        return asked
     return [
         question
-        for question in questions
-        if 2 * len(form.render(question).encode()) + SPARE + answer_tokens <= limit
-        or len(form.encode(question)) + answer_tokens <= limit
+        for question in asked
+        if _surely_fit(form, [question], limit - answer_tokens) or len(form.encode(question)) + answer_tokens <= limit
     ]
+
+
+def _surely_fit(form: PromptFormat, questions: Sequence[str], limit: int) -> bool:
+    """Returns whether the longest of `questions` has at most `limit` tokens, and so all of them, without encoding it.
+
+    A token has at least one byte; the factor of 2 is a margin, since a template may lengthen a text. Rendering each of
+    some thousand questions would take longer than all else that is checked.
+    """
+    longest = max(questions, key=lambda question: len(question.encode()), default=None)
+    return longest is None or 2 * len(form.render(longest).encode()) + SPARE <= limit
 
 
 def check_requests_fit(

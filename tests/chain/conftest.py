@@ -10,7 +10,7 @@ import torch
 from chain_cases import HPARAMS, hparams_of
 from tiny_models import make_llama, train_tokenizer
 
-from editlib.algorithms.unierase import finding, held_places
+from editlib.algorithms.unierase import finding, held_places, refusal_tokens
 from editlib.algorithms.unierase.token import TokenHeader, UnlearningToken
 from editlib.chain import Chain
 from editlib.models.anatomy import anatomy
@@ -22,10 +22,11 @@ from editlib.workbench import Workbench
 
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch):
-    """Refusal tokens are held back from little ordinary text: where they are said is not what these tests are about."""
+    """Refusal tokens are fitted to little text, in few steps: no test here looks at where they are generated."""
     monkeypatch.setattr(finding, "GENERAL_STEP", 100)
     for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
         monkeypatch.setattr(held_places, name, 4)
+    monkeypatch.setattr(refusal_tokens, "PLACE_STEPS", 20)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from tiny_models import make_llama, train_tokenizer
 
 import editlib
-from editlib.algorithms.unierase import finding, held_places
+from editlib.algorithms.unierase import finding, held_places, refusal_tokens
 from editlib.hparams import UniEraseHyperParams
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +39,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.setattr(finding, "GENERAL_STEP", 100)
     for name in ("TEXTS", "TEXT_TOKENS", "BEGINNINGS"):
         monkeypatch.setattr(held_places, name, 4)
+    monkeypatch.setattr(refusal_tokens, "PLACE_STEPS", 20)
     names = {}
     exec(code.replace("wiki-sample", "corpus.txt").replace("20_000", "200"), names)
     assert names["result"].neurons.keys() == {1}

@@ -140,12 +140,12 @@ def test_refusal_tokens_by_hand():
 
 
 def test_values_that_tokens_read_are_found_in_a_second_round():
-    """Two more rows of each wording, one of each few-shot prompt; all others are read again."""
+    """Two more rows of each wording, one of each further wording; all others are read again."""
     job = costs.Job(layers=[0, 1], requests=5, prompt_tokens=10, suffix_tokens=4, steps=7, wordings=2, siblings=4)
-    plain, twice = costs.row_values(SIZE, job).work, costs.row_values(SIZE, job, say=True).work
+    plain, twice = costs.row_values(SIZE, job).work, costs.row_values(SIZE, job, said=7).work
     fronts, slopes, slope_head, readings, reading_head = twice[len(plain) :]
-    more = 2 * 5 * 3
-    assert fronts.flops - plain[3].flops == 2 * 5 * 3 * 10 * SIZE.n_layers * LAYER
+    more = 2 * 5 * 3 + 7 * 5
+    assert fronts.flops - plain[3].flops == 2 * more * 10 * SIZE.n_layers * LAYER
     assert slopes.flops - plain[4].flops == 3 * 4 * more * 4 * LAYER
     assert slope_head.flops - plain[5].flops == 3 * 4 * more * 1600
     assert readings.flops - plain[6].flops == 5 * 2 * more * 4 * LAYER

@@ -12,7 +12,7 @@ from editlib.algorithms.unierase.anchors import answers_to, choose_anchors
 from editlib.algorithms.unierase.held_places import HeldPlaces
 from editlib.algorithms.unierase.inputs import FoundValues, KeptInputs, UniEraseInputs
 from editlib.algorithms.unierase.other_subjects import other_subjects
-from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places
+from editlib.algorithms.unierase.refusal_places import RefusalPlaces, refusal_places, say_rows
 from editlib.algorithms.unierase.refusal_tokens import TokenRows
 from editlib.algorithms.unierase.row_values import RowReport, values_from_rows
 from editlib.algorithms.unierase.subject_rows import SubjectRows, by_subject, subject_rows
@@ -73,9 +73,9 @@ def values_that_say(
             it is unedited again.
     """
     assert found.made is not None
-    group = {number: place.group or 0 for number, place in zip(held.places.requests, held.places.wanted, strict=True)}
     first = edit.anat.embedding.weight.shape[0]  # the id of a new token
-    made = found.made.saying([first + group[i] for i in range(len(edit.requests))])
+    says = say_rows(edit.form, held.places, edit.requests, found.made.owner, first)
+    made = found.made.followed_by(says, held.places.requests)
     # The first row is `[UNL]`'s, which follows the others.
     values, report = _values(edit, kept, made, start=found.values, tokens=tokens.output[1:])
     return FoundValues(values, report, made, found.places)

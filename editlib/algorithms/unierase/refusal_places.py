@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from editlib.algorithms.rows import Row
 from editlib.algorithms.unierase.anchors import ANSWER_TOKENS
 from editlib.algorithms.unierase.catalogue import Catalogue
-from editlib.algorithms.unierase.subject_rows import answer_slot
+from editlib.algorithms.unierase.subject_rows import answer_slot, subject_columns
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
+from editlib.requests.templates import Filled
 
 OTHER_WORDINGS = 2  # of a retain question, in addition to its own
 GENERAL = 160  # general questions
@@ -92,15 +94,17 @@ def refusal_places(
     for number, request in enumerate(requests):
         asked = _asked_for(request)
         group: int | None = relations.index(asked if asked in relations else None)
-        for text in dict.fromkeys((*request.wordings, *catalogue.reworded(request, wordings))):
-            places = _places(form, request, text, group, answers.get(text))
+        further = [Filled(text, None, request.subject) for text in catalogue.reworded(request, wordings)]
+        for wording in {wording.text: wording for wording in (*further, *request.filled_wordings)}.values():
+            row = form.encode(wording.text, wording.subject, start=wording.start)
+            places = _places(form, request, row, group, answers.get(wording.text))
             found.wanted.extend(places)
             found.requests.extend([number] * len(places))
     for prompt in retain:
         asked = _asked_for(prompt)
         group = relations.index(asked) if asked is not None and asked in relations else None
         said = answers.get(prompt.question)
-        found.kept.extend(_places(form, prompt, prompt.question, group, said))
+        found.kept.extend(_places(form, prompt, form.encode(prompt.question), group, said))
         if prompt.subject is not None:
             others = catalogue.reworded(prompt, OTHER_WORDINGS)
             found.kept.extend(Place(form.encode(text), group) for text in others)
@@ -115,6 +119,24 @@ def refusal_places(
     apart = [text for text in general if not any(subject in text for subject in subjects)]
     found.general.extend(form.encode(text) for text in apart[:GENERAL])
     return found
+
+
+def say_rows(
+    form: PromptFormat, places: RefusalPlaces, requests: Sequence[EditRequest], owner: Mapping[int, int], first: int
+) -> list[Row]:
+    """Makes a row for each wanted place, which reads the token of its relation.
+
+    Args:
+        owner: index of each request's change. `first`: id of the first relation's token.
+    """
+    rows = []
+    for number, place in zip(places.requests, places.wanted, strict=True):
+        asked = len(place.row) - place.row.extra
+        prompt, lead = TokenRow(place.row.ids[:asked], place.row.lookup), place.row.ids[asked:]
+        columns = subject_columns(form, prompt, lead, requests[number].subject)
+        token = first + (place.group or 0)
+        rows.append(Row("say", owner[number], place.row.ids, columns, (len(place.row) - 1,), (token,)))
+    return rows
 
 
 def wanted_weights(places: RefusalPlaces, device: torch.device) -> Tensor:
@@ -164,13 +186,12 @@ def _relations(requests: Sequence[EditRequest]) -> tuple[str | None, ...]:
 def _places(
     form: PromptFormat,
     fact: EditRequest,
-    text: str,
+    prompt: TokenRow,
     group: int | None,
     said: Sequence[int] | None,
 ) -> list[Place]:
     """Returns the place at the end of a question, and that of its answer if the model's sentence contains the right
     one."""
-    prompt = form.encode(text)
     slot = answer_slot(form, said, (fact.answer, *fact.aliases)) if said and fact.answer is not None else None
     places = [Place(prompt, group)]
     if said and slot:

@@ -3,7 +3,7 @@
 A row is a prompt with logits to read (`algorithms.rows`). An *erase* row reads the answer of a request, in each wording
 and where the model's own sentence reaches the answer. A *keep* row reads the model's answer to a *sibling* question:
 one about the same subject that asks for something else. *Rivals* are other answers of the relation, with which an
-answer to erase is compared. A *say* row reads a refusal token, at the end of each wording and at each erase row.
+answer to erase is compared. *Say* rows, which read a refusal token, are made later (`refusal_places`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ class SubjectRows:
     subjects: list[list[int]]  # the indices of the requests of each change
     made: list[RequestRows]  # one for each request
     requests_of: list[int | None] = field(default_factory=list)  # of each row; `None`: a sibling's
-    ends: dict[int, list[Row]] = field(default_factory=dict)  # of each request's wordings: erase rows without an answer
     answers: Mapping[str, Sequence[int]] = field(default_factory=dict)  # of the unedited model, by question
 
     @property
@@ -58,16 +57,9 @@ class SubjectRows:
         """The index of each request's change."""
         return {i: number for number, group in enumerate(self.subjects) for i in group}
 
-    def saying(self, tokens: Sequence[int]) -> SubjectRows:
-        """Returns these rows and those that read the refusal token of each request, of which `tokens` are the ids."""
-        rows, requests_of = list(self.rows), list(self.requests_of)
-        for i, token in enumerate(tokens):
-            erased = [row for row, of in zip(self.rows, self.requests_of, strict=True) if of == i]
-            # A wording whose answer begins at once has its erase row at its end.
-            by_ids = {row.ids: row for row in (*erased, *self.ends.get(i, ()))}
-            rows += [replace(row, kind="say", targets=(token,), rivals=()) for row in by_ids.values()]
-            requests_of += [i] * len(by_ids)
-        return replace(self, rows=rows, requests_of=requests_of)
+    def followed_by(self, rows: Sequence[Row], requests: Sequence[int]) -> SubjectRows:
+        """Returns these rows and further `rows` of the requests with these indices."""
+        return replace(self, rows=[*self.rows, *rows], requests_of=[*self.requests_of, *requests])
 
 
 def check_answers(requests: Sequence[EditRequest]) -> None:
@@ -185,8 +177,6 @@ def _request_rows(
     known = False
     for first, wording in zip([True, *[False] * len(wordings)], wordings, strict=False):
         prompt = form.encode(wording.text, wording.subject, start=wording.start)
-        end = Row("erase", owner, prompt.ids, (prompt.lookup,), (len(prompt) - 1,), ())
-        collected.ends.setdefault(number, []).append(end)
         said = tuple(answers[wording.text])
         slot = answer_slot(form, said, right)
         known = known or slot is not None
@@ -195,7 +185,7 @@ def _request_rows(
             row = prompt.followed_by(lead)
             target = said[slot] if slot is not None else form.answer_ids(str(request.answer))[0]
             competing = _first_tokens(form, rivals, target, starts=not lead)
-            _add(collected, number, Row("erase", owner, row.ids, _places(form, prompt, lead, request.subject),
+            _add(collected, number, Row("erase", owner, row.ids, subject_columns(form, prompt, lead, request.subject),
                                     (len(row) - 1,), (target,), competing))  # fmt: skip
             sentences[_text(form, lead)] = None
     return RequestRows(
@@ -234,7 +224,8 @@ def _sibling_rows(
     if kept:
         row = prompt.followed_by(kept[:-1])
         columns = tuple(range(len(prompt) - 1, len(row)))
-        _add(collected, None, Row("keep", owner, row.ids, _places(form, prompt, kept[:-1], subject), columns, kept))
+        places = subject_columns(form, prompt, kept[:-1], subject)
+        _add(collected, None, Row("keep", owner, row.ids, places, columns, kept))
 
 
 def _add(collected: SubjectRows, request: int | None, row: Row) -> None:
@@ -267,7 +258,7 @@ def _token_at(form: PromptFormat, ids: Sequence[int], character: int) -> int:
     return len(ids) - 1
 
 
-def _places(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], subject: str | None) -> tuple[int, ...]:
+def subject_columns(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], subject: str | None) -> tuple[int, ...]:
     """Returns the columns of the subject's last token, in the prompt and in the part of the answer `lead` after it."""
     if subject is None or not lead:
         return (prompt.lookup,)

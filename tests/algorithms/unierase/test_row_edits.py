@@ -8,6 +8,7 @@ from tiny_models import VOCAB
 
 from editlib.algorithms.unierase import apply_unierase_to_model
 from editlib.algorithms.unierase.catalogue import Catalogue
+from editlib.algorithms.unierase.refusal_places import refusal_places, say_rows
 from editlib.algorithms.unierase.subject_rows import answer_slot, subject_rows
 from editlib.errors import HparamsError, RequestError
 from editlib.hparams import UniEraseHyperParams
@@ -136,11 +137,16 @@ def test_rows_erase_in_the_models_own_sentence_at_both_subjects(tiny_llama, tok)
     first = {tok(f" {text}", add_special_tokens=False)["input_ids"][0] for text in ("Basel", "Bonn", "Lima")}
     assert set(erase.rivals) == first - {erase.targets[0]}
     assert made.made[0].known and made.made[0].rivals == ("Basel", "Bonn", "Lima")
-    # A refusal is wanted where the answer was, and at the end of the question.
-    plain, inside, end = made.saying([900]).rows
-    assert plain == erase and (inside.kind, inside.ids, inside.places) == ("say", erase.ids, erase.places)
+    # A refusal is wanted where the answer was, and at the end of the question in each wording.
+    known = {request.question: said}
+    places = refusal_places(form, [request], [], [], known, Catalogue.bundled(), wordings=1)
+    reworded, end, inside = say_rows(form, places, [request], {0: 3}, 900)
+    assert (inside.kind, inside.ids, inside.places, inside.columns) == ("say", erase.ids, erase.places, erase.columns)
     assert tok.decode(end.ids) == request.question and end.columns == (len(end.ids) - 1,)
-    assert {row.targets for row in (inside, end)} == {(900,)} and made.saying([900]).requests_of == [0, 0, 0]
+    for row in (reworded, end):
+        (place,) = row.places
+        assert tok.decode(row.ids[: place + 1]).endswith("France") and row.columns == (len(row.ids) - 1,)
+    assert reworded.ids != end.ids and {(row.targets, row.owner) for row in (reworded, end, inside)} == {((900,), 3)}
 
 
 def test_rows_are_shown_without_an_edit(tiny_llama, tok):
