@@ -98,10 +98,10 @@ class UniEraseHyperParams(NullSpaceHyperParams):
     erase_margin: float = setting(
         -3.0, "rows: an answer is erased when its logit is this far above the log-sum-exp of its rivals (nats)"
     )
-    say_margin: float = setting(4.0, "rows: log-odds of a refusal token where it is wanted, at least (nats)")
+    say_margin: float = setting(4.0, "rows: log-odds of a refusal token where it is wanted, in the first fit (nats)")
     quiet_margin: float = setting(-10.0, "rows: log-odds of a refusal token at other questions, at most (nats)")
     token_steps: int = setting(200, "rows: steps in which the refusal tokens are fitted to the edited model", min=1)
-    token_wordings: int = setting(16, "rows: further wordings that the refusal tokens are fitted to", min=0)
+    token_wordings: int = setting(16, "rows: further wordings in which a question is refused", min=0)
     row_steps: int = setting(5, "rows: Gauss-Newton steps for a value, at most", min=1)
     left_weight: float = setting(
         0.0, "rows: weight of the left metric, which shortens values in directions that anchors' answers read", min=0

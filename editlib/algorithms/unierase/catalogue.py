@@ -85,9 +85,9 @@ class Catalogue:
         A sibling that shares a content word with a request's question is left out: it may ask for the same fact.
 
         Args:
-            others: requests about other subjects. If their subject is of the same kind, their questions are asked about
-                this subject too: a user who forgets the capital of one country and the language of another keeps the
-                other two facts.
+            others: requests and retained facts about other subjects. If their subject is of the same kind, their
+                questions are asked about this subject too: a user who forgets the capital of one country and the
+                language of another keeps the other two facts.
         """
         subject = requests[0].subject
         if subject is None:
@@ -115,16 +115,19 @@ FUNCTION_WORDS = frozenset(
         "a", "an", "and", "are", "at", "by", "do", "does", "did", "for", "from", "go", "has", "have", "how", "i",
         "in", "is", "it", "its", "known", "like", "me", "of", "on", "one", "or", "that", "the", "their", "to",
         "was", "were", "what", "when", "where", "which", "who", "why", "with", "would", "you", "name", "tell",
-        "give", "about", "people", "called", "find", "city", "country", "located", "situated",
+        "give", "about", "people", "called", "find", "located", "situated",
     ]
 )
 # fmt: on
-"""Words that two questions may share without asking for the same fact; "city" and "country" occur in many."""
+"""Words that two questions may share without asking for the same fact."""
+PLACES = frozenset(["city", "country"])
+"""Words that occur in many questions: they tell what is asked for only where no other word does."""
 
 
 def _content(text: str) -> set[str]:
     """Returns the content words of a question."""
-    return set(re.findall(r"\w+", text.replace("{}", " ").lower())) - FUNCTION_WORDS
+    words = set(re.findall(r"\w+", text.replace("{}", " ").lower())) - FUNCTION_WORDS
+    return words - PLACES or words
 
 
 def _filled(template: str, groups: dict[str, str]) -> str:

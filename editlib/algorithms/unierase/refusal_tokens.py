@@ -25,7 +25,7 @@ together, with the loss
 
     NLL_WEIGHT NLL([UNL] refusal | relation's token)
     + WANTED_WEIGHT Σ softplus(say_margin + LOOSER - z) at wanted places
-    + KEPT_WEIGHT Σ softplus(z - quiet_margin - LOOSER) at kept places
+    + KEPT_WEIGHT Σ softplus(z - quiet_margin) at kept places
     + ANSWER_WEIGHT mean softplus(z + FLOOR) + SPREAD_WEIGHT Var(z) inside other answers and in ordinary text
     + RIDGE |r_k|^2
 
@@ -85,7 +85,7 @@ KEPT_WEIGHT = 5.0  # of kept places
 RIDGE = 0.2  # of the part of a row that is not shared
 LR = 0.05
 PLACE_STEPS = 300  # of the first fit
-LOOSER = 6.0  # nats that both margins are raised by in the second fit
+LOOSER = 6.0  # nats that the second fit adds to the log-odds of wanted places
 # English: a model that is asked in another language refuses in this one.
 START = "I don't know the answer to that."
 INSIDE = "something I don't know."
@@ -267,7 +267,7 @@ class _ReadOut:
 
     @classmethod
     def of(cls, anat: Anatomy, held: HeldPlaces, hparams: UniEraseHyperParams, *, looser: float = 0.0) -> _ReadOut:
-        """Reads the states of all places from the current model; both margins are raised by `looser` nats."""
+        """Reads the states of all places from the current model; at wanted ones `looser` nats more are asked for."""
         device, places = anat.device, held.places
         wanted, kept, inside = held.final_states()
         group = torch.tensor([place.group for place in places.wanted], device=device)
@@ -275,8 +275,8 @@ class _ReadOut:
         # `[UNL]`, the first row, has no relation.
         every = place_weights(places.kept, device)  # [kept]
         kept_weight = torch.cat([every[None], kept_weights(places, device)])  # [1 + K, kept]
-        say, quiet = hparams.say_margin + looser, hparams.quiet_margin + looser
-        return cls(wanted, kept, inside, group, weight, kept_weight, say, quiet)
+        say = hparams.say_margin + looser
+        return cls(wanted, kept, inside, group, weight, kept_weight, say, hparams.quiet_margin)
 
     def log_odds(self, rows: Tensor) -> Tensor:
         """Computes the log-odds of the relation's token at each wanted place, `[wanted]` in nats, with output `rows [1

@@ -26,6 +26,7 @@ from editlib.requests.templates import Filled, occurrences
 KEPT_TOKENS = 20  # tokens of a sibling's answer: a name may come late in the model's sentence
 ANSWER_TOKENS = 24  # tokens of the model's answer in which the answer to erase is searched
 MOST_RIVALS = 40
+FEWEST_NAMED = 3  # subjects of a retained relation: with fewer, its question may fit these subjects alone
 FEWEST_RIVALS = 3  # with fewer, the likeliest other tokens are the rivals
 
 
@@ -101,7 +102,8 @@ def subject_rows(
     """Makes the rows of `requests`, from the requests and the unedited model's answers alone.
 
     Args:
-        retain: prompts; the answers of those in a request's relation are its rivals.
+        retain: prompts; the answers of those in a request's relation are its rivals, and relations of several of them
+            are also asked for about the requests' subjects.
         groups: indices of the requests that share a subject, see `by_subject`.
         siblings: most sibling questions of a subject to keep.
         examples: how many wordings of a request are also erased in few-shot prompts.
@@ -110,7 +112,8 @@ def subject_rows(
     """
     limit = positions_of(anat.model)
     asked = {i: request.filled_wordings for i, request in enumerate(requests)}
-    sibling_texts = [catalogue.siblings([requests[i] for i in group], siblings, requests) for group in groups]
+    also_asked = [*requests, *_of_named_relations(retain)]
+    sibling_texts = [catalogue.siblings([requests[i] for i in group], siblings, also_asked) for group in groups]
     sibling_texts = [fitting(anat.model, form, texts, answer_tokens=ANSWER_TOKENS) for texts in sibling_texts]
     # 1. The model answers every question once, all in one batch.
     texts = [wording.text for wordings in asked.values() for wording in wordings]
@@ -138,6 +141,15 @@ def subject_rows(
             texts_of[i] = replace(texts_of[i], kind=catalogue.kind(requests[i]), siblings=said)
     in_order = [texts_of[i] for i in range(len(requests))]
     return replace(collected, made=in_order, answers=answers)
+
+
+def _of_named_relations(retain: Sequence[EditRequest]) -> list[EditRequest]:
+    """Returns one retain prompt of each relation that is asked about `FEWEST_NAMED` subjects and more."""
+    asked: dict[tuple[str, str], dict[str, EditRequest]] = {}
+    for fact in retain:
+        if fact.relation is not None and fact.subject is not None:
+            asked.setdefault((fact.relation, fact.prompt), {})[fact.subject] = fact
+    return [next(iter(facts.values())) for facts in asked.values() if len(facts) >= FEWEST_NAMED]
 
 
 def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> list[tuple[str, ...]]:

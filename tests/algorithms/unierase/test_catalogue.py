@@ -1,6 +1,7 @@
 """The catalogue: other wordings and sibling questions, and that nothing which is measured is in it."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -72,6 +73,18 @@ def test_what_is_asked_of_other_subjects_of_the_kind_is_a_sibling():
     assert CATALOGUE.siblings(requests[1:2], 40, requests)[0] == "What is the capital of Spain?"
     both = [request(capital, "France"), request(language, "France")]
     assert not any("capital" in text or "language" in text for text in CATALOGUE.siblings(both, 40, requests))
+
+
+def test_a_question_of_common_words_alone_is_not_its_own_sibling():
+    """A row that kept the answer to a request's own question would work against those that erase it."""
+    country, capital = "In which country is {}?", "What is the capital of {}?"
+    cities = [replace(request(country, name), relation="city country") for name in ("Lima", "Bonn")]
+    requests = [*cities, request(capital, "Peru")]
+    asked = CATALOGUE.siblings(requests[:1], 40, requests)
+    assert "In which country is Lima?" not in asked and asked[0] == "What is the capital of Lima?"
+    assert CATALOGUE.siblings(requests[2:], 40, requests)[0] == "In which country is Peru?"
+    tower = replace(request("In which country is {}?", "Big Ben"), relation="landmark country")
+    assert "In which city is Big Ben?" in CATALOGUE.siblings([tower], 40)
 
 
 @pytest.mark.parametrize(

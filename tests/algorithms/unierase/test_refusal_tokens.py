@@ -31,7 +31,7 @@ OPTIONS = {
     "anchors": False,
     "token_steps": 150,
     "token_wordings": 1,
-    "say_margin": 3.0,
+    "say_margin": -1.0,
     "v_precision": "model",
 }
 FORGET = [

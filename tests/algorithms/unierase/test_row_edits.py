@@ -149,6 +149,21 @@ def test_rows_erase_in_the_models_own_sentence_at_both_subjects(tiny_llama, tok)
     assert reworded.ids != end.ids and {(row.targets, row.owner) for row in (reworded, end, inside)} == {((900,), 3)}
 
 
+def test_relations_of_the_retain_prompts_are_kept_for_the_subject(tiny_llama, tok):
+    """Three retain prompts ask for a currency, so that of the request's subject is kept; a single question is not."""
+    currency, only = "What is the currency of {}?", "Does a large river flow through {}?"
+    fact = EditRequest(id="fr", prompt="What is the capital of {}?", subject="France", answer="Paris")
+    retain = [EditRequest(id=name, prompt=currency, subject=name, relation="currency") for name in ("Peru", "Chad")]
+    retain.append(EditRequest(id="river", prompt=only, subject="Peru", relation="river"))
+    for name, asked in (("Peru", False), ("Gaul", True)):
+        retain.append(EditRequest(id=f"more {name}", prompt=currency, subject=name, relation="currency"))
+        made = subject_rows(
+            anatomy(tiny_llama), PromptFormat(tok), [fact], retain, [[0]], siblings=30, catalogue=Catalogue.bundled()
+        )
+        assert ("What is the currency of France?" in made.made[0].siblings) == asked
+        assert "Does a large river flow through France?" not in made.made[0].siblings
+
+
 def test_rows_are_shown_without_an_edit(tiny_llama, tok):
     bench = Workbench.of(tiny_llama, tok)
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
