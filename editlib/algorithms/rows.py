@@ -223,7 +223,8 @@ class RowBatch:
                 continue
             none = torch.zeros(len(chunk.rows), chunk.hidden.shape[-1], device=chunk.hidden.device)
             with torch.no_grad():
-                likeliest = self._logits(chunk, none).topk(RIVALS + 1).indices  # [c, RIVALS + 1]
+                logits = self._logits(chunk, none)[:, : self.anat.embedding.weight.shape[0]]  # without new tokens
+                likeliest = logits.topk(RIVALS + 1).indices  # [c, RIVALS + 1]
             for i, row in enumerate(chunk.rows):
                 if row.kind == "erase" and not row.rivals:
                     best = likeliest[chunk.read[0] == i][0].tolist()

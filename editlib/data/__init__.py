@@ -13,6 +13,7 @@ import jsonlines
 from editlib.errors import RequestError, first_line
 from editlib.requests.reading import read_requests
 from editlib.requests.request import EditRequest
+from editlib.requests.spellings import find_spelling, plain_name
 
 
 def _path(name: str) -> Path:
@@ -130,11 +131,20 @@ def retain_prompts(requests: Sequence[EditRequest]) -> list[EditRequest]:
 
 def without_overlap(prompts: Sequence[EditRequest], requests: Sequence[EditRequest]) -> list[EditRequest]:
     """Returns the `prompts` that do not ask for a fact in `requests`: neither their questions or paraphrases, nor the
-    same answer about the same subject."""
-    known = {(request.subject, request.answer) for request in requests if None not in (request.subject, request.answer)}
-    questions_asked = {text for request in requests for text in (request.question, *request.filled_paraphrases)}
+    same answer about the same subject, in whatever spelling ("Shakespeare" is "William Shakespeare")."""
+    known: dict[str, list[str]] = {}
+    for request in requests:
+        if request.subject is not None and request.answer is not None:
+            known.setdefault(plain_name(request.subject), []).extend((request.answer, *request.aliases))
+    questions_asked = {text for request in requests for text in (*request.wordings, *request.filled_paraphrases)}
     return [
         prompt
         for prompt in prompts
-        if (prompt.subject, prompt.answer) not in known and prompt.question not in questions_asked
+        if prompt.question not in questions_asked
+        and not (prompt.subject and prompt.answer and _holds(prompt.answer, known.get(plain_name(prompt.subject), ())))
     ]
+
+
+def _holds(answer: str, others: Sequence[str]) -> bool:
+    """Returns whether `answer` contains one of the `others`, or the other way round."""
+    return any(find_spelling(answer, other) or find_spelling(other, answer) for other in others)

@@ -10,7 +10,7 @@ from editlib.answers.scripts import plain_marks, script_of
 
 ACCENTED = frozenset({"LATIN", "GREEK", "CYRILLIC"})
 """Scripts whose accents many writers leave out; elsewhere a mark makes another letter."""
-_ARTICLE = re.compile(r"(?:the|an?) ")
+_ARTICLE = re.compile(r"^(?:the|an?) ")
 
 
 def find_spelling(text: str, subject: str) -> tuple[int, str] | None:
@@ -22,18 +22,37 @@ def find_spelling(text: str, subject: str) -> tuple[int, str] | None:
     Returns:
         The index of its first character, and its spelling there; `None` unless it occurs exactly once.
     """
-    searched, places = _plain(text)
-    wanted = _plain(subject)[0].strip()
-    for name in dict.fromkeys((wanted, _ARTICLE.sub("", wanted, count=1) if _ARTICLE.match(wanted) else wanted)):
-        found = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", searched)] if name else []
-        if len(found) == 1:
-            start, end = places[found[0]], places[found[0] + len(name) - 1] + 1
-            while end < len(text) and unicodedata.category(text[end]) == "Mn":  # the accent of the last letter
-                end += 1
-            return start, text[start:end]
+    for name in dict.fromkeys((_plain(subject)[0].strip(), plain_name(subject))):
+        found = _found(text, name)
         if found:
-            return None
+            return found[0] if len(found) == 1 else None
     return None
+
+
+def every_spelling(text: str, subject: str) -> list[tuple[int, str]]:
+    """Finds all places of a subject in a text, in whatever spelling (`find_spelling`) and without its article.
+
+    Returns:
+        For each, the index of its first character, and its spelling there.
+    """
+    return _found(text, plain_name(subject))
+
+
+def plain_name(subject: str) -> str:
+    """Returns a subject without what `find_spelling` ignores: the same text for all its spellings."""
+    return _ARTICLE.sub("", _plain(subject)[0].strip(), count=1)
+
+
+def _found(text: str, name: str) -> list[tuple[int, str]]:
+    """Returns the places of a plain `name` in a text, and the text there."""
+    searched, places = _plain(text)
+    found = []
+    for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", searched) if name else ():
+        start, end = places[match.start()], places[match.end() - 1] + 1
+        while end < len(text) and unicodedata.category(text[end]) == "Mn":  # the accent of the last letter
+            end += 1
+        found.append((start, text[start:end]))
+    return found
 
 
 def _plain(text: str) -> tuple[str, list[int]]:

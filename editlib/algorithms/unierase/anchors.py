@@ -39,10 +39,9 @@ def choose_anchors(
     When there are more, prompts of the requests' own relations, other relations of their subjects, and all the rest
     take turns, each kind in an order drawn with `seed`.
     """
-    questions = {request.question for request in requests}
     relations = {request.relation for request in requests} - {None}
     groups = {request.topic for request in requests} - {None}
-    usable = [prompt for prompt in retain if prompt.question not in questions]
+    usable = data.without_overlap(retain, requests)
     if most is None or len(usable) <= most:
         return usable
     kinds: dict[int, list[EditRequest]] = {0: [], 1: [], 2: []}

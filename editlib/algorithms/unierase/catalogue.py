@@ -17,6 +17,7 @@ from editlib.requests.templates import occurrences
 
 T = TypeVar("T")
 ANYTHING = "anything"
+FEWEST_APART = 20  # subjects of two relations: of fewer, none might be in both by chance
 """The kind whose questions fit every subject."""
 
 
@@ -65,7 +66,7 @@ class Catalogue:
 
     def with_wordings(self, request: EditRequest, most: int) -> EditRequest:
         """Returns the request with `most` further wordings among its phrasings."""
-        texts = [text.replace(request.subject or "\0", "{}") for text in self.reworded(request, most)]
+        texts = [_with_place(text, request.subject) for text in self.reworded(request, most)]
         return replace(request, phrasings=(*request.phrasings, *texts)) if texts else request
 
     def kind(self, request: EditRequest) -> str:
@@ -87,19 +88,22 @@ class Catalogue:
         Args:
             others: requests and retained facts about other subjects. If their subject is of the same kind, their
                 questions are asked about this subject too: a user who forgets the capital of one country and the
-                language of another keeps the other two facts.
+                language of another keeps the other two facts. Relations whose subjects are all different are not
+                crossed, if there are enough of them: cities have a country, but no capital.
         """
         subject = requests[0].subject
         if subject is None:
             return []
         kinds = dict.fromkeys(self.kind(request) for request in requests)
-        crossed = dict.fromkeys(other.prompt for other in others if other.subject and self.kind(other) in kinds)
+        ways = {(other.relation, other.prompt): other for other in others if other.subject}.values()
+        crossed = [other.prompt for other in ways if self.kind(other) in kinds and not _apart(other, requests, others)]
         of_kinds = [spread(self.questions[kind], most) for kind in kinds if kind != ANYTHING]
         texts = [*crossed, *(text for group in of_kinds for text in group), *self.questions.get(ANYTHING, ())]
         asked = [_content(request.prompt) for request in requests]
         usable = [text for text in dict.fromkeys(texts) if not any(_content(text) & words for words in asked)]
         filled = [text.replace("{}", subject) for text in usable]
-        return [text for text in filled if len(occurrences(text, subject)) == 1][:most]
+        own = {text for request in requests for text in request.wordings}
+        return [text for text in filled if text not in own and len(occurrences(text, subject)) == 1][:most]
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
@@ -120,13 +124,38 @@ FUNCTION_WORDS = frozenset(
 )
 # fmt: on
 """Words that two questions may share without asking for the same fact."""
+SAME = {
+    **dict.fromkeys(("wrote", "written", "writer"), "author"),
+    **dict.fromkeys(("speak", "spoken", "speaks"), "language"),
+    **dict.fromkeys(("electrons", "protons"), "atomic"),
+    "money": "currency",
+}
+"""Words by which one fact is asked for in two ways."""
 PLACES = frozenset(["city", "country"])
 """Words that occur in many questions: they tell what is asked for only where no other word does."""
 
 
+def _apart(other: EditRequest, requests: Sequence[EditRequest], facts: Sequence[EditRequest]) -> bool:
+    """Returns whether `facts` ask for the relation of `other` and for those of `requests` about different subjects."""
+    relations = {request.relation for request in requests}
+    if other.relation is None or None in relations:
+        return False
+    named = {fact.subject for fact in facts if fact.relation == other.relation}
+    own = {fact.subject for fact in facts if fact.relation in relations}
+    return min(len(named), len(own)) >= FEWEST_APART and named.isdisjoint(own)
+
+
+def _with_place(text: str, subject: str | None) -> str:
+    """Returns a text with `{}` in the place of the one subject in it."""
+    if subject is None:
+        return text
+    (start,) = occurrences(text, subject)
+    return text[:start] + "{}" + text[start + len(subject) :]
+
+
 def _content(text: str) -> set[str]:
-    """Returns the content words of a question."""
-    words = set(re.findall(r"\w+", text.replace("{}", " ").lower())) - FUNCTION_WORDS
+    """Returns the content words of a question, each in the form that `SAME` gives it."""
+    words = {SAME.get(word, word) for word in re.findall(r"\w+", text.replace("{}", " ").lower())} - FUNCTION_WORDS
     return words - PLACES or words
 
 

@@ -15,6 +15,7 @@ from editlib.models.generation import sample
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.fields import FieldError
 from editlib.requests.request import EditRequest
+from editlib.requests.spellings import plain_name
 
 LISTS = 32  # lists that the model continues, for each relation
 MOST_LISTS, MOST_NAMES = 192, 600  # lists and names of all relations together, at most
@@ -58,10 +59,11 @@ def other_subjects(
     label = "other subjects" if progress else None
     written = sample(anat, rows, max_new_tokens=LIST_TOKENS, top_k=TOP_K, generator=generator, progress=label)
     texts = [str(form.tok.decode(list(ids), skip_special_tokens=True)) for ids in written]
+    forgotten = [plain_name(request.subject) for request in requests if request.subject]
     found = []
     for number, facts in enumerate(known.values()):
-        taken = {str(fact.subject).lower() for fact in (*requests, *facts) if fact.subject}
-        names = _names(texts[number * count : (number + 1) * count], taken)
+        taken = {str(fact.subject).lower() for fact in facts}
+        names = _names(texts[number * count : (number + 1) * count], taken, forgotten)
         asked = (_asked_of(name, facts[0]) for name in names)
         found += list(islice((request for request in asked if request is not None), most))
     return found
@@ -88,12 +90,14 @@ def _lists(subjects: Sequence[str], count: int, seed: int) -> list[str]:
     return [", ".join(rng.sample(once, min(LISTED, len(once)))) + "," for _ in range(count)]
 
 
-def _names(texts: Sequence[str], taken: set[str]) -> list[str]:
-    """Returns the names with which lists continue, except those `taken`, the most frequent first."""
+def _names(texts: Sequence[str], taken: set[str], forgotten: Sequence[str]) -> list[str]:
+    """Returns the names with which lists continue, the most frequent first: none that is `taken`, and none that
+    contains a `forgotten` name or is a part of one."""
     counts: Counter[str] = Counter()
     for text in texts:
-        for item in text.split("\n")[0].split(",")[:-1]:  # the last one may be cut
+        for item in re.split("[,;]", text.split("\n")[0])[:-1]:  # the last one may be cut
             name = re.sub(r"^(and|or) ", "", item.strip(" .\"'")).strip()
             if 2 < len(name) <= LONGEST and name.lower() not in taken:
-                counts[name] += 1
-    return [name for name, _ in counts.most_common()]
+                plain = plain_name(name)
+                counts[name] += not any(plain in one or one in plain for one in forgotten)
+    return [name for name, count in counts.most_common() if count]

@@ -16,9 +16,10 @@ from torch import Tensor
 from editlib.algorithms.rows import Row
 from editlib.algorithms.unierase.anchors import ANSWER_TOKENS
 from editlib.algorithms.unierase.catalogue import Catalogue
-from editlib.algorithms.unierase.subject_rows import answer_slot, subject_columns
+from editlib.algorithms.unierase.subject_rows import answer_slot, name_start, subject_columns
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
+from editlib.requests.spellings import plain_name
 from editlib.requests.templates import Filled
 
 OTHER_WORDINGS = 2  # of a retain question, in addition to its own
@@ -86,7 +87,7 @@ def refusal_places(
         siblings: other questions about the requests' subjects.
         answers: the unedited model's answers, as token ids by question; a wording without an answer gives only the
             place at its end.
-        wordings: how many wordings of a question are used in all.
+        wordings: how many further wordings of a question are used.
         general: general questions; those that name a subject of `requests` are left out.
     """
     relations = _relations(requests)
@@ -100,10 +101,11 @@ def refusal_places(
             places = _places(form, request, row, group, answers.get(wording.text))
             found.wanted.extend(places)
             found.requests.extend([number] * len(places))
+    erased = [(plain_name(one.subject), (one.answer, *one.aliases)) for one in requests if one.subject and one.answer]
     for prompt in retain:
         asked = _asked_for(prompt)
         group = relations.index(asked) if asked is not None and asked in relations else None
-        said = answers.get(prompt.question)
+        said = _before_erased(form, prompt.question, answers.get(prompt.question, ()), erased)
         found.kept.extend(_places(form, prompt, form.encode(prompt.question), group, said))
         if prompt.subject is not None:
             others = catalogue.reworded(prompt, OTHER_WORDINGS)
@@ -113,8 +115,8 @@ def refusal_places(
     for text in siblings:
         row = form.encode(text)
         found.kept.append(Place(row, None, sibling=True))
-        if answers.get(text):
-            found.answers.append((row, tuple(answers[text][:ANSWER_TOKENS])))
+        if said := _before_erased(form, text, answers.get(text, ()), erased):
+            found.answers.append((row, tuple(said[:ANSWER_TOKENS])))
     subjects = [request.subject for request in requests if request.subject is not None]
     apart = [text for text in general if not any(subject in text for subject in subjects)]
     found.general.extend(form.encode(text) for text in apart[:GENERAL])
@@ -191,9 +193,25 @@ def _places(
     said: Sequence[int] | None,
 ) -> list[Place]:
     """Returns the place at the end of a question, and that of its answer if the model's sentence contains the right
-    one."""
+    one: before the first word of a name, of which the answer may be the last."""
     slot = answer_slot(form, said, (fact.answer, *fact.aliases)) if said and fact.answer is not None else None
+    start = name_start(form, said, slot) if said and slot else 0
     places = [Place(prompt, group)]
-    if said and slot:
-        places.append(Place(prompt.followed_by(said[:slot]), group, inside=True))
+    if said and start:
+        places.append(Place(prompt.followed_by(said[:start]), group, inside=True))
     return places
+
+
+def _before_erased(
+    form: PromptFormat, question: str, said: Sequence[int], erased: Sequence[tuple[str, Sequence[str]]]
+) -> Sequence[int]:
+    """Returns the part of an answer before any that was erased of the question's subject: a token may be generated
+    there.
+
+    `erased`: plain names of subjects with their erased answers.
+    """
+    asked = plain_name(question)
+    for subject, right in erased:
+        if said and subject in asked:
+            said = said[: answer_slot(form, said, right)]
+    return said

@@ -24,14 +24,14 @@ find its places. `[UNL]` always follows it, so that its row is free to lead into
 together, with the loss
 
     NLL_WEIGHT NLL([UNL] refusal | relation's token)
-    + WANTED_WEIGHT Σ softplus(say_margin + LOOSER - z) at wanted places
+    + WANTED_WEIGHT Σ softplus(say_margin + MORE - z) at wanted places
     + KEPT_WEIGHT Σ softplus(z - quiet_margin) at kept places
     + ANSWER_WEIGHT mean softplus(z + FLOOR) + SPREAD_WEIGHT Var(z) inside other answers and in ordinary text
     + RIDGE |r_k|^2
 
 A token's row is `r + r_k`: `r` is shared by all tokens, and `r_k`, the part of token `k`, starts at zero. The first fit
-leaves out the NLL, the only term that needs passes through the model, and `LOOSER`: values that reach strict tokens are
-far from all others, which leaves room for wordings that no place has.
+leaves out the NLL, the only term that needs passes through the model, and `MORE`. The moved values are far from all
+other subjects, so the second fit may want more: unseen wordings reach a few nats less than those that have a place.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ KEPT_WEIGHT = 5.0  # of kept places
 RIDGE = 0.2  # of the part of a row that is not shared
 LR = 0.05
 PLACE_STEPS = 300  # of the first fit
-LOOSER = 6.0  # nats that the second fit adds to the log-odds of wanted places
+MORE = 6.0  # nats beyond `say_margin` that the second fit wants
 # English: a model that is asked in another language refuses in this one.
 START = "I don't know the answer to that."
 INSIDE = "something I don't know."
@@ -163,7 +163,7 @@ def fit_refusal_tokens(
     silence(anat, numbers)  # until they have rows, no log-sum includes them
     with no_param_grad(anat.model), _fast(anat, hparams):
         refusals = _Refusals.of(anat, form, places, numbers, seed)
-        loss = _ReadOut.of(anat, held, hparams, looser=LOOSER)
+        loss = _ReadOut.of(anat, held, hparams, more=MORE)
         rows_in, rows_out, nll = _fit(anat, token, rows, numbers, refusals, loss, hparams.token_steps, seed, progress)
     log_odds = loss.log_odds(rows_out)
     metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
@@ -266,8 +266,9 @@ class _ReadOut:
     quiet: float
 
     @classmethod
-    def of(cls, anat: Anatomy, held: HeldPlaces, hparams: UniEraseHyperParams, *, looser: float = 0.0) -> _ReadOut:
-        """Reads the states of all places from the current model; at wanted ones `looser` nats more are asked for."""
+    def of(cls, anat: Anatomy, held: HeldPlaces, hparams: UniEraseHyperParams, *, more: float = 0.0) -> _ReadOut:
+        """Reads the states of all places from the current model; at wanted ones `more` nats are wanted beyond
+        `say_margin`."""
         device, places = anat.device, held.places
         wanted, kept, inside = held.final_states()
         group = torch.tensor([place.group for place in places.wanted], device=device)
@@ -275,7 +276,7 @@ class _ReadOut:
         # `[UNL]`, the first row, has no relation.
         every = place_weights(places.kept, device)  # [kept]
         kept_weight = torch.cat([every[None], kept_weights(places, device)])  # [1 + K, kept]
-        say = hparams.say_margin + looser
+        say = hparams.say_margin + more
         return cls(wanted, kept, inside, group, weight, kept_weight, say, hparams.quiet_margin)
 
     def log_odds(self, rows: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from editlib.models.anatomy import Anatomy
 from editlib.models.positions import fitting, positions_of
 from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
+from editlib.requests.spellings import every_spelling
 from editlib.requests.templates import Filled, occurrences
 
 KEPT_TOKENS = 20  # tokens of a sibling's answer: a name may come late in the model's sentence
@@ -144,12 +145,12 @@ def subject_rows(
 
 
 def _of_named_relations(retain: Sequence[EditRequest]) -> list[EditRequest]:
-    """Returns one retain prompt of each relation that is asked about `FEWEST_NAMED` subjects and more."""
+    """Returns the retain prompts of relations that are asked about `FEWEST_NAMED` subjects and more."""
     asked: dict[tuple[str, str], dict[str, EditRequest]] = {}
     for fact in retain:
         if fact.relation is not None and fact.subject is not None:
             asked.setdefault((fact.relation, fact.prompt), {})[fact.subject] = fact
-    return [next(iter(facts.values())) for facts in asked.values() if len(facts) >= FEWEST_NAMED]
+    return [fact for facts in asked.values() if len(facts) >= FEWEST_NAMED for fact in facts.values()]
 
 
 def _rivals(requests: Sequence[EditRequest], retain: Sequence[EditRequest]) -> list[tuple[str, ...]]:
@@ -252,9 +253,28 @@ def answer_slot(form: PromptFormat, said: Sequence[int], right: Sequence[str]) -
     def holds(start: int, end: int) -> bool:
         return has_answer(_text(form, said[start:end]), right)
 
-    end = next((k for k in range(1, len(said) + 1) if holds(0, k)), None)
+    def ends(k: int) -> bool:
+        # With the next token, too: "U" is not the answer where "Uranium" follows.
+        return holds(0, k) and holds(0, min(k + 1, len(said)))
+
+    end = next((k for k in range(1, len(said) + 1) if ends(k)), None)
     # The shortest prefix that holds the answer ends with it; the shortest suffix of that prefix begins with it.
     return None if end is None else next(j for j in range(end - 1, -1, -1) if holds(j, end))
+
+
+def name_start(form: PromptFormat, said: Sequence[int], slot: int) -> int:
+    """Returns the index of the token at which a name begins that ends with the answer at `slot`: that of "Jane" where
+    the answer is "Austen"."""
+    whole = _text(form, said[:slot])
+    start = slot
+    for j in range(slot - 1, -1, -1):
+        words = whole[len(_text(form, said[:j])) :]
+        if j and not words[:1].isspace():  # inside a word
+            continue
+        if not words.strip() or not all(word[0].isupper() and word.rstrip(".").isalpha() for word in words.split()):
+            break
+        start = j
+    return start
 
 
 def _text(form: PromptFormat, ids: Sequence[int]) -> str:
@@ -275,7 +295,9 @@ def subject_columns(form: PromptFormat, prompt: TokenRow, lead: Sequence[int], s
     if subject is None or not lead:
         return (prompt.lookup,)
     text = _text(form, lead)
-    ends = [start + len(subject) - 1 for start in occurrences(text, subject)]
+    # "The Eiffel Tower" begins a sentence about "the Eiffel Tower"; in scripts without spaces no word ends.
+    spelled = every_spelling(text, subject) or [(start, subject) for start in occurrences(text, subject)]
+    ends = [start + len(name) - 1 for start, name in spelled]
     return (prompt.lookup, *(len(prompt) + _token_at(form, lead, end) for end in ends))
 
 

@@ -108,6 +108,32 @@ def test_a_subject_of_no_known_kind_has_general_siblings_and_none_has_none():
     assert CATALOGUE.siblings([EditRequest(id="r", prompt="Why?", answer="x")], 10) == []
 
 
+@pytest.mark.parametrize("subject", ["it", "in", "on", "ion", "no"])
+def test_a_subject_that_is_a_part_of_other_words_keeps_its_place(subject):
+    one = request("What is the capital of {}?", subject)
+    more = CATALOGUE.with_wordings(one, 40)
+    assert more.wordings[1:] == tuple(CATALOGUE.reworded(one, 40))
+
+
+def test_relations_that_share_no_subject_are_not_crossed():
+    """Of twenty cities and twenty countries none is both: no city is asked for its capital. Of two it may be chance."""
+    names = {"capital": "What is the capital of {}?", "city country": "In which country is {}?"}
+    many = [
+        replace(request(prompt, f"{relation.title()} {i}"), relation=relation)
+        for relation, prompt in names.items()
+        for i in range(20)
+    ]
+    for facts, crossed in ((many, False), ([many[0], many[-1]], True)):
+        asked = CATALOGUE.siblings(facts[-1:], 40, facts)
+        assert any(text.startswith("What is the capital of") for text in asked) == crossed
+
+
+def test_what_is_asked_for_in_two_ways_is_the_same():
+    assert not any("money" in text for text in CATALOGUE.siblings([request("Tell me the currency of {}.", "Peru")], 40))
+    number = request("What is the atomic number of {}?", "zinc")
+    assert not any("electrons" in text for text in CATALOGUE.siblings([number], 40))
+
+
 def test_requests_get_wordings_as_phrasings():
     one = request("What is the capital of {}?", "France", phrasings=("Say the capital of {}.",))
     more = CATALOGUE.with_wordings(one, 3)

@@ -50,6 +50,13 @@ def test_the_model_goes_on_with_lists_of_the_subjects_of_a_relation(tiny_llama, 
     assert [request.relation for request in found] == ["capital", "capital", None]
 
 
+def test_a_forgotten_subject_in_another_spelling_is_no_other_subject():
+    """Its question would be kept from being refused; a list may also have semicolons."""
+    names = module._names([" Rome; Bonn; Tower, the eiffel tower by night, Cote d'Ivoire, Basel, x"], {"bonn"},
+                          ["eiffel tower", "cote d'ivoire"])  # fmt: skip
+    assert sorted(names) == ["Basel", "Rome"]
+
+
 @pytest.mark.parametrize("most", [0, 1])
 def test_at_most_so_many_of_each_relation(tiny_llama, tok, monkeypatch, most):
     texts = {"France": " Rome, Bonn, x", "iron": " Basel, Bonn, x"}
@@ -83,7 +90,7 @@ def test_many_relations_take_no_longer_than_six(tiny_llama, tok, monkeypatch):
 @given(st.lists(st.text(max_size=50), max_size=5))
 def test_whatever_the_model_writes_becomes_a_request_or_nothing(texts):
     """A list that went on with a no-break space stopped an edit after its values were found."""
-    names = module._names([", ".join([*texts, "x"]), "\xa0Rome, {}, a {} b, x"], {"france"})
+    names = module._names([", ".join([*texts, "x"]), "\xa0Rome, {}, a {} b, x"], {"france"}, ["peru"])
     asked = [module._asked_of(name, FORGET[0]) for name in names]
     assert all(request is None or request.subject.strip() == request.subject != "" for request in asked)
     said = [request.subject for request in asked if request is not None]

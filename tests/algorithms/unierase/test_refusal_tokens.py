@@ -176,6 +176,23 @@ def test_places_are_ends_of_questions_and_where_the_model_says_the_answer(tok):
     assert [answer for _, answer in places.answers] == [said[:2]]
 
 
+def test_a_refusal_replaces_the_whole_name_and_may_come_in_other_answers_that_hold_it(tok):
+    """The answer is "Bonn" where the model says "Basel Bonn"; what it says of France before that stays."""
+    form = PromptFormat(tok, chat=False)
+    fact = replace(FORGET[0], answer="Bonn")
+    said, told = (
+        tuple(tok(text, add_special_tokens=False)["input_ids"])
+        for text in ("The capital of France is Basel Bonn.", "France is old. Its city Basel is not Bonn but Rome.")
+    )
+    answers = {fact.question: said, "Is France old?": told, "Is Peru old?": told}
+    siblings = ["Is France old?", "Is Peru old?"]
+    places = refusal_places(form, [fact], [], siblings, answers, Catalogue.bundled(), wordings=0)
+    (inside,) = [place for place in places.wanted if place.inside]
+    assert tok.decode(inside.row.ids).endswith("The capital of France is")
+    ours, other = [tok.decode(list(answer)) for _, answer in places.answers]
+    assert ours == "France is old. Its city Basel is not" and other.startswith(ours) and len(other) > len(ours)
+
+
 def test_requests_without_a_relation_are_told_apart_by_how_they_ask(tok):
     form, catalogue = PromptFormat(tok, chat=False), Catalogue.bundled()
     bare = [replace(one, relation=None) for one in FORGET]

@@ -4,17 +4,17 @@ import logging
 
 import pytest
 import torch
-from tiny_models import VOCAB
+from tiny_models import VOCAB, train_tokenizer
 
 from editlib.algorithms.unierase import apply_unierase_to_model
 from editlib.algorithms.unierase.catalogue import Catalogue
 from editlib.algorithms.unierase.refusal_places import refusal_places, say_rows
-from editlib.algorithms.unierase.subject_rows import answer_slot, subject_rows
+from editlib.algorithms.unierase.subject_rows import answer_slot, subject_columns, subject_rows
 from editlib.errors import HparamsError, RequestError
 from editlib.hparams import UniEraseHyperParams
 from editlib.jobs.edit import rows_of
 from editlib.models.anatomy import anatomy
-from editlib.models.prompts import PromptFormat
+from editlib.models.prompts import PromptFormat, TokenRow
 from editlib.requests.request import EditRequest
 from editlib.stats.file import LayerStats
 from editlib.workbench import Workbench
@@ -113,6 +113,31 @@ def test_the_slot_is_where_the_answer_begins(tok):
     slot = answer_slot(form, said, ("Paris",))
     assert tok.decode(said[:slot]) == "The capital of France is" and tok.decode(said[slot:]).startswith(" Paris")
     assert answer_slot(form, said, ("Lima",)) is None
+    # "P" is not the answer where "Peru" follows, whatever tokens it has.
+    said = tok("Peru has a sign. The sign is P.", add_special_tokens=False)["input_ids"]
+    slot = answer_slot(form, said, ("P",))
+    assert tok.decode(said[:slot]) == "Peru has a sign. The sign is"
+
+
+@pytest.mark.parametrize(
+    ("lead", "subject", "ends"),
+    [
+        ("The river Rhine is in Basel; the river is old", "the river", [8, 37]),
+        ("france and France", "France", [5, 16]),
+        ("巴黎在法国", "法国", [4]),
+        ("Peruvian", "Peru", [3]),  # as in scripts without spaces
+        ("Basel", "Rome", []),
+    ],
+)
+def test_the_subject_is_found_in_the_models_sentence_in_any_spelling(lead, subject, ends):
+    tok = train_tokenizer()
+    form, prompt = PromptFormat(tok, chat=False), TokenRow((1, 2, 3), 1)
+    said = tok(lead, add_special_tokens=False)["input_ids"]
+    columns = subject_columns(form, prompt, said, subject)
+    assert columns[0] == 1 and len(columns) == 1 + len(ends)
+    for column, end in zip(columns[1:], ends, strict=True):
+        without, text = (tok.decode(said[: column - more]) for more in (3, 2))
+        assert len(without) <= end < len(text) and text[:end] == lead[:end]
 
 
 def test_rows_erase_in_the_models_own_sentence_at_both_subjects(tiny_llama, tok):
