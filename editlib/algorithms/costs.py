@@ -38,6 +38,8 @@ BEGINNINGS = 400  # single tokens, each as the beginning of a text
 PLACE_STEPS = 300  # steps on states that have been read
 TOKEN_BATCH = 16  # refusals per step
 LISTS, RELATION_LISTS = 192, 32  # most lists of subjects that the model continues, in all and for each relation
+SUBJECTS = 64  # whose rows are held at once
+COMPARED = 4096  # neurons that are compared to find those to replace, at most
 OTHER_ROWS = 512  # prompts of others at which a subject's neuron must not be active, at most
 MOST_NAMES = 600  # other subjects that it names, at most
 
@@ -198,7 +200,8 @@ def row_values(size: ModelSize, job: Job, *, batch_tokens: int = 512, others: in
     work += _named(size, job, min(MOST_NAMES, job.requests * others)) if others else []
     logits = 3 * ITEM * size.vocab * max(scored / passes, METRIC_ROWS * job.answer_tokens * job.left_metric)
     graph = max(batch_tokens, METRIC_ROWS * 40 * job.left_metric) * above * (12 * size.d_model + 6 * size.d_ff) * ITEM
-    return Step("values", work, logits + graph + fronts * size.n_layers * size.kv_width * ITEM)
+    held = fronts * min(1.0, SUBJECTS / job.requests)  # tokens before the rows of as many subjects as are read at once
+    return Step("values", work, logits + graph + held * size.n_layers * size.kv_width * ITEM)
 
 
 def _row_readings(size: ModelSize, job: Job, tokens: int, scored: int, batch_tokens: int) -> list[Work]:
@@ -260,18 +263,19 @@ def neurons(size: ModelSize, job: Job, *, itemsize: int = ITEM) -> Step:
             *_spared(size, job.requests, others),
             *probes(size, PROBES_LAYER, "model"),
         ],
-        3 * size.d_ff**2 * WIDE + 3 * square * itemsize,
+        3 * min(size.d_ff, COMPARED) ** 2 * WIDE + 3 * square * itemsize,
     )
 
 
 def _spared(size: ModelSize, neurons: int, positions: int) -> list[Work]:
     """Estimates the choice of `neurons` to replace: the second moment of keys at `positions`, its inverse by a Cholesky
     factor, what the others take over, and the updates of three matrices."""
-    square = size.d_ff**2
+    compared = min(size.d_ff, COMPARED)
+    square = compared**2
     updates = 2 * 3 * neurons * size.d_model * size.d_ff
     return [
         Work("product", 2 * square * positions, square * ITEM),
-        Work("wide", size.d_ff**3 + neurons**2 * size.d_ff + updates, 6 * square * WIDE),
+        Work("wide", compared**3 + neurons**2 * compared + updates, 6 * square * WIDE),
     ]
 
 

@@ -28,6 +28,7 @@ from editlib.models.prefix import Prefix
 from editlib.models.prompts import TokenBatch, TokenRow, pad
 
 BATCH_TOKENS = 512  # most tokens of a batch, without prefixes: little padding, and a layer fits into caches
+TOGETHER = 64  # subjects whose rows, with the keys and values before them, are held at once
 BATCH_LOGITS = 2**25  # most numbers in the logits of a batch, in fp32
 RIVALS = 20  # likeliest other tokens, which serve as rivals of an answer where no answers of its kind are known
 RIDGE = 3e-3  # ε: rows that contradict one another share the remaining residual
@@ -318,7 +319,7 @@ def find_row_values(
     tokens: Tensor | None = None,
     progress: bool = False,
 ) -> RowValues:
-    """Finds each subject's change after `layer` by Gauss-Newton, all subjects in one batch.
+    """Finds each subject's change after `layer` by Gauss-Newton, `TOGETHER` subjects at once.
 
     A subject is done when the residual of its rows is at most `MET`. Its Jacobian costs more than its rows' values, so
     it is computed for the first two steps, between which it changes most. A later step reuses the last one if the step
@@ -337,6 +338,51 @@ def find_row_values(
     Raises:
         EditError: a row reads a number that is not finite; names the subject.
     """
+    numbers: list[list[int]] = [[] for _ in names]  # of each subject's rows
+    for j, row in enumerate(rows):
+        numbers[row.owner].append(j)
+    delta = torch.zeros(len(names), anat.d_model, device=anat.device)
+    before, after, wanted = torch.zeros(3, len(rows), device=anat.device)
+    taken: list[int] = []
+    lengths: list[float] = []
+    for first in range(0, len(names), TOGETHER):
+        last = min(first + TOGETHER, len(names))
+        some = sorted(j for of_one in numbers[first:last] for j in of_one)
+        found = _find_together(
+            anat,
+            [replace(rows[j], owner=rows[j].owner - first) for j in some],
+            layer,
+            names[first:last],
+            goals,
+            steps=steps,
+            step_limit=step_limit,
+            metric=metric,
+            start=None if start is None else start[first:last],
+            tokens=tokens,
+            label=f"values {first + 1} to {last} of {len(names)}" if progress else None,
+        )
+        delta[first:last] = found.deltas
+        before[some], after[some], wanted[some] = found.before, found.after, found.wanted
+        taken += found.steps
+        lengths += found.relative_norm
+    return RowValues(delta, taken, lengths, before, after, wanted)
+
+
+def _find_together(
+    anat: Anatomy,
+    rows: Sequence[Row],
+    layer: int,
+    names: Sequence[str],
+    goals: Goals,
+    *,
+    steps: int,
+    step_limit: float,
+    metric: Tensor | None,
+    start: Tensor | None,
+    tokens: Tensor | None,
+    label: str | None,
+) -> RowValues:
+    """Finds the changes of subjects whose rows are held at once; `label`: of the progress bar, `None` for none."""
     batch = RowBatch(anat, rows, layer, tokens)
     kinds = [row.kind for row in rows]
     norms = batch.states(len(names)).norm(dim=1)  # [n]
@@ -350,7 +396,7 @@ def find_row_values(
     active, stale = torch.ones(2, n, dtype=torch.bool, device=anat.device)  # not done; Jacobian out of date
     taken = [0] * n
     residual = torch.zeros(n, device=anat.device)  # root mean square over a subject's rows, in the previous step
-    for step in tqdm(range(steps + 1), desc="values", disable=not progress, leave=False):
+    for step in tqdm(range(steps + 1), desc=label, disable=label is None, leave=False):
         last = step == steps
         for grad, due in ((True, active & stale & (not last)), (False, active & (~stale | last))):
             if bool(due.any()):

@@ -166,6 +166,23 @@ def test_subjects_do_not_influence_one_another(tiny_llama):
     torch.testing.assert_close(both.deltas[0], alone.deltas[0], rtol=1e-3, atol=1e-4)
 
 
+def test_subjects_may_be_read_in_turns(tiny_llama, monkeypatch):
+    """One at a time, with rows in any order, they end as together: each report is of its own row."""
+    anat, order = anatomy(tiny_llama), [2, 0, 3, 1]
+    together = find_row_values(anat, ROWS[:4], LAYER, ["a", "b"], Goals())
+    monkeypatch.setattr(rows_module, "TOGETHER", 1)
+    start = together.deltas.flip(0) / 2
+    for begun in (None, start):
+        found = find_row_values(anat, [ROWS[i] for i in order], LAYER, ["a", "b"], Goals(), start=begun)
+        monkeypatch.setattr(rows_module, "TOGETHER", 64)
+        wanted = find_row_values(anat, ROWS[:4], LAYER, ["a", "b"], Goals(), start=begun)
+        monkeypatch.setattr(rows_module, "TOGETHER", 1)
+        torch.testing.assert_close(found.deltas, wanted.deltas, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.before, wanted.before[order], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.after, wanted.after[order], rtol=1e-2, atol=1e-3)
+        assert found.steps == wanted.steps and found.missed() == [order.index(i) for i in wanted.missed()]
+
+
 def test_a_jacobian_serves_while_the_residual_halves(tiny_llama, monkeypatch):
     """With a Jacobian read at every step the rows end where they end with few of them."""
     anat, reads, genuine = anatomy(tiny_llama), [], RowBatch.read

@@ -9,9 +9,9 @@ from tiny_models import make_llama
 from transformers import GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
-from editlib.algorithms import costs
+from editlib.algorithms import costs, rows
 from editlib.algorithms.machine import Curve, Machine, measure
-from editlib.algorithms.unierase import held_places, other_subjects, refusal_tokens, subject_neurons
+from editlib.algorithms.unierase import gated_neurons, held_places, other_subjects, refusal_tokens, subject_neurons
 from editlib.algorithms.work import PROBE_TOKENS, Step, Work, forward_pass
 from editlib.cli import app
 from editlib.errors import EditlibError
@@ -167,6 +167,8 @@ def test_the_counts_of_refusal_tokens_are_those_of_the_code():
     assert (costs.TEXTS, costs.TEXT_TOKENS) == (held_places.TEXTS, held_places.TEXT_TOKENS)
     assert (costs.BEGINNINGS, costs.PLACE_STEPS) == (held_places.BEGINNINGS, refusal_tokens.PLACE_STEPS)
     assert (costs.TOKEN_BATCH, costs.OTHER_ROWS) == (refusal_tokens.BATCH, subject_neurons.MOST_ROWS)
+    assert costs.SUBJECTS == rows.TOGETHER
+    assert costs.COMPARED == gated_neurons.MOST_COMPARED
     lists = costs.RELATION_LISTS, costs.LISTS, costs.MOST_NAMES
     assert lists == (other_subjects.LISTS, other_subjects.MOST_LISTS, other_subjects.MOST_NAMES)
 

@@ -13,6 +13,7 @@ from editlib.models.anatomy import anatomy
 from editlib.models.neurons import find_neurons
 from editlib.models.prompts import TokenRow
 from editlib.models.tracing import hidden_of
+from editlib.stats.file import LayerStats
 
 LAYER = 1
 IDS = torch.tensor([[5, 9, 200, 17, 33, 8]])
@@ -92,7 +93,7 @@ def test_the_change_arrives_in_every_kind_of_layer(family):
 
     was = state(before)
     change = torch.randn(anat.d_model, generator=torch.Generator().manual_seed(4)) * was.norm() / 8
-    write_neurons(anat, 1, contexts, (was + change)[:, None], [0], others, 1e9 * torch.eye(anat.d_ff).double())
+    write_neurons(anat, 1, contexts, (was + change)[:, None], [0], others, LayerStats(1e9 * torch.eye(anat.d_ff), 1, 1))
     moved = state(model) - was
     assert torch.nn.functional.cosine_similarity(moved, change, dim=0) > 0.85
     # A norm after the MLP fixes the length of what it adds.

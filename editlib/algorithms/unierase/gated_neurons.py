@@ -18,7 +18,8 @@ Transformer-Patcher, 2301.09785, which trains it; here it is solved for.)
 
 The neurons taken are those that can best be spared: with `S` the second moment of the keys at all that must stay,
 removing neuron `j` and letting all others make up for it changes the output by `|w_j|^2 / (S^-1)_jj` (optimal brain
-surgeon). What the removed ones wrote is given to the others by least squares.
+surgeon). What the removed ones wrote is given to the others by least squares. Of a wide MLP only `MOST_COMPARED`
+neurons are compared and make up for one another: those that are cheapest without any making up, `|w_j|^2 S_jj`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from editlib.models.precision import wide_dtype
 PEAK = 0.95  # score at which a gated neuron is most active
 SHARP = 60.0  # of the ramp: at a score .1 below the threshold an activation is .1 % of its largest
 KEY_RIDGE = 1e-4  # of the mean diagonal of the second moment of keys
+MOST_COMPARED = 4096  # neurons: three matrices of this width are held, in fp64
 MOST = 0.25  # of a layer's neurons that edits may take in all
 
 
@@ -142,32 +144,48 @@ def solve_scores(x: Tensor, owner: Tensor, elsewhere: Moment, ridge: float) -> N
     return NeuronScores(weights, bias)
 
 
-def spare_neurons(weight: Tensor, moment: Tensor, count: int, taken: Collection[int] = ()) -> tuple[Tensor, LowRank]:
-    """Chooses the `count` neurons that ordinary text can best spare, and solves for the update that removes them.
+def compared_neurons(weight: Tensor, activity: Tensor, count: int, taken: Collection[int] = ()) -> Tensor:
+    """Returns the numbers of the neurons to compare where `count` are needed, in ascending order: `[t]`.
 
-    The update sets their columns to zero and adds to all others what makes up for them: with `R` the removed and `K`
-    the kept ones, `W_K += W_R S_RK S_KK^-1`. Neurons `taken` by earlier edits are neither chosen nor changed.
+    Neurons `taken` by earlier edits are not among them.
 
     Args:
-        weight: `W [d_model, d_ff]`. moment: `S [d_ff, d_ff]`.
+        weight: `W [d_model, d_ff]`.
+        activity: the mean square of each neuron's key, `[d_ff]`.
+    """
+    free = torch.tensor(sorted(set(range(len(activity))) - set(taken)), device=weight.device)
+    most = max(MOST_COMPARED, 2 * count)
+    if len(free) <= most:
+        return free
+    costs = weight[:, free].float().square().sum(dim=0) * activity.to(weight.device)[free]  # [free]
+    return free[costs.argsort(stable=True)[:most]].sort().values
+
+
+def spare_neurons(weight: Tensor, moment: Tensor, compared: Tensor, count: int) -> tuple[Tensor, LowRank]:
+    """Chooses the `count` neurons that can best be spared, and solves for the update that removes them.
+
+    The update sets their columns to zero and adds to all others that are compared what makes up for them: with `R` the
+    removed and `K` the kept ones, `W_K += W_R S_RK S_KK^-1`.
+
+    Args:
+        weight: `W [d_model, d_ff]`.
+        moment: `S [t, t]`, of the neurons with the numbers `compared [t]`.
 
     Returns:
         Their numbers `[count]`, rising in cost, and the update of rank `2 count`.
     """
-    s = moment.to(wide_dtype(weight.device))
+    s = moment.to(wide_dtype(weight.device), copy=True)
     w = weight.to(s)
-    free = torch.tensor(sorted(set(range(len(s))) - set(taken)), device=s.device)
-    s = s[free][:, free]  # [free, free]
     s.diagonal().add_(KEY_RIDGE * s.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(s))
-    costs = w[:, free].square().sum(dim=0) / inverse.diagonal()  # [free]
+    costs = w[:, compared].square().sum(dim=0) / inverse.diagonal()  # [t]
     order = costs.argsort(stable=True)
     removed, kept = order[:count], order[count:]
     # Row i: how much of removed neuron i each kept one takes over, S_KK^-1 S_KR = -P_KR P_RR^-1 with P = S^-1.
     share = -torch.linalg.solve(inverse[removed][:, removed], inverse[removed][:, kept])  # [count, kept]
     right = torch.zeros(count, weight.shape[1], dtype=s.dtype, device=s.device)
-    right[:, free[kept]] = share
-    chosen = free[removed]
+    right[:, compared[kept]] = share
+    chosen = compared[removed]
     right[torch.arange(count), chosen] = -1.0  # and its own column becomes zero
     return chosen, LowRank(w[:, chosen], right)
 

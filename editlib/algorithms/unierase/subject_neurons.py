@@ -19,6 +19,7 @@ from editlib.algorithms.unierase.gated_neurons import (
     GatedRows,
     Moment,
     check_neurons,
+    compared_neurons,
     neuron_updates,
     solve_scores,
     spare_neurons,
@@ -31,6 +32,7 @@ from editlib.models.neurons import Neurons
 from editlib.models.precision import wide_dtype
 from editlib.models.prompts import TokenRow
 from editlib.models.residual_path import output_path
+from editlib.stats.file import LayerStats
 
 THRESHOLD = 0.5  # score above which a neuron is active: unseen wordings have .8 and more, other subjects below .4
 RIDGE = 0.1  # of the mean diagonal of the second moment of x
@@ -44,7 +46,7 @@ def write_neurons(
     targets: Tensor,
     owner: Sequence[int],
     others: Sequence[TokenRow],
-    moment: Tensor,
+    text: LayerStats,
     taken: Collection[int] = (),
 ) -> Written:
     """Writes one neuron in `layer` for each subject; on any error the weights are restored.
@@ -54,7 +56,7 @@ def write_neurons(
         targets: `z = h + δ`, `[d_model, requests]`: the states that the plain prompts should have after `layer`.
         owner: number of each request's subject, from 0 without gaps.
         others: prompts of other subjects, at all positions of which the neurons must not be active.
-        moment: second moment of the layer's keys in ordinary text, `[d_ff, d_ff]`.
+        text: second moments of the layer's keys in ordinary text.
         taken: neurons that earlier edits have written.
 
     Returns:
@@ -72,11 +74,13 @@ def write_neurons(
     with no_param_grad(anat.model), torch.no_grad():
         stream = KeyStream(anat, rows, layer)
         x = stream.inputs(anat.matrix(neurons.gate.number)).T.to(wide_dtype(anat.device))  # [contexts, d_model]
-        elsewhere, keys = _elsewhere(anat, spread(others, MOST_ROWS), neurons)
+        compared = compared_neurons(anat.weight(layer), text.activity(), subjects, taken)
+        elsewhere, keys = _elsewhere(anat, spread(others, MOST_ROWS), neurons, compared)
         neuron_rows = GatedRows.peaked(solve_scores(x, of_row, elsewhere, RIDGE), THRESHOLD)
         changes = _changes(anat, layer, stream, contexts, targets, owner)  # [subjects, d_model]
         # Text alone would spare neurons that questions about names need.
-        chosen, removal = spare_neurons(anat.weight(layer), moment.to(keys) + keys, subjects, taken)
+        keys += text.moment(compared).to(keys)
+        chosen, removal = spare_neurons(anat.weight(layer), keys, compared, subjects)
         deltas = neuron_updates(anat, neurons, neuron_rows, x, of_row, changes, chosen, removal)
     with restored_on_error(anat, originals):
         write_all(anat, deltas)
@@ -105,15 +109,16 @@ def _changes(
     return sums.index_add_(0, index, residual) / torch.bincount(index)[:, None]
 
 
-def _elsewhere(anat: Anatomy, rows: Sequence[TokenRow], neurons: Neurons) -> tuple[Moment, Tensor]:
-    """Reads every position of `rows`: the moment of the MLP's input, and the mean second moment of its keys `[d_ff,
-    d_ff]`. The tokens that all rows begin with are counted once."""
+def _elsewhere(anat: Anatomy, rows: Sequence[TokenRow], neurons: Neurons, compared: Tensor) -> tuple[Moment, Tensor]:
+    """Reads every position of `rows`: the moment of the MLP's input, and the mean second moment `[t, t]` of the keys of
+    the neurons `compared`. The tokens that all rows begin with are counted once."""
     found, count = Moment.none(anat), 0
-    keys = torch.zeros(anat.d_ff, anat.d_ff, device=anat.device)
+    keys = torch.zeros(len(compared), len(compared), device=anat.device)
     shared = shared_length(list(rows)) if len(rows) > 1 else 0
     for some, first in ((rows[:1], 0), (rows[1:], shared)):
         for seen in HeldRows(anat, some, [first] * len(some)).inputs_of(neurons):
             found = found.plus(seen.x)
-            keys.addmm_(seen.keys.T, seen.keys)
+            some_keys = seen.keys[:, compared]  # [p, t]
+            keys.addmm_(some_keys.T, some_keys)
             count += len(seen.keys)
     return found, keys.to(wide_dtype(anat.device)) / max(1, count)

@@ -43,6 +43,6 @@ def write_values(
         values.targets,
         [owner[i] for i in range(len(edit.requests))],
         [*kept.keys.anchors.rows, *general],
-        stats[layer].moment(),
+        stats[layer],
         state.taken(layer),
     )

@@ -7,12 +7,13 @@ import torch
 from test_refusal_tokens import FORGET, OPTIONS, RETAIN, given_for
 from transformers import AutoModelForCausalLM
 
-from editlib.algorithms.unierase import apply_unierase_to_model
+from editlib.algorithms.unierase import apply_unierase_to_model, gated_neurons
 from editlib.algorithms.unierase.gated_neurons import (
     KEY_RIDGE,
     PEAK,
     SHARP,
     Moment,
+    compared_neurons,
     solve_scores,
     spare_neurons,
 )
@@ -26,6 +27,7 @@ from editlib.hparams import UniEraseHyperParams
 from editlib.models.anatomy import anatomy
 from editlib.models.prompts import TokenRow
 from editlib.models.weights import save_model, weights_sha256
+from editlib.stats.file import LayerStats
 
 NEURONS = {**OPTIONS, "layers": [1], "neurons": True, "say": False, "anchors": True}
 WRITTEN = {1, 7, 8}  # of five layers: the MLP output matrix of layer 1, its gate, its up projection
@@ -67,16 +69,35 @@ def test_the_neurons_removed_are_those_whose_loss_is_least():
         share = torch.linalg.lstsq(tall[:, others], tall[:, j : j + 1]).solution
         left = tall[:, j] - tall[:, others] @ share[:, 0]
         losses.append(float(weight[:, j].norm() ** 2 * left.norm() ** 2))
-    chosen, removal = spare_neurons(weight, moment, 3)
+    chosen, removal = spare_neurons(weight, moment, torch.arange(8), 3)
     assert chosen.tolist() == sorted(range(8), key=losses.__getitem__)[:3]
     edited = weight + removal.dense()
     assert torch.count_nonzero(edited[:, chosen].abs() > 1e-12) == 0
     kept = [i for i in range(8) if i not in chosen.tolist()]
     share = torch.linalg.lstsq(tall[:, kept], tall[:, chosen]).solution  # [kept, 3]
     torch.testing.assert_close(edited[:, kept], weight[:, kept] + weight[:, chosen] @ share.T)
-    again, second = spare_neurons(weight, moment, 2, taken=chosen.tolist())
+    free = compared_neurons(weight, moment.diagonal(), 2, taken=chosen.tolist())
+    assert free.tolist() == kept
+    again, second = spare_neurons(weight, moment[free][:, free], free, 2)
     assert not set(again.tolist()) & set(chosen.tolist())
     torch.testing.assert_close((weight + second.dense())[:, chosen], weight[:, chosen])  # not touched
+
+
+def test_of_a_wide_layer_the_cheapest_neurons_are_compared(monkeypatch):
+    """By their length and activity alone; more than twice as many as are needed, and no others are changed."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(3, 40, generator=generator)
+    keys = torch.rand(40, generator=generator) * torch.randn(100, 40, generator=generator)
+    text = LayerStats(keys.T @ keys, 100, 100)
+    cost = weight.square().sum(0) * keys.square().mean(0)
+    monkeypatch.setattr(gated_neurons, "MOST_COMPARED", 10)
+    for count, most in ((3, 10), (8, 16)):
+        compared = compared_neurons(weight, text.activity(), count, taken=[int(cost.argmin())])
+        assert compared.tolist() == sorted(cost.argsort()[1 : most + 1].tolist())
+    torch.testing.assert_close(text.moment(compared), (keys.T @ keys / 100).double()[compared][:, compared])
+    chosen, removal = spare_neurons(weight, text.moment(compared), compared, 8)
+    changed = removal.dense().abs().sum(0).nonzero().flatten().tolist()
+    assert changed == compared.tolist() and set(chosen.tolist()) < set(changed)
 
 
 @pytest.fixture
@@ -90,9 +111,7 @@ def made(tiny_llama):
         states = [before.model(torch.tensor([rows[0].ids]), output_hidden_states=True) for rows in contexts]
     h = torch.stack([state.hidden_states[2][0, 1] for state in states], dim=1)  # leaves layer 1: [d_model, 2]
     change = torch.randn(h.shape, generator=torch.Generator().manual_seed(2))
-    written = write_neurons(
-        anat, 1, contexts, h + change, [0, 1], others, 1e9 * torch.eye(anat.d_ff, dtype=torch.double)
-    )
+    written = write_neurons(anat, 1, contexts, h + change, [0, 1], others, LayerStats(1e9 * torch.eye(anat.d_ff), 1, 1))
     return before, tiny_llama, written, written.neurons[1], change
 
 
@@ -211,7 +230,13 @@ def test_more_subjects_than_neurons_are_refused_and_nothing_is_written(tiny_llam
     contexts = [[TokenRow((5, n, 11), 1)] for n in range(20, 37)]
     with pytest.raises(EditError, match="17 subjects need a neuron each, 0 of 64 are taken") as error:
         write_neurons(
-            anat, 1, contexts, torch.zeros(32, 17), list(range(17)), [TokenRow((5, 6), 1)], torch.eye(64).double()
+            anat,
+            1,
+            contexts,
+            torch.zeros(32, 17),
+            list(range(17)),
+            [TokenRow((5, 6), 1)],
+            LayerStats(torch.eye(64), 1, 1),
         )
     assert "may take 16" in str(error.value)
     assert weights_sha256(tiny_llama) == weights_sha256(before)
