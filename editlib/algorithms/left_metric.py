@@ -26,6 +26,8 @@ from editlib.models.prompts import PromptFormat, TokenRow, pad
 from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 
+RIDGE = 3e-3  # ε: rows that contradict one another share the remaining residual
+
 BATCH_ROWS = 32
 SUBJECTS = 32  # most subjects from whose answers the metric of an edit is read
 ANSWER_TOKENS = 24  # most tokens read of each answer
@@ -127,3 +129,20 @@ def find_left_metric(
             '"subject" that can be asked about; expected 0: leave the key out'
         )
     return LeftMetric.of(moment, weight)
+
+
+def least_norm_step(
+    jacobian: Tensor, residual: Tensor, *, ridge: float = RIDGE, metric: Tensor | None = None
+) -> Tensor:
+    """Computes the shortest change that moves `m` rows by `residual [m]`, to first order: `[d_model]`.
+
+    Args:
+        jacobian: `A [m, d_model]`.
+        ridge: ε, as a share of the mean squared length of the rows of `A`.
+        metric: `M^-1/2 [d_model, d_model]`, symmetric; `None`: lengths are Euclidean.
+    """
+    scaled = jacobian if metric is None else jacobian @ metric  # [m, d_model]
+    gram = scaled @ scaled.T  # [m, m]
+    gram.diagonal().add_(ridge * gram.trace() / len(gram))
+    step: Tensor = scaled.T @ torch.linalg.solve(gram, residual)  # [d_model]
+    return step if metric is None else metric @ step

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from editlib.algorithms.left_metric import least_norm_step
 from editlib.errors import EditError
 from editlib.models.anatomy import Anatomy
 from editlib.models.forward import encode_prefix, forward, split
@@ -31,7 +32,6 @@ BATCH_TOKENS = 512  # most tokens of a batch, without prefixes: little padding, 
 TOGETHER = 64  # subjects whose rows, with the keys and values before them, are held at once
 BATCH_LOGITS = 2**25  # most numbers in the logits of a batch, in fp32
 RIVALS = 20  # likeliest other tokens, which serve as rivals of an answer where no answers of its kind are known
-RIDGE = 3e-3  # ε: rows that contradict one another share the remaining residual
 MET = 0.1  # nats: root mean square residual at which a subject's rows are met; rounding in bf16 is nearly as large
 HALVED = 0.5  # after a step that leaves at most this share of the residual, the next one reuses its Jacobian
 
@@ -288,23 +288,6 @@ def _chunks(rows: Sequence[Row], most_columns: int) -> list[list[int]]:
     return groups
 
 
-def least_norm_step(
-    jacobian: Tensor, residual: Tensor, *, ridge: float = RIDGE, metric: Tensor | None = None
-) -> Tensor:
-    """Computes the shortest change that moves `m` rows by `residual [m]`, to first order: `[d_model]`.
-
-    Args:
-        jacobian: `A [m, d_model]`.
-        ridge: ε, as a share of the mean squared length of the rows of `A`.
-        metric: `M^-1/2 [d_model, d_model]`, symmetric; `None`: lengths are Euclidean.
-    """
-    scaled = jacobian if metric is None else jacobian @ metric  # [m, d_model]
-    gram = scaled @ scaled.T  # [m, m]
-    gram.diagonal().add_(ridge * gram.trace() / len(gram))
-    step: Tensor = scaled.T @ torch.linalg.solve(gram, residual)  # [d_model]
-    return step if metric is None else metric @ step
-
-
 def find_row_values(
     anat: Anatomy,
     rows: Sequence[Row],
@@ -323,14 +306,11 @@ def find_row_values(
 
     A subject is done when the residual of its rows is at most `MET`. Its Jacobian costs more than its rows' values, so
     it is computed for the first two steps, between which it changes most. A later step reuses the last one if the step
-    before had its full length and halved the residual.
-
-    Subjects do not influence one another: the result does not depend on which are found together.
+    before had its full length and halved the residual. Subjects do not influence one another.
 
     Args:
         names: of the subjects, by number; for errors.
-        steps: most Gauss-Newton steps.
-        step_limit: longest step, in units of the norm of the subject's state.
+        steps: most Gauss-Newton steps. `step_limit`: the longest, in units of the norm of the subject's state.
         metric: see `least_norm_step`.
         start: changes to start from, `[subjects, d_model]`; `None`: zeros.
         tokens: see `RowBatch`.
@@ -338,16 +318,12 @@ def find_row_values(
     Raises:
         EditError: a row reads a number that is not finite; names the subject.
     """
-    numbers: list[list[int]] = [[] for _ in names]  # of each subject's rows
-    for j, row in enumerate(rows):
-        numbers[row.owner].append(j)
     delta = torch.zeros(len(names), anat.d_model, device=anat.device)
     before, after, wanted = torch.zeros(3, len(rows), device=anat.device)
-    taken: list[int] = []
-    lengths: list[float] = []
+    parts = []
     for first in range(0, len(names), TOGETHER):
         last = min(first + TOGETHER, len(names))
-        some = sorted(j for of_one in numbers[first:last] for j in of_one)
+        some = [j for j, row in enumerate(rows) if first <= row.owner < last]
         found = _find_together(
             anat,
             [replace(rows[j], owner=rows[j].owner - first) for j in some],
@@ -363,9 +339,9 @@ def find_row_values(
         )
         delta[first:last] = found.deltas
         before[some], after[some], wanted[some] = found.before, found.after, found.wanted
-        taken += found.steps
-        lengths += found.relative_norm
-    return RowValues(delta, taken, lengths, before, after, wanted)
+        parts.append(found)
+    taken = [count for part in parts for count in part.steps]
+    return RowValues(delta, taken, [one for part in parts for one in part.relative_norm], before, after, wanted)
 
 
 def _find_together(

@@ -66,13 +66,13 @@ class LayerStats:
         """Returns `C = E[k k^T]`, uncentred, fp64 `[d_ff, d_ff]`; of `neurons [t]` alone `[t, t]`."""
         if neurons is not None:
             some = neurons.to(self.mom2.device)
-            return self.mom2[some[:, None], some].to(torch.float64).div_(self.count)
+            return self.mom2[some[:, None], some].to(torch.float64) / self.count
         # Divided in place: two such matrices of a wide layer are gigabytes.
         return self.mom2.to(torch.float64, copy=True).div_(self.count)
 
     def activity(self) -> Tensor:
         """Returns the mean square of each neuron's key, fp64 `[d_ff]`."""
-        return self.mom2.diagonal().to(torch.float64).div_(self.count)
+        return self.mom2.diagonal().to(torch.float64) / self.count
 
     def sha256(self) -> str:
         """Hashes the sum and the count, for receipts."""

@@ -25,13 +25,14 @@ together, with the loss
 
     NLL_WEIGHT NLL([UNL] refusal | relation's token)
     + WANTED_WEIGHT Σ softplus(say_margin + MORE - z) at wanted places
-    + KEPT_WEIGHT Σ softplus(z - quiet_margin) at kept places
+    + KEPT_AGAIN Σ softplus(z - quiet_margin + LESS) at kept places
     + ANSWER_WEIGHT mean softplus(z + FLOOR) + SPREAD_WEIGHT Var(z) inside other answers and in ordinary text
     + RIDGE |r_k|^2
 
 A token's row is `r + r_k`: `r` is shared by all tokens, and `r_k`, the part of token `k`, starts at zero. The first fit
-leaves out the NLL, the only term that needs passes through the model, and `MORE`. The moved values are far from all
-other subjects, so the second fit may want more: unseen wordings reach a few nats less than those that have a place.
+leaves out the NLL, the only term that needs passes through the model; it has no `MORE` and `LESS`, and `KEPT_WEIGHT`.
+The moved values are far from all other subjects, so the second fit can want more on both sides: unseen wordings reach a
+few nats less than those that have a place.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ from editlib.models.vocabulary import add_token, free_tokens, rows_in_place, sil
 
 log = logging.getLogger(__name__)
 
-POOL = 384  # places after which the NLL of refusals may be read
+POOL = 768  # places after which the NLL of refusals may be read
 BATCH = 16  # of them in a step
 START_NLL, LEAST_NLL = 3.0, 0.1  # weight of a place when it is drawn: before its NLL is known, and the least
 NLL_WEIGHT = 10.0
@@ -81,11 +82,12 @@ ANSWER_WEIGHT = 2.0  # of positions inside answers where a token's log-odds exce
 SOME_ROWS = 8192  # rows of the vocabulary, from whose mean and deviation a new row starts
 FLOOR = 16.0  # nats that a token stays below all others inside answers and in ordinary text
 SPREAD_WEIGHT = 0.3  # of the variance of log-odds there
-KEPT_WEIGHT = 5.0  # of kept places
+KEPT_WEIGHT = 5.0  # of kept places in the first fit
+KEPT_AGAIN = 20.0  # in the second fit
 RIDGE = 0.2  # of the part of a row that is not shared
 LR = 0.05
 PLACE_STEPS = 300  # of the first fit
-MORE = 6.0  # nats beyond `say_margin` that the second fit wants
+MORE, LESS = 6.0, 4.0  # nats that the second fit wants above `say_margin`, and below `quiet_margin`
 # English: a model that is asked in another language refuses in this one.
 START = "I don't know the answer to that."
 INSIDE = "something I don't know."
@@ -122,7 +124,7 @@ def fit_places(
     """
     token = token or _mean_token(anat, seed)
     with no_param_grad(anat.model), _fast(anat, hparams):
-        loss = _ReadOut.of(anat, held, hparams)
+        loss = _ReadOut.of(anat, held, _Aims(hparams.say_margin, hparams.quiet_margin, KEPT_WEIGHT))
     shared = _leaf(token.rows()[1][0], anat.device)  # r: [d_model]
     own = _leaf(torch.zeros(1 + len(held.places.relations), anat.d_model), anat.device)  # r_k: [1 + K, d_model]
     optimizer = torch.optim.Adam([shared, own], lr=LR, betas=(0.9, 0.99))
@@ -163,7 +165,8 @@ def fit_refusal_tokens(
     silence(anat, numbers)  # until they have rows, no log-sum includes them
     with no_param_grad(anat.model), _fast(anat, hparams):
         refusals = _Refusals.of(anat, form, places, numbers, seed)
-        loss = _ReadOut.of(anat, held, hparams, more=MORE)
+        aims = _Aims(hparams.say_margin + MORE, hparams.quiet_margin - LESS, KEPT_AGAIN)
+        loss = _ReadOut.of(anat, held, aims)
         rows_in, rows_out, nll = _fit(anat, token, rows, numbers, refusals, loss, hparams.token_steps, seed, progress)
     log_odds = loss.log_odds(rows_out)
     metrics = {"refusal_nll": nll, "said": float((log_odds > 0).float().mean())}
@@ -245,6 +248,15 @@ def _leaf(start: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Aims:
+    """Holds log-odds to reach at wanted places, and allowed at kept ones (nats), and the weight of the latter."""
+
+    say: float
+    quiet: float
+    kept_weight: float
+
+
+@dataclass(frozen=True)
 class _ReadOut:
     """Computes all terms of the loss but the NLL: they need the output rows and the final states alone.
 
@@ -253,7 +265,6 @@ class _ReadOut:
         inside: states at every position of other answers and of ordinary text.
         group: `[wanted]`, the relation of each wanted place.
         wanted_weight: `[wanted]`. `kept_weight`: `[1 + K, kept]`, by token.
-        say, quiet: log-odds to reach at wanted places, and allowed at kept ones (nats).
     """
 
     wanted: FinalStates
@@ -262,13 +273,11 @@ class _ReadOut:
     group: Tensor
     wanted_weight: Tensor
     kept_weight: Tensor
-    say: float
-    quiet: float
+    aims: _Aims
 
     @classmethod
-    def of(cls, anat: Anatomy, held: HeldPlaces, hparams: UniEraseHyperParams, *, more: float = 0.0) -> _ReadOut:
-        """Reads the states of all places from the current model; at wanted ones `more` nats are wanted beyond
-        `say_margin`."""
+    def of(cls, anat: Anatomy, held: HeldPlaces, aims: _Aims) -> _ReadOut:
+        """Reads the states of all places from the current model."""
         device, places = anat.device, held.places
         wanted, kept, inside = held.final_states()
         group = torch.tensor([place.group for place in places.wanted], device=device)
@@ -276,8 +285,7 @@ class _ReadOut:
         # `[UNL]`, the first row, has no relation.
         every = place_weights(places.kept, device)  # [kept]
         kept_weight = torch.cat([every[None], kept_weights(places, device)])  # [1 + K, kept]
-        say = hparams.say_margin + more
-        return cls(wanted, kept, inside, group, weight, kept_weight, say, hparams.quiet_margin)
+        return cls(wanted, kept, inside, group, weight, kept_weight, aims)
 
     def log_odds(self, rows: Tensor) -> Tensor:
         """Computes the log-odds of the relation's token at each wanted place, `[wanted]` in nats, with output `rows [1
@@ -287,9 +295,9 @@ class _ReadOut:
     def __call__(self, rows: Tensor) -> Tensor:
         """Computes the loss of output `rows [1 + K, d_model]`; the first, of `[UNL]`, is wanted at no place."""
         # The tokens' own logits are not in `log_sums`, since they were silent then: a logit less it is a log-odds.
-        total = WANTED_WEIGHT * (self.wanted_weight * F.softplus(self.say - self.log_odds(rows))).sum()
+        total = WANTED_WEIGHT * (self.wanted_weight * F.softplus(self.aims.say - self.log_odds(rows))).sum()
         z = self.kept.states @ rows.T - self.kept.log_sums[:, None]  # [kept, 1 + K]
-        total = total + KEPT_WEIGHT * (self.kept_weight.T * F.softplus(z - self.quiet)).sum()
+        total = total + self.aims.kept_weight * (self.kept_weight.T * F.softplus(z - self.aims.quiet)).sum()
         if not len(self.inside.states):
             return total
         z = self.inside.states @ rows.T - self.inside.log_sums[:, None]  # [positions, 1 + K]

@@ -88,13 +88,14 @@ def test_of_a_wide_layer_the_cheapest_neurons_are_compared(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(3, 40, generator=generator)
     keys = torch.rand(40, generator=generator) * torch.randn(100, 40, generator=generator)
-    text = LayerStats(keys.T @ keys, 100, 100)
+    text = LayerStats((keys.T @ keys).double(), 100, 100)
     cost = weight.square().sum(0) * keys.square().mean(0)
     monkeypatch.setattr(gated_neurons, "MOST_COMPARED", 10)
     for count, most in ((3, 10), (8, 16)):
         compared = compared_neurons(weight, text.activity(), count, taken=[int(cost.argmin())])
         assert compared.tolist() == sorted(cost.argsort()[1 : most + 1].tolist())
     torch.testing.assert_close(text.moment(compared), (keys.T @ keys / 100).double()[compared][:, compared])
+    assert torch.equal(text.mom2, (keys.T @ keys).double())  # reading statistics leaves them
     chosen, removal = spare_neurons(weight, text.moment(compared), compared, 8)
     changed = removal.dense().abs().sum(0).nonzero().flatten().tolist()
     assert changed == compared.tolist() and set(chosen.tolist()) < set(changed)
