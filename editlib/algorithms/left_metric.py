@@ -27,7 +27,6 @@ from editlib.models.residual_path import output_path
 from editlib.requests.request import EditRequest
 
 RIDGE = 3e-3  # ε: rows that contradict one another share the remaining residual
-
 BATCH_ROWS = 32
 SUBJECTS = 32  # most subjects from whose answers the metric of an edit is read
 ANSWER_TOKENS = 24  # most tokens read of each answer
